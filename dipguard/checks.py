@@ -1,0 +1,96 @@
+"""Checks at the door: each raises an error that names the argument, what came and what was expected."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_images(images: Tensor, *, name: str = "images") -> Tensor:
+    """Return ``images`` if it is a float tensor [B, 3, H, W] with B >= 1 and finite values in [0, 1].
+
+    Raises:
+        TypeError: not a tensor, or not a floating-point one (uint8 images must be divided by 255 first).
+        ValueError: wrong rank or channels, no images, NaN or infinite values, values outside [0, 1].
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"`{name}` must be a torch.Tensor [B, 3, H, W], got {type(images).__name__}")
+    shape = tuple(images.shape)
+    if images.ndim != 4:
+        raise ValueError(f"`{name}` must have 4 dimensions [B, 3, H, W], got shape {shape}")
+    if shape[1] != 3:
+        raise ValueError(f"`{name}` must have 3 channels (RGB, [B, 3, H, W]), got shape {shape}")
+    if 0 in shape:
+        raise ValueError(f"`{name}` must hold at least one image of at least one pixel, got shape {shape}")
+    if not images.is_floating_point():
+        raise TypeError(f"`{name}` must be floats in [0, 1], got {images.dtype}; divide integer images by 255")
+    low, high = (float(v) for v in torch.aminmax(images.detach()))
+    if not (low == low and high == high) or not bool(torch.isfinite(images).all()):
+        raise ValueError(f"`{name}` must be finite, got NaN or infinite values")
+    if low < 0 or high > 1:
+        raise ValueError(f"`{name}` must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
+    return images
+
+
+def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, name: str = "labels") -> Tensor:
+    """Return ``labels`` as int64 if it is [count] integers in [0, num_classes).
+
+    Raises:
+        TypeError: not an integer tensor.
+        ValueError: wrong length, or a label out of range.
+    """
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"`{name}` must be an integer tensor [{count}], got {kind}")
+    if tuple(labels.shape) != (count,):
+        raise ValueError(f"`{name}` must have shape ({count},), one label an image, got {tuple(labels.shape)}")
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or (num_classes is not None and high >= num_classes):
+        limit = "" if num_classes is None else f" and below {num_classes}"
+        raise ValueError(f"`{name}` must be at least 0{limit}, got labels from {low} to {high}")
+    return labels.long()
+
+
+def check_int(value: Any, *, name: str, low: int, high: int | None = None) -> int:
+    """Return ``value`` if it is an int with low <= value <= high (no upper bound when ``high`` is None).
+
+    Raises:
+        TypeError: not an int (bool does not count).
+        ValueError: out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}")
+    if value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"from {low} to {high}"
+        raise ValueError(f"`{name}` must be {limit}, got {value}")
+    return value
+
+
+def check_float(value: Any, *, name: str, low: float, high: float | None = None) -> float:
+    """Return ``value`` as a float if it is a finite number with low <= value <= high.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN, infinite or out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"`{name}` must be a number, got {value!r}")
+    number = float(value)
+    if not low <= number <= (float("inf") if high is None else high) or number == float("inf"):
+        limit = f"finite and at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        raise ValueError(f"`{name}` must be {limit}, got {value}")
+    return number
+
+
+def check_choice(value: Any, choices: Collection[str], *, name: str) -> str:
+    """Return ``value`` if it is one of ``choices``.
+
+    Raises:
+        ValueError: anything else; the message lists what is allowed.
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
+    return str(value)
