@@ -1,0 +1,70 @@
+"""Set up ``.venv`` from ``requirements.lock`` once, then run Python in it: ``python3 bootstrap.py train.py seed=1``.
+
+Needs nothing but Python 3.11-3.13 and pip. A second call sees that the lock has not changed and starts at once.
+The folder of the environment can be named by the variable ``DIPGUARD_VENV``; delete the folder to start afresh.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+VENV = Path(os.environ.get("DIPGUARD_VENV") or ROOT / ".venv").absolute()
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+STAMP = VENV / "dipguard.lock.sha256"
+UV = "uv>=0.6,<1"
+
+
+def fingerprint() -> str:
+    """What decides whether the environment is up to date: the lock, the package's metadata and where it stands."""
+    parts = [(ROOT / name).read_bytes() for name in ("requirements.lock", "pyproject.toml")]
+    return hashlib.sha256(b"\0".join([*parts, str(ROOT).encode()])).hexdigest()
+
+
+def install() -> None:
+    """Fill the environment with exactly what the lock names, hashes checked, and this package in editable form."""
+    if not PYTHON.exists():
+        # Without pip of its own: the outer pip serves it, so machines that lack ensurepip work too.
+        venv.create(VENV, clear=VENV.exists(), with_pip=False, symlinks=os.name != "nt")
+    outer_pip = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet"]
+    locked = ["--no-deps", "--require-hashes", "-r", str(ROOT / "requirements.lock")]
+    editable = ["--no-deps", "--no-build-isolation", "-e", str(ROOT)]
+    if subprocess.call([*outer_pip, UV]) == 0:
+        # uv installs the same files in half a minute where pip takes minutes.
+        installer = [str(PYTHON), "-m", "uv", "pip", "install", "--quiet", "--python", str(PYTHON)]
+    else:
+        print("bootstrap: no uv here, so pip does the installation; this takes some minutes", file=sys.stderr)
+        installer = outer_pip
+    os.environ.setdefault("UV_HTTP_TIMEOUT", "300")
+    # --no-deps: the lock is complete, and torchattacks' pin on an old `requests` must not be read (see README.md).
+    subprocess.run([*installer, *locked], check=True)
+    subprocess.run([*installer, *editable], check=True)
+
+
+def main() -> int:
+    """Install if need be, then hand the arguments over to the environment's Python."""
+    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
+        print(f"dipguard needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}", file=sys.stderr)
+        return 2
+    wanted = fingerprint()
+    if not (PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted):
+        print(f"bootstrap: setting up {VENV} (some GB of packages, once) ...", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            install()
+        except subprocess.CalledProcessError as error:
+            print(f"bootstrap: set-up failed (exit status {error.returncode}); see the lines above", file=sys.stderr)
+            return 1
+        STAMP.write_text(wanted, encoding="utf-8")
+        print(f"bootstrap: ready after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
+    if sys.argv[1:]:
+        return subprocess.call([str(PYTHON), *sys.argv[1:]])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

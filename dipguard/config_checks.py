@@ -1,0 +1,100 @@
+"""Ranges of the settings, checked before anything runs. Kinds of values and choices are checked by Hydra already."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterable, Iterator
+
+from dipguard.checks import check_float, check_int
+from dipguard.config import DataConfig, DefenseConfig, FitConfig, TrainConfig
+
+_log = logging.getLogger(__name__)
+
+MOST_STEPS = 1_000_000
+"""Upper bound of ``defense.T``: a value beyond it is a slip of the pen."""
+
+
+def validate(config: TrainConfig) -> TrainConfig:
+    """Return ``config`` if every value can be worked with.
+
+    Raises:
+        TypeError, ValueError: One cannot; the message names the key as the command line does, such as ``defense.tau``,
+            the value and what is allowed.
+    """
+    check_int(config.seed, name="seed", low=0, high=2**32 - 1)
+    _check_data(config.data)
+    if config.attack.eps_255 is not None:
+        _check_positive(config.attack.eps_255, name="attack.eps_255", high=255.0)
+    check_int(config.attack.batch_size, name="attack.batch_size", low=1)
+    _check_defense(config.defense)
+    _check_fit(config.fit)
+    check_int(config.report.figures, name="report.figures", low=0)
+    return config
+
+
+def _check_data(data: DataConfig) -> None:
+    if data.limit is not None:
+        check_int(data.limit, name="data.limit", low=1)
+    check_int(data.offset, name="data.offset", low=0)
+    if data.size is not None:
+        check_int(data.size, name="data.size", low=1)
+    if data.label_base is not None:
+        check_int(data.label_base, name="data.label_base", low=0, high=1)
+
+
+def _check_defense(defense: DefenseConfig) -> None:
+    from dipguard.decision import sampled_steps
+
+    check_int(defense.T, name="defense.T", low=1, high=MOST_STEPS)
+    with keys_named("defense", ("T", "decisions", "every")):
+        steps = sampled_steps(defense.T, decisions=defense.decisions, every=defense.every)
+    check_float(defense.tau, name="defense.tau", low=0.0, high=1.0)
+    check_int(defense.t0, name="defense.t0", low=0)
+    check_int(defense.K, name="defense.K", low=1)
+    check_float(defense.beta, name="defense.beta", low=0.0)
+    check_int(defense.N, name="defense.N", low=1)
+    if defense.K_max is not None:
+        check_int(defense.K_max, name="defense.K_max", low=1)
+        if defense.K > defense.K_max:
+            raise ValueError(f"`defense.K` must be at most `defense.K_max`={defense.K_max}, got {defense.K}")
+    end = len(steps) if defense.t0_unit == "samples" else defense.T
+    if defense.t0 >= end:
+        # Allowed, since the paper's own fallback covers it, but hardly ever meant: a short trial with the default t0.
+        _log.warning(
+            "`defense.t0`=%d is past the end of the fit (%d %s): no crossing can count",
+            defense.t0,
+            end,
+            defense.t0_unit,
+        )
+
+
+def _check_fit(fit: FitConfig) -> None:
+    check_int(fit.stack_size, name="fit.stack_size", low=1)
+    _check_positive(fit.lr, name="fit.lr")
+    if fit.z_scale is not None:
+        _check_positive(fit.z_scale, name="fit.z_scale")
+    check_float(fit.jitter, name="fit.jitter", low=0.0)
+
+
+def _check_positive(value: float, *, name: str, high: float | None = None) -> None:
+    if check_float(value, name=name, low=0.0, high=high) == 0:
+        raise ValueError(f"`{name}` must be above 0, got {value}")
+
+
+@contextlib.contextmanager
+def keys_named(group: str, names: Iterable[str]) -> Iterator[None]:
+    """Give the arguments in an error of a lower room the names that they have on the command line.
+
+    Args:
+        group: The config group, such as ``data``.
+        names: The arguments, such as ``path``, which is ``data.path`` on the command line.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, OSError) as error:
+        message = str(error)
+        for name in names:
+            message = message.replace(f"`{name}`", f"`{group}.{name}`")
+        kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError, OSError) if isinstance(error, kind))
+        raise kind(message) from error

@@ -1,0 +1,51 @@
+"""CIFAR-10 (Krizhevsky, 2009) through torchvision: 60,000 colour pictures of 32x32, ten classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from dipguard.checks import check_choice
+from dipguard.data.base import ImageSet, from_bytes, resize, window
+from dipguard.data.cache import cache_folder
+
+
+def load_cifar10(
+    *,
+    path: str | None = None,
+    offset: int = 0,
+    limit: int | None = None,
+    size: int | None = None,
+    split: str = "test",
+    download: bool = True,
+) -> ImageSet:
+    """Return CIFAR-10 images [N, 3, 32, 32]; an image's index is its position in the split.
+
+    Args:
+        path: folder that holds, or will hold, ``cifar-10-batches-py``; by default dipguard's cache folder.
+        offset: position of the first image.
+        limit: number of images; None for all that follow.
+        size: resize to size x size (bilinear); None keeps 32.
+        split: "test" (10,000 images) or "train" (50,000).
+        download: fetch the data set (170 MB) where it is missing or damaged.
+
+    Raises:
+        RuntimeError: the data set is not there, or damaged, and could not be or was not to be downloaded.
+        TypeError, ValueError: a bad ``offset``, ``limit``, ``size`` or ``split``.
+    """
+    from torchvision.datasets import CIFAR10
+
+    check_choice(split, ("test", "train"), name="split")
+    folder = cache_folder("cifar10") if path is None else Path(path).expanduser()
+    try:
+        data = CIFAR10(str(folder), train=split == "train", download=download)
+    except (OSError, RuntimeError) as error:
+        how = "could not be downloaded" if download else "is missing or damaged, and `download` is off"
+        raise RuntimeError(
+            f"CIFAR-10 {how} (`path`: {folder}; expected there: the folder cifar-10-batches-py): {error}"
+        ) from error
+    part = window(len(data.targets), offset=offset, limit=limit)
+    images = resize(from_bytes(torch.from_numpy(data.data[part])), size)
+    labels, indices = torch.tensor(data.targets), torch.arange(len(data.targets))
+    return ImageSet(images, labels[part], indices[part], tuple(data.classes), "cifar10")

@@ -1,0 +1,170 @@
+"""A folder of pictures, labelled by a CSV file or by sub-folders (ImageNet's layouts)."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dipguard.checks import check_int
+from dipguard.data.base import ImageSet, from_bytes, resize, window
+
+EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+_PIL_8_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+
+
+def load_image_folder(
+    *,
+    path: str | Path | None = None,
+    offset: int = 0,
+    limit: int | None = None,
+    size: int | None = None,
+    labels_csv: str | Path | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+    label_base: int = 0,
+) -> ImageSet:
+    """Return the pictures of a folder; only those between ``offset`` and ``offset + limit`` are read.
+
+    With ``labels_csv``, its rows are the data set, in their order: ``image_column`` holds a file name (a path inside
+    the folder) or an id (the file name without extension), ``label_column`` the label. Without, the sub-folders of
+    ``path`` are the classes in alphabetical order, as in torchvision's ``ImageFolder``. An image's index is its place
+    in that order. For the NeurIPS 2017 development set: ``image_column="ImageId"``, ``label_column="TrueLabel"``,
+    ``label_base=1``.
+
+    Args:
+        path: the folder.
+        offset: position of the first image.
+        limit: number of images; None for all that follow.
+        size: resize to size x size (bilinear, antialiased), whatever the aspect; None keeps the size, which all
+            must share.
+        labels_csv: CSV file (UTF-8, with a header row) of labels.
+        image_column: its column of file names or ids.
+        label_column: its column of labels.
+        label_base: 0 or 1, the number of the first class in the CSV; labels are 0-based afterwards.
+
+    Raises:
+        FileNotFoundError: no such folder or CSV, no pictures, or a row without its picture.
+        ValueError: a picture that cannot be read or differs in size, a bad CSV, a flat folder without CSV, a bad
+            argument.
+    """
+    if path is None:
+        raise ValueError("`path` must name a folder of pictures, got None")
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise FileNotFoundError(f"`path` must name an existing folder of pictures, got {folder}")
+    check_int(label_base, name="label_base", low=0, high=1)
+    classes: tuple[str, ...] = ()
+    if labels_csv is None:
+        files, labels, classes = _from_subfolders(folder)
+    else:
+        table = Path(labels_csv).expanduser()
+        files, labels = _from_csv(folder, table, image_column, label_column, label_base)
+    part = window(len(files), offset=offset, limit=limit)
+    images = _read_all(files[part], size)
+    return ImageSet(images, torch.tensor(labels[part]), torch.arange(len(files))[part], classes, folder.name)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    found = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
+    return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(folder).parts))
+
+
+def _from_subfolders(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:
+    subfolders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if not subfolders:
+        raise ValueError(
+            f"`path`: {folder} has no sub-folders to take classes from; put each class into a sub-folder, "
+            "or give a CSV of labels (`labels_csv`, `image_column`, `label_column`)"
+        )
+    files: list[Path] = []
+    labels: list[int] = []
+    for label, subfolder in enumerate(subfolders):
+        pictures = _pictures(subfolder)
+        if not pictures:
+            raise FileNotFoundError(f"`path`: the class folder {subfolder} holds no picture ({_extensions()})")
+        files += pictures
+        labels += [label] * len(pictures)
+    return files, labels, tuple(subfolder.name for subfolder in subfolders)
+
+
+def _from_csv(
+    folder: Path, table: Path, image_column: str, label_column: str, label_base: int
+) -> tuple[list[Path], list[int]]:
+    pictures = _pictures(folder)
+    if not pictures:
+        raise FileNotFoundError(f"`path`: {folder} holds no picture ({_extensions()})")
+    # Rows are looked up among the pictures found, so no row can lead out of the folder.
+    by_name = {file.relative_to(folder).as_posix(): [file] for file in pictures}
+    by_id: dict[str, list[Path]] = {}
+    for file in pictures:
+        by_id.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
+    files: list[Path] = []
+    labels: list[int] = []
+    for line, name, label in _rows(table, image_column, label_column):
+        matches = by_name.get(name) or by_id.get(name, [])
+        if not matches:
+            raise FileNotFoundError(f"`labels_csv`: {table}, line {line}: no picture {name!r} in {folder}")
+        if len(matches) > 1:
+            found = ", ".join(match.name for match in matches)
+            raise ValueError(f"`labels_csv`: {table}, line {line}: {name!r} may be any of {found}; name the file")
+        try:
+            number = int(label) - label_base
+        except ValueError:
+            raise ValueError(f"`labels_csv`: {table}, line {line}: {label!r} is not an integer label") from None
+        if number < 0:
+            raise ValueError(f"`labels_csv`: {table}, line {line}: label {label} is below `label_base` {label_base}")
+        files.append(matches[0])
+        labels.append(number)
+    return files, labels
+
+
+def _rows(table: Path, image_column: str, label_column: str) -> list[tuple[int, str, str]]:
+    if not table.is_file():
+        raise FileNotFoundError(f"`labels_csv` must name an existing CSV file, got {table}")
+    try:
+        with table.open(newline="", encoding="utf-8-sig") as stream:
+            reader = csv.DictReader(stream)
+            header = list(reader.fieldnames or ())
+            rows = [(reader.line_num, row.get(image_column), row.get(label_column)) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"`labels_csv`: {table} is not a readable UTF-8 CSV file: {error}") from error
+    for argument, column in (("image_column", image_column), ("label_column", label_column)):
+        if column not in header:
+            raise ValueError(f"`{argument}`: {table} has no column {column!r}; it has {header}")
+    if not rows:
+        raise ValueError(f"`labels_csv`: {table} has a header and no rows")
+    return [(line, (name or "").strip(), (label or "").strip()) for line, name, label in rows]
+
+
+def _read_all(files: Sequence[Path], size: int | None) -> Tensor:
+    images: list[Tensor] = []
+    for file in files:
+        image = resize(_read(file), size)
+        if images and image.shape != images[0].shape:
+            first, here = tuple(images[0].shape[-2:]), tuple(image.shape[-2:])
+            raise ValueError(f"{file} is {here} and {files[0]} is {first} (height, width); give `size` to resize them")
+        images.append(image)
+    return torch.cat(images)
+
+
+def _read(file: Path) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as picture:
+            if picture.mode not in _PIL_8_BIT:
+                raise ValueError(f"its mode is {picture.mode}, only 8-bit pictures are read")
+            pixels = np.array(picture.convert("RGB"))
+    # Pillow raises OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ... on damaged files.
+    except Exception as error:
+        raise ValueError(f"the picture {file} cannot be read: {error}") from error
+    return from_bytes(torch.from_numpy(pixels)[None])
+
+
+def _extensions() -> str:
+    return " ".join(sorted(EXTENSIONS))

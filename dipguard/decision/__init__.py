@@ -1,0 +1,22 @@
+"""The paper's equations as pure functions, and the record that they act on. No framework but torch."""
+
+from dipguard.decision.boundary import crosses, localise, needed_for_replay, passes
+from dipguard.decision.quality import quality
+from dipguard.decision.schedule import sampled_steps
+from dipguard.decision.stitching import Reconstruction, on_manifold, select, stitch, stitch_images
+from dipguard.decision.trace import DecisionTrace
+
+__all__ = [
+    "DecisionTrace",
+    "Reconstruction",
+    "crosses",
+    "localise",
+    "needed_for_replay",
+    "on_manifold",
+    "passes",
+    "quality",
+    "sampled_steps",
+    "select",
+    "stitch",
+    "stitch_images",
+]

@@ -1,0 +1,118 @@
+"""On-manifold images and their stitch: Eq. 6-7 of Ding et al. 2021, and their replay on a decision trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dipguard.checks import check_choice, check_float, check_int
+from dipguard.decision.boundary import passes
+from dipguard.decision.trace import DecisionTrace
+
+DIVISORS = ("found", "K")
+"""What Eq. 7 divides the sum by when fewer than K crossings exist: their number, or K all the same."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstruction:
+    """What one image was rebuilt from.
+
+    Attributes:
+        image: The stitched image of Eq. 7, [3, H, W], clamped to [0, 1].
+        reason: ``crossings`` (Eq. 6-7), or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0).
+        used: Positions of the stitched on-boundary images in ``trace.on_boundary``, [k]; empty for ``no_crossing``.
+    """
+
+    image: Tensor
+    reason: str
+    used: Tensor
+
+
+def on_manifold(on_boundary: Tensor, given: Tensor, *, beta: float) -> Tensor:
+    """Eq. 6: x_db + beta (x_db - x0), a step of size beta away from the given image.
+
+    Args:
+        on_boundary: x_db, [k, 3, H, W].
+        given: x0, [3, H, W].
+        beta: Step size, at least 0.
+
+    Returns:
+        [k, 3, H, W]; values may leave [0, 1], and are not clamped, since Eq. 6 has no clamp.
+
+    Raises:
+        ValueError: beta is negative.
+    """
+    check_float(beta, name="beta", low=0.0)
+    return on_boundary + beta * (on_boundary - given)
+
+
+def stitch_images(images: Tensor, *, K: int, divide_by: str = "found") -> Tensor:
+    """Eq. 7: the mean of the on-manifold images, clamped to [0, 1] so that a victim can read it.
+
+    Args:
+        images: [k, 3, H, W] with 1 <= k <= K.
+        K: Number of images that Eq. 7 divides by.
+        divide_by: ``found`` divides by k, ``K`` by K even when k < K (which darkens the image).
+
+    Raises:
+        ValueError: No images, more than K, or an unknown choice.
+    """
+    check_int(K, name="K", low=1)
+    check_choice(divide_by, DIVISORS, name="divide_by")
+    if not 1 <= len(images) <= K:
+        raise ValueError(f"`images` must hold from 1 to K={K} images, got {len(images)}")
+    return (images.sum(dim=0) / (len(images) if divide_by == "found" else K)).clamp(0, 1)
+
+
+def select(
+    trace: DecisionTrace, *, tau: float, t0: int, K: int, rule: str = "at_least", t0_unit: str = "steps"
+) -> Tensor:
+    """I_K: positions in ``trace.on_boundary`` of the last K crossings that pass tau and t0 (Eq. 3, section 3.2).
+
+    Returns:
+        [k] int64 in the order of time, k <= K.
+
+    Raises:
+        ValueError: K is below 1 or above the trace's ``K_max``, or a threshold is out of range.
+    """
+    check_int(K, name="K", low=1, high=trace.K_max)
+    at = trace.crossing_at
+    kept = passes(trace.quality[at], trace.steps[at], tau=tau, t0=t0, rule=rule, t0_unit=t0_unit, position=at)
+    return torch.nonzero(kept).flatten()[-K:]
+
+
+def stitch(
+    trace: DecisionTrace,
+    *,
+    tau: float,
+    t0: int,
+    K: int,
+    beta: float,
+    rule: str = "at_least",
+    t0_unit: str = "steps",
+    divide_by: str = "found",
+) -> Reconstruction:
+    """Rebuild one image from its decision trace (Algorithm 1, lines 9-18), without fitting again.
+
+    Args:
+        trace: What the fit left.
+        tau: Quality threshold in [0, 1].
+        t0: Warm-up, at least 0.
+        K: Number of on-boundary images, from 1 to ``trace.K_max``.
+        beta: Step size of Eq. 6, at least 0.
+        rule: See :func:`dipguard.decision.boundary.passes`.
+        t0_unit: See :func:`dipguard.decision.boundary.passes`.
+        divide_by: See :func:`stitch_images`.
+
+    Raises:
+        ValueError: An option is out of range.
+    """
+    check_float(beta, name="beta", low=0.0)
+    used = select(trace, tau=tau, t0=t0, K=K, rule=rule, t0_unit=t0_unit)
+    if len(used) == 0:
+        last = trace.last[-K:]
+        return Reconstruction(stitch_images(last, K=len(last)), "no_crossing", used)
+    moved = on_manifold(trace.on_boundary[used], trace.given, beta=beta)
+    return Reconstruction(stitch_images(moved, K=K, divide_by=divide_by), "crossings", used)

@@ -1,0 +1,223 @@
+"""The proposed defence (Ding et al. 2021, Algorithm 1), for any number of images."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from pytorch_lightning.loggers import Logger
+from torch import Tensor, nn
+
+from dipguard.checks import check_choice, check_images, check_int
+from dipguard.classifier import device_of, probability_warning
+from dipguard.defenses.result import DefenseResult
+from dipguard.fit import (
+    DecideOptions,
+    Decider,
+    FitOptions,
+    FitProgress,
+    StitchOptions,
+    fit_stack,
+    progress_bar,
+)
+from dipguard.networks import NetworkSpec
+
+ACCELERATORS = ("auto", "cpu", "gpu")
+
+
+class DIPGuard(nn.Module):
+    """A training-free defence: fit an untrained U-Net to each image, stitch what it shows at the decision boundary.
+
+    Accuracy was shown by Ding et al. under transferred and identity-BPDA attacks. Purifiers with no more evidence
+    than that have fallen to adaptive ones (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022): take no
+    robustness for granted.
+
+    Args:
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C]; normalisation belongs inside. Never changed.
+        network: A preset of appendix B (cifar10, imagenet, small, medium, large) or a
+            :class:`~dipguard.networks.NetworkSpec`.
+        T: Optimiser steps.
+        tau: Quality threshold of Eq. 3, in [0, 1].
+        t0: Warm-up of Eq. 3.
+        K: Number of on-boundary images that are stitched.
+        beta: Step size of Eq. 6, at least 0.
+        seed: With an image's index, settles every random draw of its fit.
+        decisions: Number of reconstructions that the victim reads along the fit, at most T.
+        every: Distance of those in steps, instead of their number.
+        N: Sections of the grid of Eq. 5.
+        K_max: The largest K that the traces can be replayed with; at least K. None takes the larger of K and 25.
+        scores: ``logits`` or ``probabilities`` (Eq. 5).
+        rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).
+        t0_unit: ``steps`` or ``samples``.
+        divide_by: ``found`` or ``K`` (Eq. 7 with fewer than K crossings).
+        keep_samples: Keep all sampled reconstructions in the traces.
+        z: ``uniform`` or ``gaussian``.
+        z_scale: Upper end or standard deviation of z; None takes the preset's.
+        jitter: Standard deviation of the noise on z at each step; 0 for none.
+        init: ``default`` or ``xavier``.
+        padding: ``zeros`` or ``reflect``.
+        lr: Adam's learning rate.
+        dtype: ``float32`` or ``float64`` for the fit.
+        stack_size: Images fitted at once. No image's result depends on it (in exact arithmetic; Adam amplifies
+            rounding).
+        accelerator: ``auto`` (where the victim is), ``cpu`` or ``gpu``.
+        progress: Show a progress bar.
+
+    Raises:
+        TypeError, ValueError: An option is out of range; the message names it.
+    """
+
+    def __init__(
+        self,
+        victim: nn.Module,
+        *,
+        network: str | NetworkSpec = "cifar10",
+        T: int = 1000,
+        tau: float = 0.7,
+        t0: int = 50,
+        K: int = 15,
+        beta: float = 0.5,
+        seed: int = 0,
+        decisions: int | None = 200,
+        every: int | None = None,
+        N: int = 10,
+        K_max: int | None = None,
+        scores: str = "logits",
+        rule: str = "at_least",
+        t0_unit: str = "steps",
+        divide_by: str = "found",
+        keep_samples: bool = False,
+        z: str = "uniform",
+        z_scale: float | None = None,
+        jitter: float = 1 / 30,
+        init: str = "default",
+        padding: str = "zeros",
+        lr: float = 0.01,
+        dtype: str = "float32",
+        stack_size: int = 32,
+        accelerator: str = "auto",
+        progress: bool = True,
+    ) -> None:
+        super().__init__()
+        self.stitch_options = StitchOptions(
+            tau=tau, t0=t0, K=K, beta=beta, rule=rule, t0_unit=t0_unit, divide_by=divide_by
+        )
+        self.decide_options = DecideOptions(
+            T=T,
+            decisions=None if every is not None else decisions,
+            every=every,
+            N=N,
+            scores=scores,
+            K_max=max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K),
+            keep_samples=keep_samples,
+        )
+        self.fit_options = FitOptions(
+            network=network,
+            seed=seed,
+            z=z,
+            z_scale=z_scale,
+            jitter=jitter,
+            init=init,
+            padding=padding,
+            lr=lr,
+            dtype=dtype,
+        )
+        self.stack_size = check_int(stack_size, name="stack_size", low=1)
+        self.accelerator = check_choice(accelerator, ACCELERATORS, name="accelerator")
+        self.progress = progress
+        self._decide = Decider(victim)
+        self.victim = victim
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that a result depends on besides the images and the victim, as JSON can hold it."""
+        return {**self.fit_options.as_settings(), **asdict(self.decide_options), **asdict(self.stitch_options)}
+
+    def defend_stacks(
+        self, images: Tensor, *, indices: Sequence[int] | None = None, logger: Logger | None = None
+    ) -> Iterator[DefenseResult]:
+        """Defend images stack by stack, giving each stack's result as soon as it is there.
+
+        Args:
+            images: [N, 3, H, W] in [0, 1].
+            indices: Their indices in the data set, which settle their random draws; 0 ... N-1 by default.
+            logger: A Lightning logger for the means over each stack.
+
+        Raises:
+            TypeError, ValueError: Bad images, indices or victim; before the first fit.
+        """
+        check_images(images)
+        order = list(range(len(images))) if indices is None else [int(i) for i in indices]
+        if len(order) != len(images):
+            raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
+        self._check_victim(images[:1])
+        T = self.decide_options.T
+        with progress_bar(images=len(images), T=T, show=self.progress) as bar:
+            for number, first in enumerate(range(0, len(images), self.stack_size)):
+                part = slice(first, first + self.stack_size)
+                advance = FitProgress(bar, images=len(order[part]))
+                yield self._defend_stack(
+                    images[part], order[part], logger=logger, first_step=number * T, progress=advance
+                )
+
+    def defend(
+        self, images: Tensor, *, indices: Sequence[int] | None = None, logger: Logger | None = None
+    ) -> DefenseResult:
+        """Defend images; see :meth:`defend_stacks` for the arguments and errors."""
+        return DefenseResult.join(list(self.defend_stacks(images, indices=indices, logger=logger)))
+
+    def purify(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] in [0, 1] -> reconstructions of the same shape, range, dtype and device."""
+        return self.defend(images).reconstructions
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The victim's logits on the purified images, [N, C]."""
+        return self._decide(self.purify(images))
+
+    def _defend_stack(
+        self, images: Tensor, indices: list[int], *, logger: Logger | None, first_step: int, progress: FitProgress
+    ) -> DefenseResult:
+        done = fit_stack(
+            images,
+            victim=self.victim,
+            indices=indices,
+            fit=self.fit_options,
+            decide=self.decide_options,
+            stitch=self.stitch_options,
+            device=self._device(images),
+            logger=logger,
+            first_step=first_step,
+            callbacks=[progress],
+        )
+        start = time.perf_counter()
+        reconstructions = torch.stack([r.image for r in done.reconstructions]).to(images)
+        after = self._decide(reconstructions).argmax(dim=1)
+        done.seconds["decide"] += time.perf_counter() - start
+        return DefenseResult(
+            reconstructions=reconstructions,
+            decisions_before=torch.tensor([t.given_decision for t in done.traces]),
+            decisions_after=after.cpu(),
+            traces=done.traces,
+            reasons=[r.reason for r in done.reconstructions],
+            crossings=[len(r.used) for r in done.reconstructions],
+            seconds=done.seconds,
+        )
+
+    def _check_victim(self, images: Tensor) -> None:
+        text = probability_warning(self._decide(images))
+        if text is not None:
+            warnings.warn(text, UserWarning, stacklevel=3)
+
+    def _device(self, images: Tensor) -> torch.device:
+        if self.accelerator == "cpu":
+            return torch.device("cpu")
+        if self.accelerator == "gpu":
+            if not torch.cuda.is_available():
+                raise ValueError("`accelerator` must be 'cpu' or 'auto' on a machine without a GPU, got 'gpu'")
+            return images.device if images.device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+        device = device_of(self.victim, images.device)
+        return device if device.type in ("cpu", "cuda") else torch.device("cpu")

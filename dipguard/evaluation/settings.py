@@ -1,0 +1,97 @@
+"""From the settings to what the parts are called with, and to what a run is known by."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from torch import nn
+
+from dipguard.attacks import Attack
+from dipguard.config import TrainConfig
+from dipguard.data import ImageSet
+from dipguard.defenses import DIPGuard
+from dipguard.evaluation.files import tensor_digest
+from dipguard.version import __version__
+
+ASIDE = ("logger", "trainer", "report")
+"""Config groups that no result depends on."""
+
+
+def choose_device(accelerator: str) -> torch.device:
+    """``auto`` is the GPU where there is one.
+
+    Raises:
+        ValueError: ``gpu`` on a machine without one.
+    """
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("`trainer.accelerator` must be auto or cpu on a machine without a GPU, got 'gpu'")
+    use_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
+    return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+
+
+def data_options(config: TrainConfig) -> dict[str, Any]:
+    """What the data set's loader is called with: the keys that are set; it refuses those that it does not know."""
+    values = asdict(config.data)
+    for name in ("name", "options"):
+        del values[name]
+    # The path is always passed, so that a loader that needs one says so.
+    kept = {name: value for name, value in values.items() if value is not None or name == "path"}
+    return kept | dict(config.data.options)
+
+
+def attack_options(config: TrainConfig) -> dict[str, Any]:
+    """What :func:`dipguard.attacks.build_attack` is called with besides the name and the victim."""
+    attack = config.attack
+    return {"eps_255": attack.eps_255, "seed": config.seed, "batch_size": attack.batch_size, **attack.options}
+
+
+def guard_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """What :class:`dipguard.DIPGuard` is built with."""
+    values = config.to_dict()
+    del values["defense"]["name"]
+    return {
+        **values["defense"],
+        **values["fit"],
+        "network": values["network"]["name"],
+        "seed": config.seed,
+        "accelerator": "gpu" if device.type == "cuda" else "cpu",
+        "progress": config.trainer.progress,
+    }
+
+
+def fingerprint(config: TrainConfig, clean: ImageSet, victim: nn.Module) -> dict[str, Any]:
+    """What a run's results depend on. Files count by what they hold, not by where they lie."""
+    values = config.to_dict()
+    for group in ASIDE:
+        del values[group]
+    del values["fit"]["stack_size"]
+    for group, key in (("data", "path"), ("data", "labels_csv"), ("victim", "weights")):
+        del values[group][key]
+    values["data"]["content"] = tensor_digest([clean.images, clean.labels, clean.indices])
+    values["victim"]["content"] = tensor_digest(victim.state_dict().values())
+    return values
+
+
+def description(config: TrainConfig, attack: Attack, guard: DIPGuard, device: torch.device) -> dict[str, Any]:
+    """All that a run was made with, for its metrics.json."""
+    values = config.to_dict()
+    values["attack"]["settings"] = dict(attack.settings)
+    values["guard"] = guard.settings
+    values["versions"] = {
+        "dipguard": __version__,
+        "torch": torch.__version__,
+        "pytorch_lightning": version("pytorch-lightning"),
+        "python": platform.python_version(),
+    }
+    values["device"] = _device_name(device)
+    return values
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({torch.get_num_threads()} threads)"

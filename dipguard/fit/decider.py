@@ -1,0 +1,43 @@
+"""The victim as the callbacks see it: in eval mode, without gradients, and handed back as it was."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dipguard.checks import check_int
+from dipguard.classifier import check_is_module, check_logits, eval_mode
+
+
+class Decider:
+    """Images to logits.
+
+    The victim stays where it is: images travel to its device, logits back. Nothing of it is changed.
+
+    Args:
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
+        batch: Most images at once, at least 1.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range.
+    """
+
+    def __init__(self, victim: nn.Module, *, batch: int = 512) -> None:
+        self.victim = check_is_module(victim)
+        self.batch = check_int(batch, name="batch", low=1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits [n, C] of ``images``, float32 at least, on the images' device.
+
+        Raises:
+            TypeError, ValueError: The victim returns something other than logits [n, C].
+        """
+        with torch.inference_mode(False), torch.no_grad(), eval_mode(self.victim):
+            parts = [self._logits(chunk) for chunk in images.detach().split(self.batch)]
+        return torch.cat(parts)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        reference = next((p for p in self.victim.parameters() if p.is_floating_point()), images)
+        output = self.victim(images.to(device=reference.device, dtype=reference.dtype))
+        logits = check_logits(output, count=len(images)).to(images.device)
+        return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,170 @@
+"""The stacked DIP fit as a LightningModule (Eq. 2; Algorithm 1, lines 1-8)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypedDict
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from dipguard.checks import check_choice, check_float, check_images
+from dipguard.fit.noise import Jitter, draw_z
+from dipguard.fit.record import StackRecord
+from dipguard.networks import INITS, PADDINGS, NetworkSpec, build, resolve
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitOptions:
+    """How the DIP network is fitted: appendix B, and the readings that the paper leaves open.
+
+    Attributes:
+        network: A preset of appendix B, or a spec.
+        seed: Seed of weights, z and jitter.
+        z: ``uniform`` (appendix B) or ``gaussian`` (section 3.1).
+        z_scale: Upper end or standard deviation of z; None takes the preset's (appendix B).
+        jitter: Standard deviation of the noise added to z at each step; 0 for none.
+        init: ``default`` (PyTorch's) or ``xavier`` (Algorithm 1, line 1).
+        padding: ``zeros`` or ``reflect``.
+        lr: Adam's learning rate (appendix B: 0.01, no decay).
+        dtype: ``float32`` or ``float64``.
+    """
+
+    network: str | NetworkSpec = "cifar10"
+    seed: int = 0
+    z: str = "uniform"
+    z_scale: float | None = None
+    jitter: float = 1 / 30
+    init: str = "default"
+    padding: str = "zeros"
+    lr: float = 0.01
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        resolve(self.network)
+        check_float(self.jitter, name="jitter", low=0.0)
+        check_choice(self.z, ("uniform", "gaussian"), name="z")
+        if self.z_scale is not None and check_float(self.z_scale, name="z_scale", low=0.0) == 0:
+            raise ValueError("`z_scale` must be above 0, got 0")
+        check_choice(self.init, INITS, name="init")
+        check_choice(self.padding, PADDINGS, name="padding")
+        if check_float(self.lr, name="lr", low=0.0) == 0:
+            raise ValueError("`lr` must be above 0, got 0")
+        check_choice(self.dtype, DTYPES, name="dtype")
+
+    def as_settings(self) -> dict[str, Any]:
+        """The options as JSON can hold them, z_scale resolved."""
+        settings = asdict(self)
+        spec = resolve(self.network)
+        if isinstance(self.network, NetworkSpec):
+            settings["network"] = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(spec).items()}
+        settings["z_scale"] = spec.z_scale if self.z_scale is None else self.z_scale
+        return settings
+
+
+class StepOutput(TypedDict):
+    """What one training step hands to Lightning and to the callbacks.
+
+    Attributes:
+        loss: Sum over images of the mean squared error, so that no image's gradient depends on B.
+        reconstructions: x(t), before this step's update, [B, 3, H, W].
+        errors: Mean squared error of each image, [B].
+    """
+
+    loss: Tensor
+    reconstructions: Tensor
+    errors: Tensor
+
+
+class StackedDIP(pl.LightningModule):
+    """B images, B independent DIP networks, one optimiser.
+
+    Adam acts on each number alone, so one Adam over stacked parameters is B Adams. Batch item and data play no role:
+    the images are the module's own, and the Trainer's ``max_steps`` is the paper's T.
+
+    Args:
+        images: The given images x0, [B, 3, H, W] in [0, 1].
+        indices: Their indices in the data set, 0 ... B-1 by default; every random draw of an image depends on (seed,
+            index) alone.
+        options: See :class:`FitOptions`.
+
+    Raises:
+        TypeError, ValueError: Bad images or options, or images too small for the network.
+    """
+
+    given: Tensor
+    z: Tensor
+
+    def __init__(
+        self, images: Tensor, *, indices: Sequence[int] | None = None, options: FitOptions | None = None
+    ) -> None:
+        super().__init__()
+        check_images(images)
+        self.options = options = FitOptions() if options is None else options
+        self.indices = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
+        if len(self.indices) != len(images):
+            raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(self.indices)}")
+        dtype = DTYPES[options.dtype]
+        self.net = build(
+            options.network,
+            stack_size=len(images),
+            seed=options.seed,
+            indices=self.indices,
+            init=options.init,
+            padding=options.padding,
+            dtype=dtype,
+        )
+        height, width = images.shape[-2:]
+        self.net.check_size(height, width)
+        shape = (self.net.spec.input_depth, height, width)
+        scale = self.net.spec.z_scale if options.z_scale is None else options.z_scale
+        z = draw_z(shape, indices=self.indices, seed=options.seed, kind=options.z, scale=scale)
+        self.register_buffer("z", z.to(dtype), persistent=False)
+        self.register_buffer("given", images.detach().to(dtype).clone(), persistent=False)
+        self._jitter: Jitter | None = None
+        self.record: StackRecord | None = None
+
+    def on_fit_start(self) -> None:
+        """Start the jitter's streams anew."""
+        if self.options.jitter > 0:
+            shape = (self.z.shape[1], self.z.shape[2], self.z.shape[3])
+            self._jitter = Jitter(shape, indices=self.indices, seed=self.options.seed, std=self.options.jitter)
+
+    def forward(self, z: Tensor) -> Tensor:
+        """All networks once: z [B, input_depth, H, W] -> [B, 3, H, W] in (0, 1)."""
+        out: Tensor = self.net(z)
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> StepOutput:
+        """Lines 3 and 7 of Algorithm 1."""
+        x = self.net(self.z if self._jitter is None else self._jitter.next(self.z))
+        errors = (x - self.given).square().flatten(1).mean(dim=1)
+        return {"loss": errors.sum(), "reconstructions": x.detach(), "errors": errors.detach()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Adam with its usual betas, fused into one pass over the numbers of each tensor."""
+        # The first moment at which the device is known; later, Adam's moments would have to follow the weights.
+        self.net.set_layout(channels_last=self.device.type == "cpu")
+        return torch.optim.Adam(self.net.parameters(), lr=self.options.lr, fused=True)
+
+    def train_dataloader(self) -> Sequence[int]:
+        """One step an item: the images are the module's own."""
+        return _Steps(max(1, int(self.trainer.max_steps)))
+
+
+class _Steps(Sequence[int]):
+    def __init__(self, count: int) -> None:
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return range(self._count)[index]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self._count))

@@ -1,0 +1,160 @@
+"""Runs one stacked fit on a Lightning Trainer, inside whatever the caller is doing."""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor, nn
+
+from dipguard.checks import check_choice, check_int
+from dipguard.decision import DecisionTrace, Reconstruction, sampled_steps
+from dipguard.decision.boundary import SCORES
+from dipguard.fit.boundary_detector import BoundaryDetector
+from dipguard.fit.decision_logger import DecisionLogger
+from dipguard.fit.module import FitOptions, StackedDIP
+from dipguard.fit.stitcher import Stitcher, StitchOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecideOptions:
+    """Which reconstructions the victim sees, and what of them is kept.
+
+    Attributes:
+        T: Optimiser steps (section 4.1: 1000 on CIFAR-10, 3000 on ImageNet).
+        decisions: Number of sampled steps.
+        every: Distance of sampled steps instead.
+        N: Sections of the grid of Eq. 5.
+        scores: ``logits`` or ``probabilities`` (Eq. 5).
+        K_max: The largest K that a replay may ask for.
+        keep_samples: Keep all sampled reconstructions.
+    """
+
+    T: int = 1000
+    decisions: int | None = 200
+    every: int | None = None
+    N: int = 10
+    scores: str = "logits"
+    K_max: int = 25
+    keep_samples: bool = False
+
+    def __post_init__(self) -> None:
+        sampled_steps(self.T, decisions=self.decisions, every=self.every)
+        check_int(self.N, name="N", low=1)
+        check_choice(self.scores, SCORES, name="scores")
+        check_int(self.K_max, name="K_max", low=1)
+
+
+@dataclass(frozen=True)
+class StackResult:
+    """What one stacked fit gave: per image a trace and a reconstruction; seconds by part (``fit``, ``decide``)."""
+
+    traces: list[DecisionTrace]
+    reconstructions: list[Reconstruction]
+    seconds: dict[str, float]
+
+
+def fit_stack(
+    images: Tensor,
+    *,
+    victim: nn.Module,
+    indices: Sequence[int],
+    fit: FitOptions,
+    decide: DecideOptions,
+    stitch: StitchOptions,
+    device: torch.device,
+    logger: Logger | None = None,
+    first_step: int = 0,
+    callbacks: Sequence[pl.Callback] = (),
+) -> StackResult:
+    """Fit B networks to B images, and defend each (Algorithm 1).
+
+    May be called under no_grad or inference_mode and inside another Trainer's loop. The global random state, the
+    gradient mode and the victim are left as they were.
+
+    Args:
+        images: x0, [B, 3, H, W] in [0, 1].
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
+        indices: The images' indices.
+        fit: How to fit.
+        decide: What the victim sees.
+        stitch: How a trace becomes an image.
+        device: Where to fit.
+        logger: A Lightning logger for the means over the stack.
+        first_step: Added to the logger's step numbers.
+        callbacks: More callbacks, run after ours.
+
+    Raises:
+        TypeError, ValueError: Bad images, options or victim.
+    """
+    start = time.perf_counter()
+    own = (
+        DecisionLogger(
+            victim,
+            decisions=decide.decisions,
+            every=decide.every,
+            K_max=decide.K_max,
+            keep_samples=decide.keep_samples,
+            first_step=first_step,
+        ),
+        BoundaryDetector(victim, N=decide.N, scores=decide.scores),
+        Stitcher(stitch, settings=asdict(decide)),
+    )
+    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), _quiet():
+        # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
+        module = StackedDIP(images, indices=indices, options=fit)
+        trainer = _trainer(decide.T, device=device, callbacks=[*own, *callbacks], logger=logger)
+        trainer.fit(module)
+    decide_seconds = sum(callback.seconds for callback in own)
+    seconds = {"fit": time.perf_counter() - start - decide_seconds, "decide": decide_seconds}
+    return StackResult(own[2].traces, own[2].reconstructions, seconds)
+
+
+def _trainer(T: int, *, device: torch.device, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
+    cuda = device.type == "cuda"
+    return pl.Trainer(
+        max_steps=T,
+        max_epochs=1,
+        accelerator=device.type if device.type != "cuda" else "gpu",
+        devices=[device.index or 0] if cuda else 1,
+        # Our fits are independent: they never join a cluster or process group that the caller's Trainer belongs to.
+        plugins=[LightningEnvironment()],
+        logger=logger if logger is not None else False,
+        callbacks=callbacks,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    # A Trainer prints some lines when it is made; one for each stack would bury the progress bar.
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def describe(*, fit: FitOptions, decide: DecideOptions) -> dict[str, Any]:
+    """All that a trace depends on besides the image and the victim, as JSON can hold it."""
+    return {**fit.as_settings(), **asdict(decide)}

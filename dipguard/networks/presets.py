@@ -1,0 +1,87 @@
+"""The networks of appendix B, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dipguard.checks import check_choice
+
+
+@dataclass(frozen=True)
+class NetworkSpec:
+    """Figure 8's hyper-parameters, one entry a scale, finest scale first.
+
+    Attributes:
+        n_d: Filters of the downsampling convolutions.
+        n_u: Filters of the upsampling convolutions.
+        n_s: Filters of the skip connections; 0 leaves a scale's skip out.
+        k_d: Kernel sizes of the downsampling convolutions.
+        k_u: Kernel sizes of the upsampling convolutions.
+        k_s: Kernel sizes of the skip connections.
+        input_depth: Channels of z.
+        z_scale: Upper end of U(0, z_scale), from which z is drawn.
+    """
+
+    n_d: tuple[int, ...]
+    n_u: tuple[int, ...]
+    n_s: tuple[int, ...]
+    k_d: tuple[int, ...]
+    k_u: tuple[int, ...]
+    k_s: tuple[int, ...]
+    input_depth: int = 4
+    z_scale: float = 1 / 30
+
+    def __post_init__(self) -> None:
+        lengths = {name: len(getattr(self, name)) for name in ("n_d", "n_u", "n_s", "k_d", "k_u", "k_s")}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            raise ValueError(f"a network's lists must have one entry a scale, at least one, got lengths {lengths}")
+        for name, low in (("n_d", 1), ("n_u", 1), ("n_s", 0), ("k_d", 1), ("k_u", 1), ("k_s", 1)):
+            if min(getattr(self, name)) < low:
+                raise ValueError(f"`{name}` must hold numbers of at least {low}, got {getattr(self, name)}")
+
+    @property
+    def scales(self) -> int:
+        """Number of scales."""
+        return len(self.n_d)
+
+    @property
+    def smallest_side(self) -> int:
+        """Shortest image side, pixels: the deepest scale must keep 2x2 pixels.
+
+        Normalisation of a single pixel gives 0 whatever the pixel is, so a 1x1 scale would pass nothing on.
+        """
+        return 2**self.scales + 1
+
+
+def _uniform(*, scales: int, filters: int, skips: int, kernel: int, z_scale: float) -> NetworkSpec:
+    return NetworkSpec(
+        n_d=(filters,) * scales,
+        n_u=(filters,) * scales,
+        n_s=(skips,) * scales,
+        k_d=(kernel,) * scales,
+        k_u=(kernel,) * scales,
+        k_s=(1,) * scales,
+        z_scale=z_scale,
+    )
+
+
+PRESETS: dict[str, NetworkSpec] = {
+    "cifar10": _uniform(scales=3, filters=32, skips=3, kernel=3, z_scale=1 / 30),
+    "imagenet": _uniform(scales=5, filters=64, skips=4, kernel=3, z_scale=1 / 100),
+    # The paper lists four k_s for the two scales of the small network; all are 1, so the first two are taken.
+    "small": _uniform(scales=2, filters=16, skips=4, kernel=2, z_scale=1 / 30),
+    "medium": _uniform(scales=3, filters=32, skips=3, kernel=3, z_scale=1 / 30),
+    "large": _uniform(scales=4, filters=48, skips=4, kernel=4, z_scale=1 / 30),
+}
+"""Appendix B; ``cifar10`` and ``medium`` are the same network."""
+
+
+def resolve(network: str | NetworkSpec) -> NetworkSpec:
+    """The spec of a preset's name; a spec is returned as it is.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    if isinstance(network, NetworkSpec):
+        return network
+    return PRESETS[check_choice(network, PRESETS, name="network")]

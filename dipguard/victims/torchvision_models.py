@@ -1,0 +1,78 @@
+"""Any classifier of torchvision, by its name: ResNet-101 is the paper's ImageNet victim."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dipguard.checks import check_choice, check_int
+from dipguard.victims.base import IMAGENET_MEAN, IMAGENET_STD, Normalised
+from dipguard.victims.weights import load_state_dict_strict
+
+
+def build(
+    *,
+    arch: str = "resnet101",
+    weights: str | Path | None = None,
+    num_classes: int = 1000,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Normalised:
+    """Return a torchvision classifier for images in [0, 1].
+
+    Args:
+        arch: torchvision's name of it, such as ``resnet101``.
+        weights: one of torchvision's names of weights for ``arch`` (``DEFAULT``, ``IMAGENET1K_V1``, ...), downloaded
+            once; or the path or https address of a state dict. None means ``DEFAULT``.
+        num_classes: number of classes of a state dict of your own; torchvision's own weights have 1000.
+        mean: per-channel mean of the normalisation; by default the weights' own, or ImageNet's usual.
+        std: per-channel standard deviation, likewise.
+
+    Raises:
+        ValueError: an unknown ``arch`` or weights name, or weights that do not fit or are damaged.
+        FileNotFoundError, RuntimeError: no weights file, or no download.
+    """
+    from torchvision import models
+
+    check_choice(arch, models.list_models(module=models), name="victim.arch")
+    check_int(num_classes, name="victim.num_classes", low=2)
+    names = models.get_model_weights(arch).__members__
+    chosen = "DEFAULT" if weights is None else str(weights)
+    if chosen in names:
+        if num_classes != 1000:
+            raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
+        preset = names[chosen].transforms()
+        network = _download(arch, names[chosen])
+        usual = preset.mean, preset.std
+    else:
+        _check_looks_like_file(chosen, arch=arch, names=list(names))
+        # Inception and GoogLeNet warn about slow initial weights unless told; these are overwritten at once.
+        extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
+        network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
+        load_state_dict_strict(network, chosen)
+        usual = IMAGENET_MEAN, IMAGENET_STD
+    return Normalised(network, mean=usual[0] if mean is None else mean, std=usual[1] if std is None else std)
+
+
+def _download(arch: str, weights: Any) -> nn.Module:
+    from torchvision import models
+
+    try:
+        network: nn.Module = models.get_model(arch, weights=weights)
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"`victim.weights`: {arch}'s weights {weights.name} could not be fetched from {weights.url}: {error}. "
+            "Download the file in another way and give its path as `victim.weights`"
+        ) from error
+    return network
+
+
+def _check_looks_like_file(chosen: str, *, arch: str, names: list[str]) -> None:
+    if "." not in chosen and "/" not in chosen and not Path(chosen).is_file():
+        raise ValueError(
+            f"`victim.weights` for {arch} must be one of {', '.join(names)}, or the path of a state dict, "
+            f"got {chosen!r}"
+        )

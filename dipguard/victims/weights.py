@@ -1,0 +1,109 @@
+"""Loading weights strictly (every key, every shape) and safely (no pickled code)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_HASHED = re.compile(r"-[0-9a-f]{8,}\.[^/]*$")  # name-<start of the file's sha256>.ext, which torch.hub verifies
+
+
+def load_state_dict_strict(
+    module: nn.Module, path_or_url: str | Path, *, argument: str = "victim.weights"
+) -> nn.Module:
+    """Load a state dict into ``module`` and return it; the module is unchanged if anything is wrong.
+
+    Takes what ``torch.save`` wrote (read with ``weights_only=True``) or a ``.safetensors`` file. A checkpoint may be a
+    dict with the entry ``state_dict``; the prefix ``module.`` (from DataParallel) is dropped; half precision becomes
+    float32.
+
+    Args:
+        module: the network that the weights are for.
+        path_or_url: file, or an https address, kept in torch.hub's cache. Where the address ends in the usual
+            ``name-<sha256 prefix>.ext``, the download is checked against it.
+        argument: name of the option, for messages.
+
+    Raises:
+        FileNotFoundError: no file at the path.
+        RuntimeError: the download failed.
+        ValueError: a damaged file, or one that holds something else than the weights of this network.
+    """
+    source = str(path_or_url)
+    if source.startswith("https://"):
+        state = _download(source, argument=argument)
+    else:
+        state = _read(Path(source).expanduser(), argument=argument)
+    weights = _unwrap(state, source=source, argument=argument)
+    _check_fit(module, weights, source=source, argument=argument)
+    module.load_state_dict(weights, strict=True)
+    return module
+
+
+def _download(url: str, *, argument: str) -> Any:
+    try:
+        return torch.hub.load_state_dict_from_url(
+            url, map_location="cpu", check_hash=bool(_HASHED.search(url)), weights_only=True
+        )
+    except Exception as error:  # urllib, hash, unpickling and disk errors share no base class
+        raise RuntimeError(
+            f"`{argument}`: the weights could not be fetched from {url}: {error}. "
+            f"Download the file in another way and give its path as `{argument}`"
+        ) from error
+
+
+def _read(path: Path, *, argument: str) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"`{argument}` must name an existing weights file, got {path}")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files surface as pickle, zip, runtime, end-of-file or key errors
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"`{argument}`: {path} is damaged or is no state dict saved by torch.save or safetensors: {reason}"
+        ) from error
+
+
+def _unwrap(state: Any, *, source: str, argument: str) -> dict[str, Tensor]:
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(
+            f"`{argument}`: {source} must hold a state dict (names -> tensors), or a dict with the entry 'state_dict'"
+        )
+    prefix = "module." if all(str(key).startswith("module.") for key in state) else ""
+    return {
+        str(key).removeprefix(prefix): value.float() if value.is_floating_point() else value
+        for key, value in state.items()
+    }
+
+
+def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, source: str, argument: str) -> None:
+    expected = module.state_dict()
+    problems: list[str] = []
+    # BatchNorm's step counters came with torch 0.4.1: older files lack them, and evaluation never reads them.
+    absent = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
+    extra = [key for key in weights if key not in expected]
+    wrong = [
+        f"{key} {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in expected.items()
+        if key in weights and weights[key].shape != value.shape
+    ]
+    for what, keys in (("missing", absent), ("unexpected", extra), ("of another shape", wrong)):
+        if keys:
+            more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
+            problems.append(f"{what}: {', '.join(keys[:3])}{more}")
+    if problems:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        raise ValueError(
+            f"`{argument}`: {source} does not hold the weights of this {type(module).__name__} "
+            f"({len(expected)} tensors, {count:,} parameters): " + "; ".join(problems)
+        )

@@ -1,0 +1,182 @@
+"""What holds for every attack: each test below runs for every row of `ATTACKS`."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from dipguard.attacks import ATTACKS, Attack, build_attack
+
+EVERY = pytest.mark.parametrize("name", sorted(ATTACKS))
+
+
+@EVERY
+def test_result_keeps_shape_dtype_range_and_the_given_images(digits_cnn, digits, name):
+    given = digits.images.clone()
+    attacked = build_attack(name, digits_cnn)(digits.images, digits.labels)
+    assert (attacked.shape, attacked.dtype) == (given.shape, given.dtype)
+    assert 0 <= attacked.min() <= attacked.max() <= 1
+    assert not attacked.requires_grad
+    assert torch.equal(digits.images, given)
+    assert attacked.data_ptr() != digits.images.data_ptr()
+
+
+@EVERY
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_no_grad_and_inference_mode_change_nothing(digits_cnn, digits, name, mode):
+    part = digits.select(0, 8)
+    attack = build_attack(name, digits_cnn)
+    expected = attack(part.images, part.labels)
+    with mode():
+        attacked = attack(part.images.clone(), part.labels.clone())
+        assert not torch.is_grad_enabled()
+    assert torch.equal(attacked, expected)
+    attacked.add_(0)  # an inference tensor would refuse outside of inference mode
+
+
+@EVERY
+def test_the_callers_random_state_is_untouched_and_ignored(digits_cnn, digits, name):
+    part = digits.select(0, 8)
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    first = build_attack(name, digits_cnn, seed=5)(part.images, part.labels)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(2)
+    assert torch.equal(build_attack(name, digits_cnn, seed=5)(part.images, part.labels), first)
+
+
+@EVERY
+def test_the_victim_is_left_as_it_was(digits_cnn, digits, name):
+    victim = digits_cnn.train()
+    try:
+        frozen = victim.network[1].eval()
+        victim.network[0].weight.requires_grad_(False)
+        modes = [module.training for module in victim.modules()]
+        flags = [p.requires_grad for p in victim.parameters()]
+        state = {key: value.clone() for key, value in victim.state_dict().items()}
+        build_attack(name, victim)(digits.images[:4], digits.labels[:4])
+        assert not frozen.training
+        assert [module.training for module in victim.modules()] == modes
+        assert [p.requires_grad for p in victim.parameters()] == flags
+        assert all(p.grad is None for p in victim.parameters())
+        assert all(torch.equal(value, state[key]) for key, value in victim.state_dict().items())
+    finally:
+        victim.eval().requires_grad_(True)
+
+
+@EVERY
+def test_whole_batches_do_not_depend_on_what_follows(digits_cnn, digits, name):
+    attack = build_attack(name, digits_cnn, batch_size=8)
+    few = attack(digits.images[:16], digits.labels[:16])
+    assert torch.equal(attack(digits.images, digits.labels)[:16], few)
+
+
+@EVERY
+def test_settings_hold_everything_and_are_json(digits_cnn, name):
+    settings = build_attack(name, digits_cnn, seed=3, batch_size=7).settings
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings.items() >= {"name": name, "seed": 3, "batch_size": 7}.items()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(4, 3, 32, 32, dtype=torch.uint8)}, TypeError, "`images`.*255"),
+        ({"images": torch.full((4, 3, 32, 32), 2.0)}, ValueError, "`images`.*\\[0, 1\\]"),
+        ({"images": torch.zeros(3, 32, 32)}, ValueError, "`images`.*4 dimensions"),
+        ({"images": torch.zeros(0, 3, 32, 32)}, ValueError, "`images`"),
+        ({"labels": torch.tensor([0, 1, 2])}, ValueError, "`labels`.*\\(4,\\)"),
+        ({"labels": torch.tensor([0, 1, 2, 10])}, ValueError, "`labels`.*below 10"),
+        ({"labels": torch.tensor([0, 1, 2, -1])}, ValueError, "`labels`.*at least 0"),
+        ({"labels": torch.zeros(4)}, TypeError, "`labels`.*integer"),
+        ({"indices": torch.tensor([0, 1])}, ValueError, "`indices`"),
+    ],
+)
+@EVERY
+def test_bad_input_is_refused(digits_cnn, digits, name, change, error, message):
+    given = {"images": digits.images[:4], "labels": digits.labels[:4]}
+    with pytest.raises(error, match=message):
+        build_attack(name, digits_cnn)(**{**given, **change})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "`seed`"),
+        ({"batch_size": 0}, ValueError, "`batch_size`"),
+        ({"batch_size": 2.5}, TypeError, "`batch_size`"),
+        ({"colour": "red"}, TypeError, "takes no option 'colour'"),
+    ],
+)
+@EVERY
+def test_bad_options_are_refused(digits_cnn, name, options, error, message):
+    with pytest.raises(error, match=message):
+        build_attack(name, digits_cnn, **options)
+
+
+def test_unknown_attacks_and_victims_are_refused(digits_cnn):
+    with pytest.raises(ValueError, match=r"`attack`.*none, fgsm, pgd, cw.*'magic'"):
+        build_attack("magic", digits_cnn)
+    with pytest.raises(TypeError, match="`victim`"):
+        build_attack("none", digits_cnn.forward)
+
+
+def test_a_victim_of_probabilities_is_a_warning(digits_cnn, digits):
+    with pytest.warns(UserWarning, match="probabilities"):
+        build_attack("fgsm", nn.Sequential(digits_cnn, nn.Softmax(1)))(digits.images[:4], digits.labels[:4])
+
+
+class _Careless(Attack):
+    """An attack as a user might add it, that breaks a promise in the way it is told to."""
+
+    name = "careless"
+    norm = "Linf"
+    budget = 8 / 255
+
+    def __init__(self, victim, change):
+        super().__init__(victim, batch_size=3)
+        self.change = change
+
+    def attack_batch(self, images, labels):
+        return self.change(images)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x + 0.02, "left \\[0, 1\\]"),
+        (lambda x: (x + 0.04).clamp(0, 1), "changed a pixel by 0.04, its budget is 0.0313"),
+        (lambda x: x * float("nan"), "NaN"),
+        (lambda x: x[:2], "returned \\(2, 3, 32, 32\\)"),
+        (lambda x: x.double(), "torch.float64"),
+    ],
+)
+def test_a_careless_attack_is_caught(digits_cnn, digits, change, message):
+    with pytest.raises(RuntimeError, match=f"'careless'.*{message}"):
+        _Careless(digits_cnn, change)(digits.images[:4], digits.labels[:4])
+
+
+def test_rounding_is_no_breach(digits_cnn, digits):
+    attack = _Careless(digits_cnn, lambda x: (x + 8 / 255 + 5e-7).clamp(0, 1))
+    assert attack(digits.images[:4], digits.labels[:4]).shape == (4, 3, 32, 32)
+
+
+def test_an_attack_may_change_its_own_copy_of_the_images(digits_cnn, digits):
+    attack = _Careless(digits_cnn, lambda x: x.add_(0.5).clamp_(0, 1))
+    with pytest.raises(RuntimeError, match=r"changed a pixel by 0.5"):
+        attack(digits.images[:4], digits.labels[:4])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@EVERY
+def test_the_attack_follows_the_victim_to_the_gpu(digits_cnn, digits, name):
+    attack = build_attack(name, digits_cnn)
+    try:
+        digits_cnn.cuda()
+        before = torch.cuda.get_rng_state()
+        attacked = attack(digits.images[:8], digits.labels[:8])
+        assert attacked.device == digits.images.device
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    finally:
+        digits_cnn.cpu()

@@ -1,0 +1,112 @@
+import pytest
+import torch
+from pytorch_lightning import LightningModule, Trainer
+
+from dipguard.data import ImageDataModule, ImageSet
+from dipguard.data.base import resize
+
+
+@pytest.fixture
+def five() -> ImageSet:
+    images = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    return ImageSet(images, torch.tensor([0, 1, 2, 0, 1]), torch.arange(100, 105), ("a", "b", "c"), "five")
+
+
+@pytest.mark.parametrize(
+    ("offset", "limit", "expected"),
+    [(0, None, [100, 101, 102, 103, 104]), (1, 2, [101, 102]), (4, 9, [104]), (3, None, [103, 104])],
+)
+def test_select_keeps_each_images_index_and_label(five, offset, limit, expected):
+    part = five.select(offset, limit)
+    assert part.indices.tolist() == expected
+    rows = [index - 100 for index in expected]
+    assert torch.equal(part.images, five.images[rows])
+    assert torch.equal(part.labels, five.labels[rows])
+    assert (part.classes, part.name) == (five.classes, five.name)
+
+
+def test_selecting_twice_keeps_the_first_index(five):
+    assert five.select(1).select(2, 1).indices.tolist() == [103]
+
+
+@pytest.mark.parametrize(
+    ("offset", "limit", "error", "name"),
+    [
+        (5, None, ValueError, "offset"),
+        (-1, None, ValueError, "offset"),
+        (0, 0, ValueError, "limit"),
+        (0, -3, ValueError, "limit"),
+        (1.5, None, TypeError, "offset"),
+        (0, "2", TypeError, "limit"),
+    ],
+)
+def test_select_refuses(five, offset, limit, error, name):
+    with pytest.raises(error, match=f"`{name}`"):
+        five.select(offset, limit)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(5, 3, 4, 4, dtype=torch.uint8)}, TypeError, "`images`.*255"),
+        ({"images": torch.full((5, 3, 4, 4), 1.5)}, ValueError, "`images`.*\\[0, 1\\]"),
+        ({"images": torch.full((5, 3, 4, 4), float("nan"))}, ValueError, "`images`.*NaN"),
+        ({"images": torch.zeros(5, 1, 4, 4)}, ValueError, "`images`.*3 channels"),
+        ({"images": torch.zeros(0, 3, 4, 4)}, ValueError, "`images`.*at least one"),
+        ({"labels": torch.zeros(4, dtype=torch.long)}, ValueError, "`labels`.*\\(5,\\)"),
+        ({"labels": torch.tensor([0, 1, 2, 3, 0])}, ValueError, "`labels`.*below 3"),
+        ({"labels": torch.tensor([0, 1, -2, 2, 0])}, ValueError, "`labels`.*at least 0"),
+        ({"labels": torch.zeros(5)}, TypeError, "`labels`.*integer"),
+        ({"indices": torch.tensor([1, 2, 3, 4, 1])}, ValueError, "`indices`.*different"),
+        ({"indices": torch.tensor([1, 2, 3, 4, -1])}, ValueError, "`indices`"),
+    ],
+)
+def test_image_set_refuses(five, change, error, message):
+    fields = {"images": five.images, "labels": five.labels, "indices": five.indices, "classes": five.classes}
+    with pytest.raises(error, match=message):
+        ImageSet(**{**fields, **change})
+
+
+def test_image_set_holds_float32_and_int64(five):
+    made = ImageSet(five.images.double(), five.labels.int(), five.indices.short())
+    assert (made.images.dtype, made.labels.dtype, made.indices.dtype) == (torch.float32, torch.int64, torch.int64)
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 9])
+def test_resize_keeps_range_and_a_constant_picture(size):
+    flat = torch.full((1, 3, 4, 4), 0.25)
+    checkers = torch.tensor([[0.0, 1.0], [1.0, 0.0]]).repeat(2, 2).expand(1, 3, 4, 4)
+    assert torch.allclose(resize(flat, size), torch.full((1, 3, size, size), 0.25))
+    assert 0 <= resize(checkers, size).min() <= resize(checkers, size).max() <= 1
+
+
+def test_halving_averages_because_it_is_antialiased():
+    row = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0]).expand(1, 3, 8, 8)
+    assert (resize(row, 4)[..., 1:-1, 1:-1] - 0.5).abs().max() < 0.13
+
+
+@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (-4, ValueError), (3.0, TypeError)])
+def test_resize_refuses(size, error):
+    with pytest.raises(error, match="`size`"):
+        resize(torch.zeros(1, 3, 4, 4), size)
+
+
+class _Echo(LightningModule):
+    def predict_step(self, batch):
+        return batch
+
+
+def test_trainer_predict_sees_every_image_once_in_order(five):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    batches = trainer.predict(_Echo(), datamodule=ImageDataModule(five, batch_size=2))
+    images, labels, indices = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert [len(batch[0]) for batch in batches] == [2, 2, 1]
+    assert torch.equal(images, five.images)
+    assert torch.equal(labels, five.labels)
+    assert torch.equal(indices, five.indices)
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_workers": -1}])
+def test_data_module_refuses(five, options):
+    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
+        ImageDataModule(five, **options)

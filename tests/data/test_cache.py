@@ -1,0 +1,30 @@
+from pathlib import Path
+
+import pytest
+
+from dipguard.data.cache import cache_folder
+
+
+@pytest.mark.parametrize(
+    ("own", "xdg", "expected"),
+    [
+        ("/one", "/two", "/one/victims"),
+        (None, "/two", "/two/dipguard/victims"),
+        ("", "", "/home/someone/.cache/dipguard/victims"),
+        ("~/kept", None, "/home/someone/kept/victims"),
+    ],
+)
+def test_the_first_that_is_set_counts(monkeypatch, own, xdg, expected):
+    monkeypatch.setenv("HOME", "/home/someone")
+    for name, value in (("DIPGUARD_CACHE", own), ("XDG_CACHE_HOME", xdg)):
+        if value is None:
+            monkeypatch.delenv(name, raising=False)
+        else:
+            monkeypatch.setenv(name, value)
+    assert cache_folder("victims") == Path(expected)
+
+
+def test_asking_creates_nothing(monkeypatch, tmp_path):
+    monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "cache"))
+    cache_folder("victims")
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,171 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dipguard.data import load_data
+
+RNG = np.random.default_rng(1)
+
+
+def _picture(path, size=(6, 5), mode="RGB"):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels).convert(mode)
+    picture.save(path)
+    return np.array(picture.convert("RGB"))
+
+
+def _table(folder, text, name="labels.csv"):
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b", "a", "c"):
+        _picture(tmp_path / "pictures" / f"{name}.png")
+    return tmp_path / "pictures"
+
+
+def test_subfolders_are_classes_in_alphabetical_order(tmp_path):
+    dog, cat = _picture(tmp_path / "dog" / "1.png"), _picture(tmp_path / "cat" / "2.bmp")
+    deeper = _picture(tmp_path / "cat" / "more" / "3.PNG")
+    (tmp_path / "cat" / "notes.txt").write_text("no picture")
+    _picture(tmp_path / ".hidden" / "4.png")
+    loaded = load_data("image_folder", path=tmp_path)
+    assert loaded.classes == ("cat", "dog")
+    assert loaded.labels.tolist() == [0, 0, 1]
+    found = (loaded.images * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(found, np.stack([cat, deeper, dog]))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
+def test_other_8_bit_modes_are_read_as_rgb(tmp_path, mode):
+    pixels = _picture(tmp_path / "x" / "1.png", mode=mode)
+    loaded = load_data("image_folder", path=tmp_path)
+    assert np.array_equal((loaded.images[0] * 255).round().byte().permute(1, 2, 0).numpy(), pixels)
+
+
+def test_csv_rows_give_order_index_and_label_by_file_name_or_id(folder):
+    table = _table(folder, "picture,what\nc,4\na.png,0\nb,7\n")
+    options = {"path": folder, "labels_csv": table, "image_column": "picture", "label_column": "what"}
+    whole = load_data("image_folder", **options)
+    part = load_data("image_folder", offset=1, limit=1, **options)
+    assert whole.labels.tolist() == [4, 0, 7]
+    assert part.indices.tolist() == [1]
+    assert torch.equal(part.images[0], whole.images[1])
+    assert torch.equal(whole.images[0], load_data("image_folder", limit=1, **options).images[0])
+
+
+def test_label_base_1_makes_labels_0_based(folder):
+    table = _table(folder, "image,label\na,1\nb,1000\n")
+    loaded = load_data("image_folder", path=folder, labels_csv=table, label_base=1)
+    assert loaded.labels.tolist() == [0, 999]
+
+
+def test_only_the_pictures_asked_for_are_read(folder):
+    (folder / "b.png").write_bytes(b"not a picture")
+    table = _table(folder, "image,label\na,0\nb,1\nc,2\n")
+    loaded = load_data("image_folder", path=folder, labels_csv=table, offset=2)
+    assert loaded.labels.tolist() == [2]
+
+
+def test_size_resizes_pictures_of_any_size(tmp_path):
+    _picture(tmp_path / "x" / "1.png", size=(9, 4))
+    _picture(tmp_path / "x" / "2.png", size=(3, 20))
+    assert load_data("image_folder", path=tmp_path, size=8).images.shape == (2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"2\.png.*\(20, 3\).*1\.png.*\(4, 9\).*`size`"):
+        load_data("image_folder", path=tmp_path)
+
+
+def test_real_neurips_2017_pictures(real_data):
+    root = real_data / "nips2017"
+    loaded = load_data(
+        "image_folder",
+        path=root / "images",
+        labels_csv=root / "images.csv",
+        image_column="ImageId",
+        label_column="TrueLabel",
+        label_base=1,
+        limit=3,
+        size=224,
+    )
+    assert loaded.images.shape == (3, 3, 224, 224)
+    assert loaded.labels[:2].tolist() == [305, 883]  # TrueLabel 306 and 884
+    with Image.open(root / "images" / "0c7ac4a8c9dfa802.png") as picture:
+        smaller = picture.convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)
+    expected = torch.from_numpy(np.array(smaller)).permute(2, 0, 1) / 255
+    assert (loaded.images[0] - expected).abs().max() < 1.5 / 255
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture at all"])
+def test_an_unreadable_picture_is_named(folder, content):
+    (folder / "b.png").write_bytes(content)
+    table = _table(folder, "image,label\na,0\nb,1\n")
+    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+        load_data("image_folder", path=folder, labels_csv=table)
+
+
+def test_a_cut_off_picture_is_named(folder):
+    (folder / "b.png").write_bytes((folder / "b.png").read_bytes()[:90])
+    with pytest.raises(ValueError, match=r"b\.png cannot be read"):
+        load_data("image_folder", path=folder, labels_csv=_table(folder, "image,label\nb,1\n"))
+
+
+def test_a_16_bit_picture_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    Image.fromarray(np.full((4, 4), 40000, dtype=np.uint16)).save(tmp_path / "x" / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png.*8-bit"):
+        load_data("image_folder", path=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        ("image,label\n", ValueError, "no rows"),
+        ("", ValueError, "`image_column`.*no column 'image'"),
+        ("image,class\na,1\n", ValueError, "`label_column`.*'label'.*'class'"),
+        ("image,label\na,0\nzebra,1\n", FileNotFoundError, "line 3.*'zebra'"),
+        ("image,label\n../labels,0\n", FileNotFoundError, "line 2"),
+        ("image,label\na,cat\n", ValueError, "line 2.*'cat'.*integer"),
+        ("image,label\na,\n", ValueError, "line 2.*integer"),
+        ("image,label\na\n", ValueError, "line 2.*integer"),
+        ("image,label\na,-1\n", ValueError, "line 2.*below"),
+    ],
+)
+def test_a_bad_csv_is_refused_with_its_line(folder, text, error, message):
+    with pytest.raises(error, match=message):
+        load_data("image_folder", path=folder, labels_csv=_table(folder, text))
+
+
+def test_label_0_with_base_1_is_refused(folder):
+    with pytest.raises(ValueError, match="label 0 is below `label_base` 1"):
+        load_data("image_folder", path=folder, labels_csv=_table(folder, "image,label\na,0\n"), label_base=1)
+
+
+def test_an_id_shared_by_two_pictures_is_refused(folder):
+    _picture(folder / "a.bmp")
+    table = _table(folder, "image,label\na,0\n")
+    with pytest.raises(ValueError, match=r"a\.bmp, a\.png"):
+        load_data("image_folder", path=folder, labels_csv=table)
+
+
+def test_a_flat_folder_without_csv_says_what_to_do(folder):
+    with pytest.raises(ValueError, match=r"no sub-folders.*sub-folder.*`labels_csv`"):
+        load_data("image_folder", path=folder)
+
+
+def test_missing_things_are_named(tmp_path, folder):
+    with pytest.raises(ValueError, match="`path`"):
+        load_data("image_folder")
+    with pytest.raises(FileNotFoundError, match=r"`path`.*nowhere"):
+        load_data("image_folder", path=tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"`labels_csv`.*none\.csv"):
+        load_data("image_folder", path=folder, labels_csv=tmp_path / "none.csv")
+    (tmp_path / "empty" / "class").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="holds no picture"):
+        load_data("image_folder", path=tmp_path / "empty")
+    with pytest.raises(ValueError, match="`label_base`"):
+        load_data("image_folder", path=folder, labels_csv=tmp_path, label_base=2)

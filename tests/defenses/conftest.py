@@ -1,0 +1,3 @@
+from tests.fit.conftest import images, victim
+
+__all__ = ["images", "victim"]

@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dipguard.evaluation.files import (
+    file_digest,
+    read_json,
+    tensor_digest,
+    write_bytes,
+    write_json,
+    write_npz,
+    write_text,
+)
+
+
+def test_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.txt"
+    write_text(path, "one")
+    write_text(path, "zwei \N{LATIN SMALL LETTER U WITH DIAERESIS}")
+    assert path.read_text(encoding="utf-8").startswith("zwei")
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_failed_write_leaves_no_remains(tmp_path: Path) -> None:
+    (tmp_path / "a.bin" / "inner").mkdir(parents=True)
+    with pytest.raises(OSError, match=r"a\.bin"):
+        write_bytes(tmp_path / "a.bin", b"new")
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_json_goes_there_and_back(tmp_path: Path) -> None:
+    value = {"a": [1, 2.5, None, "x"], "b": {"c": True}}
+    assert read_json(write_json(tmp_path / "a.json", value)) == value
+
+
+def test_nan_is_no_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "a.json", float("nan"))
+
+
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    path = write_bytes(tmp_path / "a.json", content)
+    with pytest.raises(ValueError, match=r"a\.json must hold JSON, but it is damaged"):
+        read_json(path)
+
+
+def test_arrays_need_no_pickle(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", x=np.arange(3), y=np.float64(0.5))
+    with np.load(path, allow_pickle=False) as saved:
+        assert saved["x"].tolist() == [0, 1, 2]
+        assert float(saved["y"]) == 0.5
+
+
+def test_digest_sees_values_shapes_and_types() -> None:
+    x = torch.arange(6.0)
+    digests = {
+        tensor_digest(tensors)
+        for tensors in ([x], [x + 1], [x.view(2, 3)], [x.double()], [x[:3], x[3:]], [x[3:], x[:3]])
+    }
+    assert len(digests) == 6
+    assert tensor_digest([x]) == tensor_digest([x.clone().requires_grad_(True)])
+    assert tensor_digest([x.view(2, 3).t()]) == tensor_digest([x.view(2, 3).t().contiguous()])
+
+
+def test_file_digest_is_sha256(tmp_path: Path) -> None:
+    path = write_bytes(tmp_path / "a", b"abc")
+    assert file_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

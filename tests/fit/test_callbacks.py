@@ -1,0 +1,212 @@
+"""Algorithm 1, lines 4-19, as the callbacks do it, against the slow and literal form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.demos.boring_classes import BoringModel
+from torch import Tensor, nn
+
+from dipguard.decision import DecisionTrace, quality, sampled_steps, stitch
+from dipguard.fit import (
+    BoundaryDetector,
+    DecideOptions,
+    DecisionLogger,
+    FitOptions,
+    StackedDIP,
+    Stitcher,
+    StitchOptions,
+    fit_stack,
+)
+from dipguard.victims import build_victim
+
+CPU = torch.device("cpu")
+
+
+def defend(images: Tensor, victim: nn.Module, *, T: int = 60, stitching: dict | None = None, **decide: Any) -> Any:
+    return fit_stack(
+        images,
+        victim=victim,
+        indices=range(len(images)),
+        fit=FitOptions(network="small", jitter=0.1),
+        decide=DecideOptions(**{"T": T, "decisions": None, "every": 2, "keep_samples": True, **decide}),
+        stitch=StitchOptions(**{"tau": 0.3, "t0": 10, "K": 5, **(stitching or {})}),
+        device=CPU,
+    )
+
+
+def literal(trace: DecisionTrace, victim: nn.Module, *, tau: float, t0: int, K: int, beta: float, N: int) -> Tensor:
+    """Lines 9-18 of Algorithm 1, one image and one number after the other."""
+    X, x0 = trace.samples, trace.given
+    assert X is not None
+    victim = victim.eval()
+    with torch.no_grad():
+        Y = [int(victim(x[None]).argmax()) for x in X]
+        X_db = []
+        for i, t in enumerate(trace.steps.tolist()[:-1]):
+            if t < t0:
+                continue
+            v = float(quality(X[i][None], x0[None]))
+            if Y[i] != Y[i + 1] and v >= tau:
+                errors = {}
+                for n in range(N + 1):
+                    f = victim((n / N * X[i] + (1 - n / N) * X[i + 1])[None])[0]
+                    errors[n] = float((f[Y[i]] - f[Y[i + 1]]).abs())
+                best = min(errors, key=lambda n: errors[n])
+                X_db.append(best / N * X[i] + (1 - best / N) * X[i + 1])
+        if not X_db:
+            last = list(X)[-K:]
+            return sum(last) / len(last)
+        I_K = X_db[-K:]
+        manifold = [x_db + beta * (x_db - x0) for x_db in I_K]
+        return (sum(manifold) / len(manifold)).clamp(0, 1)
+
+
+@pytest.fixture(scope="module")
+def real(real_data: Path) -> tuple[Tensor, nn.Module]:
+    stored = np.load(real_data / "cifar10" / "tune.npz")["images"][:4]
+    images = torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 255
+    return images, build_victim("cifar10_resnet20", weights=str(real_data / "weights" / "resnet20-12fca82f.th"))
+
+
+@pytest.mark.parametrize(
+    ("tau", "t0", "K", "beta"), [(0.3, 10, 5, 0.5), (0.0, 0, 25, 0.0), (0.2, 30, 2, 1.5), (1.0, 0, 7, 0.5)]
+)
+def test_equals_the_literal_algorithm_on_real_traces(
+    real: tuple[Tensor, nn.Module], tau: float, t0: int, K: int, beta: float
+) -> None:
+    images, victim = real
+    done = defend(images, victim, stitching={"tau": tau, "t0": t0, "K": K, "beta": beta})
+    for trace, rebuilt in zip(done.traces, done.reconstructions, strict=True):
+        expected = literal(trace, victim, tau=tau, t0=t0, K=K, beta=beta, N=10)
+        torch.testing.assert_close(rebuilt.image, expected, rtol=0, atol=1e-4)
+    reasons = {rebuilt.reason for rebuilt in done.reconstructions}
+    assert ("crossings" in reasons) == (tau < 1)
+
+
+@pytest.mark.parametrize(("tau", "t0", "K", "beta"), [(0.3, 10, 5, 0.5), (0.0, 0, 25, 0.1)])
+def test_equals_the_literal_algorithm(
+    images: Tensor, victim: nn.Module, tau: float, t0: int, K: int, beta: float
+) -> None:
+    done = defend(images[:3], victim, stitching={"tau": tau, "t0": t0, "K": K, "beta": beta})
+    assert sum(len(trace.crossing_at) for trace in done.traces) > 0
+    for trace, rebuilt in zip(done.traces, done.reconstructions, strict=True):
+        expected = literal(trace, victim, tau=tau, t0=t0, K=K, beta=beta, N=10)
+        torch.testing.assert_close(rebuilt.image, expected, rtol=0, atol=1e-5)
+
+
+def test_a_trace_says_what_the_samples_say(images: Tensor, victim: nn.Module) -> None:
+    done = defend(images[:3], victim)
+    victim.eval()
+    for b, trace in enumerate(done.traces):
+        assert trace.samples is not None
+        with torch.no_grad():
+            torch.testing.assert_close(trace.scores, victim(trace.samples), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(trace.given_scores, victim(images[b : b + 1])[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(trace.quality, quality(trace.samples, trace.given.expand_as(trace.samples)))
+        torch.testing.assert_close(trace.loss, (trace.samples - trace.given).square().flatten(1).mean(1))
+        assert trace.steps.tolist() == list(sampled_steps(60, every=2))
+        assert torch.equal(trace.last, trace.samples[-trace.K_max :])
+        assert torch.equal(trace.given, images[b])
+
+
+@pytest.mark.parametrize("K_max", [3, 25])
+def test_a_replay_is_the_direct_result_for_any_setting(
+    images: Tensor, victim: nn.Module, K_max: int, tmp_path: Path
+) -> None:
+    settings = [
+        {"tau": tau, "t0": t0, "K": K, "beta": beta}
+        for tau in (0.0, 0.35, 0.6)
+        for t0, K, beta in [(0, 1, 0.5), (20, K_max, 0.0), (40, 2, 1.0)]
+    ]
+    stored = [
+        DecisionTrace.load(trace.save(tmp_path / f"{trace.index}.safetensors"))
+        for trace in defend(images[:2], victim, K_max=K_max, keep_samples=False, stitching={"K": 1}).traces
+    ]
+    for setting in settings:
+        direct = defend(images[:2], victim, K_max=25, stitching=setting)
+        for trace, expected in zip(stored, direct.reconstructions, strict=True):
+            replayed = stitch(trace, **setting)
+            assert (replayed.reason, len(replayed.used)) == (expected.reason, len(expected.used))
+            assert torch.equal(replayed.image, expected.image)
+
+
+def test_what_is_kept_does_not_grow_with_T(images: Tensor, victim: nn.Module) -> None:
+    kept = {}
+    for T in (40, 160):
+        traces = defend(images[:2], victim, T=T, K_max=3, keep_samples=False, stitching={"K": 3}).traces
+        kept[T] = [len(trace.last) for trace in traces]
+        for trace in traces:
+            # Crossings that later ones of higher quality have overtaken K_max times are forgotten.
+            quality_at = trace.quality[trace.crossing_at].tolist()
+            assert all(sum(w >= v for w in quality_at[m + 1 :]) < 3 for m, v in enumerate(quality_at))
+            assert trace.samples is None
+    assert kept[40] == kept[160] == [3, 3]
+
+
+def test_the_victim_is_left_as_it_was(images: Tensor, victim: nn.Module) -> None:
+    victim.train()
+    victim[1].eval()
+    victim[0].weight.requires_grad_(False)
+    modes = [part.training for part in victim.modules()]
+    state = {name: value.clone() for name, value in victim.state_dict().items()}
+    defend(images[:1], victim, T=10)
+    assert [part.training for part in victim.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in victim.state_dict().items())
+    assert [p.requires_grad for p in victim.parameters()] == [False] + [True] * 7
+    assert all(p.grad is None for p in victim.parameters())
+
+
+def test_means_are_logged_at_sampled_steps_only(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
+    logger = pl.loggers.CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
+    fit_stack(
+        images[:2],
+        victim=victim,
+        indices=[0, 1],
+        fit=FitOptions(network="small"),
+        decide=DecideOptions(T=20, decisions=4),
+        stitch=StitchOptions(),
+        device=CPU,
+        logger=logger,
+        first_step=100,
+    )
+    logger.save()
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    columns = lines[0].split(",")
+    assert {"fit/mse", "fit/quality", "fit/decision_changed", "fit/crossings", "step"} <= set(columns)
+    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines[1:]]
+    assert [int(row["step"]) for row in rows] == [104, 109, 114, 119]
+    assert all(0 < float(row["fit/mse"]) < 1 for row in rows)
+
+
+def run(images: Tensor, callbacks: list[pl.Callback], *, module: pl.LightningModule | None = None) -> None:
+    trainer = pl.Trainer(
+        max_steps=4, max_epochs=1, accelerator="cpu", logger=False, callbacks=callbacks, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module or StackedDIP(images, options=FitOptions(network="small")))
+
+
+def test_the_callbacks_work_on_a_trainer_of_ones_own(images: Tensor, victim: nn.Module) -> None:
+    stitcher = Stitcher(StitchOptions(K=2))
+    run(images[:2], [DecisionLogger(victim, decisions=4, K_max=2), BoundaryDetector(victim), stitcher])
+    assert [trace.settings["T"] for trace in stitcher.traces] == [4, 4]
+    assert [tuple(r.image.shape) for r in stitcher.reconstructions] == [(3, 32, 32)] * 2
+
+
+def test_wrong_order_or_module_is_named(images: Tensor, victim: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="DecisionLogger before BoundaryDetector and Stitcher"):
+        run(images[:1], [BoundaryDetector(victim), DecisionLogger(victim, decisions=4)])
+    with pytest.raises(RuntimeError, match="DecisionLogger before BoundaryDetector and Stitcher"):
+        run(images[:1], [Stitcher()])
+    with pytest.raises(ValueError, match="`K` must be from 1 to 2, got 15"):
+        run(images[:1], [DecisionLogger(victim, decisions=4, K_max=2), BoundaryDetector(victim), Stitcher()])
+    with pytest.raises(ValueError, match="`T` must be at least `decisions`, got T=4 and decisions=200"):
+        run(images[:1], [DecisionLogger(victim)])
+    with pytest.raises(TypeError, match="works on a StackedDIP, got BoringModel"):
+        run(images[:1], [DecisionLogger(victim)], module=BoringModel())

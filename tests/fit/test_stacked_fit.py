@@ -1,0 +1,123 @@
+"""Algorithm 1, lines 1-8: the stacked fit against the plain loop, one image at a time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from benchmarks.plain_loop import PlainSkipNet, plain_fit
+from dipguard.fit import FitOptions, StackedDIP
+from dipguard.seeding import image_generator
+
+
+class Watch(pl.Callback):
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(outputs["reconstructions"].clone())
+
+
+def fit(images: Tensor, indices: list[int], steps: int, **options: Any) -> tuple[Tensor, StackedDIP]:
+    """x(0) ... x(steps - 1) of every image, [steps, B, 3, H, W]."""
+    watch = Watch()
+    module = StackedDIP(images, indices=indices, options=FitOptions(dtype="float64", **options))
+    trainer = pl.Trainer(
+        max_steps=steps,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        callbacks=[watch],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return torch.stack(watch.seen), module
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1 / 30])
+@pytest.mark.parametrize("network", ["small", "medium", "large"])
+def test_a_stack_equals_the_plain_loop_for_20_steps(images: Tensor, network: str, jitter: float) -> None:
+    indices = [5, 2, 11]
+    seen, _ = fit(images[:3], indices, 20, network=network, jitter=jitter, seed=3)
+    fresh = StackedDIP(images[:3], indices=indices, options=FitOptions(dtype="float64", network=network, seed=3))
+    for b, index in enumerate(indices):
+        plain = PlainSkipNet(fresh.net.spec).double()
+        plain.copy_from(fresh.net, b)
+        stream = image_generator(seed=3, index=index, purpose="jitter")
+        noise = [torch.empty(1, 4, 32, 32).normal_(generator=stream).double() * jitter for _ in range(20)]
+        trace = plain_fit(plain, images[b : b + 1].double(), fresh.z[b : b + 1], steps=20, noise=noise)
+        torch.testing.assert_close(seen[:, b : b + 1], torch.stack(trace), rtol=0, atol=1e-10)
+    assert float((seen[-1] - seen[0]).abs().mean()) > 0.01
+
+
+@pytest.mark.parametrize("options", [{}, {"z": "gaussian", "init": "xavier"}, {"padding": "reflect", "jitter": 0.0}])
+def test_an_image_does_not_depend_on_its_neighbours(images: Tensor, options: dict) -> None:
+    together, _ = fit(images[:4], [0, 1, 2, 3], 20, **options)
+    alone, _ = fit(images[2:3], [2], 20, **options)
+    others, _ = fit(images[[6, 2]], [40, 2], 20, **options)
+    torch.testing.assert_close(together[:, 2], alone[:, 0], rtol=0, atol=1e-10)
+    torch.testing.assert_close(others[:, 1], alone[:, 0], rtol=0, atol=1e-10)
+
+
+def test_seed_and_index_change_the_fit_and_repeat_it(images: Tensor) -> None:
+    first, _ = fit(images[:1], [0], 3)
+    assert torch.equal(first, fit(images[:1], [0], 3)[0])
+    assert not torch.allclose(first, fit(images[:1], [1], 3)[0])
+    assert not torch.allclose(first, fit(images[:1], [0], 3, seed=1)[0])
+
+
+def test_a_module_can_be_fitted_twice_with_the_same_jitter(images: Tensor) -> None:
+    module = StackedDIP(images[:1], options=FitOptions())
+    for _ in range(2):
+        module.on_fit_start()
+        first = module.training_step(0, 0)["reconstructions"]
+        module.on_fit_start()
+        assert torch.equal(first, module.training_step(0, 0)["reconstructions"])
+
+
+def test_float32_follows_float64_at_first(images: Tensor) -> None:
+    double, _ = fit(images[:2], [0, 1], 3)
+    watch = Watch()
+    trainer = pl.Trainer(
+        max_steps=3, max_epochs=1, accelerator="cpu", logger=False, callbacks=[watch], enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(StackedDIP(images[:2], options=FitOptions()))
+    single = torch.stack(watch.seen).double()
+    torch.testing.assert_close(single[0], double[0], rtol=0, atol=1e-5)
+    # Adam's first steps turn rounding into sign changes: later images agree on average only.
+    assert float((single[2] - double[2]).abs().mean()) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": "tiny"}, "`network` must be one of"),
+        ({"z": "normal"}, "`z` must be one of uniform, gaussian, got 'normal'"),
+        ({"z_scale": 0.0}, "`z_scale` must be above 0"),
+        ({"jitter": -0.1}, "`jitter` must be finite and at least 0, got -0.1"),
+        ({"lr": 0.0}, "`lr` must be above 0"),
+        ({"dtype": "float16"}, "`dtype` must be one of float32, float64, got 'float16'"),
+        ({"init": "zeros"}, "`init` must be one of"),
+        ({"padding": "same"}, "`padding` must be one of"),
+    ],
+)
+def test_bad_options_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FitOptions(**options)
+
+
+def test_an_image_too_small_for_the_network_is_refused() -> None:
+    with pytest.raises(ValueError, match="`images` must be at least 9x9 pixels for a network of 3 scales"):
+        StackedDIP(torch.rand(1, 3, 8, 32))
+
+
+def test_indices_must_match_the_images(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"`indices` must hold one index an image \(2\), got 3"):
+        StackedDIP(images[:2], indices=[1, 2, 3])

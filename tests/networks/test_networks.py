@@ -1,0 +1,132 @@
+"""The stack against a plain network of torch.nn layers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.plain_loop import PlainSkipNet
+from dipguard.networks import PRESETS, NetworkSpec, build, resolve
+from dipguard.networks.layers import StackedConv2d, same_padding
+
+PARAMETERS = {"small": 7_019, "medium": 82_236, "large": 433_587, "cifar10": 82_236, "imagenet": 556_215}
+ODD = NetworkSpec(n_d=(5, 6), n_u=(4, 7), n_s=(0, 3), k_d=(3, 5), k_u=(4, 3), k_s=(1, 3), input_depth=2)
+
+
+@pytest.mark.parametrize(("preset", "count"), PARAMETERS.items())
+def test_parameter_counts_of_appendix_b(preset: str, count: int) -> None:
+    net = build(preset, stack_size=2)
+    assert net.parameters_per_image() == count
+    assert sum(p.numel() for p in PlainSkipNet(resolve(preset)).parameters()) == count
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize(
+    ("network", "side"), [("small", 32), ("medium", 32), ("medium", 27), ("large", 64), ("imagenet", 64), (ODD, 21)]
+)
+def test_a_stack_is_its_networks_one_by_one(
+    network: str | NetworkSpec, side: int, padding: str, channels_last: bool
+) -> None:
+    stack = build(network, stack_size=3, seed=1, indices=[4, 0, 9], padding=padding, dtype=torch.float64)
+    stack.set_layout(channels_last=channels_last)
+    z = torch.rand(3, stack.spec.input_depth, side, side + 1, dtype=torch.float64, requires_grad=True)
+    together = stack(z)
+    assert together.shape == (3, 3, side, side + 1)
+    for b in range(3):
+        plain = PlainSkipNet(stack.spec, padding=padding).double()
+        plain.copy_from(stack, b)
+        alone = plain(z[b : b + 1])
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=1e-12)
+        mine = torch.autograd.grad(together[b].square().sum(), z, retain_graph=True)[0]
+        theirs = torch.autograd.grad(alone.square().sum(), z)[0]
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+        assert float(mine[[i for i in range(3) if i != b]].abs().max()) == 0
+
+
+@pytest.mark.parametrize("init", ["default", "xavier"])
+def test_weights_depend_on_seed_and_index_alone(init: str) -> None:
+    wide = build("small", stack_size=3, seed=5, indices=[7, 8, 9], init=init)
+    alone = build("small", stack_size=1, seed=5, indices=[8], init=init)
+    for mine, theirs in zip(wide.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(mine[1], theirs[0])
+    other = build("small", stack_size=1, seed=6, indices=[8], init=init)
+    assert not torch.equal(other.head.weight, alone.head.weight)
+    assert not torch.equal(wide.head.weight[0], wide.head.weight[1])
+
+
+@pytest.mark.parametrize("init", ["default", "xavier"])
+def test_initial_weights_have_the_moments_of_their_recipe(init: str) -> None:
+    layer = StackedConv2d(1, 64, 32, kernel=3)
+    layer.init_one(0, generator=torch.Generator().manual_seed(0), init=init)
+    reference = torch.nn.Conv2d(64, 32, 3)
+    if init == "xavier":
+        torch.nn.init.xavier_uniform_(reference.weight)
+        assert float(layer.bias.detach().abs().max()) == 0
+    else:
+        assert 0 < float(layer.bias.detach().abs().max()) <= float(1 / (64 * 9) ** 0.5)
+    assert float(layer.weight.detach().abs().max()) == pytest.approx(
+        float(reference.weight.detach().abs().max()), rel=0.01
+    )
+    assert float(layer.weight.detach().std()) == pytest.approx(float(reference.weight.detach().std()), rel=0.03)
+
+
+@pytest.mark.parametrize("kernel", range(1, 8))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [7, 8])
+def test_every_kernel_keeps_or_halves_the_size(kernel: int, stride: int, side: int) -> None:
+    assert sum(same_padding(kernel)) == kernel - 1
+    layer = StackedConv2d(2, 3, 4, kernel=kernel, stride=stride)
+    out = layer(torch.zeros(1, 6, side, side))
+    assert out.shape == (1, 8, -(-side // stride), -(-side // stride))
+
+
+@pytest.mark.parametrize(("preset", "smallest"), [("small", 5), ("medium", 9), ("large", 17), ("imagenet", 33)])
+def test_too_many_scales_for_an_image_are_refused(preset: str, smallest: int) -> None:
+    net = build(preset, stack_size=1)
+    net.check_size(smallest, smallest)
+    assert net(torch.rand(1, 4, smallest, smallest)).shape == (1, 3, smallest, smallest)
+    with pytest.raises(ValueError, match=rf"`images` must be at least {smallest}x{smallest} .* got {smallest - 1}x40"):
+        net.check_size(smallest - 1, 40)
+
+
+def test_large_at_32x32_runs_with_zeros_and_is_refused_with_reflection() -> None:
+    assert build("large", stack_size=1)(torch.rand(1, 4, 32, 32)).shape == (1, 3, 32, 32)
+    with pytest.raises(ValueError, match=r"at least 33x33 pixels .* reflect padding"):
+        build("large", stack_size=1, padding="reflect").check_size(32, 32)
+    reflected = build("large", stack_size=1, padding="reflect")
+    reflected.check_size(33, 33)
+    assert reflected(torch.rand(1, 4, 33, 33)).shape == (1, 3, 33, 33)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"network": "huge"}, "`network` must be one of cifar10, imagenet, small, medium, large, got 'huge'"),
+        ({"stack_size": 0}, "`stack_size` must be at least 1, got 0"),
+        ({"init": "he"}, "`init` must be one of default, xavier, got 'he'"),
+        ({"padding": "circular"}, "`padding` must be one of zeros, reflect, got 'circular'"),
+        ({"indices": [1, 2, 3]}, "`indices` must hold stack_size=2 numbers, got 3"),
+    ],
+)
+def test_bad_options_are_named(arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**{"network": "small", "stack_size": 2, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_u": (4,)}, "one entry a scale"),
+        ({"n_d": (0, 4)}, "`n_d` must hold numbers of at least 1"),
+        ({"k_s": (0, 1)}, "`k_s` must hold numbers of at least 1"),
+    ],
+)
+def test_bad_specs_are_named(change: dict, message: str) -> None:
+    good = {"n_d": (4, 4), "n_u": (4, 4), "n_s": (2, 2), "k_d": (3, 3), "k_u": (3, 3), "k_s": (1, 1)}
+    with pytest.raises(ValueError, match=message):
+        NetworkSpec(**{**good, **change})
+
+
+def test_cifar10_and_medium_are_one_network() -> None:
+    assert PRESETS["cifar10"] == PRESETS["medium"]

@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from dipguard.config import LoggerConfig
+from dipguard.config_choices import LoggerName
+from dipguard.evaluation.outcome import Outcome
+from dipguard.reporting.loggers import open_log
+from dipguard.reporting.report import write_report
+from tests.tiny_run import TINY, tiny_run, typed_config
+
+SMALL = ("data.limit=2", "fit.stack_size=1", "report.figures=1")
+
+
+def read_rows(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_csv_holds_the_course_of_all_stacks_and_the_result(tmp_path: Path) -> None:
+    metrics = tiny_run(tmp_path, *SMALL, "logger=csv")
+    rows = read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")
+    steps = [int(row["step"]) for row in rows if row["fit/mse"]]
+    assert len(steps) == 2 * 20
+    assert steps == sorted(set(steps)), "the second stack must go on where the first ended"
+    assert max(steps) == 2 * 40 - 1
+    assert float(rows[-1]["result/accuracy.defended"]) == metrics["accuracy"]["defended"]
+    assert "defense.tau: 0.2" in (tmp_path / "logs" / "csv" / "session_0" / "hparams.yaml").read_text()
+
+
+def test_second_session_leaves_the_first_ones_log(tmp_path: Path) -> None:
+    for _ in range(2):
+        tiny_run(tmp_path, "data.limit=1", "report.figures=0", "logger=csv")
+    assert len(read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")) == 20 + 1
+    assert len(read_rows(tmp_path / "logs" / "csv" / "session_1" / "metrics.csv")) == 1
+
+
+def test_tensorboard_holds_scalars_table_and_pictures(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    metrics = tiny_run(tmp_path, *SMALL, "logger=tensorboard")
+    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard" / "session_0"))
+    events.Reload()
+    assert len(events.Scalars("fit/quality")) == 2 * 20
+    assert events.Scalars("result/accuracy.undefended")[0].value == metrics["accuracy"]["undefended"]
+    assert set(events.Tags()["images"]) == {"figures/panel", "figures/trace_000000"}
+    assert any("images" in tag for tag in events.Tags()["tensors"])
+
+
+def test_no_log_is_no_log(tmp_path: Path) -> None:
+    with open_log(LoggerConfig(LoggerName.none), tmp_path, settings={}) as log:
+        assert log is None
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_wandb_offline_keeps_one_run_and_closes_it(
+    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "traces").symlink_to(outcome.folder / "traces")
+    config = typed_config(*TINY, "logger=wandb")
+    with open_log(config.logger, tmp_path, settings=config.to_dict()) as log:
+        assert log is not None
+        for stack in range(2):
+            trainers = log.starting_at(stack * 40)
+            trainers.log_metrics({"fit/mse": 0.5}, step=39)
+            trainers.finalize("success")
+        write_report(replace(outcome, folder=tmp_path), config, log=log)
+        run = log.inner.experiment
+        assert run.summary["result/accuracy.clean"] == outcome.metrics()["accuracy"]["clean"]
+    runs = list((tmp_path / "logs" / "wandb").glob("offline-run-*"))
+    assert len(runs) == 1
+    assert runs[0].name.endswith((tmp_path / "logs" / "wandb_id.txt").read_text())
+    assert [path.name for path in runs[0].glob("*.wandb")]
+    assert {path.name.split("_")[0] for path in runs[0].glob("files/media/images/figures/*.png")} == {"panel", "trace"}
+    assert wandb.run is None, "the run must not stay open for the next job of the process"
+
+
+@pytest.mark.slow
+def test_wandb_run_is_closed_when_the_job_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    config = typed_config("logger=wandb")
+
+    def fail() -> None:
+        with open_log(config.logger, tmp_path, settings={}):
+            raise RuntimeError("the job failed")
+
+    with pytest.raises(RuntimeError, match="the job failed"):
+        fail()
+    assert wandb.run is None
+
+
+def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    from dipguard.reporting.loggers import _wandb_mode
+
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert _wandb_mode(None) == "offline"
+    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
+    assert _wandb_mode(None) == "online"
+    assert _wandb_mode(True) == "offline"
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert _wandb_mode(None) == "disabled"

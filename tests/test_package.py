@@ -1,0 +1,239 @@
+"""The package as a whole: lean import, version, layers, module size, documented names, dependencies."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import graphlib
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import dipguard
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "dipguard"
+MAX_LINES = 250
+
+# The rooms, lowest first; imports go down only. A new room is given its floor here.
+FLOORS = (
+    {"checks", "classifier", "seeding", "registry", "config", "config_choices", "version"},
+    {"decision", "networks"},
+    {"fit"},
+    {"defenses", "attacks", "data", "victims"},
+    {"reporting", "evaluation", "integrations", "config_checks"},
+    {"__init__"},
+)
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# What belongs to the extras: `import dipguard` must neither need nor load it.
+EXTRAS = ("PIL", "hydra", "matplotlib", "omegaconf", "requests", "sklearn", "tensorboard", "torchattacks")
+EXTRAS += ("torchvision", "wandb")
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+PUBLIC_MODULES = [name for name in MODULES if not any(part.startswith("_") for part in name.split("."))]
+
+
+def room(module: str) -> str:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def runs_later(node: ast.AST) -> bool:
+    """Whether what is inside does not run when the module is imported."""
+    if isinstance(node, ast.If):
+        return "TYPE_CHECKING" in ast.unparse(node.test)
+    return isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+
+
+def statements(tree: ast.AST, *, deferred: bool) -> Iterator[ast.Import | ast.ImportFrom]:
+    """Import statements; without `deferred`, only those that run when the module is imported."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif deferred or not runs_later(node):
+            yield from statements(node, deferred=deferred)
+
+
+def imported(module: str, *, deferred: bool) -> set[str]:
+    """Full names that a module imports: `from a import b` counts as a.b where that is a module of ours, else as a."""
+    path = MODULES[module]
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    names = set()
+    for node in statements(ast.parse(path.read_text(encoding="utf-8")), deferred=deferred):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+            continue
+        base = package[: len(package) - node.level + 1] if node.level else []
+        source = ".".join([*base, *([node.module] if node.module else [])])
+        inner = {f"{source}.{alias.name}" for alias in node.names}
+        names |= {name if name in MODULES else source for name in inner}
+    return names
+
+
+def own_imports(module: str, *, deferred: bool = True) -> set[str]:
+    names = imported(module, deferred=deferred)
+    return {name for name in names if name.split(".")[0] == "dipguard" and name != module}
+
+
+@pytest.fixture(scope="module")
+def after_import(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Modules that `import dipguard` and touching its public names add to what its core dependencies load anyway.
+
+    torchmetrics itself loads torchvision and matplotlib where they are installed, so the dependencies come first.
+    """
+    code = """
+import json, sys
+import numpy, pytorch_lightning, safetensors.torch, torch, torchmetrics, torchmetrics.functional.image, tqdm
+before = set(sys.modules)
+import dipguard
+for name in dipguard.__all__:
+    getattr(dipguard, name)
+print(json.dumps({"added": sorted(set(sys.modules) - before)}))
+"""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not list(folder.iterdir()), "importing dipguard wrote files"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_import_loads_no_extra(after_import: dict[str, list[str]]):
+    assert "dipguard" in after_import["added"]
+    assert {name.split(".")[0] for name in after_import["added"]}.isdisjoint(EXTRAS)
+
+
+def test_modules_behind_import_name_no_extra_at_the_top(after_import: dict[str, list[str]]):
+    loaded = [name for name in after_import["added"] if name in MODULES]
+    found = {
+        f"{module} imports {name}"
+        for module in loaded
+        for name in imported(module, deferred=False)
+        if name.split(".")[0] in EXTRAS
+    }
+    assert not found, f"import these inside the functions that need them: {sorted(found)}"
+
+
+def test_version_matches_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert dipguard.__version__ == project["version"]
+    assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+
+
+def test_public_names_exist_and_are_documented():
+    assert "DIPGuard" in dipguard.__all__
+    for name in dipguard.__all__:
+        value = getattr(dipguard, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), f"dipguard.{name} has no docstring"
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_module_and_its_public_names_are_documented(module: str):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    undocumented = [] if ast.get_docstring(tree) else [module]
+    for owner, body in [("", tree.body), *((n.name, n.body) for n in tree.body if isinstance(n, ast.ClassDef))]:
+        if owner.startswith("_"):
+            continue
+        for node in body:
+            kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+            if isinstance(node, kinds) and not node.name.startswith("_") and not ast.get_docstring(node):
+                undocumented.append(f"{module}:{node.lineno} {owner or module}.{node.name}")
+    assert not undocumented
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES)
+def test_all_names_what_the_module_has(module: str):
+    loaded = importlib.import_module(module)
+    missing = [name for name in getattr(loaded, "__all__", ()) if not hasattr(loaded, name)]
+    assert not missing
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_only(module: str):
+    assert room(module) in FLOOR, f"{room(module)} is a new room: give it a floor in FLOORS"
+    upward = [name for name in own_imports(module) if FLOOR[room(name)] > FLOOR[room(module)]]
+    assert not upward, f"{module} (floor {FLOOR[room(module)]}) imports from above: {upward}"
+
+
+def test_no_circle_between_modules():
+    graph = {module: own_imports(module, deferred=False) for module in MODULES}
+    graphlib.TopologicalSorter(graph).prepare()
+
+
+def test_no_circle_between_rooms():
+    graph: dict[str, set[str]] = {}
+    for module in MODULES:
+        graph.setdefault(room(module), set()).update(room(name) for name in own_imports(module))
+    graphlib.TopologicalSorter({name: below - {name} for name, below in graph.items()}).prepare()
+
+
+@pytest.mark.parametrize("path", [*MODULES.values(), *sorted(ROOT.glob("*.py"))], ids=lambda path: path.stem)
+def test_no_module_is_too_long(path: Path):
+    lines = len(path.read_text(encoding="utf-8").splitlines())
+    assert lines <= MAX_LINES, f"{path.relative_to(ROOT)} has {lines} lines: split it at an idea"
+
+
+def readme_blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def test_readme_ten_lines_call_dipguard_as_it_is():
+    (block,) = readme_blocks("python")
+    assert len([line for line in block.splitlines() if line]) == 10
+    calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
+    (made,) = [call for call in calls if ast.unparse(call.func) == "DIPGuard"]
+    inspect.signature(dipguard.DIPGuard).bind(*made.args, **{word.arg: word.value for word in made.keywords})
+    fields = {field.name for field in dataclasses.fields(dipguard.DefenseResult)}
+    shown = set(re.findall(r"result\.(\w+)", block))
+    assert shown
+    assert shown <= fields
+
+
+def test_readme_train_commands_compose():
+    hydra = pytest.importorskip("hydra", reason="train.py needs the extra app")
+    from dipguard.config import register
+
+    register()
+    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
+    commands = [line.split("train.py")[1].split() for line in lines if "train.py" in line]
+    assert len(commands) >= 3
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for overrides in commands:
+            assert hydra.compose("train", overrides=overrides).seed == 0
+
+
+def test_lock_names_the_pair_of_builds_and_no_host():
+    lock = (ROOT / "requirements.lock").read_text(encoding="utf-8")
+    pinned = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", lock, flags=re.MULTILINE))
+    assert "://" not in lock
+    assert (pinned["torch"], pinned["torchvision"]) == ("2.15.0", "0.29.2")
+    assert tuple(int(part) for part in pinned["requests"].split(".")[:2]) >= (2, 32)
+
+
+def test_library_users_are_not_given_the_old_requests_pin():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(requirements: list[str]) -> set[str]:
+        return {re.match(r"[A-Za-z0-9_.-]+", line).group().lower() for line in requirements}
+
+    extras = project["optional-dependencies"]
+    assert names(project["dependencies"]).isdisjoint({"torchattacks", "requests", "torchvision", "hydra-core", "wandb"})
+    assert [extra for extra, lines in extras.items() if "torchattacks" in names(lines)] == ["attacks"]
+    assert not any("attacks" in line for extra, lines in extras.items() if extra != "attacks" for line in lines)

@@ -1,0 +1,129 @@
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from dipguard.victims import Normalised, build_victim, check_victim, frozen
+
+
+def _linear(outputs=10):
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, outputs))
+
+
+def _modes(module):
+    return [part.training for part in module.modules()]
+
+
+def test_normalised_computes_by_hand(images):
+    network = _linear()
+    victim = Normalised(network, mean=(0.1, 0.2, 0.3), std=(0.5, 0.25, 2))
+    by_hand = images.clone()
+    for channel, (mean, std) in enumerate(((0.1, 0.5), (0.2, 0.25), (0.3, 2))):
+        by_hand[:, channel] = (by_hand[:, channel] - mean) / std
+    assert torch.allclose(victim(images), network(by_hand), atol=1e-6)
+
+
+def test_normalisation_moves_with_the_module(images):
+    victim = Normalised(_linear(), mean=(0.1, 0.2, 0.3), std=(1, 1, 1)).double()
+    assert victim(images.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"mean": (0.5,), "std": (1, 1, 1)}, "mean"),
+        ({"mean": (0, 0, 0), "std": (1, 1)}, "std"),
+        ({"mean": (0, 0, 0), "std": (1, 0, 1)}, "std"),
+    ],
+)
+def test_normalised_refuses(options, name):
+    with pytest.raises(ValueError, match=f"`{name}`"):
+        Normalised(_linear(), **options)
+
+
+def test_frozen_puts_every_mode_and_flag_back_even_after_an_error():
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(), nn.Conv2d(4, 4, 3))
+    network.train()
+    network[1].eval()
+    network[3].weight.requires_grad_(False)
+    modes, flags = _modes(network), [p.requires_grad for p in network.parameters()]
+    seen = []
+
+    def look_and_fail():
+        with frozen(network):
+            seen.append(any(_modes(network)) or any(p.requires_grad for p in network.parameters()))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        look_and_fail()
+    assert seen == [False]
+    assert _modes(network) == modes
+    assert [p.requires_grad for p in network.parameters()] == flags
+
+
+def test_check_victim_returns_logits_and_changes_nothing(images):
+    victim = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 10)).train()
+    statistics = victim[1].running_mean.clone()
+    scores = check_victim(victim, images)
+    assert scores.shape == (4, 10)
+    assert not scores.requires_grad
+    assert all(_modes(victim))
+    assert torch.equal(victim[1].running_mean, statistics)
+
+
+class _Last(nn.Module):
+    """A real linear classifier followed by ``function``."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.network, self.function = _linear(), function
+
+    def forward(self, images):
+        return self.function(self.network(images))
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "message"),
+    [
+        (lambda s: s[:, :, None], ValueError, "\\[B, C\\].*\\(4, 10, 1\\)"),
+        (lambda s: s[:2], ValueError, "\\(2, 10\\) for 4 images"),
+        (lambda s: s[:, :1], ValueError, "C of at least 2"),
+        (lambda s: s.flatten(), ValueError, "\\(40,\\)"),
+        (lambda s: s.argmax(1), TypeError, "torch.int64"),
+        (lambda s: (s, s), TypeError, "tuple"),
+        (lambda s: s * float("nan"), ValueError, "finite"),
+    ],
+)
+def test_check_victim_refuses(images, function, error, message):
+    with pytest.raises(error, match=f"`victim`.*{message}"):
+        check_victim(_Last(function), images)
+
+
+def test_check_victim_refuses_a_function(images):
+    with pytest.raises(TypeError, match=r"`victim` must be a torch\.nn\.Module"):
+        check_victim(_linear().forward, images)
+
+
+def test_check_victim_refuses_bad_images():
+    with pytest.raises(TypeError, match=r"`images`.*255"):
+        check_victim(_linear(), torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
+
+def test_probabilities_are_a_warning(images):
+    with pytest.warns(UserWarning, match="probabilities"):
+        check_victim(_Last(lambda s: s.softmax(1)), images)
+
+
+@pytest.mark.parametrize("function", [lambda s: s, lambda s: s.log_softmax(1), lambda s: s.sigmoid()])
+def test_other_scores_are_no_warning(images, function):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_victim(_Last(function), images)
+
+
+def test_build_victim_refuses_unknown_names_and_options():
+    with pytest.raises(ValueError, match=r"`victim`.*digits_cnn.*torchvision.*'lenet'"):
+        build_victim("lenet")
+    with pytest.raises(TypeError, match="'cifar10_resnet20' takes no option 'depth'; its options are: none"):
+        build_victim("cifar10_resnet20", depth=56)

@@ -1,0 +1,58 @@
+import warnings
+
+import pytest
+import torch
+from torchvision import models
+
+from dipguard.data import load_data
+from dipguard.victims import build_victim
+
+
+def test_real_squeezenet_weights_by_path(real_data):
+    path = real_data / "weights" / "squeezenet1_0_deepcomp.pth"
+    victim = build_victim("torchvision", arch="squeezenet1_0", weights=path)
+    root = real_data / "nips2017"
+    data = load_data(
+        "image_folder",
+        path=root / "images",
+        labels_csv=root / "images.csv",
+        image_column="ImageId",
+        label_column="TrueLabel",
+        label_base=1,
+        limit=30,
+        size=224,
+    )
+    with torch.no_grad():
+        right = int((victim(data.images).argmax(1) == data.labels).sum())
+    assert 11 <= right <= 23  # 55.8 % on all 1,000 pictures of the set: two standard deviations for 30
+
+
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "mobilenet_v3_small", "googlenet"])
+def test_a_state_dict_of_any_classifier_loads_without_complaint(tmp_path, arch):
+    extra = {"init_weights": False} if arch == "googlenet" else {}
+    network = models.get_model(arch, weights=None, num_classes=7, **extra).eval()
+    torch.save(network.state_dict(), tmp_path / "own.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        path, identity = tmp_path / "own.pt", {"mean": (0, 0, 0), "std": (1, 1, 1)}
+        victim = build_victim("torchvision", arch=arch, weights=path, num_classes=7, **identity)
+    image = torch.rand(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.allclose(victim(image), network(image), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"arch": "resnet9000"}, ValueError, "`victim.arch`.*resnet101"),
+        ({"arch": "fcn_resnet50"}, ValueError, "`victim.arch`"),
+        ({"arch": "resnet18", "weights": "IMAGENET22K"}, ValueError, "`victim.weights`.*DEFAULT.*IMAGENET22K"),
+        ({"arch": "resnet18", "weights": "nowhere.pth"}, FileNotFoundError, "`victim.weights`.*nowhere.pth"),
+        ({"arch": "resnet18", "num_classes": 10}, ValueError, "`victim.num_classes` must be 1000"),
+        ({"arch": "resnet18", "num_classes": 1}, ValueError, "`victim.num_classes`"),
+        ({"network": "resnet18"}, TypeError, "arch, num_classes, mean, std"),
+    ],
+)
+def test_torchvision_refuses(options, error, message):
+    with pytest.raises(error, match=message):
+        build_victim("torchvision", **options)
