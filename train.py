@@ -12,8 +12,8 @@ from hydra.errors import CompactHydraException
 from omegaconf import DictConfig, OmegaConf
 
 from dipguard.config import from_hydra, register
-from dipguard.evaluation.files import write_text
 from dipguard.evaluation.pipeline import execute, prepare
+from dipguard.files import write_text
 from dipguard.reporting import open_log, write_report
 
 log = logging.getLogger("dipguard")

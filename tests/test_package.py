@@ -25,7 +25,7 @@ MAX_LINES = 250
 
 # The rooms, lowest first; imports go down only. A new room is given its floor here.
 FLOORS = (
-    {"checks", "classifier", "seeding", "registry", "config", "config_choices", "version"},
+    {"checks", "classifier", "seeding", "registry", "files", "config", "config_choices", "version"},
     {"decision", "networks"},
     {"fit"},
     {"defenses", "attacks", "data", "victims"},

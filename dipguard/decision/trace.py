@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
+
+from dipguard.files import write_bytes
 
 FORMAT = "dipguard.trace/1"
 
@@ -101,18 +101,9 @@ class DecisionTrace:
 
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file; a reader sees the whole file or none, also after a kill."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
         header = {"format": FORMAT, "index": str(self.index), "settings": json.dumps(self.settings, sort_keys=True)}
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        os.close(handle)
-        try:
-            save_file({k: v.detach().cpu().contiguous() for k, v in self.tensors().items()}, temporary, metadata=header)
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        return path
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        return write_bytes(Path(path), serialise(tensors, metadata=header))
 
     @classmethod
     def load(cls, path: str | Path) -> DecisionTrace:
@@ -130,7 +121,8 @@ class DecisionTrace:
                 header = file.metadata() or {}
                 if header.get("format") != FORMAT:
                     raise ValueError(f"{path} must be a decision trace ({FORMAT}), got {header.get('format')!r}")
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+                # Copied: a tensor that still lay in the file would change, or crash, with it.
+                tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - no dict
             return cls(index=int(header["index"]), settings=json.loads(header["settings"]), **tensors)
         except (SafetensorError, KeyError, TypeError, OSError) as error:
             raise ValueError(f"{path} must be a decision trace, but it is damaged: {error}") from error

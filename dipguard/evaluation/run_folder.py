@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dipguard.decision import DecisionTrace
-from dipguard.evaluation.files import file_digest, read_json, write_json, write_npz
+from dipguard.files import file_digest, read_json, write_json, write_npz
 
 _log = logging.getLogger(__name__)
 

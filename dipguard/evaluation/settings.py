@@ -14,7 +14,7 @@ from dipguard.attacks import Attack
 from dipguard.config import TrainConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import DIPGuard
-from dipguard.evaluation.files import tensor_digest
+from dipguard.files import tensor_digest
 from dipguard.version import __version__
 
 ASIDE = ("logger", "trainer", "report")

@@ -5,7 +5,7 @@ from dipguard.fit.decider import Decider
 from dipguard.fit.decision_logger import DecisionLogger
 from dipguard.fit.module import FitOptions, StackedDIP
 from dipguard.fit.progress import FitProgress, progress_bar
-from dipguard.fit.runner import DecideOptions, StackResult, describe, fit_stack
+from dipguard.fit.runner import DecideOptions, StackResult, fit_stack
 from dipguard.fit.stitcher import Stitcher, StitchOptions
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "StackedDIP",
     "StitchOptions",
     "Stitcher",
-    "describe",
     "fit_stack",
     "progress_bar",
 ]

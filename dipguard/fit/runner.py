@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -110,17 +109,18 @@ def fit_stack(
         BoundaryDetector(victim, N=decide.N, scores=decide.scores),
         Stitcher(stitch, settings=asdict(decide)),
     )
-    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), _quiet():
+    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), quiet():
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
-        trainer = _trainer(decide.T, device=device, callbacks=[*own, *callbacks], logger=logger)
+        trainer = make_trainer(decide.T, device=device, callbacks=[*own, *callbacks], logger=logger)
         trainer.fit(module)
     decide_seconds = sum(callback.seconds for callback in own)
     seconds = {"fit": time.perf_counter() - start - decide_seconds, "decide": decide_seconds}
     return StackResult(own[2].traces, own[2].reconstructions, seconds)
 
 
-def _trainer(T: int, *, device: torch.device, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
+def make_trainer(T: int, *, device: torch.device, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
+    """A bare Trainer for T steps: no checkpoints, bars or summaries; never part of the caller's own process group."""
     cuda = device.type == "cuda"
     return pl.Trainer(
         max_steps=T,
@@ -140,8 +140,9 @@ def _trainer(T: int, *, device: torch.device, callbacks: list[pl.Callback], logg
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    # A Trainer prints some lines when it is made; one for each stack would bury the progress bar.
+def quiet() -> Iterator[None]:
+    """Without a Trainer's start-up messages."""
+    # It prints some lines when it is made; one for each stack would bury the progress bar.
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
@@ -153,8 +154,3 @@ def _quiet() -> Iterator[None]:
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-
-
-def describe(*, fit: FitOptions, decide: DecideOptions) -> dict[str, Any]:
-    """All that a trace depends on besides the image and the victim, as JSON can hold it."""
-    return {**fit.as_settings(), **asdict(decide)}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from dipguard.evaluation.files import write_bytes
+from dipguard.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

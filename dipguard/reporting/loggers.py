@@ -13,8 +13,8 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from dipguard.config import LoggerConfig
 from dipguard.config_choices import LoggerName
-from dipguard.evaluation.files import write_text
 from dipguard.evaluation.run_folder import flatten
+from dipguard.files import write_text
 
 MOST_FIGURES = 16
 """Figures that a remote log is given; all of them lie in the run folder."""

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from dipguard.evaluation.files import write_json, write_npz, write_text
 from dipguard.evaluation.outcome import Outcome
+from dipguard.files import write_json, write_npz, write_text
 
 
 def write_tables(outcome: Outcome) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +13,7 @@ from torch import Tensor, nn
 
 from dipguard.data.cache import cache_folder
 from dipguard.data.digits import digits_split
+from dipguard.files import write_bytes
 from dipguard.victims.base import Normalised
 from dipguard.victims.weights import load_state_dict_strict
 
@@ -118,16 +117,7 @@ def _save(network: nn.Module, path: Path) -> None:
 
     content = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Written beside the target and renamed: another process sees no file or a whole one, never a part.
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "wb") as stream:
-                stream.write(content)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        write_bytes(path, content)
     except OSError as error:
         warnings.warn(
             f"the digits victim could not be kept in {path.parent} and will be trained again next time: {error}; "

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dipguard.evaluation.files import (
+from dipguard.files import (
     file_digest,
     read_json,
     tensor_digest,
