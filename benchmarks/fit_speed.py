@@ -155,8 +155,8 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     for stack in args.stacks:
         # Larger stacks take fewer steps: their figure is steadier, and the whole run ends within a minute.
         steps = max(4, args.steps // max(1, stack // 8))
-        work = partial(time_stack, args.network, args.side, device, stack=stack, steps=steps)
-        forms.append(("lightning loop" if stack == 1 else "stack", stack, work))
+        timed = partial(time_stack, args.network, args.side, device, stack=stack, steps=steps)
+        forms.append(("lightning loop" if stack == 1 else "stack", stack, timed))
     seconds: dict[int, list[float]] = {number: [] for number in range(len(forms))}
     memory = dict.fromkeys(seconds, 0.0)
     rates = []
@@ -198,9 +198,8 @@ def main() -> None:
     start = time.perf_counter()
     rows, machine = measure(args)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print(
-        "matrix product {matmul_gflops:.0f} GFLOP/s, {mflop_per_image_step:.0f} MFLOP an image-step".format(**machine)
-    )
+    rate, work = machine["matmul_gflops"], machine["mflop_per_image_step"]
+    print(f"matrix product {rate:.0f} GFLOP/s, {work:.0f} MFLOP an image-step")
     print(f"{'form':<15} {'stack':>5} {'ms/image-step':>14} {'ratio to plain':>15} {'of matmul':>10} {'peak MiB':>9}")
     for row in rows:
         print(
