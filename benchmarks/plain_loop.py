@@ -15,16 +15,23 @@ from dipguard.networks import NetworkSpec, StackedSkipNet
 from dipguard.networks.unet import Scale
 
 
-def _pad(kernel: int, mode: str) -> nn.Module:
-    before, after = (kernel - 1) // 2, kernel // 2
-    sides = (before, after, before, after)
-    return nn.ReflectionPad2d(sides) if mode == "reflect" else nn.ZeroPad2d(sides)
+class _Pad(nn.Module):
+    def __init__(self, kernel: int, mode: str) -> None:
+        super().__init__()
+        before, after = (kernel - 1) // 2, kernel // 2
+        self.sides = (before, after, before, after)
+        self.reflect = mode == "reflect"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.reflect:
+            return F.pad(x, self.sides)
+        return F.pad(x, self.sides, mode="reflect" if max(self.sides) < min(x.shape[-2:]) else "replicate")
 
 
 def _conv(inputs: int, outputs: int, kernel: int, mode: str, stride: int = 1) -> nn.Sequential:
-    if kernel % 2 and mode == "zeros":
+    if kernel == 1 or (kernel % 2 and mode == "zeros"):
         return nn.Sequential(nn.Conv2d(inputs, outputs, kernel, stride=stride, padding=kernel // 2))
-    return nn.Sequential(_pad(kernel, mode), nn.Conv2d(inputs, outputs, kernel, stride=stride))
+    return nn.Sequential(_Pad(kernel, mode), nn.Conv2d(inputs, outputs, kernel, stride=stride))
 
 
 def _block(inputs: int, outputs: int, kernel: int, mode: str, stride: int = 1) -> nn.Sequential:
@@ -39,7 +46,7 @@ class PlainSkipNet(nn.Module):
         padding: ``zeros`` or ``reflect``.
     """
 
-    def __init__(self, spec: NetworkSpec, *, padding: str = "zeros") -> None:
+    def __init__(self, spec: NetworkSpec, *, padding: str = "reflect") -> None:
         super().__init__()
         self.scales = spec.scales
         self.skips, self.downs, self.norms, self.ups = (nn.ModuleList() for _ in range(4))

@@ -107,7 +107,7 @@ class FitConfig:
     z_scale: float | None = None
     jitter: float = 1 / 30
     init: Init = Init.default
-    padding: Padding = Padding.zeros
+    padding: Padding = Padding.reflect
     dtype: Precision = Precision.float32
 
 

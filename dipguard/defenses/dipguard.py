@@ -95,7 +95,7 @@ class DIPGuard(nn.Module):
         z_scale: float | None = None,
         jitter: float = 1 / 30,
         init: str = "default",
-        padding: str = "zeros",
+        padding: str = "reflect",
         lr: float = 0.01,
         dtype: str = "float32",
         stack_size: int = 32,

@@ -40,7 +40,7 @@ class FitOptions:
     z_scale: float | None = None
     jitter: float = 1 / 30
     init: str = "default"
-    padding: str = "zeros"
+    padding: str = "reflect"
     lr: float = 0.01
     dtype: str = "float32"
 

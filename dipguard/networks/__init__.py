@@ -21,7 +21,7 @@ def build(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     init: str = "default",
-    padding: str = "zeros",
+    padding: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> StackedSkipNet:
     """A stack of B initialised networks.

@@ -28,6 +28,17 @@ def same_padding(kernel: int) -> tuple[int, int]:
     return (kernel - 1) // 2, kernel // 2
 
 
+def padding_mode(padding: str, *, kernel: int, side: int) -> str:
+    """The mode of torch's ``pad`` for a side of so many pixels.
+
+    A reflection needs more pixels than it adds. Where a deep scale has fewer (the 2x2 pixels and 4x4 kernels of the large
+    network on 32x32 images), its border is repeated instead.
+    """
+    if padding == "zeros":
+        return "constant"
+    return "reflect" if kernel // 2 < side else "replicate"
+
+
 def to_stack(x: Tensor, *, channels_last: bool) -> Tensor:
     """[B, C, H, W] -> [1, B * C, H, W]."""
     B, C, H, W = x.shape
@@ -97,7 +108,7 @@ class StackedConv2d(nn.Module):
         before, after = self.pad
         symmetric = before == after
         if before + after and (self.padding_mode == "reflect" or not symmetric):
-            mode = "reflect" if self.padding_mode == "reflect" else "constant"
+            mode = padding_mode(self.padding_mode, kernel=self.kernel, side=min(x.shape[-2:]))
             x = F.pad(x, (before, after, before, after), mode=mode)
         inside = before if symmetric and self.padding_mode == "zeros" else 0
         weight, bias = self.weight.flatten(0, 1), self.bias.flatten()

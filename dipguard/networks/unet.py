@@ -79,7 +79,7 @@ class StackedSkipNet(nn.Module):
         ValueError: An option is out of range.
     """
 
-    def __init__(self, spec: NetworkSpec, *, stack_size: int, padding: str = "zeros") -> None:
+    def __init__(self, spec: NetworkSpec, *, stack_size: int, padding: str = "reflect") -> None:
         super().__init__()
         check_int(stack_size, name="stack_size", low=1)
         self.spec = spec
@@ -125,20 +125,16 @@ class StackedSkipNet(nn.Module):
         return sum(p.numel() for p in self.parameters()) // self.stack_size
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse images that the scales would shrink to a single pixel, or to less than a reflection needs.
+        """Refuse images that the scales would shrink to a single pixel.
 
         Raises:
             ValueError: The image is too small.
         """
         smallest = self.spec.smallest_side
-        if self.padding == "reflect":
-            # A reflection of p pixels needs a side of p + 1; the deepest convolution of each level sees ceil(side /
-            # 2^(level+1)).
-            smallest = max([smallest] + [(k // 2) * 2 ** (level + 1) + 1 for level, k in enumerate(self.spec.k_d)])
         if min(height, width) < smallest:
             raise ValueError(
                 f"`images` must be at least {smallest}x{smallest} pixels for a network of {self.spec.scales} scales "
-                f"with {self.padding} padding (2x2 at the deepest), got {height}x{width}"
+                f"(2x2 at the deepest), got {height}x{width}"
             )
 
     def forward(self, z: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def defend(images: Tensor, victim: nn.Module, *, T: int = 60, stitching: dict | 
         images,
         victim=victim,
         indices=range(len(images)),
-        fit=FitOptions(network="small", jitter=0.1),
+        fit=FitOptions(network="small", jitter=0.1, padding="zeros"),
         decide=DecideOptions(**{"T": T, "decisions": None, "every": 2, "keep_samples": True, **decide}),
         stitch=StitchOptions(**{"tau": 0.3, "t0": 10, "K": 5, **(stitching or {})}),
         device=CPU,

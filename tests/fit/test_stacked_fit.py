@@ -41,22 +41,38 @@ def fit(images: Tensor, indices: list[int], steps: int, **options: Any) -> tuple
 
 
 @pytest.mark.parametrize("jitter", [0.0, 1 / 30])
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
 @pytest.mark.parametrize("network", ["small", "medium", "large"])
-def test_a_stack_equals_the_plain_loop_for_20_steps(images: Tensor, network: str, jitter: float) -> None:
-    indices = [5, 2, 11]
-    seen, _ = fit(images[:3], indices, 20, network=network, jitter=jitter, seed=3)
-    fresh = StackedDIP(images[:3], indices=indices, options=FitOptions(dtype="float64", network=network, seed=3))
+def test_a_stack_equals_the_plain_loop_for_20_steps(images: Tensor, network: str, padding: str, jitter: float) -> None:
+    indices = [5, 2]
+    options = {"network": network, "padding": padding, "seed": 3}
+    seen, _ = fit(images[:2], indices, 20, jitter=jitter, **options)
+    fresh = StackedDIP(images[:2], indices=indices, options=FitOptions(dtype="float64", **options))
     for b, index in enumerate(indices):
-        plain = PlainSkipNet(fresh.net.spec).double()
+        plain = PlainSkipNet(fresh.net.spec, padding=padding).double()
         plain.copy_from(fresh.net, b)
         stream = image_generator(seed=3, index=index, purpose="jitter")
         noise = [torch.empty(1, 4, 32, 32).normal_(generator=stream).double() * jitter for _ in range(20)]
         trace = plain_fit(plain, images[b : b + 1].double(), fresh.z[b : b + 1], steps=20, noise=noise)
-        torch.testing.assert_close(seen[:, b : b + 1], torch.stack(trace), rtol=0, atol=1e-10)
+        # A stack rounds its sums in another order than torch.nn's layers do, and Adam amplifies that; with reflected
+        # borders, where more gradients are zero but for rounding, by more.
+        tolerance = 1e-10 if padding == "zeros" else 1e-6
+        torch.testing.assert_close(seen[:1, b : b + 1], torch.stack(trace[:1]), rtol=0, atol=1e-13)
+        torch.testing.assert_close(seen[:, b : b + 1], torch.stack(trace), rtol=0, atol=tolerance)
     assert float((seen[-1] - seen[0]).abs().mean()) > 0.01
 
 
-@pytest.mark.parametrize("options", [{}, {"z": "gaussian", "init": "xavier"}, {"padding": "reflect", "jitter": 0.0}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"z": "gaussian", "init": "xavier"},
+        {"padding": "zeros", "jitter": 0.0},
+        {"network": "small"},
+        {"network": "large"},
+        {"network": "large", "padding": "zeros"},
+    ],
+)
 def test_an_image_does_not_depend_on_its_neighbours(images: Tensor, options: dict) -> None:
     together, _ = fit(images[:4], [0, 1, 2, 3], 20, **options)
     alone, _ = fit(images[2:3], [2], 20, **options)
