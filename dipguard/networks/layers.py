@@ -31,8 +31,8 @@ def same_padding(kernel: int) -> tuple[int, int]:
 def padding_mode(padding: str, *, kernel: int, side: int) -> str:
     """The mode of torch's ``pad`` for a side of so many pixels.
 
-    A reflection needs more pixels than it adds. Where a deep scale has fewer (the 2x2 pixels and 4x4 kernels of the large
-    network on 32x32 images), its border is repeated instead.
+    A reflection needs more pixels than it adds. Where a deep scale has fewer (the 2x2 pixels and 4x4 kernels of the
+    large network on 32x32 images), its border is repeated instead.
     """
     if padding == "zeros":
         return "constant"
