@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine ma
 
 from benchmarks.plain_loop import PlainSkipNet
 from dipguard.fit import FitOptions, StackedDIP
+from dipguard.fit.memory import kept_memory
 from dipguard.fit.runner import make_trainer, quiet
 from dipguard.networks import PRESETS, resolve
 
@@ -109,7 +110,7 @@ def time_stack(network: str, side: int, device: torch.device, *, stack: int, ste
     """Seconds per image-step of the Lightning loop over a stack, without its start-up."""
     clock = Clock(device, warmup=2)
     module = StackedDIP(torch.rand(stack, 3, side, side), options=FitOptions(network=network, jitter=JITTER))
-    with quiet():
+    with quiet(), kept_memory(device):
         make_trainer(steps + 2, device=device, callbacks=[clock], logger=None).fit(module)
     return clock.seconds / stack
 

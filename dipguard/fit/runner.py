@@ -21,6 +21,7 @@ from dipguard.decision import DecisionTrace, Reconstruction, sampled_steps
 from dipguard.decision.boundary import SCORES
 from dipguard.fit.boundary_detector import BoundaryDetector
 from dipguard.fit.decision_logger import DecisionLogger
+from dipguard.fit.memory import kept_memory
 from dipguard.fit.module import FitOptions, StackedDIP
 from dipguard.fit.stitcher import Stitcher, StitchOptions
 
@@ -109,7 +110,7 @@ def fit_stack(
         BoundaryDetector(victim, N=decide.N, scores=decide.scores),
         Stitcher(stitch, settings=asdict(decide)),
     )
-    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), quiet():
+    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), quiet(), kept_memory(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
         trainer = make_trainer(decide.T, device=device, callbacks=[*own, *callbacks], logger=logger)

@@ -42,9 +42,8 @@ def padding_mode(padding: str, *, kernel: int, side: int) -> str:
 def to_stack(x: Tensor, *, channels_last: bool) -> Tensor:
     """[B, C, H, W] -> [1, B * C, H, W]."""
     B, C, H, W = x.shape
-    if channels_last:
-        return x.permute(2, 3, 0, 1).reshape(1, H, W, B * C).permute(0, 3, 1, 2)
-    return x.reshape(1, B * C, H, W)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return x.reshape(1, B * C, H, W).contiguous(memory_format=layout)
 
 
 def from_stack(x: Tensor, *, stack: int) -> Tensor:

@@ -61,8 +61,9 @@ class Scale(nn.Module):
         if self.deeper is not None:
             low = self.deeper(low)
         high = F.interpolate(low, scale_factor=2, mode="bilinear", align_corners=False)
-        # An odd side comes back one pixel longer.
-        high = high[..., : x.shape[-2], : x.shape[-1]]
+        if high.shape[-2:] != x.shape[-2:]:
+            # An odd side comes back one pixel longer. An even one is not sliced: the slice's backward would copy it.
+            high = high[..., : x.shape[-2], : x.shape[-1]]
         joined = high if self.skip is None else join(self.skip(x), high, stack=self.stack)
         return self.up(self.norm(joined))
 
