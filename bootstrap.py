@@ -33,16 +33,16 @@ def install() -> None:
     outer_pip = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet"]
     locked = ["--no-deps", "--require-hashes", "-r", str(ROOT / "requirements.lock")]
     editable = ["--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    if subprocess.call([*outer_pip, UV]) == 0:
-        # uv installs the same files in half a minute where pip takes minutes.
-        installer = [str(PYTHON), "-m", "uv", "pip", "install", "--quiet", "--python", str(PYTHON)]
-    else:
-        print("bootstrap: no uv here, so pip does the installation; this takes some minutes", file=sys.stderr)
-        installer = outer_pip
+    # uv installs the same files in half a minute where pip takes minutes. It shall trust whom this machine trusts, as pip
+    # does (the setting's name changed with uv's versions).
+    os.environ.update({name: os.environ.get(name, "1") for name in ("UV_SYSTEM_CERTS", "UV_NATIVE_TLS")})
     os.environ.setdefault("UV_HTTP_TIMEOUT", "300")
+    uv = [str(PYTHON), "-m", "uv", "pip", "install", "--quiet", "--python", str(PYTHON)]
     # --no-deps: the lock is complete, and torchattacks' pin on an old `requests` must not be read (see README.md).
-    subprocess.run([*installer, *locked], check=True)
-    subprocess.run([*installer, *editable], check=True)
+    if subprocess.call([*outer_pip, UV]) or subprocess.call([*uv, *locked]):
+        print("bootstrap: uv cannot do it, so pip does; this takes some minutes", file=sys.stderr)
+        subprocess.run([*outer_pip, *locked], check=True)
+    subprocess.run([*outer_pip, *editable], check=True)
 
 
 def main() -> int:
