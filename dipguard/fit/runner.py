@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import signal
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -110,7 +112,7 @@ def fit_stack(
         BoundaryDetector(victim, N=decide.N, scores=decide.scores),
         Stitcher(stitch, settings=asdict(decide)),
     )
-    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), quiet(), kept_memory(device):
+    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), quiet(), kept_memory(device), interrupts():
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
         trainer = make_trainer(decide.T, device=device, callbacks=[*own, *callbacks], logger=logger)
@@ -138,6 +140,22 @@ def make_trainer(T: int, *, device: torch.device, callbacks: list[pl.Callback], 
         num_sanity_val_steps=0,
         inference_mode=False,
     )
+
+
+@contextmanager
+def interrupts() -> Iterator[None]:
+    """Let Ctrl-C stay Ctrl-C: a Trainer turns it into ``sys.exit`` and makes the process deaf to the next one."""
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if main else None
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""What a stacked fit does to the program around it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from dipguard.fit import DecideOptions, FitOptions, StackResult, StitchOptions, fit_stack
+
+
+class At(pl.Callback):
+    """Does something at step 3."""
+
+    def __init__(self, what: Any) -> None:
+        self.what = what
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            self.what()
+
+
+def run(images: Tensor, victim: nn.Module, *callbacks: pl.Callback) -> StackResult:
+    return fit_stack(
+        images[:1],
+        victim=victim,
+        indices=[0],
+        fit=FitOptions(network="small"),
+        decide=DecideOptions(T=8, decisions=4),
+        stitch=StitchOptions(),
+        device=torch.device("cpu"),
+        callbacks=callbacks,
+    )
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_stays_ctrl_c_and_can_be_pressed_again(images: Tensor, victim: nn.Module) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            run(images, victim, At(press_ctrl_c))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert len(run(images, victim).traces) == 1
+
+
+@pytest.mark.parametrize("error", [SystemExit, RuntimeError])
+def test_other_errors_pass(images: Tensor, victim: nn.Module, error: type[BaseException]) -> None:
+    def fail() -> None:
+        raise error("stop")
+
+    with pytest.raises(error, match="stop"):
+        run(images, victim, At(fail))
+
+
+def test_runs_in_a_thread(images: Tensor, victim: nn.Module) -> None:
+    results: list[StackResult] = []
+    thread = threading.Thread(target=lambda: results.append(run(images, victim)))
+    thread.start()
+    thread.join()
+    expected = run(images, victim)
+    assert torch.equal(results[0].reconstructions[0].image, expected.reconstructions[0].image)
+
+
+def test_seconds_are_counted_by_part(images: Tensor, victim: nn.Module) -> None:
+    seconds = run(images, victim).seconds
+    assert seconds.keys() == {"fit", "decide"}
+    assert min(seconds.values()) > 0
+
+
+def test_nothing_is_printed(images: Tensor, victim: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
+    run(images, victim)
+    assert capfd.readouterr() == ("", "")
