@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images, check_int, check_labels
+from dipguard.classifier import check_is_module, device_of, frozen
 from dipguard.seeding import image_generator
-from dipguard.victims.base import check_victim, device_of, frozen
+from dipguard.victims.base import check_victim
 
 _TOLERANCE = 1e-6  # float32 rounding of x + delta, for values in [0, 1]
 
@@ -36,9 +37,7 @@ class Attack(ABC):
     norm: ClassVar[str]  # "Linf", "L2" or "none"
 
     def __init__(self, victim: nn.Module, *, seed: int = 0, batch_size: int = 32) -> None:
-        if not isinstance(victim, nn.Module):
-            raise TypeError(f"`victim` must be a torch.nn.Module, got {type(victim).__name__}")
-        self.victim = victim
+        self.victim = check_is_module(victim)
         self.seed = check_int(seed, name="seed", low=0)
         self.batch_size = check_int(batch_size, name="batch_size", low=1)
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dipguard.attacks.base import Attack
 from dipguard.checks import check_float, check_int
-from dipguard.victims.base import device_of
+from dipguard.classifier import device_of
 
 
 def _library() -> Any:
@@ -88,20 +88,12 @@ class _TorchAttack(Attack):
         return attacked
 
 
-class FGSM(_TorchAttack):
-    """Fast gradient sign method (Goodfellow et al., 2015): one step of size eps in L-inf.
+class _LinfAttack(_TorchAttack):
+    """An attack of torchattacks inside the L-inf ball of radius eps."""
 
-    Args:
-        victim: as in `Attack`.
-        eps_255: step size in levels of 0 to 255, above 0; fractions are allowed.
-        seed: as in `Attack`; FGSM draws nothing.
-        batch_size: as in `Attack`.
-    """
-
-    name: ClassVar[str] = "fgsm"
     norm: ClassVar[str] = "Linf"
 
-    def __init__(self, victim: nn.Module, *, eps_255: float = 8, seed: int = 0, batch_size: int = 32) -> None:
+    def __init__(self, victim: nn.Module, *, eps_255: float, seed: int, batch_size: int) -> None:
         super().__init__(victim, seed=seed, batch_size=batch_size)
         self.eps_255 = _levels(eps_255, name="eps_255")
 
@@ -115,12 +107,28 @@ class FGSM(_TorchAttack):
         """As in `Attack`, with eps."""
         return {**super().settings, "eps_255": self.eps_255}
 
+
+class FGSM(_LinfAttack):
+    """Fast gradient sign method (Goodfellow et al., 2015): one step of size eps in L-inf.
+
+    Args:
+        victim: as in `Attack`.
+        eps_255: step size in levels of 0 to 255, above 0; fractions are allowed.
+        seed: as in `Attack`; FGSM draws nothing.
+        batch_size: as in `Attack`.
+    """
+
+    name: ClassVar[str] = "fgsm"
+
+    def __init__(self, victim: nn.Module, *, eps_255: float = 8, seed: int = 0, batch_size: int = 32) -> None:
+        super().__init__(victim, eps_255=eps_255, seed=seed, batch_size=batch_size)
+
     def make(self, victim: nn.Module) -> Any:
         """Return torchattacks' FGSM."""
         return _library().FGSM(victim, eps=self.budget)
 
 
-class PGD(_TorchAttack):
+class PGD(_LinfAttack):
     """Projected gradient descent (Madry et al., 2018) in the L-inf ball, from a random start.
 
     Args:
@@ -134,7 +142,6 @@ class PGD(_TorchAttack):
     """
 
     name: ClassVar[str] = "pgd"
-    norm: ClassVar[str] = "Linf"
 
     def __init__(
         self,
@@ -147,21 +154,15 @@ class PGD(_TorchAttack):
         seed: int = 0,
         batch_size: int = 32,
     ) -> None:
-        super().__init__(victim, seed=seed, batch_size=batch_size)
-        self.eps_255 = _levels(eps_255, name="eps_255")
+        super().__init__(victim, eps_255=eps_255, seed=seed, batch_size=batch_size)
         self.alpha_255 = _levels(alpha_255, name="alpha_255")
         self.steps = check_int(steps, name="steps", low=1)
         self.random_start = bool(random_start)
 
     @property
-    def budget(self) -> float:
-        """eps on the [0, 1] scale."""
-        return self.eps_255 / 255
-
-    @property
     def settings(self) -> dict[str, Any]:
         """As in `Attack`, with eps, step size, steps and start."""
-        own = {"eps_255": self.eps_255, "alpha_255": self.alpha_255, "steps": self.steps}
+        own = {"alpha_255": self.alpha_255, "steps": self.steps}
         return {**super().settings, **own, "random_start": self.random_start}
 
     def make(self, victim: nn.Module) -> Any:

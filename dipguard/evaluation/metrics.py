@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.decision import quality
+from dipguard.fit import Decider
 
 BATCH = 64
 """Images decided or compared at once. Fixed, so that no figure depends on how the fit was cut into stacks."""
@@ -37,7 +38,7 @@ def similarity(images: Tensor, clean: Tensor) -> Tensor:
         clean: Of the same shape.
 
     Raises:
-        ValueError: Different shapes, or a side shorter than SSIM's window of 11 pixels.
+        ValueError: Different shapes, or a side too short for SSIM.
     """
     if images.shape != clean.shape:
         raise ValueError(
@@ -47,7 +48,6 @@ def similarity(images: Tensor, clean: Tensor) -> Tensor:
     return torch.cat([quality(one, other).cpu() for one, other in parts])
 
 
-@torch.no_grad()
-def decide(victim: nn.Module, images: Tensor, *, device: torch.device | str = "cpu") -> Tensor:
-    """The victim's decisions on images [N, 3, H, W] in [0, 1]: [N] int64 on the CPU. The victim is on ``device``."""
-    return torch.cat([victim(part.to(device)).argmax(dim=1).cpu() for part in images.split(BATCH)])
+def decide(victim: nn.Module, images: Tensor) -> Tensor:
+    """The victim's decisions on images [N, 3, H, W] in [0, 1]: [N] int64 on the CPU."""
+    return Decider(victim, batch=BATCH)(images).argmax(dim=1).cpu()

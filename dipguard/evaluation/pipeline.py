@@ -30,7 +30,7 @@ from dipguard.evaluation.settings import (
     fingerprint,
     guard_options,
 )
-from dipguard.networks import build
+from dipguard.networks import resolve
 from dipguard.victims import build_victim, check_victim
 
 _log = logging.getLogger(__name__)
@@ -98,8 +98,7 @@ def execute(run: Run, *, logger_at: Callable[[int], Logger | None] = lambda step
 
 def _check_size(clean: ImageSet, config: TrainConfig) -> None:
     # Here, and not when the first stack starts, which may be an hour of attacks later.
-    network = build(str(config.network.name), stack_size=1, padding=str(config.fit.padding))
-    network.check_size(*clean.images.shape[-2:])
+    resolve(str(config.network.name)).check_size(*clean.images.shape[-2:])
     similarity(clean.images[:1], clean.images[:1])
 
 
@@ -120,7 +119,7 @@ def _attack(run: Run) -> Given:
     start = time.perf_counter()
     attacked = torch.cat(list(_attack_batches(run)))
     seconds = time.perf_counter() - start
-    on_clean, on_given = (decide(run.victim, x, device=run.device) for x in (run.clean.images, attacked))
+    on_clean, on_given = (decide(run.victim, x) for x in (run.clean.images, attacked))
     given = Given(attacked, on_given, on_clean, seconds)
     run.folder.save_given(given)
     return given
@@ -177,7 +176,7 @@ def _rebuild(run: Run, given: Given) -> Outcome:
         reconstructions=rebuilt,
         decision_clean=given.decisions_clean,
         decision_given=given.decisions,
-        decision_defended=decide(run.victim, images, device=run.device),
+        decision_defended=decide(run.victim, images),
         ssim_given=similarity(given.images, run.clean.images),
         ssim_defended=similarity(images, run.clean.images),
         seconds={"attack": given.seconds, **run.folder.seconds(indices)},

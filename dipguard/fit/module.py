@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dipguard.checks import check_choice, check_float, check_images
-from dipguard.fit.noise import Jitter, draw_z
+from dipguard.fit.noise import Z_KINDS, Jitter, draw_z
 from dipguard.fit.record import StackRecord
 from dipguard.networks import INITS, PADDINGS, NetworkSpec, build, resolve
 
@@ -47,7 +47,7 @@ class FitOptions:
     def __post_init__(self) -> None:
         resolve(self.network)
         check_float(self.jitter, name="jitter", low=0.0)
-        check_choice(self.z, ("uniform", "gaussian"), name="z")
+        check_choice(self.z, Z_KINDS, name="z")
         if self.z_scale is not None and check_float(self.z_scale, name="z_scale", low=0.0) == 0:
             raise ValueError("`z_scale` must be above 0, got 0")
         check_choice(self.init, INITS, name="init")
@@ -119,7 +119,7 @@ class StackedDIP(pl.LightningModule):
             dtype=dtype,
         )
         height, width = images.shape[-2:]
-        self.net.check_size(height, width)
+        self.net.spec.check_size(height, width)
         shape = (self.net.spec.input_depth, height, width)
         scale = self.net.spec.z_scale if options.z_scale is None else options.z_scale
         z = draw_z(shape, indices=self.indices, seed=options.seed, kind=options.z, scale=scale)
@@ -153,18 +153,4 @@ class StackedDIP(pl.LightningModule):
 
     def train_dataloader(self) -> Sequence[int]:
         """One step an item: the images are the module's own."""
-        return _Steps(max(1, int(self.trainer.max_steps)))
-
-
-class _Steps(Sequence[int]):
-    def __init__(self, count: int) -> None:
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: Any) -> Any:
-        return range(self._count)[index]
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(range(self._count))
+        return range(max(1, int(self.trainer.max_steps)))

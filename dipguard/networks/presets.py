@@ -52,6 +52,18 @@ class NetworkSpec:
         """
         return 2**self.scales + 1
 
+    def check_size(self, height: int, width: int) -> None:
+        """Refuse images that the scales would shrink to a single pixel.
+
+        Raises:
+            ValueError: The image is too small.
+        """
+        if min(height, width) < self.smallest_side:
+            raise ValueError(
+                f"`images` must be at least {self.smallest_side}x{self.smallest_side} pixels for a network of "
+                f"{self.scales} scales (2x2 at the deepest), got {height}x{width}"
+            )
+
 
 def _uniform(*, scales: int, filters: int, skips: int, kernel: int, z_scale: float) -> NetworkSpec:
     return NetworkSpec(

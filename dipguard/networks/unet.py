@@ -125,19 +125,6 @@ class StackedSkipNet(nn.Module):
         """Number of parameters of one network."""
         return sum(p.numel() for p in self.parameters()) // self.stack_size
 
-    def check_size(self, height: int, width: int) -> None:
-        """Refuse images that the scales would shrink to a single pixel.
-
-        Raises:
-            ValueError: The image is too small.
-        """
-        smallest = self.spec.smallest_side
-        if min(height, width) < smallest:
-            raise ValueError(
-                f"`images` must be at least {smallest}x{smallest} pixels for a network of {self.spec.scales} scales "
-                f"(2x2 at the deepest), got {height}x{width}"
-            )
-
     def forward(self, z: Tensor) -> Tensor:
         """One pass of all B networks, each on its own z."""
         x = self.head(self.body(to_stack(z, channels_last=self.channels_last)))

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from dipguard.classifier import frozen
 from dipguard.registry import check_options, resolve
-from dipguard.victims.base import Normalised, check_victim, frozen
+from dipguard.victims.base import Normalised, check_victim
 from dipguard.victims.weights import load_state_dict_strict
 
 __all__ = ["VICTIMS", "Normalised", "build_victim", "check_victim", "frozen", "load_state_dict_strict"]

@@ -14,7 +14,7 @@ from dipguard.classifier import check_is_module, check_logits, device_of, frozen
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Normalised", "check_victim", "device_of", "frozen"]
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Normalised", "check_victim"]
 
 
 class Normalised(nn.Module):

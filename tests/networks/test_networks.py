@@ -85,17 +85,17 @@ def test_every_kernel_keeps_or_halves_the_size(kernel: int, stride: int, side: i
 @pytest.mark.parametrize(("preset", "smallest"), [("small", 5), ("medium", 9), ("large", 17), ("imagenet", 33)])
 def test_too_many_scales_for_an_image_are_refused(preset: str, smallest: int) -> None:
     net = build(preset, stack_size=1)
-    net.check_size(smallest, smallest)
+    net.spec.check_size(smallest, smallest)
     assert net(torch.rand(1, 4, smallest, smallest)).shape == (1, 3, smallest, smallest)
     with pytest.raises(ValueError, match=rf"`images` must be at least {smallest}x{smallest} .* got {smallest - 1}x40"):
-        net.check_size(smallest - 1, 40)
+        net.spec.check_size(smallest - 1, 40)
 
 
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
 def test_large_runs_at_32x32_with_either_padding(padding: str) -> None:
     # Its deepest scale has 2x2 pixels, too few for a reflection of two: there the border is repeated.
     net = build("large", stack_size=1, padding=padding)
-    net.check_size(32, 32)
+    net.spec.check_size(32, 32)
     assert net(torch.rand(1, 4, 32, 32)).shape == (1, 3, 32, 32)
 
 
