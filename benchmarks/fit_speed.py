@@ -1,6 +1,7 @@
 """How fast the fit is: the plain loop over single images against stacks, side by side in one run.
 
-    python benchmarks/fit_speed.py [--network medium] [--stacks 1 8 32 128] [--rounds 3] [--device cpu] [--json FILE]
+    python benchmarks/fit_speed.py [--network medium] [--stacks 1 8 32 128] [--engines torch native] [--rounds 3]
+                                   [--device cpu] [--json FILE]
 
 Every form does the same work: forward, backward and Adam of one network an image, with jitter on z. The forms take
 turns, so that a machine whose speed drifts slows all of them; the figure of a form is its median round. FLOPs are those
@@ -11,14 +12,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import resource
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine may hold this folder without installing it
 
 from benchmarks.plain_loop import PlainSkipNet
+from dipguard.engines.native_build import compiler, library
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.fit.memory import kept_memory
 from dipguard.fit.runner import make_trainer, quiet
@@ -106,10 +111,11 @@ def time_plain(step: Callable[[], None], device: torch.device, *, steps: int) ->
     return (time.perf_counter() - start) / steps
 
 
-def time_stack(network: str, side: int, device: torch.device, *, stack: int, steps: int) -> float:
+def time_stack(network: str, side: int, device: torch.device, *, engine: str, stack: int, steps: int) -> float:
     """Seconds per image-step of the Lightning loop over a stack, without its start-up."""
     clock = Clock(device, warmup=2)
-    module = StackedDIP(torch.rand(stack, 3, side, side), options=FitOptions(network=network, jitter=JITTER))
+    options = FitOptions(network=network, jitter=JITTER, engine=engine)
+    module = StackedDIP(torch.rand(stack, 3, side, side), options=options)
     with quiet(), kept_memory(device):
         make_trainer(steps + 2, device=device, callbacks=[clock], logger=None).fit(module)
     return clock.seconds / stack
@@ -153,11 +159,11 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     forms: list[tuple[str, int, Callable[[], float]]] = [
         ("plain loop", 1, partial(time_plain, step, device, steps=args.steps))
     ]
-    for stack in args.stacks:
-        # Larger stacks take fewer steps: their figure is steadier, and the whole run ends within a minute.
+    for engine, stack in product(args.engines, args.stacks):
+        # Larger stacks take fewer steps: their figure is steadier, and the whole run ends within minutes.
         steps = max(4, args.steps // max(1, stack // 8))
-        timed = partial(time_stack, args.network, args.side, device, stack=stack, steps=steps)
-        forms.append(("lightning loop" if stack == 1 else "stack", stack, timed))
+        timed = partial(time_stack, args.network, args.side, device, engine=engine, stack=stack, steps=steps)
+        forms.append((f"stack, {engine}", stack, timed))
     seconds: dict[int, list[float]] = {number: [] for number in range(len(forms))}
     memory = dict.fromkeys(seconds, 0.0)
     rates = []
@@ -184,6 +190,27 @@ def measure(args: argparse.Namespace) -> tuple[list[Row], dict[str, float]]:
     return rows, {"matmul_gflops": rate / 1e9, "mflop_per_image_step": flops / 1e6}
 
 
+def start_up(args: argparse.Namespace) -> str:
+    """Settle ``args.engines``; says what the native engine's compilation costs, from nothing."""
+    if args.engines is None:
+        args.engines = ["torch"]
+        if args.device == "cpu" and compiler() is not None:
+            args.engines.append("native")
+    if "native" not in args.engines:
+        return "not measured"
+    before = os.environ.get("DIPGUARD_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DIPGUARD_CACHE"] = folder
+        start = time.perf_counter()
+        library("float32")
+        seconds = time.perf_counter() - start
+    if before is None:
+        del os.environ["DIPGUARD_CACHE"]
+    else:
+        os.environ["DIPGUARD_CACHE"] = before
+    return f"compiled in {seconds:.1f} s, once a machine"
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -193,20 +220,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="timed steps of the plain loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--engines", nargs="+", help="by default all that run on the device")
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     torch.manual_seed(0)
     start = time.perf_counter()
+    compiled = start_up(args)
     rows, machine = measure(args)
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rate, work = machine["matmul_gflops"], machine["mflop_per_image_step"]
     print(f"matrix product {rate:.0f} GFLOP/s, {work:.0f} MFLOP an image-step")
-    print(f"{'form':<15} {'stack':>5} {'ms/image-step':>14} {'ratio to plain':>15} {'of matmul':>10} {'peak MiB':>9}")
+    print(f"{'form':<16} {'stack':>5} {'ms/image-step':>14} {'ratio to plain':>15} {'of matmul':>10} {'peak MiB':>9}")
     for row in rows:
         print(
-            f"{row.form:<15} {row.stack:>5} {row.ms_per_image_step:>14.3f} {row.ratio_to_plain_loop:>15.3f} "
+            f"{row.form:<16} {row.stack:>5} {row.ms_per_image_step:>14.3f} {row.ratio_to_plain_loop:>15.3f} "
             f"{row.share_of_matmul:>10.1%} {row.peak_mib:>9.0f}"
         )
+    print(f"native engine: {compiled}")
     print(f"{time.perf_counter() - start:.0f} s")
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n", encoding="utf-8")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from dipguard.config_choices import (
     Accelerator,
     DivideBy,
+    EngineName,
     Init,
     LoggerName,
     NetworkName,
@@ -109,6 +110,7 @@ class FitConfig:
     init: Init = Init.default
     padding: Padding = Padding.reflect
     dtype: Precision = Precision.float32
+    engine: EngineName = EngineName.auto
 
 
 @dataclass

@@ -39,6 +39,14 @@ class Precision(StrEnum):
     float64 = "float64"
 
 
+class EngineName(StrEnum):
+    """Who computes a fit step; ``auto`` takes the native engine on a CPU that has a C++ compiler."""
+
+    auto = "auto"
+    torch = "torch"
+    native = "native"
+
+
 class Z(StrEnum):
     """Distribution of the network's fixed input z."""
 

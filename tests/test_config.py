@@ -11,10 +11,11 @@ from dipguard import DIPGuard
 from dipguard.attacks import ATTACKS
 from dipguard.config import TrainConfig, from_hydra
 from dipguard.config_checks import validate
-from dipguard.config_choices import DivideBy, Init, NetworkName, Padding, Precision, Rule, Scores, T0Unit
+from dipguard.config_choices import DivideBy, EngineName, Init, NetworkName, Padding, Precision, Rule, Scores, T0Unit
 from dipguard.data import DATASETS
 from dipguard.decision.boundary import RULES, SCORES, T0_UNITS
 from dipguard.decision.stitching import DIVISORS
+from dipguard.engines import ENGINES
 from dipguard.evaluation.settings import guard_options
 from dipguard.fit.module import DTYPES
 from dipguard.networks import INITS, PADDINGS, PRESETS
@@ -44,6 +45,7 @@ def test_every_row_of_a_table_has_its_config(group: str, table: dict[str, object
     [
         (NetworkName, PRESETS),
         (Precision, DTYPES),
+        (EngineName, ENGINES),
         (Init, INITS),
         (Padding, PADDINGS),
         (Scores, SCORES),

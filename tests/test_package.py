@@ -25,8 +25,9 @@ MAX_LINES = 250
 
 # The rooms, lowest first; imports go down only. A new room is given its floor here.
 FLOORS = (
-    {"checks", "classifier", "seeding", "registry", "files", "config", "config_choices", "version"},
+    {"checks", "classifier", "seeding", "registry", "files", "cache", "config", "config_choices", "version"},
     {"decision", "networks"},
+    {"engines"},
     {"fit"},
     {"defenses", "attacks", "data", "victims"},
     {"reporting", "evaluation", "integrations", "config_checks"},

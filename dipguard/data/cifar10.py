@@ -8,7 +8,7 @@ import torch
 
 from dipguard.checks import check_choice
 from dipguard.data.base import ImageSet, from_bytes, resize, window
-from dipguard.data.cache import cache_folder
+from dipguard.cache import cache_folder
 
 
 def load_cifar10(

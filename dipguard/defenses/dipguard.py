@@ -62,6 +62,7 @@ class DIPGuard(nn.Module):
         padding: ``zeros`` or ``reflect``.
         lr: Adam's learning rate.
         dtype: ``float32`` or ``float64`` for the fit.
+        engine: ``torch``, ``native`` (C++, on a CPU with a C++ compiler) or ``auto``; by far the fastest there is native.
         stack_size: Images fitted at once. No image's result depends on it (in exact arithmetic; Adam amplifies
             rounding).
         accelerator: ``auto`` (where the victim is), ``cpu`` or ``gpu``.
@@ -98,6 +99,7 @@ class DIPGuard(nn.Module):
         padding: str = "reflect",
         lr: float = 0.01,
         dtype: str = "float32",
+        engine: str = "auto",
         stack_size: int = 32,
         accelerator: str = "auto",
         progress: bool = True,
@@ -125,6 +127,7 @@ class DIPGuard(nn.Module):
             padding=padding,
             lr=lr,
             dtype=dtype,
+            engine=engine,
         )
         self.stack_size = check_int(stack_size, name="stack_size", low=1)
         self.accelerator = check_choice(accelerator, ACCELERATORS, name="accelerator")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dipguard.checks import check_choice, check_float, check_images
+from dipguard.engines import ENGINES, Engine, make_engine
 from dipguard.fit.noise import Z_KINDS, Jitter, draw_z
 from dipguard.fit.record import StackRecord
 from dipguard.networks import INITS, PADDINGS, NetworkSpec, build, resolve
@@ -32,6 +33,7 @@ class FitOptions:
         padding: ``zeros`` or ``reflect``.
         lr: Adam's learning rate (appendix B: 0.01, no decay).
         dtype: ``float32`` or ``float64``.
+        engine: Who computes a step: ``torch``, ``native`` or ``auto`` (:func:`dipguard.engines.make_engine`).
     """
 
     network: str | NetworkSpec = "cifar10"
@@ -43,6 +45,7 @@ class FitOptions:
     padding: str = "reflect"
     lr: float = 0.01
     dtype: str = "float32"
+    engine: str = "auto"
 
     def __post_init__(self) -> None:
         resolve(self.network)
@@ -55,6 +58,7 @@ class FitOptions:
         if check_float(self.lr, name="lr", low=0.0) == 0:
             raise ValueError("`lr` must be above 0, got 0")
         check_choice(self.dtype, DTYPES, name="dtype")
+        check_choice(self.engine, ENGINES, name="engine")
 
     def as_settings(self) -> dict[str, Any]:
         """The options as JSON can hold them, z_scale resolved."""
@@ -126,6 +130,7 @@ class StackedDIP(pl.LightningModule):
         self.register_buffer("z", z.to(dtype), persistent=False)
         self.register_buffer("given", images.detach().to(dtype).clone(), persistent=False)
         self._jitter: Jitter | None = None
+        self._engine: Engine | None = None
         self.record: StackRecord | None = None
 
     def on_fit_start(self) -> None:
@@ -139,17 +144,24 @@ class StackedDIP(pl.LightningModule):
         out: Tensor = self.net(z)
         return out
 
+    @property
+    def engine(self) -> Engine:
+        """Who computes a step; chosen when the Trainer asks for the optimiser, torch's outside of a fit."""
+        if self._engine is None:
+            self._engine = make_engine("torch", self.net, self.given, steps=1)
+        return self._engine
+
     def training_step(self, batch: Any, batch_idx: int) -> StepOutput:
         """Lines 3 and 7 of Algorithm 1."""
-        x = self.net(self.z if self._jitter is None else self._jitter.next(self.z))
-        errors = (x - self.given).square().flatten(1).mean(dim=1)
-        return {"loss": errors.sum(), "reconstructions": x.detach(), "errors": errors.detach()}
+        step = self.engine.step(self.z if self._jitter is None else self._jitter.next(self.z))
+        return {"loss": step.loss, "reconstructions": step.reconstructions, "errors": step.errors}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with its usual betas, fused into one pass over the numbers of each tensor."""
         # The first moment at which the device is known; later, Adam's moments would have to follow the weights.
-        self.net.set_layout(channels_last=self.device.type == "cpu")
-        return torch.optim.Adam(self.net.parameters(), lr=self.options.lr, fused=True)
+        steps = int(self.trainer.max_steps)
+        self._engine = make_engine(self.options.engine, self.net, self.given, steps=steps)
+        return torch.optim.Adam(self._engine.parameters(), lr=self.options.lr, fused=True)
 
     def train_dataloader(self) -> Sequence[int]:
         """One step an item: the images are the module's own."""

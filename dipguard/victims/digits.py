@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dipguard.data.cache import cache_folder
+from dipguard.cache import cache_folder
 from dipguard.data.digits import digits_split
 from dipguard.files import write_bytes
 from dipguard.victims.base import Normalised

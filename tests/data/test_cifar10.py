@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dipguard.data import load_data
-from dipguard.data.cache import cache_folder
+from dipguard.cache import cache_folder
 
 
 def test_missing_files_without_download_are_an_error_that_names_the_folder(tmp_path):

@@ -10,8 +10,12 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_loop import PlainSkipNet, plain_fit
+from dipguard.engines.native_build import compiler
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.seeding import image_generator
+
+WORKING = ["torch", pytest.param("native", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
+"""Engines that a CPU may have."""
 
 
 class Watch(pl.Callback):
@@ -40,12 +44,14 @@ def fit(images: Tensor, indices: list[int], steps: int, **options: Any) -> tuple
     return torch.stack(watch.seen), module
 
 
-@pytest.mark.parametrize("jitter", [0.0, 1 / 30])
-@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("engine", WORKING)
+@pytest.mark.parametrize(("padding", "jitter"), [("zeros", 0.0), ("reflect", 0.0), ("reflect", 1 / 30)])
 @pytest.mark.parametrize("network", ["small", "medium", "large"])
-def test_a_stack_equals_the_plain_loop_for_20_steps(images: Tensor, network: str, padding: str, jitter: float) -> None:
+def test_a_stack_equals_the_plain_loop_for_20_steps(
+    images: Tensor, network: str, padding: str, jitter: float, engine: str
+) -> None:
     indices = [5, 2]
-    options = {"network": network, "padding": padding, "seed": 3}
+    options = {"network": network, "padding": padding, "seed": 3, "engine": engine}
     seen, _ = fit(images[:2], indices, 20, jitter=jitter, **options)
     fresh = StackedDIP(images[:2], indices=indices, options=FitOptions(dtype="float64", **options))
     for b, index in enumerate(indices):
@@ -65,12 +71,13 @@ def test_a_stack_equals_the_plain_loop_for_20_steps(images: Tensor, network: str
 @pytest.mark.parametrize(
     "options",
     [
-        {},
+        {"engine": "torch"},
         {"z": "gaussian", "init": "xavier"},
         {"padding": "zeros", "jitter": 0.0},
         {"network": "small"},
         {"network": "large"},
         {"network": "large", "padding": "zeros"},
+        {"engine": "native"},
     ],
 )
 def test_an_image_does_not_depend_on_its_neighbours(images: Tensor, options: dict) -> None:
@@ -122,6 +129,7 @@ def test_float32_follows_float64_at_first(images: Tensor) -> None:
         ({"dtype": "float16"}, "`dtype` must be one of float32, float64, got 'float16'"),
         ({"init": "zeros"}, "`init` must be one of"),
         ({"padding": "same"}, "`padding` must be one of"),
+        ({"engine": "cuda"}, "`engine` must be one of auto, torch, native, got 'cuda'"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from dipguard.attacks import build_attack
-from dipguard.data.cache import cache_folder
+from dipguard.cache import cache_folder
 from dipguard.victims import build_victim
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from dipguard.data.cache import cache_folder
+from dipguard.cache import cache_folder
 
 
 @pytest.mark.parametrize(

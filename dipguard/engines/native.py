@@ -1,0 +1,158 @@
+"""The native engine: the whole step of one image in C++, one image a thread at a time.
+
+A layer-by-layer stack carries every layer's activations of all images through memory. Here an image goes through the
+whole network, forward and backward, before the next one starts, so that its tensors stay in the core's cache, and the
+convolutions run from registers (native/convolution.h). Nothing is shared between images: a result does not depend on
+the stack or the number of threads, bit for bit.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipguard.engines.base import Engine, Step
+from dipguard.engines.native_build import library
+from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError
+from dipguard.engines.native_program import make_plan
+from dipguard.networks import StackedSkipNet
+from dipguard.networks.layers import StackedConv2d, StackedNorm2d
+from dipguard.networks.unet import SLOPE
+
+DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+
+
+class NativeEngine(Engine):
+    """Forward and backward pass in C++ (CPU, float32 or float64).
+
+    All weights move into one flat parameter, [B, P]; the network's own parameters become views of it, so that they
+    follow the fit.
+
+    Args:
+        net: The stack.
+        given: x0, [B, 3, H, W], in the network's dtype.
+
+    Raises:
+        UnsupportedError, BuildError: See :meth:`check`.
+    """
+
+    name = "native"
+
+    def __init__(self, net: StackedSkipNet, given: Tensor) -> None:
+        self.plan = self.check(net, given)
+        self.library = library(DTYPES[given.dtype])
+        self.given = given.contiguous()
+        self.eps = _eps(net)
+        images = len(given)
+        flat = given.new_zeros(images, self.plan.parameters)
+        _move_parameters(net, self.plan, flat)
+        self.flat = nn.Parameter(flat)
+        self.gradient = torch.zeros_like(flat)
+        self.threads = min(images, torch.get_num_threads())
+        self.workspaces = given.new_zeros(self.threads, self.plan.room)
+        self._frames = _integers(self.plan.frames)
+        self.set_program(self.plan.program)
+        self._handle = torch.zeros((), dtype=given.dtype, requires_grad=True)
+
+    @staticmethod
+    def check(net: StackedSkipNet, given: Tensor) -> Plan:
+        """The network's program, once it is known that it can run.
+
+        Raises:
+            UnsupportedError: Not a CPU, a dtype or a network that the engine cannot run.
+            BuildError: The engine cannot be compiled here.
+        """
+        if given.device.type != "cpu" or given.dtype not in DTYPES:
+            raise UnsupportedError(f"it needs float32 or float64 on a CPU, got {given.dtype} on {given.device.type}")
+        plan = make_plan(net.spec, padding=net.padding, height=given.shape[-2], width=given.shape[-1])
+        library(DTYPES[given.dtype])
+        return plan
+
+    def set_program(self, program: Sequence[Instruction]) -> None:
+        """Run this instead of the network's whole step (for profiling)."""
+        self._program = _integers(program)
+        self._length = len(program)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """One flat parameter, [B, P]."""
+        return [self.flat]
+
+    def step(self, z: Tensor) -> Step:
+        """See :meth:`Engine.step`; the backward pass is already done when this returns."""
+        z = z.contiguous()
+        reconstructions = torch.empty_like(self.given)
+        errors = self.given.new_empty(len(z))
+        plan = self.plan
+        self.library.stack_step(
+            _pointer(self._frames),
+            _pointer(self._program),
+            ctypes.c_int64(self._length),
+            ctypes.c_int64(len(z)),
+            ctypes.c_int64(self.threads),
+            _pointer(z),
+            ctypes.c_int64(z[0].numel()),
+            _pointer(self.given),
+            ctypes.c_int64(self.given[0].numel()),
+            _pointer(self.flat),
+            _pointer(self.gradient),
+            ctypes.c_int64(plan.parameters),
+            _pointer(reconstructions),
+            _pointer(errors),
+            _pointer(self.workspaces),
+            ctypes.c_int64(plan.room),
+            ctypes.c_double(SLOPE),
+            ctypes.c_double(self.eps),
+        )
+        loss: Tensor = _HandOver.apply(self._handle, errors.sum(), self)
+        return Step(loss, reconstructions, errors)
+
+
+class _HandOver(torch.autograd.Function):
+    """The loss, whose backward pass hands over the gradient that is already there."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, loss: Tensor, engine: NativeEngine) -> Tensor:
+        ctx.engine = engine
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None]:
+        engine, factor = ctx.engine, float(upstream[0])
+        gradient = engine.gradient if factor == 1 else engine.gradient * factor
+        # Set, not returned: autograd would copy a tensor that someone else holds.
+        engine.flat.grad = gradient if engine.flat.grad is None else engine.flat.grad + gradient
+        return None, None, None
+
+
+def _eps(net: StackedSkipNet) -> float:
+    found = {module.eps for module in net.modules() if isinstance(module, StackedNorm2d)}
+    assert len(found) == 1
+    return found.pop()
+
+
+def _move_parameters(net: StackedSkipNet, plan: Plan, flat: Tensor) -> None:
+    """Copy the network's parameters into ``flat`` [B, P] and make them views of it."""
+    images = len(flat)
+    modules = dict(net.named_modules())
+    for name, layer in plan.layers.items():
+        module = modules[name]
+        assert isinstance(module, (StackedConv2d, StackedNorm2d))
+        for parameter, slot in ((module.weight, layer.weight), (module.bias, layer.bias)):
+            count = torch.Size(slot.shape).numel()
+            view = flat[:, slot.offset : slot.offset + count].view(images, *slot.shape)[..., : slot.outputs]
+            if len(slot.shape) == 4:  # [B, kernel, kernel, inputs, outputs]
+                view = view.permute(0, 4, 3, 1, 2)
+            view.copy_(parameter.data)
+            parameter.data = view
+
+
+def _integers(rows: Iterable[tuple[int, ...]]) -> Tensor:
+    return torch.tensor([list(row) for row in rows], dtype=torch.int64)
+
+
+def _pointer(tensor: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(tensor.data_ptr())

@@ -1,0 +1,222 @@
+"""The native engine against torch's operations: same numbers, whatever the network, the image's size and the stack."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from dipguard.engines import Engine, TorchEngine, make_engine, native_problem
+from dipguard.engines.native_build import BuildError, compiler, library
+from dipguard.engines.native_plan import UnsupportedError
+from dipguard.engines.native_program import make_plan
+from dipguard.networks import PRESETS, NetworkSpec, StackedSkipNet, build
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+
+UNEVEN = NetworkSpec(
+    n_d=(8, 12), n_u=(20, 4), n_s=(0, 5), k_d=(5, 3), k_u=(2, 4), k_s=(1, 3), input_depth=3, z_scale=0.1
+)  # fmt: skip
+SINGLE = NetworkSpec(n_d=(4,), n_u=(8,), n_s=(1,), k_d=(3,), k_u=(1,), k_s=(1,), input_depth=1)
+
+NETWORKS: dict[str, tuple[str | NetworkSpec, tuple[int, int]]] = {
+    "small": ("small", (32, 32)),
+    "medium": ("medium", (32, 32)),
+    "medium, odd sides": ("medium", (21, 35)),
+    "large": ("large", (32, 32)),
+    "large, deepest borders repeated": ("large", (20, 40)),
+    "imagenet": ("imagenet", (40, 50)),
+    "uneven": (UNEVEN, (17, 12)),
+    "one scale": (SINGLE, (9, 16)),
+}
+
+
+def inputs(net: StackedSkipNet, size: tuple[int, int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Given images and z, float64."""
+    draw = torch.Generator().manual_seed(seed)
+    given = torch.rand(net.stack_size, 3, *size, generator=draw, dtype=torch.float64)
+    z = torch.rand(net.stack_size, net.spec.input_depth, *size, generator=draw, dtype=torch.float64)
+    return given, z * net.spec.z_scale
+
+
+def engine_on(
+    network: str | NetworkSpec, name: str, size: tuple[int, int], *, stack: int = 3, padding: str = "zeros"
+) -> tuple[Engine, StackedSkipNet, Tensor]:
+    """An engine with its network, and z."""
+    net = build(network, stack_size=stack, padding=padding, dtype=torch.float64)
+    given, z = inputs(net, size)
+    return make_engine(name, net, given, steps=1), net, z
+
+
+def gradients(engine: Engine, net: StackedSkipNet) -> dict[str, Tensor]:
+    """The network's gradients by name, wherever the engine keeps them."""
+    if isinstance(engine, TorchEngine):
+        return {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    (flat,) = engine.parameters()
+    weights = flat.data.clone()
+    assert flat.grad is not None
+    flat.data.copy_(flat.grad)  # the network's parameters are views of it
+    found = {name: p.data.clone() for name, p in net.named_parameters()}
+    flat.data.copy_(weights)
+    return found
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("row", NETWORKS)
+def test_reconstruction_loss_and_gradients_are_those_of_torch(row: str, padding: str) -> None:
+    network, size = NETWORKS[row]
+    theirs, net, z = engine_on(network, "torch", size, padding=padding)
+    ours, own_net, _ = engine_on(network, "native", size, padding=padding)
+    assert ours.name == "native"
+    expected, got = theirs.step(z), ours.step(z)
+    for engine, step in ((theirs, expected), (ours, got)):
+        step.loss.backward()
+        assert not step.reconstructions.requires_grad, engine.name
+    torch.testing.assert_close(got.reconstructions, expected.reconstructions, rtol=0, atol=1e-12)
+    torch.testing.assert_close(got.errors, expected.errors, rtol=1e-12, atol=0)
+    torch.testing.assert_close(got.loss.detach(), expected.loss.detach(), rtol=1e-12, atol=0)
+    found, wanted = gradients(ours, own_net), gradients(theirs, net)
+    assert found.keys() == wanted.keys()
+    largest = max(float(value.abs().max()) for value in wanted.values())
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("row", ["small", "medium", "uneven"])
+def test_a_fit_stays_with_torch(row: str, padding: str) -> None:
+    network, size = NETWORKS[row]
+    pair = [engine_on(network, name, size, stack=2, padding=padding) for name in ("torch", "native")]
+    seen = []
+    for engine, net, z in pair:
+        optimiser = torch.optim.Adam(engine.parameters(), lr=0.01, fused=True)
+        for _ in range(15):
+            step = engine.step(z)
+            optimiser.zero_grad()
+            step.loss.backward()
+            optimiser.step()
+        seen.append(step.reconstructions)
+        # The network's own parameters follow: torch's forward pass on them is the engine's next one.
+        with torch.no_grad():
+            torch.testing.assert_close(net(z), engine.step(z).reconstructions, rtol=0, atol=1e-11)
+    torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-8)
+    assert float((seen[0] - seen[0].mean()).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_neighbours_and_threads_change_no_bit(dtype: torch.dtype) -> None:
+    def fitted(indices: list[int], threads: int) -> Tensor:
+        net = build("medium", stack_size=len(indices), indices=indices, dtype=dtype)
+        draw = torch.Generator().manual_seed(1)
+        every = torch.rand(8, 3, 32, 32, generator=draw).to(dtype)
+        z = torch.rand(8, 4, 32, 32, generator=draw).to(dtype) / 30
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            engine = make_engine("native", net, every[indices], steps=1)
+            optimiser = torch.optim.Adam(engine.parameters(), lr=0.01, fused=True)
+            for _ in range(8):
+                step = engine.step(z[indices])
+                optimiser.zero_grad()
+                step.loss.backward()
+                optimiser.step()
+        finally:
+            torch.set_num_threads(before)
+        return step.reconstructions[indices.index(5)]
+
+    alone = fitted([5], 1)
+    for indices, threads in (([5, 0], 1), ([0, 1, 2, 3, 4, 5, 6, 7], 2), ([7, 5, 1], 3)):
+        assert torch.equal(fitted(indices, threads), alone)
+
+
+def test_float32_rounds_as_torch_does() -> None:
+    net, twin = (build("medium", stack_size=2, padding="reflect") for _ in range(2))
+    given, z = (x.float() for x in inputs(net, (32, 32)))
+    exact = make_engine("torch", build("medium", stack_size=2, dtype=torch.float64), given.double(), steps=1)
+    reference = exact.step(z.double()).reconstructions
+    wrong = [
+        float((make_engine(name, n, given, steps=1).step(z).reconstructions - reference).abs().max())
+        for name, n in (("torch", net), ("native", twin))
+    ]
+    assert wrong[1] < max(3 * wrong[0], 1e-5)
+
+
+def test_an_upstream_factor_scales_the_gradient_and_two_passes_add_up() -> None:
+    engine, net, z = engine_on("small", "native", (16, 16))
+    engine.step(z).loss.backward()
+    once = {name: value.clone() for name, value in gradients(engine, net).items()}
+    (flat,) = engine.parameters()
+    flat.grad = None
+    (engine.step(z).loss * 3).backward()
+    for name, value in gradients(engine, net).items():
+        torch.testing.assert_close(value, once[name] * 3)
+    engine.step(z).loss.backward()
+    for name, value in gradients(engine, net).items():
+        torch.testing.assert_close(value, once[name] * 4)
+
+
+def test_the_backward_pass_leaves_the_network_as_it_was_for_the_next_step() -> None:
+    engine, _, z = engine_on("medium", "native", (32, 32), padding="reflect")
+    first = engine.step(z).reconstructions
+    assert torch.equal(engine.step(z).reconstructions, first)
+
+
+def test_auto_takes_torch_for_short_fits_and_native_for_long_ones() -> None:
+    net = build("small", stack_size=1)
+    given = torch.rand(1, 3, 16, 16)
+    assert [make_engine("auto", net, given, steps=n).name for n in (99, 100)] == ["torch", "native"]
+
+
+def test_what_native_cannot_run_is_named_and_auto_goes_without() -> None:
+    spec = dataclasses.replace(PRESETS["small"], k_d=(13, 2))
+    net = build(spec, stack_size=1)
+    given = torch.rand(1, 3, 32, 32)
+    with pytest.raises(UnsupportedError, match="kernels are at most 11x11"):
+        make_plan(spec, padding="zeros", height=32, width=32)
+    with pytest.raises(ValueError, match="`engine` 'native' cannot be used here: kernels are at most 11x11"):
+        make_engine("native", net, given, steps=1000)
+    assert make_engine("auto", net, given, steps=1000).name == "torch"
+    half = build("small", stack_size=1).to(torch.float16)
+    assert "float32 or float64" in str(native_problem(half, given.half()))
+    with pytest.raises(ValueError, match="`engine` must be one of auto, torch, native, got 'cuda'"):
+        make_engine("cuda", net, given, steps=1)
+
+
+@pytest.mark.parametrize(("compiler_is", "message"), [("none", "no C"), ("broken", "could not compile")])
+def test_without_a_working_compiler_auto_takes_torch(
+    compiler_is: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path
+) -> None:
+    monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if compiler_is == "broken":
+        fake = tmp_path / "g++"
+        fake.write_text("#!/bin/sh\necho 'cannot do that' >&2\nexit 1\n")
+        fake.chmod(0o755)
+    library.cache_clear()
+    try:
+        with pytest.raises(BuildError, match=message):
+            library("float32")
+        net, given = build("small", stack_size=1), torch.rand(1, 3, 16, 16)
+        assert make_engine("auto", net, given, steps=1000).name == "torch"
+        with pytest.raises(ValueError, match="`engine` 'native' cannot be used here"):
+            make_engine("native", net, given, steps=1000)
+        assert not list((tmp_path / "cache").rglob("*.so"))
+    finally:
+        library.cache_clear()
+
+
+def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path))
+    library.cache_clear()
+    try:
+        library("float32")
+        (made,) = tmp_path.rglob("*.so")
+        written = made.stat().st_mtime_ns
+        library.cache_clear()
+        library("float32")
+        assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [written]
+    finally:
+        library.cache_clear()
