@@ -49,6 +49,9 @@ class PlainSkipNet(nn.Module):
     def __init__(self, spec: NetworkSpec, *, padding: str = "reflect") -> None:
         super().__init__()
         self.scales = spec.scales
+        self.upsample = nn.Upsample(
+            scale_factor=2, mode=spec.upsample, align_corners=False if spec.upsample == "bilinear" else None
+        )
         self.skips, self.downs, self.norms, self.ups = (nn.ModuleList() for _ in range(4))
         inputs = spec.input_depth
         for level in range(spec.scales):
@@ -73,8 +76,7 @@ class PlainSkipNet(nn.Module):
         low = self.downs[level](x)
         if level + 1 < self.scales:
             low = self._level(low, level + 1)
-        high = F.interpolate(low, scale_factor=2, mode="bilinear", align_corners=False)
-        high = high[..., : x.shape[-2], : x.shape[-1]]
+        high = self.upsample(low)[..., : x.shape[-2], : x.shape[-1]]
         joined = torch.cat([self.skips[level](x), high], dim=1) if self.has_skip[level] else high
         out: Tensor = self.ups[level](self.norms[level](joined))
         return out
@@ -108,7 +110,14 @@ def _plain_names(stack: StackedSkipNet) -> list[tuple[str, Tensor]]:
 
 
 def plain_fit(
-    net: PlainSkipNet, image: Tensor, z: Tensor, *, steps: int, lr: float = 0.01, noise: list[Tensor] | None = None
+    net: PlainSkipNet,
+    image: Tensor,
+    z: Tensor,
+    *,
+    steps: int,
+    lr: float = 0.01,
+    noise: list[Tensor] | None = None,
+    optimise_z: bool = False,
 ) -> list[Tensor]:
     """Lines 2-8 of Algorithm 1 on one image, for ``steps`` steps.
 
@@ -119,11 +128,13 @@ def plain_fit(
         steps: Optimiser steps.
         lr: Adam's learning rate.
         noise: What is added to z at each step, ``steps`` tensors of z's shape; nothing by default.
+        optimise_z: Let Adam change z too (a copy of it), under whatever noise is added.
 
     Returns:
         x(0) ... x(steps - 1), each [1, 3, H, W].
     """
-    optimiser = torch.optim.Adam(net.parameters(), lr=lr)
+    z = z.detach().clone().requires_grad_(optimise_z)
+    optimiser = torch.optim.Adam([*net.parameters(), *([z] if optimise_z else [])], lr=lr)
     trace = []
     for t in range(steps):
         optimiser.zero_grad()

@@ -100,9 +100,13 @@ class DefenseConfig:
 
 @dataclass
 class FitConfig:
-    """The stacked fit. ``z_scale`` null is the preset's; ``jitter`` is the std of noise added to z at each step."""
+    """The stacked fit; ``jitter`` is the std of noise added to z at each step.
 
-    stack_size: int = 32
+    Null: ``stack_size`` is chosen by memory and speed, ``patience`` has no end, ``z_scale`` is the preset's.
+    """
+
+    stack_size: int | None = None
+    patience: int | None = None
     lr: float = 0.01
     z: Z = Z.uniform
     z_scale: float | None = None
@@ -156,7 +160,7 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested dicts of values that JSON and YAML can hold."""
-        values = _plain(asdict(self))
+        values = plain(asdict(self))
         assert isinstance(values, dict)
         return values
 
@@ -184,9 +188,10 @@ def from_hydra(cfg: DictConfig) -> TrainConfig:
     return config
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """Nested dataclass values as dicts, lists and strings that JSON and YAML can hold."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return str(value) if isinstance(value, StrEnum) else value

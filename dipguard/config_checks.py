@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator
 
 from dipguard.checks import check_float, check_int
-from dipguard.config import DataConfig, DefenseConfig, FitConfig, TrainConfig
+from dipguard.config import AttackConfig, DataConfig, DefenseConfig, FitConfig, TrainConfig
 
 _log = logging.getLogger(__name__)
 
@@ -23,17 +23,23 @@ def validate(config: TrainConfig) -> TrainConfig:
             the value and what is allowed.
     """
     check_int(config.seed, name="seed", low=0, high=2**32 - 1)
-    _check_data(config.data)
-    if config.attack.eps_255 is not None:
-        _check_positive(config.attack.eps_255, name="attack.eps_255", high=255.0)
-    check_int(config.attack.batch_size, name="attack.batch_size", low=1)
+    check_data(config.data)
+    check_attack(config.attack, name="attack")
     _check_defense(config.defense)
     _check_fit(config.fit)
     check_int(config.report.figures, name="report.figures", low=0)
     return config
 
 
-def _check_data(data: DataConfig) -> None:
+def check_attack(attack: AttackConfig, *, name: str) -> None:
+    """Check what every attack has; see :func:`validate`."""
+    if attack.eps_255 is not None:
+        _check_positive(attack.eps_255, name=f"{name}.eps_255", high=255.0)
+    check_int(attack.batch_size, name=f"{name}.batch_size", low=1)
+
+
+def check_data(data: DataConfig) -> None:
+    """Check what every data set has; see :func:`validate`."""
     if data.limit is not None:
         check_int(data.limit, name="data.limit", low=1)
     check_int(data.offset, name="data.offset", low=0)
@@ -70,7 +76,9 @@ def _check_defense(defense: DefenseConfig) -> None:
 
 
 def _check_fit(fit: FitConfig) -> None:
-    check_int(fit.stack_size, name="fit.stack_size", low=1)
+    for name, value in (("stack_size", fit.stack_size), ("patience", fit.patience)):
+        if value is not None:
+            check_int(value, name=f"fit.{name}", low=1)
     _check_positive(fit.lr, name="fit.lr")
     if fit.z_scale is not None:
         _check_positive(fit.z_scale, name="fit.z_scale")

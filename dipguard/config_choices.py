@@ -45,6 +45,7 @@ class EngineName(StrEnum):
     auto = "auto"
     torch = "torch"
     native = "native"
+    cuda_graph = "cuda_graph"
 
 
 class Z(StrEnum):

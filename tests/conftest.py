@@ -57,10 +57,14 @@ def keep_out_of_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> Iterator[None]:
-    """No more threads than cores we may use: a container may show many cores and grant few."""
+    """No more threads than cores we may use, shared among pytest-xdist's workers.
+
+    A container may show many cores and grant few, and threads that wait for each other's cores take many times as long.
+    """
     before = torch.get_num_threads()
     granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
-    torch.set_num_threads(max(1, min(before, granted, MAX_THREADS)))
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    torch.set_num_threads(max(1, min(before, granted // workers, MAX_THREADS)))
     yield
     torch.set_num_threads(before)
 

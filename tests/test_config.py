@@ -22,7 +22,8 @@ from dipguard.networks import INITS, PADDINGS, PRESETS
 from dipguard.victims import VICTIMS
 from tests.tiny_run import CONF, compose_config, typed_config
 
-CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+EVALUATION = ("aware", "experiment", "rival")  # groups of evaluate.py alone
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in EVALUATION)
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
@@ -144,6 +145,7 @@ def test_value_of_the_wrong_kind_is_refused(override: str) -> None:
         ("defense.beta=-0.5", "`defense.beta` must be finite and at least 0, got -0.5"),
         ("defense.N=0", "`defense.N` must be at least 1"),
         ("fit.stack_size=0", "`fit.stack_size` must be at least 1"),
+        ("fit.patience=0", "`fit.patience` must be at least 1, got 0"),
         ("fit.lr=0", "`fit.lr` must be above 0"),
         ("fit.lr=inf", "`fit.lr` must be finite"),
         ("fit.z_scale=0", "`fit.z_scale` must be above 0"),
@@ -172,5 +174,5 @@ def test_untyped_config_is_refused() -> None:
 
 def test_configs_name_no_place_of_this_machine() -> None:
     texts = [path.read_text() for path in Path(CONF).rglob("*.yaml")]
-    assert len(texts) == len(CHOICES) + 1
+    assert len(texts) > len(CHOICES)
     assert not any("/home/" in text or "file://" in text for text in texts)

@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -25,7 +26,8 @@ MAX_LINES = 250
 
 # The rooms, lowest first; imports go down only. A new room is given its floor here.
 FLOORS = (
-    {"checks", "classifier", "seeding", "registry", "files", "cache", "config", "config_choices", "version"},
+    {"checks", "classifier", "seeding", "registry", "files", "cache", "version"}
+    | {"config", "config_choices", "config_matrix"},
     {"decision", "networks"},
     {"engines"},
     {"fit"},
@@ -37,7 +39,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # What belongs to the extras: `import dipguard` must neither need nor load it.
 EXTRAS = ("PIL", "hydra", "matplotlib", "omegaconf", "requests", "sklearn", "tensorboard", "torchattacks")
-EXTRAS += ("torchvision", "wandb")
+EXTRAS += ("art", "eagerpy", "foolbox", "pywt", "skimage", "torchvision", "wandb")
 
 
 def module_name(path: Path) -> str:
@@ -207,17 +209,19 @@ def test_readme_ten_lines_call_dipguard_as_it_is():
     assert shown <= fields
 
 
-def test_readme_train_commands_compose():
-    hydra = pytest.importorskip("hydra", reason="train.py needs the extra app")
-    from dipguard.config import register
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_readme_commands_compose(program: str):
+    hydra = pytest.importorskip("hydra", reason="the commands need the extra app")
+    from dipguard import config, config_matrix
 
-    register()
+    for module in (config, config_matrix):
+        module.register()
     lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
-    commands = [line.split("train.py")[1].split() for line in lines if "train.py" in line]
+    commands = [shlex.split(line.split(f"{program}.py")[1]) for line in lines if f"{program}.py" in line]
     assert len(commands) >= 3
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for overrides in commands:
-            assert hydra.compose("train", overrides=overrides).seed == 0
+            assert hydra.compose(program, overrides=overrides).seed == 0
 
 
 def test_lock_names_the_pair_of_builds_and_no_host():

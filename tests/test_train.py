@@ -57,7 +57,7 @@ def test_run_folder_holds_what_is_promised(finished: tuple[Path, dict[str, Any]]
     assert set(metrics) == {"n", "accuracy", "ssim", "crossings", "seconds", "images_per_second", "settings"}
     assert set(metrics["accuracy"]) == {"clean", "undefended", "defended"}
     assert set(metrics["ssim"]) == {"given", "defended"}
-    assert set(metrics["seconds"]) == {"attack", "fit", "decide"}
+    assert set(metrics["seconds"]) == {"attack", "start", "fit", "decide"}
     assert metrics["settings"]["defense"]["T"] == 40
     table = rows(folder)
     assert list(table[0]) == [

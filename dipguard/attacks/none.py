@@ -13,7 +13,7 @@ class NoAttack(Attack):
     """Returns the images as they came (a copy)."""
 
     name: ClassVar[str] = "none"
-    norm: ClassVar[str] = "none"
+    norm: str = "none"
 
     @property
     def budget(self) -> float:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
+from dipguard.cache import cache_folder
 from dipguard.checks import check_choice
 from dipguard.data.base import ImageSet, from_bytes, resize, window
-from dipguard.cache import cache_folder
 
 
 def load_cifar10(

@@ -13,20 +13,21 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_images, check_int
-from dipguard.classifier import device_of, probability_warning
+from dipguard.classifier import probability_warning
 from dipguard.defenses.result import DefenseResult
 from dipguard.fit import (
+    ACCELERATORS,
     DecideOptions,
     Decider,
     FitOptions,
     FitProgress,
     StitchOptions,
+    choose_stack_size,
+    fit_device,
     fit_stack,
-    progress_bar,
+    in_stacks,
 )
 from dipguard.networks import NetworkSpec
-
-ACCELERATORS = ("auto", "cpu", "gpu")
 
 
 class DIPGuard(nn.Module):
@@ -62,9 +63,11 @@ class DIPGuard(nn.Module):
         padding: ``zeros`` or ``reflect``.
         lr: Adam's learning rate.
         dtype: ``float32`` or ``float64`` for the fit.
-        engine: ``torch``, ``native`` (C++, on a CPU with a C++ compiler) or ``auto``; by far the fastest there is native.
-        stack_size: Images fitted at once. No image's result depends on it (in exact arithmetic; Adam amplifies
-            rounding).
+        engine: ``torch``, ``native`` (C++, on a CPU with a C++ compiler; there by far the fastest) or ``auto``.
+        stack_size: Images fitted at once, fewer once memory has run out; None chooses by free memory and speed.
+            No image's result depends on it (in exact arithmetic; but for the native engine, Adam amplifies rounding).
+        patience: Samples without a new crossing after which an image that has its K crossings is fitted no further,
+            which saves time and may change its result; None fits all to the end, as the paper does.
         accelerator: ``auto`` (where the victim is), ``cpu`` or ``gpu``.
         progress: Show a progress bar.
 
@@ -100,7 +103,8 @@ class DIPGuard(nn.Module):
         lr: float = 0.01,
         dtype: str = "float32",
         engine: str = "auto",
-        stack_size: int = 32,
+        stack_size: int | None = None,
+        patience: int | None = None,
         accelerator: str = "auto",
         progress: bool = True,
     ) -> None:
@@ -116,20 +120,11 @@ class DIPGuard(nn.Module):
             scores=scores,
             K_max=max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K),
             keep_samples=keep_samples,
+            patience=patience,
         )
-        self.fit_options = FitOptions(
-            network=network,
-            seed=seed,
-            z=z,
-            z_scale=z_scale,
-            jitter=jitter,
-            init=init,
-            padding=padding,
-            lr=lr,
-            dtype=dtype,
-            engine=engine,
-        )
-        self.stack_size = check_int(stack_size, name="stack_size", low=1)
+        readings: dict[str, Any] = {"z": z, "z_scale": z_scale, "jitter": jitter, "init": init, "padding": padding}
+        self.fit_options = FitOptions(network=network, seed=seed, lr=lr, dtype=dtype, engine=engine, **readings)
+        self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.accelerator = check_choice(accelerator, ACCELERATORS, name="accelerator")
         self.progress = progress
         self._decide = Decider(victim)
@@ -140,8 +135,33 @@ class DIPGuard(nn.Module):
         """Everything that a result depends on besides the images and the victim, as JSON can hold it."""
         return {**self.fit_options.as_settings(), **asdict(self.decide_options), **asdict(self.stitch_options)}
 
+    @property
+    def steps_per_image(self) -> int:
+        """Optimiser steps that one image costs, T (fewer for some with ``patience``)."""
+        return self.decide_options.T
+
+    def choose_stack_size(self, images: Tensor) -> int:
+        """How many of ``images`` are fitted at once: ``stack_size``, or what is chosen for a job of so many.
+
+        Choosing may compile the engine and may run some steps (:func:`dipguard.fit.stack_size.choose_stack_size`).
+        """
+        if self.stack_size is not None:
+            return self.stack_size
+        return choose_stack_size(
+            len(images),
+            size=(images.shape[-2], images.shape[-1]),
+            fit=self.fit_options,
+            decide=self.decide_options,
+            device=self._device(images),
+        )
+
     def defend_stacks(
-        self, images: Tensor, *, indices: Sequence[int] | None = None, logger: Logger | None = None
+        self,
+        images: Tensor,
+        *,
+        indices: Sequence[int] | Tensor | None = None,
+        logger: Logger | None = None,
+        stack_size: int | None = None,
     ) -> Iterator[DefenseResult]:
         """Defend images stack by stack, giving each stack's result as soon as it is there.
 
@@ -149,33 +169,44 @@ class DIPGuard(nn.Module):
             images: [N, 3, H, W] in [0, 1].
             indices: Their indices in the data set, which settle their random draws; 0 ... N-1 by default.
             logger: A Lightning logger for the means over each stack.
+            stack_size: Images fitted at once; None asks :meth:`choose_stack_size`.
 
         Raises:
             TypeError, ValueError: Bad images, indices or victim; before the first fit.
+            torch.OutOfMemoryError, MemoryError, RuntimeError: The memory does not hold the fit of a single image.
         """
         check_images(images)
         order = list(range(len(images))) if indices is None else [int(i) for i in indices]
         if len(order) != len(images):
             raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
         self._check_victim(images[:1])
-        T = self.decide_options.T
-        with progress_bar(images=len(images), T=T, show=self.progress) as bar:
-            for number, first in enumerate(range(0, len(images), self.stack_size)):
-                part = slice(first, first + self.stack_size)
-                advance = FitProgress(bar, images=len(order[part]))
-                yield self._defend_stack(
-                    images[part], order[part], logger=logger, first_step=number * T, progress=advance
-                )
+        start = time.perf_counter()
+        size = self.choose_stack_size(images) if stack_size is None else stack_size
+        choosing = time.perf_counter() - start
+        T, device = self.decide_options.T, self._device(images)
+
+        def work(part: slice, first_step: int, progress: FitProgress) -> DefenseResult:
+            return self._defend_stack(
+                images[part], order[part], logger=logger, first_step=first_step, progress=progress
+            )
+
+        for result in in_stacks(len(images), size=size, T=T, work=work, device=device, progress=self.progress):
+            result.seconds["start"] += choosing
+            choosing = 0.0
+            yield result
 
     def defend(
-        self, images: Tensor, *, indices: Sequence[int] | None = None, logger: Logger | None = None
+        self, images: Tensor, *, indices: Sequence[int] | Tensor | None = None, logger: Logger | None = None
     ) -> DefenseResult:
         """Defend images; see :meth:`defend_stacks` for the arguments and errors."""
         return DefenseResult.join(list(self.defend_stacks(images, indices=indices, logger=logger)))
 
-    def purify(self, images: Tensor) -> Tensor:
-        """[N, 3, H, W] in [0, 1] -> reconstructions of the same shape, range, dtype and device."""
-        return self.defend(images).reconstructions
+    def purify(self, images: Tensor, *, indices: Sequence[int] | Tensor | None = None) -> Tensor:
+        """[N, 3, H, W] in [0, 1] -> reconstructions of the same shape, range, dtype and device.
+
+        ``indices`` are as in :meth:`defend_stacks`.
+        """
+        return self.defend(images, indices=indices).reconstructions
 
     def forward(self, images: Tensor) -> Tensor:
         """The victim's logits on the purified images, [N, C]."""
@@ -216,11 +247,4 @@ class DIPGuard(nn.Module):
             warnings.warn(text, UserWarning, stacklevel=3)
 
     def _device(self, images: Tensor) -> torch.device:
-        if self.accelerator == "cpu":
-            return torch.device("cpu")
-        if self.accelerator == "gpu":
-            if not torch.cuda.is_available():
-                raise ValueError("`accelerator` must be 'cpu' or 'auto' on a machine without a GPU, got 'gpu'")
-            return images.device if images.device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
-        device = device_of(self.victim, images.device)
-        return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+        return fit_device(self.accelerator, victim=self.victim, images=images)

@@ -22,7 +22,8 @@ class DefenseResult:
         traces: One decision trace an image.
         reasons: ``crossings`` or ``no_crossing``, one an image.
         crossings: Number of on-boundary images stitched, one an image.
-        seconds: Wall time by part: ``fit`` and ``decide`` (victim, SSIM, localisation, stitching).
+        seconds: Wall time by part: ``start`` (choice of engine and stack size, compilation, the Trainer's start),
+            ``fit`` and ``decide`` (victim, SSIM, localisation, stitching).
     """
 
     reconstructions: Tensor

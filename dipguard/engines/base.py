@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_choice
 from dipguard.networks import StackedSkipNet
+from dipguard.networks.unet import Scale
 
-ENGINES = ("auto", "torch", "native")
+ENGINES = ("auto", "torch", "native", "cuda_graph")
 SHORT = 100
 """Steps below which ``auto`` does not compile anything: some seconds, once a machine."""
 
@@ -46,7 +47,14 @@ class Engine(ABC):
 
     @abstractmethod
     def step(self, z: Tensor) -> Step:
-        """One pass for z [B, input_depth, H, W]."""
+        """One pass for z [B, input_depth, H, W]; z may require a gradient where the engine was made to give one."""
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with these images alone, int64 [B']; the parameters are the same objects, with B' rows.
+
+        What an optimiser holds of them is its owner's to cut (:func:`kept_rows`).
+        """
+        raise NotImplementedError(f"the {self.name} engine cannot let go of a part of its images")
 
 
 class TorchEngine(Engine):
@@ -69,6 +77,27 @@ class TorchEngine(Engine):
         errors = (x - self.given).square().flatten(1).mean(dim=1)
         return Step(errors.sum(), x.detach(), errors.detach())
 
+    def keep(self, rows: Tensor) -> None:
+        """See :meth:`Engine.keep`."""
+        self.given = self.given[rows]
+        for parameter in self.net.parameters():
+            parameter.grad = None
+            parameter.data = kept_rows(parameter.data, rows)
+        resize(self.net, len(rows))
+
+
+def kept_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """Rows [B'] of values [B, ...], laid out in memory as they were: a fused Adam takes that for granted."""
+    return torch.empty_like(values[: len(rows)]).copy_(values[rows])
+
+
+def resize(net: StackedSkipNet, images: int) -> None:
+    """Tell a network how many images its parameters now hold."""
+    for module in net.modules():
+        if isinstance(module, Scale):
+            module.stack = images
+    net.stack_size = images
+
 
 def native_problem(net: StackedSkipNet, given: Tensor) -> str | None:
     """Why the native engine cannot fit this, or None; compiles it where that has not been done yet."""
@@ -83,32 +112,35 @@ def native_problem(net: StackedSkipNet, given: Tensor) -> str | None:
     return None
 
 
-def make_engine(name: str, net: StackedSkipNet, given: Tensor, *, steps: int) -> Engine:
+def make_engine(name: str, net: StackedSkipNet, given: Tensor, *, steps: int, z_gradient: bool = False) -> Engine:
     """The engine of a fit.
 
     Args:
-        name: ``torch``; ``native`` (C++, CPU only, compiled on first use); or ``auto``: native where it can run, except
-            for fits of fewer than 100 steps. Results of the two differ by rounding, which Adam amplifies.
+        name: ``torch``; ``native`` (C++, CPU only, compiled on first use); ``cuda_graph`` (NVIDIA GPUs; written, not
+            yet run on one); or ``auto``: native where it can run, except for fits of fewer than 100 steps, else torch.
+            Their results differ by rounding, which Adam amplifies.
         net: The stack, on the device that it is fitted on.
         given: x0, [B, 3, H, W], in the network's dtype.
         steps: Length of the fit.
+        z_gradient: z is optimised too: the loss's ``backward()`` must give it a gradient.
 
     Raises:
-        ValueError: Unknown name, or ``native`` where it cannot run.
+        ValueError: Unknown name, or an engine that cannot run here.
     """
     check_choice(name, ENGINES, name="engine")
+    if name == "cuda_graph":
+        if given.device.type != "cuda":
+            raise ValueError(f"`engine` 'cuda_graph' needs an NVIDIA GPU, got a fit on {given.device.type}")
+        from dipguard.engines.graph_engine import CudaGraphEngine
+
+        return CudaGraphEngine(net, given, z_gradient=z_gradient)
     if name == "torch" or (name == "auto" and (given.device.type != "cpu" or steps < SHORT)):
         return TorchEngine(net, given)
     problem = native_problem(net, given)
     if problem is None:
         from dipguard.engines.native import NativeEngine
 
-        return NativeEngine(net, given)
+        return NativeEngine(net, given, z_gradient=z_gradient)
     if name == "native":
         raise ValueError(f"`engine` 'native' cannot be used here: {problem}")
     return TorchEngine(net, given)
-
-
-def number_of_threads() -> int:
-    """Threads that torch may use."""
-    return torch.get_num_threads()

@@ -9,13 +9,13 @@ the stack or the number of threads, bit for bit.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dipguard.engines.base import Engine, Step
+from dipguard.engines.base import Engine, Step, resize
 from dipguard.engines.native_build import library
 from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError
 from dipguard.engines.native_program import make_plan
@@ -35,6 +35,7 @@ class NativeEngine(Engine):
     Args:
         net: The stack.
         given: x0, [B, 3, H, W], in the network's dtype.
+        z_gradient: Whether the loss's backward pass also gives z a gradient.
 
     Raises:
         UnsupportedError, BuildError: See :meth:`check`.
@@ -42,14 +43,18 @@ class NativeEngine(Engine):
 
     name = "native"
 
-    def __init__(self, net: StackedSkipNet, given: Tensor) -> None:
-        self.plan = self.check(net, given)
+    def __init__(self, net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> None:
+        self.plan = self.check(net, given, z_gradient=z_gradient)
+        self.z_gradient = z_gradient
         self.library = library(DTYPES[given.dtype])
         self.given = given.contiguous()
         self.eps = _eps(net)
+        self.net = net
         images = len(given)
         flat = given.new_zeros(images, self.plan.parameters)
-        _move_parameters(net, self.plan, flat)
+        for parameter, view in _views(net, self.plan, flat):
+            view.copy_(parameter.data)
+            parameter.data = view
         self.flat = nn.Parameter(flat)
         self.gradient = torch.zeros_like(flat)
         self.threads = min(images, torch.get_num_threads())
@@ -59,7 +64,7 @@ class NativeEngine(Engine):
         self._handle = torch.zeros((), dtype=given.dtype, requires_grad=True)
 
     @staticmethod
-    def check(net: StackedSkipNet, given: Tensor) -> Plan:
+    def check(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> Plan:
         """The network's program, once it is known that it can run.
 
         Raises:
@@ -68,7 +73,8 @@ class NativeEngine(Engine):
         """
         if given.device.type != "cpu" or given.dtype not in DTYPES:
             raise UnsupportedError(f"it needs float32 or float64 on a CPU, got {given.dtype} on {given.device.type}")
-        plan = make_plan(net.spec, padding=net.padding, height=given.shape[-2], width=given.shape[-1])
+        height, width = given.shape[-2:]
+        plan = make_plan(net.spec, padding=net.padding, height=height, width=width, z_gradient=z_gradient)
         library(DTYPES[given.dtype])
         return plan
 
@@ -84,6 +90,7 @@ class NativeEngine(Engine):
     def step(self, z: Tensor) -> Step:
         """See :meth:`Engine.step`; the backward pass is already done when this returns."""
         z = z.contiguous()
+        z_gradient = torch.empty_like(z, requires_grad=False) if self.z_gradient else None
         reconstructions = torch.empty_like(self.given)
         errors = self.given.new_empty(len(z))
         plan = self.plan
@@ -102,30 +109,45 @@ class NativeEngine(Engine):
             ctypes.c_int64(plan.parameters),
             _pointer(reconstructions),
             _pointer(errors),
+            None if z_gradient is None else _pointer(z_gradient),
             _pointer(self.workspaces),
             ctypes.c_int64(plan.room),
             ctypes.c_double(SLOPE),
             ctypes.c_double(self.eps),
         )
-        loss: Tensor = _HandOver.apply(self._handle, errors.sum(), self)
+        loss: Tensor = _HandOver.apply(self._handle, errors.sum(), self, z, z_gradient)
         return Step(loss, reconstructions, errors)
+
+    def keep(self, rows: Tensor) -> None:
+        """See :meth:`Engine.keep`."""
+        self.given = self.given[rows]
+        self.flat.grad = None
+        self.flat.data = self.flat.data[rows]
+        self.gradient = torch.zeros_like(self.flat.data)
+        self.threads = min(len(rows), self.threads)
+        for parameter, view in _views(self.net, self.plan, self.flat.data):
+            parameter.data = view
+        resize(self.net, len(rows))
 
 
 class _HandOver(torch.autograd.Function):
     """The loss, whose backward pass hands over the gradient that is already there."""
 
     @staticmethod
-    def forward(ctx: Any, handle: Tensor, loss: Tensor, engine: NativeEngine) -> Tensor:
-        ctx.engine = engine
+    def forward(
+        ctx: Any, handle: Tensor, loss: Tensor, engine: NativeEngine, z: Tensor, z_gradient: Tensor | None
+    ) -> Tensor:
+        ctx.engine, ctx.z_gradient = engine, z_gradient
         return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None]:
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None, Tensor | None, None]:
         engine, factor = ctx.engine, float(upstream[0])
         gradient = engine.gradient if factor == 1 else engine.gradient * factor
         # Set, not returned: autograd would copy a tensor that someone else holds.
         engine.flat.grad = gradient if engine.flat.grad is None else engine.flat.grad + gradient
-        return None, None, None
+        z_gradient: Tensor | None = ctx.z_gradient
+        return None, None, None, None if z_gradient is None else z_gradient * upstream[0], None
 
 
 def _eps(net: StackedSkipNet) -> float:
@@ -134,8 +156,8 @@ def _eps(net: StackedSkipNet) -> float:
     return found.pop()
 
 
-def _move_parameters(net: StackedSkipNet, plan: Plan, flat: Tensor) -> None:
-    """Copy the network's parameters into ``flat`` [B, P] and make them views of it."""
+def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """The network's parameters, each with its place in ``flat`` [B, P]."""
     images = len(flat)
     modules = dict(net.named_modules())
     for name, layer in plan.layers.items():
@@ -146,8 +168,7 @@ def _move_parameters(net: StackedSkipNet, plan: Plan, flat: Tensor) -> None:
             view = flat[:, slot.offset : slot.offset + count].view(images, *slot.shape)[..., : slot.outputs]
             if len(slot.shape) == 4:  # [B, kernel, kernel, inputs, outputs]
                 view = view.permute(0, 4, 3, 1, 2)
-            view.copy_(parameter.data)
-            parameter.data = view
+            yield parameter, view
 
 
 def _integers(rows: Iterable[tuple[int, ...]]) -> Tensor:

@@ -47,6 +47,7 @@ class Operation(IntEnum):
     CONVOLVE_BACK = 10
     FOLD_BORDER = 11
     UPSAMPLE_BACK = 12
+    WRITE_Z_GRADIENT = 13
 
 
 class Frame(NamedTuple):

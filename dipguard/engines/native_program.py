@@ -7,18 +7,20 @@ from dipguard.networks.layers import same_padding
 from dipguard.networks.presets import NetworkSpec
 
 
-def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int) -> Plan:
-    """The program for images [3, height, width].
+def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int, z_gradient: bool = False) -> Plan:
+    """The program for images [3, height, width], with the gradient with respect to z or without.
 
     Raises:
         UnsupportedError: The native engine cannot run this network.
     """
     if max(*spec.k_d, *spec.k_u, *spec.k_s) > MOST_KERNEL:
         raise UnsupportedError(f"kernels are at most {MOST_KERNEL}x{MOST_KERNEL}")
+    if spec.upsample != "bilinear":
+        raise UnsupportedError(f"upsampling is bilinear, got {spec.upsample!r}")
     plan = Plan(spec, padding)
     z = plan.activation(height, width, spec.input_depth, kernels=_readers(spec, 0))
     plan.program.append(Instruction(Operation.READ_Z, target=z))
-    top, backward = _scale(plan, 0, z, name="body")
+    top, backward, readers = _scale(plan, 0, z, name="body")
     head = _convolution(plan, "head", top, 3, kernel=1)
     plan.program += [head, Instruction(Operation.LOSS, source=head.target)]
     plan.program += [
@@ -27,6 +29,8 @@ def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int) -> Pl
         *_input_gradient(top, head),
         *backward,
     ]
+    if z_gradient:
+        plan.program += [*_input_gradient(z, *readers), Instruction(Operation.WRITE_Z_GRADIENT, source=z)]
     _share_room(plan)
     return plan
 
@@ -99,10 +103,11 @@ def _back(block: Block) -> list[Instruction]:
     return _parameter_gradients(block) + _input_gradient(block.convolution.source, block.convolution)
 
 
-def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list[Instruction]]:
-    """Appends a scale's forward pass; returns its output's frame and its backward pass, which reads the gradient there.
+def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list[Instruction], list[Instruction]]:
+    """Appends a scale's forward pass; returns its output's frame, its backward pass, and what it reads ``source`` with.
 
-    The gradient of ``source`` is left in its frame, except at level 0: no one asks for that of z.
+    The backward pass takes the gradient from the output's frame. The gradient with respect to ``source`` is not part of
+    it: the convolutions that read ``source`` are what gives it (`_input_gradient`).
     """
     spec = plan.spec
     n_d, n_u, n_s = spec.n_d[level], spec.n_u[level], spec.n_s[level]
@@ -119,7 +124,8 @@ def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list
     low = down1.normalisation.target
     backward: list[Instruction] = []
     if deeper:
-        low, backward = _scale(plan, level + 1, low, name=f"{name}.deeper")
+        low, backward, deeper_readers = _scale(plan, level + 1, low, name=f"{name}.deeper")
+        backward += _input_gradient(down1.normalisation.target, *deeper_readers)
     upsample = Instruction(Operation.UPSAMPLE, low, joined, first=n_s)
     normal = plan.activation(frame.height, frame.width, plan.frames[joined].channels, kernels=(k_u,))
     if plan.frames[normal].padded != plan.frames[joined].padded:
@@ -138,9 +144,8 @@ def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list
         *backward,
         *_back(down1),
         *_parameter_gradients(down0),
-        *([] if level == 0 else _input_gradient(source, *readers)),
     ]
-    return up1.normalisation.target, steps
+    return up1.normalisation.target, steps, readers
 
 
 def _share_room(plan: Plan) -> None:

@@ -27,7 +27,8 @@ class Outcome:
         decision_defended: On the reconstructions.
         ssim_given: SSIM of the given images to the clean ones, [N].
         ssim_defended: Of the reconstructions.
-        seconds: ``attack``, ``fit`` and ``decide``, over all sessions of the run.
+        seconds: ``attack``, ``start`` (compilation, choice of the stack size), ``fit`` and ``decide``, over all
+            sessions of the run.
         settings: All that the run was made with, as JSON can hold it.
         folder: The run folder; traces lie at ``traces/<index>.safetensors``.
     """
@@ -60,7 +61,7 @@ class Outcome:
         """The run's figures, as metrics.json holds them.
 
         ``crossings`` is the mean number of on-boundary images that were stitched; ``images_per_second`` counts the
-        seconds of the defence (fit and decide), not those of the attack.
+        seconds of the defence (start, fit and decide), not those of the attack.
         """
         labels = self.clean.labels
         used = [len(reconstruction.used) for reconstruction in self.reconstructions]
@@ -74,7 +75,7 @@ class Outcome:
             "ssim": {"given": float(self.ssim_given.mean()), "defended": float(self.ssim_defended.mean())},
             "crossings": sum(used) / len(used),
             "seconds": dict(self.seconds),
-            "images_per_second": len(self) / (self.seconds["fit"] + self.seconds["decide"]),
+            "images_per_second": len(self) / sum(self.seconds[part] for part in ("start", "fit", "decide")),
             "settings": dict(self.settings),
         }
 

@@ -136,17 +136,37 @@ def _attack_batches(run: Run) -> Iterator[Tensor]:
 
 
 def _fit(run: Run, given: Given, logger_at: Callable[[int], Logger | None]) -> None:
-    indices = run.clean.indices.tolist()
-    size, T = run.config.fit.stack_size, run.config.defense.T
+    indices, T = run.clean.indices.tolist(), run.config.defense.T
     fitted = [run.folder.is_fitted(index, image) for index, image in zip(indices, given.images, strict=True)]
+    if all(fitted):
+        return
     if any(fitted):
         _log.info("fit: %d of %d images are there from earlier sessions", sum(fitted), len(indices))
+    start = time.perf_counter()
+    size = _stack_size(run, given)
+    choosing = time.perf_counter() - start
     for positions in pending(fitted, size):
         chosen = [indices[i] for i in positions]
         logger = logger_at(positions[0] // size * T)
         _log.info("fit: %d images, %d steps, stacks of %d", len(chosen), T, size)
-        for result in run.guard.defend_stacks(given.images[positions], indices=chosen, logger=logger):
+        images, now, left = given.images[positions], size, len(chosen)
+        for result in run.guard.defend_stacks(images, indices=chosen, logger=logger, stack_size=size):
+            result.seconds["start"] += choosing
+            choosing = 0.0
             run.folder.save_stack(result.traces, seconds=result.seconds)
+            if run.config.fit.stack_size is None and len(result.traces) < min(now, left):  # memory ran out
+                now = len(result.traces)
+                run.folder.save_stack_size(now)
+            left -= len(result.traces)
+
+
+def _stack_size(run: Run, given: Given) -> int:
+    """The one that was asked for, or that an earlier session took, or one chosen now."""
+    if run.config.fit.stack_size is not None:
+        return run.config.fit.stack_size
+    size = run.folder.load_stack_size() or run.guard.choose_stack_size(given.images)
+    run.folder.save_stack_size(size)
+    return size
 
 
 def pending(fitted: Sequence[bool], stack_size: int) -> list[list[int]]:

@@ -3,6 +3,7 @@
     settings.json   what the results depend on; a run with other settings is refused
     given.npz       the attacked images, the decisions on them and on the clean ones
     fits.json       the finished fits: file, checksum, seconds
+    stack_size.json how many images were fitted at once, where that was left to the program
     traces/         one decision trace an image
 
 Traces are written first and entered into fits.json as a stack, in one step: a stack counts only when all of it is
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dipguard.checks import check_int
 from dipguard.decision import DecisionTrace
 from dipguard.files import file_digest, read_json, write_json, write_npz
 
@@ -138,7 +140,7 @@ class RunFolder:
         return DecisionTrace.load(self.trace_path(index))
 
     def save_stack(self, traces: Sequence[DecisionTrace], *, seconds: Mapping[str, float]) -> None:
-        """Keep a finished stack; its ``seconds`` (fit, decide) are shared out evenly among its images."""
+        """Keep a finished stack; its ``seconds`` (start, fit, decide) are shared out evenly among its images."""
         share = {name: value / len(traces) for name, value in seconds.items()}
         entries: dict[str, Any] = {}
         for trace in traces:
@@ -148,8 +150,28 @@ class RunFolder:
         write_json(self.path / "fits.json", self._fits)
 
     def seconds(self, indices: Sequence[int]) -> dict[str, float]:
-        """What the fits of these images took, over all sessions: seconds {fit, decide}."""
-        return {name: float(sum(self._fits[str(i)][name] for i in indices)) for name in ("fit", "decide")}
+        """What the fits of these images took, over all sessions: seconds {start, fit, decide}."""
+        parts = ("start", "fit", "decide")
+        # A folder of an older version may hold entries without "start".
+        return {name: float(sum(self._fits[str(i)].get(name, 0.0) for i in indices)) for name in parts}
+
+    def load_stack_size(self) -> int | None:
+        """How many images an earlier session fitted at once; None if there was none that chose it, or it is damaged.
+
+        Another choice would change float32 results by rounding, where the engine's rounding depends on the stack.
+        """
+        path = self.path / "stack_size.json"
+        if not path.is_file():
+            return None
+        try:
+            return check_int(read_json(path)["stack_size"], name="stack_size", low=1)
+        except (KeyError, TypeError, ValueError) as error:
+            _log.warning("%s is damaged, so the stack size is chosen again: %s", path, error)
+            return None
+
+    def save_stack_size(self, size: int) -> None:
+        """Keep how many images are fitted at once."""
+        write_json(self.path / "stack_size.json", {"stack_size": size})
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

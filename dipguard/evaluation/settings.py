@@ -12,6 +12,7 @@ from torch import nn
 
 from dipguard.attacks import Attack
 from dipguard.config import TrainConfig
+from dipguard.config_matrix import MatrixConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import DIPGuard
 from dipguard.files import tensor_digest
@@ -33,7 +34,7 @@ def choose_device(accelerator: str) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
 
 
-def data_options(config: TrainConfig) -> dict[str, Any]:
+def data_options(config: TrainConfig | MatrixConfig) -> dict[str, Any]:
     """What the data set's loader is called with: the keys that are set; it refuses those that it does not know."""
     values = asdict(config.data)
     for name in ("name", "options"):

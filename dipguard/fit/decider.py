@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ class Decider:
     def __init__(self, victim: nn.Module, *, batch: int = 512) -> None:
         self.victim = check_is_module(victim)
         self.batch = check_int(batch, name="batch", low=1)
+        self._channels_last = True
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [n, C] of ``images``, float32 at least, on the images' device.
@@ -38,6 +41,15 @@ class Decider:
 
     def _logits(self, images: Tensor) -> Tensor:
         reference = next((p for p in self.victim.parameters() if p.is_floating_point()), images)
-        output = self.victim(images.to(device=reference.device, dtype=reference.dtype))
+        output = self._output(images.to(device=reference.device, dtype=reference.dtype))
         logits = check_logits(output, count=len(images)).to(images.device)
         return logits if logits.dtype == torch.float64 else logits.float()
+
+    def _output(self, images: Tensor) -> Any:
+        """On a CPU, convolutions are a sixth faster on channels-last images; some victims cannot read those."""
+        if images.device.type == "cpu" and self._channels_last:
+            try:
+                return self.victim(images.contiguous(memory_format=torch.channels_last))
+            except RuntimeError:  # such as .view() of a feature map; what else is wrong will be wrong again below
+                self._channels_last = False
+        return self.victim(images.contiguous())

@@ -27,8 +27,8 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
     Yields:
         Whether memory is kept.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
-    if libc is None or not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+    libc = _glibc(device)
+    if libc is None:
         yield False
         return
     libc.mallopt(M_MMAP_THRESHOLD, KEEP)
@@ -39,3 +39,15 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
         libc.mallopt(M_MMAP_THRESHOLD, ADAPTED_MMAP)
         libc.mallopt(M_TRIM_THRESHOLD, ADAPTED_TRIM)
         libc.malloc_trim(0)
+
+
+def trim(device: torch.device) -> None:
+    """Hand the blocks that a CPU fit has freed back to the system, where that can be done."""
+    libc = _glibc(device)
+    if libc is not None:
+        libc.malloc_trim(0)
+
+
+def _glibc(device: torch.device) -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dipguard.checks import check_choice, check_float, check_images
 from dipguard.engines import ENGINES, Engine, make_engine
+from dipguard.engines.jitter_feed import JitterFeed
 from dipguard.fit.noise import Z_KINDS, Jitter, draw_z
 from dipguard.fit.record import StackRecord
 from dipguard.networks import INITS, PADDINGS, NetworkSpec, build, resolve
@@ -33,7 +34,9 @@ class FitOptions:
         padding: ``zeros`` or ``reflect``.
         lr: Adam's learning rate (appendix B: 0.01, no decay).
         dtype: ``float32`` or ``float64``.
-        engine: Who computes a step: ``torch``, ``native`` or ``auto`` (:func:`dipguard.engines.make_engine`).
+        engine: Who computes a step: ``auto``, ``torch``, ``native`` or ``cuda_graph``
+            (:func:`dipguard.engines.make_engine`).
+        optimise_z: Adam changes z too, below the jitter. Ding et al. keep z fixed; Dai et al. 2020 (DIPDefend) do not.
     """
 
     network: str | NetworkSpec = "cifar10"
@@ -46,6 +49,7 @@ class FitOptions:
     lr: float = 0.01
     dtype: str = "float32"
     engine: str = "auto"
+    optimise_z: bool = False
 
     def __post_init__(self) -> None:
         resolve(self.network)
@@ -59,6 +63,8 @@ class FitOptions:
             raise ValueError("`lr` must be above 0, got 0")
         check_choice(self.dtype, DTYPES, name="dtype")
         check_choice(self.engine, ENGINES, name="engine")
+        if not isinstance(self.optimise_z, bool):
+            raise TypeError(f"`optimise_z` must be true or false, got {self.optimise_z!r}")
 
     def as_settings(self) -> dict[str, Any]:
         """The options as JSON can hold them, z_scale resolved."""
@@ -127,9 +133,12 @@ class StackedDIP(pl.LightningModule):
         shape = (self.net.spec.input_depth, height, width)
         scale = self.net.spec.z_scale if options.z_scale is None else options.z_scale
         z = draw_z(shape, indices=self.indices, seed=options.seed, kind=options.z, scale=scale)
-        self.register_buffer("z", z.to(dtype), persistent=False)
+        if options.optimise_z:
+            self.z = torch.nn.Parameter(z.to(dtype))
+        else:
+            self.register_buffer("z", z.to(dtype), persistent=False)
         self.register_buffer("given", images.detach().to(dtype).clone(), persistent=False)
-        self._jitter: Jitter | None = None
+        self._jitter: Jitter | JitterFeed | None = None
         self._engine: Engine | None = None
         self.record: StackRecord | None = None
 
@@ -137,7 +146,15 @@ class StackedDIP(pl.LightningModule):
         """Start the jitter's streams anew."""
         if self.options.jitter > 0:
             shape = (self.z.shape[1], self.z.shape[2], self.z.shape[3])
-            self._jitter = Jitter(shape, indices=self.indices, seed=self.options.seed, std=self.options.jitter)
+            draws: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
+            # A graph's step is over before one thread has drawn its noise; elsewhere the feed's threads gain nothing.
+            fed = self.engine.name == "cuda_graph"
+            self._jitter = JitterFeed(shape, device=self.device, **draws) if fed else Jitter(shape, **draws)
+
+    def on_fit_end(self) -> None:
+        """Let go of the threads that draw ahead."""
+        if isinstance(self._jitter, JitterFeed):
+            self._jitter.close()
 
     def forward(self, z: Tensor) -> Tensor:
         """All networks once: z [B, input_depth, H, W] -> [B, 3, H, W] in (0, 1)."""
@@ -148,7 +165,7 @@ class StackedDIP(pl.LightningModule):
     def engine(self) -> Engine:
         """Who computes a step; chosen when the Trainer asks for the optimiser, torch's outside of a fit."""
         if self._engine is None:
-            self._engine = make_engine("torch", self.net, self.given, steps=1)
+            self._engine = make_engine("torch", self.net, self.given, steps=1, z_gradient=self.options.optimise_z)
         return self._engine
 
     def training_step(self, batch: Any, batch_idx: int) -> StepOutput:
@@ -157,11 +174,13 @@ class StackedDIP(pl.LightningModule):
         return {"loss": step.loss, "reconstructions": step.reconstructions, "errors": step.errors}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with its usual betas, fused into one pass over the numbers of each tensor."""
+        """Adam with its usual betas on the networks, and on z if asked, fused into one pass over a tensor's numbers."""
         # The first moment at which the device is known; later, Adam's moments would have to follow the weights.
         steps = int(self.trainer.max_steps)
-        self._engine = make_engine(self.options.engine, self.net, self.given, steps=steps)
-        return torch.optim.Adam(self._engine.parameters(), lr=self.options.lr, fused=True)
+        options = self.options
+        self._engine = make_engine(options.engine, self.net, self.given, steps=steps, z_gradient=options.optimise_z)
+        changed = [*self._engine.parameters(), *([self.z] if options.optimise_z else [])]
+        return torch.optim.Adam(changed, lr=options.lr, fused=True)
 
     def train_dataloader(self) -> Sequence[int]:
         """One step an item: the images are the module's own."""

@@ -59,8 +59,13 @@ class Jitter:
     def __init__(self, shape: tuple[int, int, int], *, indices: Sequence[int], seed: int, std: float) -> None:
         self.std = check_float(std, name="jitter", low=0.0)
         self._generators = [image_generator(seed=seed, index=index, purpose="jitter") for index in indices]
-        self._block = torch.empty(len(indices), BLOCK, *shape)
+        self._ready = self._block = torch.empty(len(indices), BLOCK, *shape)
         self._position = BLOCK
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these images' streams alone, in this order."""
+        self._generators = [self._generators[b] for b in rows]
+        self._block, self._ready = self._block[rows], self._ready[rows]
 
     def next(self, z: Tensor) -> Tensor:
         """Z plus the noise of the next step, [B, channels, H, W] of z's dtype and device."""

@@ -7,9 +7,13 @@ from typing import Any
 import pytorch_lightning as pl
 from tqdm import tqdm
 
+from dipguard.fit.decision_logger import as_stacked_dip
+
 
 class FitProgress(pl.Callback):
     """Advances a bar that counts image-steps, so that stacks of different sizes weigh what they cost.
+
+    Steps that an image is spared, because it has left the stack, are taken off the bar's total.
 
     Args:
         bar: A tqdm bar whose total is images x T.
@@ -21,16 +25,44 @@ class FitProgress(pl.Callback):
         self.bar = bar
         self.images = images
         self.every = every
+        self._fitted = images
+        self._waiting = 0
         self._reported = 0
+        self._spared = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Report the steps done since the last report."""
+        """Report the image-steps done since the last report."""
         done = batch_idx + 1
-        if done % self.every == 0 or done == trainer.max_steps:
-            self.bar.update((done - self._reported) * self.images)
-            self._reported = done
+        self._waiting += self._fitted
+        left = len(as_stacked_dip(pl_module).indices)
+        if left < self._fitted:
+            self._spare((self._fitted - left) * (int(trainer.max_steps) - done))
+            self._fitted = left
+        if done % self.every == 0:
+            self._report()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the rest."""
+        self._report()
+        self._spare(self.images * int(trainer.max_steps) - self._reported - self._spared)
+
+    def roll_back(self) -> None:
+        """Take everything back: the stack is fitted again from its start."""
+        self._spare(-self._spared)
+        self.bar.update(-self._reported)
+        self._fitted, self._waiting, self._reported = self.images, 0, 0
+
+    def _report(self) -> None:
+        self.bar.update(self._waiting)
+        self._reported += self._waiting
+        self._waiting = 0
+
+    def _spare(self, steps: int) -> None:
+        if steps and self.bar.total is not None:
+            self.bar.total -= steps
+            self._spared += steps
 
 
 def progress_bar(*, images: int, T: int, show: bool) -> tqdm[Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,11 @@ class Sample:
     quality: Tensor
     errors: Tensor
 
+    def rows(self, rows: list[int]) -> Sample:
+        """The same step of these images of the stack alone."""
+        parts = (part[rows] for part in (self.reconstructions, self.scores, self.quality, self.errors))
+        return Sample(self.step, *parts)
+
 
 @dataclass(frozen=True)
 class Crossing:
@@ -50,7 +55,7 @@ class Crossing:
 
 
 class StackRecord:
-    """The running record of a stack of B images.
+    """The running record of a stack of B images, or of those of them that are still fitted.
 
     Its memory does not grow with T: scalars of the sampled steps, the last ``K_max`` reconstructions, and of the
     crossings those that some replay can still ask for (:func:`dipguard.decision.needed_for_replay`).
@@ -61,6 +66,9 @@ class StackRecord:
         indices: The images' indices.
         K_max: The largest K that a replay may ask for.
         keep_samples: Keep every sampled reconstruction.
+
+    Attributes:
+        steps: The sampled optimiser steps so far.
     """
 
     def __init__(
@@ -75,18 +83,22 @@ class StackRecord:
         self.newest: Sample | None = None
         self._last: deque[Tensor] = deque(maxlen=K_max)
         self._samples: list[Tensor] | None = [] if keep_samples else None
-        self._scalars: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.steps: list[int] = []
+        self._scalars: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._places = tuple(range(len(self.indices)))  # in the stack as it began
+        self._retired: dict[int, DecisionTrace] = {}
 
     @property
     def count(self) -> int:
         """Number of samples so far."""
-        return len(self._scalars)
+        return len(self.steps)
 
     def add_sample(self, sample: Sample) -> None:
         """Append a sampled step; it becomes ``newest``, and the one before it ``previous``."""
         self.previous, self.newest = self.newest, sample
         self._last.append(sample.reconstructions)
-        self._scalars.append((sample.step, sample.scores, sample.quality, sample.errors))
+        self.steps.append(sample.step)
+        self._scalars.append((sample.scores, sample.quality, sample.errors))
         if self._samples is not None:
             self._samples.append(sample.reconstructions.cpu())
 
@@ -96,36 +108,64 @@ class StackRecord:
         kept = needed_for_replay(torch.tensor([c.quality for c in found], dtype=torch.float64), K_max=self.K_max)
         self.crossings[b] = [c for c, keep in zip(found, kept.tolist(), strict=True) if keep]
 
+    def retire(self, rows: Sequence[int]) -> list[int]:
+        """Close the traces of these images, which leave the stack; returns the rows that stay.
+
+        What stays moves up, so that row b of the record is row b of the shrunken stack.
+        """
+        for b, trace in zip(rows, self._close(list(rows)), strict=True):
+            self._retired[self._places[b]] = trace
+        stay = [b for b in range(len(self.indices)) if b not in set(rows)]
+        self.given, self.given_scores = self.given[stay], self.given_scores[stay]
+        self.indices = tuple(self.indices[b] for b in stay)
+        self._places = tuple(self._places[b] for b in stay)
+        self.crossings = [self.crossings[b] for b in stay]
+        self.previous, self.newest = (s if s is None else s.rows(stay) for s in (self.previous, self.newest))
+        self._last = deque((x[stay] for x in self._last), maxlen=self.K_max)
+        self._scalars = [(scores[stay], v[stay], error[stay]) for scores, v, error in self._scalars]
+        if self._samples is not None:
+            for i, x in enumerate(self._samples):  # in place: there may be gigabytes of them
+                self._samples[i] = x[stay]
+        return stay
+
     def traces(self, settings: Mapping[str, Any]) -> list[DecisionTrace]:
-        """One trace an image, on the CPU, in the order of the stack."""
-        steps = torch.tensor([step for step, *_ in self._scalars], dtype=torch.int64)
-        scores = torch.stack([s for _, s, _, _ in self._scalars], dim=1).cpu()
-        quality = torch.stack([q for _, _, q, _ in self._scalars], dim=1).cpu()
-        errors = torch.stack([e for _, _, _, e in self._scalars], dim=1).cpu()
-        last = torch.stack(list(self._last), dim=1).cpu()
-        samples = None if self._samples is None else torch.stack(self._samples, dim=1)
-        given, given_scores = self.given.cpu(), self.given_scores.cpu()
+        """One trace an image, on the CPU, in the order in which the stack began."""
+        closed = self._retired | dict(zip(self._places, self._close(slice(None)), strict=True))
+        full = {**settings, "K_max": self.K_max}
+        return [replace(closed[place], settings=dict(full)) for place in sorted(closed)]
+
+    def _close(self, rows: list[int] | slice) -> list[DecisionTrace]:
+        """Traces of these rows, without settings."""
+        steps = torch.tensor(self.steps, dtype=torch.int64)
+        scores, quality, errors = (_gather([scalars[i] for scalars in self._scalars], rows) for i in range(3))
+        last = _gather(list(self._last), rows)
+        samples = None if self._samples is None else _gather(self._samples, rows)
+        given, given_scores = self.given[rows].cpu(), self.given_scores[rows].cpu()
+        chosen = range(len(self.indices))[rows] if isinstance(rows, slice) else rows
         made = []
-        for b, index in enumerate(self.indices):
+        for i, b in enumerate(chosen):
             found = self.crossings[b]
-            shape = given.shape[1:]
             made.append(
                 DecisionTrace(
-                    index=index,
-                    given=given[b].clone(),
-                    given_scores=given_scores[b].clone(),
+                    index=self.indices[b],
+                    given=given[i].clone(),
+                    given_scores=given_scores[i].clone(),
                     steps=steps,
-                    scores=scores[b].clone(),
-                    quality=quality[b].clone(),
-                    loss=errors[b].clone(),
+                    scores=scores[i].clone(),
+                    quality=quality[i].clone(),
+                    loss=errors[i].clone(),
                     crossing_at=torch.tensor([c.at for c in found], dtype=torch.int64),
                     alpha=torch.tensor([c.alpha for c in found], dtype=given.dtype),
                     on_boundary=torch.stack([c.on_boundary for c in found]).cpu()
                     if found
-                    else given.new_zeros(0, *shape),
-                    last=last[b].clone(),
-                    samples=None if samples is None else samples[b].clone(),
-                    settings={**settings, "K_max": self.K_max},
+                    else given.new_zeros(0, *given.shape[1:]),
+                    last=last[i].clone(),
+                    samples=None if samples is None else samples[i].clone(),
                 )
             )
         return made
+
+
+def _gather(sampled: list[Tensor], rows: list[int] | slice) -> Tensor:
+    """S tensors [B, ...] -> [len(rows), S, ...] on the CPU."""
+    return torch.stack([x[rows] for x in sampled], dim=1).cpu()

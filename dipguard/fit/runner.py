@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -21,10 +22,12 @@ from torch import Tensor, nn
 from dipguard.checks import check_choice, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, sampled_steps
 from dipguard.decision.boundary import SCORES
+from dipguard.engines.precision import precision
 from dipguard.fit.boundary_detector import BoundaryDetector
 from dipguard.fit.decision_logger import DecisionLogger
 from dipguard.fit.memory import kept_memory
 from dipguard.fit.module import FitOptions, StackedDIP
+from dipguard.fit.retire import Retirement
 from dipguard.fit.stitcher import Stitcher, StitchOptions
 
 
@@ -40,6 +43,8 @@ class DecideOptions:
         scores: ``logits`` or ``probabilities`` (Eq. 5).
         K_max: The largest K that a replay may ask for.
         keep_samples: Keep all sampled reconstructions.
+        patience: Samples without a new crossing after which an image that has its K crossings is fitted no further
+            (:class:`~dipguard.fit.retire.Retirement`); None fits all images to the end, as the paper does.
     """
 
     T: int = 1000
@@ -49,21 +54,43 @@ class DecideOptions:
     scores: str = "logits"
     K_max: int = 25
     keep_samples: bool = False
+    patience: int | None = None
 
     def __post_init__(self) -> None:
         sampled_steps(self.T, decisions=self.decisions, every=self.every)
         check_int(self.N, name="N", low=1)
         check_choice(self.scores, SCORES, name="scores")
         check_int(self.K_max, name="K_max", low=1)
+        if self.patience is not None:
+            check_int(self.patience, name="patience", low=1)
 
 
 @dataclass(frozen=True)
 class StackResult:
-    """What one stacked fit gave: per image a trace and a reconstruction; seconds by part (``fit``, ``decide``)."""
+    """What one stacked fit gave.
+
+    Attributes:
+        traces: One an image.
+        reconstructions: One an image.
+        seconds: ``start`` (up to the first step: choice of the engine, compilation, the Trainer's own start), ``fit``
+            and ``decide`` (victim, SSIM, localisation, stitching).
+    """
 
     traces: list[DecisionTrace]
     reconstructions: list[Reconstruction]
     seconds: dict[str, float]
+
+
+class _FirstStep(pl.Callback):
+    """When the first step began."""
+
+    at: float | None = None
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self.at is None:
+            self.at = time.perf_counter()
 
 
 def fit_stack(
@@ -100,7 +127,8 @@ def fit_stack(
         TypeError, ValueError: Bad images, options or victim.
     """
     start = time.perf_counter()
-    own = (
+    first_step_at, stitcher = _FirstStep(), Stitcher(stitch, settings=asdict(decide))
+    own: list[DecisionLogger | BoundaryDetector | Retirement | Stitcher] = [
         DecisionLogger(
             victim,
             decisions=decide.decisions,
@@ -110,16 +138,21 @@ def fit_stack(
             first_step=first_step,
         ),
         BoundaryDetector(victim, N=decide.N, scores=decide.scores),
-        Stitcher(stitch, settings=asdict(decide)),
-    )
-    with torch.inference_mode(False), torch.enable_grad(), isolate_rng(), quiet(), kept_memory(device), interrupts():
+        stitcher,
+    ]
+    if decide.patience is not None:
+        retirement = Retirement(stitch, patience=decide.patience)
+        stitcher.settings["retired_by"] = retirement.settings
+        own.insert(2, retirement)
+    with apart(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
-        trainer = make_trainer(decide.T, device=device, callbacks=[*own, *callbacks], logger=logger)
+        trainer = make_trainer(decide.T, device=device, callbacks=[first_step_at, *own, *callbacks], logger=logger)
         trainer.fit(module)
-    decide_seconds = sum(callback.seconds for callback in own)
-    seconds = {"fit": time.perf_counter() - start - decide_seconds, "decide": decide_seconds}
-    return StackResult(own[2].traces, own[2].reconstructions, seconds)
+    assert first_step_at.at is not None
+    seconds = {"start": first_step_at.at - start, "decide": sum(callback.seconds for callback in own)}
+    seconds["fit"] = time.perf_counter() - first_step_at.at - seconds["decide"]
+    return StackResult(stitcher.traces, stitcher.reconstructions, seconds)
 
 
 def make_trainer(T: int, *, device: torch.device, callbacks: list[pl.Callback], logger: Logger | None) -> pl.Trainer:
@@ -140,6 +173,15 @@ def make_trainer(T: int, *, device: torch.device, callbacks: list[pl.Callback], 
         num_sanity_val_steps=0,
         inference_mode=False,
     )
+
+
+@contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """A Trainer inside changes nothing of what is around it, and nothing around it changes the Trainer."""
+    # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
+    exact, gradients = precision("float32", device), torch.enable_grad()
+    with torch.inference_mode(False), gradients, isolate_rng(), quiet(), kept_memory(device), interrupts(), exact:
+        yield
 
 
 @contextmanager

@@ -15,28 +15,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard.checks import check_choice
+from dipguard.networks.convolution import padding_mode as padding_mode
+from dipguard.networks.convolution import same_padding as same_padding
+from dipguard.networks.convolution import stacked_conv2d
 
 PADDINGS = ("zeros", "reflect")
 INITS = ("default", "xavier")
-
-
-def same_padding(kernel: int) -> tuple[int, int]:
-    """Pixels before and after a side that keep its size: kernel - 1 in all, the odd one after.
-
-    The usual (kernel - 1) // 2 on both sides shrinks the image for the even kernels of the small and large networks.
-    """
-    return (kernel - 1) // 2, kernel // 2
-
-
-def padding_mode(padding: str, *, kernel: int, side: int) -> str:
-    """The mode of torch's ``pad`` for a side of so many pixels.
-
-    A reflection needs more pixels than it adds. Where a deep scale has fewer (the 2x2 pixels and 4x4 kernels of the
-    large network on 32x32 images), its border is repeated instead.
-    """
-    if padding == "zeros":
-        return "constant"
-    return "reflect" if kernel // 2 < side else "replicate"
 
 
 def to_stack(x: Tensor, *, channels_last: bool) -> Tensor:
@@ -66,7 +50,8 @@ def join(first: Tensor, second: Tensor, *, stack: int) -> Tensor:
 class StackedConv2d(nn.Module):
     """B convolutions, the b-th applied to the b-th network's channels alone.
 
-    Keeps the size at stride 1, halves it (rounding up) at stride 2.
+    Keeps the size at stride 1, halves it (rounding up) at stride 2. The attribute ``form`` says how it is computed
+    (:mod:`dipguard.networks.convolution`); no number depends on it but for rounding.
 
     Args:
         stack: B.
@@ -83,8 +68,8 @@ class StackedConv2d(nn.Module):
         super().__init__()
         self.stride = stride
         self.kernel = kernel
-        self.pad = same_padding(kernel)
-        self.padding_mode = check_choice(padding, PADDINGS, name="padding")
+        self.padding = check_choice(padding, PADDINGS, name="padding")
+        self.form = "grouped"
         self.weight = nn.Parameter(torch.empty(stack, outputs, inputs, kernel, kernel))
         self.bias = nn.Parameter(torch.empty(stack, outputs))
 
@@ -104,14 +89,7 @@ class StackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * inputs, H, W] -> [1, B * outputs, ceil(H / stride), ceil(W / stride)]."""
-        before, after = self.pad
-        symmetric = before == after
-        if before + after and (self.padding_mode == "reflect" or not symmetric):
-            mode = padding_mode(self.padding_mode, kernel=self.kernel, side=min(x.shape[-2:]))
-            x = F.pad(x, (before, after, before, after), mode=mode)
-        inside = before if symmetric and self.padding_mode == "zeros" else 0
-        weight, bias = self.weight.flatten(0, 1), self.bias.flatten()
-        return F.conv2d(x, weight, bias, stride=self.stride, padding=inside, groups=len(self.weight))
+        return stacked_conv2d(x, self.weight, self.bias, stride=self.stride, padding=self.padding, form=self.form)
 
 
 class StackedNorm2d(nn.Module):

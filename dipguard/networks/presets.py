@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from dipguard.checks import check_choice
 
+UPSAMPLINGS = ("bilinear", "nearest")
+
 
 @dataclass(frozen=True)
 class NetworkSpec:
@@ -20,6 +22,7 @@ class NetworkSpec:
         k_s: Kernel sizes of the skip connections.
         input_depth: Channels of z.
         z_scale: Upper end of U(0, z_scale), from which z is drawn.
+        upsample: ``bilinear`` (appendix B) or ``nearest``, by 2 from scale to scale.
     """
 
     n_d: tuple[int, ...]
@@ -30,8 +33,10 @@ class NetworkSpec:
     k_s: tuple[int, ...]
     input_depth: int = 4
     z_scale: float = 1 / 30
+    upsample: str = "bilinear"
 
     def __post_init__(self) -> None:
+        check_choice(self.upsample, UPSAMPLINGS, name="upsample")
         lengths = {name: len(getattr(self, name)) for name in ("n_d", "n_u", "n_s", "k_d", "k_u", "k_s")}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"a network's lists must have one entry a scale, at least one, got lengths {lengths}")

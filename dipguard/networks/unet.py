@@ -49,6 +49,7 @@ class Scale(nn.Module):
             ConvBlock(stack, n_d, n_d, kernel=spec.k_d[level], padding=padding),
         )
         self.deeper = deeper
+        self.upsample = spec.upsample
         self.norm = StackedNorm2d(stack, n_s + below)
         self.up = nn.Sequential(
             ConvBlock(stack, n_s + below, n_u, kernel=spec.k_u[level], padding=padding),
@@ -60,7 +61,8 @@ class Scale(nn.Module):
         low = self.down(x)
         if self.deeper is not None:
             low = self.deeper(low)
-        high = F.interpolate(low, scale_factor=2, mode="bilinear", align_corners=False)
+        corners = False if self.upsample == "bilinear" else None  # torch takes no other value where it has no meaning
+        high = F.interpolate(low, scale_factor=2, mode=self.upsample, align_corners=corners)
         if high.shape[-2:] != x.shape[-2:]:
             # An odd side comes back one pixel longer. An even one is not sliced: the slice's backward would copy it.
             high = high[..., : x.shape[-2], : x.shape[-1]]

@@ -68,7 +68,8 @@ def write_page(path: Path, outcome: Outcome, figures: Sequence[Path]) -> Path:
         f"{sum(row['why'] == 'no_crossing' for row in rows)} of {n} images had none that counted "
         "(their reconstruction is the mean of the last K samples).",
         "",
-        f"Time: attack {seconds['attack']:.1f} s, fit {seconds['fit']:.1f} s, decide {seconds['decide']:.1f} s; "
+        f"Time: attack {seconds['attack']:.1f} s, start-up of the fits {seconds['start']:.1f} s, "
+        f"fit {seconds['fit']:.1f} s, decide {seconds['decide']:.1f} s; "
         f"{metrics['images_per_second']:.3g} images a second.",
         "",
         "Files: `metrics.json` (figures and settings), `images.csv` (a row an image), `reconstructions.npz`, `traces/` "

@@ -1,9 +1,17 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from dipguard.attacks import Attack, build_attack
 from dipguard.data import ImageSet, load_data
 from dipguard.victims import build_victim
+
+QUICK: dict[str, dict[str, Any]] = {"square": {"n_queries": 25}, "ddn": {"steps": 15}, "cw": {"steps": 20}}
+"""Options that make the slow rows of `ATTACKS` quick; the others run with their defaults."""
 
 
 @pytest.fixture(scope="session")
@@ -16,7 +24,90 @@ def digits_cnn() -> nn.Module:
     return build_victim("digits_cnn", progress=False)
 
 
-def right(victim: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> float:
+def quick(name: str, victim: nn.Module, **options: Any) -> Attack:
+    """The attack called ``name``, with fewer steps where the default ones take long."""
+    return build_attack(name, victim, **{**QUICK.get(name, {}), **options})
+
+
+def right(victim: nn.Module, images: Tensor, labels: Tensor) -> float:
     """Share of images [N, 3, H, W] that the victim decides rightly."""
     with torch.no_grad():
         return float((victim(images).argmax(1) == labels).float().mean())
+
+
+class Scaled(nn.Module):
+    """The same decisions, every margin ``factor`` times as large: a victim that is too sure to have a gradient."""
+
+    def __init__(self, victim: nn.Module, factor: float = 1000.0) -> None:
+        super().__init__()
+        self.victim, self.factor = victim, factor
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.victim(images) * self.factor
+
+
+class Shadowed(nn.Module):
+    """A victim that sees nothing below a level of 0.2: it is flat around images darker than that."""
+
+    def __init__(self, victim: nn.Module) -> None:
+        super().__init__()
+        self.victim = victim
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.victim(torch.relu(images - 0.2))
+
+
+def any_size(victim: nn.Module) -> nn.Module:
+    """The victim for images of other sizes than 32 x 32 too: it sees them pooled."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(32), victim).eval()
+
+
+class NoDefense:
+    """Returns the images."""
+
+    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+        return images
+
+
+class Median:
+    """Median filter of 3 x 3 pixels; it says that it takes seven DIP steps an image, to be counted."""
+
+    steps_per_image = 7
+
+    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+        padded = F.pad(images, (1, 1, 1, 1), mode="reflect")
+        return padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4).median(-1).values
+
+
+class Noise:
+    """Noise of std 0.05, drawn from each image's index; it keeps the indices that it was given."""
+
+    def __init__(self) -> None:
+        self.indices: list[int] = []
+
+    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+        order = list(range(len(images))) if indices is None else indices.tolist()
+        self.indices += order
+        draws = [torch.randn(images.shape[1:], generator=torch.Generator().manual_seed(i)) for i in order]
+        return (images + 0.05 * torch.stack(draws).to(images)).clamp(0, 1)
+
+
+class Enlarge:
+    """Twice the size, as a super-resolving defence returns it."""
+
+    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+        return F.interpolate(images, scale_factor=2, mode="nearest")
+
+
+@pytest.fixture(scope="session")
+def real_victim(real_data: Path) -> tuple[nn.Module, ImageSet]:
+    """ResNet-20 and the first eight CIFAR-10 images."""
+    victim = build_victim("cifar10_resnet20", weights=real_data / "weights" / "resnet20-12fca82f.th")
+    return victim, load_data("arrays", path=real_data / "cifar10" / "tune.npz", limit=8)
+
+
+@pytest.fixture(scope="session")
+def deepest(real_data: Path) -> tuple[nn.Module, ImageSet]:
+    """ResNet-56 and the first 64 CIFAR-10 images."""
+    victim = build_victim("cifar10_resnet56", weights=real_data / "weights" / "resnet56-4bfd9763.th")
+    return victim, load_data("arrays", path=real_data / "cifar10" / "tune.npz", limit=64)

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dipguard.data import load_data
 from dipguard.cache import cache_folder
+from dipguard.data import load_data
 
 
 def test_missing_files_without_download_are_an_error_that_names_the_folder(tmp_path):

@@ -49,8 +49,35 @@ def test_chunks_do_not_change_an_image(images: Tensor, victim: nn.Module) -> Non
     assert [t.index for part in parts for t in part.traces] == [0, 1, 2, 3, 4]
 
 
+def test_the_stack_size_is_chosen_or_given(images: Tensor, victim: nn.Module) -> None:
+    chosen = DIPGuard(victim, **QUICK)
+    assert chosen.stack_size is None
+    assert chosen.choose_stack_size(images) == 32  # a short job
+    assert DIPGuard(victim, stack_size=3, **QUICK).choose_stack_size(images) == 3
+    assert [len(part.traces) for part in chosen.defend_stacks(images[:3])] == [3]
+    assert [len(part.traces) for part in chosen.defend_stacks(images[:3], stack_size=2)] == [2, 1]
+    assert "stack_size" not in chosen.settings
+
+
+def test_a_patient_defence_is_the_same_in_all_stacks(images: Tensor, victim: nn.Module) -> None:
+    options = {**QUICK, "T": 40, "decisions": 20, "dtype": "float64", "K": 1, "padding": "zeros"}
+    ended = DIPGuard(victim, patience=2, stack_size=4, **options).defend(images[:4])
+    assert min(len(trace.steps) for trace in ended.traces) < 20
+    alone = DIPGuard(victim, patience=2, stack_size=1, **options).defend(images[:4])
+    assert [trace.steps.tolist() for trace in ended.traces] == [trace.steps.tolist() for trace in alone.traces]
+    torch.testing.assert_close(ended.reconstructions, alone.reconstructions, rtol=0, atol=1e-7)
+    assert DIPGuard(victim, patience=2, **options).settings["patience"] == 2
+
+
+def test_steps_per_image_is_T(victim: nn.Module) -> None:
+    assert DIPGuard(victim, **QUICK).steps_per_image == 12
+
+
 def test_an_images_index_settles_its_draws(images: Tensor, victim: nn.Module) -> None:
     guard = DIPGuard(victim, **QUICK)
+    assert torch.equal(
+        guard.purify(images[:2], indices=torch.tensor([7, 3])), guard.defend(images[:2], indices=[7, 3]).reconstructions
+    )
     seventh = guard.defend(images[:1], indices=[7]).reconstructions
     assert torch.equal(seventh, guard.defend(images[:1], indices=[7]).reconstructions)
     assert not torch.equal(seventh, guard.defend(images[:1], indices=[8]).reconstructions)
@@ -138,6 +165,8 @@ def test_bad_images_are_named(images: Tensor, victim: nn.Module, bad: Any, error
         ({"t0": -1}, ValueError, "`t0` must be at least 0, got -1"),
         ({"N": 0}, ValueError, "`N` must be at least 1, got 0"),
         ({"stack_size": 0}, ValueError, "`stack_size` must be at least 1, got 0"),
+        ({"stack_size": "all"}, TypeError, "`stack_size` must be an integer, got 'all'"),
+        ({"patience": 0}, ValueError, "`patience` must be at least 1, got 0"),
         ({"network": "huge"}, ValueError, "`network` must be one of"),
         ({"accelerator": "tpu"}, ValueError, "`accelerator` must be one of auto, cpu, gpu, got 'tpu'"),
         ({"scores": "odds"}, ValueError, "`scores` must be one of logits, probabilities, got 'odds'"),

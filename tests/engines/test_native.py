@@ -42,12 +42,18 @@ def inputs(net: StackedSkipNet, size: tuple[int, int], *, seed: int = 0) -> tupl
 
 
 def engine_on(
-    network: str | NetworkSpec, name: str, size: tuple[int, int], *, stack: int = 3, padding: str = "zeros"
+    network: str | NetworkSpec,
+    name: str,
+    size: tuple[int, int],
+    *,
+    stack: int = 3,
+    padding: str = "zeros",
+    z_gradient: bool = False,
 ) -> tuple[Engine, StackedSkipNet, Tensor]:
     """An engine with its network, and z."""
     net = build(network, stack_size=stack, padding=padding, dtype=torch.float64)
     given, z = inputs(net, size)
-    return make_engine(name, net, given, steps=1), net, z
+    return make_engine(name, net, given, steps=1, z_gradient=z_gradient), net, z.requires_grad_(z_gradient)
 
 
 def gradients(engine: Engine, net: StackedSkipNet) -> dict[str, Tensor]:
@@ -103,6 +109,27 @@ def test_a_fit_stays_with_torch(row: str, padding: str) -> None:
             torch.testing.assert_close(net(z), engine.step(z).reconstructions, rtol=0, atol=1e-11)
     torch.testing.assert_close(seen[1], seen[0], rtol=0, atol=1e-8)
     assert float((seen[0] - seen[0].mean()).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("padding", ["zeros", "reflect"])
+@pytest.mark.parametrize("row", NETWORKS)
+def test_the_gradient_of_z_is_that_of_torch_and_disturbs_nothing(row: str, padding: str) -> None:
+    network, size = NETWORKS[row]
+    found = []
+    for name in ("torch", "native"):
+        engine, net, z = engine_on(network, name, size, padding=padding, z_gradient=True)
+        noise = torch.linspace(-0.1, 0.1, z.numel(), dtype=z.dtype).view_as(z)
+        (engine.step(z + noise).loss * 3).backward()
+        weights = gradients(engine, net)
+        again = engine.step(z).reconstructions
+        assert z.grad is not None
+        found.append((z.grad, weights, again))
+    (theirs, wanted, expected), (ours, weights, got) = found
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10 * float(theirs.abs().max()))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-11)
+    largest = max(float(value.abs().max()) for value in wanted.values())
+    for name, value in wanted.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-10 * largest)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -178,9 +205,12 @@ def test_what_native_cannot_run_is_named_and_auto_goes_without() -> None:
     with pytest.raises(ValueError, match="`engine` 'native' cannot be used here: kernels are at most 11x11"):
         make_engine("native", net, given, steps=1000)
     assert make_engine("auto", net, given, steps=1000).name == "torch"
+    nearest = build(dataclasses.replace(PRESETS["small"], upsample="nearest"), stack_size=1)
+    assert native_problem(nearest, given) == "upsampling is bilinear, got 'nearest'"
+    assert make_engine("auto", nearest, given, steps=1000).name == "torch"
     half = build("small", stack_size=1).to(torch.float16)
     assert "float32 or float64" in str(native_problem(half, given.half()))
-    with pytest.raises(ValueError, match="`engine` must be one of auto, torch, native, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"`engine` must be one of auto, torch, native.*, got 'cuda'"):
         make_engine("cuda", net, given, steps=1)
 
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import logging
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,35 @@ def test_outcome_is_what_the_guard_gives_by_itself(tmp_path: Path) -> None:
     assert outcome.decision_defended.tolist() == direct.decisions_after.tolist()
     assert outcome.decision_given.tolist() == direct.decisions_before.tolist()
     assert [reconstruction.reason for reconstruction in outcome.reconstructions] == direct.reasons
+
+
+@pytest.mark.parametrize("saved", [None, "3", "0", "{"])
+def test_a_chosen_stack_size_is_kept_for_the_sessions_to_come(
+    tmp_path: Path, saved: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    overrides = [*(option for option in TINY if "stack_size" not in option), "report.figures=0"]
+    record = tmp_path / "stack_size.json"
+    if saved is not None:
+        record.write_text(saved if saved == "{" else f'{{"stack_size": {saved}}}')
+    with caplog.at_level(logging.INFO, "dipguard"):
+        outcome = execute(prepare(typed_config(*overrides), tmp_path))
+    # 3 is what an earlier session took; nothing can be read out of the others, and a short job takes 32.
+    size = 3 if saved == "3" else 32
+    assert json.loads(record.read_text()) == {"stack_size": size}
+    assert f"stacks of {size}" in caplog.text
+    assert ("is damaged, so the stack size is chosen again" in caplog.text) == (saved in ("0", "{"))
+    same = execute(prepare(typed_config(*overrides, f"fit.stack_size={size}"), tmp_path / "said"))
+    assert not (tmp_path / "said" / "stack_size.json").exists()
+    pairs = zip(outcome.reconstructions, same.reconstructions, strict=True)
+    assert all(torch.equal(chosen.image, said.image) for chosen, said in pairs)
+    assert outcome.seconds["start"] > 0
+
+
+def test_seconds_of_a_folder_without_start_up_are_read(tmp_path: Path) -> None:
+    (tmp_path / "fits.json").write_text(
+        '{"4": {"fit": 2.0, "decide": 1.0}, "5": {"fit": 2.5, "decide": 0, "start": 3}}'
+    )
+    assert RunFolder(tmp_path, {}).seconds([4, 5]) == {"start": 3.0, "fit": 4.5, "decide": 1.0}
 
 
 def test_progress_of_others_random_numbers_is_left_alone(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +26,16 @@ class At(pl.Callback):
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx == 3:
             self.what()
+
+
+class Before(pl.Callback):
+    """Takes its time before the fit's first step."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        time.sleep(self.seconds)
 
 
 def run(images: Tensor, victim: nn.Module, *callbacks: pl.Callback) -> StackResult:
@@ -80,9 +91,13 @@ def test_runs_in_a_thread(images: Tensor, victim: nn.Module) -> None:
 
 
 def test_seconds_are_counted_by_part(images: Tensor, victim: nn.Module) -> None:
-    seconds = run(images, victim).seconds
-    assert seconds.keys() == {"fit", "decide"}
+    start = time.perf_counter()
+    seconds = run(images, victim, Before(0.3), At(lambda: time.sleep(0.2))).seconds
+    assert seconds.keys() == {"start", "fit", "decide"}
     assert min(seconds.values()) > 0
+    assert seconds["start"] >= 0.3
+    assert seconds["fit"] >= 0.2
+    assert sum(seconds.values()) <= time.perf_counter() - start
 
 
 def test_nothing_is_printed(images: Tensor, victim: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:

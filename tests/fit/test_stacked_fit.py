@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,16 @@ from torch import Tensor
 from benchmarks.plain_loop import PlainSkipNet, plain_fit
 from dipguard.engines.native_build import compiler
 from dipguard.fit import FitOptions, StackedDIP
+from dipguard.networks import PRESETS, NetworkSpec
 from dipguard.seeding import image_generator
 
 WORKING = ["torch", pytest.param("native", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
 """Engines that a CPU may have."""
+UNSKIPPED = NetworkSpec(
+    n_d=(4, 8, 16), n_u=(4, 8, 16), n_s=(0, 0, 0), k_d=(3, 3, 3), k_u=(3, 3, 3), k_s=(1, 1, 1), input_depth=1,
+    z_scale=0.1,
+)  # fmt: skip
+NEAREST = replace(PRESETS["small"], upsample="nearest")
 
 
 class Watch(pl.Callback):
@@ -68,16 +75,45 @@ def test_a_stack_equals_the_plain_loop_for_20_steps(
     assert float((seen[-1] - seen[0]).abs().mean()) > 0.01
 
 
+@pytest.mark.parametrize("engine", WORKING)
+@pytest.mark.parametrize("network", ["medium", UNSKIPPED, NEAREST], ids=["medium", "no skips", "nearest"])
+@pytest.mark.parametrize(("padding", "jitter"), [("zeros", 0.0), ("zeros", 1 / 30), ("reflect", 1 / 30)])
+def test_a_stack_that_fits_z_too_equals_the_plain_loop(
+    images: Tensor, network: str | NetworkSpec, engine: str, padding: str, jitter: float
+) -> None:
+    if network == NEAREST:
+        engine = "auto"  # torch is then the only one
+    options = {"network": network, "padding": padding, "engine": engine, "optimise_z": True, "jitter": jitter}
+    seen, module = fit(images[:2], [5, 2], 15, **options)
+    fresh = StackedDIP(images[:2], indices=[5, 2], options=FitOptions(dtype="float64", **options))
+    fixed, _ = fit(images[:2], [5, 2], 15, **{**options, "optimise_z": False})
+    # z moves by about a learning rate a step, and x(t) with it from x(1) on.
+    assert 0.01 < float((module.z - fresh.z).detach().abs().max()) < 0.2
+    assert torch.equal(seen[0], fixed[0])
+    assert float((seen[-1] - fixed[-1]).abs().mean()) > 1e-4
+    for b, index in enumerate((5, 2)):
+        plain = PlainSkipNet(fresh.net.spec, padding=padding).double()
+        plain.copy_from(fresh.net, b)
+        z = fresh.z.detach()[b : b + 1]
+        stream = image_generator(seed=0, index=index, purpose="jitter")
+        noise = [torch.empty(z.shape).normal_(generator=stream).double() * jitter for _ in range(15)]
+        trace = plain_fit(plain, images[b : b + 1].double(), z, steps=15, noise=noise, optimise_z=True)
+        tolerance = 1e-9 if padding == "zeros" else 1e-6
+        torch.testing.assert_close(seen[:, b : b + 1], torch.stack(trace), rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"engine": "torch"},
+        {"engine": "torch", "optimise_z": True, "padding": "zeros"},
         {"z": "gaussian", "init": "xavier"},
         {"padding": "zeros", "jitter": 0.0},
         {"network": "small"},
         {"network": "large"},
         {"network": "large", "padding": "zeros"},
         {"engine": "native"},
+        {"engine": "native", "optimise_z": True},
     ],
 )
 def test_an_image_does_not_depend_on_its_neighbours(images: Tensor, options: dict) -> None:
@@ -129,12 +165,17 @@ def test_float32_follows_float64_at_first(images: Tensor) -> None:
         ({"dtype": "float16"}, "`dtype` must be one of float32, float64, got 'float16'"),
         ({"init": "zeros"}, "`init` must be one of"),
         ({"padding": "same"}, "`padding` must be one of"),
-        ({"engine": "cuda"}, "`engine` must be one of auto, torch, native, got 'cuda'"),
+        ({"engine": "cuda"}, "`engine` must be one of auto, torch, native.*, got 'cuda'"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FitOptions(**options)
+
+
+def test_whether_z_is_fitted_is_yes_or_no() -> None:
+    with pytest.raises(TypeError, match="`optimise_z` must be true or false, got 1"):
+        FitOptions(optimise_z=1)  # type: ignore[arg-type]
 
 
 def test_an_image_too_small_for_the_network_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -11,6 +13,7 @@ from dipguard.networks.layers import StackedConv2d, same_padding
 
 PARAMETERS = {"small": 7_019, "medium": 82_236, "large": 433_587, "cifar10": 82_236, "imagenet": 556_215}
 ODD = NetworkSpec(n_d=(5, 6), n_u=(4, 7), n_s=(0, 3), k_d=(3, 5), k_u=(4, 3), k_s=(1, 3), input_depth=2)
+NEAREST = dataclasses.replace(ODD, upsample="nearest")
 
 
 @pytest.mark.parametrize(("preset", "count"), PARAMETERS.items())
@@ -24,7 +27,16 @@ def test_parameter_counts_of_appendix_b(preset: str, count: int) -> None:
 @pytest.mark.parametrize("padding", ["zeros", "reflect"])
 @pytest.mark.parametrize(
     ("network", "side"),
-    [("small", 32), ("medium", 32), ("medium", 27), ("large", 32), ("large", 64), ("imagenet", 64), (ODD, 21)],
+    [
+        ("small", 32),
+        ("medium", 32),
+        ("medium", 27),
+        ("large", 32),
+        ("large", 64),
+        ("imagenet", 64),
+        (ODD, 21),
+        (NEAREST, 21),
+    ],
 )
 def test_a_stack_is_its_networks_one_by_one(
     network: str | NetworkSpec, side: int, padding: str, channels_last: bool
@@ -120,12 +132,20 @@ def test_bad_options_are_named(arguments: dict, message: str) -> None:
         ({"n_u": (4,)}, "one entry a scale"),
         ({"n_d": (0, 4)}, "`n_d` must hold numbers of at least 1"),
         ({"k_s": (0, 1)}, "`k_s` must hold numbers of at least 1"),
+        ({"upsample": "bicubic"}, "`upsample` must be one of bilinear, nearest, got 'bicubic'"),
     ],
 )
 def test_bad_specs_are_named(change: dict, message: str) -> None:
     good = {"n_d": (4, 4), "n_u": (4, 4), "n_s": (2, 2), "k_d": (3, 3), "k_u": (3, 3), "k_s": (1, 1)}
     with pytest.raises(ValueError, match=message):
         NetworkSpec(**{**good, **change})
+
+
+def test_nearest_upsampling_is_another_function_of_the_same_weights() -> None:
+    z = torch.rand(1, 2, 21, 21)
+    nets = [build(spec, stack_size=1) for spec in (ODD, NEAREST)]
+    assert all(torch.equal(a, b) for a, b in zip(*(net.parameters() for net in nets), strict=True))
+    assert float((nets[0](z) - nets[1](z)).detach().abs().max()) > 1e-3
 
 
 def test_cifar10_and_medium_are_one_network() -> None:

@@ -24,6 +24,7 @@ enum Operation : index_t {
     CONVOLVE_BACK,
     FOLD_BORDER,
     UPSAMPLE_BACK,
+    WRITE_Z_GRADIENT,
 };
 
 struct Instruction {
@@ -43,12 +44,19 @@ struct Image {
     REAL* gradient;
     REAL* reconstruction;  // [3][height][width]
     REAL* error;
+    REAL* z_gradient;  // as z, or null: no one asks for it
 };
 
 static void read_z(const Frame& f, const REAL* z, REAL* workspace) {
     for (index_t c = 0; c < f.channels; c++)
         for (index_t y = 0; y < f.height; y++)
             for (index_t x = 0; x < f.width; x++) *(f.at(workspace, y, x) + c) = *z++;
+}
+
+static void write_z_gradient(const Frame& f, REAL* gradient, REAL* workspace) {
+    for (index_t c = 0; c < f.channels; c++)
+        for (index_t y = 0; y < f.height; y++)
+            for (index_t x = 0; x < f.width; x++) *gradient++ = *(f.at(workspace, y, x) + c);
 }
 
 // Sigmoid and mean squared error; replaces the frame by the error's gradient with respect to it.
@@ -117,14 +125,18 @@ static void run(const Instruction& op, const Frame* frames, const Image& image, 
         case UPSAMPLE_BACK:
             upsample_back(in, out, op.first, workspace, workspace + op.room);
             break;
+        case WRITE_Z_GRADIENT:
+            write_z_gradient(in, image.z_gradient, workspace);
+            break;
     }
 }
 
-// Arrays of the stack begin with one entry an image; `workspaces` holds zeros at first, `room` numbers a thread.
+// Arrays of the stack begin with one entry an image; `workspaces` holds zeros at first, `room` numbers a thread;
+// `z_gradients` is null unless the program writes them.
 extern "C" void stack_step(const Frame* frames, const Instruction* program, index_t length, index_t images,
                            index_t threads, const REAL* z, index_t z_size, const REAL* given, index_t image_size,
                            const REAL* weights, REAL* gradients, index_t parameters, REAL* reconstructions,
-                           REAL* errors, REAL* workspaces, index_t room, double slope, double eps) {
+                           REAL* errors, REAL* z_gradients, REAL* workspaces, index_t room, double slope, double eps) {
 #pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
     for (index_t b = 0; b < images; b++) {
 #ifdef _OPENMP
@@ -133,7 +145,8 @@ extern "C" void stack_step(const Frame* frames, const Instruction* program, inde
         REAL* workspace = workspaces;
 #endif
         const Image image{z + b * z_size,           given + b * image_size,           weights + b * parameters,
-                          gradients + b * parameters, reconstructions + b * image_size, errors + b};
+                          gradients + b * parameters, reconstructions + b * image_size, errors + b,
+                          z_gradients ? z_gradients + b * z_size : nullptr};
         for (index_t i = 0; i < length; i++) run(program[i], frames, image, workspace, REAL(slope), REAL(eps));
     }
 }

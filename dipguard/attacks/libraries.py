@@ -1,0 +1,63 @@
+"""The attack libraries, imported when an attack needs them, and the victim as they get to see it."""
+
+from __future__ import annotations
+
+import os
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipguard.classifier import device_of
+
+
+def torchattacks() -> Any:
+    """Return the library torchattacks (Kim, 2020).
+
+    Raises:
+        ImportError: it is not installed; the message says how to get it.
+    """
+    return _library("torchattacks")
+
+
+def foolbox() -> Any:
+    """Return the library foolbox (Rauber et al., 2020).
+
+    Raises:
+        ImportError: it is not installed; the message says how to get it.
+    """
+    # For its model zoo foolbox imports GitPython, which raises where there is no git program unless it is told not to.
+    told = "GIT_PYTHON_REFRESH" in os.environ
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+    try:
+        return _library("foolbox")
+    finally:
+        if not told:
+            del os.environ["GIT_PYTHON_REFRESH"]
+
+
+def _library(name: str) -> Any:
+    try:
+        return import_module(name)
+    except ImportError as error:
+        raise ImportError(
+            f"this attack needs the library {name}, which could not be imported ({error}): "
+            "pip install 'dipguard[attacks]'"
+        ) from error
+
+
+class VictimView(nn.Module):
+    """The victim as a library sees it: its mode switching and device guess end here."""
+
+    def __init__(self, victim: nn.Module) -> None:
+        super().__init__()
+        # torchattacks takes the first parameter's device, and prints a complaint where there is none.
+        self.device_marker = nn.Parameter(torch.empty(0, device=device_of(victim)), requires_grad=False)
+        self.victim = victim
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the victim's logits [B, C]."""
+        logits: Tensor = self.victim(images)
+        return logits

@@ -1,0 +1,245 @@
+"""When to stop a deep image prior: rules that watch x(t) step by step and choose one reconstruction of each image.
+
+No rule asks a victim. State is kept image by image, so that no image's choice depends on its neighbours in a stack.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dipguard.checks import check_float, check_int
+
+TILE = 32
+LEAST_ERROR = 1e-20
+"""Mean squared error that counts as none: 200 dB."""
+
+
+class Stopped(NamedTuple):
+    """What a rule chose.
+
+    Attributes:
+        images: x(t) at each image's own t, [B, 3, H, W].
+        steps: That t, [B] int64.
+    """
+
+    images: Tensor
+    steps: Tensor
+
+
+class StopRule(ABC):
+    """Chooses one step for each image of one stack during one fit; a second fit needs a new rule."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._images: Tensor | None = None
+        self._steps: Tensor | None = None
+
+    def update(self, t: int, reconstructions: Tensor, given: Tensor) -> None:
+        """See the reconstructions of step t.
+
+        Args:
+            t: 0, 1, 2, ...: every step, in order.
+            reconstructions: x(t), [B, 3, H, W] in [0, 1]; copied where it is kept.
+            given: x0, of the same shape, the same at each step.
+
+        Raises:
+            ValueError: A step was left out or repeated, or the shapes differ.
+        """
+        if t != self._count:
+            raise ValueError(f"`t` must be {self._count}, the next step of this rule's one fit, got {t}")
+        if reconstructions.shape != given.shape or (self._images is not None and given.shape != self._images.shape):
+            raise ValueError(
+                "`reconstructions` and `given` must have one shape at all steps, got "
+                f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"
+            )
+        # Tensors made in inference mode could not be updated outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            self._watch(t, reconstructions.detach(), given.detach())
+        self._count += 1
+
+    def result(self) -> Stopped:
+        """The choice so far: after the fit, the choice.
+
+        Raises:
+            RuntimeError: No step was seen, or not the one that the rule waits for.
+        """
+        if self._images is None or self._steps is None:
+            raise RuntimeError(f"{type(self).__name__} chose none of the {self._count} steps that it saw")
+        return Stopped(self._images, self._steps)
+
+    @property
+    def done(self) -> bool:
+        """Whether no later step can change the choice (on a GPU, asking waits for it)."""
+        return False
+
+    def steps_needed(self, T: int) -> int:
+        """How many of T steps the rule has to see."""
+        return T
+
+    @abstractmethod
+    def _watch(self, t: int, x: Tensor, given: Tensor) -> None:
+        """See x(t), which is the caller's."""
+
+    def _take(self, chosen: Tensor, t: int, x: Tensor) -> None:
+        """Let x(t) be the choice for the images that ``chosen``, [B] bool, names; for all of them at first."""
+        if self._images is None or self._steps is None:
+            self._images, self._steps = x.clone(), torch.full_like(chosen, t, dtype=torch.int64)
+            return
+        self._images = torch.where(chosen[:, None, None, None], x, self._images)
+        self._steps = torch.where(chosen, t, self._steps)
+
+
+def tile_psnr(images: Tensor, given: Tensor, *, tile: int = TILE) -> Tensor:
+    """Smallest PSNR over the tiles of an image, against the given one (Dai et al. 2020).
+
+    Tiles start at the upper left. What a side that is no multiple of ``tile`` leaves over counts for nothing, as in the
+    ports of the authors' script; a side shorter than ``tile`` is one tile.
+
+    Args:
+        images: [B, 3, H, W] in [0, 1].
+        given: The same shape.
+        tile: Side of a tile, pixels.
+
+    Returns:
+        [B] float64, in dB, at most 200.
+    """
+    height, width = (min(tile, side) for side in images.shape[-2:])
+    rows, columns = images.shape[-2] // height, images.shape[-1] // width
+    errors = (images - given)[..., : rows * height, : columns * width].double().square()
+    tiles = errors.unflatten(3, (columns, width)).unflatten(2, (rows, height))
+    worst = tiles.mean(dim=(1, 3, 5)).flatten(1).amax(dim=1)
+    return -10 * torch.log10(worst.clamp_min(LEAST_ERROR))
+
+
+class PeakOfSmoothedPSNR(StopRule):
+    """DIPDefend's rule (Dai et al. 2020): the reconstruction at the peak of the smoothed PSNR to the given image.
+
+    Double exponential smoothing of p(t), the smallest PSNR over tiles (`tile_psnr`): s(0) = p(0), b(1) = p(1) - p(0),
+    s(t) = l p(t) + (1 - l) (s(t-1) + b(t-1)), b(t) = l (s(t) - s(t-1)) + (1 - l) b(t-1). The trend b starts with the
+    rise of the very first step and forgets it over 1 / l steps: s overshoots p, then turns. The peak is the highest s
+    of the whole fit, the first among equals, so a longer fit can move it. Where s never rises above s(0), as in a short
+    fit whose first step made things worse, there is no peak: then the newest reconstruction is the choice.
+
+    Args:
+        smoothing: l, in [0, 1]; the authors' is 0.002.
+        tile: Side of a tile, pixels; the authors' is 32.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range.
+    """
+
+    def __init__(self, *, smoothing: float = 0.002, tile: int = TILE) -> None:
+        super().__init__()
+        self.smoothing = check_float(smoothing, name="smoothing", low=0.0, high=1.0)
+        self.tile = check_int(tile, name="tile", low=1)
+
+    def _watch(self, t: int, x: Tensor, given: Tensor) -> None:
+        p = tile_psnr(x, given, tile=self.tile)
+        if t == 0:
+            self._level = self._peak = p
+            self._risen = torch.zeros_like(p, dtype=torch.bool)
+        else:
+            if t == 1:
+                self._trend = p - self._level
+            level = self.smoothing * p + (1 - self.smoothing) * (self._level + self._trend)
+            self._trend = self.smoothing * (level - self._level) + (1 - self.smoothing) * self._trend
+            self._level = level
+        higher = self._level > self._peak
+        self._risen = self._risen | higher
+        self._take(higher | ~self._risen, t, x)
+        self._peak = torch.maximum(self._peak, self._level)
+
+
+class FixedStep(StopRule):
+    """The same step for every image (Kattamis et al. 2019; Sutanto and Lee 2020).
+
+    Args:
+        step: t, at least 0.
+
+    Raises:
+        TypeError, ValueError: ``step`` is out of range.
+    """
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = check_int(step, name="step", low=0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the step was seen."""
+        return self._count > self.step
+
+    def steps_needed(self, T: int) -> int:
+        """All up to the step itself."""
+        return min(T, self.step + 1)
+
+    def _watch(self, t: int, x: Tensor, given: Tensor) -> None:
+        if t == self.step:
+            self._take(torch.ones(len(x), dtype=torch.bool, device=x.device), t, x)
+
+
+class WindowedVariance(StopRule):
+    """ES-WMV (Wang et al. 2023, Early Stopping for Deep Image Prior): least variance over a moving window.
+
+    The variance of a window is the mean squared distance of its W reconstructions from their mean. Chosen is the newest
+    reconstruction of the window whose variance is the least so far; an image stops, for good, when P windows in a row
+    brought none that is less. Before the first full window the newest reconstruction is the choice.
+
+    Sums over the window are float64 and run along: each step adds one image and takes one away. Memory: the window's W
+    images, [W, B, 3, H, W] of x's dtype, and one float64 image.
+
+    Args:
+        window: W, at least 2; the authors' is 100.
+        patience: P, at least 1; the authors' is 1000.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range.
+    """
+
+    def __init__(self, *, window: int = 100, patience: int = 1000) -> None:
+        super().__init__()
+        self.window = check_int(window, name="window", low=2)
+        self.patience = check_int(patience, name="patience", low=1)
+
+    @property
+    def done(self) -> bool:
+        """Whether every image has stopped."""
+        return self._count >= self.window + self.patience and bool((self._waited >= self.patience).all())
+
+    def _watch(self, t: int, x: Tensor, given: Tensor) -> None:
+        if t == 0:
+            self._kept = x.new_empty(self.window, *x.shape)
+            self._sum = torch.zeros_like(x, dtype=torch.float64)
+            self._squares = self._sum.new_zeros(len(x))
+            self._least = torch.full_like(self._squares, torch.inf)
+            self._waited = torch.zeros_like(self._squares, dtype=torch.int64)
+        variance = self._variance(t, x, given)
+        running = self._waited < self.patience
+        if variance is None:
+            self._take(running, t, x)
+            return
+        better = running & (variance < self._least)
+        self._take(better, t, x)
+        self._least = torch.where(better, variance, self._least)
+        self._waited = torch.where(better, 0, self._waited + running)
+
+    def _variance(self, t: int, x: Tensor, given: Tensor) -> Tensor | None:
+        """Put x(t) in the place of x(t - W); the window's variance, [B], or None while it is not full."""
+        # Distances from the given image are small numbers: squares of the images themselves would cost digits.
+        place = self._kept[t % self.window]
+        added = x.double() - given
+        self._sum += added
+        self._squares += added.square().flatten(1).sum(dim=1)
+        if t >= self.window:
+            gone = place.double() - given
+            self._sum -= gone
+            self._squares -= gone.square().flatten(1).sum(dim=1)
+        place.copy_(x)
+        if t + 1 < self.window:
+            return None
+        mean_square = (self._sum / self.window).square().flatten(1).sum(dim=1)
+        return (self._squares / self.window - mean_square) / x[0].numel()

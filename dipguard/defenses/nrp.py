@@ -1,0 +1,117 @@
+"""NRP (Naseer et al. 2020): a purifier trained against self-supervised perturbations of feature space."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dipguard.defenses.network_defense import NetworkDefense
+from dipguard.seeding import image_generator
+
+BLOCKS, FEATURES, GROWTH = 23, 64, 32
+NOISE = 0.05
+"""Standard deviation of the dynamic variant's noise, for values in [0, 1]."""
+NOISE_LIMIT = 16 / 255
+"""Largest change of a value that this noise may make."""
+
+
+class _DenseBlock(nn.Module):
+    """Five 3x3 convolutions, each of all that went before it; the last one's result is added to the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for number in range(5):
+            outputs = FEATURES if number == 4 else GROWTH
+            self.add_module(f"conv{number + 1}", nn.Conv2d(FEATURES + number * GROWTH, outputs, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        *hidden, last = self.children()
+        features = x
+        for convolution in hidden:
+            features = torch.cat((features, F.leaky_relu(convolution(features), 0.2)), dim=1)
+        return x + 0.2 * last(features)
+
+
+class _ResidualInResidual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.RDB1, self.RDB2, self.RDB3 = _DenseBlock(), _DenseBlock(), _DenseBlock()
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + 0.2 * self.RDB3(self.RDB2(self.RDB1(x)))
+        return result
+
+
+class NRPNetwork(nn.Module):
+    """The purifier of Naseer et al. 2020: 23 residual-in-residual dense blocks, no skip from input to output.
+
+    Its parts have the names that the authors' weights have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_first = nn.Conv2d(3, FEATURES, 3, padding=1)
+        self.RRDB_trunk = nn.Sequential(*(_ResidualInResidual() for _ in range(BLOCKS)))
+        self.trunk_conv = nn.Conv2d(FEATURES, 3, 3, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images [n, 3, H, W] in [0, 1] -> [n, 3, H, W], not limited to [0, 1]."""
+        result: Tensor = self.trunk_conv(self.RRDB_trunk(self.conv_first(images)))
+        return result
+
+
+class NRP(NetworkDefense):
+    """Neural representation purifier (Naseer et al. 2020).
+
+    Its authors' own code by-passes it with a straight-through attack that knows the network, and they offer the dynamic
+    variant against that. Ding et al. 2021 (section 4.3.1, Figure 4) show its accuracy fall under BPDA with an identity
+    backward, already at eps 2/255.
+
+    Args:
+        victim: as in `Purifier`.
+        weights: as in `NetworkDefense`: the file NRP.pth of the authors.
+        dynamic: add noise N(0, 0.05), cut to 16/255, before the image is purified.
+        seed: as in `Purifier`; draws are made for the dynamic variant only.
+    """
+
+    name: ClassVar[str] = "nrp"
+    weights_source: ClassVar[str] = (
+        "the authors link to theirs at https://github.com/Muzammal-Naseer/NRP (Pretrained Purifiers, NRP.pth)"
+    )
+
+    def __init__(
+        self, victim: nn.Module, *, weights: str | Path | None = None, dynamic: bool = False, seed: int = 0
+    ) -> None:
+        super().__init__(victim, weights=weights, seed=seed)
+        if not isinstance(dynamic, bool):
+            raise TypeError(f"`dynamic` must be true or false, got {dynamic!r}")
+        self.dynamic = dynamic
+
+    def make_network(self) -> nn.Module:
+        """Return the untrained network."""
+        return NRPNetwork()
+
+    @property
+    def random(self) -> bool:
+        """Whether noise is added."""
+        return self.dynamic
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """As in `NetworkDefense`, with the variant."""
+        own = {"noise": NOISE, "noise_limit": NOISE_LIMIT} if self.dynamic else {}
+        return {**super().settings, "dynamic": self.dynamic, **own}
+
+    def purify_one(self, image: Tensor, index: int) -> Tensor:
+        """Add the noise of the dynamic variant, run the network, limit to [0, 1]."""
+        given = self._disturb(image, index) if self.dynamic else image
+        return self.run(given[None])[0].clamp(0, 1).to(image)
+
+    def _disturb(self, image: Tensor, index: int) -> Tensor:
+        noise = torch.empty(image.shape)
+        noise.normal_(0, NOISE, generator=image_generator(seed=self.seed, index=index, purpose="nrp"))
+        return (image + noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(image)).clamp(0, 1)

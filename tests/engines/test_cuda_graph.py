@@ -1,0 +1,128 @@
+"""The recorded step, run eagerly on a CPU, and as a graph where there is a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dipguard.engines.cuda_graph import CudaGraphStep
+from dipguard.networks import StackedSkipNet, build
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def problem(
+    network: str = "small", *, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> tuple[StackedSkipNet, Tensor, Tensor]:
+    net = build(network, stack_size=3, seed=1, dtype=dtype).to(device)
+    given, z = torch.rand(3, 3, 33, 34, dtype=dtype), torch.rand(3, 4, 33, 34, dtype=dtype) / 10
+    return net, given.to(device), z.to(device)
+
+
+def by_autograd(net: StackedSkipNet, given: Tensor, z: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    x = net(z)
+    errors = torch.stack([torch.nn.functional.mse_loss(x[b], given[b]) for b in range(len(x))])
+    net.zero_grad()
+    errors.sum().backward()
+    return x.detach(), errors.detach(), [p.grad for p in net.parameters()]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("network", ["small", "medium", "large"])
+def test_the_step_is_autograd_s(network: str, mode: Any) -> None:
+    net, given, z = problem(network)
+    right = by_autograd(net, given, z)
+    with mode():
+        step = CudaGraphStep(net, given.clone(), capture=False)
+        x, errors, gradients = step.compute(z.clone())
+    assert x.shape == given.shape
+    assert errors.shape == (3,)
+    assert not x.requires_grad
+    for ours, theirs in zip((x, errors, *gradients), (*right[:2], *right[2]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-13)
+
+
+def test_steps_follow_weights_and_z() -> None:
+    net, given, z = problem()
+    step = CudaGraphStep(net, given, capture=False)
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.01)
+    for t in range(3):
+        if t == 1:
+            step.z.copy_(z + t)  # z may also be written into the step's own memory
+        x, _, gradients = step.compute(step.z if t == 1 else z + t)
+        right = by_autograd(net, given, z + t)
+        assert torch.equal(x, right[0])
+        for ours, theirs in zip(gradients, right[2], strict=True):
+            assert torch.equal(ours, theirs)
+        optimiser.step()
+
+
+def test_the_caller_keeps_his_images() -> None:
+    net, given, z = problem()
+    step = CudaGraphStep(net, given, capture=False)
+    before = step.compute(z)[1]
+    given.zero_()
+    assert torch.equal(step.compute(z)[1], before)
+
+
+def test_bfloat16_comes_near_float32() -> None:
+    net, given, z = problem(dtype=torch.float32)
+    exact, rough = (CudaGraphStep(net, given, products=p, capture=False).compute(z) for p in ("float32", "bfloat16"))
+    assert rough[0].dtype == torch.float32
+    assert all(gradient.dtype == torch.float32 for gradient in rough[2])
+    difference = float((exact[0] - rough[0]).abs().mean())
+    assert 0 < difference < 0.02
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without CUDA says")
+def test_without_cuda_a_graph_is_refused() -> None:
+    net, given, _ = problem()
+    with pytest.raises(RuntimeError, match="a CUDA graph needs images and network on a CUDA device, got cpu"):
+        CudaGraphStep(net, given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"products": "float16"}, "`precision` must be one of float32, tf32, bfloat16, got 'float16'"),
+        ({"warmup": 0}, "`warmup` must be at least 1, got 0"),
+        ({"given": torch.rand(2, 3, 33, 34)}, r"`given` must be one image a network, \[3, 3, H, W\]"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str) -> None:
+    net, given, _ = problem()
+    with pytest.raises(ValueError, match=message):
+        CudaGraphStep(net, **{"given": given, "capture": False, **change})
+
+
+def test_z_of_another_shape_is_refused() -> None:
+    net, given, z = problem()
+    with pytest.raises(ValueError, match=r"`z` must have shape \(3, 4, 33, 34\), got \(1, 4, 33, 34\)"):
+        CudaGraphStep(net, given, capture=False).compute(z[:1])
+
+
+@needs_cuda
+@pytest.mark.parametrize("form", ["grouped", "matmul", "vmap", "triton"])
+def test_a_graph_gives_what_eager_steps_give(form: str) -> None:
+    results = []
+    for capture in (True, False):
+        net, given, z = problem(device="cuda")
+        torch.manual_seed(0)
+        for module in net.modules():
+            if hasattr(module, "form"):
+                module.form = form
+        step = CudaGraphStep(net, given, capture=capture)
+        optimiser = torch.optim.Adam(net.parameters(), lr=0.01, fused=True)
+        seen = []
+        for t in range(5):
+            x, errors, gradients = step.compute(z + t / 10)
+            seen += [x.clone(), errors.clone()]
+            for parameter, gradient in zip(net.parameters(), gradients, strict=True):
+                parameter.grad = gradient
+            optimiser.step()
+        results.append(seen)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)

@@ -1,0 +1,76 @@
+"""The jitter drawn ahead by threads is the fit's own."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dipguard.engines import jitter_feed
+from dipguard.engines.jitter_feed import JitterFeed
+from dipguard.fit import noise
+from dipguard.fit.noise import Jitter
+
+SHAPE = (4, 5, 6)
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("waits", [0.0, 0.005])
+def test_the_numbers_are_those_of_the_fit(waits: float, dtype: torch.dtype, device: str) -> None:
+    options = {"indices": [5, 2, 9], "seed": 3, "std": 0.1}
+    z = torch.rand(3, *SHAPE, dtype=dtype, device=device)
+    theirs, ours = Jitter(SHAPE, **options), JitterFeed(SHAPE, device=torch.device(device), **options)
+    place = torch.empty_like(z)
+    for t in range(5 * noise.BLOCK + 3):
+        # With a wait the next block has long been drawn and is copied early; without, the threads are behind.
+        time.sleep(waits if t % noise.BLOCK == 2 else 0)
+        right = theirs.next(z)
+        seen = ours.next(z, out=place) if t % 2 else ours.next(z)
+        assert seen.dtype == dtype
+        assert (seen is place) == bool(t % 2)
+        assert torch.equal(seen, right), t
+    ours.close()
+
+
+def test_a_stack_of_one_gets_its_own_stream() -> None:
+    z = torch.zeros(3, *SHAPE)
+    together = JitterFeed(SHAPE, indices=[0, 1, 2], seed=0, std=1.0, device=z.device)
+    alone = JitterFeed(SHAPE, indices=[1], seed=0, std=1.0, device=z.device)
+    for _ in range(noise.BLOCK + 1):
+        assert torch.equal(together.next(z)[1:2], alone.next(z[:1]))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("after", [1, 3, noise.BLOCK, noise.BLOCK + 5])
+def test_retired_images_leave_the_others_streams_alone(after: int, device: str) -> None:
+    z = torch.zeros(4, *SHAPE, device=device)
+    options = {"indices": [7, 3, 5, 1], "seed": 0, "std": 1.0}
+    feeds = JitterFeed(SHAPE, device=z.device, **options), Jitter(SHAPE, **options)
+    for t in range(4 * noise.BLOCK):
+        if t == after:
+            time.sleep(0.01)
+            for feed in feeds:
+                feed.keep([3, 1])
+            z = z[:2]
+        ours, theirs = (feed.next(z) for feed in feeds)
+        assert torch.equal(ours, theirs), t
+
+
+def test_it_works_when_made_under_inference_mode_and_used_outside() -> None:
+    with torch.inference_mode():
+        feed = JitterFeed(SHAPE, indices=[0], seed=0, std=1.0, device=torch.device("cpu"))
+    z = torch.zeros(1, *SHAPE, requires_grad=True)
+    for _ in range(2 * noise.BLOCK + 1):
+        assert feed.next(z).requires_grad
+
+
+def test_both_draw_blocks_of_one_length() -> None:
+    assert jitter_feed.BLOCK == noise.BLOCK
+
+
+def test_a_negative_deviation_is_refused() -> None:
+    with pytest.raises(ValueError, match="`jitter` must be finite and at least 0, got -1"):
+        JitterFeed(SHAPE, indices=[0], seed=0, std=-1.0, device=torch.device("cpu"))

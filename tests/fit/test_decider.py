@@ -1,0 +1,52 @@
+"""The victim behind the Decider: read as it is, whatever memory layout it can take."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dipguard.fit import Decider
+
+
+class Viewer(nn.Module):
+    """A convolution whose map is flattened by .view, which only the usual layout allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 8 * 8, 5)
+        self.layouts: list[bool] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layouts.append(x.is_contiguous())
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+class Reader(Viewer):
+    """The same without .view."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layouts.append(x.is_contiguous())
+        return self.head(self.conv(x).flatten(1))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(("kind", "layouts"), [(Reader, [False, False]), (Viewer, [False, True, True])])
+def test_channels_last_is_tried_and_given_up_once_where_it_cannot_be_read(kind, layouts, images: Tensor) -> None:
+    victim = kind()
+    decider = Decider(victim, batch=3)
+    with torch.no_grad():
+        expected = victim(images)
+    victim.layouts.clear()
+    torch.testing.assert_close(decider(images), expected, rtol=0, atol=1e-5)
+    assert victim.layouts == layouts
+
+
+def test_an_error_of_the_victim_stays_its_own(images: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        Decider(Reader())(images[..., :4])

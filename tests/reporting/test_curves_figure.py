@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from dipguard.reporting.canvas import DPI, save_figure
+from dipguard.reporting.curves_figure import (
+    HEIGHT,
+    LEGEND_WIDTH,
+    PANEL_WIDTH,
+    curve_styles,
+    draw_curves,
+    write_curves,
+)
+from dipguard.reporting.stored_results import CurveRow, read_curves
+from tests.reporting import stored_run
+from tests.reporting.stored_run import point
+
+ROWS = ("none", "jpeg", "paper")
+BUDGETS = (1, 5, 15)
+QUERIES = (200, 1000, 2500)
+
+
+def correct(row: str, eps: float, budget: float) -> int:
+    """Right of 16: fewer with a stronger attack, more with a better defence."""
+    return max(0, 15 - int(eps * budget ** (1 / 2) / (1 + ROWS.index(row))))
+
+
+BPDA = [point("bpda", r, eps, b, correct(r, eps, b)) for r in ROWS for eps in (8, 2, 4) for b in reversed(BUDGETS)]
+HSJ = [point("hopskipjump", r, e, q, correct(r, e, q / 99)) for r in ROWS for q in QUERIES for e in (0, 4, 25)]
+
+
+def points(tmp_path: Path, lines: list[dict[str, Any]]) -> list[CurveRow]:
+    return read_curves(stored_run.write_curves(tmp_path, lines))
+
+
+def panels(figure: Figure) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
+    """x and y of each marked line, by panel and then by row."""
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    styles = [line.get_color() for line in figure.legends[0].get_lines()]
+    row_of = dict(zip(styles, names, strict=True))
+    return {
+        ax.get_title(): {
+            row_of[line.get_color()]: (list(line.get_xdata()), list(line.get_ydata()))
+            for line in ax.get_lines()
+            if line.get_marker() not in ("None", "")
+        }
+        for ax in figure.axes
+    }
+
+
+def test_bpda_has_a_panel_an_eps_over_the_iterations(tmp_path: Path) -> None:
+    shown = panels(draw_curves(points(tmp_path, BPDA)))
+    assert list(shown) == [f"$\\epsilon$ = {eps}/255" for eps in (2, 4, 8)]
+    for eps in (2, 4, 8):
+        for row in ROWS:
+            accuracies = [100 * correct(row, eps, budget) / 16 for budget in BUDGETS]
+            assert shown[f"$\\epsilon$ = {eps}/255"][row] == (list(BUDGETS), pytest.approx(accuracies))
+
+
+def test_hopskipjump_has_a_panel_a_query_budget_over_eps(tmp_path: Path) -> None:
+    figure = draw_curves(points(tmp_path, HSJ))
+    shown = panels(figure)
+    assert list(shown) == [f"{queries} queries an image" for queries in QUERIES]
+    for queries in QUERIES:
+        accuracies = [100 * correct("jpeg", eps, queries / 99) / 16 for eps in (0, 4, 25)]
+        assert shown[f"{queries} queries an image"]["jpeg"] == ([0, 4, 25], pytest.approx(accuracies))
+    assert {ax.get_xlabel() for ax in figure.axes} == {"$\\epsilon$ in levels of 255"}
+
+
+def test_bands_are_the_stored_intervals(tmp_path: Path) -> None:
+    figure = draw_curves(points(tmp_path, BPDA))
+    (band, *_) = figure.axes[2].collections
+    ends = [line for line in BPDA if line["row"] == "none" and line["eps_255"] == 8]
+    drawn = band.get_paths()[0].vertices
+    assert drawn[:, 1].min() == pytest.approx(100 * min(line["low"] for line in ends))
+    assert drawn[:, 1].max() == pytest.approx(100 * max(line["high"] for line in ends))
+    assert len(figure.axes[2].collections) == len(ROWS)
+
+
+@pytest.mark.parametrize(("last", "caption"), [(16, "n = 16 images"), (30, "n = 16 to 30 images")])
+def test_caption_tells_how_many_images(tmp_path: Path, last: int, caption: str) -> None:
+    figure = draw_curves(points(tmp_path, [*BPDA[:-1], point("bpda", "paper", 4, 1, 3, n=last)]))
+    text = figure.get_supxlabel()
+    assert text.startswith(caption)
+    assert "95 % Wilson" in text
+    assert "cifar10_resnet56" in figure.get_suptitle()
+
+
+def test_both_figures_are_drawn_as_large_as_promised(tmp_path: Path) -> None:
+    points(tmp_path, BPDA + HSJ)
+    paths = write_curves(tmp_path)
+    assert [path.name for path in paths] == ["figure4_bpda.png", "figure5_hopskipjump.png"]
+    for path in paths:
+        picture = matplotlib.image.imread(path)
+        assert picture.shape[:2] == (round(HEIGHT * DPI), round((3 * PANEL_WIDTH + LEGEND_WIDTH) * DPI))
+        inked = (picture[..., :3] < 0.95).any(axis=2)
+        assert inked.mean() > 0.05
+        thirds = np.array_split(inked, 3, axis=1)
+        assert all(third.mean() > 0.05 for third in thirds)
+
+
+@pytest.mark.parametrize(("lines", "name"), [(BPDA, "figure4_bpda.png"), (HSJ, "figure5_hopskipjump.png")])
+def test_what_was_not_run_is_not_drawn(tmp_path: Path, lines: list[dict[str, Any]], name: str) -> None:
+    points(tmp_path, lines)
+    assert [path.name for path in write_curves(tmp_path)] == [name]
+
+
+def test_each_victim_has_a_picture_of_its_own(tmp_path: Path) -> None:
+    points(tmp_path, BPDA + [line | {"victim": "other"} for line in BPDA])
+    assert [path.name for path in write_curves(tmp_path)] == ["figure4_bpda.png", "figure4_bpda_2.png"]
+    with pytest.raises(ValueError, match="must be of one attack, data set and victim"):
+        draw_curves(read_curves(tmp_path / "curves.csv"))
+
+
+def test_single_point_has_a_bar_and_room(tmp_path: Path) -> None:
+    figure = draw_curves(points(tmp_path, [point("bpda", "jpeg", 8, 15, 4)]))
+    (ax,) = figure.axes
+    assert ax.get_xlim() == (14, 16)
+    assert panels(figure) == {"$\\epsilon$ = 8/255": {"jpeg": ([15], [25.0])}}
+    picture = matplotlib.image.imread(save_figure(figure, tmp_path / "a.png"))
+    assert picture.shape[:2] == (round(HEIGHT * DPI), round((PANEL_WIDTH + LEGEND_WIDTH) * DPI))
+
+
+def test_rows_stay_apart_however_many_and_however_long(tmp_path: Path) -> None:
+    names = [f"a_row_with_a_rather_long_name_{i}" for i in range(20)]
+    read = points(tmp_path, [point("bpda", name, 8, b, 4) for name in names for b in (1, 2)])
+    styles = curve_styles(read)
+    assert len({tuple(style.items()) for style in styles.values()}) == 20
+    figure = draw_curves(read)
+    assert len(figure.legends[0].get_texts()) == 20
+    assert all(len(text.get_text()) == 20 for text in figure.legends[0].get_texts())
+
+
+def test_row_keeps_its_style_in_both_figures(tmp_path: Path) -> None:
+    read = points(tmp_path, BPDA + [line for line in HSJ if line["row"] == "paper"])
+    styles = curve_styles(read)
+    figure = draw_curves([p for p in read if p.attack == "hopskipjump"], styles)
+    assert [line.get_color() for line in figure.legends[0].get_lines()] == [styles["paper"]["color"]]
+
+
+def test_nothing_is_drawn_without_points(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        write_curves(tmp_path)
+    points(tmp_path, [])
+    with pytest.raises(ValueError, match="holds no point yet"):
+        write_curves(tmp_path)
+    with pytest.raises(ValueError, match="got none"):
+        draw_curves([])
