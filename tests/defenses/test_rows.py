@@ -27,6 +27,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, int]] = {
     "median": ("median", {}, None, 32),
     "total_variation": ("total_variation", {}, None, 32),
     "bit_depth": ("bit_depth", {}, None, 32),
+    "blur": ("blur", {}, None, 32),
     "comdefend": ("comdefend", {}, "comdefend", 16),
     "comdefend in patches": ("comdefend", {"patches": True}, "comdefend", 32),
     "comdefend without noise": ("comdefend", {"noise": 0}, "comdefend", 16),
