@@ -14,7 +14,7 @@ from dipguard.defenses.transforms import from_hwc, to_hwc
 class Blur(Purifier):
     """Gaussian blur with SciPy, channel by channel, mirrored at the border.
 
-    It is linear and differentiable, so an attack that knows it simply differentiates through it: no more than a baseline.
+    It is linear and differentiable, so an attack that knows it simply differentiates through it: a baseline, no more.
 
     Args:
         victim: as in `Purifier`.
