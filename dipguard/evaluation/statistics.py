@@ -28,7 +28,9 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
     centre = share + square / (2 * count)
     spread = Z_95 * sqrt(share * (1 - share) / count + square / (4 * count**2))
     scale = 1 + square / count
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+    # At the ends the bound is the end itself, which rounding would miss.
+    low = 0.0 if correct == 0 else (centre - spread) / scale
+    return low, 1.0 if correct == count else (centre + spread) / scale
 
 
 def psnr(images: Tensor, clean: Tensor) -> Tensor:
