@@ -14,8 +14,10 @@ def gradient(view, images, labels):
 def test_gradients_that_are_there_stay_bit_for_bit(digits_cnn, digits):
     part = digits.select(0, 8)
     plain = gradient(digits_cnn, part.images, part.labels)
-    assert torch.equal(gradient(Unsaturated(digits_cnn), part.images, part.labels), plain)
-    assert torch.equal(gradient(NeverFlat(digits_cnn), part.images, part.labels), plain)
+    there = plain.flatten(1).any(dim=1)  # the victim may be so sure of an image that its gradient has underflowed
+    assert there.sum() >= 4
+    assert torch.equal(gradient(Unsaturated(digits_cnn), part.images, part.labels)[there], plain[there])
+    assert torch.equal(gradient(NeverFlat(digits_cnn), part.images, part.labels)[there], plain[there])
     assert torch.equal(Unsaturated(digits_cnn)(part.images), digits_cnn(part.images))
 
 
