@@ -19,10 +19,10 @@ from dipguard.data import ImageSet, load_data
 from dipguard.defenses import DEFENSES, build_defense
 from dipguard.evaluation.cells import MatrixFolder, check_label, key_of
 from dipguard.evaluation.metrics import decide, similarity
-from dipguard.evaluation.settings import choose_device, data_options
+from dipguard.evaluation.settings import choose_device, data_options, number_of_classes
 from dipguard.files import tensor_digest
 from dipguard.registry import resolve
-from dipguard.victims import build_victim, check_victim
+from dipguard.victims import build_victim
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,7 +84,7 @@ def prepare_matrix(config: MatrixConfig, path: Path) -> Matrix:
     with keys_named("data", data_options(config)), keys_named("data.options", config.data.options):
         clean = load_data(config.data.name, **data_options(config))
     victim = _victim("victim", config.victim, device)
-    classes = _classes(victim, clean, config.victim.name)
+    classes = number_of_classes(victim, clean, config.victim.name)
     check_labels(clean.labels, count=len(clean), num_classes=classes)
     similarity(clean.images[:1], clean.images[:1])
     digests = {
@@ -94,7 +94,7 @@ def prepare_matrix(config: MatrixConfig, path: Path) -> Matrix:
     guide = victim
     if config.guide is not None:
         guide = _victim("guide", config.guide, device)
-        _classes(guide, clean, config.guide.name)
+        number_of_classes(guide, clean, config.guide.name)
         digests["guide"] = tensor_digest(guide.state_dict().values())
     for label, attack in config.columns.items():
         check_attack(attack, name=f"columns.{label}")
@@ -126,14 +126,6 @@ def _check_aware(config: MatrixConfig) -> None:
 def _victim(key: str, config: VictimConfig, device: torch.device) -> nn.Module:
     with keys_named(key, ("weights",)), keys_named(f"{key}.options", config.options):
         return build_victim(config.name, weights=config.weights, **config.options).to(device)
-
-
-def _classes(victim: nn.Module, clean: ImageSet, name: str) -> int:
-    try:
-        return check_victim(victim, clean.images[:2]).shape[1]
-    except RuntimeError as error:
-        size = "x".join(map(str, clean.images.shape[-2:]))
-        raise ValueError(f"`victim` {name} cannot read images of {size} pixels: {error}") from error
 
 
 def _attack(label: str, config: AttackConfig, victim: nn.Module, *, seed: int) -> Attack:

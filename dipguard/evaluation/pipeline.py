@@ -29,9 +29,10 @@ from dipguard.evaluation.settings import (
     description,
     fingerprint,
     guard_options,
+    number_of_classes,
 )
 from dipguard.networks import resolve
-from dipguard.victims import build_victim, check_victim
+from dipguard.victims import build_victim
 
 _log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ def prepare(config: TrainConfig, path: str | Path) -> Run:
     _check_size(clean, config)
     with keys_named("victim", ("weights",)), keys_named("victim.options", config.victim.options):
         victim = build_victim(config.victim.name, weights=config.victim.weights, **config.victim.options).to(device)
-    check_labels(clean.labels, count=len(clean), num_classes=_classes(victim, clean, config))
+    check_labels(clean.labels, count=len(clean), num_classes=number_of_classes(victim, clean, config.victim.name))
     with keys_named("attack", ("eps_255",)), keys_named("attack.options", config.attack.options):
         attack = build_attack(config.attack.name, victim, **attack_options(config))
     guard = DIPGuard(victim, **guard_options(config, device))
@@ -100,14 +101,6 @@ def _check_size(clean: ImageSet, config: TrainConfig) -> None:
     # Here, and not when the first stack starts, which may be an hour of attacks later.
     resolve(str(config.network.name)).check_size(*clean.images.shape[-2:])
     similarity(clean.images[:1], clean.images[:1])
-
-
-def _classes(victim: nn.Module, clean: ImageSet, config: TrainConfig) -> int:
-    try:
-        return check_victim(victim, clean.images[:2]).shape[1]
-    except RuntimeError as error:
-        size = "x".join(map(str, clean.images.shape[-2:]))
-        raise ValueError(f"`victim` {config.victim.name} cannot read images of {size} pixels: {error}") from error
 
 
 def _attack(run: Run) -> Given:

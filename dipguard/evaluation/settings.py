@@ -17,6 +17,7 @@ from dipguard.data import ImageSet
 from dipguard.defenses import DIPGuard
 from dipguard.files import tensor_digest
 from dipguard.version import __version__
+from dipguard.victims import check_victim
 
 ASIDE = ("logger", "trainer", "report")
 """Config groups that no result depends on."""
@@ -32,6 +33,19 @@ def choose_device(accelerator: str) -> torch.device:
         raise ValueError("`trainer.accelerator` must be auto or cpu on a machine without a GPU, got 'gpu'")
     use_gpu = accelerator == "gpu" or (accelerator == "auto" and torch.cuda.is_available())
     return torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
+
+
+def number_of_classes(victim: nn.Module, clean: ImageSet, name: str) -> int:
+    """How many classes the victim called ``name`` tells apart.
+
+    Raises:
+        ValueError: It cannot read images of this size.
+    """
+    try:
+        return check_victim(victim, clean.images[:2]).shape[1]
+    except RuntimeError as error:
+        size = "x".join(map(str, clean.images.shape[-2:]))
+        raise ValueError(f"`victim` {name} cannot read images of {size} pixels: {error}") from error
 
 
 def data_options(config: TrainConfig | MatrixConfig) -> dict[str, Any]:

@@ -1,3 +1,4 @@
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,17 @@ def digits() -> ImageSet:
 
 
 @pytest.fixture(scope="session")
-def digits_cnn() -> nn.Module:
+def trained_digits_cnn() -> nn.Module:
     return build_victim("digits_cnn", progress=False)
+
+
+@pytest.fixture
+def digits_cnn(trained_digits_cnn: nn.Module) -> Iterator[nn.Module]:
+    """The one victim of all tests; a test that leaves it changed for the next ones fails."""
+    yield trained_digits_cnn
+    in_train_mode = [name for name, module in trained_digits_cnn.named_modules() if module.training]
+    trained_digits_cnn.eval()
+    assert not in_train_mode, f"left in train mode: {in_train_mode}"
 
 
 def quick(name: str, victim: nn.Module, **options: Any) -> Attack:
@@ -41,6 +51,7 @@ class Scaled(nn.Module):
     def __init__(self, victim: nn.Module, factor: float = 1000.0) -> None:
         super().__init__()
         self.victim, self.factor = victim, factor
+        self.eval()  # a library that finds a wrapper in train mode leaves all of it, the victim too, in train mode
 
     def forward(self, images: Tensor) -> Tensor:
         return self.victim(images) * self.factor
@@ -52,6 +63,7 @@ class Shadowed(nn.Module):
     def __init__(self, victim: nn.Module) -> None:
         super().__init__()
         self.victim = victim
+        self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         return self.victim(torch.relu(images - 0.2))
