@@ -1,0 +1,115 @@
+"""Which class a trace speaks for, and an image that the victim reads as that class.
+
+Ding et al. 2021 look at one decision a reconstruction. Here the victim also reads a mirrored, shifted copy of it: what
+is left of a perturbation was made for the pixels where it lay, and says little when it lies elsewhere, while the object
+is still there. Figures on tuning images: docs/trials.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dipguard.checks import check_float, check_int
+from dipguard.decision.stitching import on_manifold
+
+SHIFTS = ((0, -2), (2, 0), (0, 2), (-2, 0))
+"""Shifts (dy, dx) in pixels of the mirrored copies, taken in turn from sample to sample."""
+
+
+class Stitched(NamedTuple):
+    """What :func:`stitch_readers` made of one image's samples.
+
+    Attributes:
+        image: [3, H, W] in [0, 1].
+        target: The class that the samples speak for.
+        readers: Number of samples that the victim reads as that class.
+        beta: Size of the step away from the given image; 0 where none was needed, or none helped.
+    """
+
+    image: Tensor
+    target: int
+    readers: int
+    beta: float
+
+
+def mirrored(images: Tensor, *, shift: tuple[int, int]) -> Tensor:
+    """Images mirrored left to right, then moved by ``shift`` = (dy, dx) pixels; reflection fills what becomes free.
+
+    Args:
+        images: [n, 3, H, W].
+        shift: Towards the lower right where positive; each less than the side in size.
+
+    Returns:
+        The same shape.
+
+    Raises:
+        ValueError: A shift as large as the image.
+    """
+    dy, dx = shift
+    height, width = images.shape[-2:]
+    check_int(abs(dy), name="shift", low=0, high=height - 1)
+    check_int(abs(dx), name="shift", low=0, high=width - 1)
+    border = (max(dx, 0), max(-dx, 0), max(dy, 0), max(-dy, 0))
+    padded = F.pad(images.flip(-1), border, mode="reflect")
+    top, left = max(-dy, 0), max(-dx, 0)
+    return padded[..., top : top + height, left : left + width]
+
+
+def evidence(logits: Tensor) -> Tensor:
+    """Mean over S readings of the victim's class probabilities.
+
+    Args:
+        logits: [S, C] or [S, B, C], at least one reading.
+
+    Returns:
+        [C] or [B, C], sums of 1.
+
+    Raises:
+        ValueError: No readings.
+    """
+    if len(logits) == 0:
+        raise ValueError("`logits` must hold at least one reading, got none")
+    return logits.softmax(dim=-1).mean(dim=0)
+
+
+def stitch_readers(
+    samples: Tensor,
+    decisions: Tensor,
+    given: Tensor,
+    *,
+    target: int,
+    classify: Callable[[Tensor], Tensor],
+    betas: Sequence[float],
+) -> Stitched:
+    """An image that the victim reads as ``target``: the mean of the samples that it reads so.
+
+    That is Eq. 7 over another choice of images. Where the mean is not read as ``target``, or no sample is, it (or the
+    mean of all samples) is pushed away from the given image by Eq. 6, by the smallest ``betas`` for which the victim
+    changes its mind; if none does, it stays where it was.
+
+    Args:
+        samples: x(t), [S, 3, H, W] in [0, 1].
+        decisions: The victim's decisions on them, [S].
+        given: x0, [3, H, W].
+        target: The class that the samples speak for.
+        classify: The victim: images [n, 3, H, W] to logits [n, C].
+        betas: Step sizes to try, increasing, each at least 0.
+
+    Raises:
+        ValueError: No samples, or a negative step.
+    """
+    if len(samples) == 0:
+        raise ValueError("`samples` must hold at least one image, got none")
+    readers = decisions == target
+    count = int(readers.sum())
+    image = samples[readers].mean(dim=0) if count else samples.mean(dim=0)
+    steps = [0.0, *(check_float(beta, name="betas", low=0.0) for beta in betas)]
+    tried = torch.cat([on_manifold(image[None], given, beta=beta) for beta in steps]).clamp(0, 1)
+    right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
+    best = right[0] if right else 0
+    return Stitched(tried[best], target, count, steps[best])

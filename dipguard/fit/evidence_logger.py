@@ -1,0 +1,99 @@
+"""A callback that shows the victim windows of a fit, as they are and mirrored."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from dipguard.checks import check_int
+from dipguard.decision.evidence import SHIFTS, mirrored
+from dipguard.fit.decider import Decider
+from dipguard.fit.decision_logger import as_stacked_dip
+from dipguard.fit.retire import Retirement
+
+
+class EvidenceLogger(pl.Callback):
+    """Means of x(t) over windows of steps, and how the victim reads each of them and its mirrored, shifted copy.
+
+    Memory: ``windows`` images of each image, whatever T is.
+
+    Args:
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
+        warm_up: First step that counts, at least 0 (section 3.2's t0).
+        every: Steps of a window, at least 1.
+        windows: Number of windows S, at least 1.
+        shifts: Of the mirrored copies, (dy, dx) in pixels, taken in turn.
+
+    Attributes:
+        samples: [S, B, 3, H, W], after the fit.
+        straight: The victim's logits on them, [S, B, C].
+        turned: Its logits on their mirrored copies, [S, B, C].
+        errors: Mean squared error to the given image, mean over each window, [S, B].
+        seconds: Time spent here.
+
+    Raises:
+        TypeError, ValueError: An argument is out of range, or, when the fit starts, one that lets images go before its
+            end (`Retirement`).
+    """
+
+    def __init__(
+        self,
+        victim: nn.Module,
+        *,
+        warm_up: int,
+        every: int,
+        windows: int,
+        shifts: tuple[tuple[int, int], ...] = SHIFTS,
+    ) -> None:
+        self._decide = Decider(victim)
+        self.warm_up = check_int(warm_up, name="warm_up", low=0)
+        self.every = check_int(every, name="every", low=1)
+        self.windows = check_int(windows, name="windows", low=1)
+        self.shifts = shifts
+        self.seconds = 0.0
+        self.samples = self.errors = torch.empty(0)
+        self._straight: list[Tensor] = []
+        self._turned: list[Tensor] = []
+
+    @property
+    def straight(self) -> Tensor:
+        """Logits on the windows, [S, B, C]."""
+        return torch.stack(self._straight)
+
+    @property
+    def turned(self) -> Tensor:
+        """Logits on their mirrored, shifted copies, [S, B, C]."""
+        return torch.stack(self._turned)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Make room; refuse anything but a StackedDIP all of whose images are fitted to the end."""
+        module = as_stacked_dip(pl_module)
+        if any(isinstance(callback, Retirement) for callback in getattr(trainer, "callbacks", ())):
+            raise ValueError("the evidence needs every image to the fit's end, got a fit that retires images")
+        given = module.given
+        self.samples = given.new_zeros(self.windows, *given.shape)
+        self.errors = given.new_zeros(self.windows, len(given))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add x(t), t = ``batch_idx``, to its window; at the window's end ask the victim."""
+        window, place = divmod(batch_idx - self.warm_up, self.every)
+        if not 0 <= window < self.windows:
+            return
+        self.samples[window] += outputs["reconstructions"]
+        self.errors[window] += outputs["errors"]
+        if place == self.every - 1:
+            start = time.perf_counter()
+            self.samples[window] /= self.every
+            self.errors[window] /= self.every
+            mean = self.samples[window]
+            both = torch.cat([mean, mirrored(mean, shift=self.shifts[window % len(self.shifts)])])
+            straight, turned = self._decide(both).chunk(2)
+            self._straight.append(straight)
+            self._turned.append(turned)
+            self.seconds += time.perf_counter() - start

@@ -1,0 +1,59 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from dipguard.decision.evidence import SHIFTS, mirrored
+from dipguard.fit import Decider, FitOptions, Retirement, StackedDIP, StitchOptions
+from dipguard.fit.evidence_logger import EvidenceLogger
+from dipguard.fit.runner import apart, make_trainer
+
+OPTIONS = FitOptions(network="small", dtype="float64", jitter=0.0, optimise_z=True, engine="torch")
+CPU = torch.device("cpu")
+
+
+class Keeper(pl.Callback):
+    """Keeps every x(t), for the slow form."""
+
+    def __init__(self):
+        self.x = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.x.append(outputs["reconstructions"].clone())
+
+
+def fit(images, steps, *callbacks):
+    with apart(CPU):
+        make_trainer(steps, device=CPU, callbacks=[*callbacks], logger=None).fit(StackedDIP(images, options=OPTIONS))
+
+
+def test_windows_and_readings_are_those_of_a_slow_form(images, victim):
+    log, keep = EvidenceLogger(victim, warm_up=3, every=2, windows=5), Keeper()
+    fit(images[:2], 14, log, keep)
+    decide = Decider(victim)
+    for window in range(5):
+        first = 3 + 2 * window
+        mean = (keep.x[first] + keep.x[first + 1]) / 2
+        assert torch.allclose(log.samples[window], mean, atol=1e-12)
+        assert torch.allclose(log.straight[window], decide(mean), atol=1e-5)
+        turned = mirrored(mean, shift=SHIFTS[window % len(SHIFTS)])
+        assert torch.allclose(log.turned[window], decide(turned), atol=1e-5)
+        given = images[:2].double()
+        wrong = sum((keep.x[t] - given).square().flatten(1).mean(1) for t in (first, first + 1)) / 2
+        assert torch.allclose(log.errors[window], wrong, atol=1e-12)
+    assert log.samples.shape == (5, 2, 3, 32, 32)
+    assert log.seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"warm_up": -1}, "`warm_up`"), ({"every": 0}, "`every`"), ({"windows": 0}, "`windows`")],
+)
+def test_bad_arguments_are_refused(victim, change, message):
+    with pytest.raises(ValueError, match=message):
+        EvidenceLogger(victim, **{"warm_up": 1, "every": 1, "windows": 1, **change})
+
+
+def test_a_fit_that_lets_images_go_is_refused(images, victim):
+    log = EvidenceLogger(victim, warm_up=0, every=1, windows=2)
+    with pytest.raises(ValueError, match="retires images"):
+        fit(images[:1], 2, log, Retirement(StitchOptions(), patience=1))
