@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def frozen(classifier: nn.Module) -> Iterator[nn.Module]:
 
 def device_of(classifier: nn.Module, default: torch.device | None = None) -> torch.device:
     """The device of the first parameter or buffer; ``default`` (or the CPU) where there is neither."""
-    for tensor in (*classifier.parameters(), *classifier.buffers()):
+    for tensor in chain(classifier.parameters(), classifier.buffers()):
         return tensor.device
     return default or torch.device("cpu")
 

@@ -145,7 +145,7 @@ class ReportConfig:
 
 @dataclass
 class TrainConfig:
-    """All settings of ``train.py``."""
+    """All settings of ``train.py``; ``store`` is a folder of fits that many runs share (:mod:`dipguard.store`)."""
 
     seed: int = 0
     data: DataConfig = field(default_factory=DataConfig)
@@ -157,6 +157,7 @@ class TrainConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     logger: LoggerConfig = field(default_factory=LoggerConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
+    store: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested dicts of values that JSON and YAML can hold."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from dipguard.config import AttackConfig, DataConfig, TrainerConfig, VictimConfig
+from dipguard.config import AttackConfig, DataConfig, LoggerConfig, TrainerConfig, VictimConfig
+from dipguard.config_choices import LoggerName
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -45,6 +46,9 @@ class MatrixConfig:
 
     ``guide`` is a classifier for the defences to look at instead of the victim (appendix E); ``chunk`` images of a cell
     are purified, and kept, together; ``rebuild`` makes tables and figures from stored results and runs nothing.
+    ``store`` is a folder of fits and attacked images that many runs share (:mod:`dipguard.store`), ``store_T`` other T
+    that its fits shall serve, ``store_samples`` whether they shall serve other victims and decisions too.
+    ``log_figures`` images of each column are drawn for the ``logger``, each with its decision trace.
     """
 
     seed: int = 0
@@ -58,7 +62,12 @@ class MatrixConfig:
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     processes: int = 1
     rebuild: bool = False
+    store: str | None = None
+    store_T: list[int] = field(default_factory=list)  # noqa: N815 - the paper's T
+    store_samples: bool = True
     figures: int = 4
+    logger: LoggerConfig = field(default_factory=lambda: LoggerConfig(LoggerName.none))
+    log_figures: int = 2
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested dicts of values that JSON and YAML can hold."""

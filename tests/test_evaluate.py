@@ -28,6 +28,7 @@ AWARE = (
     "aware.hopskipjump.limit=2",
     "~rows.median",
     "~rows.dip_fixed",
+    "~rows.dipguard",
     "~columns.fgsm_8",
     "~columns.pgd_8",
 )

@@ -31,8 +31,10 @@ FLOORS = (
     {"decision", "networks"},
     {"engines"},
     {"fit"},
+    {"store"},
     {"defenses", "attacks", "data", "victims"},
     {"reporting", "evaluation", "integrations", "config_checks"},
+    {"cli", "__main__"},
     {"__init__"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

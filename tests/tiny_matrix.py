@@ -22,6 +22,9 @@ TINY = (
     "+rows.paper.options.decisions=10",
     "rows.paper.options.t0=2",
     "rows.paper.options.tau=0.2",
+    "rows.dipguard.options.T=20",
+    "rows.dipguard.options.t0=5",
+    "rows.dipguard.options.every=5",
     "rows.dip_fixed.options.T=20",
     "rows.dip_fixed.options.step=7",
 )

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dipguard.attacks.cost import Cost
 from dipguard.attacks.defense_aware import DefenseAwareAttack, Purifies
 from dipguard.attacks.gradients import Unsaturated
 from dipguard.attacks.libraries import torchattacks
+from dipguard.attacks.straight_through import straight_through
 from dipguard.attacks.torchattacks_base import check_levels
 from dipguard.checks import check_int
 
@@ -141,19 +140,4 @@ class _Defended(Unsaturated):
         purified = attack.purified(images, asked)
         attack.spent += attack.cost_of(purifications=len(images), gradients=len(images))
         self.looked_at.append(images.detach().clone())
-        stand_in = images
-        if purified.shape != images.shape:
-            stand_in = F.interpolate(images, size=purified.shape[-2:], mode="bilinear", align_corners=False)
-        return super().forward(_StraightThrough.apply(stand_in, purified))
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward the purified image, backward the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, stand_in: Tensor, purified: Tensor) -> Tensor:
-        return purified.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
+        return super().forward(straight_through(images, purified))

@@ -58,7 +58,7 @@ class DefenseAwareAttack(AttackFrame):
         batch_size: int = 32,
     ) -> None:
         super().__init__(victim, seed=seed, batch_size=batch_size)
-        self.defense = _check_defense(defense)
+        self.defense = check_defense(defense)
         self.draws = check_choice(draws, DRAWS, name="draws")
         self.steps_per_image = int(getattr(defense, "steps_per_image", 0))
         self.spent = Cost()
@@ -106,7 +106,12 @@ class DefenseAwareAttack(AttackFrame):
         return result.detach().to(images)
 
 
-def _check_defense(defense: Any) -> Any:
+def check_defense(defense: Any) -> Any:
+    """Return ``defense`` if it has ``purify(images, *, indices=None)``.
+
+    Raises:
+        TypeError: it has not.
+    """
     purify = getattr(defense, "purify", None)
     if not callable(purify):
         raise TypeError(f"`defense` must have purify(images, *, indices=None), got {type(defense).__name__}")

@@ -18,7 +18,9 @@ SCORES = ("logits", "probabilities")
 
 
 def crosses(before: Tensor, after: Tensor) -> Tensor:
-    """The first condition of Eq. 3: y(t) != y(t+1).
+    r"""The first condition of Eq. 3: y(t) != y(t+1).
+
+    .. math:: I = \lbrace t \mid y^{(t)} \neq y^{(t+1)} \wedge v^{(t)} > \tau \wedge t > t_0 \rbrace
 
     Args:
         before: Decisions y(t), integers of any shape.
@@ -82,7 +84,10 @@ def localise(
     N: int = 10,
     scores: str = "logits",
 ) -> tuple[Tensor, Tensor]:
-    """On-boundary images of M cross-boundary pairs: Eq. 4, with alpha by the grid search of Eq. 5.
+    r"""On-boundary images of M cross-boundary pairs: Eq. 4, with alpha by the grid search of Eq. 5.
+
+    .. math:: x_{db}^{(t)} = \alpha x^{(t)} + (1 - \alpha) x^{(t+1)}, \quad
+        \alpha = \arg\min_\alpha |f_{y^{(t)}}(x_{db}^{(t)}) - f_{y^{(t+1)}}(x_{db}^{(t)})|
 
     x_db = alpha x(t) + (1 - alpha) x(t+1), where alpha in {0, 1/N, ..., 1} makes |f_y(t)(x_db) - f_y(t+1)(x_db)|
     smallest; of equal ones the smallest alpha is taken. The ends of the grid were classified when they were sampled

@@ -17,7 +17,7 @@ from torch import Tensor
 from dipguard.checks import check_float, check_int
 from dipguard.decision.stitching import on_manifold
 
-SHIFTS = ((0, -2), (2, 0), (0, 2), (-2, 0))
+SHIFTS = ((0, 2),)
 """Shifts (dy, dx) in pixels of the mirrored copies, taken in turn from sample to sample."""
 
 
@@ -60,21 +60,30 @@ def mirrored(images: Tensor, *, shift: tuple[int, int]) -> Tensor:
     return padded[..., top : top + height, left : left + width]
 
 
-def evidence(logits: Tensor) -> Tensor:
-    """Mean over S readings of the victim's class probabilities.
+def evidence(logits: Tensor, *, own: Tensor | None = None, trust: float = 1.0) -> Tensor:
+    """Mean over S readings of the victim's class probabilities; the given image's own class counts less.
+
+    An attacker has chosen that class, where there was one, and a part of the perturbation is left in every x(t).
 
     Args:
-        logits: [S, C] or [S, B, C], at least one reading.
+        logits: [S, B, C], at least one reading.
+        own: The victim's decisions on the given images, [B]; None weighs all classes alike.
+        trust: What the probability of that class is multiplied by, in [0, 1].
 
     Returns:
-        [C] or [B, C], sums of 1.
+        [B, C].
 
     Raises:
-        ValueError: No readings.
+        ValueError: No readings, or ``trust`` out of range.
     """
+    check_float(trust, name="trust", low=0.0, high=1.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
-    return logits.softmax(dim=-1).mean(dim=0)
+    mean = logits.softmax(dim=-1).mean(dim=0)
+    if own is None:
+        return mean
+    mine = torch.zeros_like(mean, dtype=torch.bool).scatter(1, own.to(mean.device)[:, None], True)
+    return torch.where(mine, mean * trust, mean)
 
 
 def stitch_readers(

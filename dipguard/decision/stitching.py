@@ -31,7 +31,9 @@ class Reconstruction:
 
 
 def on_manifold(on_boundary: Tensor, given: Tensor, *, beta: float) -> Tensor:
-    """Eq. 6: x_db + beta (x_db - x0), a step of size beta away from the given image.
+    r"""Eq. 6: x_db + beta (x_db - x0), a step of size beta away from the given image.
+
+    .. math:: x_{manifold}^{(t)} = x_{db}^{(t)} + \beta (x_{db}^{(t)} - x_0), \quad t \in I_K
 
     Args:
         on_boundary: x_db, [k, 3, H, W].
@@ -49,7 +51,9 @@ def on_manifold(on_boundary: Tensor, given: Tensor, *, beta: float) -> Tensor:
 
 
 def stitch_images(images: Tensor, *, K: int, divide_by: str = "found") -> Tensor:
-    """Eq. 7: the mean of the on-manifold images, clamped to [0, 1] so that a victim can read it.
+    r"""Eq. 7: the mean of the on-manifold images, clamped to [0, 1] so that a victim can read it.
+
+    .. math:: \hat{x}_{rec} = \frac{1}{K} \sum_{t \in I_K} x_{manifold}^{(t)}
 
     Args:
         images: [k, 3, H, W] with 1 <= k <= K.

@@ -28,6 +28,7 @@ DEFENSES: dict[str, str] = {
     "dip_es_wmv": "dipguard.defenses.stopped_dip:WindowedVarianceDIP",
     "dipdefend_rule": "dipguard.defenses.dipdefend:SmoothedPSNRDIP",
     "dipdefend": "dipguard.defenses.dipdefend:DIPDefend",
+    "dipguard": "dipguard.defenses.mirror_guard:MirrorGuard",
     "paper": "dipguard.defenses.guard_row:GuardRow",
 }
 """Name -> class, imported (with its libraries) only when that defence is built."""

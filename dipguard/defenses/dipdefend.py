@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
@@ -11,7 +12,8 @@ from dipguard.checks import check_choice, check_float, check_int
 from dipguard.decision.stopping import TILE, PeakOfSmoothedPSNR
 from dipguard.defenses.stopped_dip import StoppedDIP
 from dipguard.fit import FitOptions
-from dipguard.networks import NetworkSpec
+from dipguard.networks.presets import hourglass
+from dipguard.store import TraceStore
 
 
 class Preset(NamedTuple):
@@ -21,25 +23,10 @@ class Preset(NamedTuple):
     T: int
 
 
-def _spec(channels: tuple[int, ...], *, skips: int, depth: int, upsample: str) -> NetworkSpec:
-    scales = len(channels)
-    return NetworkSpec(
-        n_d=channels,
-        n_u=channels,
-        n_s=(skips,) * scales,
-        k_d=(3,) * scales,
-        k_u=(3,) * scales,
-        k_s=(1,) * scales,
-        input_depth=depth,
-        z_scale=0.1,
-        upsample=upsample,
-    )
-
-
 PRESETS: dict[str, Preset] = {
     "cifar10": Preset(
         {
-            "network": _spec((4, 8, 16), skips=0, depth=1, upsample="bilinear"),
+            "network": hourglass((4, 8, 16), skips=0, input_depth=1),
             "padding": "zeros",
             "jitter": 0.0,
             "optimise_z": True,
@@ -48,7 +35,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "imagenet": Preset(
         {
-            "network": _spec((16, 32, 64, 128, 128), skips=4, depth=3, upsample="nearest"),
+            "network": hourglass((16, 32, 64, 128, 128), skips=4, input_depth=3, upsample="nearest"),
             "padding": "reflect",
             "jitter": 1 / 30,
             "optimise_z": True,
@@ -75,6 +62,7 @@ class SmoothedPSNRDIP(StoppedDIP):
         seed: As in `StoppedDIP`.
         stack_size: As in `StoppedDIP`.
         progress: As in `StoppedDIP`.
+        store: As in `StoppedDIP`.
     """
 
     name: ClassVar[str] = "dipdefend_rule"
@@ -90,8 +78,9 @@ class SmoothedPSNRDIP(StoppedDIP):
         seed: int = 0,
         stack_size: int | None = None,
         progress: bool = True,
+        store: str | Path | TraceStore | None = None,
     ) -> None:
-        super().__init__(victim, fit=fit, T=T, seed=seed, stack_size=stack_size, progress=progress)
+        super().__init__(victim, fit=fit, T=T, seed=seed, stack_size=stack_size, progress=progress, store=store)
         self.smoothing = check_float(smoothing, name="smoothing", low=0.0, high=1.0)
         self.tile = check_int(tile, name="tile", low=1)
 
@@ -132,6 +121,7 @@ class DIPDefend(SmoothedPSNRDIP):
         seed: As in `StoppedDIP`.
         stack_size: As in `StoppedDIP`.
         progress: As in `StoppedDIP`.
+        store: As in `StoppedDIP`.
 
     Raises:
         TypeError, ValueError: An option is out of range.
@@ -151,6 +141,7 @@ class DIPDefend(SmoothedPSNRDIP):
         seed: int = 0,
         stack_size: int | None = None,
         progress: bool = True,
+        store: str | Path | TraceStore | None = None,
     ) -> None:
         self.preset = check_choice(preset, PRESETS, name="preset")
         own = PRESETS[preset]
@@ -163,6 +154,7 @@ class DIPDefend(SmoothedPSNRDIP):
             seed=seed,
             stack_size=stack_size,
             progress=progress,
+            store=store,
         )
 
     @property

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_images, check_int
 from dipguard.classifier import probability_warning
+from dipguard.decision import DecisionTrace
+from dipguard.defenses.guard_stack import defend_stack, longest, store_keys
+from dipguard.defenses.guard_stack import stack_size as stack_size_for
 from dipguard.defenses.result import DefenseResult
 from dipguard.fit import (
     ACCELERATORS,
@@ -22,12 +26,11 @@ from dipguard.fit import (
     FitOptions,
     FitProgress,
     StitchOptions,
-    choose_stack_size,
     fit_device,
-    fit_stack,
     in_stacks,
 )
 from dipguard.networks import NetworkSpec
+from dipguard.store import TraceStore, open_store
 
 
 class DIPGuard(nn.Module):
@@ -70,6 +73,12 @@ class DIPGuard(nn.Module):
             which saves time and may change its result; None fits all to the end, as the paper does.
         accelerator: ``auto`` (where the victim is), ``cpu`` or ``gpu``.
         progress: Show a progress bar.
+        store: Folder of fits made earlier (:mod:`dipguard.store`), which other tau, t0, K, beta, victims and T replay;
+            not together with ``patience``. Traces in the result are then shared and must not be changed.
+        store_T: Other T that a fit made for the store shall serve: it is as long as the longest of them.
+
+    Attributes:
+        watch: Is shown the traces of every stack, made or found in a store; None: nobody.
 
     Raises:
         TypeError, ValueError: An option is out of range; the message names it.
@@ -107,6 +116,8 @@ class DIPGuard(nn.Module):
         patience: int | None = None,
         accelerator: str = "auto",
         progress: bool = True,
+        store: str | Path | TraceStore | None = None,
+        store_T: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.stitch_options = StitchOptions(
@@ -127,7 +138,15 @@ class DIPGuard(nn.Module):
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.accelerator = check_choice(accelerator, ACCELERATORS, name="accelerator")
         self.progress = progress
-        self._decide = Decider(victim)
+        self.store = open_store(store)
+        if self.store is not None and patience is not None:
+            raise ValueError(
+                f"`patience` must be None with a `store`, got {patience}: it makes fits depend on tau and K"
+            )
+        others = tuple(replace(self.decide_options, T=other) for other in store_T)
+        self.also = () if self.store is None else others
+        self.watch: Callable[[Sequence[DecisionTrace]], None] | None = None
+        self.decide = Decider(victim)
         self.victim = victim
 
     @property
@@ -145,15 +164,7 @@ class DIPGuard(nn.Module):
 
         Choosing may compile the engine and may run some steps (:func:`dipguard.fit.stack_size.choose_stack_size`).
         """
-        if self.stack_size is not None:
-            return self.stack_size
-        return choose_stack_size(
-            len(images),
-            size=(images.shape[-2], images.shape[-1]),
-            fit=self.fit_options,
-            decide=self.decide_options,
-            device=self._device(images),
-        )
+        return stack_size_for(self, images)
 
     def defend_stacks(
         self,
@@ -179,15 +190,22 @@ class DIPGuard(nn.Module):
         order = list(range(len(images))) if indices is None else [int(i) for i in indices]
         if len(order) != len(images):
             raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
-        self._check_victim(images[:1])
+        logits = self._check_victim(images[:1])
         start = time.perf_counter()
-        size = self.choose_stack_size(images) if stack_size is None else stack_size
+        keys = store_keys(self, images, order, logits=logits)
+        size = stack_size_for(self, images, keys=keys) if stack_size is None else stack_size
         choosing = time.perf_counter() - start
-        T, device = self.decide_options.T, self._device(images)
+        T, device = longest(self), self.device_of(images)
 
         def work(part: slice, first_step: int, progress: FitProgress) -> DefenseResult:
-            return self._defend_stack(
-                images[part], order[part], logger=logger, first_step=first_step, progress=progress
+            return defend_stack(
+                self,
+                images[part],
+                order[part],
+                logger=logger,
+                first_step=first_step,
+                progress=progress,
+                keys=keys and keys.part(part),
             )
 
         for result in in_stacks(len(images), size=size, T=T, work=work, device=device, progress=self.progress):
@@ -210,41 +228,15 @@ class DIPGuard(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """The victim's logits on the purified images, [N, C]."""
-        return self._decide(self.purify(images))
+        return self.decide(self.purify(images))
 
-    def _defend_stack(
-        self, images: Tensor, indices: list[int], *, logger: Logger | None, first_step: int, progress: FitProgress
-    ) -> DefenseResult:
-        done = fit_stack(
-            images,
-            victim=self.victim,
-            indices=indices,
-            fit=self.fit_options,
-            decide=self.decide_options,
-            stitch=self.stitch_options,
-            device=self._device(images),
-            logger=logger,
-            first_step=first_step,
-            callbacks=[progress],
-        )
-        start = time.perf_counter()
-        reconstructions = torch.stack([r.image for r in done.reconstructions]).to(images)
-        after = self._decide(reconstructions).argmax(dim=1)
-        done.seconds["decide"] += time.perf_counter() - start
-        return DefenseResult(
-            reconstructions=reconstructions,
-            decisions_before=torch.tensor([t.given_decision for t in done.traces]),
-            decisions_after=after.cpu(),
-            traces=done.traces,
-            reasons=[r.reason for r in done.reconstructions],
-            crossings=[len(r.used) for r in done.reconstructions],
-            seconds=done.seconds,
-        )
-
-    def _check_victim(self, images: Tensor) -> None:
-        text = probability_warning(self._decide(images))
+    def _check_victim(self, images: Tensor) -> Tensor:
+        logits = self.decide(images)
+        text = probability_warning(logits)
         if text is not None:
             warnings.warn(text, UserWarning, stacklevel=3)
+        return logits
 
-    def _device(self, images: Tensor) -> torch.device:
+    def device_of(self, images: Tensor) -> torch.device:
+        """Where these images are fitted."""
         return fit_device(self.accelerator, victim=self.victim, images=images)

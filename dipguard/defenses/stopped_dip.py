@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from dipguard.checks import check_int
 from dipguard.decision.stopping import FixedStep, Stopped, StopRule, WindowedVariance
 from dipguard.defenses.base import Purifier
+from dipguard.defenses.stopped_fit import fit_options, stop_stack
 from dipguard.fit import DecideOptions, FitOptions, FitProgress, choose_stack_size, fit_device, in_stacks
-from dipguard.fit.stop_rules import fit_rules
 from dipguard.networks import resolve
+from dipguard.store import RuleAsked, TraceStore, open_store
 
 
 class StoppedDIP(Purifier):
@@ -34,6 +35,7 @@ class StoppedDIP(Purifier):
         stack_size: Images fitted at once, fewer once memory has run out; None chooses by free memory and speed. No
             image's result depends on it (in exact arithmetic; but for the native engine, Adam amplifies rounding).
         progress: Show a progress bar.
+        store: Folder of fits made earlier (:mod:`dipguard.store`): what the rule chose there is not chosen again.
 
     Raises:
         TypeError, ValueError: An option is out of range.
@@ -48,8 +50,10 @@ class StoppedDIP(Purifier):
         seed: int = 0,
         stack_size: int | None = None,
         progress: bool = True,
+        store: str | Path | TraceStore | None = None,
     ) -> None:
         super().__init__(victim, seed=seed)
+        self.store = open_store(store)
         self.fit_options = fit_options(fit, seed=self.seed)
         self.T = check_int(T, name="T", low=1)
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
@@ -63,6 +67,11 @@ class StoppedDIP(Purifier):
     @abstractmethod
     def rule_settings(self) -> dict[str, Any]:
         """What the rule depends on, ready for JSON."""
+
+    @property
+    def asked(self) -> RuleAsked:
+        """The rule, as a store knows it."""
+        return RuleAsked(make=self.make_rule, settings=self.rule_settings, T=self.T)
 
     @property
     def images_kept(self) -> int:
@@ -99,15 +108,15 @@ class StoppedDIP(Purifier):
         device = fit_device("auto", victim=self.victim, images=images)
 
         def work(part: slice, first_step: int, progress: FitProgress) -> Stopped:
-            return fit_rules(
+            return stop_stack(
                 images[part],
-                rules={self.name: self.make_rule()},
+                self.asked,
+                store=self.store,
                 indices=indices[part],
                 fit=self.fit_options,
-                T=self.T,
                 device=device,
-                callbacks=[progress],
-            )[self.name]
+                progress=progress,
+            )
 
         size = self.choose_stack_size(images)
         steps, progress = self.steps_per_image, self.progress
@@ -151,6 +160,7 @@ class FixedStepDIP(StoppedDIP):
         seed: As in `StoppedDIP`.
         stack_size: As in `StoppedDIP`.
         progress: As in `StoppedDIP`.
+        store: As in `StoppedDIP`.
     """
 
     name: ClassVar[str] = "dip_fixed"
@@ -165,8 +175,9 @@ class FixedStepDIP(StoppedDIP):
         seed: int = 0,
         stack_size: int | None = None,
         progress: bool = True,
+        store: str | Path | TraceStore | None = None,
     ) -> None:
-        super().__init__(victim, fit=fit, T=T, seed=seed, stack_size=stack_size, progress=progress)
+        super().__init__(victim, fit=fit, T=T, seed=seed, stack_size=stack_size, progress=progress, store=store)
         self.step = check_int(step, name="step", low=0, high=self.T - 1)
 
     @property
@@ -195,6 +206,7 @@ class WindowedVarianceDIP(StoppedDIP):
         seed: As in `StoppedDIP`.
         stack_size: As in `StoppedDIP`.
         progress: As in `StoppedDIP`.
+        store: As in `StoppedDIP`.
     """
 
     name: ClassVar[str] = "dip_es_wmv"
@@ -210,8 +222,9 @@ class WindowedVarianceDIP(StoppedDIP):
         seed: int = 0,
         stack_size: int | None = None,
         progress: bool = True,
+        store: str | Path | TraceStore | None = None,
     ) -> None:
-        super().__init__(victim, fit=fit, T=T, seed=seed, stack_size=stack_size, progress=progress)
+        super().__init__(victim, fit=fit, T=T, seed=seed, stack_size=stack_size, progress=progress, store=store)
         self.window = check_int(window, name="window", low=2, high=self.T)
         self.patience = check_int(patience, name="patience", low=1)
 
@@ -228,21 +241,3 @@ class WindowedVarianceDIP(StoppedDIP):
     def make_rule(self) -> WindowedVariance:
         """See `dipguard.decision.stopping.WindowedVariance`."""
         return WindowedVariance(window=self.window, patience=self.patience)
-
-
-def fit_options(fit: Mapping[str, Any] | FitOptions | None, *, seed: int) -> FitOptions:
-    """A defence's fit: what is given, on FitOptions' defaults, with the defence's seed.
-
-    Raises:
-        TypeError, ValueError: An unknown field, a value out of range, or another seed.
-    """
-    if isinstance(fit, FitOptions):
-        if fit.seed not in (FitOptions.seed, seed):
-            raise ValueError(f"`fit` must leave the seed to `seed`, got {fit.seed} beside {seed}")
-        return replace(fit, seed=seed)
-    given = dict(fit or {})
-    known = [field.name for field in fields(FitOptions) if field.name != "seed"]
-    unknown = sorted(set(given) - set(known))
-    if unknown:
-        raise TypeError(f"`fit` takes no {', '.join(map(repr, unknown))}; its fields are: {', '.join(known)}")
-    return FitOptions(**given, seed=seed)

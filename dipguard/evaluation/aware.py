@@ -16,6 +16,7 @@ from dipguard.config_matrix import AwareConfig
 from dipguard.evaluation.cells import key_of
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.results import csv_text, defense_name
+from dipguard.evaluation.riders import unstored
 from dipguard.evaluation.statistics import wilson
 from dipguard.files import read_json, write_json, write_text
 
@@ -94,7 +95,7 @@ def _attack(matrix: Matrix, config: AwareConfig, row: str, eps: float | None) ->
     return build_defense_aware_attack(
         config.attack,
         matrix.victim,
-        matrix.rows[row],
+        unstored(matrix.rows[row]),
         eps_255=eps,
         seed=matrix.config.seed,
         batch_size=config.batch_size,

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from dipguard.files import write_npz
+from dipguard.store.entry import HEADER
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,7 @@ class MatrixFolder:
         try:
             with np.load(path, allow_pickle=False) as saved:
                 arrays = {name: saved[name] for name in saved.files}
+            arrays.pop(HEADER, None)  # of a file that a store shares
             if str(arrays.pop("key")) != key:
                 _log.info("%s was made with other settings and is made again", path)
                 return None

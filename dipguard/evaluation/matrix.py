@@ -19,9 +19,11 @@ from dipguard.data import ImageSet, load_data
 from dipguard.defenses import DEFENSES, build_defense
 from dipguard.evaluation.cells import MatrixFolder, check_label, key_of
 from dipguard.evaluation.metrics import decide, similarity
+from dipguard.evaluation.riders import serve_all_rows
 from dipguard.evaluation.settings import choose_device, data_options, number_of_classes
 from dipguard.files import tensor_digest
 from dipguard.registry import resolve
+from dipguard.store import TraceStore, open_store
 from dipguard.victims import build_victim
 
 
@@ -37,6 +39,8 @@ class Matrix:
         device: Where attacks and fits run.
         folder: Its files.
         decisions_clean: The victim's decisions on the clean images, [N].
+        digests: Of data, victim and guide.
+        store: Fits and attacked images that other runs made, if there is one.
     """
 
     config: MatrixConfig
@@ -47,6 +51,7 @@ class Matrix:
     folder: MatrixFolder
     decisions_clean: Tensor
     digests: dict[str, str]
+    store: TraceStore | None = None
 
     def attack(self, column: str) -> Attack:
         """The attack of a column."""
@@ -74,6 +79,9 @@ def prepare_matrix(config: MatrixConfig, path: Path) -> Matrix:
     check_int(config.processes, name="processes", low=1)
     check_int(config.figures, name="figures", low=0)
     check_data(config.data)
+    for T in config.store_T:
+        check_int(T, name="store_T", low=1)
+    store = open_store(config.store, keep_samples=config.store_samples)
     for group in ("columns", "rows"):
         if not getattr(config, group):
             raise ValueError(f"`{group}` must name at least one, got none")
@@ -99,9 +107,10 @@ def prepare_matrix(config: MatrixConfig, path: Path) -> Matrix:
     for label, attack in config.columns.items():
         check_attack(attack, name=f"columns.{label}")
         _attack(label, attack, victim, seed=config.seed)
-    rows = {label: _row(label, row, guide, config, clean) for label, row in config.rows.items()}
+    rows = {label: _row(label, row, guide, config, clean, store) for label, row in config.rows.items()}
+    serve_all_rows(rows)
     decisions = decide(victim, clean.images)
-    return Matrix(config, clean, victim, rows, device, MatrixFolder(path), decisions, digests)
+    return Matrix(config, clean, victim, rows, device, MatrixFolder(path), decisions, digests, store)
 
 
 def _check_aware(config: MatrixConfig) -> None:
@@ -134,12 +143,14 @@ def _attack(label: str, config: AttackConfig, victim: nn.Module, *, seed: int) -
         return build_attack(config.name, victim, eps_255=config.eps_255, **options)
 
 
-def _row(label: str, config: RivalConfig, guide: nn.Module, matrix: MatrixConfig, clean: ImageSet) -> Any:
+def _row(label: str, config: RivalConfig, guide: nn.Module, matrix: MatrixConfig, clean: ImageSet, store: Any) -> Any:
     options = dict(config.options)
     with keys_named(f"rows.{label}", ("name", "weights")), keys_named(f"rows.{label}.options", options):
         known = inspect.signature(resolve(DEFENSES, config.name, argument="name")).parameters
         # Results depend on none of these; the matrix keeps them for all rows.
         own = {"stack_size": matrix.chunk, "progress": False, "accelerator": str(matrix.trainer.accelerator)}
+        if store is not None and options.get("patience") is None:  # a fit that tau and K can shorten is nobody else's
+            own |= {"store": store, "store_T": tuple(matrix.store_T)}
         options |= {name: value for name, value in own.items() if name in known}
         row = build_defense(config.name, guide, seed=matrix.seed, weights=config.weights, **options)
         if row.unavailable is None:

@@ -17,6 +17,7 @@ from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.evaluation.results import write_results
 from dipguard.evaluation.riders import Group, groups_of, purify_group
+from dipguard.evaluation.shared import counted, shared_attack
 from dipguard.evaluation.statistics import psnr
 
 _log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def run_matrix(matrix: Matrix, *, share: tuple[int, int] = (0, 1)) -> None:
     """
     rank, processes = share
     groups = groups_of(matrix.rows)
-    with _progress(matrix, groups, show=matrix.config.trainer.progress and rank == 0) as bar:
+    show = matrix.config.trainer.progress and rank == 0
+    with _progress(matrix, groups, show=show) as bar, counted(matrix):
         for column in matrix.config.columns:
             attacked = attacked_images(matrix, column)
             bar.update(len(matrix.clean))
@@ -61,24 +63,30 @@ def attacked_images(matrix: Matrix, column: str) -> dict[str, Any]:
     """A column's attacked images [N, 3, H, W] with what the attack achieved; stored, or made and stored now."""
     key, path = matrix.column_key(column), matrix.folder.attacked_path(column)
     saved = matrix.folder.load(path, key=key)
-    if saved is None:
-        attack, clean = matrix.attack(column), matrix.clean
-        _log.info("attack %s: %d images", column, len(clean))
-        start = time.perf_counter()
-        images, labels = clean.images.to(matrix.device), clean.labels.to(matrix.device)
-        attacked = attack(images, labels, indices=clean.indices)
-        seconds = time.perf_counter() - start
-        report = attack.report(images, attacked, labels, indices=clean.indices)
-        saved = {
-            "images": attacked.cpu().numpy(),
-            "decisions": decide(matrix.victim, attacked).numpy(),
-            "fooled": report.fooled.numpy(),
-            "linf": report.linf.numpy(),
-            "l2": report.l2.numpy(),
-            "seconds": np.float64(seconds),
-        }
+    if saved is None and matrix.store is not None:
+        saved = shared_attack(matrix, column, lambda: _attack(matrix, column))
+    elif saved is None:
+        saved = _attack(matrix, column)
         matrix.folder.save(path, saved, key=key)
     return {name: torch.from_numpy(np.asarray(value)) for name, value in saved.items()}
+
+
+def _attack(matrix: Matrix, column: str) -> dict[str, Any]:
+    attack, clean = matrix.attack(column), matrix.clean
+    _log.info("attack %s: %d images", column, len(clean))
+    start = time.perf_counter()
+    images, labels = clean.images.to(matrix.device), clean.labels.to(matrix.device)
+    attacked = attack(images, labels, indices=clean.indices)
+    seconds = time.perf_counter() - start
+    report = attack.report(images, attacked, labels, indices=clean.indices)
+    return {
+        "images": attacked.cpu().numpy(),
+        "decisions": decide(matrix.victim, attacked).numpy(),
+        "fooled": report.fooled.numpy(),
+        "linf": report.linf.numpy(),
+        "l2": report.l2.numpy(),
+        "seconds": np.float64(seconds),
+    }
 
 
 def is_done(matrix: Matrix, column: str, row: str) -> bool:

@@ -6,6 +6,7 @@ replays the decision traces. What a rider gives is what it would give alone.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,10 +16,11 @@ import torch
 from torch import Tensor
 
 from dipguard.defenses.guard_row import GuardRow
+from dipguard.defenses.guard_stack import fit_or_find
 from dipguard.defenses.stopped_dip import StoppedDIP
-from dipguard.fit import fit_device, fit_stack
 from dipguard.fit.out_of_memory import is_out_of_memory
 from dipguard.fit.stop_rules import StopRules
+from dipguard.store import StoredResult
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,12 @@ def purify_group(
 ) -> dict[str, tuple[Tensor, float]]:
     """Purify images by those rows of a group that are asked for: reconstructions and seconds by row.
 
-    Seconds of a shared fit are entered for each of its rows: each would have taken them alone.
+    Seconds of a shared fit are entered for each of its rows: each would have taken them alone. So are those of a fit
+    that comes from a store.
     """
     riders = [row for row in group.riders if row in todo]
-    if group.leader in todo and riders:
+    stored = isinstance(rows[group.leader], GuardRow) and rows[group.leader].guard.store is not None
+    if group.leader in todo and (riders or stored):
         try:
             return _purify_together(rows, group.leader, riders, images, indices)
         except (RuntimeError, MemoryError) as error:
@@ -92,25 +96,45 @@ def _purify_together(
 ) -> dict[str, tuple[Tensor, float]]:
     guard = rows[leader].guard
     watching = [row for row in riders if isinstance(rows[row], StoppedDIP)]
-    rules = [StopRules({row: rows[row].make_rule() for row in watching})] if watching else []
+    asked = {row: rows[row].asked for row in watching}
+    looking = guard.store is None and bool(watching)
+    rules = [StopRules({row: one.make() for row, one in asked.items()})] if looking else []
     start = time.perf_counter()
-    result = fit_stack(
-        images,
-        victim=guard.victim,
-        indices=indices.tolist(),
-        fit=guard.fit_options,
-        decide=guard.decide_options,
-        stitch=guard.stitch_options,
-        device=fit_device(guard.accelerator, victim=guard.victim, images=images),
-        callbacks=rules,
-    )
+    result = fit_or_find(guard, images, indices.tolist(), callbacks=rules, rules=asked)
     whole = time.perf_counter() - start - sum(rule.seconds for rule in rules)
+    alone = result.seconds["start"] + result.seconds["fit"]
+    if isinstance(result, StoredResult):
+        stopped = result.stopped
+        whole, alone = whole + result.spared, alone + result.spared
+    else:
+        stopped = rules[0].stopped if rules else {}
     made = {leader: torch.stack([reconstruction.image for reconstruction in result.reconstructions])}
     for row in riders:
         if row in watching:
-            made[row] = rules[0].stopped[row].images
+            made[row] = stopped[row].images
         else:
             stitched = [rows[row].guard.stitch_options.apply(trace) for trace in result.traces]
             made[row] = torch.stack([reconstruction.image for reconstruction in stitched])
-    alone = result.seconds["start"] + result.seconds["fit"]
     return {row: (x.to(images), alone if row in watching else whole) for row, x in made.items()}
+
+
+def serve_all_rows(rows: Mapping[str, Any]) -> None:
+    """Let a fit that is made for the store serve all rows of the proposed defence that fit alike, whatever their T."""
+    guards = [row.guard for row in rows.values() if isinstance(row, GuardRow) and row.guard.store is not None]
+    for guard in guards:
+        alike = [other for other in guards if other.fit_options == guard.fit_options]
+        asked = dict.fromkeys(options for other in alike for options in (*other.also, other.decide_options))
+        guard.also = tuple(options for options in asked if options != guard.decide_options)
+
+
+def unstored(row: Any) -> Any:
+    """The same row without a store: an attack that asks it again and again would fill one with fits for one use."""
+    if not isinstance(row, GuardRow | StoppedDIP):
+        return row
+    plain = copy.copy(row)
+    if isinstance(plain, GuardRow):
+        plain.guard = copy.copy(plain.guard)
+        plain.guard.store, plain.guard.also = None, ()
+    else:
+        plain.store = None
+    return plain

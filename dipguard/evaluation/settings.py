@@ -19,8 +19,8 @@ from dipguard.files import tensor_digest
 from dipguard.version import __version__
 from dipguard.victims import check_victim
 
-ASIDE = ("logger", "trainer", "report")
-"""Config groups that no result depends on."""
+ASIDE = ("logger", "trainer", "report", "store")
+"""What no result depends on."""
 
 
 def choose_device(accelerator: str) -> torch.device:
@@ -75,6 +75,7 @@ def guard_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
         "seed": config.seed,
         "accelerator": "gpu" if device.type == "cuda" else "cpu",
         "progress": config.trainer.progress,
+        "store": config.store,
     }
 
 

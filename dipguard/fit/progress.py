@@ -29,6 +29,12 @@ class FitProgress(pl.Callback):
         self._waiting = 0
         self._reported = 0
         self._spared = 0
+        self._planned = 0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """One stack may be fitted several times, with another network each."""
+        self._planned += self.images * int(trainer.max_steps)
+        self._fitted = self.images
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -46,13 +52,17 @@ class FitProgress(pl.Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Report the rest."""
         self._report()
-        self._spare(self.images * int(trainer.max_steps) - self._reported - self._spared)
+        self._spare(self._planned - self._reported - self._spared)
+
+    def finish(self, T: int) -> None:
+        """Take off the bar what of a stack's T steps was not fitted, because it was known already."""
+        self._spare(max(0, self.images * T - self._reported - self._spared))
 
     def roll_back(self) -> None:
         """Take everything back: the stack is fitted again from its start."""
         self._spare(-self._spared)
         self.bar.update(-self._reported)
-        self._fitted, self._waiting, self._reported = self.images, 0, 0
+        self._fitted, self._waiting, self._reported, self._planned = self.images, 0, 0, 0
 
     def _report(self) -> None:
         self.bar.update(self._waiting)

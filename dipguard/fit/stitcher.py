@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
@@ -49,7 +49,7 @@ class StitchOptions:
 
     def apply(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch one image from its trace."""
-        return stitch(trace, **asdict(self))
+        return stitch(trace, **vars(self))
 
 
 class Stitcher(pl.Callback):

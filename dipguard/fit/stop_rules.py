@@ -28,6 +28,7 @@ class StopRules(pl.Callback):
     Args:
         rules: A fresh rule for each name.
         end_fit: End the fit when all rules are done; never for riders on a fit that others still need.
+        until: Steps that the rules see of a longer fit; None shows them all.
 
     Attributes:
         stopped: What each rule chose, by name, after the fit.
@@ -37,11 +38,12 @@ class StopRules(pl.Callback):
         ValueError: No rules, or, when the fit starts, one that lets images go before its end (`Retirement`).
     """
 
-    def __init__(self, rules: Mapping[str, StopRule], *, end_fit: bool = False) -> None:
+    def __init__(self, rules: Mapping[str, StopRule], *, end_fit: bool = False, until: int | None = None) -> None:
         if not rules:
             raise ValueError("`rules` must hold at least one rule, got none")
         self.rules = dict(rules)
         self.end_fit = end_fit
+        self.until = until
         self.stopped: dict[str, Stopped] = {}
         self.seconds = 0.0
 
@@ -57,6 +59,8 @@ class StopRules(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show step t = ``batch_idx``, whose x(t) was made before this step's update, to all rules."""
+        if self.until is not None and batch_idx >= self.until:
+            return
         start = time.perf_counter()
         given = as_stacked_dip(pl_module).given
         for rule in self.rules.values():

@@ -70,6 +70,32 @@ class NetworkSpec:
             )
 
 
+def hourglass(
+    channels: tuple[int, ...], *, skips: int, input_depth: int, upsample: str = "bilinear", z_scale: float = 0.1
+) -> NetworkSpec:
+    """A network as Dai et al. 2020 (DIPDefend) use it: 3x3 kernels, the same filters down and up, few or no skips.
+
+    Args:
+        channels: Filters of each scale, finest first.
+        skips: Filters of the skip connections, the same at each scale; 0 for none.
+        input_depth: Channels of z.
+        upsample: As in :class:`NetworkSpec`.
+        z_scale: As in :class:`NetworkSpec`.
+    """
+    scales = len(channels)
+    return NetworkSpec(
+        n_d=channels,
+        n_u=channels,
+        n_s=(skips,) * scales,
+        k_d=(3,) * scales,
+        k_u=(3,) * scales,
+        k_s=(1,) * scales,
+        input_depth=input_depth,
+        z_scale=z_scale,
+        upsample=upsample,
+    )
+
+
 def _uniform(*, scales: int, filters: int, skips: int, kernel: int, z_scale: float) -> NetworkSpec:
     return NetworkSpec(
         n_d=(filters,) * scales,

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
-from collections.abc import Iterator, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from dipguard.config import LoggerConfig
 from dipguard.config_choices import LoggerName
 from dipguard.evaluation.run_folder import flatten
-from dipguard.files import write_text
+from dipguard.reporting.wandb_run import results_to_wandb, wandb_run
+
+_log = logging.getLogger(__name__)
 
 MOST_FIGURES = 16
 """Figures that a remote log is given; all of them lie in the run folder."""
-_WandbMode = Literal["online", "offline", "disabled", "shared"]
 
 
 class RunLog(Logger):
@@ -50,7 +50,8 @@ class RunLog(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write one line of figures."""
-        self.inner.log_metrics(dict(metrics), step=None if step is None else self.first_step + step)
+        number = None if step is None else self.first_step + step
+        self._write(lambda: self.inner.log_metrics(dict(metrics), step=number))
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Nothing: each stack's Trainer would enter its own; :func:`open_log` enters the run's, once."""
@@ -71,15 +72,33 @@ class RunLog(Logger):
             f"result/{k}": v for k, v in flatten({k: v for k, v in metrics.items() if k != "settings"}).items()
         }
         if isinstance(self.inner, WandbLogger):
-            _results_to_wandb(self.inner.experiment, figures_of_merit, rows, figures[:MOST_FIGURES])
+            run = self.inner.experiment
+            self._write(lambda: results_to_wandb(run, figures_of_merit, rows, figures[:MOST_FIGURES]))
         elif isinstance(self.inner, TensorBoardLogger):
             _results_to_tensorboard(self.inner.experiment, figures_of_merit, rows, figures[:MOST_FIGURES])
         else:
             self.inner.log_metrics(figures_of_merit)
 
+    def _write(self, call: Callable[[], None]) -> None:
+        """What goes to W&B may fail, and the run shall not fail with it."""
+        if not isinstance(self.inner, WandbLogger):
+            call()
+            return
+        try:
+            call()
+        except Exception as error:
+            _log.warning("W&B was not given some results: %s: %s", type(error).__name__, error)
+
 
 @contextlib.contextmanager
-def open_log(config: LoggerConfig, folder: Path, *, settings: Mapping[str, Any]) -> Iterator[RunLog | None]:
+def open_log(
+    config: LoggerConfig,
+    folder: Path,
+    *,
+    settings: Mapping[str, Any],
+    job_type: str = "fit",
+    group: str | None = None,
+) -> Iterator[RunLog | None]:
     """The run's log, closed on the way out whatever happens; None for ``none``.
 
     CSV files lie in ``logs/csv/<session>/``, TensorBoard's in ``logs/tensorboard/<session>/``, W&B's in
@@ -89,12 +108,14 @@ def open_log(config: LoggerConfig, folder: Path, *, settings: Mapping[str, Any])
         config: Which log.
         folder: The run folder.
         settings: The run's settings, entered once.
+        job_type: What W&B files the run under: ``fit``, ``evaluate`` or ``sweep``.
+        group: The sweep that the run belongs to, for W&B; the config's own ``group`` comes first.
     """
     if config.name == LoggerName.none:
         yield None
         return
     if config.name == LoggerName.wandb:
-        with _wandb_run(config, folder, settings) as inner:
+        with wandb_run(config, folder, settings, job_type=job_type, group=group) as inner:
             yield RunLog(inner)
         return
     root = folder / "logs" / str(config.name)
@@ -112,65 +133,6 @@ def open_log(config: LoggerConfig, folder: Path, *, settings: Mapping[str, Any])
     finally:
         local.save()
         local.finalize(status)
-
-
-@contextlib.contextmanager
-def _wandb_run(config: LoggerConfig, folder: Path, settings: Mapping[str, Any]) -> Iterator[WandbLogger]:
-    import wandb
-
-    mode = _wandb_mode(config.offline)
-    place = folder / "logs"
-    place.mkdir(parents=True, exist_ok=True)
-    # A run of our own, made here: WandbLogger would join a run that is open in this process, and its offline=True would
-    # set the mode of the whole process.
-    run = wandb.init(
-        dir=place,
-        project=config.project,
-        entity=config.entity,
-        group=config.group,
-        name=folder.name,
-        id=_run_id(folder),
-        resume="allow" if mode == "online" else None,
-        mode=mode,
-        config=dict(settings),
-        reinit="create_new",
-    )
-    code = 1
-    try:
-        yield WandbLogger(experiment=run, save_dir=place, project=config.project)
-        code = 0
-    finally:
-        run.finish(exit_code=code)
-
-
-def _wandb_mode(offline: bool | None) -> _WandbMode:
-    if offline is not None:
-        return "offline" if offline else "online"
-    wanted = os.environ.get("WANDB_MODE")
-    for mode in get_args(_WandbMode):
-        if wanted == mode:
-            return cast(_WandbMode, mode)
-    return "online" if "WANDB_API_KEY" in os.environ else "offline"
-
-
-def _run_id(folder: Path) -> str:
-    path = folder / "logs" / "wandb_id.txt"
-    if not path.is_file():
-        write_text(path, secrets.token_hex(4))
-    return path.read_text().strip()
-
-
-def _results_to_wandb(
-    run: Any, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]], figures: Sequence[Path]
-) -> None:
-    import wandb
-
-    run.summary.update(dict(metrics))
-    columns = list(rows[0])
-    pictures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
-    run.log(
-        {"images": wandb.Table(columns=list(columns), data=[[row[c] for c in columns] for row in rows]), **pictures}
-    )
 
 
 def _results_to_tensorboard(

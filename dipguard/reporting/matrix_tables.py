@@ -55,13 +55,13 @@ def markdown_page(grids: Sequence[Grid], measure: Measure) -> str:
     """A table as a page of Markdown: own figures, their intervals, and the paper's beside them."""
     parts = [f"# Table {measure.number}: {measure.title}"]
     for grid in grids:
-        parts += [f"## {_escaped(grid.title)}", _section(grid, measure)]
+        parts += [f"## {escaped(grid.title)}", _section(grid, measure)]
         intervals = _intervals(grid, measure) if measure.number == 1 else []
         if intervals:
-            parts += ["### 95 % intervals (Wilson), %", _aligned(["defence", *map(head_of, grid.columns)], intervals)]
+            parts += ["### 95 % intervals (Wilson), %", aligned(["defence", *map(head_of, grid.columns)], intervals)]
         paper = beside_the_paper(grid, measure)
         if paper is not None:
-            parts += ["### Beside the paper", _escaped(paper.note(grid, measure)), _paper_table(grid, measure, paper)]
+            parts += ["### Beside the paper", escaped(paper.note(grid, measure)), _paper_table(grid, measure, paper)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -74,8 +74,8 @@ def _section(grid: Grid, measure: Measure) -> str:
         line = grid.ours(row, measure)
         rows.append([label, *_cells(grid, row, line, measure), _mean(line, measure, len(grid.columns))])
     head = ["defence", *map(head_of, grid.columns), f"mean of {len(grid.columns)}"]
-    notes = [f"- {_escaped(f'{row}: {note}')}" for row, gaps in grid.legend(measure).items() for note in gaps]
-    return "\n".join([grid.describe(measure), "", _aligned(head, rows), *([""] if notes else []), *notes])
+    notes = [f"- {escaped(f'{row}: {note}')}" for row, gaps in grid.legend(measure).items() for note in gaps]
+    return "\n".join([grid.describe(measure), "", aligned(head, rows), *([""] if notes else []), *notes])
 
 
 def _cells(grid: Grid, row: str, line: Line, measure: Measure) -> list[str]:
@@ -112,12 +112,12 @@ def _paper_table(grid: Grid, measure: Measure, paper: Beside) -> str:
                 continue
             cells = [measure.text(line.values[c], sign=sign) if c in line.values else NONE for c in paper.columns]
             rows.append([names[kind], *cells, _mean(line, measure, len(paper.columns), sign=sign)])
-    return _aligned(["", *map(head_of, paper.columns), f"mean of {len(paper.columns)}"], rows)
+    return aligned(["", *map(head_of, paper.columns), f"mean of {len(paper.columns)}"], rows)
 
 
-def _aligned(head: list[str], rows: list[list[str]]) -> str:
+def aligned(head: list[str], rows: list[list[str]]) -> str:
     """A Markdown table whose columns also line up in a terminal: names to the left, figures to the right."""
-    lines = [[_escaped(text) for text in line] for line in (head, *rows)]
+    lines = [[escaped(text) for text in line] for line in (head, *rows)]
     widths = [max(3, *(len(line[i]) for line in lines)) for i in range(len(head))]
     padded = [
         [line[0].ljust(widths[0]), *(text.rjust(width) for text, width in zip(line[1:], widths[1:], strict=True))]
@@ -127,7 +127,8 @@ def _aligned(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in (padded[0], rule, *padded[1:]))
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Text that Markdown prints as it is, on one line."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -26,6 +26,8 @@ VICTIMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar10_resnet56": ("dipguard.victims.cifar_resnet:build", {"depth": 56}),
     "cifar10_resnet50": ("dipguard.victims.cifar10_resnet50:build", {}),
     "torchvision": ("dipguard.victims.torchvision_models:build", {}),
+    "timm": ("dipguard.victims.timm_models:build", {}),
+    "huggingface": ("dipguard.victims.huggingface_models:build", {}),
 }
 """Name -> (the function that builds it, the options that the name fixes). It takes ``weights`` and its own options."""
 
@@ -38,14 +40,16 @@ def build_victim(name: str, *, weights: str | Path | None = None, **options: Any
 
     Args:
         name: victim.
-        weights: path or https address of its weights (for ``torchvision`` also a weights name); None for the victim's
-            own: trained on first use (``digits_cnn``), downloaded, or an error that says where to find them.
+        weights: path or https address of its weights (for ``torchvision`` also a weights name, for ``huggingface`` a
+            hub id or a folder); None for the victim's own: trained on first use (``digits_cnn``), downloaded, or an
+            error that says where to find them.
         options: the victim's own options.
 
     Raises:
         TypeError: an option that the victim does not have.
         ValueError: an unknown name or option value, or weights that are damaged or do not fit.
         FileNotFoundError, RuntimeError: no weights file, or no download.
+        ImportError: a library of the victim is not installed.
     """
     build = resolve({key: row[0] for key, row in VICTIMS.items()}, name, argument="victim")
     fixed = VICTIMS[name][1]

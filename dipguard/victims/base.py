@@ -13,8 +13,9 @@ from dipguard.classifier import check_is_module, check_logits, device_of, frozen
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Normalised", "check_victim"]
+__all__ = ["CIFAR10_CLASSES", "IMAGENET_MEAN", "IMAGENET_STD", "Normalised", "check_victim"]
 
 
 class Normalised(nn.Module):
@@ -23,6 +24,12 @@ class Normalised(nn.Module):
     Computes ``network((images - mean) / std)`` for images [B, 3, H, W]; mean and std are buffers, so they move with the
     module.
 
+    Attributes:
+        classes: The classes' names in the order of the logits; empty where nobody named them.
+        size: Height and width, in pixels, of the images that the network was made for; None if that is not known.
+        interpolation: How pictures of another size are to be resized for it: a name of
+            ``PIL.Image.Resampling``, in small letters.
+
     Raises:
         ValueError: ``mean`` or ``std`` does not have three numbers, or a ``std`` is not positive.
     """
@@ -30,8 +37,20 @@ class Normalised(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, network: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> None:
+    def __init__(
+        self,
+        network: nn.Module,
+        *,
+        mean: Sequence[float],
+        std: Sequence[float],
+        classes: Sequence[str] = (),
+        size: tuple[int, int] | None = None,
+        interpolation: str = "bilinear",
+    ) -> None:
         super().__init__()
+        self.classes = tuple(classes)
+        self.size = size
+        self.interpolation = interpolation
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != 3:
                 raise ValueError(f"`{name}` must have three numbers, one a channel, got {list(values)}")

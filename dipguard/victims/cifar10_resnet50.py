@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from dipguard.victims.base import Normalised
+from dipguard.victims.base import CIFAR10_CLASSES, Normalised
 from dipguard.victims.weights import load_state_dict_strict
 
 MEAN = (0.4914, 0.4822, 0.4465)
@@ -41,4 +41,4 @@ def build(*, weights: str | Path | None = None, mean: Sequence[float] = MEAN, st
     network = resnet50(weights=None, num_classes=10)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     load_state_dict_strict(network, weights)
-    return Normalised(network, mean=mean, std=std)
+    return Normalised(network, mean=mean, std=std, classes=CIFAR10_CLASSES, size=(32, 32))

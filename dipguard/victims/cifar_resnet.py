@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dipguard.checks import check_choice
-from dipguard.victims.base import IMAGENET_MEAN, IMAGENET_STD, Normalised
+from dipguard.victims.base import CIFAR10_CLASSES, IMAGENET_MEAN, IMAGENET_STD, Normalised
 from dipguard.victims.weights import load_state_dict_strict
 
 # The weights' public original is akamaster/pytorch_resnet_cifar10 (BSD-2); a file's suffix starts its sha256.
@@ -82,4 +82,4 @@ def build(*, depth: int, weights: str | Path | None = None) -> Normalised:
     check_choice(str(depth), [str(known) for known in WEIGHTS_URL], name="depth")
     network = CifarResNet((depth - 2) // 6)
     load_state_dict_strict(network, WEIGHTS_URL[depth] if weights is None else weights)
-    return Normalised(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    return Normalised(network, mean=IMAGENET_MEAN, std=IMAGENET_STD, classes=CIFAR10_CLASSES, size=(32, 32))

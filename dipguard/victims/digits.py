@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dipguard.cache import cache_folder
-from dipguard.data.digits import digits_split
+from dipguard.data.digits import CLASSES, digits_split
 from dipguard.files import write_bytes
 from dipguard.victims.base import Normalised
 from dipguard.victims.weights import load_state_dict_strict
@@ -44,7 +44,7 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
         UserWarning: the cache file was damaged, or could not be written.
     """
     network = _network()
-    victim = Normalised(network, mean=_MEAN, std=_STD)
+    victim = Normalised(network, mean=_MEAN, std=_STD, classes=CLASSES, size=(32, 32))
     if weights is not None:
         load_state_dict_strict(network, weights)
         return victim

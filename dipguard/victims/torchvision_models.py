@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from dipguard.checks import check_choice, check_int
-from dipguard.victims.base import IMAGENET_MEAN, IMAGENET_STD, Normalised
+from dipguard.victims.base import Normalised
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -28,7 +28,8 @@ def build(
         weights: one of torchvision's names of weights for ``arch`` (``DEFAULT``, ``IMAGENET1K_V1``, ...), downloaded
             once; or the path or https address of a state dict. None means ``DEFAULT``.
         num_classes: number of classes of a state dict of your own; torchvision's own weights have 1000.
-        mean: per-channel mean of the normalisation; by default the weights' own, or ImageNet's usual.
+        mean: per-channel mean of the normalisation; by default that of the weights' own transforms. A state dict of
+            your own is taken to be prepared like the architecture's ``DEFAULT`` weights, and 1000 classes to be theirs.
         std: per-channel standard deviation, likewise.
 
     Raises:
@@ -41,20 +42,26 @@ def build(
     check_int(num_classes, name="victim.num_classes", low=2)
     names = models.get_model_weights(arch).__members__
     chosen = "DEFAULT" if weights is None else str(weights)
+    known = names[chosen if chosen in names else "DEFAULT"]
+    preset, categories = known.transforms(), known.meta["categories"]
     if chosen in names:
         if num_classes != 1000:
             raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
-        preset = names[chosen].transforms()
-        network = _download(arch, names[chosen])
-        usual = preset.mean, preset.std
+        network = _download(arch, known)
     else:
         _check_looks_like_file(chosen, arch=arch, names=list(names))
         # Inception and GoogLeNet warn about slow initial weights unless told; these are overwritten at once.
         extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
         load_state_dict_strict(network, chosen)
-        usual = IMAGENET_MEAN, IMAGENET_STD
-    return Normalised(network, mean=usual[0] if mean is None else mean, std=usual[1] if std is None else std)
+    return Normalised(
+        network,
+        mean=preset.mean if mean is None else mean,
+        std=preset.std if std is None else std,
+        classes=categories if num_classes == len(categories) else (),
+        size=(preset.crop_size[0], preset.crop_size[0]),
+        interpolation=preset.interpolation.value,
+    )
 
 
 def _download(arch: str, weights: Any) -> nn.Module:

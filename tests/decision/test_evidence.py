@@ -33,6 +33,13 @@ def test_evidence_is_the_mean_probability():
         for c in range(4):
             slow = sum(float(torch.exp(logits[s, b, c]) / torch.exp(logits[s, b]).sum()) for s in range(5)) / 5
             assert float(got[b, c]) == pytest.approx(slow, abs=1e-6)
+    own = torch.tensor([2, 0, 3])
+    less = evidence(logits, own=own, trust=0.25)
+    for b in range(3):
+        for c in range(4):
+            assert float(less[b, c]) == pytest.approx(float(got[b, c]) * (0.25 if c == own[b] else 1), abs=1e-6)
+    with pytest.raises(ValueError, match="`trust`"):
+        evidence(logits, own=own, trust=1.5)
     with pytest.raises(ValueError, match="at least one reading"):
         evidence(logits[:0])
 

@@ -36,7 +36,7 @@ def cells(matrix: Matrix) -> dict[tuple[str, str], Path]:
 
 def test_every_cell_is_there_and_agrees_with_its_row_alone(finished: Matrix) -> None:
     assert {column for column, _ in cells(finished)} == {"clean", "fgsm_8", "pgd_8"}
-    assert set(finished.rows) == {"none", "jpeg", "median", "dip_fixed", "paper"}
+    assert set(finished.rows) == {"none", "jpeg", "median", "dip_fixed", "paper", "dipguard"}
     for (column, row), path in cells(finished).items():
         saved = finished.folder.load(path, key=finished.cell_key(column, row))
         assert saved is not None
@@ -54,13 +54,14 @@ def test_every_cell_is_there_and_agrees_with_its_row_alone(finished: Matrix) -> 
 def test_rows_with_the_same_fit_share_it(finished: Matrix) -> None:
     assert groups_of(finished.rows) == [
         Group("none"), Group("jpeg"), Group("median"), Group("paper", ("dip_fixed",)),
+        Group("dipguard"),
     ]  # fmt: skip
 
 
 def test_results_are_those_of_the_images(finished: Matrix) -> None:
     results, images = table(finished, "results.csv"), table(finished, "images.csv")
-    assert len(results) == 15
-    assert len(images) == 15 * 5
+    assert len(results) == 18
+    assert len(images) == 18 * 5
     for cell in results:
         mine = [r for r in images if (r["column"], r["row"]) == (cell["column"], cell["row"])]
         correct = sum(r["decision_defended"] == r["label"] for r in mine)

@@ -100,13 +100,15 @@ def test_wandb_run_is_closed_when_the_job_fails(tmp_path: Path, monkeypatch: pyt
 
 
 def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dipguard.reporting.loggers import _wandb_mode
+    from dipguard.reporting.wandb_run import wandb_mode
 
+    monkeypatch.setenv("NETRC", "nowhere")
+    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert _wandb_mode(None) == "offline"
+    assert wandb_mode(None) == "offline"
     monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert _wandb_mode(None) == "online"
-    assert _wandb_mode(True) == "offline"
+    assert wandb_mode(None) == "online"
+    assert wandb_mode(True) == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert _wandb_mode(None) == "disabled"
+    assert wandb_mode(None) == "disabled"

@@ -56,3 +56,16 @@ def test_a_state_dict_of_any_classifier_loads_without_complaint(tmp_path, arch):
 def test_torchvision_refuses(options, error, message):
     with pytest.raises(error, match=message):
         build_victim("torchvision", **options)
+
+
+@pytest.mark.parametrize("arch", ["squeezenet1_1", "efficientnet_b1"])
+def test_normalisation_size_and_names_are_those_of_the_weights_own_transforms(tmp_path, arch):
+    torch.save(models.get_model(arch, weights=None).state_dict(), tmp_path / "own.pt")
+    victim = build_victim("torchvision", arch=arch, weights=tmp_path / "own.pt")
+    weights = models.get_model_weights(arch).DEFAULT
+    transforms = weights.transforms()
+    assert victim.mean.flatten().tolist() == pytest.approx(transforms.mean)
+    assert victim.std.flatten().tolist() == pytest.approx(transforms.std)
+    assert victim.size == tuple(transforms.crop_size * 2)
+    assert victim.interpolation == transforms.interpolation.value
+    assert victim.classes == tuple(weights.meta["categories"])

@@ -1,0 +1,86 @@
+"""The command line: what can be asked for, and what the exit codes mean.
+
+Exit codes: 0 all is well; 1 some pictures could not be purified, or the installation is broken; 2 the command cannot be
+carried out as it was given, nothing was changed; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from dipguard.cli.errors import CommandError
+from dipguard.version import __version__
+
+_SEE = "`dipguard list` names them and their options"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Carry out one command; return its exit code.
+
+    Args:
+        argv: The arguments, without the program's name; by default those of the process.
+    """
+    args = make_parser().parse_args(argv)
+    module, function = args.runs
+    try:
+        # Imported only now: help shall not wait for torch.
+        run = getattr(import_module(module), function)
+        code: int = run(args)
+    except CommandError as error:
+        print(f"dipguard: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("dipguard: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(
+        prog="dipguard", description="Deep-image-prior purification of adversarial pictures, for any classifier."
+    )
+    parser.add_argument("--version", action="version", version=f"dipguard {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_purify(commands)
+    doctor = commands.add_parser("doctor", help="check the installation, with a short self-test")
+    doctor.add_argument("--no-self-test", action="store_true", help="leave out the fit")
+    doctor.set_defaults(runs=("dipguard.cli.doctor", "run"))
+    listing = commands.add_parser("list", help="name the victims and the defences, with their options")
+    listing.set_defaults(runs=("dipguard.cli.listing", "run"))
+    return parser
+
+
+def _add_purify(commands: Any) -> None:
+    purify = commands.add_parser(
+        "purify",
+        help="purify a picture or a folder of pictures",
+        description="Purify pictures: OUT gets a PNG for each, figures/ and the table decisions.csv and .md. The same "
+        "command, given again, goes on where it was stopped.",
+    )
+    purify.set_defaults(runs=("dipguard.cli.purify", "run"))
+    purify.add_argument("input", metavar="IN", help="a picture, or a folder that is searched for pictures")
+    purify.add_argument("output", metavar="OUT", help="a folder: a new or empty one, or one of an earlier run")
+    which = purify.add_argument_group("victim and defence")
+    which.add_argument("--victim", required=True, metavar="NAME[:MODEL]", help=f"the classifier; {_SEE}")
+    which.add_argument("--weights", metavar="PATH", help="the victim's weights; by default its own")
+    which.add_argument("--defense", default="dipguard", metavar="NAME", help=f"default: dipguard; {_SEE}")
+    for option, what in (("--option", "defence"), ("--victim-option", "victim")):
+        pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
+        which.add_argument(option, help=f"options of the {what}, such as T=500", **pairs)
+    pictures = purify.add_argument_group("pictures")
+    size = "side of the square to which pictures are brought, pixels; by default what the victim was made for"
+    pictures.add_argument("--size", type=int, metavar="N", help=size)
+    resize = "crop: keep the shape and cut out the middle (default); stretch: keep all of it, change the shape"
+    pictures.add_argument("--resize", choices=("crop", "stretch"), default="crop", help=resize)
+    pictures.add_argument("--figures", type=int, default=8, metavar="N", help="draw how the first N came about (8)")
+    pictures.add_argument("--redo", action="store_true", help="purify again what was done with the same settings")
+    work = purify.add_argument_group("work")
+    work.add_argument("--seed", type=int, default=0, metavar="N", help="settles every random draw (0)")
+    work.add_argument("--batch", type=int, metavar="N", help="pictures that are purified, and saved, together")
+    work.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    work.add_argument("--no-progress", action="store_true", help="no progress bar")

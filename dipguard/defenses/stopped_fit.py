@@ -1,0 +1,66 @@
+"""The fit of a deep image prior that is stopped: its options, and one stack of it, from a store or made now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dipguard.decision.stopping import Stopped
+from dipguard.fit import FitOptions, FitProgress
+from dipguard.fit.stop_rules import fit_rules
+from dipguard.store import RuleAsked, TraceStore, stored_rule
+
+
+def stop_stack(
+    images: Tensor,
+    asked: RuleAsked,
+    *,
+    store: TraceStore | None,
+    indices: Sequence[int],
+    fit: FitOptions,
+    device: torch.device,
+    progress: FitProgress,
+) -> Stopped:
+    """What one rule chooses of the fits of B images; with a store, only those are fitted that it does not know.
+
+    Args:
+        images: x0, [B, 3, H, W] in [0, 1].
+        asked: The rule.
+        store: Where choices are kept, if anywhere.
+        indices: The images' indices.
+        fit: How to fit.
+        device: Where to fit.
+        progress: The bar's callback.
+
+    Raises:
+        TypeError, ValueError: Bad images or options.
+    """
+    if store is None:
+        rules = {"rule": asked.make()}
+        made = fit_rules(images, rules=rules, indices=indices, fit=fit, T=asked.T, device=device, callbacks=[progress])
+        return made["rule"]
+    found = stored_rule(images, asked, store=store, indices=indices, fit=fit, device=device, callbacks=[progress])
+    progress.finish(asked.make().steps_needed(asked.T))
+    return found
+
+
+def fit_options(fit: Mapping[str, Any] | FitOptions | None, *, seed: int) -> FitOptions:
+    """A defence's fit: what is given, on FitOptions' defaults, with the defence's seed.
+
+    Raises:
+        TypeError, ValueError: An unknown field, a value out of range, or another seed.
+    """
+    if isinstance(fit, FitOptions):
+        if fit.seed not in (FitOptions.seed, seed):
+            raise ValueError(f"`fit` must leave the seed to `seed`, got {fit.seed} beside {seed}")
+        return replace(fit, seed=seed)
+    given = dict(fit or {})
+    known = [field.name for field in fields(FitOptions) if field.name != "seed"]
+    unknown = sorted(set(given) - set(known))
+    if unknown:
+        raise TypeError(f"`fit` takes no {', '.join(map(repr, unknown))}; its fields are: {', '.join(known)}")
+    return FitOptions(**given, seed=seed)

@@ -1,0 +1,83 @@
+"""A defence as a preprocessor of the Adversarial Robustness Toolbox (ART)."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dipguard.attacks.defense_aware import Purifies
+from dipguard.attacks.straight_through import resized, straight_through
+from dipguard.integrations.input_purifier import InputPurifier
+
+
+def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_type: str = "cpu") -> Any:
+    """Return the defence as an ``art.defences.preprocessor.PreprocessorPyTorch``.
+
+    It goes into ``PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[...])``. Predictions are made on
+    purified images; attacks get the gradient by the purified image in the place of that by the given one (BPDA by the
+    identity, Athalye et al. 2018; where the defence changes the resolution, by the adjoint of a bilinear resize). ART's
+    ``fit`` trains on the images as they are.
+
+    Args:
+        defense: Has ``purify(images, *, indices)``; its images are [N, 3, H, W] in [0, 1].
+        draws: How a random defence draws: ``content``, ``position`` or ``fresh``
+            (:class:`~dipguard.integrations.indices.IndexRule`).
+        device_type: ART's: ``cpu``, or ``gpu`` for torch's current one. A guard fits where its victim is.
+
+    Raises:
+        ImportError: ART is not installed.
+        TypeError, ValueError: A bad argument; the message names it.
+    """
+    purifier = InputPurifier(defense, draws=draws)
+    return _make_class(_base())(purifier, device_type=device_type)
+
+
+def _base() -> Any:
+    try:
+        return import_module("art.defences.preprocessor.preprocessor").PreprocessorPyTorch
+    except ImportError as error:
+        raise ImportError(
+            "purify_preprocessor needs the Adversarial Robustness Toolbox, which could not be imported "
+            f"({error}): pip install 'dipguard[art]'"
+        ) from error
+
+
+def _make_class(base: Any) -> Any:
+    """The preprocessor's class, made when ART is there: it must be a child of ART's own."""
+
+    class PurifyPreprocessor(base):  # type: ignore[misc]
+        params = ("purifier",)
+
+        def __init__(self, purifier: InputPurifier, *, device_type: str) -> None:
+            super().__init__(device_type=device_type, is_fitted=True, apply_fit=False, apply_predict=True)
+            self.purifier = purifier
+            self._size: torch.Size | None = None
+
+        def forward(self, x: Tensor, y: Any | None = None) -> tuple[Tensor, Any | None]:
+            # ART differentiates through this wherever all preprocessors are PyTorch's.
+            images = x.float()  # some of ART's attacks compute in float64, its classifiers never
+            purified = self.purifier(images)
+            self._size = purified.shape[-2:]
+            return straight_through(images, purified), y
+
+        def estimate_forward(self, x: Tensor, y: Any | None = None) -> Tensor:
+            # ART's default would purify once more, and find no gradient.
+            if self._size is None:
+                self._size = self.purifier(x).shape[-2:]
+            return resized(x, like=x.new_empty((0, 3, *self._size)))
+
+        def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
+            if grad.shape[-2:] == x.shape[-2:]:
+                return grad
+            images = torch.tensor(x, requires_grad=True)
+            rest = torch.from_numpy(grad).reshape(len(x), -1, *grad.shape[-3:]).unbind(1)
+            with torch.inference_mode(False), torch.enable_grad():
+                large = resized(images, like=rest[0])
+                parts = [torch.autograd.grad(large, images, part, retain_graph=True)[0] for part in rest]
+            return torch.stack(parts, dim=1).reshape(*grad.shape[:-2], *x.shape[-2:]).numpy()
+
+    return PurifyPreprocessor

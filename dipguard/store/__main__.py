@@ -1,0 +1,127 @@
+"""Look after a store: ``python -m dipguard.store {list,size,prune,verify} FOLDER``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Sequence
+
+from dipguard.store.folder import LAYERS
+from dipguard.store.manage import EntryInfo, list_entries, prune, store_size, verify
+
+UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code: 1 where ``verify`` found damage, 2 for a bad argument."""
+    parser = _parser()
+    asked = parser.parse_args(arguments)
+    try:
+        return int(asked.run(asked))
+    except (FileNotFoundError, ValueError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def bytes_of(text: str) -> int:
+    """A size such as 500M or 1.5G (units of 1024) in bytes.
+
+    Raises:
+        ValueError: It is none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), flags=re.IGNORECASE)
+    if match is None:
+        raise ValueError(f"a size must be a number with a unit K, M, G or T, such as 20G, got {text!r}")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def size_text(count: float) -> str:
+    """Bytes for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m dipguard.store", description="Look after a store of fits.")
+    commands = parser.add_subparsers(required=True, metavar="{list,size,prune,verify}")
+    shown = commands.add_parser("list", help="every entry: layer, image, network, steps, size, last use, key")
+    shown.add_argument("--json", action="store_true", help="one JSON object a line, with the whole header")
+    shown.set_defaults(run=_list)
+    commands.add_parser("size", help="entries and bytes of each layer").set_defaults(run=_size)
+    cut = commands.add_parser("prune", help="remove entries, and what killed processes left behind")
+    cut.add_argument("--older-than", type=float, metavar="DAYS", help="last used longer ago than this")
+    cut.add_argument("--max-size", type=bytes_of, metavar="SIZE", help="cut to this size, such as 20G")
+    cut.add_argument("--other-versions", action="store_true", help="made by programs other than those in use")
+    cut.add_argument("--dry-run", action="store_true", help="only say what would go")
+    cut.set_defaults(run=_prune)
+    looked = commands.add_parser("verify", help="read every entry; exit code 1 where one is damaged")
+    looked.add_argument("--remove", action="store_true", help="remove the damaged ones")
+    looked.set_defaults(run=_verify)
+    for command in (shown, cut):
+        command.add_argument("--layer", action="append", choices=LAYERS, help="this layer alone; may be repeated")
+    for command in commands.choices.values():
+        command.add_argument("folder", metavar="FOLDER")
+    return parser
+
+
+def _list(asked: argparse.Namespace) -> int:
+    for info in list_entries(asked.folder, layers=asked.layer or LAYERS):
+        if asked.json:
+            values = {"path": str(info.path), "bytes": info.bytes, "used": info.used, **info.header}
+            print(json.dumps(values, sort_keys=True))
+        else:
+            print(_line(info))
+    return 0
+
+
+def _size(asked: argparse.Namespace) -> int:
+    sizes = store_size(asked.folder)
+    for layer, (count, total) in sizes.items():
+        print(f"{layer:8} {count:7d} entries {size_text(total):>10}")
+    whole = [sum(values) for values in zip(*sizes.values(), strict=True)]
+    print(f"{'all':8} {whole[0]:7d} entries {size_text(whole[1]):>10}")
+    return 0
+
+
+def _prune(asked: argparse.Namespace) -> int:
+    gone = prune(
+        asked.folder,
+        older_than=asked.older_than,
+        max_bytes=asked.max_size,
+        other_versions=asked.other_versions,
+        layers=asked.layer or LAYERS,
+        dry_run=asked.dry_run,
+    )
+    verb = "would be removed" if asked.dry_run else "removed"
+    print(f"{len(gone)} entries {verb}, {size_text(sum(info.bytes for info in gone))}")
+    return 0
+
+
+def _verify(asked: argparse.Namespace) -> int:
+    damaged = verify(asked.folder, remove=asked.remove)
+    for info in damaged:
+        print(f"damaged: {info.path}")
+    print(f"{len(damaged)} damaged entries{' removed' if asked.remove else ''}")
+    return 1 if damaged else 0
+
+
+def _line(info: EntryInfo) -> str:
+    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used))
+    about = info.header
+    if info.damaged:
+        what = "damaged"
+    elif info.layer == "attacks":
+        what = str(about.get("what", ""))
+    else:
+        what = f"image {about.get('index')} {about.get('network')} {about.get('what', '')}"
+    return f"{info.layer:8} {when} {size_text(info.bytes):>10} {info.key} {what}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

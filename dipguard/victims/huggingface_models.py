@@ -1,0 +1,168 @@
+"""Image classifiers of Hugging Face's transformers, by hub id or folder, prepared as their own processors do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipguard.victims.base import Normalised
+from dipguard.victims.libraries import first_line, library
+
+_PROBE_SIDE = 512
+_COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
+_INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # in the order of PIL's numbers
+
+
+class Unwrapped(nn.Module):
+    """A classifier of transformers that takes normalised images [B, 3, H, W] and returns logits [B, C] alone.
+
+    ``order`` are the positions of the channels that the model expects: (2, 1, 0) for one that reads BGR.
+    """
+
+    def __init__(self, model: nn.Module, *, order: Sequence[int] = (0, 1, 2)) -> None:
+        super().__init__()
+        self.model = model
+        self.order = list(order)
+        self.input_name = str(getattr(model, "main_input_name", "pixel_values"))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits."""
+        ordered = images if self.order == [0, 1, 2] else images[:, self.order]
+        logits: Tensor = self.model(**{self.input_name: ordered}).logits
+        return logits
+
+
+def build(
+    *,
+    weights: str | Path | None = None,
+    revision: str | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    size: int | None = None,
+) -> Normalised:
+    """Return a classifier that ``AutoModelForImageClassification`` can load, for images in [0, 1].
+
+    Normalisation, channel order and size are measured: solid red, green, blue and black pictures go through the model's
+    own ``AutoImageProcessor``, whatever its settings are called. Code from the hub is never run.
+
+    Args:
+        weights: hub id such as ``google/vit-base-patch16-224``, or a folder that ``save_pretrained`` wrote, with
+            ``preprocessor_config.json``.
+        revision: branch, tag or commit on the hub.
+        mean: per-channel mean, for a model that comes without a processor; then ``std`` and ``size`` too.
+        std: per-channel standard deviation, likewise.
+        size: side of the square images that it reads, pixels, likewise.
+
+    Raises:
+        ImportError: transformers is not installed.
+        ValueError: no ``weights``, a checkpoint that lacks a part of the classifier (its head, most often), or a
+            processor that does more than resize, reorder and normalise.
+        FileNotFoundError: no such folder.
+        RuntimeError: no download, or no image classifier there.
+    """
+    if not weights:
+        raise ValueError(
+            "`victim.weights` must be the hub id of an image classifier, or a local folder of one, got none"
+        )
+    source = _source(weights)
+    transformers = library("transformers", victim="huggingface", extra="huggingface")
+    where: dict[str, Any] = {"local_files_only": Path(source).is_dir(), "revision": revision or "main"}
+    network = _load_model(transformers, source, where)
+    classes = _classes(network)
+    if mean is not None and std is not None and size is not None:
+        return Normalised(Unwrapped(network), mean=mean, std=std, classes=classes, size=(size, size))
+    processor = _load_processor(transformers, source, where)
+    output = _probe(processor, source)
+    order, own_mean, own_std = _affine(output, source)
+    height, width = output.shape[-2:]
+    return Normalised(
+        Unwrapped(network, order=order),
+        mean=own_mean if mean is None else mean,
+        std=own_std if std is None else std,
+        classes=classes,
+        size=(height, width) if size is None else (size, size),
+        interpolation=_INTERPOLATIONS[int(getattr(processor, "resample", 2) or 0)],
+    )
+
+
+def _source(weights: str | Path) -> str:
+    """A folder that is there, or what may be a hub id: ``name`` or ``owner/name``."""
+    path = Path(weights).expanduser()
+    if path.is_dir():
+        return str(path)
+    if path.exists() or isinstance(weights, Path) or weights[0] in "./~\\" or len(path.parts) > 2:
+        raise FileNotFoundError(f"`victim.weights` must be a hub id or a folder with a saved model, got {weights}")
+    return weights
+
+
+def _load_model(transformers: Any, source: str, where: dict[str, Any]) -> nn.Module:
+    try:
+        network, found = transformers.AutoModelForImageClassification.from_pretrained(
+            source, output_loading_info=True, **where
+        )
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors' and transport errors
+        raise RuntimeError(
+            f"`victim.weights`: no image classifier could be loaded from {source}: {first_line(error)}"
+        ) from error
+    lacking = sorted({str(key) for name in ("missing_keys", "mismatched_keys") for key in found[name]})
+    if lacking:
+        raise ValueError(
+            f"`victim.weights`: {source} lacks {', '.join(lacking[:3])} of its {type(network).__name__}, which would "
+            "stay as random as they were drawn; it is no finished image classifier"
+        )
+    model: nn.Module = network.float()
+    return model
+
+
+def _load_processor(transformers: Any, source: str, where: dict[str, Any]) -> Any:
+    try:
+        return transformers.AutoImageProcessor.from_pretrained(source, **where)
+    except Exception as error:
+        raise RuntimeError(
+            f"`victim.weights`: {source} has no image processor that could be loaded ({first_line(error)}); give "
+            "`mean`, `std` and `size` as options of the victim"
+        ) from error
+
+
+def _probe(processor: Any, source: str) -> Tensor:
+    """What becomes of solid pictures, black, red, green and blue: [4, 3, H, W]."""
+    from PIL import Image
+
+    pictures = [Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
+    values = processor(images=pictures, return_tensors="pt")["pixel_values"]
+    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[:2] != (4, 3):
+        raise ValueError(f"`victim.weights`: the image processor of {source} makes no images [B, 3, H, W]")
+    return values
+
+
+def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[float]]:
+    """Channel order, mean and std of a processor that maps black and the primary colours to ``output``.
+
+    Output channel c is (x[order[c]] - mean) / std; mean and std are returned in the order of the input channels.
+    """
+    # The middle: some processors pad pictures with a border.
+    middle = output[:, :, output.shape[2] // 2, output.shape[3] // 2].double()
+    black, slope = middle[0], (middle[1:] - middle[0]).T  # slope[c, i]: output channel c over input channel i
+    order = slope.abs().argmax(dim=1)
+    only = torch.zeros_like(slope).scatter_(1, order[:, None], slope.gather(1, order[:, None]))
+    if (
+        sorted(order.tolist()) != [0, 1, 2]
+        or bool(((slope - only).abs() > 1e-3).any())
+        or bool((only.amax(1) <= 0).any())
+    ):
+        raise ValueError(
+            f"`victim.weights`: the image processor of {source} does more to colours than to reorder and normalise them"
+        )
+    std = 1 / only.amax(dim=1)
+    mean = -black * std
+    back = order.argsort()
+    return order.tolist(), mean[back].tolist(), std[back].tolist()
+
+
+def _classes(network: nn.Module) -> tuple[str, ...]:
+    names = dict(getattr(network.config, "id2label", None) or {})
+    return tuple(str(names[i]) for i in range(len(names))) if set(names) == set(range(len(names))) else ()

@@ -1,0 +1,110 @@
+"""Any classifier of timm (PyTorch Image Models), by name; normalisation, size and interpolation from its own cfg."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dipguard.checks import check_int
+from dipguard.victims.base import Normalised
+from dipguard.victims.libraries import first_line, library
+from dipguard.victims.weights import load_state_dict_strict
+
+
+def build(
+    *,
+    arch: str = "resnet50",
+    weights: str | Path | None = None,
+    num_classes: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    model: Mapping[str, Any] | None = None,
+) -> Normalised:
+    """Return a timm classifier for images in [0, 1].
+
+    Args:
+        arch: timm's name, with or without the tag of its weights (``resnet50``, ``resnet50.a1_in1k``), or
+            ``hf-hub:owner/name`` or ``local-dir:/folder`` for a model in timm's own format.
+        weights: path or https address of a state dict, loaded strictly; None: timm's own weights for ``arch``,
+            downloaded once.
+        num_classes: number of classes of a state dict of your own; None: timm's number for ``arch``.
+        mean: per-channel mean of the normalisation; None: that of the model's ``pretrained_cfg``.
+        std: per-channel standard deviation, likewise.
+        model: further arguments of ``timm.create_model``, such as ``pad_type`` or ``img_size``.
+
+    Raises:
+        ImportError: timm is not installed.
+        ValueError: an unknown ``arch``, ``model`` that it does not take, a model without classifier or without weights
+            of its own, or weights that are damaged or do not fit.
+        FileNotFoundError, RuntimeError: no weights file, or no download.
+    """
+    timm = library("timm", victim="timm", extra="timm")
+    _check_arch(timm, arch)
+    options = dict(model or {})
+    if num_classes is not None:
+        if weights is None:
+            raise ValueError(
+                "`victim.num_classes` is for weights of your own (`victim.weights`): with timm's, another number would "
+                f"give a classifier that was never trained, got {num_classes}"
+            )
+        options["num_classes"] = check_int(num_classes, name="victim.num_classes", low=2)
+    network = _create(timm, arch, pretrained=weights is None, options=options)
+    if network.num_classes < 2:
+        raise ValueError(f"`victim.arch` must be a classifier, got {arch!r}, which timm offers for its features alone")
+    if weights is not None:
+        load_state_dict_strict(network, weights)
+    own = timm.data.resolve_data_config(args={"img_size": options.get("img_size")}, model=network)
+    return Normalised(
+        network,
+        mean=own["mean"] if mean is None else mean,
+        std=own["std"] if std is None else std,
+        classes=_classes(timm, network),
+        size=tuple(own["input_size"][1:]),
+        interpolation=own["interpolation"],
+    )
+
+
+def _check_arch(timm: Any, arch: str) -> None:
+    name = arch.split(".")[0]
+    if ":" in arch or timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, timm.list_models(), n=5)
+    hint = f"; near it: {', '.join(near)}" if near else "; timm.list_models() names them"
+    raise ValueError(f"`victim.arch` must be one of timm's models, got {arch!r}{hint}")
+
+
+def _create(timm: Any, arch: str, *, pretrained: bool, options: Mapping[str, Any]) -> Any:
+    """The network; where it is ``pretrained``, with its own weights."""
+    try:
+        if pretrained and ":" not in arch and not timm.models.get_pretrained_cfg(arch).has_weights:
+            raise ValueError(f"`victim.weights` must name a state dict: timm has no weights for {arch!r}")
+        return timm.create_model(arch, pretrained=pretrained, **options)
+    except ValueError:
+        raise
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"`victim.model`: {arch} cannot be built with {dict(options)}: {first_line(error)}") from error
+    except Exception as error:  # what a failed download raises depends on the transport
+        text = f"`victim.arch`: timm could not make {arch!r}: {first_line(error)}"
+        if "nvalid pretrained tag" in text:
+            raise ValueError(text) from error
+        advice = ". Download the weights in another way and give their path as `victim.weights`" if pretrained else ""
+        raise RuntimeError(text + advice) from error
+
+
+def _classes(timm: Any, network: nn.Module) -> tuple[str, ...]:
+    """Names from the model's cfg; else ImageNet's, which timm knows by their number; else none."""
+    cfg: dict[str, Any] = getattr(network, "pretrained_cfg", {}) or {}
+    count = int(network.num_classes)  # type: ignore[arg-type]
+    names = list(cfg.get("label_descriptions") or cfg.get("label_names") or ())
+    if isinstance(cfg.get("label_descriptions"), Mapping):
+        described = cfg["label_descriptions"]
+        names = [described.get(name, name) for name in cfg.get("label_names") or described]
+    subset = timm.data.infer_imagenet_subset(network)
+    if not names and subset is not None:
+        names = timm.data.ImageNetInfo(subset).label_descriptions()
+    # WordNet's lemmas: "tench, Tinca tinca".
+    return tuple(str(name).split(",")[0] for name in names) if len(names) == count else ()

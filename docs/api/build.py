@@ -1,0 +1,54 @@
+"""Builds the API reference from the docstrings: ``python docs/api/build.py OUT``. Needs dipguard[docs].
+
+Any warning fails it. The pages lie in OUT, ``index.html`` first. Nothing is downloaded to build them; to show the
+formulas, a reader's browser fetches MathJax.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import sys
+import warnings
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+
+
+def modules() -> list[str]:
+    """dipguard and all its public modules: those of which no part starts with an underscore."""
+    import dipguard
+
+    found = [name for _, name, _ in pkgutil.walk_packages(dipguard.__path__, "dipguard.")]
+    return ["dipguard", *(name for name in found if not any(part.startswith("_") for part in name.split(".")))]
+
+
+def build(out: Path) -> None:
+    """Write all pages into ``out``.
+
+    Raises:
+        UserWarning: A docstring, an annotation or a module that cannot be shown.
+    """
+    pdoc: Any = import_module("pdoc")  # an extra, which the type checker need not have
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        # Of names that only a type checker imports, and in NamedTuples; the page shows them as they are written.
+        warnings.filterwarnings("ignore", "Error parsing type annotation", UserWarning)
+        pdoc.render.configure(docformat="google", math=True, template_directory=HERE / "templates")
+        # Of a package without __all__, pdoc takes the modules along; naming them again would be an error.
+        chosen: list[str] = []
+        covered: set[str] = set()
+        for name in modules():
+            if name not in covered:
+                chosen.append(name)
+                covered |= set(pdoc.extract.walk_specs([name]))
+        pdoc.pdoc(*chosen, output_directory=out)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} OUT")
+    sys.path.insert(0, str(HERE.parents[1]))
+    build(Path(sys.argv[1]))

@@ -1,0 +1,305 @@
+import csv
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dipguard import DIPGuard
+from dipguard.files import file_digest
+from tests.cli.conftest import load, save
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def _rows(out):
+    with (out / "decisions.csv").open(newline="", encoding="utf-8") as stream:
+        return {row["picture"]: row for row in csv.DictReader(stream)}
+
+
+def _times(out):
+    return {path.relative_to(out).as_posix(): path.stat().st_mtime_ns for path in out.rglob("*.png")}
+
+
+def _is_drawn(path):
+    assert len(load(path).flatten(1).unique(dim=1)[0]) > 50, "an empty figure"
+
+
+def test_a_folder_is_purified_as_the_library_does_it(pictures, purify, victim, tmp_path):
+    given = {path: file_digest(path) for path in pictures.rglob("*") if path.is_file()}
+    words = ("--option", "T=20", "decisions=10", "K=3", "--seed", "5", "--figures", "2")
+    code, printed, said = purify(pictures, *words, defense="paper")
+    assert code == 0, said
+    out = tmp_path / "out"
+    rows = _rows(out)
+    assert list(rows) == ["a.png", "b.png", "deep/c.png"]
+    guard = DIPGuard(victim, T=20, decisions=10, K=3, seed=5, progress=False)
+    given_images = torch.stack([load(pictures / name) for name in rows]) / 255
+    by_hand = guard.purify(given_images, indices=torch.tensor([int(row["index"]) for row in rows.values()]))
+    for i, (name, row) in enumerate(rows.items()):
+        before, after = given_images[i : i + 1], load(out / row["output"])
+        assert torch.equal((by_hand[i] * 255).round(), after.float())
+        with torch.no_grad():
+            decisions = [int(victim(images).argmax()) for images in (before, after[None] / 255)]
+        assert decisions == [int(row["before"]), int(row["after"])]
+        assert (row["changed"] == "True") == (row["before"] != row["after"])
+        assert 0.1 <= float(row["after_confidence"]) <= 1
+        assert name in printed
+        assert name in (out / "decisions.md").read_text()
+    for name in ("a.figure.png", "b.figure.png"):
+        _is_drawn(out / "figures" / name)
+    assert not (out / "figures" / "deep").exists()
+    assert given == {path: file_digest(path) for path in pictures.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("defense", ["none", "jpeg"])
+def test_any_defence_draws_before_and_after(pictures, purify, tmp_path, defense):
+    code, _, said = purify(pictures / "a.png", defense=defense)
+    assert code == 0, said
+    _is_drawn(tmp_path / "out" / "figures" / "a.figure.png")
+    same = torch.equal(load(tmp_path / "out" / "a.png"), load(pictures / "a.png"))
+    assert same == (defense == "none")
+
+
+def test_our_own_defence_is_the_default_one(pictures, capsys, tmp_path):
+    from dipguard.cli.main import main
+
+    words = ["--option", "T=30", "t0=5", "every=5", "--victim", "digits_cnn", "--batch", "2"]
+    assert main(["purify", str(pictures), str(tmp_path / "out"), *words]) == 0
+    printed, said = capsys.readouterr()
+    assert "defence dipguard" in said
+    assert "picture" in said, "no progress bar"
+    assert len(_rows(tmp_path / "out")) == 3
+    assert len(printed.splitlines()) == 4
+
+
+def _change_nothing(pictures, out):
+    return ()
+
+
+def _change_an_option(pictures, out):
+    return ("--option", "quality=40")
+
+
+def _change_a_picture(pictures, out):
+    save(load(pictures / "b.png") / 510, pictures / "b.png")
+    return ()
+
+
+def _damage_a_result(pictures, out):
+    (out / "b.png").write_bytes((out / "b.png").read_bytes()[:300])
+    return ()
+
+
+def _paint_over_a_result(pictures, out):
+    with Image.open(out / "b.png") as picture:
+        picture.load()
+        from PIL.PngImagePlugin import PngInfo
+
+        notes = PngInfo()
+        notes.add_text("dipguard", picture.text["dipguard"])
+        Image.new("RGB", picture.size, "red").save(out / "b.png", pnginfo=notes)
+    return ()
+
+
+def _delete_a_result(pictures, out):
+    (out / "b.png").unlink()
+    return ()
+
+
+def _ask_again(pictures, out):
+    return ("--redo",)
+
+
+ALL, ONE = {"a.png", "b.png", "deep/c.png"}, {"b.png"}
+
+
+@pytest.mark.parametrize(
+    ("change", "redone"),
+    [
+        (_change_nothing, set()),
+        (_change_an_option, ALL),
+        (_change_a_picture, ONE),
+        (_damage_a_result, ONE),
+        (_paint_over_a_result, ONE),
+        (_delete_a_result, ONE),
+        (_ask_again, ALL),
+    ],
+)
+def test_what_is_done_is_not_done_again(pictures, purify, tmp_path, change, redone):
+    out = tmp_path / "out"
+    assert purify(pictures, "--figures", "0")[0] == 0
+    words = change(pictures, out)
+    before = _times(out)
+    code, printed, said = purify(pictures, "--figures", "0", *words)
+    assert code == 0
+    after = _times(out)
+    assert {name for name in after if before.get(name) != after[name]} == redone
+    assert (f"{3 - len(redone)} pictures were done earlier" in said) == (len(redone) < 3)
+    assert set(_rows(out)) == ALL
+    assert len(printed.splitlines()) == 4
+
+
+def test_a_missing_figure_is_not_hidden(pictures, purify, tmp_path):
+    purify(pictures, "--figures", "0")
+    assert "3 of the pictures that were done earlier have no figure" in purify(pictures)[2]
+
+
+BAD = {
+    "text.png": lambda path: path.write_text("no picture"),
+    "empty.jpg": lambda path: path.write_bytes(b""),
+    "cut.png": lambda path: path.write_bytes((path.parent / "a.png").read_bytes()[:500]),
+    "deep16.png": lambda path: Image.new("I;16", (32, 32)).save(path),
+}
+
+
+def test_bad_pictures_are_named_and_the_others_done(pictures, purify, tmp_path):
+    for name, make in BAD.items():
+        make(pictures / name)
+    code, printed, said = purify(pictures)
+    assert code == 1
+    rows = _rows(tmp_path / "out")
+    assert {name for name, row in rows.items() if row["problem"]} == set(BAD)
+    for name in BAD:
+        assert f"not purified: {name}: " in said
+        assert name in printed
+    assert {name for name, row in rows.items() if row["output"]} == ALL
+    assert purify(pictures)[0] == 1, "the second time it must fail too"
+
+
+def test_a_stranger_in_the_folder_is_not_overwritten(pictures, purify, tmp_path):
+    out = tmp_path / "out"
+    purify(pictures / "b.png")
+    save(torch.zeros(3, 8, 8), out / "a.png")
+    mine = file_digest(out / "a.png")
+    code, _, said = purify(pictures)
+    assert code == 1
+    assert "was not written by this command" in said
+    assert file_digest(out / "a.png") == mine
+
+
+def test_results_inside_the_given_folder_are_no_input(pictures, purify):
+    for _ in range(2):
+        code, printed, _ = purify(pictures, out=pictures / "clean")
+        assert code == 0
+        assert len(printed.splitlines()) == 4
+
+
+def test_a_result_never_takes_the_place_of_a_given_picture(pictures, purify, tmp_path):
+    purify(pictures)
+    code, _, said = purify(tmp_path / "out")
+    assert code == 2
+    assert "holds no picture" in said
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    save(torch.zeros(3, 32, 32), tmp_path / "out" / "new.png")
+    digest = file_digest(tmp_path / "out" / "new.png")
+    assert purify(tmp_path / "out" / "new.png")[0] == 2
+    assert purify(tmp_path / "out" / "new.png", out=tmp_path / "link")[0] == 2
+    assert file_digest(tmp_path / "out" / "new.png") == digest
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--victim", "lenet"), "`victim`.*lenet|`--victim`.*lenet"),
+        (("--victim", "torchvision:resnet9000"), "`victim.arch`.*resnet9000"),
+        (("--victim", "cifar10_resnet20", "--weights", "nowhere.th"), "nowhere.th"),
+        (("--victim", "digits_cnn:x.pt", "--weights", "y.pt"), "given twice"),
+        (("--victim-option", "depth=3"), "takes no option 'depth'"),
+        (("--option", "strength=3"), "takes no option 'strength'"),
+        (("--option", "quality"), "--option: 'quality' is not of the form KEY=VALUE"),
+        (("--option", "quality=20", "quality=30"), "given twice"),
+        (("--option", "quality=1000"), "`quality`"),
+        (("--size", "0"), "--size must be at least 1"),
+        (("--size", "7"), "--size: the victim cannot read 7x7 pixels"),
+        (("--seed", "-1"), "--seed must be at least 0"),
+        (("--batch", "0"), "--batch must be at least 1"),
+        (("--figures", "-1"), "--figures must be at least 0"),
+    ],
+)
+def test_it_refuses_before_anything_is_written(pictures, purify, tmp_path, words, message):
+    code, printed, said = purify(pictures, *words)
+    assert code == 2
+    assert said.startswith("dipguard: error: ")
+    assert re.search(message, said)
+    assert printed == ""
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("defense", "message"),
+    [("magic", "`--defense` must be one of .*jpeg.*'magic'"), ("comdefend", "cannot run.*weights.*--option weights=")],
+)
+def test_it_refuses_a_defence_that_cannot_run(pictures, purify, defense, message):
+    code, _, said = purify(pictures, defense=defense)
+    assert code == 2
+    assert re.search(message, said)
+
+
+def test_it_refuses_folders_that_are_none(pictures, purify, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.txt").write_text("mine")
+    (tmp_path / "empty").mkdir()
+    cases = [
+        (tmp_path / "nowhere", tmp_path / "out", "does not exist"),
+        (tmp_path / "empty", tmp_path / "out", "holds no picture"),
+        (pictures, pictures, "holds files that this command did not write"),
+        (pictures, tmp_path / "full", "holds files that this command did not write"),
+        (pictures, pictures / "a.png", "OUT must be a folder"),
+        (pictures, tmp_path / "new.png", "OUT must be a folder"),
+    ]
+    for given, out, message in cases:
+        code, _, said = purify(given, out=out)
+        assert code == 2
+        assert message in said
+    assert os.listdir(tmp_path / "full") == ["thesis.txt"]
+
+
+def _run(*words, prefix="", **options):
+    run = "import runpy; runpy.run_module('dipguard', alter_sys=True, run_name='__main__')"
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {prefix}{run}"
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def test_it_needs_neither_hydra_nor_wandb_nor_matplotlib(pictures, tmp_path):
+    # torchmetrics itself imports matplotlib where it is installed, so that comes first.
+    names = ("hydra", "omegaconf", "wandb", "matplotlib", "tensorboard", "torchattacks", "timm", "transformers")
+    hide = f"import torchmetrics; sys.modules.update(dict.fromkeys({names!r})); "
+    words = ("purify", str(pictures), str(tmp_path / "out"), "--victim", "digits_cnn", "--defense", "none")
+    with _run(*words, prefix=hide) as process:
+        printed, said = process.communicate()
+    assert process.returncode == 0, said
+    assert "no figures: matplotlib is not installed" in said
+    assert "a.png" in printed
+    assert set(_rows(tmp_path / "out")) == ALL
+
+
+@pytest.mark.slow
+def test_after_ctrl_c_it_goes_on_where_it_was(pictures, tmp_path):
+    out = tmp_path / "out"
+    words = ("purify", str(pictures), str(out), "--victim", "digits_cnn", "--defense", "paper")
+    words += ("--option", "T=1500", "--batch", "1", "--figures", "0", "--no-progress")
+    with _run(*words) as process:
+        while process.poll() is None and not (out / "a.png").exists():
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    assert process.returncode == 130, said
+    done = set(_rows(out))
+    assert "a.png" in done
+    assert done < ALL
+    first = _times(out)["a.png"]
+    with _run(*words) as process:
+        _, said = process.communicate()
+    assert process.returncode == 0, said
+    assert f"{len(done)} pictures were done earlier" in said
+    assert set(_rows(out)) == ALL
+    assert _times(out)["a.png"] == first

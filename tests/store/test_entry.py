@@ -1,0 +1,93 @@
+"""Files of the store: whole, or known to be damaged."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dipguard.store.entry import DamagedEntryError, read_entry, read_header, write_entry
+
+ARRAYS = {
+    "images": np.random.default_rng(0).random((4, 3, 8, 8), dtype=np.float32),
+    "steps": np.arange(4),
+    "empty": np.zeros((0, 3, 8, 8), np.float32),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    file = tmp_path / "ab" / "abc.npz"
+    assert write_entry(file, ARRAYS, {"key": "abc", "index": 3}) == file.stat().st_size
+    return file
+
+
+def test_what_is_written_is_read(path: Path):
+    entry = read_entry(path)
+    assert entry.arrays.keys() == ARRAYS.keys()
+    for name, array in ARRAYS.items():
+        assert entry.arrays[name].dtype == array.dtype
+        assert np.array_equal(entry.arrays[name], array)
+    assert (entry.header["key"], entry.header["index"]) == ("abc", 3)
+    assert read_header(path) == entry.header
+    assert entry.bytes == sum(array.nbytes for array in ARRAYS.values())
+
+
+def test_anybody_can_read_it_with_numpy(path: Path):
+    with np.load(path) as saved:
+        assert np.array_equal(saved["images"], ARRAYS["images"])
+
+
+def flip(at: float) -> Callable[[bytes], bytes]:
+    def change(content: bytes) -> bytes:
+        place = min(int(at * len(content)), len(content) - 1)
+        return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+    return change
+
+
+DAMAGE = {
+    "first byte": flip(0.0),
+    "an image": flip(0.3),
+    "the middle": flip(0.5),
+    "the directory": flip(0.95),
+    "the digest": flip(1.0),
+    "cut": lambda content: content[: len(content) // 2],
+    "a byte missing": lambda content: content[:-1],
+    "longer": lambda content: content + b"x",
+    "empty": lambda content: b"",
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_seen(path: Path, damage: Callable[[bytes], bytes]):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DamagedEntryError, match="damaged"):
+        read_entry(path)
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "zeros"])
+def test_a_header_that_cannot_be_read_is_damage(path: Path, damage: str):
+    path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    with pytest.raises(DamagedEntryError, match="damaged"):
+        read_header(path)
+
+
+def test_a_missing_file_is_no_damage(tmp_path: Path):
+    for read in (read_entry, read_header):
+        with pytest.raises(FileNotFoundError):
+            read(tmp_path / "none.npz")
+
+
+def test_another_archive_is_no_entry(tmp_path: Path):
+    np.savez(tmp_path / "other.npz", header=np.str_('{"format": "something/1"}'))
+    with pytest.raises(DamagedEntryError, match=r"must be an entry of a store .* got 'something/1'"):
+        read_header(tmp_path / "other.npz")
+
+
+def test_no_temporary_file_is_left(path: Path):
+    assert os.listdir(path.parent) == ["abc.npz"]

@@ -1,0 +1,134 @@
+"""Keys: everything that the numbers depend on, and nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dipguard.fit import DecideOptions, FitOptions
+from dipguard.networks import resolve
+from dipguard.store import StackKeys, victim_digest
+from tests.store.parts import random_victim, smooth_images
+
+CPU = torch.device("cpu")
+
+
+def fit_key(images: Tensor | None = None, *, index: int = 0, T: int = 200, **options: Any) -> str:
+    images = smooth_images(1) if images is None else images
+    fit = FitOptions(**{"network": "small", "engine": "torch", **options})
+    return StackKeys(images, indices=[index], fit=fit, T=T, device=CPU).fits[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"index": 1},
+        {"seed": 1},
+        {"network": "medium"},
+        {"z": "gaussian"},
+        {"z_scale": 0.2},
+        {"jitter": 0.2},
+        {"init": "xavier"},
+        {"padding": "zeros"},
+        {"lr": 0.02},
+        {"dtype": "float64"},
+        {"engine": "native"},
+        {"optimise_z": True},
+    ],
+    ids=str,
+)
+def test_what_changes_a_fit_changes_its_key(options: dict[str, Any]):
+    assert fit_key(**options) != fit_key()
+
+
+def test_the_image_counts_by_what_it_holds():
+    image = smooth_images(1)
+    other = image.clone()
+    other[0, 0, 0, 0] = torch.nextafter(other[0, 0, 0, 0], torch.tensor(2.0))
+    assert fit_key(image.clone()) == fit_key(image)
+    assert fit_key(other) != fit_key(image)
+    assert fit_key(image.flip(-1)) != fit_key(image)
+
+
+def test_what_a_fit_does_not_depend_on_is_not_in_its_key():
+    # T (as long as the engine is the same), how a network is named, and how z_scale's default is written.
+    spec = resolve("small")
+    assert fit_key(T=100) == fit_key(T=1500) == fit_key(network=spec) == fit_key(z_scale=spec.z_scale)
+
+
+def test_auto_is_the_engine_that_it_becomes():
+    assert fit_key(engine="auto", T=200) == fit_key(engine="native")
+    assert fit_key(engine="auto", T=20) == fit_key(engine="torch")
+
+
+def test_an_image_s_key_does_not_depend_on_its_batch_mates():
+    images = smooth_images(3)
+    fit = FitOptions(network="small", engine="torch")
+    together = StackKeys(images, indices=[4, 5, 6], fit=fit, T=200, device=CPU)
+    alone = [fit_key(images[b : b + 1], index=4 + b) for b in range(3)]
+    assert together.fits == alone
+    assert together.part(slice(1, 3)).fits == alone[1:]
+
+
+def trace_key(victim: nn.Module | None = None, **options: Any) -> str:
+    keys = StackKeys(smooth_images(1), indices=[0], fit=FitOptions(network="small", engine="torch"), T=100, device=CPU)
+    return keys.traces(random_victim() if victim is None else victim, DecideOptions(**{"T": 100, **options}))[0]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"T": 90, "decisions": 50},
+        {"decisions": 50},
+        {"decisions": None, "every": 5},
+        {"N": 5},
+        {"scores": "probabilities"},
+    ],
+    ids=str,
+)
+def test_what_changes_a_trace_changes_its_key(options: dict[str, Any]):
+    assert trace_key(**{"decisions": 100, **options}) != trace_key(decisions=100)
+
+
+def test_a_trace_is_known_by_its_steps_however_they_are_asked_for():
+    assert trace_key(decisions=20) == trace_key(decisions=None, every=5)
+    assert trace_key(decisions=20, K_max=3) == trace_key(decisions=20, K_max=30)
+
+
+def test_another_victim_has_other_traces_of_the_same_fit():
+    assert trace_key(random_victim(1), decisions=20) != trace_key(random_victim(2), decisions=20)
+
+
+class Scaled(nn.Module):
+    """A victim of which a state dict does not tell all."""
+
+    mean: Tensor
+
+    def __init__(self, *, mean: float = 0.5, temperature: float = 1.0) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.register_buffer("mean", torch.full((3, 1, 1), mean), persistent=False)
+        self.inner = random_victim()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x - self.mean) / self.temperature
+
+
+class Other(Scaled):
+    """The same parts, another class."""
+
+
+def test_digest_of_a_victim():
+    same = [Scaled(), Scaled().eval()]
+    changed = [Scaled(mean=0.4), Scaled(temperature=2.0), Other(), Scaled().double(), Scaled().bfloat16()]
+    with torch.no_grad():
+        changed.append(Scaled())
+        changed[-1].inner[0].bias[0] += 1e-3
+        changed.append(Scaled())
+        changed[-1].inner[1].running_mean += 1e-3
+    digests = [victim_digest(victim) for victim in [*same, *changed]]
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 1 + len(changed)

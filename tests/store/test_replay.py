@@ -1,0 +1,237 @@
+"""One fit, every setting: what comes from the store is what a fit with that setting gives, bit by bit."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pytorch_lightning.loggers import Logger
+
+from dipguard.store import TraceStore, list_entries, open_store, store_size
+from tests.store.parts import guard, random_victim, smooth_images
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> TraceStore:
+    return TraceStore(tmp_path / "store")
+
+
+def check_as_direct(store: TraceStore, images: torch.Tensor | None = None, **options: Any) -> None:
+    """The defence with the store gives what it gives without one."""
+    images = smooth_images() if images is None else images
+    got = guard(store, **options).defend(images)
+    wanted = guard(**{k: v for k, v in options.items() if k != "store_T"}).defend(images)
+    for mine, direct in zip(got.traces, wanted.traces, strict=True):
+        assert mine.equals(direct), [n for n, x in mine.tensors().items() if not torch.equal(x, direct.tensors()[n])]
+    assert torch.equal(got.reconstructions, wanted.reconstructions)
+    assert (got.reasons, got.crossings) == (wanted.reasons, wanted.crossings)
+    for name in ("decisions_before", "decisions_after"):
+        assert torch.equal(getattr(got, name), getattr(wanted, name))
+
+
+def test_settings_of_the_stitch_replay_one_fit(store: TraceStore):
+    settings: list[dict[str, Any]] = [{}, {"tau": 0.1}, {"t0": 9}, {"K": 1}, {"beta": 0.1}]
+    settings += [{"tau": 1.0}, {"t0": 3, "t0_unit": "samples"}, {"rule": "above"}, {"divide_by": "K"}]
+    for setting in settings:
+        check_as_direct(store, **setting)
+    assert store.counts == {"fitted": 3, "replayed": 3 * (len(settings) - 1)}
+    assert sum(len(trace.crossing_at) for trace in guard(store).defend(smooth_images()).traces) > 9
+
+
+@pytest.mark.parametrize("seen", [{"decisions": 12}, {"every": 2}], ids=str)
+def test_one_long_fit_serves_every_T(store: TraceStore, seen: dict[str, Any]):
+    # None of T = 14, 18, 21 is a multiple of the 12 decisions.
+    lengths = (18, 14, 24, 21)
+    for T in lengths:
+        check_as_direct(store, T=T, store_T=lengths, **seen)
+    assert store.counts == {"fitted": 3, "decided": 9}
+    for T in lengths:
+        check_as_direct(store, T=T, **seen)
+    assert (store.counts["fitted"], store.counts["replayed"]) == (3, 12)
+    assert {info.header["what"].split()[-1] for info in list_entries(store.path, layers=["fits"])} == {"23"}
+
+
+def test_what_was_not_sampled_is_fitted_again_and_serves_both(store: TraceStore):
+    check_as_direct(store, T=18)
+    check_as_direct(store, T=24)
+    check_as_direct(store, T=18)
+    check_as_direct(store, T=18, K_max=7)
+    check_as_direct(store, T=24, N=5)
+    assert store.counts == {"fitted": 6, "replayed": 3, "decided": 6}
+
+
+@pytest.mark.parametrize("options", [{"N": 4}, {"scores": "probabilities"}, {"decisions": 6}], ids=str)
+def test_other_decisions_on_the_same_fit(store: TraceStore, options: dict[str, Any]):
+    check_as_direct(store)
+    check_as_direct(store, **options)
+    assert store.counts == {"fitted": 3, "decided": 3}
+
+
+def test_another_victim_decides_on_the_same_fit(store: TraceStore):
+    check_as_direct(store)
+    check_as_direct(store, victim=random_victim(7))
+    assert store.counts == {"fitted": 3, "decided": 3}
+
+
+def test_a_larger_K_max_is_decided_and_then_serves_the_smaller(store: TraceStore):
+    for K_max, K in ((5, 3), (9, 9), (5, 3), (2, 1), (1, 1)):
+        check_as_direct(store, K_max=K_max, K=K)
+    assert store.counts == {"fitted": 3, "decided": 3, "replayed": 9}
+
+
+def test_samples_are_handed_out_on_demand(store: TraceStore):
+    for _ in range(2):
+        check_as_direct(store, keep_samples=True)
+    check_as_direct(store)
+    assert store.counts == {"fitted": 3, "replayed": 6}
+
+
+def test_only_missing_images_are_fitted(store: TraceStore):
+    images = smooth_images(4)
+    guard(store).defend(images[1:2], indices=[1])
+    check_as_direct(store, images)
+    assert store.counts == {"fitted": 1 + 3, "replayed": 1}
+
+
+def test_the_same_image_twice_is_fitted_once(store: TraceStore):
+    images = smooth_images(1)
+    got = guard(store).defend(images.repeat(2, 1, 1, 1), indices=[0, 0])
+    assert torch.equal(got.reconstructions[0], got.reconstructions[1])
+    assert sum(store.counts[name] for name in ("fitted", "decided", "replayed")) == 2
+    assert store.counts["fitted"] == 1
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float64", "engine": "torch"}, {"network": "medium"}], ids=str)
+def test_other_fits_are_other_entries(store: TraceStore, options: dict[str, Any]):
+    guard(store).defend(smooth_images())
+    check_as_direct(store, **options)
+    assert store.counts == {"fitted": 6}
+
+
+def test_a_new_process_reads_what_an_old_one_wrote(store: TraceStore):
+    check_as_direct(store)
+    again = TraceStore(store.path)  # nothing in memory
+    check_as_direct(again)
+    assert again.counts == {"replayed": 3}
+
+
+@pytest.mark.parametrize("layer", ["traces", "fits"])
+def test_a_damaged_entry_is_reported_and_made_again(store: TraceStore, layer: str, caplog: pytest.LogCaptureFixture):
+    check_as_direct(store)
+    path = sorted((store.path / layer).glob("??/*.npz"))[0]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(bytes(content))
+    again = TraceStore(store.path)
+    with caplog.at_level(logging.WARNING, logger="dipguard.store"):
+        check_as_direct(again)
+        check_as_direct(again, N=5)  # reads the fits
+    assert again.counts["damaged"] == 1
+    assert again.counts["fitted"] == (1 if layer == "fits" else 0)
+    assert [r.message for r in caplog.records if "damaged" in r.message and str(path) in r.message]
+    check_as_direct(TraceStore(store.path))
+
+
+def test_without_samples_it_serves_every_T_but_no_other_victim(tmp_path: Path):
+    store = TraceStore(tmp_path, keep_samples=False)
+    for T in (18, 24):
+        check_as_direct(store, T=T, store_T=(18, 24))
+    assert (store.counts["fitted"], store.counts["replayed"]) == (3, 3)
+    assert store_size(tmp_path)["fits"] == (0, 0)
+    check_as_direct(store, victim=random_victim(7))
+    assert store.counts["fitted"] == 6
+
+
+def test_a_victim_that_answers_otherwise_is_asked_again(store: TraceStore, caplog: pytest.LogCaptureFixture):
+    class Masked(torch.nn.Module):
+        """Its weights tell nothing of what it does."""
+
+        def __init__(self, channels: list[int]) -> None:
+            super().__init__()
+            self.channels = channels
+            self.inner = random_victim()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x[:, self.channels])
+
+    check_as_direct(store, victim=Masked([0, 1, 2]))
+    with caplog.at_level(logging.WARNING, logger="dipguard.store"):
+        check_as_direct(store, victim=Masked([2, 1, 0]))
+    assert "answers otherwise" in caplog.text
+    assert store.counts == {"fitted": 3, "decided": 3}
+
+
+def test_under_inference_mode_and_on_inference_tensors(store: TraceStore):
+    with torch.inference_mode():
+        first = guard(store).purify(smooth_images() * 1)
+    x = guard(store).purify(smooth_images())
+    assert torch.equal(first, x)
+    x.requires_grad_(True).sum().backward()
+
+
+class Curves(Logger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        self.rows: dict[int, dict[str, float]] = {}
+
+    @property
+    def name(self) -> str:
+        return "curves"
+
+    @property
+    def version(self) -> int:
+        return 0
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        return
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows[step] = dict(metrics)
+
+
+def test_curves_are_logged_of_fits_and_replays_alike(store: TraceStore):
+    logs = []
+    for one in (None, store, store):
+        logs.append(Curves())
+        guard(one, K_max=20).defend(smooth_images(), logger=logs[-1])
+    assert logs[0].rows.keys() == logs[1].rows.keys() == logs[2].rows.keys()
+    for step, wanted in logs[0].rows.items():
+        assert logs[1].rows[step] == logs[2].rows[step] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_a_store_that_cannot_be_written_costs_only_the_store(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    store = TraceStore(tmp_path / "store")
+    for layer in ("fits", "traces", "locks"):
+        (tmp_path / "store").mkdir(exist_ok=True)
+        (tmp_path / "store" / layer).write_text("in the way")
+    with caplog.at_level(logging.WARNING, logger="dipguard.store"):
+        check_as_direct(store)
+    assert "could not be kept" in caplog.text
+    assert "no lock could be taken" in caplog.text
+
+
+def test_one_process_has_one_store_a_folder(tmp_path: Path):
+    assert open_store(None) is None
+    assert open_store(tmp_path) is open_store(str(tmp_path))
+    assert open_store(tmp_path) is not open_store(tmp_path, keep_samples=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"store": 3}, TypeError, "`store` must be the path of a folder or null, got 3"),
+        ({"store": ""}, TypeError, "`store` must be the path of a folder"),
+        ({"store": __file__}, ValueError, "`store` must be a folder, got .* which is a file"),
+        ({"store": "x", "patience": 3}, ValueError, "`patience` must be None with a `store`, got 3"),
+        ({"store": "x", "store_T": [5]}, ValueError, "`T` must be at least `decisions`, got T=5"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path):
+    options = {**options, "store": tmp_path / "x"} if options["store"] == "x" else options
+    with pytest.raises(error, match=message):
+        guard(**options)

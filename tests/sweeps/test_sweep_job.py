@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from dipguard.evaluation.sweep_job import isolated, job_folder, job_key
+from tests.tiny_matrix import typed_matrix
+
+LONG = [f"rows.paper.options.{name}=0.123456789" for name in ("tau", "beta", "lr", "jitter", "z_scale", "K", "t0")]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "start"),
+    [
+        (["rows.paper.options.tau=0.5"], "tau=0.5-"),
+        (["rows.paper.options={tau:0.5,network:small}"], "tau=0.5,network=small-"),
+        (["+rows.paper.options.every=5", "data=cifar10"], "every=5,data=cifar10-"),
+        (["data.path=/somewhere/far/tune.npz"], "path=tune.npz-"),
+        (["~rows.median"], "no_median-"),
+        (["~rows.median=null"], "no_median-"),  # as Hydra's sweeper passes it on
+        (["columns.pgd_8.options={steps:2}", "seed=1"], "steps=2,seed=1-"),
+        (["data.path='a b/c:d?.npz'"], "path=c_d_.npz_-"),
+        (["+sweep=smoke", "logger=wandb", "trainer.progress=false"], "job-"),
+    ],
+)
+def test_a_folder_is_named_by_what_was_overridden(overrides: list[str], start: str) -> None:
+    name = job_folder(overrides)
+    assert name.startswith(start)
+    assert len(name) == len(start) + 8
+
+
+def test_long_overrides_give_a_name_that_can_be_a_folder(tmp_path: Path) -> None:
+    names = {job_folder([*LONG, f"seed={seed}"]) for seed in range(5)}
+    assert len(names) == 5
+    for name in names:
+        assert len(name) < 120
+        (tmp_path / name).mkdir()
+
+
+def test_names_tell_keys_of_the_same_ending_apart_and_are_the_same_however_they_are_ordered() -> None:
+    assert job_folder(["rows.paper.options.T=5"]) != job_folder(["rows.dip_fixed.options.T=5"])
+    digests = {job_folder(order)[-8:] for order in (["seed=1", "chunk=2"], ["chunk=2", "seed=1"])}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("override", ["trainer.progress=false", "logger=csv", "store=elsewhere", "processes=2"])
+def test_settings_that_no_result_depends_on_leave_a_job_done(override: str) -> None:
+    assert job_key(typed_matrix(override)) == job_key(typed_matrix())
+    assert job_folder(["seed=1", override]) == job_folder(["seed=1"])
+
+
+@pytest.mark.parametrize("override", ["seed=1", "rows.paper.options.tau=0.6", "data.limit=3", "figures=1"])
+def test_others_do_not(override: str) -> None:
+    assert job_key(typed_matrix(override)) != job_key(typed_matrix())
+
+
+def test_a_file_that_changed_makes_its_jobs_run_again(tmp_path: Path) -> None:
+    path = tmp_path / "images.npz"
+    keys = []
+    for content in (b"one", b"other"):
+        path.write_bytes(content)
+        keys.append(job_key(typed_matrix("data=arrays", f"data.path={path}")))
+    assert keys[0] != keys[1]
+
+
+def job_that_leaves_things_behind() -> None:
+    random.random(), np.random.rand(), torch.rand(1)
+    os.environ["DIPGUARD_LEFT_BEHIND"] = "x"
+    os.environ.pop("HOME", None)
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    torch.set_default_dtype(torch.float64)
+    torch.set_grad_enabled(False)
+    torch.use_deterministic_algorithms(True)
+    raise RuntimeError("the job failed")
+
+
+def test_a_job_leaves_the_process_as_it_was() -> None:
+    threads = torch.get_num_threads()
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), dict(os.environ)
+    with pytest.raises(RuntimeError, match="the job failed"), isolated():
+        job_that_leaves_things_behind()
+    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), dict(os.environ)
+    assert before[:2] == after[:2]
+    assert torch.equal(before[2], after[2])
+    assert before[3] == after[3]
+    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, torch.float32)
+    assert torch.is_grad_enabled()
+    assert not torch.are_deterministic_algorithms_enabled()

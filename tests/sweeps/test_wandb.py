@@ -1,0 +1,121 @@
+"""Jobs in W&B: real offline runs, read back."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from dipguard.config_matrix import from_hydra, register
+from tests.sweeps.tiny_sweep import run_sweep
+from tests.sweeps.wandb_reader import Run, read_run
+from tests.tiny_matrix import TINY, tiny_evaluation
+from tests.tiny_run import CONF, ROOT
+
+ONE_ROW = (
+    "~rows.none",
+    "~rows.jpeg",
+    "~rows.median",
+    "~rows.dip_fixed",
+    "~rows.dipguard",
+    "~columns.fgsm_8",
+    "figures=0",
+)
+
+
+def runs_in(folder: Path) -> list[Run]:
+    return [read_run(path) for path in sorted(folder.glob("**/logs/wandb/offline-run-*"))]
+
+
+@pytest.mark.slow
+def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    folder = tmp_path / "betas"
+    run_sweep(folder, *TINY, *ONE_ROW, "logger=wandb", "rows.paper.options.beta=0.1,0.9")
+    assert wandb.run is None
+    runs = runs_in(folder)
+    assert len({run.id for run in runs}) == len(runs) == 2
+    assert {run.config["rows"]["paper"]["options"]["beta"] for run in runs} == {0.1, 0.9}
+    for run in runs:
+        assert (run.group, run.job_type, run.exit_code) == ("betas", "sweep", 0)
+        assert run.config["data"]["limit"] == 5
+        sampled = [line for line in run.history if "fit/paper.pgd_8.quality" in line]
+        assert [line["trainer/global_step"] for line in sampled] == list(range(1, 20, 2))
+        for line in sampled:
+            for column in ("clean", "pgd_8"):
+                assert all(0 <= line[f"fit/paper.{column}.{name}"] <= 1 for name in ("accuracy", "changed"))
+                assert -1 <= line[f"fit/paper.{column}.quality"] <= 1
+        table = {key.split("/")[1]: value for key, value in run.history[-1].items() if key.startswith("images/")}
+        assert (table["nrows"], table["_type"]) == (2 * 5, "table-file")
+        pictures = {key.split("/")[1] for key in run.history[-1] if key.startswith("figures/")}
+        traces = {f"trace_paper_{column}_{i:06d}" for column in ("clean", "pgd_8") for i in (0, 1)}
+        assert pictures == traces | {"panel_paper_clean", "panel_paper_pgd_8"}
+        for name in ("accuracy", "low", "high", "ssim", "psnr"):
+            assert f"result/paper.pgd_8.{name}" in run.summary
+        means = [run.summary[f"result/paper.{column}.accuracy"] for column in ("clean", "pgd_8")]
+        assert run.summary["result/paper.mean_accuracy"] == pytest.approx(sum(means) / 2)
+
+
+@pytest.mark.slow
+def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from dipguard.reporting import wandb_run
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
+    monkeypatch.setattr(wandb_run, "INIT_SECONDS", 3.0)
+    start = time.monotonic()
+    tiny_evaluation(tmp_path, *ONE_ROW, "data.limit=2", "log_figures=0", "logger=wandb")
+    assert time.monotonic() - start < 120
+    assert (tmp_path / "results.csv").is_file()
+    assert "kept offline" in caplog.text
+    (run,) = runs_in(tmp_path)
+    assert run.job_type == "evaluate"
+    assert "result/paper.mean_accuracy" in run.summary
+
+
+def test_a_csv_log_holds_the_curves_and_the_result(tmp_path: Path) -> None:
+    import csv
+
+    rows = ("~rows.median", "~rows.dip_fixed", "~rows.dipguard")
+    tiny_evaluation(tmp_path, *rows, "~columns.fgsm_8", "figures=0", "logger=csv", "log_figures=1")
+    with (tmp_path / "logs" / "csv" / "session_0" / "metrics.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len([line for line in lines if line["fit/paper.clean.accuracy"]]) == 10
+    assert lines[-1]["result/jpeg.pgd_8.accuracy"]
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        f"{kind}_paper_{column}{end}.png"
+        for column in ("clean", "pgd_8")
+        for kind, end in (("panel", ""), ("trace", "_000000"))
+    }
+
+
+def test_the_file_for_wandb_sweep_makes_commands_that_compose(monkeypatch: pytest.MonkeyPatch) -> None:
+    from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
+
+    register()
+    monkeypatch.setenv("WANDB_RUN_ID", "abc")
+    given = yaml.safe_load((ROOT / "sweeps" / "wandb_sweep.yaml").read_text())
+    chosen: dict[str, Any] = {
+        key: {"value": rule["values"][0] if "values" in rule else rule["min"]}
+        for key, rule in given["parameters"].items()
+    }
+    args = create_sweep_command_args({"args": chosen})["args_no_hyphens"]
+    command = create_sweep_command(given["command"])
+    assert (ROOT / given["program"]).is_file()
+    overrides = [text for text in command if "=" in text] + list(args)
+    assert "hydra.run.dir=outputs/wandb/${oc.env:WANDB_RUN_ID}" in overrides
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = from_hydra(compose("evaluate", overrides=[o for o in overrides if not o.startswith("hydra.")]))
+    assert config.rows["paper"].options["tau"] == chosen["rows.paper.options.tau"]["value"]
+    assert str(config.logger.name) == "wandb"

@@ -1,0 +1,64 @@
+"""Every Python block of the documentation runs, and what documents point at is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests.docs_blocks import blocks, run_python
+
+ROOT = Path(__file__).resolve().parents[1]
+SHORT = {"T=1000": "T=20, decisions=10, progress=False"}
+DOCUMENTS = {
+    "docs/quickstart.md": SHORT,
+    "docs/integrations.md": SHORT,
+    "README.md": {
+        'weights="DEFAULT"': "weights=None",
+        "224, 224": "40, 40",
+        "T=3000": "T=20, decisions=10, progress=False",
+        '"dipguard", victim': '"dipguard", victim, T=20, t0=5, every=5, progress=False',
+    },
+}
+"""Documents that are run, and what takes the place of downloads and long fits there."""
+LANGUAGES = {"python", "sh", "yaml"}
+
+
+@pytest.mark.parametrize(
+    "document", [pytest.param(name, marks=[pytest.mark.slow] * (name == "docs/integrations.md")) for name in DOCUMENTS]
+)
+def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if document == "docs/integrations.md":
+        for library in ("art", "foolbox", "hydra", "torchattacks"):
+            pytest.importorskip(library, reason="the guide needs the extras")
+    monkeypatch.chdir(tmp_path)
+    assert run_python(ROOT / document, instead=DOCUMENTS[document]) == sum(
+        block.language == "python" for block in blocks(ROOT / document)
+    )
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_blocks_say_their_language(document: str) -> None:
+    found = blocks(ROOT / document)
+    assert {block.language for block in found} <= LANGUAGES
+    assert any(block.language == "python" for block in found)
+
+
+@pytest.mark.parametrize(
+    "document", sorted(str(p.relative_to(ROOT)) for p in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+)
+def test_what_a_document_links_to_is_there(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+    assert not [link for link in links if link and not (ROOT / document).parent.joinpath(link).exists()]
+
+
+def test_a_block_that_fails_is_found(tmp_path: Path) -> None:
+    document = tmp_path / "broken.md"
+    document.write_text("# Title\n\n```python\nx = 1\n```\n\n```sh\nexit 1\n```\n\n```python\nassert x == 2\n```\n")
+    with pytest.raises(AssertionError) as caught:
+        run_python(document, instead={})
+    assert caught.traceback[-1].lineno + 1 == 12
+    with pytest.raises(AssertionError, match="no longer has"):
+        run_python(document, instead={"y = 1": "y = 2"})

@@ -1,0 +1,125 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dipguard.victims import build_victim
+
+transformers = pytest.importorskip("transformers", reason="the victim huggingface needs the extra huggingface")
+
+NAMES = {0: "cat", 1: "dog", 2: "eel"}
+
+
+def _model(kind="vit", **options):
+    names = {"id2label": NAMES, "label2id": {name: number for number, name in NAMES.items()}}
+    torch.manual_seed(1)
+    if kind == "resnet":
+        config = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], **names)
+        return transformers.ResNetForImageClassification(config).eval()
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
+    )
+    config.update(names)
+    return getattr(transformers, options.pop("head", "ViTForImageClassification"))(config).eval()
+
+
+SIDE = {"height": 32, "width": 32}
+PROCESSORS = {
+    "usual": ("ViTImageProcessor", {"size": SIDE, "image_mean": [0.5, 0.4, 0.3], "image_std": [0.2, 0.3, 0.4]}),
+    "no normalisation": ("ViTImageProcessor", {"size": SIDE, "do_normalize": False}),
+    "another scale": ("ViTImageProcessor", {"size": SIDE, "rescale_factor": 1 / 127.5}),
+    "around zero": ("EfficientNetImageProcessor", {"size": SIDE, "crop_size": SIDE, "rescale_offset": True}),
+    "BGR": ("MobileViTImageProcessor", {"size": {"shortest_edge": 36}, "crop_size": SIDE}),
+    "cropped": ("ConvNextImageProcessor", {"size": {"shortest_edge": 32}, "crop_pct": 0.875}),
+}
+
+
+@pytest.fixture(params=["vit", "resnet"])
+def folder(request, tmp_path):
+    _model(request.param).save_pretrained(tmp_path / request.param)
+    transformers.ViTImageProcessor(size=SIDE, resample=3).save_pretrained(tmp_path / request.param)
+    return tmp_path / request.param
+
+
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_it_reads_pictures_as_its_own_processor_prepares_them(tmp_path, kind):
+    name, options = PROCESSORS[kind]
+    model, processor = _model(), getattr(transformers, name)(**options)
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    victim = build_victim("huggingface", weights=tmp_path)
+    assert victim.size == (32, 32)
+    # Without its resizing and cropping: the picture has the size already.
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    still = {"do_resize": False, "return_tensors": "pt"} | ({"do_center_crop": False} if "crop" in str(options) else {})
+    prepared = processor(images=Image.fromarray(pixels), **still)["pixel_values"]
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 255
+    with torch.no_grad():
+        assert torch.allclose(victim(image), model(prepared).logits, atol=1e-4)
+
+
+def test_names_and_interpolation_are_its_own(folder):
+    victim = build_victim("huggingface", weights=str(folder))
+    assert victim.classes == ("cat", "dog", "eel")
+    assert victim.interpolation == "bicubic"
+    assert not victim.training
+    with torch.no_grad():
+        assert victim(torch.rand(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_gradients_reach_the_images(folder):
+    images = torch.rand(2, 3, 32, 32, requires_grad=True)
+    build_victim("huggingface", weights=folder)(images).sum().backward()
+    assert float(images.grad.abs().sum()) > 0
+
+
+def test_without_a_processor_the_options_say_it(folder):
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(RuntimeError, match=r"no image processor.*`mean`, `std` and `size`"):
+        build_victim("huggingface", weights=folder)
+    victim = build_victim("huggingface", weights=folder, mean=(0, 0, 0), std=(1, 1, 1), size=32)
+    assert victim.size == (32, 32)
+
+
+def test_a_backbone_without_its_head_is_refused(tmp_path):
+    _model(head="ViTModel").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"lacks classifier\.bias, classifier\.weight.*ViTForImageClassification"):
+        build_victim("huggingface", weights=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "error", "message"),
+    [
+        (None, ValueError, "`victim.weights` must be the hub id"),
+        ("./nowhere", FileNotFoundError, r"`victim.weights`.*nowhere"),
+        ("one/two/three", FileNotFoundError, "`victim.weights`.*one/two/three"),
+    ],
+)
+def test_huggingface_refuses(weights, error, message):
+    with pytest.raises(error, match=message):
+        build_victim("huggingface", weights=weights)
+
+
+def test_a_hub_id_that_is_not_to_be_had_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(
+        RuntimeError, match=r"`victim.weights`: no image classifier could be loaded from nobody/nothing"
+    ):
+        build_victim("huggingface", weights="nobody/nothing")
+
+
+@pytest.mark.parametrize("damage", ["model.safetensors", "config.json"])
+def test_a_damaged_folder_is_refused(folder, damage):
+    (folder / damage).write_bytes(b"damaged")
+    with pytest.raises(RuntimeError, match=r"`victim.weights`: no image classifier could be loaded from"):
+        build_victim("huggingface", weights=folder)
+
+
+def test_code_in_the_folder_is_not_run(folder, tmp_path):
+    (folder / "pytorch_model.bin").write_bytes(b"cnow\n.")
+    shutil.move(folder / "model.safetensors", tmp_path / "away")
+    with pytest.raises(RuntimeError, match=r"`victim.weights`"):
+        build_victim("huggingface", weights=folder)
