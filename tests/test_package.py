@@ -200,7 +200,7 @@ def readme_blocks(language: str) -> list[str]:
 
 
 def test_readme_ten_lines_call_dipguard_as_it_is():
-    (block,) = readme_blocks("python")
+    block = readme_blocks("python")[0]
     assert len([line for line in block.splitlines() if line]) == 10
     calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
     (made,) = [call for call in calls if ast.unparse(call.func) == "DIPGuard"]
@@ -223,7 +223,7 @@ def test_readme_commands_compose(program: str):
     assert len(commands) >= 3
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for overrides in commands:
-            assert hydra.compose(program, overrides=overrides).seed == 0
+            assert hydra.compose(program, overrides=[o for o in overrides if o != "-m"]).seed == 0
 
 
 def test_lock_names_the_pair_of_builds_and_no_host():
