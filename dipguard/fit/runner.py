@@ -180,8 +180,21 @@ def apart(device: torch.device) -> Iterator[None]:
     """A Trainer inside changes nothing of what is around it, and nothing around it changes the Trainer."""
     # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
     exact, gradients = precision("float32", device), torch.enable_grad()
-    with torch.inference_mode(False), gradients, isolate_rng(), quiet(), kept_memory(device), interrupts(), exact:
+    with torch.inference_mode(False), gradients, random_state_kept(), quiet(), kept_memory(device), interrupts(), exact:
         yield
+
+
+@contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Put the global random states back afterwards: Lightning's own context leaves them changed after an error."""
+    problem: BaseException | None = None
+    with isolate_rng():
+        try:
+            yield
+        except BaseException as error:
+            problem = error
+    if problem is not None:
+        raise problem
 
 
 @contextmanager

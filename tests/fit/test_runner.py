@@ -74,11 +74,16 @@ def test_ctrl_c_stays_ctrl_c_and_can_be_pressed_again(images: Tensor, victim: nn
 
 @pytest.mark.parametrize("error", [SystemExit, RuntimeError])
 def test_other_errors_pass(images: Tensor, victim: nn.Module, error: type[BaseException]) -> None:
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+
     def fail() -> None:
+        torch.rand(1)
         raise error("stop")
 
     with pytest.raises(error, match="stop"):
         run(images, victim, At(fail))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_runs_in_a_thread(images: Tensor, victim: nn.Module) -> None:
