@@ -70,6 +70,7 @@ def test_a_rebuild_of_nothing_says_so(tmp_path: Path) -> None:
     assert "No cell is finished yet" in (tmp_path / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_defence_aware_curves(tmp_path: Path) -> None:
     costs = estimate_aware(tiny_matrix(tmp_path, *AWARE))
     assert set(costs) == {f"{a} x {r}" for a in ("bpda", "hopskipjump") for r in ("none", "jpeg", "paper")}

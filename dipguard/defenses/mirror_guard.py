@@ -136,7 +136,7 @@ class MirrorGuard(Purifier):
             "beta": self.beta,
             "beta_step": self.beta_step,
         }
-        return {**super().settings, "fits": fits, **own, "shifts": [list(shift) for shift in SHIFTS]}
+        return {**super().settings, "fit": fits, **own, "shifts": [list(shift) for shift in SHIFTS]}
 
     @property
     def steps_per_image(self) -> int:

@@ -269,6 +269,7 @@ def _run(*words, prefix="", **options):
     )
 
 
+@pytest.mark.slow
 def test_it_needs_neither_hydra_nor_wandb_nor_matplotlib(pictures, tmp_path):
     # torchmetrics itself imports matplotlib where it is installed, so that comes first.
     names = ("hydra", "omegaconf", "wandb", "matplotlib", "tensorboard", "torchattacks", "timm", "transformers")

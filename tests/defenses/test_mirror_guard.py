@@ -27,7 +27,7 @@ def test_it_is_a_defence_with_settings_for_json(victim):
     assert isinstance(row, MirrorGuard)
     assert isinstance(row, Defense)
     settings = json.loads(json.dumps(row.settings))
-    assert (settings["name"], settings["T"], settings["t0"], len(settings["fits"])) == ("dipguard", 12, 2, 2)
+    assert (settings["name"], settings["T"], settings["t0"], len(settings["fit"])) == ("dipguard", 12, 2, 2)
     assert row.steps_per_image == 22
     assert row.windows == 3
     assert guard(victim, seed=4).settings != settings

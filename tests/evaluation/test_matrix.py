@@ -169,7 +169,8 @@ def test_bad_settings_are_named_before_anything_runs(tmp_path: Path, override: s
 
 
 def test_a_row_without_its_weights_says_so_and_has_no_figure(tmp_path: Path) -> None:
-    only = ("~columns.fgsm_8", "~columns.pgd_8", "~rows.paper", "~rows.dip_fixed", "+rival@rows.comdefend=comdefend")
+    fits = ("~rows.paper", "~rows.dip_fixed", "~rows.dipguard")
+    only = ("~columns.fgsm_8", "~columns.pgd_8", *fits, "+rival@rows.comdefend=comdefend")
     matrix = prepare_matrix(typed_matrix(*[t for t in TINY if "rows." not in t], *only), tmp_path)
     run_matrix(matrix)
     (cell,) = [row for row in table(matrix, "results.csv") if row["row"] == "comdefend"]

@@ -36,6 +36,7 @@ print(store.counts["fitted"], float(got.double().sum()).hex(), flush=True)
 """
 
 
+@pytest.mark.slow
 def test_two_processes_make_each_fit_once(tmp_path: Path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     other = subprocess.Popen(
