@@ -25,9 +25,8 @@ DOCUMENTS = {
 LANGUAGES = {"python", "sh", "yaml"}
 
 
-@pytest.mark.parametrize(
-    "document", [pytest.param(name, marks=[pytest.mark.slow] * (name == "docs/integrations.md")) for name in DOCUMENTS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("document", DOCUMENTS)
 def test_python_blocks_run(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if document == "docs/integrations.md":
         for library in ("art", "foolbox", "hydra", "torchattacks"):

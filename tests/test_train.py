@@ -103,6 +103,7 @@ def test_attack_fools_the_victim_within_its_bound(finished: tuple[Path, dict[str
     assert metrics["accuracy"]["undefended"] < metrics["accuracy"]["clean"]
 
 
+@pytest.mark.slow
 def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, finished: tuple[Path, dict[str, Any]]
 ) -> None:
