@@ -99,8 +99,8 @@ class MirrorGuard(Purifier):
         self.beta = check_float(beta, name="beta", low=0.0)
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
         own: dict[str, Any] = {"padding": "zeros", "jitter": 0.0, "optimise_z": True}
-        base = fit if isinstance(fit, FitOptions) else fit_options({**own, **(fit or {})}, seed=self.seed)
-        self.fits = [replace(base, network=resolve(network), seed=self.seed) for network in networks]
+        base = fit_options(fit if isinstance(fit, FitOptions) else {**own, **(fit or {})}, seed=self.seed)
+        self.fits = [replace(base, network=resolve(network)) for network in networks]
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.progress = progress
 

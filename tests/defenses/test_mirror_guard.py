@@ -5,7 +5,7 @@ import torch
 
 from dipguard.defenses import Defense, build_defense
 from dipguard.defenses.mirror_guard import NETWORKS, MirrorGuard
-from dipguard.fit import Decider
+from dipguard.fit import Decider, FitOptions
 from dipguard.networks.presets import hourglass
 
 TINY = {
@@ -98,6 +98,7 @@ def test_progress_counts_the_steps_of_all_networks(images, victim, capsys):
         ({"beta_step": 0.0}, "`beta_step`"),
         ({"stack_size": 0}, "`stack_size`"),
         ({"fit": {"seed": 3}}, "takes no 'seed'"),
+        ({"fit": FitOptions(seed=3)}, "`fit` must leave the seed to `seed`"),
     ],
 )
 def test_bad_options_are_refused(victim, options, message):
