@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from dipguard.config_matrix import from_hydra, register
-from tests.sweeps.tiny_sweep import run_sweep
+from tests.sweeps.tiny_sweep import environment, run_sweep
 from tests.sweeps.wandb_reader import Run, read_run
 from tests.tiny_matrix import TINY, tiny_evaluation
 from tests.tiny_run import CONF, ROOT
@@ -119,3 +123,24 @@ def test_the_file_for_wandb_sweep_makes_commands_that_compose(monkeypatch: pytes
         config = from_hydra(compose("evaluate", overrides=[o for o in overrides if not o.startswith("hydra.")]))
     assert config.rows["paper"].options["tau"] == chosen["rows.paper.options.tau"]["value"]
     assert str(config.logger.name) == "wandb"
+
+
+@pytest.mark.slow
+def test_the_agent_of_wandb_drives_evaluate(tmp_path: Path) -> None:
+    """All but the server, which tells the agent what to try."""
+    parameters = {"rows.paper.options.tau": 0.25, "rows.paper.options.beta": 0.4, "rows.paper.options.K": 5}
+    tiny = [*TINY, *ONE_ROW, "trainer.progress=false"]
+    script = ROOT / "tests" / "sweeps" / "wandb_agent_script.py"
+    arguments = [str(ROOT / "sweeps" / "wandb_sweep.yaml"), "run7", json.dumps(tiny), json.dumps(parameters)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the agent starts `python`
+    given = {**environment(), "WANDB_MODE": "offline", "PATH": path}
+    ended = subprocess.run(
+        [sys.executable, str(script), *arguments], cwd=tmp_path, env=given, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert (tmp_path / "outputs" / "wandb" / "run7" / "results.csv").is_file()
+    (run,) = runs_in(tmp_path)
+    assert (run.id, run.exit_code) == ("run7", 0)
+    assert {name: run.config["rows"]["paper"]["options"][name.split(".")[-1]] for name in parameters} == parameters
+    metric = yaml.safe_load((ROOT / "sweeps" / "wandb_sweep.yaml").read_text())["metric"]["name"]
+    assert 0 <= run.summary[metric] <= 1
