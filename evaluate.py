@@ -16,9 +16,11 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dipguard.attacks import Cost
 from dipguard.config_matrix import from_hydra, register
 from dipguard.evaluation.aware import estimate_aware, run_aware, write_curves_csv
 from dipguard.evaluation.courses import Courses
+from dipguard.evaluation.ladder import estimate_ladder, run_ladder, write_ladder
 from dipguard.evaluation.matrix import Matrix, prepare_matrix
 from dipguard.evaluation.matrix_run import run_matrix
 from dipguard.evaluation.results import write_results
@@ -26,6 +28,7 @@ from dipguard.evaluation.sharding import run_sharded
 from dipguard.evaluation.sweep_job import is_done, isolated, job_key, mark_begun, mark_done, mark_failed
 from dipguard.files import write_text
 from dipguard.reporting import RunLog, open_log
+from dipguard.reporting.ladder_tables import ladder_summary
 from dipguard.reporting.matrix_log import log_matrix
 from dipguard.reporting.matrix_report import write_matrix_report
 from dipguard.reporting.matrix_tables import main_tables
@@ -48,26 +51,33 @@ def run(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list[Path
 
     Raises:
         CompactHydraException: A setting or a file is not as it must be; nothing was run.
+        RuntimeError: Cells of the ladder failed; everything else was run and reported.
     """
     try:
         config = from_hydra(cfg)
         matrix = prepare_matrix(config, folder)
-        costs = estimate_aware(matrix)
+        costs = estimate_aware(matrix) | estimate_ladder(matrix)
     except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
         raise CompactHydraException(f"{type(error).__name__}: {error}") from error
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    failed: list[str] = []
     if config.rebuild:
         write_results(matrix)
         write_curves_csv(matrix)
+        write_ladder(matrix)
     else:
         job_type = "evaluate" if sweep is None else "sweep"
         settings = config.to_dict()
         with open_log(config.logger, folder, settings=settings, job_type=job_type, group=sweep) as run_log:
-            _run(matrix, {name: str(cost) for name, cost in costs.items()}, run_log)
-    return write_matrix_report(matrix.folder.path, clean=matrix.clean, count=config.figures)
+            failed = _run(matrix, costs, run_log)
+    made = write_matrix_report(matrix.folder.path, clean=matrix.clean, count=config.figures)
+    if failed:  # after the report: all other cells are in it
+        raise RuntimeError(f"{len(failed)} cells of the ladder failed, all others are stored: {'; '.join(failed)}")
+    return made
 
 
-def _run(matrix: Matrix, costs: dict[str, str], run_log: RunLog | None) -> None:
+def _run(matrix: Matrix, costs: dict[str, Cost], run_log: RunLog | None) -> list[str]:
+    """Run it all; the cells of the ladder that failed."""
     steps = sum(row.steps_per_image for row in matrix.rows.values() if row.unavailable is None)
     cells = len(matrix.config.columns) * len(matrix.rows)
     log.info(
@@ -80,14 +90,18 @@ def _run(matrix: Matrix, costs: dict[str, str], run_log: RunLog | None) -> None:
             log.warning("row %s: %s", name, row.unavailable)
     for name, cost in costs.items():
         log.info("%s will cost at most %s", name, cost)
+    if costs:
+        log.info("together at most %s", sum(costs.values(), Cost()))
     if matrix.config.processes > 1:
         run_sharded(matrix)
     courses = Courses(matrix, keep=matrix.config.log_figures)
     with courses.watching() if run_log is not None else nullcontext():
         run_matrix(matrix)
     run_aware(matrix)
+    failed = run_ladder(matrix)
     if run_log is not None:
         log_matrix(run_log, matrix, courses)
+    return failed
 
 
 def run_in_sweep(cfg: DictConfig, folder: Path) -> None:
@@ -122,6 +136,8 @@ def main(cfg: DictConfig) -> None:
         return
     run(cfg, folder)
     log.info("results: %s\n%s", folder / "report.md", main_tables(read_results(folder / "results.csv")))
+    if (folder / "ladder.csv").is_file():
+        log.info("the ladder\n%s", ladder_summary(folder))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from dipguard.config_choices import (
     Accelerator,
+    DefenseName,
     DivideBy,
     EngineName,
     Init,
@@ -22,9 +23,12 @@ from dipguard.config_choices import (
     NetworkName,
     Padding,
     Precision,
+    Products,
     Rule,
     Scores,
+    Search,
     T0Unit,
+    VictimSpeed,
     Z,
 )
 
@@ -37,7 +41,10 @@ SCHEMA = "train_schema"
 
 @dataclass
 class DataConfig:
-    """Images and labels; ``labels_csv`` to ``label_base`` are for folders of pictures."""
+    """Images and labels; ``labels_csv`` to ``label_base`` are for folders of pictures.
+
+    ``mirrors`` says whether an image means the same in a mirror; digits, text and signs do not.
+    """
 
     name: str = "digits"
     path: str | None = None
@@ -48,6 +55,7 @@ class DataConfig:
     image_column: str | None = None
     label_column: str | None = None
     label_base: int | None = None
+    mirrors: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
 
@@ -79,9 +87,14 @@ class NetworkConfig:
 
 @dataclass
 class DefenseConfig:
-    """Algorithm 1: its parameters (T, tau, t0, K, beta) and its open readings. ``every`` set replaces ``decisions``."""
+    """The defence: ``paper`` is Algorithm 1, with its parameters (T, tau, t0, K, beta) and its open readings.
 
-    name: str = "paper"
+    ``every`` set replaces ``decisions``. ``dipguard`` has T, t0, ``every`` and beta of the same names, and ``trust``,
+    ``mirror`` and ``beta_step`` of its own
+    (:class:`~dipguard.defenses.mirror_guard.MirrorGuard`).
+    """
+
+    name: DefenseName = DefenseName.paper
     T: int = 1000
     tau: float = 0.7
     t0: int = 50
@@ -90,12 +103,17 @@ class DefenseConfig:
     decisions: int = 200
     every: int | None = None
     N: int = 10
+    search: Search = Search.grid
     K_max: int | None = None
     scores: Scores = Scores.logits
+    victim_speed: VictimSpeed = VictimSpeed.as_is
     rule: Rule = Rule.at_least
     t0_unit: T0Unit = T0Unit.steps
     divide_by: DivideBy = DivideBy.found
     keep_samples: bool = False
+    trust: float = 0.5
+    mirror: bool = True
+    beta_step: float = 0.05
 
 
 @dataclass
@@ -114,6 +132,7 @@ class FitConfig:
     init: Init = Init.default
     padding: Padding = Padding.reflect
     dtype: Precision = Precision.float32
+    precision: Products = Products.float32
     engine: EngineName = EngineName.auto
 
 

@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterable, Iterator
+from dataclasses import fields
+from typing import Any
 
 from dipguard.checks import check_float, check_int
-from dipguard.config import AttackConfig, DataConfig, DefenseConfig, FitConfig, TrainConfig
+from dipguard.config import AttackConfig, DataConfig, DefenseConfig, FitConfig, NetworkConfig, TrainConfig
+from dipguard.config_choices import DefenseName
 
 _log = logging.getLogger(__name__)
+
+_MIRRORS = ("name", "T", "t0", "every", "trust", "mirror", "beta", "beta_step")
+_PAPERS = tuple(field.name for field in fields(DefenseConfig) if field.name not in ("trust", "mirror", "beta_step"))
 
 MOST_STEPS = 1_000_000
 """Upper bound of ``defense.T``: a value beyond it is a slip of the pen."""
@@ -25,7 +31,11 @@ def validate(config: TrainConfig) -> TrainConfig:
     check_int(config.seed, name="seed", low=0, high=2**32 - 1)
     check_data(config.data)
     check_attack(config.attack, name="attack")
-    _check_defense(config.defense)
+    if config.defense.name == DefenseName.dipguard:
+        _check_mirror(config)
+    else:
+        _check_defense(config.defense)
+        _refuse(config.defense, DefenseConfig(), keep=_PAPERS, group="defense", owner="dipguard")
     _check_fit(config.fit)
     check_int(config.report.figures, name="report.figures", low=0)
     return config
@@ -73,6 +83,31 @@ def _check_defense(defense: DefenseConfig) -> None:
             end,
             defense.t0_unit,
         )
+
+
+def _check_mirror(config: TrainConfig) -> None:
+    defense = config.defense
+    T = check_int(defense.T, name="defense.T", low=2, high=MOST_STEPS)
+    t0 = check_int(defense.t0, name="defense.t0", low=0, high=T - 1)
+    check_int(defense.every, name="defense.every", low=1, high=T - t0)
+    check_float(defense.trust, name="defense.trust", low=0.0, high=1.0)
+    check_float(defense.beta, name="defense.beta", low=0.0)
+    check_float(defense.beta_step, name="defense.beta_step", low=1e-3)
+    _refuse(defense, DefenseConfig(), keep=_MIRRORS, group="defense", owner="paper")
+    _refuse(config.network, NetworkConfig(), keep=(), group="network", owner="paper")
+    for key, value in (("fit.patience", config.fit.patience), ("store", config.store)):
+        if value is not None:
+            raise ValueError(f"`{key}` must be null with defense=dipguard, got {value}; defense=paper has it")
+
+
+def _refuse(given: Any, unset: Any, *, keep: tuple[str, ...], group: str, owner: str) -> None:
+    """Refuse what only the other defence knows: it would be ignored without a word."""
+    for field in fields(given):
+        value, default = getattr(given, field.name), getattr(unset, field.name)
+        if field.name not in keep and value != default:
+            raise ValueError(
+                f"`{group}.{field.name}` is a setting of defense={owner}, got {value} with another defence"
+            )
 
 
 def _check_fit(fit: FitConfig) -> None:

@@ -14,6 +14,13 @@ class LoggerName(StrEnum):
     none = "none"
 
 
+class DefenseName(StrEnum):
+    """What train.py defends with."""
+
+    paper = "paper"
+    dipguard = "dipguard"
+
+
 class NetworkName(StrEnum):
     """The presets of appendix B."""
 
@@ -37,6 +44,14 @@ class Precision(StrEnum):
 
     float32 = "float32"
     float64 = "float64"
+
+
+class Products(StrEnum):
+    """Precision of the network's products inside a float32 fit."""
+
+    float32 = "float32"
+    tf32 = "tf32"
+    bfloat16 = "bfloat16"
 
 
 class EngineName(StrEnum):
@@ -90,8 +105,29 @@ class T0Unit(StrEnum):
     samples = "samples"
 
 
+class Search(StrEnum):
+    """How the grid of Eq. 5 is searched."""
+
+    grid = "grid"
+    bisection = "bisection"
+
+
+class VictimSpeed(StrEnum):
+    """Who reads along the fit: the victim itself, or a copy whose normalisations are part of its convolutions."""
+
+    as_is = "as_is"
+    folded = "folded"
+
+
 class DivideBy(StrEnum):
     """What Eq. 7 divides by where fewer than K crossings exist."""
 
     found = "found"
     K = "K"
+
+
+class RungCheck(StrEnum):
+    """What a rung of the ladder is for, if not for attacking: it takes no part in the worst case."""
+
+    control = "control"
+    large_eps = "large_eps"

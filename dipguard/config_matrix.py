@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from dipguard.config import AttackConfig, DataConfig, LoggerConfig, TrainerConfig, VictimConfig
-from dipguard.config_choices import LoggerName
+from dipguard.config_choices import LoggerName, RungCheck
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -41,6 +41,29 @@ class AwareConfig:
 
 
 @dataclass
+class RungConfig:
+    """A rung of the ladder (docs/ladder.md): an attack that is run on each row, or on ``rows`` alone.
+
+    ``attack`` names a row of :data:`dipguard.attacks.DEFENSE_AWARE`, or of :data:`~dipguard.attacks.ATTACKS`, which
+    meet the undefended victim. ``eps_255`` null is the ladder's; only a ``check`` may have another. ``readout`` names
+    what of the defence is looked at: the first that a row has. ``full`` are the options that an uncut run would have;
+    the tables say where ``options`` differ. ``number`` stands before the rung's name there.
+    """
+
+    attack: str = "bpda"
+    number: str = ""
+    eps_255: float | None = None
+    batch_size: int = 32
+    limit: int | None = None
+    rows: list[str] | None = None
+    readout: list[str] = field(default_factory=list)
+    options: dict[str, Any] = field(default_factory=dict)
+    check: RungCheck | None = None
+    full: dict[str, Any] = field(default_factory=dict)
+    note: str = ""
+
+
+@dataclass
 class MatrixConfig:
     """All settings of ``evaluate.py``.
 
@@ -49,6 +72,8 @@ class MatrixConfig:
     ``store`` is a folder of fits and attacked images that many runs share (:mod:`dipguard.store`), ``store_T`` other T
     that its fits shall serve, ``store_samples`` whether they shall serve other victims and decisions too.
     ``log_figures`` images of each column are drawn for the ``logger``, each with its decision trace.
+    ``ladder`` holds attacks on each row at ``ladder_eps_255``, ``baseline`` a classifier (adversarially trained, most
+    often) that meets them undefended.
     """
 
     seed: int = 0
@@ -58,6 +83,9 @@ class MatrixConfig:
     columns: dict[str, AttackConfig] = field(default_factory=dict)
     rows: dict[str, RivalConfig] = field(default_factory=dict)
     aware: dict[str, AwareConfig] = field(default_factory=dict)
+    ladder: dict[str, RungConfig] = field(default_factory=dict)
+    ladder_eps_255: float = 8.0
+    baseline: VictimConfig | None = None
     chunk: int = 32
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     processes: int = 1

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -11,15 +12,31 @@ from dipguard import DIPGuard
 from dipguard.attacks import ATTACKS
 from dipguard.config import TrainConfig, from_hydra
 from dipguard.config_checks import validate
-from dipguard.config_choices import DivideBy, EngineName, Init, NetworkName, Padding, Precision, Rule, Scores, T0Unit
+from dipguard.config_choices import (
+    DivideBy,
+    EngineName,
+    Init,
+    NetworkName,
+    Padding,
+    Precision,
+    Products,
+    Rule,
+    Scores,
+    Search,
+    T0Unit,
+    VictimSpeed,
+)
 from dipguard.data import DATASETS
-from dipguard.decision.boundary import RULES, SCORES, T0_UNITS
+from dipguard.decision.boundary import RULES, SCORES, SEARCHES, T0_UNITS
 from dipguard.decision.stitching import DIVISORS
+from dipguard.defenses import build_defense
 from dipguard.engines import ENGINES
+from dipguard.engines.precision import PRECISIONS
 from dipguard.evaluation.settings import guard_options
+from dipguard.fit.folded import VICTIM_SPEEDS
 from dipguard.fit.module import DTYPES
 from dipguard.networks import INITS, PADDINGS, PRESETS
-from dipguard.victims import VICTIMS
+from dipguard.victims import VICTIMS, build_victim
 from tests.tiny_run import CONF, compose_config, typed_config
 
 EVALUATION = ("aware", "experiment", "rival", "sweep")  # groups of evaluate.py alone
@@ -28,9 +45,9 @@ CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml")
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_config_composes_and_is_valid(group: str, choice: str) -> None:
-    config = typed_config(f"{group}={choice}")
+    config = typed_config(f"{group}={choice}", *(["defense=paper"] if group == "network" else []))
     assert validate(config) is config
-    if choice != "default":
+    if choice != "default" and group != "fit":
         assert getattr(config, group).name == choice
 
 
@@ -46,11 +63,14 @@ def test_every_row_of_a_table_has_its_config(group: str, table: dict[str, object
     [
         (NetworkName, PRESETS),
         (Precision, DTYPES),
+        (Products, PRECISIONS),
         (EngineName, ENGINES),
         (Init, INITS),
         (Padding, PADDINGS),
         (Scores, SCORES),
         (Rule, RULES),
+        (Search, SEARCHES),
+        (VictimSpeed, VICTIM_SPEEDS),
         (T0Unit, T0_UNITS),
         (DivideBy, DIVISORS),
     ],
@@ -60,12 +80,12 @@ def test_choices_are_those_of_the_code(choices: type, known: object) -> None:
 
 
 def test_yaml_dataclasses_and_api_have_the_same_defaults() -> None:
-    composed, plain = typed_config().to_dict(), TrainConfig().to_dict()
+    composed, plain = typed_config("defense=paper").to_dict(), TrainConfig().to_dict()
     for group in ("defense", "fit", "network", "trainer", "seed", "report"):
         assert composed[group] == plain[group]
     import torch
 
-    options = guard_options(typed_config(), torch.device("cpu"))
+    options = guard_options(typed_config("defense=paper"), torch.device("cpu"))
     defaults = {name: p.default for name, p in inspect.signature(DIPGuard).parameters.items() if name != "victim"}
     del options["accelerator"], defaults["accelerator"]
     del defaults["store_T"]  # one run has one T
@@ -73,9 +93,9 @@ def test_yaml_dataclasses_and_api_have_the_same_defaults() -> None:
 
 
 def test_papers_settings_are_the_defaults() -> None:
-    defense = typed_config().defense
+    defense = typed_config("defense=paper").defense
     assert (defense.T, defense.tau, defense.t0, defense.K, defense.beta) == (1000, 0.7, 50, 15, 0.5)
-    assert (defense.decisions, typed_config().fit.lr) == (200, 0.01)
+    assert (defense.decisions, typed_config("defense=paper").fit.lr) == (200, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +124,7 @@ def test_unknown_key_is_refused(override: str) -> None:
         ("victim=vgg", list(VICTIMS)),
         ("attack=deepfool", list(ATTACKS)),
         ("network=huge", list(PRESETS)),
-        ("defense=none", ["paper"]),
+        ("defense=none", ["paper", "dipguard"]),
     ],
 )
 def test_bad_choice_is_refused_with_the_allowed_ones(override: str, allowed: list[str]) -> None:
@@ -156,13 +176,46 @@ def test_value_of_the_wrong_kind_is_refused(override: str) -> None:
 )
 def test_value_out_of_range_is_refused(override: str, message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
-        validate(typed_config(override))
+        validate(typed_config("defense=paper", override))
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("defense", "override", "message"),
+    [
+        ("dipguard", "defense.T=1", "`defense.T` must be from 2 to"),
+        ("dipguard", "defense.t0=1000", "`defense.t0` must be from 0 to 999"),
+        ("dipguard", "defense.every=701", "`defense.every` must be from 1 to 700"),
+        ("dipguard", "defense.trust=2", "`defense.trust` must be from 0 to 1"),
+        ("dipguard", "defense.beta_step=0", "`defense.beta_step` must be finite and at least 0.001"),
+        ("dipguard", "defense.tau=0.9", "`defense.tau` is a setting of defense=paper, got 0.9"),
+        ("dipguard", "network=large", "`network.name` is a setting of defense=paper, got large"),
+        ("dipguard", "fit.patience=3", "`fit.patience` must be null with defense=dipguard"),
+        ("dipguard", "store=folder", "`store` must be null with defense=dipguard"),
+        ("paper", "defense.trust=1", "`defense.trust` is a setting of defense=dipguard, got 1.0"),
+    ],
+)
+def test_a_setting_of_the_other_defence_is_refused(defense: str, override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validate(typed_config(f"defense={defense}", override))
+
+
+def test_dipguards_yaml_and_class_have_the_same_defaults() -> None:
+    import torch
+
+    from dipguard.evaluation.settings import build_guard
+
+    config = typed_config("data.mirrors=true")
+    assert str(config.defense.name) == "dipguard"  # train.py's own choice
+    victim = build_victim("digits_cnn")
+    guard = build_guard(config, victim, torch.device("cpu"))
+    assert guard.settings == build_defense("dipguard", victim, seed=config.seed).settings
+    assert not typed_config().defense.mirror  # the digits say so
 
 
 def test_warm_up_past_the_end_warns(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "dipguard"):
-        validate(typed_config("defense.T=40", "defense.decisions=20"))
+        validate(typed_config("defense=paper", "defense.T=40", "defense.decisions=20"))
     assert "`defense.t0`=50 is past the end of the fit (40 steps)" in caplog.text
 
 

@@ -14,6 +14,7 @@ SHORT = {"T=1000": "T=20, decisions=10, progress=False"}
 DOCUMENTS = {
     "docs/quickstart.md": SHORT,
     "docs/integrations.md": SHORT,
+    "docs/ladder.md": {},
     "README.md": {
         'weights="DEFAULT"': "weights=None",
         "224, 224": "40, 40",

@@ -120,6 +120,9 @@ def test_experiments_compose(name: str) -> None:
             f"{attack}_{eps}": eps for attack in ("fgsm", "pgd", "bim", "mifgsm") for eps in (2, 4, 8)
         }
         assert len(config.rows) >= 13
+    elif name == "adaptive":
+        assert (list(config.columns), set(config.rows)) == (["clean"], {"none", "jpeg", "dipdefend", "dipguard"})
+        assert len(config.ladder) == 16
     else:
         assert len(config.aware) == 1
 

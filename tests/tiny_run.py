@@ -15,6 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 TINY = (
     "data.limit=4",
+    "defense=paper",
     "defense.T=40",
     "defense.decisions=20",
     "defense.t0=4",

@@ -39,12 +39,17 @@ ATTACKS: dict[str, str] = {
     "autoattack": "dipguard.attacks.torchattacks_auto:AutoAttack",
     "square": "dipguard.attacks.torchattacks_auto:Square",
     "eotpgd": "dipguard.attacks.torchattacks_linf:EOTPGD",
+    "noise": "dipguard.attacks.noise:Noise",
 }
 """Name -> class, imported (with its library) only when that attack is built."""
 
 DEFENSE_AWARE: dict[str, str] = {
     "bpda": "dipguard.attacks.bpda:BPDA",
     "hopskipjump": "dipguard.attacks.hopskipjump:HopSkipJump",
+    "adaptive_pgd": "dipguard.attacks.adaptive:AdaptivePGD",
+    "unrolled": "dipguard.attacks.unrolled:Unrolled",
+    "defended_autoattack": "dipguard.attacks.defended_auto:DefendedAutoAttack",
+    "defended_square": "dipguard.attacks.defended_auto:DefendedSquare",
 }
 """The same for the attacks that are built with the defence that they are to break."""
 

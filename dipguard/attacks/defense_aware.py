@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from dipguard.attacks.cost import Cost
 from dipguard.attacks.frame import AttackFrame, seeded
 from dipguard.checks import check_choice
+from dipguard.decision.readout import STITCHED, Readout
 
 DRAWS = ("fresh", "fixed")
 """How a random defence draws while it is attacked, see `DefenseAwareAttack`."""
@@ -97,13 +98,50 @@ class DefenseAwareAttack(AttackFrame):
         """
         with torch.no_grad(), seeded(self.seed, int(indices[0]), images.device, purpose="defense"):
             result = self.defense.purify(images.detach().clone(), indices=indices)
-        if not isinstance(result, Tensor) or result.ndim != 4 or result.shape[:2] != images.shape[:2]:
-            got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
-            raise RuntimeError(f"`defense` returned {got} for images {tuple(images.shape)}")
-        low, high = (float(value) for value in torch.aminmax(result))
-        if not (low >= 0 and high <= 1):  # false for NaN
-            raise RuntimeError(f"`defense` left [0, 1]: its values go from {low:.4g} to {high:.4g}")
-        return result.detach().to(images)
+        return _check_purified(result, images)
+
+    def look(self, images: Tensor, indices: Tensor, *, readout: str = STITCHED) -> tuple[Tensor, Readout]:
+        """One purification of images [B, 3, H, W]: the defence's answer, and what ``readout`` names of its way there.
+
+        Args:
+            images: [B, 3, H, W] in [0, 1].
+            indices: int [B]; their draws are made.
+            readout: a key of what the defence's ``readouts(images, *, indices)`` returns; ``stitched`` is the answer,
+                which every defence has.
+
+        Returns:
+            The answer [B, 3, H', W'] as `purified` returns it, and the readout, its views like ``images``.
+
+        Raises:
+            RuntimeError: the defence returned something that is no set of images in [0, 1].
+        """
+        if readout == STITCHED:
+            answer = self.purified(images, indices)
+            return answer, Readout(answer[None])
+        with torch.no_grad(), seeded(self.seed, int(indices[0]), images.device, purpose="defense"):
+            made: dict[str, Readout] = self.defense.readouts(images.detach().clone(), indices=indices)
+        views = torch.stack([_check_purified(view, images) for view in made[readout].views])
+        return _check_purified(made[STITCHED].views[0], images), Readout(views, made[readout].look)
+
+
+def _check_purified(result: Any, images: Tensor) -> Tensor:
+    if not isinstance(result, Tensor) or result.ndim != 4 or result.shape[:2] != images.shape[:2]:
+        got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
+        raise RuntimeError(f"`defense` returned {got} for images {tuple(images.shape)}")
+    low, high = (float(value) for value in torch.aminmax(result))
+    if not (low >= 0 and high <= 1):  # false for NaN
+        raise RuntimeError(f"`defense` left [0, 1]: its values go from {low:.4g} to {high:.4g}")
+    return result.detach().to(images)
+
+
+def check_readout(defense: Any, name: str) -> int:
+    """Return how many views an image of ``defense`` has, at most, in the readout called ``name``.
+
+    Raises:
+        ValueError: the defence has no such readout; the message lists those that it has.
+    """
+    counts: dict[str, int] = getattr(defense, "readout_views", {STITCHED: 1})
+    return counts[check_choice(name, counts, name="readout")]
 
 
 def check_defense(defense: Any) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from dipguard.decision import DecisionTrace
 from dipguard.defenses import DIPGuard
+from dipguard.defenses.mirror_stacks import MirrorStacks
 
 
 def figures_problem() -> str | None:
@@ -20,7 +22,13 @@ def figures_problem() -> str | None:
 
 
 def draw_decisions(
-    path: Path, trace: DecisionTrace, guard: DIPGuard, *, decision: int, classes: Sequence[str], title: str
+    path: Path,
+    trace: DecisionTrace,
+    guard: DIPGuard | MirrorStacks,
+    *,
+    decision: int,
+    classes: Sequence[str],
+    title: str,
 ) -> None:
     """Draw the decision trace that a guard left.
 
@@ -33,18 +41,18 @@ def draw_decisions(
         title: The picture's name.
     """
     from dipguard.reporting.canvas import save_figure
+    from dipguard.reporting.evidence_figure import draw_evidence
     from dipguard.reporting.trace_figure import draw_trace
 
-    options = guard.stitch_options
-    by_sample = options.t0_unit == "samples"
-    figure = draw_trace(
-        trace,
-        options.apply(trace),
-        tau=options.tau,
-        t0_step=int(trace.steps[min(options.t0, len(trace.steps) - 1)]) if by_sample else options.t0,
-        decision=decision,
-        name_of=lambda number: class_name(number, classes),
-    )
+    rebuilt = guard.rebuild(trace)
+    seen: dict[str, Any] = {"decision": decision, "name_of": lambda number: class_name(number, classes)}
+    if isinstance(guard, DIPGuard):
+        options = guard.stitch_options
+        by_sample = options.t0_unit == "samples"
+        t0_step = int(trace.steps[min(options.t0, len(trace.steps) - 1)]) if by_sample else options.t0
+        figure = draw_trace(trace, rebuilt, tau=options.tau, t0_step=t0_step, **seen)
+    else:
+        figure = draw_evidence(trace, rebuilt, **seen)
     # A dollar sign in a file's name is no formula.
     figure.suptitle(title, fontsize=12, fontweight="bold", parse_math=False)
     save_figure(figure, path)

@@ -19,6 +19,8 @@ from dipguard.cli.errors import CommandError, at_the_door
 from dipguard.cli.pictures import Source, find_pictures
 from dipguard.data.image_folder import EXTENSIONS
 from dipguard.defenses import DIPGuard, Purifier
+from dipguard.defenses.mirror_guard import MirrorGuard
+from dipguard.defenses.mirror_stacks import MirrorStacks
 from dipguard.files import tensor_digest
 from dipguard.version import __version__
 from dipguard.victims import check_victim
@@ -63,8 +65,10 @@ class Job:
     progress: bool
 
     @property
-    def guard(self) -> DIPGuard | None:
+    def guard(self) -> DIPGuard | MirrorStacks | None:
         """The guard inside the defence, which leaves decision traces; None for another defence."""
+        if isinstance(self.defense, MirrorGuard):
+            return MirrorStacks(self.defense)
         guard = getattr(self.defense, "guard", None)
         return guard if isinstance(guard, DIPGuard) else None
 

@@ -114,7 +114,7 @@ def _keep(
     }
     path = figure_path(job.out, given.source)
     if trace is not None and job.guard is not None:
-        rebuilt = job.guard.stitch_options.apply(trace)
+        rebuilt = job.guard.rebuild(trace)
         row |= {"crossings": len(rebuilt.used), "why": rebuilt.reason}
         if draw:
             draw_decisions(path, trace, job.guard, decision=after[0], classes=job.classes, title=given.source.name)

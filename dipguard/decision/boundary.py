@@ -15,6 +15,8 @@ T0_UNITS = ("steps", "samples")
 """What t0 counts: optimiser steps (section 3.2, "iteration number") or sampled reconstructions."""
 SCORES = ("logits", "probabilities")
 """Which scores f_c Eq. 5 compares."""
+SEARCHES = ("grid", "bisection")
+"""How alpha is looked for: at every point of the grid, or only where the difference of scores changes its sign."""
 
 
 def crosses(before: Tensor, after: Tensor) -> Tensor:
@@ -83,6 +85,7 @@ def localise(
     *,
     N: int = 10,
     scores: str = "logits",
+    search: str = "grid",
 ) -> tuple[Tensor, Tensor]:
     r"""On-boundary images of M cross-boundary pairs: Eq. 4, with alpha by the grid search of Eq. 5.
 
@@ -101,30 +104,67 @@ def localise(
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         N: Sections of the grid, at least 1; alpha is off by at most 1/(2N).
         scores: ``logits`` or ``probabilities``, the f_c of Eq. 5.
+        search: ``grid`` asks about all N - 1 inner points. ``bisection`` asks about log2(N) of them, at most rounded
+            up, and gives the same alpha wherever f_y(t) - f_y(t+1) is monotone along the segment. Where it is not, it
+            gives the better side of one change of sign, which need not be the smallest difference.
 
     Returns:
         alpha [M] and the on-boundary images [M, 3, H, W].
 
     Raises:
-        ValueError: N or ``scores`` is out of range.
+        ValueError: N, ``scores`` or ``search`` is out of range.
     """
     check_int(N, name="N", low=1)
     check_choice(scores, SCORES, name="scores")
-    M = len(before)
-    alphas = torch.arange(N + 1, device=before.device, dtype=before.dtype) / N
-    inner = alphas[1:-1].view(1, -1, 1, 1, 1)
-    mixed = inner * before.unsqueeze(1) + (1 - inner) * after.unsqueeze(1)
-    logits = scores_before.new_empty(M, N + 1, scores_before.shape[1])
-    logits[:, 0], logits[:, N] = scores_after, scores_before
-    if N > 1 and M > 0:
-        logits[:, 1:-1] = classify(mixed.flatten(0, 1)).view(M, N - 1, -1).to(logits.dtype)
-    f = logits.softmax(-1) if scores == "probabilities" else logits
+    check_choice(search, SEARCHES, name="search")
     y = torch.stack([scores_before.argmax(-1), scores_after.argmax(-1)], dim=-1)
-    pair = f.gather(-1, y.unsqueeze(1).expand(M, N + 1, 2))
-    best = (pair[..., 0] - pair[..., 1]).abs().argmin(dim=1)
+
+    def difference(logits: Tensor, classes: Tensor) -> Tensor:
+        """f_y(t) - f_y(t+1) of logits [m, n, C]."""
+        f = logits.softmax(-1) if scores == "probabilities" else logits
+        pair = f.gather(-1, classes.unsqueeze(1).expand(*logits.shape[:2], 2))
+        return pair[..., 0] - pair[..., 1]
+
+    alphas = torch.arange(N + 1, device=before.device, dtype=before.dtype) / N
+
+    def ask(points: Tensor, rows: Tensor) -> Tensor:
+        """The differences at n points of the grid for each of m pairs, [m, n] -> [m, n]."""
+        weight = alphas[points].view(*points.shape, 1, 1, 1)
+        mixed = weight * before[rows].unsqueeze(1) + (1 - weight) * after[rows].unsqueeze(1)
+        logits = classify(mixed.flatten(0, 1)).to(scores_before.dtype)
+        return difference(logits.view(*points.shape, -1), y[rows])
+
+    ends = difference(torch.stack([scores_after, scores_before], dim=1), y)
+    best = (_grid if search == "grid" else _bisect)(ends, ask, N=N)
     alpha = alphas[best]
     weight = alpha.view(-1, 1, 1, 1)
     return alpha, weight * before + (1 - weight) * after
+
+
+def _grid(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) -> Tensor:
+    """The points of the smallest absolute difference; ``ends`` [M, 2] are those at 0 and N."""
+    M = len(ends)
+    found = ends.new_empty(M, N + 1)
+    found[:, 0], found[:, N] = ends[:, 0], ends[:, 1]
+    if N > 1 and M > 0:
+        found[:, 1:-1] = ask(torch.arange(1, N, device=ends.device).expand(M, -1), torch.arange(M, device=ends.device))
+    return found.abs().argmin(dim=1)
+
+
+def _bisect(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) -> Tensor:
+    """The better of two neighbouring points between which the difference changes its sign, the first if both are equal.
+
+    At 0 it is never above zero, at N never below: each end is decided for its own class.
+    """
+    low, high = (torch.full((len(ends),), end, device=ends.device, dtype=torch.int64) for end in (0, N))
+    at_low, at_high = (end.clone() for end in ends.unbind(1))
+    while len(rows := torch.nonzero(high - low > 1).flatten()):
+        middle = (low[rows] + high[rows]) // 2
+        here = ask(middle.unsqueeze(1), rows).squeeze(1)
+        below, above = here < 0, here >= 0
+        low[rows[below]], at_low[rows[below]] = middle[below], here[below]
+        high[rows[above]], at_high[rows[above]] = middle[above], here[above]
+    return torch.where(at_low.abs() <= at_high.abs(), low, high)
 
 
 def needed_for_replay(quality: Tensor, *, K_max: int) -> Tensor:

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dipguard.checks import check_float, check_int
-from dipguard.decision.stitching import on_manifold
+from dipguard.decision.stitching import Reconstruction, on_manifold
+from dipguard.decision.trace import DecisionTrace
 
 SHIFTS = ((0, 2),)
 """Shifts (dy, dx) in pixels of the mirrored copies, taken in turn from sample to sample."""
@@ -37,12 +38,13 @@ class Stitched(NamedTuple):
     beta: float
 
 
-def mirrored(images: Tensor, *, shift: tuple[int, int]) -> Tensor:
+def mirrored(images: Tensor, *, shift: tuple[int, int], flip: bool = True) -> Tensor:
     """Images mirrored left to right, then moved by ``shift`` = (dy, dx) pixels; reflection fills what becomes free.
 
     Args:
         images: [n, 3, H, W].
         shift: Towards the lower right where positive; each less than the side in size.
+        flip: Mirror them; False only moves them, for pictures that mean something else in a mirror.
 
     Returns:
         The same shape.
@@ -55,7 +57,7 @@ def mirrored(images: Tensor, *, shift: tuple[int, int]) -> Tensor:
     check_int(abs(dy), name="shift", low=0, high=height - 1)
     check_int(abs(dx), name="shift", low=0, high=width - 1)
     border = (max(dx, 0), max(-dx, 0), max(dy, 0), max(-dy, 0))
-    padded = F.pad(images.flip(-1), border, mode="reflect")
+    padded = F.pad(images.flip(-1) if flip else images, border, mode="reflect")
     top, left = max(-dy, 0), max(-dx, 0)
     return padded[..., top : top + height, left : left + width]
 
@@ -122,3 +124,41 @@ def stitch_readers(
     right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
     best = right[0] if right else 0
     return Stitched(tried[best], target, count, steps[best])
+
+
+def target_of(trace: DecisionTrace, *, trust: float) -> int:
+    """The class with the most evidence (:func:`evidence`) in a trace whose mirrored samples the victim read.
+
+    Raises:
+        ValueError: The trace holds no such readings.
+    """
+    if trace.turned is None:
+        raise ValueError("`trace` must hold readings of mirrored samples (`turned`), got a trace without")
+    own = torch.tensor([trace.given_decision])
+    return int(evidence(trace.turned[:, None], own=own, trust=trust).argmax())
+
+
+def stitch_evidence(
+    trace: DecisionTrace, *, trust: float, classify: Callable[[Tensor], Tensor], betas: Sequence[float]
+) -> Reconstruction:
+    """Rebuild one image from its trace, by :func:`target_of` and :func:`stitch_readers`.
+
+    Args:
+        trace: It must hold ``samples`` and ``turned``.
+        trust: See :func:`evidence`.
+        classify: See :func:`stitch_readers`.
+        betas: See :func:`stitch_readers`.
+
+    Returns:
+        With the reason ``evidence``, or ``no_reader`` where no sample is read as the target, so that the mean of all
+        was taken; ``used`` are the positions of the samples that were averaged.
+
+    Raises:
+        ValueError: The trace lacks what is needed, or an option is out of range.
+    """
+    if trace.samples is None:
+        raise ValueError("`trace` must hold its samples, got a trace without")
+    target = target_of(trace, trust=trust)
+    readers = torch.nonzero(trace.decisions == target).flatten()
+    made = stitch_readers(trace.samples, trace.decisions, trace.given, target=target, classify=classify, betas=betas)
+    return Reconstruction(made.image, "evidence" if len(readers) else "no_reader", readers)

@@ -21,8 +21,10 @@ class Reconstruction:
 
     Attributes:
         image: The stitched image of Eq. 7, [3, H, W], clamped to [0, 1].
-        reason: ``crossings`` (Eq. 6-7), or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0).
+        reason: ``crossings`` (Eq. 6-7), or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0);
+            those of :func:`dipguard.decision.evidence.stitch_evidence` are ``evidence`` and ``no_reader``.
         used: Positions of the stitched on-boundary images in ``trace.on_boundary``, [k]; empty for ``no_crossing``.
+            Those of ``stitch_evidence`` are positions in ``trace.samples``.
     """
 
     image: Tensor

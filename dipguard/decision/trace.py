@@ -22,6 +22,7 @@ class DecisionTrace:
     """One image's fit, as seen from the victim's decision space.
 
     S is the number of sampled steps, M that of kept crossings, L that of kept last reconstructions, C that of classes.
+    Where several networks were fitted to the image, one after the other, the steps are counted through.
 
     Attributes:
         index: The image's index in its data set; with the seed it settles every random draw of its fit.
@@ -36,6 +37,7 @@ class DecisionTrace:
         on_boundary: On-boundary images, [M, 3, H, W].
         last: The last L sampled reconstructions, oldest first, [L, 3, H, W].
         samples: All sampled reconstructions [S, 3, H, W], or None unless they were asked for.
+        turned: The victim's logits on their mirrored copies (:mod:`dipguard.decision.evidence`), [S, C], or None.
         settings: What the fit was made with; values that JSON can hold. ``settings["K_max"]`` bounds the K of a replay.
     """
 
@@ -51,6 +53,7 @@ class DecisionTrace:
     on_boundary: Tensor
     last: Tensor
     samples: Tensor | None = None
+    turned: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -64,6 +67,7 @@ class DecisionTrace:
             "on_boundary": (M, *image),
             "last": (len(self.last), *image),
             **({} if self.samples is None else {"samples": (S, *image)}),
+            **({} if self.turned is None else {"turned": (S, len(self.given_scores))}),
         }
         for name, shape in wanted.items():
             got = tuple(getattr(self, name).shape)
@@ -88,7 +92,7 @@ class DecisionTrace:
         return int(self.settings.get("K_max", len(self.last)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; ``samples`` only when there are some."""
+        """The tensors by name; ``samples`` and ``turned`` only when there are some."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("index", "settings")}
         return {name: value for name, value in values.items() if value is not None}
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from importlib import import_module
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images, check_int, check_labels
 from dipguard.classifier import check_is_module
+from dipguard.decision.readout import STITCHED, Readout
+
+if TYPE_CHECKING:
+    from dipguard.fit import FitOptions
 
 
 @runtime_checkable
@@ -62,6 +66,16 @@ class Purifier(ABC):
         return 0
 
     @property
+    def dip_fits(self) -> tuple[FitOptions, ...]:
+        """The fits of a deep image prior that it makes of each image; none where it is no such thing."""
+        return ()
+
+    @property
+    def readout_views(self) -> dict[str, int]:
+        """What `readouts` returns: names, and how many views an image has in each at most."""
+        return {STITCHED: 1}
+
+    @property
     def unavailable(self) -> str | None:
         """Why `purify` cannot run (such as weights that were not supplied); None if it can."""
         return None
@@ -88,16 +102,30 @@ class Purifier(ABC):
             TypeError, ValueError: bad images or indices, or a size that the defence cannot take.
             RuntimeError: the defence is unavailable, or broke its promise (shape, dtype, range, finite values).
         """
-        if self.unavailable is not None:
-            raise RuntimeError(f"the defence {self.name!r} cannot run: {self.unavailable}")
-        check_images(images)
-        self.output_size(*images.shape[-2:])
-        order = torch.arange(len(images)) if indices is None else indices
-        positions: list[int] = check_labels(order, count=len(images), name="indices").tolist()
+        positions = self._check_given(images, indices)
         # Tensors made in inference mode could never again take part in autograd: neither the result nor, should they
         # be moved to another device meanwhile, the weights of a network.
         with torch.inference_mode(False), torch.no_grad():
             return self._check_result(images, self.purify_images(images.detach().clone(), positions))
+
+    def readouts(self, images: Tensor, *, indices: Tensor | None = None) -> dict[str, Readout]:
+        """What the defence looked at on its way to its answer, from one purification; for attacks that know it.
+
+        Args and errors are those of `purify`.
+
+        Returns:
+            A readout for each name of `readout_views`. ``stitched`` is always among them: one view, which is what
+            `purify` returns for the same images and indices.
+        """
+        positions = self._check_given(images, indices)
+        with torch.inference_mode(False), torch.no_grad():
+            made = self.readouts_of(images.detach().clone(), positions)
+            self._check_result(images, made[STITCHED].views[0])
+            return made
+
+    def readouts_of(self, images: Tensor, indices: list[int]) -> dict[str, Readout]:
+        """Purify checked images [N, 3, H, W] once and say what was looked at."""
+        return {STITCHED: Readout(self.purify_images(images, indices)[None])}
 
     def purify_images(self, images: Tensor, indices: list[int]) -> Tensor:
         """Purify checked images [N, 3, H, W]. One at a time: convolutions round differently with the batch's size."""
@@ -106,6 +134,15 @@ class Purifier(ABC):
     @abstractmethod
     def purify_one(self, image: Tensor, index: int) -> Tensor:
         """Purify one image [3, H, W] (the defence's own copy); the result is of its dtype and on its device."""
+
+    def _check_given(self, images: Tensor, indices: Tensor | None) -> list[int]:
+        if self.unavailable is not None:
+            raise RuntimeError(f"the defence {self.name!r} cannot run: {self.unavailable}")
+        check_images(images)
+        self.output_size(*images.shape[-2:])
+        order = torch.arange(len(images)) if indices is None else indices
+        positions: list[int] = check_labels(order, count=len(images), name="indices").tolist()
+        return positions
 
     def _check_result(self, given: Tensor, purified: Tensor) -> Tensor:
         expected = (len(given), 3, *self.output_size(*given.shape[-2:]))

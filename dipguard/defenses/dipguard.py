@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_images, check_int
 from dipguard.classifier import probability_warning
-from dipguard.decision import DecisionTrace
-from dipguard.defenses.guard_stack import defend_stack, longest, store_keys
+from dipguard.decision import DecisionTrace, Reconstruction
+from dipguard.defenses.guard_stack import check_storable, defend_stack, each_stack, store_keys
 from dipguard.defenses.guard_stack import stack_size as stack_size_for
 from dipguard.defenses.result import DefenseResult
 from dipguard.fit import (
@@ -27,7 +27,6 @@ from dipguard.fit import (
     FitProgress,
     StitchOptions,
     fit_device,
-    in_stacks,
 )
 from dipguard.networks import NetworkSpec
 from dipguard.store import TraceStore, open_store
@@ -55,6 +54,8 @@ class DIPGuard(nn.Module):
         N: Sections of the grid of Eq. 5.
         K_max: The largest K that the traces can be replayed with; at least K. None takes the larger of K and 25.
         scores: ``logits`` or ``probabilities`` (Eq. 5).
+        search: ``grid``, or ``bisection``: a third of the readings (:func:`dipguard.decision.boundary.localise`).
+        victim_speed: ``as_is``, or ``folded``: a copy that reads faster (:mod:`dipguard.fit.folded`); no store then.
         rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).
         t0_unit: ``steps`` or ``samples``.
         divide_by: ``found`` or ``K`` (Eq. 7 with fewer than K crossings).
@@ -66,11 +67,12 @@ class DIPGuard(nn.Module):
         padding: ``zeros`` or ``reflect``.
         lr: Adam's learning rate.
         dtype: ``float32`` or ``float64`` for the fit.
-        engine: ``torch``, ``native`` (C++, on a CPU with a C++ compiler; there by far the fastest) or ``auto``.
+        precision: ``float32``; ``tf32`` or ``bfloat16`` with engine ``torch`` or ``cuda_graph`` change results.
+        engine: ``torch``, ``native`` (C++, on a CPU; there by far the fastest), ``cuda_graph`` or ``auto``.
         stack_size: Images fitted at once, fewer once memory has run out; None chooses by free memory and speed.
             No image's result depends on it (in exact arithmetic; but for the native engine, Adam amplifies rounding).
-        patience: Samples without a new crossing after which an image that has its K crossings is fitted no further,
-            which saves time and may change its result; None fits all to the end, as the paper does.
+        patience: Samples without a new crossing after which an image that has its K crossings is fitted no further and
+            gives its place to another: faster, and results may change. None fits all to the end, as the paper does.
         accelerator: ``auto`` (where the victim is), ``cpu`` or ``gpu``.
         progress: Show a progress bar.
         store: Folder of fits made earlier (:mod:`dipguard.store`), which other tau, t0, K, beta, victims and T replay;
@@ -100,6 +102,8 @@ class DIPGuard(nn.Module):
         N: int = 10,
         K_max: int | None = None,
         scores: str = "logits",
+        search: str = "grid",
+        victim_speed: str = "as_is",
         rule: str = "at_least",
         t0_unit: str = "steps",
         divide_by: str = "found",
@@ -111,6 +115,7 @@ class DIPGuard(nn.Module):
         padding: str = "reflect",
         lr: float = 0.01,
         dtype: str = "float32",
+        precision: str = "float32",
         engine: str = "auto",
         stack_size: int | None = None,
         patience: int | None = None,
@@ -129,20 +134,21 @@ class DIPGuard(nn.Module):
             every=every,
             N=N,
             scores=scores,
+            search=search,
+            victim_speed=victim_speed,
             K_max=max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K),
             keep_samples=keep_samples,
             patience=patience,
         )
         readings: dict[str, Any] = {"z": z, "z_scale": z_scale, "jitter": jitter, "init": init, "padding": padding}
-        self.fit_options = FitOptions(network=network, seed=seed, lr=lr, dtype=dtype, engine=engine, **readings)
+        numbers: dict[str, Any] = {"dtype": dtype, "precision": precision, "engine": engine}
+        self.fit_options = FitOptions(network=network, seed=seed, lr=lr, **numbers, **readings)
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.accelerator = check_choice(accelerator, ACCELERATORS, name="accelerator")
         self.progress = progress
         self.store = open_store(store)
-        if self.store is not None and patience is not None:
-            raise ValueError(
-                f"`patience` must be None with a `store`, got {patience}: it makes fits depend on tau and K"
-            )
+        if self.store is not None:
+            check_storable(self.decide_options)
         others = tuple(replace(self.decide_options, T=other) for other in store_T)
         self.also = () if self.store is None else others
         self.watch: Callable[[Sequence[DecisionTrace]], None] | None = None
@@ -165,6 +171,10 @@ class DIPGuard(nn.Module):
         Choosing may compile the engine and may run some steps (:func:`dipguard.fit.stack_size.choose_stack_size`).
         """
         return stack_size_for(self, images)
+
+    def rebuild(self, trace: DecisionTrace) -> Reconstruction:
+        """The purified image that follows from a trace (Algorithm 1, lines 9-18)."""
+        return self.stitch_options.apply(trace)
 
     def defend_stacks(
         self,
@@ -195,20 +205,12 @@ class DIPGuard(nn.Module):
         keys = store_keys(self, images, order, logits=logits)
         size = stack_size_for(self, images, keys=keys) if stack_size is None else stack_size
         choosing = time.perf_counter() - start
-        T, device = longest(self), self.device_of(images)
 
         def work(part: slice, first_step: int, progress: FitProgress) -> DefenseResult:
-            return defend_stack(
-                self,
-                images[part],
-                order[part],
-                logger=logger,
-                first_step=first_step,
-                progress=progress,
-                keys=keys and keys.part(part),
-            )
+            more: dict[str, Any] = {"logger": logger, "first_step": first_step, "progress": progress}
+            return defend_stack(self, images[part], order[part], keys=keys and keys.part(part), **more)
 
-        for result in in_stacks(len(images), size=size, T=T, work=work, device=device, progress=self.progress):
+        for result in each_stack(self, len(images), size=size, work=work, device=self.device_of(images)):
             result.seconds["start"] += choosing
             choosing = 0.0
             yield result

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
+from dipguard.decision import stitch
+from dipguard.decision.readout import STITCHED, Readout
 from dipguard.defenses.base import Purifier
 from dipguard.defenses.dipguard import DIPGuard
+from dipguard.fit import FitOptions
 from dipguard.networks import resolve
 
 
@@ -52,6 +57,16 @@ class GuardRow(Purifier):
         """T."""
         return self.guard.steps_per_image
 
+    @property
+    def dip_fits(self) -> tuple[FitOptions, ...]:
+        """The guard's one."""
+        return (self.guard.fit_options,)
+
+    @property
+    def readout_views(self) -> dict[str, int]:
+        """x(T), the mean of the on-boundary images that are stitched, and the stitched image."""
+        return {"last": 1, "on_boundary": 1, STITCHED: 1}
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """The images' own size.
 
@@ -64,6 +79,18 @@ class GuardRow(Purifier):
     def purify_images(self, images: Tensor, indices: list[int]) -> Tensor:
         """Fit and stitch, stack by stack."""
         return self.guard.purify(images, indices=indices)
+
+    def readouts_of(self, images: Tensor, indices: list[int]) -> dict[str, Readout]:
+        """Fit once; ``on_boundary`` is, for an image without a crossing, what is stitched in their place."""
+        result = self.guard.defend(images, indices=indices)
+        last, boundary = [], []
+        for trace in result.traces:
+            made = stitch(trace, **asdict(self.guard.stitch_options))
+            crossed = len(made.used) > 0
+            boundary.append(trace.on_boundary[made.used].mean(dim=0) if crossed else made.image)
+            last.append(trace.last[-1])
+        views = {"last": last, "on_boundary": boundary, STITCHED: list(result.reconstructions)}
+        return {name: Readout(torch.stack(view)[None].to(images)) for name, view in views.items()}
 
     def purify_one(self, image: Tensor, index: int) -> Tensor:
         """A stack of one."""

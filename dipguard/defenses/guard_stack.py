@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from dipguard.decision import sampled_steps
 from dipguard.defenses.result import DefenseResult
-from dipguard.fit import DecideOptions, FitProgress, StackResult, choose_stack_size, fit_stack
+from dipguard.fit import DecideOptions, FitProgress, StackResult, choose_stack_size, fit_stack, in_stacks
+from dipguard.fit.stacks import Work
 from dipguard.store import RuleAsked, StackKeys, StoredResult, holds_traces, stored_stack
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 REPLAYED = 64
 """Images of a stack that needs no fit."""
+REFILLED = 8
+"""Stacks' worth of images that one refilled stack fits: results come so many at a time, and its tail costs less."""
 
 
 def fit_or_find(
@@ -34,6 +37,7 @@ def fit_or_find(
     callbacks: Sequence[pl.Callback] = (),
     rules: Mapping[str, RuleAsked] | None = None,
     keys: StackKeys | None = None,
+    slots: int | None = None,
 ) -> StackResult:
     """:func:`dipguard.fit.fit_stack` with a guard's options or, where it has a store, what the store holds of it.
 
@@ -47,12 +51,13 @@ def fit_or_find(
         rules: Stopping rules whose choice is asked of the store too; the result is then a
             :class:`~dipguard.store.StoredResult`.
         keys: The images' :func:`store_keys`, where somebody has made them already.
+        slots: Images fitted at once, of a guard with a patience; None: all.
 
     Raises:
         TypeError, ValueError: Bad images, options or victim.
     """
     logging: dict[str, Any] = {"logger": logger, "first_step": first_step, "callbacks": callbacks}
-    made = _fit_or_find(guard, images, indices, rules=rules, keys=keys, **logging)
+    made = _fit_or_find(guard, images, indices, rules=rules, keys=keys, slots=slots, **logging)
     if guard.watch is not None:
         guard.watch(made.traces)
     return made
@@ -69,7 +74,8 @@ def defend_stack(
     keys: StackKeys | None,
 ) -> DefenseResult:
     """Defend one stack; the arguments are those of :func:`fit_or_find`, and the bar's callback."""
-    done = fit_or_find(guard, images, indices, logger=logger, first_step=first_step, callbacks=[progress], keys=keys)
+    logging: dict[str, Any] = {"logger": logger, "first_step": first_step, "callbacks": [progress]}
+    done = fit_or_find(guard, images, indices, keys=keys, slots=progress.slots, **logging)
     if isinstance(done, StoredResult):
         progress.finish(longest(guard))
     start = time.perf_counter()
@@ -87,6 +93,15 @@ def defend_stack(
     )
 
 
+def each_stack(
+    guard: DIPGuard, count: int, *, size: int, work: Work[DefenseResult], device: torch.device
+) -> Iterator[DefenseResult]:
+    """The results of ``work`` on a guard's images, ``size`` at once (:func:`dipguard.fit.in_stacks`)."""
+    rounds = 1 if guard.decide_options.patience is None else REFILLED
+    T, progress = longest(guard), guard.progress
+    return in_stacks(count, size=size, T=T, work=work, device=device, progress=progress, rounds=rounds)
+
+
 def store_keys(guard: DIPGuard, images: Tensor, indices: Sequence[int], *, logits: Tensor) -> StackKeys | None:
     """The images' keys, if the guard has a store; ``logits`` [1, C] are what its victim says of the first one."""
     if guard.store is None:
@@ -95,6 +110,16 @@ def store_keys(guard: DIPGuard, images: Tensor, indices: Sequence[int], *, logit
     keys = StackKeys(images, indices=indices, fit=guard.fit_options, T=T, device=device, logits=logits)
     keys.traces(guard.victim, guard.decide_options)
     return keys
+
+
+def check_storable(decide: DecideOptions) -> None:
+    """Raise ValueError for options that fits and readings from a store cannot have."""
+    if decide.patience is not None:
+        raise ValueError(
+            f"`patience` must be None with a `store`, got {decide.patience}: it makes fits depend on tau and K"
+        )
+    if decide.victim_speed != "as_is":
+        raise ValueError(f"`victim_speed` must be 'as_is' with a `store`, got {decide.victim_speed!r}")
 
 
 def stack_size(guard: DIPGuard, images: Tensor, *, keys: StackKeys | None = None) -> int:
@@ -132,6 +157,7 @@ def _fit_or_find(
     callbacks: Sequence[pl.Callback],
     rules: Mapping[str, RuleAsked] | None,
     keys: StackKeys | None,
+    slots: int | None,
 ) -> StackResult:
     device = guard.device_of(images)
     if guard.store is None:
@@ -146,6 +172,7 @@ def _fit_or_find(
             logger=logger,
             first_step=first_step,
             callbacks=callbacks,
+            slots=slots,
         )
     return stored_stack(
         images,

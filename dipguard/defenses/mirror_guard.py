@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_float, check_int
 from dipguard.decision.evidence import SHIFTS, Stitched, evidence, stitch_readers
+from dipguard.decision.readout import STITCHED, Readout
 from dipguard.defenses.base import Purifier
+from dipguard.defenses.mirror_readouts import Readings, mirror_readouts, mirrored_views
 from dipguard.defenses.stopped_fit import fit_options
 from dipguard.fit import DecideOptions, Decider, FitOptions, FitProgress, StackedDIP, choose_stack_size, in_stacks
 from dipguard.fit.evidence_logger import EvidenceLogger
@@ -25,19 +27,7 @@ NETWORKS = (hourglass((4, 8, 16), skips=0, input_depth=1), hourglass((8, 16, 32)
 keeps more of a clean image."""
 
 
-class Readings(NamedTuple):
-    """What B images' fits left.
-
-    Attributes:
-        samples: Means of x(t) over windows, of all networks, [S, B, 3, H, W].
-        decisions: How the victim reads them, [S, B].
-        evidence: Mean class probabilities of their mirrored copies, the given image's own class weighed by ``trust``,
-            [B, C].
-    """
-
-    samples: Tensor
-    decisions: Tensor
-    evidence: Tensor
+Kept = TypeVar("Kept")
 
 
 class MirrorGuard(Purifier):
@@ -60,6 +50,8 @@ class MirrorGuard(Purifier):
         t0: Warm-up: first step that is looked at, below T.
         every: Steps of a window; the last one ends at T or before.
         trust: Weight, in [0, 1], of the class that the victim reads in the given image; 1 treats it like all others.
+        mirror: Mirror the copies that the evidence is read from. False only moves them, for images that mean something
+            else in a mirror (digits, text, traffic signs).
         beta: Longest step away from the given image, in units of Eq. 6.
         beta_step: Distance of the steps tried up to ``beta``.
         fit: Fields of :class:`~dipguard.fit.FitOptions` that shall differ: z is fitted too, no jitter, zero padding.
@@ -82,6 +74,7 @@ class MirrorGuard(Purifier):
         t0: int = 300,
         every: int = 25,
         trust: float = 0.5,
+        mirror: bool = True,
         beta: float = 0.5,
         beta_step: float = 0.05,
         fit: Mapping[str, Any] | FitOptions | None = None,
@@ -96,9 +89,12 @@ class MirrorGuard(Purifier):
         self.t0 = check_int(t0, name="t0", low=0, high=self.T - 1)
         self.every = check_int(every, name="every", low=1, high=self.T - self.t0)
         self.trust = check_float(trust, name="trust", low=0.0, high=1.0)
+        self.mirror = bool(mirror)
         self.beta = check_float(beta, name="beta", low=0.0)
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
         own: dict[str, Any] = {"padding": "zeros", "jitter": 0.0, "optimise_z": True}
+        if isinstance(fit, Mapping) and "network" in fit:
+            raise ValueError(f"`fit` must leave the networks to `networks`, got network={fit['network']!r}")
         base = fit_options(fit if isinstance(fit, FitOptions) else {**own, **(fit or {})}, seed=self.seed)
         self.fits = [replace(base, network=resolve(network)) for network in networks]
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
@@ -108,6 +104,17 @@ class MirrorGuard(Purifier):
     def random(self) -> bool:
         """Weights and z are drawn."""
         return True
+
+    @property
+    def dip_fits(self) -> tuple[FitOptions, ...]:
+        """One a network."""
+        return tuple(self.fits)
+
+    @property
+    def readout_views(self) -> dict[str, int]:
+        """See :func:`~dipguard.defenses.mirror_readouts.mirror_readouts`."""
+        count = len(self.fits)
+        return {"last": count, "mean": 1, "mirrored": len(mirrored_views(self.windows * count)), STITCHED: 1}
 
     @property
     def windows(self) -> int:
@@ -133,6 +140,7 @@ class MirrorGuard(Purifier):
             "t0": self.t0,
             "every": self.every,
             "trust": self.trust,
+            "mirror": self.mirror,
             "beta": self.beta,
             "beta_step": self.beta_step,
         }
@@ -158,26 +166,27 @@ class MirrorGuard(Purifier):
         device = fit_device("auto", victim=self.victim, images=images)
         logs = []
         for fit in self.fits:
-            log = EvidenceLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows)
+            log = EvidenceLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows, flip=self.mirror)
             with apart(device):
                 module = StackedDIP(images, indices=indices, options=fit)
                 callbacks = [log] if progress is None else [log, progress]
                 make_trainer(self.steps, device=device, callbacks=[*callbacks], logger=None).fit(module)
             logs.append(log)
-        samples = torch.cat([log.samples for log in logs])
-        decisions = torch.cat([log.straight.argmax(dim=-1) for log in logs])
-        own = Decider(self.victim)(images).argmax(dim=-1)
-        turned = torch.cat([log.turned for log in logs])
-        return Readings(samples, decisions, evidence(turned, own=own, trust=self.trust))
+        samples, straight, turned, errors = (
+            torch.cat([getattr(log, name) for log in logs]) for name in ("samples", "straight", "turned", "errors")
+        )
+        own = Decider(self.victim)(images)
+        return Readings(samples, straight, turned, errors, own, sum(log.seconds for log in logs))
 
     def stitch(self, readings: Readings, images: Tensor) -> list[Stitched]:
         """The purified images, and how they came about, one an image."""
-        decide = Decider(self.victim)
-        targets: list[int] = readings.evidence.argmax(dim=-1).tolist()
+        decide, decisions = Decider(self.victim), readings.straight.argmax(dim=-1)
+        spoken = evidence(readings.turned, own=readings.own.argmax(dim=-1), trust=self.trust)
+        targets: list[int] = spoken.argmax(dim=-1).tolist()
         return [
             stitch_readers(
                 readings.samples[:, i],
-                readings.decisions[:, i],
+                decisions[:, i],
                 image.to(readings.samples),
                 target=targets[i],
                 classify=decide,
@@ -188,17 +197,28 @@ class MirrorGuard(Purifier):
 
     def purify_images(self, images: Tensor, indices: list[int]) -> Tensor:
         """Fit and stitch, stack by stack."""
+        return torch.cat(list(self._each_stack(images, indices, lambda _, stitched: stitched))).to(images)
+
+    def readouts_of(self, images: Tensor, indices: list[int]) -> dict[str, Readout]:
+        """Fit and stitch, stack by stack, and keep a handful of what was looked at."""
+
+        def kept(readings: Readings, stitched: Tensor) -> dict[str, Readout]:
+            return mirror_readouts(readings.samples, stitched, networks=len(self.fits), flip=self.mirror, like=images)
+
+        parts = list(self._each_stack(images, indices, kept))
+        return {name: Readout.join([part[name] for part in parts]) for name in parts[0]}
+
+    def _each_stack(
+        self, images: Tensor, indices: list[int], keep: Callable[[Readings, Tensor], Kept]
+    ) -> Iterator[Kept]:
         device = fit_device("auto", victim=self.victim, images=images)
 
-        def work(part: slice, first_step: int, progress: FitProgress) -> Tensor:
+        def work(part: slice, first_step: int, progress: FitProgress) -> Kept:
             readings = self.read(images[part], indices[part], progress=progress)
-            return torch.stack([made.image for made in self.stitch(readings, images[part])])
+            return keep(readings, torch.stack([made.image for made in self.stitch(readings, images[part])]))
 
-        size = self.choose_stack_size(images)
-        parts = in_stacks(
-            len(images), size=size, T=self.steps_per_image, work=work, device=device, progress=self.progress
-        )
-        return torch.cat(list(parts)).to(images)
+        size, T, show = self.choose_stack_size(images), self.steps_per_image, self.progress
+        return in_stacks(len(images), size=size, T=T, work=work, device=device, progress=show)
 
     def choose_stack_size(self, images: Tensor) -> int:
         """How many of ``images`` are fitted at once: ``stack_size``, or what suits the largest network."""

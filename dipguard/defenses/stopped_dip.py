@@ -94,6 +94,11 @@ class StoppedDIP(Purifier):
         """Optimiser steps of a fit of its own; none where it rides on another's."""
         return self.make_rule().steps_needed(self.T)
 
+    @property
+    def dip_fits(self) -> tuple[FitOptions, ...]:
+        """Its one."""
+        return (self.fit_options,)
+
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """The images' own size.
 

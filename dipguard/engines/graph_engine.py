@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.engines.base import Engine, Step, kept_rows, resize
+from dipguard.engines.base import Engine, Step, join_networks, keep_networks
 from dipguard.engines.cuda_graph import CudaGraphStep
 from dipguard.engines.precision import precision
 from dipguard.networks import StackedSkipNet
 from dipguard.networks.form_choice import FormChoice, choose_forms
+from dipguard.networks.norm_choice import NormChoice, choose_norms
 
 
 class CudaGraphEngine(Engine):
@@ -26,14 +27,16 @@ class CudaGraphEngine(Engine):
         given: x0, [B, 3, H, W], in the network's dtype.
         z_gradient: z is optimised too.
         products: ``float32``, ``tf32`` or ``bfloat16`` (:mod:`dipguard.engines.precision`).
-        forms: Candidates for the layers' forms; None for all that the device can run.
+        forms: Candidates for the convolutions' forms; None for all that the device can run.
+        norms: Candidates for the normalisations' forms; None for all that the device can run.
         capture: False runs the step eagerly, on every device.
+
+    Attributes:
+        name: ``cuda_graph``; ``torch`` where nothing is recorded.
 
     Raises:
         RuntimeError: Not a CUDA device, or no candidate works for some layer.
     """
-
-    name = "cuda_graph"
 
     def __init__(
         self,
@@ -43,8 +46,10 @@ class CudaGraphEngine(Engine):
         z_gradient: bool = False,
         products: str = "float32",
         forms: Collection[str] | None = None,
+        norms: Collection[str] | None = None,
         capture: bool = True,
     ) -> None:
+        self.name = "cuda_graph" if capture else "torch"
         self.net = net
         self._options: dict[str, Any] = {"products": products, "z_gradient": z_gradient, "capture": capture}
         self._handle = given.new_zeros((), requires_grad=True)
@@ -52,8 +57,11 @@ class CudaGraphEngine(Engine):
         with precision(products, given.device):
             size = (given.shape[-2], given.shape[-1])
             self.choice: FormChoice = choose_forms(net, given.device, size=size, z_gradient=z_gradient, forms=forms)
+            self.norm_choice: NormChoice = choose_norms(net, given.device, size=size, forms=norms)
         self.choice.apply(net)
-        self._graph = CudaGraphStep(net, given, **self._options)
+        self.norm_choice.apply(net)
+        self._given = given
+        self._graph: CudaGraphStep | None = CudaGraphStep(net, given, **self._options)
 
     def parameters(self) -> list[nn.Parameter]:
         """The network's own."""
@@ -61,20 +69,24 @@ class CudaGraphEngine(Engine):
 
     def step(self, z: Tensor) -> Step:
         """See :meth:`Engine.step`; the backward pass is already queued when this returns."""
+        if self._graph is None:
+            self._graph = CudaGraphStep(self.net, self._given, **self._options)
         x, errors, gradients = self._graph.compute(z)
         # The next step writes into the same memory: what callbacks keep must be a copy.
         loss: Tensor = _HandOver.apply(self._handle, z, errors.sum(), self.parameters(), gradients)
         return Step(loss, x.clone(), errors.clone())
 
     def keep(self, rows: Tensor) -> None:
-        """See :meth:`Engine.keep`; the graph is recorded anew, the forms stay."""
-        given = self._graph.given[rows]
-        for parameter in self.parameters():
-            parameter.grad = None
-            parameter.data = kept_rows(parameter.data, rows)
-        resize(self.net, len(rows))
-        del self._graph  # and its memory, before the next one takes as much
-        self._graph = CudaGraphStep(self.net, given, **self._options)
+        """See :meth:`Engine.keep`; the graph is recorded anew at the next step, the forms stay."""
+        self._graph = None  # and its memory, before the next one takes as much
+        self._given = self._given[rows]
+        keep_networks(self.net, rows)
+
+    def join(self, net: StackedSkipNet, given: Tensor) -> None:
+        """See :meth:`Engine.join`; the graph is recorded anew at the next step, the forms stay."""
+        self._graph = None
+        self._given = torch.cat([self._given, given])
+        join_networks(self.net, net)
 
 
 class _HandOver(torch.autograd.Function):

@@ -51,12 +51,8 @@ class NativeEngine(Engine):
         self.eps = _eps(net)
         self.net = net
         images = len(given)
-        flat = given.new_zeros(images, self.plan.parameters)
-        for parameter, view in _views(net, self.plan, flat):
-            view.copy_(parameter.data)
-            parameter.data = view
-        self.flat = nn.Parameter(flat)
-        self.gradient = torch.zeros_like(flat)
+        self.flat = nn.Parameter(_moved(net, self.plan, given))
+        self.gradient = torch.zeros_like(self.flat.data)
         self.threads = min(images, torch.get_num_threads())
         self.workspaces = given.new_zeros(self.threads, self.plan.room)
         self._frames = _integers(self.plan.frames)
@@ -121,13 +117,21 @@ class NativeEngine(Engine):
     def keep(self, rows: Tensor) -> None:
         """See :meth:`Engine.keep`."""
         self.given = self.given[rows]
+        self._set_flat(self.flat.data[rows])
+
+    def join(self, net: StackedSkipNet, given: Tensor) -> None:
+        """See :meth:`Engine.join`."""
+        self.given = torch.cat([self.given, given])
+        self._set_flat(torch.cat([self.flat.data, _moved(net, self.plan, given)]))
+
+    def _set_flat(self, flat: Tensor) -> None:
         self.flat.grad = None
-        self.flat.data = self.flat.data[rows]
-        self.gradient = torch.zeros_like(self.flat.data)
-        self.threads = min(len(rows), self.threads)
-        for parameter, view in _views(self.net, self.plan, self.flat.data):
+        self.flat.data = flat
+        self.gradient = torch.zeros_like(flat)
+        self.threads = min(len(flat), len(self.workspaces))
+        for parameter, view in _views(self.net, self.plan, flat):
             parameter.data = view
-        resize(self.net, len(rows))
+        resize(self.net, len(flat))
 
 
 class _HandOver(torch.autograd.Function):
@@ -169,6 +173,15 @@ def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.P
             if len(slot.shape) == 4:  # [B, kernel, kernel, inputs, outputs]
                 view = view.permute(0, 4, 3, 1, 2)
             yield parameter, view
+
+
+def _moved(net: StackedSkipNet, plan: Plan, given: Tensor) -> Tensor:
+    """A new flat parameter [B, P] with the network's numbers, whose parameters become views of it."""
+    flat = given.new_zeros(len(given), plan.parameters)
+    for parameter, view in _views(net, plan, flat):
+        view.copy_(parameter.data)
+        parameter.data = view
+    return flat
 
 
 def _integers(rows: Iterable[tuple[int, ...]]) -> Tensor:

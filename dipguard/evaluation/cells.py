@@ -4,6 +4,7 @@
     cells/<column>/<row>.npz         a finished cell: reconstructions and per-image figures
     cells/<column>/<row>.parts/      the finished chunks of a cell in progress
     curves/<name>/<row>/<eps>.json   defence-aware attacks (evaluation/aware.py)
+    ladder/<rung>/<row>.npz          the ladder (evaluation/ladder.py)
 
 Every file carries a key, the digest of all that it depends on. A file with another key is made again, all others stay:
 a changed setting of one defence runs that defence's cells alone.
@@ -31,6 +32,11 @@ _log = logging.getLogger(__name__)
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 """What a column or row may be called: it becomes a file's name."""
+
+BASELINE = "baseline"
+"""Label of the ladder's static baseline among the rows."""
+CLEAN, WORST = "clean", "worst_case"
+"""Lines of the ladder that are no rung's: no attack at all, and the worst for each image."""
 
 
 def check_label(label: str, *, name: str) -> str:

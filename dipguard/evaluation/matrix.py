@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.attacks import DEFENSE_AWARE, Attack, build_attack
+from dipguard.attacks import ATTACKS, DEFENSE_AWARE, Attack, build_attack
 from dipguard.checks import check_choice, check_float, check_int, check_labels
 from dipguard.config import AttackConfig, VictimConfig
 from dipguard.config_checks import check_attack, check_data, keys_named
 from dipguard.config_matrix import MatrixConfig, RivalConfig
 from dipguard.data import ImageSet, load_data
 from dipguard.defenses import DEFENSES, build_defense
-from dipguard.evaluation.cells import MatrixFolder, check_label, key_of
+from dipguard.evaluation.cells import BASELINE, CLEAN, WORST, MatrixFolder, check_label, key_of
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.evaluation.riders import serve_all_rows
 from dipguard.evaluation.settings import choose_device, data_options, number_of_classes
@@ -39,8 +39,9 @@ class Matrix:
         device: Where attacks and fits run.
         folder: Its files.
         decisions_clean: The victim's decisions on the clean images, [N].
-        digests: Of data, victim and guide.
+        digests: Of data, victim, guide and baseline.
         store: Fits and attacked images that other runs made, if there is one.
+        baseline: A classifier that meets the ladder undefended, if there is one.
     """
 
     config: MatrixConfig
@@ -52,6 +53,7 @@ class Matrix:
     decisions_clean: Tensor
     digests: dict[str, str]
     store: TraceStore | None = None
+    baseline: nn.Module | None = None
 
     def attack(self, column: str) -> Attack:
         """The attack of a column."""
@@ -88,6 +90,7 @@ def prepare_matrix(config: MatrixConfig, path: Path) -> Matrix:
         for label in getattr(config, group):
             check_label(label, name=group)
     _check_aware(config)
+    _check_ladder(config)
     device = choose_device(str(config.trainer.accelerator))
     with keys_named("data", data_options(config)), keys_named("data.options", config.data.options):
         clean = load_data(config.data.name, **data_options(config))
@@ -104,13 +107,18 @@ def prepare_matrix(config: MatrixConfig, path: Path) -> Matrix:
         guide = _victim("guide", config.guide, device)
         number_of_classes(guide, clean, config.guide.name)
         digests["guide"] = tensor_digest(guide.state_dict().values())
+    baseline = None
+    if config.baseline is not None:
+        baseline = _victim("baseline", config.baseline, device)
+        number_of_classes(baseline, clean, config.baseline.name)
+        digests["baseline"] = tensor_digest(baseline.state_dict().values())
     for label, attack in config.columns.items():
         check_attack(attack, name=f"columns.{label}")
         _attack(label, attack, victim, seed=config.seed)
     rows = {label: _row(label, row, guide, config, clean, store) for label, row in config.rows.items()}
     serve_all_rows(rows)
     decisions = decide(victim, clean.images)
-    return Matrix(config, clean, victim, rows, device, MatrixFolder(path), decisions, digests, store)
+    return Matrix(config, clean, victim, rows, device, MatrixFolder(path), decisions, digests, store, baseline)
 
 
 def _check_aware(config: MatrixConfig) -> None:
@@ -130,6 +138,30 @@ def _check_aware(config: MatrixConfig) -> None:
             check_float(eps, name=f"aware.{label}.eps_255", low=0, high=255)
         if aware.limit is not None:
             check_int(aware.limit, name=f"aware.{label}.limit", low=1)
+
+
+def _check_ladder(config: MatrixConfig) -> None:
+    check_float(config.ladder_eps_255, name="ladder_eps_255", low=0, high=255)
+    if config.baseline is not None and BASELINE in config.rows:
+        raise ValueError(f"`rows` must not name one {BASELINE!r} where `baseline` is set")
+    for label, rung in config.ladder.items():
+        check_label(label, name="ladder")
+        if label in (CLEAN, WORST):
+            raise ValueError(f"`ladder` must not name a rung {label!r}: the tables have a line of that name")
+        check_choice(rung.attack, {**ATTACKS, **DEFENSE_AWARE}, name=f"ladder.{label}.attack")
+        check_int(rung.batch_size, name=f"ladder.{label}.batch_size", low=1)
+        if rung.limit is not None:
+            check_int(rung.limit, name=f"ladder.{label}.limit", low=1)
+        for row in rung.rows or ():
+            check_choice(row, {**config.rows, BASELINE: None}, name=f"ladder.{label}.rows")
+        if rung.eps_255 is not None:
+            check_float(rung.eps_255, name=f"ladder.{label}.eps_255", low=0, high=255)
+            if rung.check is None and rung.eps_255 != config.ladder_eps_255:
+                # The worst case over attacks of different budgets would be nobody's.
+                raise ValueError(
+                    f"`ladder.{label}.eps_255` must be `ladder_eps_255`={config.ladder_eps_255:g} or null, got "
+                    f"{rung.eps_255:g}; only a rung with a `check` may have another"
+                )
 
 
 def _victim(key: str, config: VictimConfig, device: torch.device) -> nn.Module:

@@ -60,7 +60,8 @@ class Outcome:
     def metrics(self) -> dict[str, Any]:
         """The run's figures, as metrics.json holds them.
 
-        ``crossings`` is the mean number of on-boundary images that were stitched; ``images_per_second`` counts the
+        ``crossings`` is the mean number of on-boundary images that were stitched, for ``dipguard`` that of windows that
+        were averaged; ``images_per_second`` counts the
         seconds of the defence (start, fit and decide), not those of the attack.
         """
         labels = self.clean.labels
@@ -80,7 +81,7 @@ class Outcome:
         }
 
     def rows(self) -> list[dict[str, Any]]:
-        """One row an image, as images.csv holds them; ``why`` is ``crossings`` or ``no_crossing``."""
+        """One row an image, as images.csv holds them; ``why`` is the reconstruction's reason."""
         return [
             {
                 "index": int(self.clean.indices[i]),

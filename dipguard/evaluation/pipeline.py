@@ -17,18 +17,21 @@ from dipguard.attacks import Attack, build_attack
 from dipguard.checks import check_labels
 from dipguard.config import TrainConfig
 from dipguard.config_checks import keys_named, validate
+from dipguard.config_choices import DefenseName
 from dipguard.data import ImageSet, load_data
 from dipguard.defenses import DIPGuard
+from dipguard.defenses.mirror_guard import NETWORKS
+from dipguard.defenses.mirror_stacks import MirrorStacks
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.evaluation.outcome import Outcome
 from dipguard.evaluation.run_folder import Given, RunFolder
 from dipguard.evaluation.settings import (
     attack_options,
+    build_guard,
     choose_device,
     data_options,
     description,
     fingerprint,
-    guard_options,
     number_of_classes,
 )
 from dipguard.networks import resolve
@@ -55,7 +58,7 @@ class Run:
     clean: ImageSet
     victim: nn.Module
     attack: Attack
-    guard: DIPGuard
+    guard: DIPGuard | MirrorStacks
     device: torch.device
     folder: RunFolder
 
@@ -80,7 +83,7 @@ def prepare(config: TrainConfig, path: str | Path) -> Run:
     check_labels(clean.labels, count=len(clean), num_classes=number_of_classes(victim, clean, config.victim.name))
     with keys_named("attack", ("eps_255",)), keys_named("attack.options", config.attack.options):
         attack = build_attack(config.attack.name, victim, **attack_options(config))
-    guard = DIPGuard(victim, **guard_options(config, device))
+    guard = build_guard(config, victim, device)
     folder = RunFolder(path, fingerprint(config, clean, victim))
     return Run(config, clean, victim, attack, guard, device, folder)
 
@@ -99,7 +102,9 @@ def execute(run: Run, *, logger_at: Callable[[int], Logger | None] = lambda step
 
 def _check_size(clean: ImageSet, config: TrainConfig) -> None:
     # Here, and not when the first stack starts, which may be an hour of attacks later.
-    resolve(str(config.network.name)).check_size(*clean.images.shape[-2:])
+    mirror = config.defense.name == DefenseName.dipguard
+    for network in NETWORKS if mirror else (str(config.network.name),):
+        resolve(network).check_size(*clean.images.shape[-2:])
     similarity(clean.images[:1], clean.images[:1])
 
 
@@ -129,7 +134,7 @@ def _attack_batches(run: Run) -> Iterator[Tensor]:
 
 
 def _fit(run: Run, given: Given, logger_at: Callable[[int], Logger | None]) -> None:
-    indices, T = run.clean.indices.tolist(), run.config.defense.T
+    indices, T = run.clean.indices.tolist(), run.guard.steps_per_image
     fitted = [run.folder.is_fitted(index, image) for index, image in zip(indices, given.images, strict=True)]
     if all(fitted):
         return
@@ -181,7 +186,7 @@ def pending(fitted: Sequence[bool], stack_size: int) -> list[list[int]]:
 def _rebuild(run: Run, given: Given) -> Outcome:
     indices = run.clean.indices.tolist()
     # From the saved traces in every case: a continued run then takes the same road as an uninterrupted one.
-    rebuilt = [run.guard.stitch_options.apply(run.folder.load_trace(index)) for index in indices]
+    rebuilt = [run.guard.rebuild(run.folder.load_trace(index)) for index in indices]
     images = torch.stack([reconstruction.image for reconstruction in rebuilt]).to(run.clean.images)
     return Outcome(
         clean=run.clean,

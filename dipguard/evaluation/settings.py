@@ -12,9 +12,12 @@ from torch import nn
 
 from dipguard.attacks import Attack
 from dipguard.config import TrainConfig
+from dipguard.config_choices import DefenseName
 from dipguard.config_matrix import MatrixConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import DIPGuard
+from dipguard.defenses.mirror_guard import MirrorGuard
+from dipguard.defenses.mirror_stacks import MirrorStacks
 from dipguard.files import tensor_digest
 from dipguard.version import __version__
 from dipguard.victims import check_victim
@@ -51,7 +54,7 @@ def number_of_classes(victim: nn.Module, clean: ImageSet, name: str) -> int:
 def data_options(config: TrainConfig | MatrixConfig) -> dict[str, Any]:
     """What the data set's loader is called with: the keys that are set; it refuses those that it does not know."""
     values = asdict(config.data)
-    for name in ("name", "options"):
+    for name in ("name", "options", "mirrors"):
         del values[name]
     # The path is always passed, so that a loader that needs one says so.
     kept = {name: value for name, value in values.items() if value is not None or name == "path"}
@@ -64,10 +67,39 @@ def attack_options(config: TrainConfig) -> dict[str, Any]:
     return {"eps_255": attack.eps_255, "seed": config.seed, "batch_size": attack.batch_size, **attack.options}
 
 
+MIRROR = ("T", "t0", "every", "trust", "mirror", "beta", "beta_step")
+"""Keys of ``defense`` that ``dipguard`` has; the others are ``paper``'s."""
+MIRROR_ONLY = ("trust", "mirror", "beta_step")
+"""Keys that ``dipguard`` alone has."""
+
+
+def build_guard(config: TrainConfig, victim: nn.Module, device: torch.device) -> DIPGuard | MirrorStacks:
+    """The defence that the settings name.
+
+    Raises:
+        TypeError, ValueError: A value is out of range.
+    """
+    if config.defense.name == DefenseName.paper:
+        return DIPGuard(victim, **guard_options(config, device))
+    values = config.to_dict()
+    fit = {name: value for name, value in values["fit"].items() if name not in ("stack_size", "patience")}
+    return MirrorStacks(
+        MirrorGuard(
+            victim,
+            **{name: values["defense"][name] for name in MIRROR},
+            fit=fit,
+            seed=config.seed,
+            stack_size=config.fit.stack_size,
+            progress=config.trainer.progress,
+        )
+    )
+
+
 def guard_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """What :class:`dipguard.DIPGuard` is built with."""
     values = config.to_dict()
-    del values["defense"]["name"]
+    for name in ("name", *MIRROR_ONLY):
+        del values["defense"][name]
     return {
         **values["defense"],
         **values["fit"],
@@ -92,7 +124,9 @@ def fingerprint(config: TrainConfig, clean: ImageSet, victim: nn.Module) -> dict
     return values
 
 
-def description(config: TrainConfig, attack: Attack, guard: DIPGuard, device: torch.device) -> dict[str, Any]:
+def description(
+    config: TrainConfig, attack: Attack, guard: DIPGuard | MirrorStacks, device: torch.device
+) -> dict[str, Any]:
     """All that a run was made with, for its metrics.json."""
     values = config.to_dict()
     values["attack"]["settings"] = dict(attack.settings)

@@ -1,71 +1,91 @@
-"""Finds cross-boundary pairs as they happen and localises their on-boundary images (Algorithm 1, lines 11-14)."""
+"""Finds cross-boundary pairs as they happen, and their on-boundary images (Algorithm 1, lines 11-14)."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_int
 from dipguard.decision import crosses, localise
-from dipguard.decision.boundary import SCORES
+from dipguard.decision.boundary import SCORES, SEARCHES
 from dipguard.fit.decider import Decider
-from dipguard.fit.decision_logger import as_stacked_dip, open_record
-from dipguard.fit.record import Crossing
+from dipguard.fit.decision_logger import as_stacked_dip, open_records
+from dipguard.fit.record import Crossing, StackRecord
 
 
 class BoundaryDetector(pl.Callback):
     """After DecisionLogger: where two neighbouring samples of an image are decided differently, localise the boundary.
 
+    A pair is kept as it is found, and localised when its image's trace is closed: of some thirty pairs that an attacked
+    image shows, a replay with K up to 25 can ask for fewer, and each costs N - 1 readings of the victim.
     The thresholds tau and t0 of Eq. 3 are not applied here but when stitching, so that a trace serves all of them.
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
         N: Sections of the grid of Eq. 5.
         scores: ``logits`` or ``probabilities``, the f_c of Eq. 5.
+        search: ``grid`` or ``bisection`` (:func:`dipguard.decision.boundary.localise`).
 
     Attributes:
         seconds: Time spent here.
     """
 
-    def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits") -> None:
+    def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits", search: str = "grid") -> None:
         self.decider = Decider(victim)
         self.N = check_int(N, name="N", low=1)
         self.scores = check_choice(scores, SCORES, name="scores")
+        self.search = check_choice(search, SEARCHES, name="search")
         self.seconds = 0.0
-        self._seen = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to start without DecisionLogger before this callback."""
-        self._seen = open_record(as_stacked_dip(pl_module)).count
+        open_records(as_stacked_dip(pl_module))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compare the newest sample with the one before it, if it is new."""
-        record = open_record(as_stacked_dip(pl_module))
-        if record.count == self._seen:
-            return
-        self._seen = record.count
-        before, after = record.previous, record.newest
-        if before is None or after is None:
+        """Compare the newest samples with those before them, if they are new."""
+        fitted = as_stacked_dip(pl_module).cohorts
+        records = [c.record for c in fitted if c.record is not None and c.sampled_at(batch_idx)]
+        if not records:
             return
         start = time.perf_counter()
-        pairs = torch.nonzero(crosses(before.scores.argmax(1), after.scores.argmax(1))).flatten()
-        if len(pairs):
-            alpha, on_boundary = localise(
-                before.reconstructions[pairs],
-                after.reconstructions[pairs],
-                before.scores[pairs],
-                after.scores[pairs],
-                self.decider,
-                N=self.N,
-                scores=self.scores,
-            )
-            rows = zip(pairs.tolist(), before.quality[pairs].tolist(), alpha.tolist(), on_boundary, strict=True)
-            for b, value, weight, image in rows:
-                record.add_crossing(b, Crossing(record.count - 2, value, weight, image.clone()))
+        for record in records:
+            record.localise = self.localise
+            before, after = record.previous, record.newest
+            for b in _crossed(record):
+                assert before is not None
+                assert after is not None
+                images = torch.stack([before.reconstructions[b], after.reconstructions[b]])
+                scores = torch.stack([before.scores[b], after.scores[b]])
+                record.add_crossing(b, Crossing(record.count - 2, float(before.quality[b]), images, scores))
         self.seconds += time.perf_counter() - start
+
+    def localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
+        """Alpha [M] and the on-boundary images [M, 3, H, W] of M crossings, of whichever images (Eq. 4 and 5).
+
+        The time is that of the callback which closes a trace.
+        """
+        # A victim's batch at a time: the grid's images of all would take some hundred megabytes.
+        size = max(1, self.decider.batch // max(1, self.N - 1))
+        parts = [self._localise(found[first : first + size]) for first in range(0, len(found), size)]
+        return torch.cat([alpha for alpha, _ in parts]), torch.cat([images for _, images in parts])
+
+    def _localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
+        images, scores = (torch.stack(part, dim=1) for part in ([c.images for c in found], [c.scores for c in found]))
+        ends = (images[0], images[1], scores[0], scores[1])
+        return localise(*ends, self.decider, N=self.N, scores=self.scores, search=self.search)
+
+
+def _crossed(record: StackRecord) -> list[int]:
+    """Images whose newest sample is decided otherwise than the one before it."""
+    before, after = record.previous, record.newest
+    if before is None or after is None:
+        return []
+    rows: list[int] = torch.nonzero(crosses(before.scores.argmax(1), after.scores.argmax(1))).flatten().tolist()
+    return rows

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dipguard.checks import check_int
 from dipguard.decision import quality, sampled_steps
+from dipguard.fit.cohort import Cohort, row_ranges
 from dipguard.fit.decider import Decider
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.record import Sample, StackRecord
@@ -56,37 +58,55 @@ class DecisionLogger(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record; read the given images' decisions."""
         module = as_stacked_dip(pl_module)
-        self._steps = frozenset(sampled_steps(int(trainer.max_steps), decisions=self.decisions, every=self.every))
-        module.record = StackRecord(
-            given=module.given,
-            given_scores=self.decider(module.given),
-            indices=module.indices,
-            K_max=self.K_max,
-            keep_samples=self.keep_samples,
-        )
+        self._steps = frozenset(sampled_steps(module.T, decisions=self.decisions, every=self.every))
+        for cohort in module.cohorts:
+            cohort.record = None  # of an earlier fit
+        self._open(module)
+
+    def _open(self, module: StackedDIP) -> None:
+        for cohort, rows in zip(module.cohorts, row_ranges(module.cohorts), strict=True):
+            if cohort.record is None:
+                given = module.given[rows]
+                cohort.record = StackRecord(
+                    given=given,
+                    given_scores=self.decider(given),
+                    indices=module.indices[rows],
+                    K_max=self.K_max,
+                    keep_samples=self.keep_samples,
+                )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Sample step t = ``batch_idx``, whose x(t) was made before this step's update."""
-        if batch_idx not in self._steps:
+        module = as_stacked_dip(pl_module)
+        ranges = row_ranges(module.cohorts)
+        due = [i for i, cohort in enumerate(module.cohorts) if cohort.step(batch_idx) in self._steps]
+        if not due:
             return
         start = time.perf_counter()
-        module = as_stacked_dip(pl_module)
-        record = open_record(module)
-        x: Tensor = outputs["reconstructions"]
-        sample = Sample(batch_idx, x, self.decider(x), quality(x, module.given), outputs["errors"])
-        record.add_sample(sample)
-        self._log(trainer, record, sample)
+        self._open(module)  # newcomers' records
+        x, errors, given = (
+            part if len(due) == len(ranges) else torch.cat([part[ranges[i]] for i in due])
+            for part in (outputs["reconstructions"], outputs["errors"], module.given)
+        )
+        sample = Sample(batch_idx, x, self.decider(x), quality(x, given), errors)
+        parts = [module.cohorts[i] for i in due]
+        for cohort, rows in zip(parts, row_ranges(parts), strict=True):
+            assert cohort.record is not None
+            own = sample if len(parts) == 1 else sample.rows(rows)
+            cohort.record.add_sample(replace(own, step=cohort.step(batch_idx)))
+        self._log(trainer, parts, sample)
         self.seconds += time.perf_counter() - start
 
-    def _log(self, trainer: pl.Trainer, record: StackRecord, sample: Sample) -> None:
+    def _log(self, trainer: pl.Trainer, cohorts: list[Cohort], sample: Sample) -> None:
         if not trainer.loggers:
             return
-        moved = sample.scores.argmax(1) != record.given_scores.argmax(1)
+        records = [cohort.record for cohort in cohorts if cohort.record is not None]
+        moved = sample.scores.argmax(1) != torch.cat([record.given_scores for record in records]).argmax(1)
         means = torch.stack([sample.errors.mean(), sample.quality.mean(), moved.double().mean().to(sample.errors)])
         error, value, share = means.tolist()
-        found = sum(len(crossings) for crossings in record.crossings) / len(record.indices)
+        found = sum(len(crossings) for record in records for crossings in record.crossings) / len(moved)
         figures = {"fit/mse": error, "fit/quality": value, "fit/decision_changed": share, "fit/crossings": found}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=self.first_step + sample.step)
@@ -103,14 +123,15 @@ def as_stacked_dip(pl_module: pl.LightningModule) -> StackedDIP:
     return pl_module
 
 
-def open_record(module: StackedDIP) -> StackRecord:
-    """The record that DecisionLogger opened.
+def open_records(module: StackedDIP) -> list[tuple[Cohort, StackRecord]]:
+    """The cohorts whose records DecisionLogger has opened; newcomers' come with their first sample.
 
     Raises:
         RuntimeError: There is none: the callbacks stand in the wrong order.
     """
-    if module.record is None:
+    found = [(cohort, cohort.record) for cohort in module.cohorts if cohort.record is not None]
+    if not found:
         raise RuntimeError(
             "`callbacks` must have DecisionLogger before BoundaryDetector and Stitcher, got no DecisionLogger"
         )
-    return module.record
+    return found

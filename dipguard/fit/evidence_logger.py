@@ -27,6 +27,7 @@ class EvidenceLogger(pl.Callback):
         every: Steps of a window, at least 1.
         windows: Number of windows S, at least 1.
         shifts: Of the mirrored copies, (dy, dx) in pixels, taken in turn.
+        flip: See :func:`~dipguard.decision.evidence.mirrored`.
 
     Attributes:
         samples: [S, B, 3, H, W], after the fit.
@@ -48,12 +49,14 @@ class EvidenceLogger(pl.Callback):
         every: int,
         windows: int,
         shifts: tuple[tuple[int, int], ...] = SHIFTS,
+        flip: bool = True,
     ) -> None:
         self._decide = Decider(victim)
         self.warm_up = check_int(warm_up, name="warm_up", low=0)
         self.every = check_int(every, name="every", low=1)
         self.windows = check_int(windows, name="windows", low=1)
         self.shifts = shifts
+        self.flip = flip
         self.seconds = 0.0
         self.samples = self.errors = torch.empty(0)
         self._straight: list[Tensor] = []
@@ -92,7 +95,7 @@ class EvidenceLogger(pl.Callback):
             self.samples[window] /= self.every
             self.errors[window] /= self.every
             mean = self.samples[window]
-            both = torch.cat([mean, mirrored(mean, shift=self.shifts[window % len(self.shifts)])])
+            both = torch.cat([mean, mirrored(mean, shift=self.shifts[window % len(self.shifts)], flip=self.flip)])
             straight, turned = self._decide(both).chunk(2)
             self._straight.append(straight)
             self._turned.append(turned)

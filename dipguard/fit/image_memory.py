@@ -48,9 +48,9 @@ def memory_need(
     else:
         shared = 0
         each = COPIES * module.net.parameters_per_image() * bytes_of + _activations(module)
-    # The last samples, and about twice as many crossings, since replays may take another tau; x0, x, what SSIM makes of
-    # them; z, and its jitter for eight steps.
-    images = 3 * decide.K_max + 20 + 10 * module.z.shape[1] // 3
+    # The last samples, and about twice as many crossings of two images each, since replays may take another tau; x0, x,
+    # what SSIM makes of them; z, and its jitter for eight steps.
+    images = 5 * decide.K_max + 20 + 10 * module.z.shape[1] // 3
     if decide.keep_samples and device.type == "cpu":
         images += len(sampled_steps(decide.T, decisions=decide.decisions, every=decide.every))
     return shared, each + images * image.numel() * bytes_of

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from dipguard.checks import check_choice, check_float, check_images
-from dipguard.engines import ENGINES, Engine, make_engine
+from dipguard.engines import Engine, make_engine
+from dipguard.engines.base import check_products
 from dipguard.engines.jitter_feed import JitterFeed
-from dipguard.fit.noise import Z_KINDS, Jitter, draw_z
-from dipguard.fit.record import StackRecord
-from dipguard.networks import INITS, PADDINGS, NetworkSpec, build, resolve
+from dipguard.fit.cohort import Cohort, Waiting, row_ranges
+from dipguard.fit.jitter_source import JitterSource, jitter_source
+from dipguard.fit.noise import Z_KINDS, draw_z
+from dipguard.fit.staggered_adam import StaggeredAdam
+from dipguard.networks import INITS, PADDINGS, NetworkSpec, StackedSkipNet, build, resolve
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -37,6 +40,9 @@ class FitOptions:
         engine: Who computes a step: ``auto``, ``torch``, ``native`` or ``cuda_graph``
             (:func:`dipguard.engines.make_engine`).
         optimise_z: Adam changes z too, below the jitter. Ding et al. keep z fixed; Dai et al. 2020 (DIPDefend) do not.
+        precision: ``float32``, or ``tf32`` or ``bfloat16`` for the network's products, with the engines ``torch`` and
+            ``cuda_graph`` (:mod:`dipguard.engines.precision`). Both change results; whether accuracy suffers is what
+            ``benchmarks/precision_accuracy.py`` finds out.
     """
 
     network: str | NetworkSpec = "cifar10"
@@ -50,6 +56,7 @@ class FitOptions:
     dtype: str = "float32"
     engine: str = "auto"
     optimise_z: bool = False
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
         resolve(self.network)
@@ -62,13 +69,20 @@ class FitOptions:
         if check_float(self.lr, name="lr", low=0.0) == 0:
             raise ValueError("`lr` must be above 0, got 0")
         check_choice(self.dtype, DTYPES, name="dtype")
-        check_choice(self.engine, ENGINES, name="engine")
+        check_products(self.precision, engine=self.engine)
+        if self.precision != "float32" and self.dtype != "float32":
+            raise ValueError(f"`precision` {self.precision!r} needs `dtype` 'float32', got {self.dtype!r}")
         if not isinstance(self.optimise_z, bool):
             raise TypeError(f"`optimise_z` must be true or false, got {self.optimise_z!r}")
 
     def as_settings(self) -> dict[str, Any]:
-        """The options as JSON can hold them, z_scale resolved."""
+        """The options as JSON can hold them, z_scale resolved; ``precision`` only where it is not float32.
+
+        Fits stored before there was such an option are told by these settings.
+        """
         settings = asdict(self)
+        if self.precision == "float32":
+            del settings["precision"]
         spec = resolve(self.network)
         if isinstance(self.network, NetworkSpec):
             settings["network"] = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(spec).items()}
@@ -94,13 +108,20 @@ class StackedDIP(pl.LightningModule):
     """B images, B independent DIP networks, one optimiser.
 
     Adam acts on each number alone, so one Adam over stacked parameters is B Adams. Batch item and data play no role:
-    the images are the module's own, and the Trainer's ``max_steps`` is the paper's T.
+    the images are the module's own, and the Trainer's ``max_steps`` is the paper's T, unless images wait for a place
+    in the stack (:mod:`dipguard.fit.slots`): then T is theirs, and the Trainer goes on until all are fitted.
 
     Args:
         images: The given images x0, [B, 3, H, W] in [0, 1].
         indices: Their indices in the data set, 0 ... B-1 by default; every random draw of an image depends on (seed,
             index) alone.
         options: See :class:`FitOptions`.
+        waiting: Images that take the places of those that leave.
+
+    Attributes:
+        cohorts: The images that are being fitted, in the order of the stack.
+        finished: Cohorts none of whose images is fitted any more.
+        spared: Image-steps that need not be done, because images left before their T-th.
 
     Raises:
         TypeError, ValueError: Bad images or options, or images too small for the network.
@@ -110,7 +131,12 @@ class StackedDIP(pl.LightningModule):
     z: Tensor
 
     def __init__(
-        self, images: Tensor, *, indices: Sequence[int] | None = None, options: FitOptions | None = None
+        self,
+        images: Tensor,
+        *,
+        indices: Sequence[int] | None = None,
+        options: FitOptions | None = None,
+        waiting: Waiting | None = None,
     ) -> None:
         super().__init__()
         check_images(images)
@@ -118,43 +144,39 @@ class StackedDIP(pl.LightningModule):
         self.indices = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
         if len(self.indices) != len(images):
             raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(self.indices)}")
-        dtype = DTYPES[options.dtype]
-        self.net = build(
-            options.network,
-            stack_size=len(images),
-            seed=options.seed,
-            indices=self.indices,
-            init=options.init,
-            padding=options.padding,
-            dtype=dtype,
-        )
-        height, width = images.shape[-2:]
-        self.net.spec.check_size(height, width)
-        shape = (self.net.spec.input_depth, height, width)
-        scale = self.net.spec.z_scale if options.z_scale is None else options.z_scale
-        z = draw_z(shape, indices=self.indices, seed=options.seed, kind=options.z, scale=scale)
+        self.net, z = start(self.indices, options=options, size=(images.shape[-2], images.shape[-1]))
         if options.optimise_z:
-            self.z = torch.nn.Parameter(z.to(dtype))
+            self.z = torch.nn.Parameter(z)
         else:
-            self.register_buffer("z", z.to(dtype), persistent=False)
-        self.register_buffer("given", images.detach().to(dtype).clone(), persistent=False)
-        self._jitter: Jitter | JitterFeed | None = None
+            self.register_buffer("z", z, persistent=False)
+        self.register_buffer("given", images.detach().to(z.dtype).clone(), persistent=False)
+        self.waiting = waiting
+        self.cohorts = [Cohort(0, tuple(range(len(images))), len(images))]
+        self.finished: list[Cohort] = []
+        self.spared = 0
         self._engine: Engine | None = None
-        self.record: StackRecord | None = None
+
+    @property
+    def T(self) -> int:
+        """Steps of each image's fit."""
+        return int(self.trainer.max_steps) if self.waiting is None else self.waiting.T
 
     def on_fit_start(self) -> None:
         """Start the jitter's streams anew."""
-        if self.options.jitter > 0:
-            shape = (self.z.shape[1], self.z.shape[2], self.z.shape[3])
-            draws: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
-            # A graph's step is over before one thread has drawn its noise; elsewhere the feed's threads gain nothing.
-            fed = self.engine.name == "cuda_graph"
-            self._jitter = JitterFeed(shape, device=self.device, **draws) if fed else Jitter(shape, **draws)
+        for cohort, rows in zip(self.cohorts, row_ranges(self.cohorts), strict=True):
+            cohort.jitter = self.jitter_for(self.indices[rows])
 
     def on_fit_end(self) -> None:
         """Let go of the threads that draw ahead."""
-        if isinstance(self._jitter, JitterFeed):
-            self._jitter.close()
+        for cohort in self.cohorts:
+            if isinstance(cohort.jitter, JitterFeed):
+                cohort.jitter.close()
+
+    def jitter_for(self, indices: Sequence[int]) -> JitterSource | None:
+        """The noise of these images, from their first step on."""
+        shape = (self.z.shape[1], self.z.shape[2], self.z.shape[3])
+        seed, std = self.options.seed, self.options.jitter
+        return jitter_source(shape, indices=indices, seed=seed, std=std, engine=self.engine.name, device=self.device)
 
     def forward(self, z: Tensor) -> Tensor:
         """All networks once: z [B, input_depth, H, W] -> [B, 3, H, W] in (0, 1)."""
@@ -170,18 +192,49 @@ class StackedDIP(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> StepOutput:
         """Lines 3 and 7 of Algorithm 1."""
-        step = self.engine.step(self.z if self._jitter is None else self._jitter.next(self.z))
+        step = self.engine.step(self._moved_z())
         return {"loss": step.loss, "reconstructions": step.reconstructions, "errors": step.errors}
+
+    def _moved_z(self) -> Tensor:
+        parts = [
+            self.z[rows] if cohort.jitter is None else cohort.jitter.next(self.z[rows])
+            for cohort, rows in zip(self.cohorts, row_ranges(self.cohorts), strict=True)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam with its usual betas on the networks, and on z if asked, fused into one pass over a tensor's numbers."""
         # The first moment at which the device is known; later, Adam's moments would have to follow the weights.
-        steps = int(self.trainer.max_steps)
         options = self.options
-        self._engine = make_engine(options.engine, self.net, self.given, steps=steps, z_gradient=options.optimise_z)
-        changed = [*self._engine.parameters(), *([self.z] if options.optimise_z else [])]
+        more: dict[str, Any] = {"z_gradient": options.optimise_z, "products": options.precision}
+        self._engine = make_engine(options.engine, self.net, self.given, steps=self.T, **more)
+        changed: list[Any] = [*self._engine.parameters(), *([self.z] if options.optimise_z else [])]
+        if self.waiting is not None:
+            return StaggeredAdam(changed, lr=options.lr)
         return torch.optim.Adam(changed, lr=options.lr, fused=True)
 
     def train_dataloader(self) -> Sequence[int]:
         """One step an item: the images are the module's own."""
         return range(max(1, int(self.trainer.max_steps)))
+
+
+def start(indices: Sequence[int], *, options: FitOptions, size: tuple[int, int]) -> tuple[StackedSkipNet, Tensor]:
+    """The networks of these images before their first step, and z [B, input_depth, H, W], on the CPU.
+
+    Raises:
+        ValueError: An image of ``size`` (H, W) is too small for the network.
+    """
+    net = build(
+        options.network,
+        stack_size=len(indices),
+        seed=options.seed,
+        indices=indices,
+        init=options.init,
+        padding=options.padding,
+        dtype=DTYPES[options.dtype],
+    )
+    net.spec.check_size(*size)
+    scale = net.spec.z_scale if options.z_scale is None else options.z_scale
+    shape = (net.spec.input_depth, *size)
+    z = draw_z(shape, indices=indices, seed=options.seed, kind=options.z, scale=scale)
+    return net, z.to(DTYPES[options.dtype])

@@ -19,13 +19,16 @@ class FitProgress(pl.Callback):
         bar: A tqdm bar whose total is images x T.
         images: Images of this stack.
         every: Steps between two updates.
+        slots: How many of them are fitted at once; None: all.
     """
 
-    def __init__(self, bar: tqdm[Any], *, images: int, every: int = 10) -> None:
+    def __init__(self, bar: tqdm[Any], *, images: int, every: int = 10, slots: int | None = None) -> None:
         self.bar = bar
         self.images = images
+        self.slots = images if slots is None else slots
         self.every = every
         self._fitted = images
+        self._seen_spared = 0
         self._waiting = 0
         self._reported = 0
         self._spared = 0
@@ -33,8 +36,9 @@ class FitProgress(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """One stack may be fitted several times, with another network each."""
-        self._planned += self.images * int(trainer.max_steps)
-        self._fitted = self.images
+        module = as_stacked_dip(pl_module)
+        self._planned += self.images * module.T
+        self._fitted, self._seen_spared = len(module.indices), 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -42,10 +46,9 @@ class FitProgress(pl.Callback):
         """Report the image-steps done since the last report."""
         done = batch_idx + 1
         self._waiting += self._fitted
-        left = len(as_stacked_dip(pl_module).indices)
-        if left < self._fitted:
-            self._spare((self._fitted - left) * (int(trainer.max_steps) - done))
-            self._fitted = left
+        module = as_stacked_dip(pl_module)
+        self._spare(module.spared - self._seen_spared)
+        self._fitted, self._seen_spared = len(module.indices), module.spared
         if done % self.every == 0:
             self._report()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,27 +31,31 @@ class Sample:
     quality: Tensor
     errors: Tensor
 
-    def rows(self, rows: list[int]) -> Sample:
-        """The same step of these images of the stack alone."""
-        parts = (part[rows] for part in (self.reconstructions, self.scores, self.quality, self.errors))
+    def rows(self, rows: list[int] | slice) -> Sample:
+        """The same step of these images of the stack alone, copied."""
+        parts = (part[rows].clone() for part in (self.reconstructions, self.scores, self.quality, self.errors))
         return Sample(self.step, *parts)
 
 
 @dataclass(frozen=True)
 class Crossing:
-    """One localised cross-boundary pair of one image.
+    """One cross-boundary pair of one image.
 
     Attributes:
         at: Number of the pair's first sample.
         quality: v(t) of that sample.
-        alpha: Its weight in the on-boundary image.
-        on_boundary: x_db, [3, H, W].
+        images: x(t) and x(t+1), [2, 3, H, W].
+        scores: The victim's logits on them, [2, C].
     """
 
     at: int
     quality: float
-    alpha: float
-    on_boundary: Tensor
+    images: Tensor
+    scores: Tensor
+
+
+Localise = Callable[[Sequence[Crossing]], tuple[Tensor, Tensor]]
+"""M crossings to alpha [M] and the on-boundary images [M, 3, H, W]."""
 
 
 class StackRecord:
@@ -69,6 +73,8 @@ class StackRecord:
 
     Attributes:
         steps: The sampled optimiser steps so far.
+        localise: How crossings become on-boundary images. It is done when an image's trace is closed, since many
+            crossings are forgotten before that.
     """
 
     def __init__(
@@ -84,6 +90,7 @@ class StackRecord:
         self._last: deque[Tensor] = deque(maxlen=K_max)
         self._samples: list[Tensor] | None = [] if keep_samples else None
         self.steps: list[int] = []
+        self.localise: Localise | None = None
         self._scalars: list[tuple[Tensor, Tensor, Tensor]] = []
         self._places = tuple(range(len(self.indices)))  # in the stack as it began
         self._retired: dict[int, DecisionTrace] = {}
@@ -142,9 +149,11 @@ class StackRecord:
         samples = None if self._samples is None else _gather(self._samples, rows)
         given, given_scores = self.given[rows].cpu(), self.given_scores[rows].cpu()
         chosen = range(len(self.indices))[rows] if isinstance(rows, slice) else rows
-        made = []
+        alpha, on_boundary = self._localised([c for b in chosen for c in self.crossings[b]])
+        made, end = [], 0
         for i, b in enumerate(chosen):
             found = self.crossings[b]
+            own = slice(end, end := end + len(found))
             made.append(
                 DecisionTrace(
                     index=self.indices[b],
@@ -155,15 +164,20 @@ class StackRecord:
                     quality=quality[i].clone(),
                     loss=errors[i].clone(),
                     crossing_at=torch.tensor([c.at for c in found], dtype=torch.int64),
-                    alpha=torch.tensor([c.alpha for c in found], dtype=given.dtype),
-                    on_boundary=torch.stack([c.on_boundary for c in found]).cpu()
-                    if found
-                    else given.new_zeros(0, *given.shape[1:]),
+                    alpha=alpha[own].clone(),
+                    on_boundary=on_boundary[own].clone(),
                     last=last[i].clone(),
                     samples=None if samples is None else samples[i].clone(),
                 )
             )
         return made
+
+    def _localised(self, found: list[Crossing]) -> tuple[Tensor, Tensor]:
+        if not found:
+            return self.given.new_zeros(0).cpu(), self.given.new_zeros(0, *self.given.shape[1:]).cpu()
+        assert self.localise is not None
+        alpha, on_boundary = self.localise(found)
+        return alpha.cpu(), on_boundary.cpu()
 
 
 def _gather(sampled: list[Tensor], rows: list[int] | slice) -> Tensor:

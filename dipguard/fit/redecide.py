@@ -101,6 +101,7 @@ def _decide(
         decider,
         N=int(settings.get("N", 10)),
         scores=str(settings.get("scores", "logits")),
+        search=str(settings.get("search", "grid")),
     )
     return {
         "scores": scores,

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
 
 from dipguard.checks import check_int
 from dipguard.decision import passes
-from dipguard.engines.base import kept_rows
-from dipguard.fit.decision_logger import as_stacked_dip, open_record
+from dipguard.fit.cohort import Cohort
+from dipguard.fit.decision_logger import as_stacked_dip, open_records
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.record import StackRecord
+from dipguard.fit.slots import refill, release
 from dipguard.fit.stitcher import StitchOptions
 
 
@@ -23,7 +23,7 @@ class Retirement(pl.Callback):
 
     Only crossings count that pass tau and t0 (Eq. 3). Eq. 7 takes the last K of them, so what is lost are those that
     would have come after so long a silence. An image without K crossings is fitted to the end. The other images go on
-    as if nothing had happened; the stack shrinks.
+    as if nothing had happened; images that wait take the free places (:mod:`dipguard.fit.slots`), or the stack shrinks.
 
     Args:
         options: tau, t0, K and their readings.
@@ -37,7 +37,6 @@ class Retirement(pl.Callback):
         self.options = options
         self.patience = check_int(patience, name="patience", low=1)
         self.seconds = 0.0
-        self._seen = 0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -47,24 +46,43 @@ class Retirement(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to start without DecisionLogger before this callback."""
-        self._seen = open_record(as_stacked_dip(pl_module)).count
+        open_records(as_stacked_dip(pl_module))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Look for finished images at each new sample."""
-        module = as_stacked_dip(pl_module)
-        record = open_record(module)
-        if record.count == self._seen:
-            return
-        self._seen = record.count
+        """Look for finished images at each new sample; let them go, and others come."""
         start = time.perf_counter()
-        rows = [b for b in range(len(record.indices)) if self._finished(record, b)]
-        if len(rows) == len(record.indices):
-            trainer.should_stop = True  # before the next step; the record is closed as at any fit's end
-        elif rows:
-            keep(module, trainer.optimizers[0], record.retire(rows))
+        module = as_stacked_dip(pl_module)
+        gone = [self._gone(cohort, module, batch_idx) for cohort in module.cohorts]
+        if any(gone):
+            self._let_go(trainer, module, gone, batch_idx)
         self.seconds += time.perf_counter() - start
+
+    def _gone(self, cohort: Cohort, module: StackedDIP, batch_idx: int) -> list[int]:
+        """Rows of a cohort that are fitted no further."""
+        if module.waiting is not None and cohort.step(batch_idx) == module.T - 1:
+            return list(range(cohort.rows))
+        record = cohort.record
+        if record is None or not cohort.sampled_at(batch_idx):
+            return []
+        return [b for b in range(cohort.rows) if self._finished(record, b)]
+
+    def _let_go(self, trainer: pl.Trainer, module: StackedDIP, gone: list[list[int]], batch_idx: int) -> None:
+        cohorts = list(module.cohorts)
+        staying = len(module.indices) - sum(map(len, gone))
+        optimizer = trainer.optimizers[0]
+        come = refill(module, optimizer, fitted=staying, next_step=batch_idx + 1)
+        if staying + come == 0:
+            trainer.should_stop = True  # before the next step; the records are closed as at any fit's end
+            return
+        stay = [list(range(cohort.rows)) for cohort in module.cohorts]
+        for i, (cohort, rows) in enumerate(zip(cohorts, gone, strict=True)):
+            module.spared += len(rows) * (module.T - 1 - cohort.step(batch_idx))
+            if rows:
+                assert cohort.record is not None
+                stay[i] = cohort.record.retire(rows)
+        release(module, optimizer, stay)
 
     def _finished(self, record: StackRecord, b: int) -> bool:
         found, options = record.crossings[b], self.options
@@ -82,23 +100,3 @@ class Retirement(pl.Callback):
         )
         # A crossing lies between the samples `at` and `at` + 1; all later ones were silent.
         return int(counted.sum()) >= options.K and record.count - 2 - int(at[counted][-1]) >= self.patience
-
-
-def keep(module: StackedDIP, optimizer: torch.optim.Optimizer, rows: list[int]) -> None:
-    """Go on with these rows of the stack alone: images, z, jitter, weights and Adam's moments."""
-    kept = torch.tensor(rows, device=module.given.device)
-    with torch.no_grad():
-        module.engine.keep(kept)
-        module.indices = tuple(module.indices[b] for b in rows)
-        module.given = module.given[kept]
-        if isinstance(module.z, nn.Parameter):
-            module.z.grad = None
-            module.z.data = kept_rows(module.z.data, kept)
-        else:
-            module.z = module.z[kept]
-        if module._jitter is not None:
-            module._jitter.keep(rows)
-        for moments in optimizer.state.values():
-            for name, value in moments.items():
-                if value.ndim:  # the number of steps is one for all
-                    moments[name] = kept_rows(value, kept)

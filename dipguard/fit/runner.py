@@ -20,11 +20,14 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_int
+from dipguard.classifier import check_is_module
 from dipguard.decision import DecisionTrace, Reconstruction, sampled_steps
-from dipguard.decision.boundary import SCORES
+from dipguard.decision.boundary import SCORES, SEARCHES
 from dipguard.engines.precision import precision
 from dipguard.fit.boundary_detector import BoundaryDetector
+from dipguard.fit.cohort import Waiting
 from dipguard.fit.decision_logger import DecisionLogger
+from dipguard.fit.folded import VICTIM_SPEEDS, folded
 from dipguard.fit.memory import kept_memory
 from dipguard.fit.module import FitOptions, StackedDIP
 from dipguard.fit.retire import Retirement
@@ -43,6 +46,9 @@ class DecideOptions:
         scores: ``logits`` or ``probabilities`` (Eq. 5).
         K_max: The largest K that a replay may ask for.
         keep_samples: Keep all sampled reconstructions.
+        search: ``grid`` or ``bisection``, of that grid (:func:`dipguard.decision.boundary.localise`).
+        victim_speed: ``as_is``, or ``folded`` to ask a copy whose normalisations are part of its convolutions, which
+            rounds otherwise (:func:`dipguard.fit.folded.folded`).
         patience: Samples without a new crossing after which an image that has its K crossings is fitted no further
             (:class:`~dipguard.fit.retire.Retirement`); None fits all images to the end, as the paper does.
     """
@@ -54,6 +60,8 @@ class DecideOptions:
     scores: str = "logits"
     K_max: int = 25
     keep_samples: bool = False
+    search: str = "grid"
+    victim_speed: str = "as_is"
     patience: int | None = None
 
     def __post_init__(self) -> None:
@@ -61,6 +69,8 @@ class DecideOptions:
         check_int(self.N, name="N", low=1)
         check_choice(self.scores, SCORES, name="scores")
         check_int(self.K_max, name="K_max", low=1)
+        check_choice(self.search, SEARCHES, name="search")
+        check_choice(self.victim_speed, VICTIM_SPEEDS, name="victim_speed")
         if self.patience is not None:
             check_int(self.patience, name="patience", low=1)
 
@@ -105,6 +115,7 @@ def fit_stack(
     logger: Logger | None = None,
     first_step: int = 0,
     callbacks: Sequence[pl.Callback] = (),
+    slots: int | None = None,
 ) -> StackResult:
     """Fit B networks to B images, and defend each (Algorithm 1).
 
@@ -122,11 +133,15 @@ def fit_stack(
         logger: A Lightning logger for the means over the stack.
         first_step: Added to the logger's step numbers.
         callbacks: More callbacks, run after ours.
+        slots: Images fitted at once, where ``decide`` has a patience: the others take the places of those that leave.
+            None: all.
 
     Raises:
         TypeError, ValueError: Bad images, options or victim.
     """
     start = time.perf_counter()
+    if decide.victim_speed == "folded":
+        victim = folded(check_is_module(victim), images)
     first_step_at, stitcher = _FirstStep(), Stitcher(stitch, settings=asdict(decide))
     own: list[DecisionLogger | BoundaryDetector | Retirement | Stitcher] = [
         DecisionLogger(
@@ -137,7 +152,7 @@ def fit_stack(
             keep_samples=decide.keep_samples,
             first_step=first_step,
         ),
-        BoundaryDetector(victim, N=decide.N, scores=decide.scores),
+        BoundaryDetector(victim, N=decide.N, scores=decide.scores, search=decide.search),
         stitcher,
     ]
     if decide.patience is not None:
@@ -146,8 +161,13 @@ def fit_stack(
         own.insert(2, retirement)
     with apart(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
-        module = StackedDIP(images, indices=indices, options=fit)
-        trainer = make_trainer(decide.T, device=device, callbacks=[first_step_at, *own, *callbacks], logger=logger)
+        waiting = None
+        if slots is not None and slots < len(images) and decide.patience is not None:
+            waiting = Waiting(images[slots:], tuple(int(i) for i in indices[slots:]), decide.T, slots)
+        module = StackedDIP(images[:slots], indices=indices[:slots], options=fit, waiting=waiting)
+        # With images waiting, no number of steps is too many: the last of them ends the fit.
+        most = decide.T if waiting is None else decide.T * len(images)
+        trainer = make_trainer(most, device=device, callbacks=[first_step_at, *own, *callbacks], logger=logger)
         trainer.fit(module)
     assert first_step_at.at is not None
     seconds = {"start": first_step_at.at - start, "decide": sum(callback.seconds for callback in own)}

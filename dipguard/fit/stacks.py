@@ -20,7 +20,14 @@ Work = Callable[[slice, int, FitProgress], Result]
 
 
 def in_stacks(
-    count: int, *, size: int, T: int, work: Work[Result], device: torch.device, progress: bool
+    count: int,
+    *,
+    size: int,
+    T: int,
+    work: Work[Result],
+    device: torch.device,
+    progress: bool,
+    rounds: int = 1,
 ) -> Iterator[Result]:
     """The results of ``work`` on one stack of images after the other.
 
@@ -33,6 +40,7 @@ def in_stacks(
         work: See :data:`Work`.
         device: Where it runs.
         progress: Show a progress bar.
+        rounds: Images handed to ``work``, in stacks; above 1, it refills its stack of ``progress.slots`` from them.
 
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: A single image is too much; the message names remedies.
@@ -41,14 +49,15 @@ def in_stacks(
     warn = True
     with progress_bar(images=count, T=T, show=progress) as bar:
         while first < count:
-            part = slice(first, min(first + size, count))
-            results, problem = _attempt(work, part, calls * T, bar)
+            part = slice(first, min(first + size * rounds, count))
+            images = min(size, part.stop - part.start)
+            # A refilled stack that nobody leaves early takes T steps a round, and idle places a little more.
+            results, problem = _attempt(work, part, calls * T * (2 * rounds - 1), bar, slots=images)
             calls += 1
             if problem is None:
                 yield results[0]
                 first = part.stop
                 continue
-            images = part.stop - part.start
             size = (images + 1) // 2
             text = f"out of memory with {images} images at once; going on with {size} (`stack_size`): {problem}"
             if warn:
@@ -59,17 +68,18 @@ def in_stacks(
             free(device)
 
 
-def _attempt(work: Work[Result], part: slice, first_step: int, bar: tqdm[Any]) -> tuple[list[Result], str | None]:
+def _attempt(
+    work: Work[Result], part: slice, first_step: int, bar: tqdm[Any], *, slots: int
+) -> tuple[list[Result], str | None]:
     """The result, or what the error said: the error itself would hold the memory of the failed fit."""
-    images = part.stop - part.start
-    progress = FitProgress(bar, images=images)
+    progress = FitProgress(bar, images=part.stop - part.start, slots=slots)
     try:
         return [work(part, first_step, progress)], None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         progress.roll_back()
-        if images > 1:
+        if slots > 1:
             return [], (str(error).splitlines() or ["no memory"])[0]
         kind = next(k for k in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, k))
         raise kind(

@@ -13,7 +13,7 @@ from dipguard.checks import check_choice, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, stitch
 from dipguard.decision.boundary import RULES, T0_UNITS
 from dipguard.decision.stitching import DIVISORS
-from dipguard.fit.decision_logger import as_stacked_dip, open_record
+from dipguard.fit.decision_logger import as_stacked_dip, open_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,15 +74,19 @@ class Stitcher(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuse to start without DecisionLogger before this callback, or with K above its K_max."""
-        record = open_record(as_stacked_dip(pl_module))
-        check_int(self.options.K, name="K", low=1, high=record.K_max)
+        for _, record in open_records(as_stacked_dip(pl_module)):
+            check_int(self.options.K, name="K", low=1, high=record.K_max)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the record into traces; stitch them."""
+        """Close the records into traces, in the order in which the images came; stitch them."""
         start = time.perf_counter()
         module = as_stacked_dip(pl_module)
-        settings = {**module.options.as_settings(), "T": int(trainer.max_steps), **self.settings}
-        self.traces = open_record(module).traces(settings)
+        settings = {**module.options.as_settings(), "T": module.T, **self.settings}
+        placed: dict[int, DecisionTrace] = {}
+        for cohort in (*module.finished, *module.cohorts):
+            if cohort.record is not None:
+                placed |= zip(cohort.places, cohort.record.traces(settings), strict=True)
+                cohort.record = None
+        self.traces = [placed[place] for place in sorted(placed)]
         self.reconstructions = [self.options.apply(trace) for trace in self.traces]
-        module.record = None
         self.seconds += time.perf_counter() - start

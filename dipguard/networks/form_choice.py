@@ -145,7 +145,7 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
 
 def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, forms: Collection[str]) -> dict[str, float]:
     """Seconds of one forward and backward pass of each form; infinite for one that fails or disagrees with grouped."""
-    key = (_name(device), torch.__version__, shape, dtype, *_precision(device))
+    key = (*setting(device), shape, dtype)
     known = _MEASURED.setdefault(key, {})
     missing = [form for form in forms if form not in known]
     if missing:
@@ -153,7 +153,7 @@ def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, form
             tensors = example(shape, device=device, dtype=dtype)
             right = passes(shape, tensors, form="grouped")()
             for form in missing:
-                known[form] = _time(passes(shape, tensors, form=form), right, device=device)
+                known[form] = timed(passes(shape, tensors, form=form), right, device=device)
     return {form: known[form] for form in forms}
 
 
@@ -180,7 +180,8 @@ def passes(shape: LayerShape, tensors: tuple[Tensor, Tensor, Tensor], *, form: s
     return work
 
 
-def _time(work: Callable[[], tuple[Tensor, ...]], right: tuple[Tensor, ...], *, device: torch.device) -> float:
+def timed(work: Callable[[], tuple[Tensor, ...]], right: tuple[Tensor, ...], *, device: torch.device) -> float:
+    """Seconds of ``work``; infinite if it fails, or if its results are not the right ones."""
     try:
         ours = work()
         if all(_close(a, b) for a, b in zip(ours, right, strict=True)):
@@ -202,5 +203,7 @@ def _precision(device: torch.device) -> tuple[object, ...]:
     return torch.backends.cuda.matmul.fp32_precision, convolution, cast
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+def setting(device: torch.device) -> tuple[object, ...]:
+    """What measured times depend on besides the work: the device, torch, and the precision."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name, torch.__version__, *_precision(device)

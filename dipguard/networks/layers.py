@@ -21,6 +21,7 @@ from dipguard.networks.convolution import stacked_conv2d
 
 PADDINGS = ("zeros", "reflect")
 INITS = ("default", "xavier")
+NORM_FORMS = ("torch", "triton")
 
 
 def to_stack(x: Tensor, *, channels_last: bool) -> Tensor:
@@ -93,14 +94,23 @@ class StackedConv2d(nn.Module):
 
 
 class StackedNorm2d(nn.Module):
-    """B batch normalisations in train mode, each over the one image of its network (biased variance).
+    """B batch normalisations in train mode, each over the one image of its network (biased variance); then LeakyReLU.
 
     There are no running statistics: a DIP network is never used outside its own fit, so module.eval() changes nothing.
+    The attribute ``form`` says how it is computed; no number depends on it but for rounding.
+
+    Args:
+        stack: B.
+        channels: Channels of one network.
+        slope: LeakyReLU's for negative values; 1 leaves the activation out.
+        eps: Added to the variance.
     """
 
-    def __init__(self, stack: int, channels: int, *, eps: float = 1e-5) -> None:
+    def __init__(self, stack: int, channels: int, *, slope: float = 1.0, eps: float = 1e-5) -> None:
         super().__init__()
+        self.slope = slope
         self.eps = eps
+        self.form = "torch"
         self.weight = nn.Parameter(torch.ones(stack, channels))
         self.bias = nn.Parameter(torch.zeros(stack, channels))
 
@@ -112,7 +122,21 @@ class StackedNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * channels, H, W] -> the same shape."""
-        return F.batch_norm(x, None, None, self.weight.flatten(), self.bias.flatten(), training=True, eps=self.eps)
+        return stacked_norm(x, self.weight, self.bias, slope=self.slope, eps=self.eps, form=self.form)
+
+
+def stacked_norm(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float, eps: float, form: str = "torch") -> Tensor:
+    """Normalisation and LeakyReLU of [1, B * channels, H, W] with weight and bias [B, channels].
+
+    Raises:
+        RuntimeError: The form cannot run on x's device.
+    """
+    if form == "triton":
+        from dipguard.networks.triton_norm import triton_norm_leaky_relu
+
+        return triton_norm_leaky_relu(x, weight, bias, slope=slope, eps=eps)
+    y = F.batch_norm(x, None, None, weight.flatten(), bias.flatten(), training=True, eps=eps)
+    return y if slope == 1 else F.leaky_relu_(y, slope)
 
 
 def _uniform_(target: Tensor, bound: float, generator: torch.Generator) -> None:

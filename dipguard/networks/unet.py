@@ -22,11 +22,12 @@ class ConvBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.conv = StackedConv2d(stack, inputs, outputs, kernel=kernel, stride=stride, padding=padding)
-        self.norm = StackedNorm2d(stack, outputs)
+        self.norm = StackedNorm2d(stack, outputs, slope=SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * inputs, H, W] -> [1, B * outputs, H', W']."""
-        return F.leaky_relu_(self.norm(self.conv(x)), SLOPE)
+        out: Tensor = self.norm(self.conv(x))
+        return out
 
 
 class Scale(nn.Module):

@@ -8,8 +8,12 @@ from dipguard.data import ImageSet
 from dipguard.files import write_text
 from dipguard.reporting.comparison_figure import write_comparison
 from dipguard.reporting.curves_figure import write_curves
+from dipguard.reporting.ladder_figure import write_ladder_figure
+from dipguard.reporting.ladder_tables import write_ladder_table
 from dipguard.reporting.matrix_tables import write_tables
 from dipguard.reporting.stored_results import read_results
+
+PAGES = ("table1.md", "table2.md", "ladder.md")
 
 
 def write_matrix_report(folder: Path, *, clean: ImageSet, count: int) -> list[Path]:
@@ -29,6 +33,8 @@ def write_matrix_report(folder: Path, *, clean: ImageSet, count: int) -> list[Pa
     made = write_tables(folder)
     if (folder / "curves.csv").is_file():
         made += write_curves(folder)
+    if (folder / "ladder.csv").is_file():
+        made += [write_ladder_table(folder), write_ladder_figure(folder)]
     done = [result for result in results if result.status == "done"]
     for column in dict.fromkeys(result.column for result in done if count > 0):
         # The row "none" would show the attacked image a second time.
@@ -46,6 +52,6 @@ def write_matrix_report(folder: Path, *, clean: ImageSet, count: int) -> list[Pa
                 labels=clean.labels,
             )
         )
-    pages = [path.read_text(encoding="utf-8").strip() for path in made if path.name in ("table1.md", "table2.md")]
+    pages = [path.read_text(encoding="utf-8").strip() for path in made if path.name in PAGES]
     pages += [f"![{path.stem}]({path.relative_to(folder).as_posix()})" for path in made if path.suffix == ".png"]
     return [write_text(folder / "report.md", "\n\n".join(pages) + "\n"), *made]

@@ -11,6 +11,7 @@ from dipguard.config import TrainConfig
 from dipguard.decision import DecisionTrace
 from dipguard.evaluation.outcome import Outcome
 from dipguard.reporting.canvas import Picture, save_figure
+from dipguard.reporting.evidence_figure import draw_evidence
 from dipguard.reporting.loggers import RunLog
 from dipguard.reporting.panel_figure import draw_panel
 from dipguard.reporting.tables import write_page, write_tables
@@ -56,17 +57,16 @@ def _panel(outcome: Outcome, positions: range, path: Path) -> Path:
 
 def _trace(outcome: Outcome, position: int, config: TrainConfig, folder: Path) -> Path:
     trace = DecisionTrace.load(outcome.trace_path(position))
-    defense = config.defense
+    defense, path = config.defense, folder / f"trace_{trace.index:06d}.png"
+    seen: dict[str, Any] = {
+        "decision": int(outcome.decision_defended[position]),
+        "label": int(outcome.clean.labels[position]),
+        "clean": outcome.clean.images[position],
+        "name_of": outcome.class_name,
+    }
+    if trace.turned is not None:
+        return save_figure(draw_evidence(trace, outcome.reconstructions[position], **seen), path)
     samples = defense.t0_unit == "samples" and len(trace.steps) > 0
     t0_step = int(trace.steps[min(defense.t0, len(trace.steps) - 1)]) if samples else defense.t0
-    figure = draw_trace(
-        trace,
-        outcome.reconstructions[position],
-        tau=defense.tau,
-        t0_step=t0_step,
-        decision=int(outcome.decision_defended[position]),
-        label=int(outcome.clean.labels[position]),
-        clean=outcome.clean.images[position],
-        name_of=outcome.class_name,
-    )
-    return save_figure(figure, folder / f"trace_{trace.index:06d}.png")
+    figure = draw_trace(trace, outcome.reconstructions[position], tau=defense.tau, t0_step=t0_step, **seen)
+    return save_figure(figure, path)

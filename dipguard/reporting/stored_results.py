@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TypeVar
+
+from dipguard.reporting.stored_lines import StoredLine, read_rows
 
 DONE = "done"
 CURVE_ATTACKS = ("bpda", "hopskipjump")
-ROUNDING = 1e-3
-"""How far stored shares may be from what they were rounded from."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +105,7 @@ def read_results(path: str | Path) -> list[ResultRow]:
             the line and the value), or a cell comes twice.
     """
     columns = [field.name for field in fields(ResultRow)]
-    return _read(Path(path), columns, _result, key=("data", "victim", "judge", "seed", "column", "row"))
+    return read_rows(Path(path), columns, _result, key=("data", "victim", "judge", "seed", "column", "row"))
 
 
 def read_curves(path: str | Path) -> list[CurveRow]:
@@ -119,55 +115,10 @@ def read_curves(path: str | Path) -> list[CurveRow]:
         FileNotFoundError, ValueError: as in `read_results`.
     """
     columns = [field.name for field in fields(CurveRow)]
-    return _read(Path(path), columns, _curve, key=("data", "victim", "attack", "row", "eps_255", "budget"))
+    return read_rows(Path(path), columns, _curve, key=("data", "victim", "attack", "row", "eps_255", "budget"))
 
 
-class _Line:
-    """A line of a file, whose values are taken one by one."""
-
-    def __init__(self, place: str, values: dict[str, str]) -> None:
-        self.place = place
-        self.values = values
-
-    def wrong(self, name: str, expected: str) -> ValueError:
-        return ValueError(f"{self.place}: `{name}` must be {expected}, got {self.values[name]!r}")
-
-    def text(self, name: str) -> str:
-        if not self.values[name].strip():
-            raise self.wrong(name, "filled in")
-        return self.values[name].strip()
-
-    def number(self, name: str, low: float, high: float = float("inf")) -> float:
-        try:
-            value = float(self.values[name])
-        except ValueError:
-            value = float("nan")
-        if not low <= value <= high:  # false for NaN
-            raise self.wrong(name, f"a number from {low:g} to {high:g}")
-        return value
-
-    def whole(self, name: str, low: int, high: int = 2**63) -> int:
-        value = self.number(name, low, high)
-        if value != int(value):
-            raise self.wrong(name, "a whole number")
-        return int(value)
-
-    def optional(self, name: str, low: float, high: float = float("inf")) -> float | None:
-        return self.number(name, low, high) if self.values[name].strip() else None
-
-    def shares(self) -> tuple[int, int, float, float, float]:
-        """Return n, correct, accuracy, low and high, which must agree."""
-        n = self.whole("n", 1)
-        correct = self.whole("correct", 0, n)
-        accuracy, low, high = (self.number(name, 0, 1) for name in ("accuracy", "low", "high"))
-        if abs(accuracy - correct / n) > ROUNDING:
-            raise self.wrong("accuracy", f"{correct} of {n}")
-        if not low - ROUNDING <= accuracy <= high + ROUNDING:
-            raise self.wrong("accuracy", f"in its interval from {low:g} to {high:g}")
-        return n, correct, accuracy, low, high
-
-
-def _result(line: _Line) -> ResultRow:
+def _result(line: StoredLine) -> ResultRow:
     text, optional = line.text, line.optional
     status = text("status")
     n: int | None = None
@@ -202,7 +153,7 @@ def _result(line: _Line) -> ResultRow:
     )
 
 
-def _curve(line: _Line) -> CurveRow:
+def _curve(line: StoredLine) -> CurveRow:
     text = line.text
     attack = text("attack")
     if attack not in CURVE_ATTACKS:
@@ -210,37 +161,3 @@ def _curve(line: _Line) -> CurveRow:
     eps_255, budget = line.number("eps_255", 0, 255), line.whole("budget", 0)
     names = text("data"), text("victim"), attack, text("row"), text("defense")
     return CurveRow(*names, eps_255, budget, *line.shares())
-
-
-Row = TypeVar("Row")
-
-
-def _read(path: Path, columns: list[str], parse: Callable[[_Line], Row], *, key: tuple[str, ...]) -> list[Row]:
-    rows: list[Row] = []
-    places: dict[Hashable, str] = {}
-    for line in _lines(path, columns):
-        row = parse(line)
-        cell = tuple(getattr(row, name) for name in key)
-        if cell in places:
-            what = ", ".join(f"{name} {value}" for name, value in zip(key, cell, strict=True))
-            raise ValueError(f"{line.place}: the same as {places[cell]}: {what}")
-        places[cell] = line.place
-        rows.append(row)
-    return rows
-
-
-def _lines(path: Path, columns: list[str]) -> Iterator[_Line]:
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-        reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-        names = list(reader.fieldnames or ())
-        missing = [name for name in columns if name not in names]
-        if missing:
-            raise ValueError(f"{path} must have the columns {', '.join(columns)}; it lacks {', '.join(missing)}")
-        for values in reader:
-            place = f"{path}, line {reader.line_num}"
-            if None in values or None in values.values():
-                raise ValueError(f"{place}: must have {len(names)} values, as its head has")
-            yield _Line(place, values)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} must be a CSV file in UTF-8, but it is damaged: {error}") from error

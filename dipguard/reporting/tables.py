@@ -56,29 +56,47 @@ def write_page(path: Path, outcome: Outcome, figures: Sequence[Path]) -> Path:
         "# dipguard run",
         "",
         f"{n} images of `{settings['data']['name']}`, victim `{settings['victim']['name']}`, "
-        f"attack {_attack(settings)}, defence `{settings['defense']['name']}` "
-        f"(network {settings['network']['name']}, T = {settings['defense']['T']}).",
+        f"attack {_attack(settings)}, defence `{settings['defense']['name']}` ({_fit(settings)}).",
         "",
         "| | clean | given (undefended) | defended |",
         "|---|---|---|---|",
         f"| accuracy | {right['clean']:.1%} | {right['undefended']:.1%} | {right['defended']:.1%} |",
         f"| SSIM to the clean image | 1 | {ssim['given']:.3f} | {ssim['defended']:.3f} |",
         "",
-        f"Stitched on-boundary images: {metrics['crossings']:.1f} an image on average; "
-        f"{sum(row['why'] == 'no_crossing' for row in rows)} of {n} images had none that counted "
-        "(their reconstruction is the mean of the last K samples).",
+        _stitched(metrics, rows),
         "",
         f"Time: attack {seconds['attack']:.1f} s, start-up of the fits {seconds['start']:.1f} s, "
         f"fit {seconds['fit']:.1f} s, decide {seconds['decide']:.1f} s; "
         f"{metrics['images_per_second']:.3g} images a second.",
         "",
         "Files: `metrics.json` (figures and settings), `images.csv` (a row an image), `reconstructions.npz`, `traces/` "
-        "(decision traces: other tau, t0, K or beta need no new fit), `config.yaml`.",
+        "(decision traces, which can be replayed without a new fit), `config.yaml`.",
     ]
     for figure in figures:
         name = figure.relative_to(path.parent).as_posix()
         lines += ["", f"![{figure.stem.replace('_', ' ')}]({name})"]
     return write_text(path, "\n".join(lines) + "\n")
+
+
+def _fit(settings: Mapping[str, Any]) -> str:
+    T = f"T = {settings['defense']['T']}"
+    if settings["defense"]["name"] == "dipguard":
+        return f"{len(settings['guard']['fit'])} networks, {T} each"
+    return f"network {settings['network']['name']}, {T}"
+
+
+def _stitched(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    if metrics["settings"]["defense"]["name"] == "dipguard":
+        none = sum(row["why"] == "no_reader" for row in rows)
+        return (
+            f"Windows averaged: {metrics['crossings']:.1f} an image on average; for {none} of {len(rows)} images the "
+            "victim read none as the class with the most evidence (all windows were averaged)."
+        )
+    none = sum(row["why"] == "no_crossing" for row in rows)
+    return (
+        f"Stitched on-boundary images: {metrics['crossings']:.1f} an image on average; {none} of {len(rows)} images "
+        "had none that counted (their reconstruction is the mean of the last K samples)."
+    )
 
 
 def _attack(settings: Mapping[str, Any]) -> str:

@@ -51,10 +51,10 @@ def draw_trace(
     figure = Figure(figsize=(10, 7.2), dpi=DPI, layout="constrained")
     pictures, plots = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 2.5))).tolist()
     shown = _thumbnails(trace, reconstruction, decision=decision, label=label, clean=clean, name_of=name_of)
-    _draw_thumbnails(pictures, shown)
+    draw_thumbnails(pictures, shown)
     strip, top, bottom = plots.subplots(3, 1, sharex=True, height_ratios=(0.16, 2, 1))
     colours = class_colours(trace, label)
-    _draw_strip(strip, trace, colours)
+    draw_strip(strip, trace, colours)
     _draw_confidences(top, trace, colours, label=label, name_of=name_of)
     _draw_quality(bottom, trace, tau=tau, t0_step=t0_step)
     _mark_crossings(top, bottom, trace, reconstruction)
@@ -77,7 +77,8 @@ def class_colours(trace: DecisionTrace, label: int | None) -> dict[int, str]:
     return colours | dict(zip(rest, OTHERS, strict=False))
 
 
-def _draw_thumbnails(area: SubFigure, shown: Mapping[str, Picture]) -> None:
+def draw_thumbnails(area: SubFigure, shown: Mapping[str, Picture]) -> None:
+    """Pictures side by side, by what stands below them."""
     for ax, (head, picture) in zip(area.subplots(1, len(shown)), shown.items(), strict=True):
         picture.draw_on(ax)
         ax.set_xlabel(head, fontsize=9)
@@ -117,7 +118,8 @@ def _edges(trace: DecisionTrace) -> Tensor:
     return torch.cat([steps[:1], middle, steps[-1:]])
 
 
-def _draw_strip(ax: Axes, trace: DecisionTrace, colours: dict[int, str]) -> None:
+def draw_strip(ax: Axes, trace: DecisionTrace, colours: dict[int, str]) -> None:
+    """The decisions y(t) as a band of colours."""
     edges = _edges(trace)
     starts, widths = edges[:-1], edges.diff()
     ax.bar(

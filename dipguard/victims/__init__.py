@@ -25,6 +25,7 @@ VICTIMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cifar10_resnet44": ("dipguard.victims.cifar_resnet:build", {"depth": 44}),
     "cifar10_resnet56": ("dipguard.victims.cifar_resnet:build", {"depth": 56}),
     "cifar10_resnet50": ("dipguard.victims.cifar10_resnet50:build", {}),
+    "cifar_cnn_a": ("dipguard.victims.cifar_cnn_a:build", {}),
     "torchvision": ("dipguard.victims.torchvision_models:build", {}),
     "timm": ("dipguard.victims.timm_models:build", {}),
     "huggingface": ("dipguard.victims.huggingface_models:build", {}),

@@ -12,7 +12,23 @@ from dipguard.attacks import DEFENSE_AWARE, Cost, build_defense_aware_attack
 
 from .conftest import Enlarge, Median, NoDefense, Noise, any_size
 
-QUICK = {"bpda": {"steps": 3}, "hopskipjump": {"queries": 150, "init_eval": 20}}
+QUICK = {
+    "bpda": {"steps": 3},
+    "hopskipjump": {"queries": 150, "init_eval": 20},
+    "adaptive_pgd": {"steps": 3},
+    "unrolled": {"steps": 2, "T": 3, "judge_every": 1},
+    "defended_autoattack": {"steps": 2},
+    "defended_square": {"n_queries": 10},
+}
+LOOKS = {
+    "bpda": 3,
+    "hopskipjump": 150,
+    "adaptive_pgd": 4,
+    "unrolled": 3,
+    "defended_autoattack": 6,
+    "defended_square": 10,
+}
+"""Purifications of an image, at most, with the quick options."""
 EVERY = pytest.mark.parametrize("name", DEFENSE_AWARE)
 DRAWS = pytest.mark.parametrize("draws", ["fresh", "fixed"])
 
@@ -70,7 +86,7 @@ def test_a_defence_that_uses_the_global_generator_is_seeded_too(digits_cnn, digi
 def test_fresh_draws_never_repeat_and_are_none_of_the_evaluations(digits_cnn, digits, name):
     part = digits.select(0, 4)
     defense = Noise()
-    quick(name, digits_cnn, defense)(part.images, part.labels, indices=torch.arange(5, 9))
+    quick(name, digits_cnn, defense, draws="fresh")(part.images, part.labels, indices=torch.arange(5, 9))
     seen = defense.indices
     assert len(set(seen)) == len(seen) > 8
     assert min(seen) >= 2**32
@@ -107,9 +123,13 @@ def test_the_estimate_holds_and_costs_add_up_over_calls(digits_cnn, digits, name
     assert attack.spent == Cost()
     attack(part.images, part.labels)
     spent = attack.spent
-    assert spent.dip_steps == 7 * spent.purifications == 7 * spent.victim_queries
+    unrolled = 4 * 2 * 3 if name == "unrolled" else 0
+    assert spent.dip_steps == 7 * spent.purifications + unrolled
+    assert spent.victim_queries == spent.purifications + unrolled // 3
     assert 0 < spent.purifications <= estimate.purifications
-    assert estimate.purifications == 4 * {"bpda": 3, "hopskipjump": 150}[name]
+    assert spent.dip_steps <= estimate.dip_steps
+    assert spent.gradients <= estimate.gradients
+    assert estimate.purifications == 4 * LOOKS[name]
     attack.report(part.images, part.images, part.labels)
     assert attack.spent == spent  # no part of the attack
     attack(part.images, part.labels)
@@ -135,7 +155,7 @@ def test_the_victim_is_left_as_it_was(digits_cnn, digits, name):
 
 @EVERY
 def test_settings_hold_every_option_and_are_json(digits_cnn, name):
-    attack = build_defense_aware_attack(name, digits_cnn, NoDefense(), seed=3, batch_size=7)
+    attack = build_defense_aware_attack(name, digits_cnn, NoDefense(), seed=3, batch_size=7, draws="fresh")
     options = [o.name for o in inspect.signature(type(attack)).parameters.values() if o.kind is o.KEYWORD_ONLY]
     settings = attack.settings
     assert [option for option in options if option not in settings] == []
@@ -156,7 +176,7 @@ def test_a_defence_may_change_the_resolution(digits_cnn, digits, name):
 def test_dipguard_itself_is_attacked(digits_cnn, digits, name):
     part = digits.select(0, 2)
     guard = DIPGuard(digits_cnn, network="small", T=4, t0=0, decisions=2, accelerator="cpu", progress=False)
-    few = {"steps": 2} if name == "bpda" else {"queries": 6}
+    few = {"hopskipjump": {"queries": 6}, "defended_square": {"n_queries": 3}}.get(name, {"steps": 2})
     attack = quick(name, digits_cnn, guard, **few)
     attacked = attack(part.images, part.labels)
     assert torch.equal(attack(part.images, part.labels), attacked)
@@ -244,7 +264,7 @@ def test_bad_input_is_refused(digits_cnn, digits, name, change, error, message):
         ("hopskipjump", {"queries": 0}, ValueError, "`queries`"),
         ("hopskipjump", {"init_eval": 1}, ValueError, "`init_eval`"),
         ("hopskipjump", {"together": 0}, ValueError, "`together`"),
-        ("fgsm", {}, ValueError, "`attack` must be one of bpda, hopskipjump, got 'fgsm'"),
+        ("fgsm", {}, ValueError, "`attack` must be one of bpda, hopskipjump, adaptive_pgd, .* got 'fgsm'"),
     ],
 )
 def test_bad_options_are_refused(digits_cnn, name, options, error, message):

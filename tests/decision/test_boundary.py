@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -123,3 +125,40 @@ def test_bad_grids_are_named(arguments: dict, message: str) -> None:
     victim, images = linear_victim()
     with pytest.raises(ValueError, match=message):
         localise(images[:1], images[1:2], victim(images[:1]), victim(images[1:2]), victim, **arguments)
+
+
+@pytest.mark.parametrize("N", [1, 2, 3, 7, 10, 50])
+def test_bisection_finds_what_the_grid_finds_where_scores_are_monotone(N: int) -> None:
+    victim, images = linear_victim()
+    y = victim(images).argmax(1)
+    pairs = torch.nonzero(y[:-1] != y[1:]).flatten()
+    asked: list[int] = []
+
+    def counting(x: torch.Tensor) -> torch.Tensor:
+        asked.append(len(x))
+        return victim(x)
+
+    before, after = images[pairs], images[pairs + 1]
+    ends = (before, after, victim(before), victim(after))
+    found = [localise(*ends, counting, N=N, search=search) for search in ("grid", "bisection")]
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    grid = (N - 1) * len(pairs)
+    assert sum(asked) - grid <= math.ceil(math.log2(N)) * len(pairs)
+
+
+def test_bisection_ends_at_a_change_of_sign_where_scores_are_not_monotone() -> None:
+    def wavy(x: torch.Tensor) -> torch.Tensor:
+        """Two classes whose difference at alpha = n/10 is the n-th number, for images that hold alpha."""
+        values = torch.tensor([-3, -2, -0.1, -2, -1, -0.5, 2, 3, 1, 2, 4], dtype=torch.float64)
+        f = values[(x[:, 0, 0, 0] * 10).round().long()]
+        return torch.stack([f, torch.zeros_like(f)], dim=1)
+
+    before, after = torch.ones(1, 3, 2, 2, dtype=torch.float64), torch.zeros(1, 3, 2, 2, dtype=torch.float64)
+    ends = (before, after, wavy(before), wavy(after))
+    assert localise(*ends, wavy)[0].tolist() == [0.2]
+    assert localise(*ends, wavy, search="bisection")[0].tolist() == [0.5]
+    none = localise(*(end[:0] for end in ends), wavy, search="bisection")
+    assert [tuple(part.shape) for part in none] == [(0,), (0, 3, 2, 2)]
+    with pytest.raises(ValueError, match="`search` must be one of grid, bisection, got 'newton'"):
+        localise(*ends, wavy, search="newton")

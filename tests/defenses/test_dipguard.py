@@ -61,12 +61,26 @@ def test_the_stack_size_is_chosen_or_given(images: Tensor, victim: nn.Module) ->
 
 def test_a_patient_defence_is_the_same_in_all_stacks(images: Tensor, victim: nn.Module) -> None:
     options = {**QUICK, "T": 40, "decisions": 20, "dtype": "float64", "K": 1, "padding": "zeros"}
-    ended = DIPGuard(victim, patience=2, stack_size=4, **options).defend(images[:4])
+    ended = DIPGuard(victim, patience=2, stack_size=2, **options).defend(images[:4])
     assert min(len(trace.steps) for trace in ended.traces) < 20
     alone = DIPGuard(victim, patience=2, stack_size=1, **options).defend(images[:4])
     assert [trace.steps.tolist() for trace in ended.traces] == [trace.steps.tolist() for trace in alone.traces]
     torch.testing.assert_close(ended.reconstructions, alone.reconstructions, rtol=0, atol=1e-7)
-    assert DIPGuard(victim, patience=2, **options).settings["patience"] == 2
+    patient = DIPGuard(victim, patience=2, **options)
+    assert patient.settings["patience"] == 2
+    # One stack of two is refilled with the other images: their results come together.
+    assert [len(part.traces) for part in patient.defend_stacks(images[:4], stack_size=2)] == [4]
+
+
+def test_faster_readings_give_the_same_image(images: Tensor, victim: nn.Module) -> None:
+    plain, fast = (
+        DIPGuard(victim, **{**QUICK, **options}).defend(images[:2])
+        for options in ({}, {"victim_speed": "folded", "search": "bisection"})
+    )
+    assert torch.equal(fast.decisions_after, plain.decisions_after)
+    assert fast.crossings == plain.crossings
+    # Alpha is off by a point of its grid at most where scores are not monotone, and a crossing is one image of K.
+    assert float((fast.reconstructions - plain.reconstructions).abs().mean()) < 0.01
 
 
 def test_steps_per_image_is_T(victim: nn.Module) -> None:
@@ -170,6 +184,10 @@ def test_bad_images_are_named(images: Tensor, victim: nn.Module, bad: Any, error
         ({"network": "huge"}, ValueError, "`network` must be one of"),
         ({"accelerator": "tpu"}, ValueError, "`accelerator` must be one of auto, cpu, gpu, got 'tpu'"),
         ({"scores": "odds"}, ValueError, "`scores` must be one of logits, probabilities, got 'odds'"),
+        ({"search": "newton"}, ValueError, "`search` must be one of grid, bisection, got 'newton'"),
+        ({"victim_speed": "fast"}, ValueError, "`victim_speed` must be one of as_is, folded, got 'fast'"),
+        ({"precision": "half"}, ValueError, "`precision` must be one of float32, tf32, bfloat16, got 'half'"),
+        ({"precision": "tf32", "engine": "native"}, ValueError, "`precision` 'tf32' needs `engine` 'torch' or"),
         ({"rule": ">"}, ValueError, "`rule` must be one of at_least, above"),
         ({"divide_by": "k"}, ValueError, "`divide_by` must be one of found, K"),
     ],

@@ -36,3 +36,15 @@ def victim() -> nn.Module:
     with torch.no_grad():
         net[-1].weight *= 8
     return net
+
+
+@pytest.fixture(scope="session")
+def undecided(images: Tensor) -> nn.Module:
+    """A linear classifier that reads nothing from these images themselves, so that small changes of them decide."""
+    draw = torch.Generator().manual_seed(0)
+    weight = torch.randn(10, 3072, generator=draw)
+    basis, _ = torch.linalg.qr(torch.cat([images.flatten(1), torch.ones(1, 3072)]).T)
+    linear = nn.Linear(3072, 10, bias=False)
+    with torch.no_grad():
+        linear.weight.copy_(weight - (weight @ basis) @ basis.T)
+    return nn.Sequential(nn.Flatten(), linear)

@@ -29,18 +29,6 @@ STITCH = {"tau": 0.2, "t0": 10, "K": 4}
 T, SAMPLES = 81, 40
 
 
-@pytest.fixture(scope="module")
-def undecided(images: Tensor) -> nn.Module:
-    """A linear classifier that reads nothing from these images themselves, so that small changes of them decide."""
-    draw = torch.Generator().manual_seed(0)
-    weight = torch.randn(10, 3072, generator=draw)
-    basis, _ = torch.linalg.qr(torch.cat([images.flatten(1), torch.ones(1, 3072)]).T)
-    linear = nn.Linear(3072, 10, bias=False)
-    with torch.no_grad():
-        linear.weight.copy_(weight - (weight @ basis) @ basis.T)
-    return nn.Sequential(nn.Flatten(), linear)
-
-
 def fit(
     images: Tensor, victim: nn.Module, patience: int | None, *callbacks: pl.Callback, **options: Any
 ) -> StackResult:

@@ -55,6 +55,20 @@ def test_a_stack_that_does_not_fit_is_halved_and_begun_again(
     assert calls == [(images, 10 * number) for number, images in enumerate(tried)]
 
 
+@pytest.mark.filterwarnings("ignore:out of memory")
+def test_a_refilled_stack_that_does_not_fit_is_halved_too() -> None:
+    tried = []
+
+    def work(part: slice, first_step: int, progress: FitProgress) -> slice:
+        tried.append((part.stop - part.start, progress.slots, first_step))
+        torch.empty(1 if progress.slots <= 2 else TOO_MUCH)
+        return part
+
+    parts = list(in_stacks(11, size=4, T=10, work=work, device=CPU, progress=False, rounds=3))
+    assert parts == [slice(0, 6), slice(6, 11)]
+    assert tried == [(11, 4, 0), (6, 2, 50), (5, 2, 100)]
+
+
 def test_there_is_one_warning_and_none_where_memory_suffices() -> None:
     with pytest.warns(UserWarning, match=r"out of memory with 8 images at once; going on with 4 .*DefaultCPU") as seen:
         cut(8, 8, 2)

@@ -27,7 +27,7 @@ sys.modules["dipguard"].__path__ = [str(ROOT / "dipguard")]
 
 from dipguard.networks import build, triton_norm  # noqa: E402
 from dipguard.networks.convolution import stacked_conv2d  # noqa: E402
-from dipguard.networks.layers import StackedConv2d  # noqa: E402
+from dipguard.networks.layers import StackedConv2d, StackedNorm2d  # noqa: E402
 from dipguard.networks.triton_norm import triton_norm_leaky_relu  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -97,12 +97,12 @@ def norm(name: str, dtype: torch.dtype, device: torch.device) -> list[float]:
 
 
 def network(device: torch.device) -> list[float]:
-    """A whole small network, all of whose convolutions are Triton's."""
+    """A whole small network, all of whose convolutions, normalisations and activations are Triton's."""
     net = build("small", stack_size=2, dtype=torch.float64).to(device)
     z = torch.rand(2, 4, 8, 8, dtype=torch.float64, device=device)
     right = net(z)
     for layer in net.modules():
-        if isinstance(layer, StackedConv2d):
+        if isinstance(layer, (StackedConv2d, StackedNorm2d)):
             layer.form = "triton"
     return compare(net(z), right, tuple(net.parameters()))
 

@@ -1,0 +1,130 @@
+"""What defences show an attacker who knows them."""
+
+import pytest
+import torch
+
+from dipguard.decision import stitch
+from dipguard.decision.evidence import mirrored
+from dipguard.decision.readout import Readout
+from dipguard.defenses import build_defense
+from dipguard.networks.presets import hourglass
+
+TINY = {
+    "paper": {
+        "network": "small",
+        "T": 24,
+        "t0": 2,
+        "tau": 0.0,
+        "K": 3,
+        "decisions": 24,
+        "padding": "zeros",
+        "dtype": "float64",
+    },
+    "dipguard": {
+        "networks": (hourglass((2,), skips=0, input_depth=1), hourglass((3,), skips=0, input_depth=1)),
+        "T": 32,
+        "t0": 2,
+        "every": 5,
+        "fit": {"dtype": "float64"},
+    },
+    "dip_fixed": {"fit": {"network": "small"}, "step": 5, "T": 10},
+    "jpeg": {},
+}
+NAMES = {
+    "paper": {"last", "on_boundary", "stitched"},
+    "dipguard": {"last", "mean", "mirrored", "stitched"},
+    "dip_fixed": {"stitched"},
+    "jpeg": {"stitched"},
+}
+FITS = {"paper": 1, "dipguard": 2, "dip_fixed": 1, "jpeg": 0}
+EVERY = pytest.mark.parametrize("name", TINY)
+
+
+def defended(name, victim, **options):
+    quiet = {} if name == "jpeg" else {"progress": False}
+    return build_defense(name, victim, **{**TINY[name], **quiet, **options})
+
+
+@EVERY
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_the_answer_is_among_them_and_is_what_purify_returns(images, victim, name, mode):
+    row, indices = defended(name, victim), torch.tensor([4, 2, 2**35 + 7])
+    expected = row.purify(images[:3], indices=indices)
+    state = torch.get_rng_state()
+    with mode():
+        made = row.readouts(images[:3], indices=indices)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(made["stitched"].views[0], expected)
+    assert set(made) == set(row.readout_views) == NAMES[name]
+    assert len(row.dip_fits) == FITS[name]
+    for key, readout in made.items():
+        assert readout.views.shape == (row.readout_views[key], 3, 3, 32, 32)
+        assert (readout.views.dtype, readout.views.requires_grad) == (torch.float32, False)
+        assert 0 <= readout.views.min() <= readout.views.max() <= 1
+        readout.views.clone().requires_grad_().sum().backward()  # an inference tensor would refuse
+
+
+@pytest.mark.parametrize("name", ["paper", "dipguard"])
+def test_stacks_change_nothing_and_neither_do_neighbours(images, victim, name):
+    row, small = defended(name, victim), defended(name, victim, stack_size=2)
+    indices = torch.tensor([4, 2, 7])
+    whole, parts = (r.readouts(images[:3], indices=indices) for r in (row, small))
+    alone = row.readouts(images[1:2], indices=indices[1:2])
+    for key in whole:
+        assert torch.allclose(whole[key].views, parts[key].views, atol=1e-5)
+        assert torch.allclose(whole[key].views[:, 1:2], alone[key].views, atol=1e-5)
+
+
+def test_the_papers_are_those_of_its_traces(images, victim):
+    row = defended("paper", victim)
+    made, result = row.readouts(images[:4]), row.guard.defend(images[:4])
+    crossed = 0
+    for i, trace in enumerate(result.traces):
+        assert torch.equal(made["last"].views[0, i], trace.last[-1].float())
+        used = stitch(trace, tau=0.0, t0=2, K=3, beta=0.5).used
+        crossed += len(used) > 0
+        expected = trace.on_boundary[used].mean(0) if len(used) else result.reconstructions[i]
+        assert torch.allclose(made["on_boundary"].views[0, i], expected.float(), atol=1e-6)
+    assert crossed > 0
+    assert made["last"].look is made["on_boundary"].look is None
+
+
+def test_dipguards_are_those_of_its_readings(images, victim):
+    row = defended("dipguard", victim)
+    made, samples = row.readouts(images[:2]), row.read(images[:2], [0, 1]).samples.float()
+    assert len(samples) == 12
+    assert torch.equal(made["last"].views, samples[[5, 11]])
+    assert torch.allclose(made["mean"].views[0], samples.mean(0), atol=1e-6)
+    mirror = made["mirrored"]
+    assert torch.equal(mirror.views, samples[[0, 2, 3, 5, 6, 8, 9, 11]])
+    seen = mirror.seen(mirror.views[0].clone().requires_grad_())
+    assert torch.equal(seen, mirrored(mirror.views[0], shift=(0, 2)))
+    assert seen.requires_grad
+    assert torch.equal(made["last"].seen(samples[5]), samples[5])
+
+
+def test_few_windows_are_all_shown(images, victim):
+    row = defended("dipguard", victim, T=13)
+    assert row.readout_views["mirrored"] == 4
+    assert torch.equal(row.readouts(images[:1])["mirrored"].views, row.read(images[:1], [0]).samples.float())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.full((2, 3, 32, 32), 2.0)}, ValueError, "`images`.*\\[0, 1\\]"),
+        ({"images": torch.rand(2, 3, 2, 2)}, ValueError, "at least"),
+        ({"indices": torch.tensor([0])}, ValueError, "`indices`"),
+        ({"indices": torch.tensor([0, -1])}, ValueError, "`indices`"),
+    ],
+)
+def test_bad_input_is_refused(images, victim, change, error, message):
+    given = {"images": images[:2], "indices": torch.tensor([0, 1]), **change}
+    with pytest.raises(error, match=message):
+        defended("paper", victim).readouts(given["images"], indices=given["indices"])
+
+
+@pytest.mark.parametrize("counts", [(), (1, 2)])
+def test_only_readouts_of_one_number_of_views_are_joined(counts):
+    with pytest.raises(ValueError, match="`parts` must be at least one readout of one number of views"):
+        Readout.join([Readout(torch.zeros(count, 1, 3, 4, 4)) for count in counts])

@@ -1,0 +1,124 @@
+import pytest
+import torch
+
+from dipguard.fit import FitOptions
+from dipguard.fit.samples import fit_samples
+from dipguard.fit.unrolled import unrolled_fit
+from dipguard.networks.presets import hourglass
+
+OWN = {"padding": "zeros", "jitter": 0.0, "optimise_z": True, "seed": 2}
+SMALL = hourglass((3, 4), skips=0, input_depth=1)
+FITS = pytest.mark.parametrize(
+    "fit",
+    [
+        FitOptions(network=SMALL, dtype="float64", **OWN),
+        FitOptions(network="small", dtype="float64", seed=1, lr=0.02),
+        FitOptions(network="small", dtype="float64", z="gaussian", z_scale=0.5, init="xavier", jitter=0.1),
+        FitOptions(network=SMALL, dtype="float64", jitter=0.05, optimise_z=True),
+    ],
+    ids=["dipguard", "paper", "other readings", "jittered z"],
+)
+
+
+def ordinary(images, *, T, fit, indices, steps=None):
+    steps = [T - 1] if steps is None else steps
+    made, _ = fit_samples(images, steps=steps, T=T, indices=indices, fit=fit, device=torch.device("cpu"))
+    return torch.stack([samples.images for samples in made], dim=1)
+
+
+@FITS
+def test_its_values_are_the_ordinary_fits(images, fit):
+    given, indices = images[:3].double(), [7, 0, 2**35]
+    for T in (1, 2, 10):
+        mine = unrolled_fit(given.clone().requires_grad_(), T=T, fit=fit, indices=indices)
+        assert torch.allclose(mine, ordinary(given, T=T, fit=fit, indices=indices)[0], atol=1e-9)
+
+
+def test_the_mean_of_a_window(images):
+    fit = FitOptions(network=SMALL, dtype="float64", **OWN)
+    expected = ordinary(images[:2], T=9, fit=fit, indices=[0, 1], steps=[6, 7, 8]).mean(0)
+    assert torch.allclose(unrolled_fit(images[:2].double(), T=9, fit=fit, window=3), expected, atol=1e-9)
+
+
+@FITS
+def test_its_gradient_is_the_ordinary_fits_finite_difference(images, fit):
+    given, T = images[:2].double().clamp(0.01, 0.99), 4
+    generator = torch.Generator().manual_seed(3)
+    weights, direction = (torch.randn(given.shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = given.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((unrolled_fit(x, T=T, fit=fit) * weights).sum(), x)
+    h = 1e-9
+    above, below = (ordinary(given + s * h * direction, T=T, fit=fit, indices=[0, 1])[0] for s in (1, -1))
+    expected = float(((above - below) * weights).sum() / (2 * h))
+    assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-3)
+    assert abs(expected) > 0.1
+
+
+def test_no_image_depends_on_its_batch_mates(images):
+    fit, indices = FitOptions(network=SMALL, dtype="float64", **OWN), [5, 1, 8]
+    x = images[:3].double().requires_grad_()
+    together = unrolled_fit(x, T=6, fit=fit, indices=indices)
+    (gradient,) = torch.autograd.grad(together.square().sum(), x)
+    for i in range(3):
+        one = images[i : i + 1].double().requires_grad_()
+        alone = unrolled_fit(one, T=6, fit=fit, indices=indices[i : i + 1])
+        assert torch.allclose(together[i], alone[0], atol=1e-9)
+        assert torch.allclose(gradient[i], torch.autograd.grad(alone.square().sum(), one)[0][0], rtol=1e-5, atol=1e-7)
+    (mixed,) = torch.autograd.grad(together_first(x, fit, indices), x)
+    assert not mixed[1:].any()
+
+
+def together_first(x, fit, indices):
+    return unrolled_fit(x, T=4, fit=fit, indices=indices)[0].sum()
+
+
+def test_a_floor_changes_the_gradient_alone(images):
+    fit = FitOptions(network=SMALL, **OWN)
+    x = images[:1].clone().requires_grad_()
+    exact, floored, high = (unrolled_fit(x, T=8, fit=fit, floor=floor) for floor in (0.0, 1e-3, 1e9))
+    assert torch.equal(exact, floored)
+    assert torch.equal(exact, high)
+    gradients = [torch.autograd.grad(y.square().sum(), x)[0] for y in (exact, floored)]
+    assert gradients[0].isfinite().all()
+    assert not torch.equal(*gradients)
+    assert float(gradients[1].norm()) > 0
+    assert not torch.autograd.grad(high.square().sum(), x)[0].any()  # then nothing moves with the image
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_a_flat_image_gives_finite_gradients(value):
+    x = torch.full((1, 3, 32, 32), value, requires_grad=True)
+    made = unrolled_fit(x, T=6, fit=FitOptions(network=SMALL, init="xavier", **OWN))
+    assert torch.autograd.grad(made.square().sum(), x)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_modes_and_the_random_state(images, mode):
+    fit = FitOptions(network="small")
+    expected = unrolled_fit(images[:1].clone().requires_grad_(), T=4, fit=fit)
+    assert expected.requires_grad
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with mode():
+        made = unrolled_fit(images[:1].clone(), T=4, fit=fit)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (made.dtype, made.requires_grad) == (torch.float32, False)
+    assert torch.equal(made, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.full((1, 3, 32, 32), 2.0)}, ValueError, "`images`"),
+        ({"images": torch.rand(1, 3, 4, 4)}, ValueError, "at least 5x5 pixels"),
+        ({"T": 0}, ValueError, "`T` must be at least 1"),
+        ({"T": 2.5}, TypeError, "`T`"),
+        ({"window": 4}, ValueError, "`window` must be from 1 to 3"),
+        ({"floor": -1.0}, ValueError, "`floor`"),
+        ({"indices": [0, 1]}, ValueError, "`indices` must hold one index an image \\(1\\), got 2"),
+    ],
+)
+def test_bad_input_is_refused(images, change, error, message):
+    given = {"images": images[:1], "T": 3, "fit": FitOptions(network="small"), **change}
+    with pytest.raises(error, match=message):
+        unrolled_fit(given.pop("images"), **given)
