@@ -1,6 +1,6 @@
 """What a fit's callbacks cost beside the fit itself: the victim on samples and on crossings, SSIM, and the rest.
 
-    python benchmarks/callbacks_share.py --images FILE.npz --depth 56 --weights FILE.th [--count 16] [--T 1000]
+    python benchmarks/callbacks_share.py --images FILE.npz --depth 56 --weights FILE.th [--count 16] [--T 1000] [--last]
 
 The images (uint8, see dipguard.data.arrays) are attacked with PGD (8/255, 20 steps) first, since an attacked image
 crosses boundaries more often than a clean one. Seconds are the processor's, on one thread: others' work does not
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--T", type=int, default=1000)
+    parser.add_argument("--last", action="store_true", help="the last way alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = load_arrays(path=args.images, limit=args.count)
@@ -150,7 +151,8 @@ def main() -> None:
         f"matrix product {rate / 1e9:.0f} GFLOP/s; fit {flops[0] / 1e6:.0f} MFLOP a step, victim {flops[1] / 1e6:.0f}"
     )
     ways: list[dict[str, str]] = [{}, {"victim_speed": "folded"}, {"victim_speed": "folded", "search": "bisection"}]
-    for options in ways:
+    ways.append({"victim_speed": "bfloat16", "search": "bisection"})
+    for options in ways[-1:] if args.last else ways:
         profile(attacked, victim, T=args.T, rate=rate, flops=flops, **options)
 
 

@@ -117,6 +117,7 @@ class VictimSpeed(StrEnum):
 
     as_is = "as_is"
     folded = "folded"
+    bfloat16 = "bfloat16"
 
 
 class DivideBy(StrEnum):

@@ -55,7 +55,7 @@ class DIPGuard(nn.Module):
         K_max: The largest K that the traces can be replayed with; at least K. None takes the larger of K and 25.
         scores: ``logits`` or ``probabilities`` (Eq. 5).
         search: ``grid``, or ``bisection``: a third of the readings (:func:`dipguard.decision.boundary.localise`).
-        victim_speed: ``as_is``, or ``folded``: a copy that reads faster (:mod:`dipguard.fit.folded`); no store then.
+        victim_speed: ``as_is``; ``folded`` or ``bfloat16``: faster copies (:mod:`dipguard.fit.folded`); no store then.
         rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).
         t0_unit: ``steps`` or ``samples``.
         divide_by: ``found`` or ``K`` (Eq. 7 with fewer than K crossings).

@@ -27,7 +27,7 @@ from dipguard.engines.precision import precision
 from dipguard.fit.boundary_detector import BoundaryDetector
 from dipguard.fit.cohort import Waiting
 from dipguard.fit.decision_logger import DecisionLogger
-from dipguard.fit.folded import VICTIM_SPEEDS, folded
+from dipguard.fit.folded import VICTIM_SPEEDS, faster
 from dipguard.fit.memory import kept_memory
 from dipguard.fit.module import FitOptions, StackedDIP
 from dipguard.fit.retire import Retirement
@@ -48,7 +48,8 @@ class DecideOptions:
         keep_samples: Keep all sampled reconstructions.
         search: ``grid`` or ``bisection``, of that grid (:func:`dipguard.decision.boundary.localise`).
         victim_speed: ``as_is``, or ``folded`` to ask a copy whose normalisations are part of its convolutions, which
-            rounds otherwise (:func:`dipguard.fit.folded.folded`).
+            rounds otherwise, or ``bfloat16`` for one whose products are shorter too
+            (:func:`dipguard.fit.folded.faster`).
         patience: Samples without a new crossing after which an image that has its K crossings is fitted no further
             (:class:`~dipguard.fit.retire.Retirement`); None fits all images to the end, as the paper does.
     """
@@ -140,8 +141,7 @@ def fit_stack(
         TypeError, ValueError: Bad images, options or victim.
     """
     start = time.perf_counter()
-    if decide.victim_speed == "folded":
-        victim = folded(check_is_module(victim), images)
+    victim = faster(check_is_module(victim), images, speed=decide.victim_speed)
     first_step_at, stitcher = _FirstStep(), Stitcher(stitch, settings=asdict(decide))
     own: list[DecisionLogger | BoundaryDetector | Retirement | Stitcher] = [
         DecisionLogger(

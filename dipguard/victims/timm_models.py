@@ -44,6 +44,8 @@ def build(
     """
     timm = library("timm", victim="timm", extra="timm")
     _check_arch(timm, arch)
+    if model is not None and not isinstance(model, Mapping):
+        raise TypeError(f"`victim.model` must map names to values, such as pad_type: same, got {model!r}")
     options = dict(model or {})
     if num_classes is not None:
         if weights is None:

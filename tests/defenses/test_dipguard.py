@@ -185,7 +185,7 @@ def test_bad_images_are_named(images: Tensor, victim: nn.Module, bad: Any, error
         ({"accelerator": "tpu"}, ValueError, "`accelerator` must be one of auto, cpu, gpu, got 'tpu'"),
         ({"scores": "odds"}, ValueError, "`scores` must be one of logits, probabilities, got 'odds'"),
         ({"search": "newton"}, ValueError, "`search` must be one of grid, bisection, got 'newton'"),
-        ({"victim_speed": "fast"}, ValueError, "`victim_speed` must be one of as_is, folded, got 'fast'"),
+        ({"victim_speed": "fast"}, ValueError, "`victim_speed` must be one of as_is, folded, bfloat16, got 'fast'"),
         ({"precision": "half"}, ValueError, "`precision` must be one of float32, tf32, bfloat16, got 'half'"),
         ({"precision": "tf32", "engine": "native"}, ValueError, "`precision` 'tf32' needs `engine` 'torch' or"),
         ({"rule": ">"}, ValueError, "`rule` must be one of at_least, above"),

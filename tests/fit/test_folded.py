@@ -89,10 +89,13 @@ def test_a_fit_may_ask_the_folded_victim(images: Tensor, victim: nn.Module, mode
                 stitch=StitchOptions(K=2, tau=0.0, t0=0),
                 device=torch.device("cpu"),
             ).traces
-            for options in ({}, {"victim_speed": "folded"}, {"search": "bisection"})
+            for options in ({}, {"victim_speed": "folded"}, {"search": "bisection"}, {"victim_speed": "bfloat16"})
         ]
-    assert [part[0].settings["victim_speed"] for part in traces] == ["as_is", "folded", "as_is"]
-    for plain, fast, bisected in zip(*traces, strict=True):
+    assert [part[0].settings["victim_speed"] for part in traces] == ["as_is", "folded", "as_is", "bfloat16"]
+    for plain, fast, bisected, half in zip(*traces, strict=True):
+        assert half.scores.dtype == plain.scores.dtype
+        assert not torch.equal(half.scores, plain.scores)
+        assert float((half.scores - plain.scores).abs().max()) < 0.1 * float(plain.scores.abs().max())
         torch.testing.assert_close(fast.scores, plain.scores, rtol=1e-3, atol=1e-3)
         assert torch.equal(fast.decisions, plain.decisions)
         assert torch.equal(bisected.scores, plain.scores)
@@ -102,7 +105,7 @@ def test_a_fit_may_ask_the_folded_victim(images: Tensor, victim: nn.Module, mode
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"victim_speed": "fast"}, "`victim_speed` must be one of as_is, folded, got 'fast'"),
+        ({"victim_speed": "fast"}, "`victim_speed` must be one of as_is, folded, bfloat16, got 'fast'"),
         ({"search": "newton"}, "`search` must be one of grid, bisection, got 'newton'"),
     ],
 )
