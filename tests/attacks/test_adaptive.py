@@ -131,10 +131,10 @@ def test_the_unrolled_attack_is_judged_now_and_then(digits_cnn, digits, judge_ev
     ("name", "readout", "views"),
     [
         ("dipguard", "stitched", 0),
-        ("dipguard", "last", 1),
-        ("dipguard", "mean", 1),
+        pytest.param("dipguard", "last", 1, marks=pytest.mark.slow),
+        pytest.param("dipguard", "mean", 1, marks=pytest.mark.slow),
         ("dipguard", "mirrored", 3),
-        ("paper", "last", 1),
+        pytest.param("paper", "last", 1, marks=pytest.mark.slow),
         ("paper", "on_boundary", 1),
     ],
 )

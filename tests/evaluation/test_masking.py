@@ -77,6 +77,7 @@ def test_a_system_that_hides_nothing_passes_all(honest: Matrix) -> None:
     assert set(checked(honest).values()) == {OK}
 
 
+@pytest.mark.slow
 def test_a_system_that_rounds_its_gradient_away_is_found_out(tmp_path: Path, honest: Matrix) -> None:
     matrix = tiny_ladder(tmp_path, *STRONG, rungs=RUNGS, dip=False)
     verdicts = checked(replace(matrix, victim=Rounded(matrix.victim)))

@@ -115,7 +115,7 @@ def test_a_trace_says_what_the_samples_say(images: Tensor, victim: nn.Module) ->
         assert torch.equal(trace.given, images[b])
 
 
-@pytest.mark.parametrize("K_max", [3, 25])
+@pytest.mark.parametrize("K_max", [pytest.param(3, marks=pytest.mark.slow), 25])
 def test_a_replay_is_the_direct_result_for_any_setting(
     images: Tensor, victim: nn.Module, K_max: int, tmp_path: Path
 ) -> None:

@@ -75,7 +75,7 @@ def test_a_fold_with_other_logits_is_not_used(
     assert "the folded victim's logits differ by" in caplog.text
 
 
-@pytest.mark.parametrize("mode", ["no_grad", "inference_mode"])
+@pytest.mark.parametrize("mode", ["inference_mode"])
 def test_a_fit_may_ask_the_folded_victim(images: Tensor, victim: nn.Module, mode: str) -> None:
     victim = with_statistics(victim)
     with getattr(torch, mode)():

@@ -28,6 +28,7 @@ print(json.dumps([kept, inside, page_faults()]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc has the switch")
 def test_freed_blocks_are_used_again_and_given_back_afterwards() -> None:
     # In a process of its own: blocks that other tests have freed in this one would be used first.

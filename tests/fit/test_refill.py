@@ -51,10 +51,10 @@ def fit(
     ("engine", "dtype", "more"),
     [
         ("torch", "float64", {}),
-        ("torch", "float64", {"optimise_z": True, "jitter": 0.0}),
+        pytest.param("torch", "float64", {"optimise_z": True, "jitter": 0.0}, marks=pytest.mark.slow),
         pytest.param("native", "float32", {}, marks=NATIVE),
-        pytest.param("native", "float32", {"optimise_z": True}, marks=NATIVE),
-        pytest.param("native", "float32", {"every": 7}, marks=NATIVE),
+        pytest.param("native", "float32", {"optimise_z": True}, marks=[NATIVE, pytest.mark.slow]),
+        pytest.param("native", "float32", {"every": 7}, marks=[NATIVE, pytest.mark.slow]),
     ],
 )
 def test_an_image_is_fitted_as_if_it_were_alone(
@@ -97,6 +97,7 @@ def test_the_stack_stays_full_while_images_wait(images: Tensor, undecided: nn.Mo
     assert len(sizes.images) < T * 8 / 3
 
 
+@pytest.mark.slow
 def test_without_a_crossing_all_are_fitted_to_the_end(images: Tensor) -> None:
     decided = nn.Sequential(nn.Flatten(), nn.Linear(3072, 4))
     nn.init.zeros_(decided[1].weight)
