@@ -279,7 +279,7 @@ def test_a_row_must_not_be_called_as_the_baseline(tmp_path: Path, baseline: tupl
 def test_the_experiment_has_all_rungs_of_the_issue() -> None:
     ladder = typed_matrix("experiment=adaptive").ladder
     assert [rung.number for rung in ladder.values() if rung.check is None] == [
-        "1", "2", "3a", "3b", "4a", "4b", "4c", "5a", "5b", "5c", "6", "7a", "7b", "8",
+        "1", "2", "3a", "3b", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "6", "7a", "7b", "8",
     ]  # fmt: skip
     assert sorted(str(rung.check) for rung in ladder.values() if rung.check) == ["control", "large_eps"]
     for rung in ladder.values():
