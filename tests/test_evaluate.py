@@ -122,7 +122,7 @@ def test_experiments_compose(name: str) -> None:
         assert len(config.rows) >= 13
     elif name == "adaptive":
         assert (list(config.columns), set(config.rows)) == (["clean"], {"none", "jpeg", "dipdefend", "dipguard"})
-        assert len(config.ladder) == 16
+        assert len(config.ladder) == 17
     else:
         assert len(config.aware) == 1
 

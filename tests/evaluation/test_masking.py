@@ -162,6 +162,7 @@ def test_flags_ask_for_attacks_that_know_of_them(honest: Matrix) -> None:
     assert dynamic([aware], moving).verdict == OK
 
 
+@pytest.mark.slow
 def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
     matrix = tiny_ladder(tmp_path, rungs=("noise",))
     found = {t.label: probe(t, matrix.clean.select(limit=1), matrix.device) for t in targets_of(matrix)}

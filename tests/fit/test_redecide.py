@@ -23,6 +23,7 @@ def guard(seed: int, *, keep: bool = True) -> DIPGuard:
     return DIPGuard(victim, T=40, decisions=20, t0=2, tau=0.1, keep_samples=keep, stack_size=3, progress=False)
 
 
+@pytest.mark.slow
 def test_a_stored_fit_serves_another_victim(digits: Tensor) -> None:
     first, second = guard(0), guard(1)
     mine, theirs = first.defend(digits).traces, second.defend(digits).traces
