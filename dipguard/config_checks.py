@@ -14,8 +14,10 @@ from dipguard.config_choices import DefenseName
 
 _log = logging.getLogger(__name__)
 
-_MIRRORS = ("name", "T", "t0", "every", "trust", "mirror", "beta", "beta_step")
-_PAPERS = tuple(field.name for field in fields(DefenseConfig) if field.name not in ("trust", "mirror", "beta_step"))
+MIRROR_ONLY = ("trust", "mirror", "beta_step")
+"""Keys of ``defense`` that ``dipguard`` alone has."""
+MIRROR = ("T", "t0", "every", "beta", *MIRROR_ONLY)
+"""Keys of ``defense`` that ``dipguard`` has; the others are ``paper``'s."""
 
 MOST_STEPS = 1_000_000
 """Upper bound of ``defense.T``: a value beyond it is a slip of the pen."""
@@ -35,7 +37,8 @@ def validate(config: TrainConfig) -> TrainConfig:
         _check_mirror(config)
     else:
         _check_defense(config.defense)
-        _refuse(config.defense, DefenseConfig(), keep=_PAPERS, group="defense", owner="dipguard")
+        papers = tuple(field.name for field in fields(DefenseConfig) if field.name not in MIRROR_ONLY)
+        _refuse(config.defense, DefenseConfig(), keep=papers, group="defense", owner="dipguard")
     _check_fit(config.fit)
     check_int(config.report.figures, name="report.figures", low=0)
     return config
@@ -93,7 +96,7 @@ def _check_mirror(config: TrainConfig) -> None:
     check_float(defense.trust, name="defense.trust", low=0.0, high=1.0)
     check_float(defense.beta, name="defense.beta", low=0.0)
     check_float(defense.beta_step, name="defense.beta_step", low=1e-3)
-    _refuse(defense, DefenseConfig(), keep=_MIRRORS, group="defense", owner="paper")
+    _refuse(defense, DefenseConfig(), keep=("name", *MIRROR), group="defense", owner="paper")
     _refuse(config.network, NetworkConfig(), keep=(), group="network", owner="paper")
     for key, value in (("fit.patience", config.fit.patience), ("store", config.store)):
         if value is not None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from dipguard.attacks import Attack
 from dipguard.config import TrainConfig
+from dipguard.config_checks import MIRROR, MIRROR_ONLY
 from dipguard.config_choices import DefenseName
 from dipguard.config_matrix import MatrixConfig
 from dipguard.data import ImageSet
@@ -65,12 +66,6 @@ def attack_options(config: TrainConfig) -> dict[str, Any]:
     """What :func:`dipguard.attacks.build_attack` is called with besides the name and the victim."""
     attack = config.attack
     return {"eps_255": attack.eps_255, "seed": config.seed, "batch_size": attack.batch_size, **attack.options}
-
-
-MIRROR = ("T", "t0", "every", "trust", "mirror", "beta", "beta_step")
-"""Keys of ``defense`` that ``dipguard`` has; the others are ``paper``'s."""
-MIRROR_ONLY = ("trust", "mirror", "beta_step")
-"""Keys that ``dipguard`` alone has."""
 
 
 def build_guard(config: TrainConfig, victim: nn.Module, device: torch.device) -> DIPGuard | MirrorStacks:
