@@ -62,7 +62,8 @@ def draw_evidence(
     strip, straight, turned, bottom = plots.subplots(4, 1, sharex=True, height_ratios=(0.16, 1, 1, 0.8))
     colours = class_colours(trace, label)
     draw_strip(strip, trace, colours)
-    for ax, logits, kind in ((straight, trace.scores, "straight"), (turned, trace.turned, "mirrored")):
+    second = "mirrored" if trace.settings.get("mirror", True) else "moved"
+    for ax, logits, kind in ((straight, trace.scores, "straight"), (turned, trace.turned, second)):
         _draw_readings(ax, trace, logits, colours, kind=kind, label=label, name_of=name_of)
     _draw_quality(bottom, trace, reconstruction)
     for ax in (strip, straight, turned, bottom):
