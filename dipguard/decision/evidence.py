@@ -126,28 +126,48 @@ def stitch_readers(
     return Stitched(tried[best], target, count, steps[best])
 
 
-def target_of(trace: DecisionTrace, *, trust: float) -> int:
-    """The class with the most evidence (:func:`evidence`) in a trace whose mirrored samples the victim read.
+def stitch_readings(
+    samples: Tensor,
+    straight: Tensor,
+    turned: Tensor,
+    given: Tensor,
+    *,
+    own: int,
+    trust: float,
+    classify: Callable[[Tensor], Tensor],
+    betas: Sequence[float],
+) -> Stitched:
+    """An image of the class that the mirrored readings speak for: :func:`evidence`, then :func:`stitch_readers`.
+
+    Args:
+        samples: x(t), [S, 3, H, W] in [0, 1].
+        straight: The victim's logits on them, [S, C].
+        turned: Its logits on their mirrored copies, [S, C].
+        given: x0, [3, H, W].
+        own: The victim's decision on it.
+        trust: See :func:`evidence`.
+        classify: See :func:`stitch_readers`.
+        betas: See :func:`stitch_readers`.
 
     Raises:
-        ValueError: The trace holds no such readings.
+        ValueError: No samples, or an option out of range.
     """
-    if trace.turned is None:
-        raise ValueError("`trace` must hold readings of mirrored samples (`turned`), got a trace without")
-    own = torch.tensor([trace.given_decision])
-    return int(evidence(trace.turned[:, None], own=own, trust=trust).argmax())
+    spoken = evidence(turned[:, None], own=torch.tensor([own]), trust=trust)
+    return stitch_readers(
+        samples, straight.argmax(dim=-1), given, target=int(spoken.argmax()), classify=classify, betas=betas
+    )
 
 
 def stitch_evidence(
     trace: DecisionTrace, *, trust: float, classify: Callable[[Tensor], Tensor], betas: Sequence[float]
 ) -> Reconstruction:
-    """Rebuild one image from its trace, by :func:`target_of` and :func:`stitch_readers`.
+    """Rebuild one image from its trace, by :func:`stitch_readings`.
 
     Args:
         trace: It must hold ``samples`` and ``turned``.
-        trust: See :func:`evidence`.
-        classify: See :func:`stitch_readers`.
-        betas: See :func:`stitch_readers`.
+        trust: See :func:`stitch_readings`.
+        classify: See :func:`stitch_readings`.
+        betas: See :func:`stitch_readings`.
 
     Returns:
         With the reason ``evidence``, or ``no_reader`` where no sample is read as the target, so that the mean of all
@@ -156,9 +176,19 @@ def stitch_evidence(
     Raises:
         ValueError: The trace lacks what is needed, or an option is out of range.
     """
-    if trace.samples is None:
-        raise ValueError("`trace` must hold its samples, got a trace without")
-    target = target_of(trace, trust=trust)
-    readers = torch.nonzero(trace.decisions == target).flatten()
-    made = stitch_readers(trace.samples, trace.decisions, trace.given, target=target, classify=classify, betas=betas)
-    return Reconstruction(made.image, "evidence" if len(readers) else "no_reader", readers)
+    if trace.samples is None or trace.turned is None:
+        raise ValueError(
+            "`trace` must hold its samples and readings of their mirrored copies (`turned`), got a trace without"
+        )
+    made = stitch_readings(
+        trace.samples,
+        trace.scores,
+        trace.turned,
+        trace.given,
+        own=trace.given_decision,
+        trust=trust,
+        classify=classify,
+        betas=betas,
+    )
+    used = torch.nonzero(trace.decisions == made.target).flatten()
+    return Reconstruction(made.image, "evidence" if made.readers else "no_reader", used)

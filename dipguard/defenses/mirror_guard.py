@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_float, check_int
-from dipguard.decision.evidence import SHIFTS, Stitched, evidence, stitch_readers
+from dipguard.decision.evidence import SHIFTS, Stitched, stitch_readings
 from dipguard.decision.readout import STITCHED, Readout
 from dipguard.defenses.base import Purifier
 from dipguard.defenses.mirror_readouts import Readings, mirror_readouts, mirrored_views
-from dipguard.defenses.stopped_fit import fit_options
-from dipguard.fit import DecideOptions, Decider, FitOptions, FitProgress, StackedDIP, choose_stack_size, in_stacks
+from dipguard.defenses.stopped_fit import fit_options, stack_size_of
+from dipguard.fit import Decider, FitOptions, FitProgress, StackedDIP, in_stacks
 from dipguard.fit.evidence_logger import EvidenceLogger
 from dipguard.fit.placement import fit_device
 from dipguard.fit.runner import apart, make_trainer
@@ -180,16 +180,16 @@ class MirrorGuard(Purifier):
 
     def stitch(self, readings: Readings, images: Tensor) -> list[Stitched]:
         """The purified images, and how they came about, one an image."""
-        decide, decisions = Decider(self.victim), readings.straight.argmax(dim=-1)
-        spoken = evidence(readings.turned, own=readings.own.argmax(dim=-1), trust=self.trust)
-        targets: list[int] = spoken.argmax(dim=-1).tolist()
+        own: list[int] = readings.own.argmax(dim=-1).tolist()
         return [
-            stitch_readers(
+            stitch_readings(
                 readings.samples[:, i],
-                decisions[:, i],
+                readings.straight[:, i],
+                readings.turned[:, i],
                 image.to(readings.samples),
-                target=targets[i],
-                classify=decide,
+                own=own[i],
+                trust=self.trust,
+                classify=Decider(self.victim),
                 betas=self.betas,
             )
             for i, image in enumerate(images)
@@ -224,14 +224,7 @@ class MirrorGuard(Purifier):
         """How many of ``images`` are fitted at once: ``stack_size``, or what suits the largest network."""
         if self.stack_size is not None:
             return self.stack_size
-        # For each image of K_max, memory for three is set aside.
-        kept = -(-self.windows * len(self.fits) // 3)
-        decide = DecideOptions(T=self.T, decisions=2, K_max=max(1, kept))
-        device = fit_device("auto", victim=self.victim, images=images)
-        size = (images.shape[-2], images.shape[-1])
-        return min(
-            choose_stack_size(len(images), size=size, fit=fit, decide=decide, device=device) for fit in self.fits
-        )
+        return stack_size_of(images, victim=self.victim, fits=self.fits, T=self.T, kept=self.windows * len(self.fits))
 
     def purify_one(self, image: Tensor, index: int) -> Tensor:
         """A stack of one."""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dipguard.checks import check_int
 from dipguard.decision.stopping import FixedStep, Stopped, StopRule, WindowedVariance
 from dipguard.defenses.base import Purifier
-from dipguard.defenses.stopped_fit import fit_options, stop_stack
-from dipguard.fit import DecideOptions, FitOptions, FitProgress, choose_stack_size, fit_device, in_stacks
+from dipguard.defenses.stopped_fit import fit_options, stack_size_of, stop_stack
+from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks
 from dipguard.networks import resolve
 from dipguard.store import RuleAsked, TraceStore, open_store
 
@@ -133,11 +133,9 @@ class StoppedDIP(Purifier):
         """How many of ``images`` are fitted at once (:func:`dipguard.fit.stack_size.choose_stack_size`)."""
         if self.stack_size is not None:
             return self.stack_size
-        # For each image of K_max, memory for three is set aside.
-        kept = DecideOptions(T=max(2, self.steps_per_image), decisions=2, K_max=-(-self.images_kept // 3))
-        device = fit_device("auto", victim=self.victim, images=images)
-        size = (images.shape[-2], images.shape[-1])
-        return choose_stack_size(len(images), size=size, fit=self.fit_options, decide=kept, device=device)
+        return stack_size_of(
+            images, victim=self.victim, fits=[self.fit_options], T=self.steps_per_image, kept=self.images_kept
+        )
 
     def purify_images(self, images: Tensor, indices: list[int]) -> Tensor:
         """See `stop`."""

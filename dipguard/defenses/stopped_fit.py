@@ -1,4 +1,4 @@
-"""The fit of a deep image prior that is stopped: its options, and one stack of it, from a store or made now."""
+"""The fit of a deep image prior that is stopped: its options, its stack size, and one stack of it."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dipguard.decision.stopping import Stopped
-from dipguard.fit import FitOptions, FitProgress
+from dipguard.fit import DecideOptions, FitOptions, FitProgress, choose_stack_size, fit_device
 from dipguard.fit.stop_rules import fit_rules
 from dipguard.store import RuleAsked, TraceStore, stored_rule
 
@@ -64,3 +64,20 @@ def fit_options(fit: Mapping[str, Any] | FitOptions | None, *, seed: int) -> Fit
     if unknown:
         raise TypeError(f"`fit` takes no {', '.join(map(repr, unknown))}; its fields are: {', '.join(known)}")
     return FitOptions(**given, seed=seed)
+
+
+def stack_size_of(images: Tensor, *, victim: nn.Module, fits: Sequence[FitOptions], T: int, kept: int) -> int:
+    """How many of ``images`` are fitted at once (:func:`dipguard.fit.stack_size.choose_stack_size`).
+
+    Args:
+        images: x0, [N, 3, H, W].
+        victim: Where it is, the fits run.
+        fits: Of one image, made one after the other; what suits all of them is chosen.
+        T: Steps of each.
+        kept: Images that are kept of each image's fits.
+    """
+    # For each image of K_max, memory for three is set aside.
+    decide = DecideOptions(T=max(2, T), decisions=2, K_max=max(1, -(-kept // 3)))
+    device = fit_device("auto", victim=victim, images=images)
+    size = (images.shape[-2], images.shape[-1])
+    return min(choose_stack_size(len(images), size=size, fit=fit, decide=decide, device=device) for fit in fits)
