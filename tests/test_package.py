@@ -123,6 +123,22 @@ def test_import_loads_no_extra(after_import: dict[str, list[str]]):
     assert {name.split(".")[0] for name in after_import["added"]}.isdisjoint(EXTRAS)
 
 
+def test_help_and_a_bare_import_wait_for_nothing_heavy():
+    code = "import sys, dipguard.cli.main as cli; cli.make_parser().format_help(); print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "dipguard" in loaded
+    assert loaded.isdisjoint({"torch", "pytorch_lightning", "torchmetrics", "numpy"})
+
+
+def test_public_names_and_their_homes_are_there_when_asked_for():
+    assert all(getattr(dipguard, name) is not None for name in dir(dipguard))
+    assert set(dipguard.__all__) <= set(dir(dipguard))
+    assert dipguard.stitch is dipguard.decision.stitch
+    with pytest.raises(AttributeError, match="no attribute 'Stitch'"):
+        dipguard.Stitch  # noqa: B018
+
+
 def test_modules_behind_import_name_no_extra_at_the_top(after_import: dict[str, list[str]]):
     loaded = [name for name in after_import["added"] if name in MODULES]
     found = {
