@@ -1,11 +1,13 @@
 """What a fit's callbacks cost beside the fit itself: the victim on samples and on crossings, SSIM, and the rest.
 
     python benchmarks/callbacks_share.py --images FILE.npz --depth 56 --weights FILE.th [--count 16] [--T 1000] [--last]
+                                        [--defense dipguard]
 
 The images (uint8, see dipguard.data.arrays) are attacked with PGD (8/255, 20 steps) first, since an attacked image
 crosses boundaries more often than a clean one. Seconds are the processor's, on one thread: others' work does not
 count. The floor is the victim's and the fit's arithmetic at the rate of a matrix product: below it nothing gets without
-reading fewer images.
+reading fewer images. ``--defense dipguard`` looks at MirrorGuard instead: its windows and what the victim reads in
+them, and the stitching.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.fit_speed import matmul_rate, plain_step
 from dipguard.classifier import frozen
 from dipguard.data.arrays import load_arrays
+from dipguard.defenses.mirror_guard import MirrorGuard
 from dipguard.fit import (
     BoundaryDetector,
     DecideOptions,
@@ -39,6 +42,7 @@ from dipguard.fit import (
     fit_stack,
 )
 from dipguard.fit.decider import Decider
+from dipguard.fit.evidence_logger import EvidenceLogger
 from dipguard.victims.cifar_resnet import build
 
 
@@ -100,7 +104,8 @@ def profile(
     with (
         timed(spent, decision_logger, "quality", "SSIM"),
         timed(parts, DecisionLogger, "on_train_batch_end", "DecisionLogger"),
-        timed(parts, BoundaryDetector, "on_train_batch_end", "BoundaryDetector"),
+        timed(parts, DecisionLogger, "on_train_end", "DecisionLogger"),
+        timed(spent, BoundaryDetector, "look", "BoundaryDetector"),
         timed(parts, Stitcher, "on_train_end", "Stitcher"),
         counted(readings),
     ):
@@ -116,7 +121,7 @@ def profile(
     wall = time.process_time() - start
     decide = sum(parts.values())
     logger = parts.pop("DecisionLogger")
-    spent |= {"victim on samples": logger - spent["SSIM"], **parts}
+    spent |= {"victim on samples": logger - sum(spent.values()), **parts}
     each = sum(readings) / len(images)
     kept = sum(len(trace.crossing_at) for trace in done.traces) / len(images)
     found = sum(int((t.decisions[1:] != t.decisions[:-1]).sum()) for t in done.traces) / len(images)
@@ -128,6 +133,29 @@ def profile(
     print(f"  arithmetic at the matrix product's rate: fit {floor[0]:.1f} s, victim {floor[1]:.1f} s", flush=True)
 
 
+def profile_guard(images: Tensor, victim: nn.Module, *, T: int) -> None:
+    """One run of MirrorGuard, and where its time went."""
+    spent: dict[str, float] = {}
+    parts: dict[str, float] = {}
+    readings: list[int] = []
+    guard = MirrorGuard(victim, T=T, stack_size=len(images), progress=False)
+    start = time.process_time()
+    with (
+        timed(spent, Decider, "__call__", "of these, the victim"),
+        timed(parts, EvidenceLogger, "on_train_batch_end", "EvidenceLogger"),
+        timed(parts, EvidenceLogger, "on_train_end", "EvidenceLogger"),
+        timed(parts, MirrorGuard, "stitch", "stitching"),
+        counted(readings),
+    ):
+        guard.purify(images)
+    wall = time.process_time() - start
+    decide = sum(parts.values())
+    print(f"dipguard, {len(images)} images: {wall:.1f} s, callbacks and stitching {decide:.1f} s = {decide / wall:.0%}")
+    print(f"  {sum(readings) / len(images):.0f} readings an image in {len(readings)} calls")
+    for what, seconds in [*parts.items(), *spent.items(), ("fits and start", wall - decide)]:
+        print(f"  {what:<22} {seconds:7.2f} s {seconds / wall:6.1%}", flush=True)
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -137,11 +165,14 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--T", type=int, default=1000)
     parser.add_argument("--last", action="store_true", help="the last way alone")
+    parser.add_argument("--defense", choices=("paper", "dipguard"), default="paper")
     args = parser.parse_args()
     torch.set_num_threads(1)
     data = load_arrays(path=args.images, limit=args.count)
     victim = build(depth=args.depth, weights=args.weights).eval()
     attacked = pgd(victim, data.images, data.labels)
+    if args.defense == "dipguard":
+        return profile_guard(attacked, victim, T=args.T)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         victim(attacked[:1])
     cpu = torch.device("cpu")

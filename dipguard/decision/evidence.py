@@ -119,11 +119,14 @@ def stitch_readers(
     readers = decisions == target
     count = int(readers.sum())
     image = samples[readers].mean(dim=0) if count else samples.mean(dim=0)
-    steps = [0.0, *(check_float(beta, name="betas", low=0.0) for beta in betas)]
+    steps = [check_float(beta, name="betas", low=0.0) for beta in betas]
+    image = image.clamp(0, 1)
+    # Nearly all means are read as they should be: one question then, not one a step.
+    if int(classify(image[None]).argmax()) == target or not steps:
+        return Stitched(image, target, count, 0.0)
     tried = torch.cat([on_manifold(image[None], given, beta=beta) for beta in steps]).clamp(0, 1)
     right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
-    best = right[0] if right else 0
-    return Stitched(tried[best], target, count, steps[best])
+    return Stitched(tried[right[0]], target, count, steps[right[0]]) if right else Stitched(image, target, count, 0.0)
 
 
 def stitch_readings(

@@ -1,14 +1,16 @@
-"""The native engine: the whole step of one image in C++, one image a thread at a time.
+"""The native engine: the whole step of one image in C++, an image a thread, or threads in teams where images are few.
 
 A layer-by-layer stack carries every layer's activations of all images through memory. Here an image goes through the
 whole network, forward and backward, before the next one starts, so that its tensors stay in the core's cache, and the
-convolutions run from registers (native/convolution.h). Nothing is shared between images: a result does not depend on
-the stack or the number of threads, bit for bit.
+convolutions run from registers (native/convolution.h). Threads that have no image of their own help with another's,
+row by row (native/team.h), where that is faster (native_teams.py). Nothing is shared between images, and no sum is cut
+in two: a result does not depend on the stack or the number of threads, bit for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,6 +21,7 @@ from dipguard.engines.base import Engine, Step, resize
 from dipguard.engines.native_build import library
 from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError
 from dipguard.engines.native_program import make_plan
+from dipguard.engines.native_teams import TeamChoice
 from dipguard.networks import StackedSkipNet
 from dipguard.networks.layers import StackedConv2d, StackedNorm2d
 from dipguard.networks.unet import SLOPE
@@ -50,11 +53,11 @@ class NativeEngine(Engine):
         self.given = given.contiguous()
         self.eps = _eps(net)
         self.net = net
-        images = len(given)
         self.flat = nn.Parameter(_moved(net, self.plan, given))
         self.gradient = torch.zeros_like(self.flat.data)
-        self.threads = min(images, torch.get_num_threads())
-        self.workspaces = given.new_zeros(self.threads, self.plan.room)
+        self.threads = torch.get_num_threads()
+        self.workspaces = given.new_zeros(min(len(given), self.threads), self.plan.room)
+        self.team_choice = TeamChoice()
         self._frames = _integers(self.plan.frames)
         self.set_program(self.plan.program)
         self._handle = torch.zeros((), dtype=given.dtype, requires_grad=True)
@@ -90,12 +93,15 @@ class NativeEngine(Engine):
         reconstructions = torch.empty_like(self.given)
         errors = self.given.new_empty(len(z))
         plan = self.plan
+        spare = len(z) % self.threads > 0
+        start = time.perf_counter()
         self.library.stack_step(
             _pointer(self._frames),
             _pointer(self._program),
             ctypes.c_int64(self._length),
             ctypes.c_int64(len(z)),
             ctypes.c_int64(self.threads),
+            ctypes.c_int64(spare and self.team_choice.teams),
             _pointer(z),
             ctypes.c_int64(z[0].numel()),
             _pointer(self.given),
@@ -111,6 +117,8 @@ class NativeEngine(Engine):
             ctypes.c_double(SLOPE),
             ctypes.c_double(self.eps),
         )
+        if spare:
+            self.team_choice.record(time.perf_counter() - start)
         loss: Tensor = _HandOver.apply(self._handle, errors.sum(), self, z, z_gradient)
         return Step(loss, reconstructions, errors)
 
@@ -128,10 +136,12 @@ class NativeEngine(Engine):
         self.flat.grad = None
         self.flat.data = flat
         self.gradient = torch.zeros_like(flat)
-        self.threads = min(len(flat), len(self.workspaces))
+        if len(self.workspaces) < min(len(flat), self.threads):
+            self.workspaces = flat.new_zeros(min(len(flat), self.threads), self.plan.room)
         for parameter, view in _views(self.net, self.plan, flat):
             parameter.data = view
         resize(self.net, len(flat))
+        self.team_choice = TeamChoice()
 
 
 class _HandOver(torch.autograd.Function):

@@ -123,7 +123,7 @@ class Plan:
         program: Forward, then backward.
         layers: By the module's name in :class:`~dipguard.networks.StackedSkipNet`.
         parameters: Numbers in one network's row of the flat parameter.
-        room: Numbers in one thread's workspace.
+        room: Numbers in the workspace of one image.
     """
 
     spec: NetworkSpec

@@ -155,7 +155,7 @@ def _share_room(plan: Plan) -> None:
         source, target = plan.frames[op.source], plan.frames[op.target]
         if op.operation == Operation.CONVOLVE_BACK:
             needs[position] = op.kernel**2 * target.channels * source.padded
-        elif op.operation == Operation.UPSAMPLE_BACK:
-            needs[position] = target.width * source.padded
+        elif op.operation in (Operation.NORMALISE, Operation.NORMALISE_BACK):
+            needs[position] = 2 * source.height * source.padded
     room = plan.reserve(max(needs.values()))
     plan.program = [op._replace(room=room) if n in needs else op for n, op in enumerate(plan.program)]

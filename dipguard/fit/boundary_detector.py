@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +29,6 @@ class BoundaryDetector(pl.Callback):
         N: Sections of the grid of Eq. 5.
         scores: ``logits`` or ``probabilities``, the f_c of Eq. 5.
         search: ``grid`` or ``bisection`` (:func:`dipguard.decision.boundary.localise`).
-
-    Attributes:
-        seconds: Time spent here.
     """
 
     def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits", search: str = "grid") -> None:
@@ -40,31 +36,33 @@ class BoundaryDetector(pl.Callback):
         self.N = check_int(N, name="N", low=1)
         self.scores = check_choice(scores, SCORES, name="scores")
         self.search = check_choice(search, SEARCHES, name="search")
-        self.seconds = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to start without DecisionLogger before this callback."""
-        open_records(as_stacked_dip(pl_module))
+        """Watch the records; refuse to start without DecisionLogger before this callback."""
+        for _, record in open_records(as_stacked_dip(pl_module)):
+            self._watch(record)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Compare the newest samples with those before them, if they are new."""
-        fitted = as_stacked_dip(pl_module).cohorts
-        records = [c.record for c in fitted if c.record is not None and c.sampled_at(batch_idx)]
-        if not records:
+        """Watch the records of newcomers too: a new one holds a single sample, and no pair."""
+        for cohort in as_stacked_dip(pl_module).cohorts:
+            if cohort.record is not None:
+                self._watch(cohort.record)
+
+    def _watch(self, record: StackRecord) -> None:
+        record.look, record.localise = self.look, self.localise
+
+    def look(self, record: StackRecord) -> None:
+        """Compare a record's newest sample with the one before it; the time is DecisionLogger's."""
+        before, after = record.previous, record.newest
+        if before is None or after is None:
             return
-        start = time.perf_counter()
-        for record in records:
-            record.localise = self.localise
-            before, after = record.previous, record.newest
-            for b in _crossed(record):
-                assert before is not None
-                assert after is not None
-                images = torch.stack([before.reconstructions[b], after.reconstructions[b]])
-                scores = torch.stack([before.scores[b], after.scores[b]])
-                record.add_crossing(b, Crossing(record.count - 2, float(before.quality[b]), images, scores))
-        self.seconds += time.perf_counter() - start
+        rows: list[int] = torch.nonzero(crosses(before.scores.argmax(1), after.scores.argmax(1))).flatten().tolist()
+        for b in rows:
+            images = torch.stack([before.reconstructions[b], after.reconstructions[b]])
+            scores = torch.stack([before.scores[b], after.scores[b]])
+            record.add_crossing(b, Crossing(record.count - 2, float(before.quality[b]), images, scores))
 
     def localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
         """Alpha [M] and the on-boundary images [M, 3, H, W] of M crossings, of whichever images (Eq. 4 and 5).
@@ -80,12 +78,3 @@ class BoundaryDetector(pl.Callback):
         images, scores = (torch.stack(part, dim=1) for part in ([c.images for c in found], [c.scores for c in found]))
         ends = (images[0], images[1], scores[0], scores[1])
         return localise(*ends, self.decider, N=self.N, scores=self.scores, search=self.search)
-
-
-def _crossed(record: StackRecord) -> list[int]:
-    """Images whose newest sample is decided otherwise than the one before it."""
-    before, after = record.previous, record.newest
-    if before is None or after is None:
-        return []
-    rows: list[int] = torch.nonzero(crosses(before.scores.argmax(1), after.scores.argmax(1))).flatten().tolist()
-    return rows

@@ -10,6 +10,14 @@ from torch import Tensor, nn
 from dipguard.checks import check_int
 from dipguard.classifier import check_is_module, check_logits, eval_mode
 
+GOOD_BATCH = 64
+"""Images from which on a larger batch makes a reading no cheaper (ResNet-56 on two cores: 12 ms alone, 3.5 in 64)."""
+
+
+def steps_together(images: int) -> int:
+    """Steps of a stack of so many images that make a good batch together; it depends on nothing else."""
+    return -(-GOOD_BATCH // images)
+
 
 class Decider:
     """Images to logits.

@@ -13,16 +13,18 @@ from torch import nn
 from dipguard.checks import check_int
 from dipguard.decision import quality, sampled_steps
 from dipguard.fit.cohort import Cohort, row_ranges
-from dipguard.fit.decider import Decider
+from dipguard.fit.decider import Decider, steps_together
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.record import Sample, StackRecord
 
 
 class DecisionLogger(pl.Callback):
-    """At each sampled step: the victim and SSIM on all B reconstructions in one batch, written to the record.
+    """Of each sampled step: the victim and SSIM on all B reconstructions, written to the record.
 
     The first of the three callbacks: it opens the record that the others read. Means over the stack go to the
-    Trainer's loggers, at sampled steps only, since a logging call costs as much as a step.
+    Trainer's loggers, at sampled steps only, since a logging call costs as much as a step. A small stack's samples wait
+    until several steps make a good batch for the victim (:func:`~dipguard.fit.decider.steps_together`), and are then
+    written one after the other; never where a callback has an attribute ``needs_each_decision`` that is true.
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
@@ -54,6 +56,8 @@ class DecisionLogger(pl.Callback):
         self.first_step = first_step
         self.seconds = 0.0
         self._steps: frozenset[int] = frozenset()
+        self._together = 1
+        self._unread: list[tuple[list[Cohort], Sample]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the record; read the given images' decisions."""
@@ -61,6 +65,10 @@ class DecisionLogger(pl.Callback):
         self._steps = frozenset(sampled_steps(module.T, decisions=self.decisions, every=self.every))
         for cohort in module.cohorts:
             cohort.record = None  # of an earlier fit
+        self._unread = []
+        others = getattr(trainer, "callbacks", ())
+        at_once = any(getattr(callback, "needs_each_decision", False) for callback in others)
+        self._together = 1 if at_once else steps_together(len(module.given))
         self._open(module)
 
     def _open(self, module: StackedDIP) -> None:
@@ -90,14 +98,40 @@ class DecisionLogger(pl.Callback):
             part if len(due) == len(ranges) else torch.cat([part[ranges[i]] for i in due])
             for part in (outputs["reconstructions"], outputs["errors"], module.given)
         )
-        sample = Sample(batch_idx, x, self.decider(x), quality(x, given), errors)
-        parts = [module.cohorts[i] for i in due]
-        for cohort, rows in zip(parts, row_ranges(parts), strict=True):
-            assert cohort.record is not None
-            own = sample if len(parts) == 1 else sample.rows(rows)
-            cohort.record.add_sample(replace(own, step=cohort.step(batch_idx)))
-        self._log(trainer, parts, sample)
+        # Copies: an engine may write its next step into the same memory.
+        sample = Sample(batch_idx, x.clone(), x.new_empty(0), quality(x, given), errors.clone())
+        self._unread.append(([module.cohorts[i] for i in due], sample))
+        if len(self._unread) >= self._together:
+            self._ask(trainer)
         self.seconds += time.perf_counter() - start
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask about the samples that still wait."""
+        start = time.perf_counter()
+        self._ask(trainer)
+        self.seconds += time.perf_counter() - start
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C, log what has been sampled; other errors may be the victim's own, or memory that has run out."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._ask(trainer)
+
+    def _ask(self, trainer: pl.Trainer) -> None:
+        """Show the waiting samples to the victim in one batch; log and write them one after the other."""
+        if not self._unread:
+            return
+        scores = self.decider(torch.cat([sample.reconstructions for _, sample in self._unread]))
+        unread, self._unread = self._unread, []
+        parts = scores.split([len(sample.errors) for _, sample in unread])
+        for (cohorts, sample), part in zip(unread, parts, strict=True):
+            self._write(trainer, cohorts, replace(sample, scores=part))
+
+    def _write(self, trainer: pl.Trainer, cohorts: list[Cohort], sample: Sample) -> None:
+        self._log(trainer, cohorts, sample)
+        for cohort, rows in zip(cohorts, row_ranges(cohorts), strict=True):
+            assert cohort.record is not None
+            own = sample if len(cohorts) == 1 else sample.rows(rows)
+            cohort.record.add_sample(replace(own, step=cohort.step(sample.step)))
 
     def _log(self, trainer: pl.Trainer, cohorts: list[Cohort], sample: Sample) -> None:
         if not trainer.loggers:

@@ -11,13 +11,16 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_int
 from dipguard.decision.evidence import SHIFTS, mirrored
-from dipguard.fit.decider import Decider
+from dipguard.fit.decider import Decider, steps_together
 from dipguard.fit.decision_logger import as_stacked_dip
 from dipguard.fit.retire import Retirement
 
 
 class EvidenceLogger(pl.Callback):
     """Means of x(t) over windows of steps, and how the victim reads each of them and its mirrored, shifted copy.
+
+    The victim is asked when the windows since the last question make a good batch
+    (:func:`~dipguard.fit.decider.steps_together`), and at the fit's end about the rest.
 
     Memory: ``windows`` images of each image, whatever T is.
 
@@ -61,16 +64,17 @@ class EvidenceLogger(pl.Callback):
         self.samples = self.errors = torch.empty(0)
         self._straight: list[Tensor] = []
         self._turned: list[Tensor] = []
+        self._unread = range(0)
 
     @property
     def straight(self) -> Tensor:
         """Logits on the windows, [S, B, C]."""
-        return torch.stack(self._straight)
+        return torch.cat(self._straight)
 
     @property
     def turned(self) -> Tensor:
         """Logits on their mirrored, shifted copies, [S, B, C]."""
-        return torch.stack(self._turned)
+        return torch.cat(self._turned)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make room; refuse anything but a StackedDIP all of whose images are fitted to the end."""
@@ -80,11 +84,13 @@ class EvidenceLogger(pl.Callback):
         given = module.given
         self.samples = given.new_zeros(self.windows, *given.shape)
         self.errors = given.new_zeros(self.windows, len(given))
+        self._straight, self._turned = [], []
+        self._unread = range(0)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add x(t), t = ``batch_idx``, to its window; at the window's end ask the victim."""
+        """Add x(t), t = ``batch_idx``, to its window; ask the victim once enough windows are full."""
         window, place = divmod(batch_idx - self.warm_up, self.every)
         if not 0 <= window < self.windows:
             return
@@ -94,9 +100,27 @@ class EvidenceLogger(pl.Callback):
             start = time.perf_counter()
             self.samples[window] /= self.every
             self.errors[window] /= self.every
-            mean = self.samples[window]
-            both = torch.cat([mean, mirrored(mean, shift=self.shifts[window % len(self.shifts)], flip=self.flip)])
-            straight, turned = self._decide(both).chunk(2)
-            self._straight.append(straight)
-            self._turned.append(turned)
+            self._unread = range(self._unread.start, window + 1)
+            if len(self._unread) >= steps_together(2 * self.samples.shape[1]):
+                self._ask()
             self.seconds += time.perf_counter() - start
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask about the windows that still wait."""
+        start = time.perf_counter()
+        self._ask()
+        self.seconds += time.perf_counter() - start
+
+    def _ask(self) -> None:
+        windows = self._unread
+        if not windows:
+            return
+        turned = [
+            mirrored(self.samples[window], shift=self.shifts[window % len(self.shifts)], flip=self.flip)
+            for window in windows
+        ]
+        logits = self._decide(torch.cat([*self.samples[windows.start : windows.stop], *turned]))
+        straight, mirror = logits.unflatten(0, (2, len(windows), -1))
+        self._straight.append(straight)
+        self._turned.append(mirror)
+        self._unread = range(windows.stop, windows.stop)

@@ -56,6 +56,7 @@ class Crossing:
 
 Localise = Callable[[Sequence[Crossing]], tuple[Tensor, Tensor]]
 """M crossings to alpha [M] and the on-boundary images [M, 3, H, W]."""
+Look = Callable[["StackRecord"], None]
 
 
 class StackRecord:
@@ -73,6 +74,7 @@ class StackRecord:
 
     Attributes:
         steps: The sampled optimiser steps so far.
+        look: Called with the record after each new sample; None for nobody.
         localise: How crossings become on-boundary images. It is done when an image's trace is closed, since many
             crossings are forgotten before that.
     """
@@ -90,6 +92,7 @@ class StackRecord:
         self._last: deque[Tensor] = deque(maxlen=K_max)
         self._samples: list[Tensor] | None = [] if keep_samples else None
         self.steps: list[int] = []
+        self.look: Look | None = None
         self.localise: Localise | None = None
         self._scalars: list[tuple[Tensor, Tensor, Tensor]] = []
         self._places = tuple(range(len(self.indices)))  # in the stack as it began
@@ -108,6 +111,8 @@ class StackRecord:
         self._scalars.append((sample.scores, sample.quality, sample.errors))
         if self._samples is not None:
             self._samples.append(sample.reconstructions.cpu())
+        if self.look is not None:
+            self.look(self)
 
     def add_crossing(self, b: int, crossing: Crossing) -> None:
         """Append a crossing of image b, and forget those that no replay can ask for any more."""

@@ -48,8 +48,8 @@ def decide_samples(
     """The trace that a fit with these decisions would have left, from a fit that was sampled at these steps and more.
 
     The victim sees the samples of one image as a batch, so that what is decided depends on no other image. During a fit
-    it sees one step of all images as a batch: its logits may then differ by rounding. All else is equal, bit by bit,
-    unless that rounding tips a decision or the choice between two alphas.
+    it sees all images at one step, or at a few, as a batch: its logits may then differ by rounding. All else is equal,
+    bit by bit, unless that rounding tips a decision or the choice between two alphas.
 
     Args:
         fitted: One image's fit, sampled at the steps of ``decide`` at least; a longer fit than its T serves too.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, ClassVar
 
 import pytorch_lightning as pl
 import torch
@@ -30,8 +30,11 @@ class Retirement(pl.Callback):
         patience: Samples without a new crossing, at least 1.
 
     Attributes:
+        needs_each_decision: Makes DecisionLogger ask at every sampled step.
         seconds: Time spent here.
     """
+
+    needs_each_decision: ClassVar[bool] = True
 
     def __init__(self, options: StitchOptions, *, patience: int) -> None:
         self.options = options

@@ -170,7 +170,7 @@ def fit_stack(
         trainer = make_trainer(most, device=device, callbacks=[first_step_at, *own, *callbacks], logger=logger)
         trainer.fit(module)
     assert first_step_at.at is not None
-    seconds = {"start": first_step_at.at - start, "decide": sum(callback.seconds for callback in own)}
+    seconds = {"start": first_step_at.at - start, "decide": sum(getattr(callback, "seconds", 0.0) for callback in own)}
     seconds["fit"] = time.perf_counter() - first_step_at.at - seconds["decide"]
     return StackResult(stitcher.traces, stitcher.reconstructions, seconds)
 

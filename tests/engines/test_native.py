@@ -132,32 +132,6 @@ def test_the_gradient_of_z_is_that_of_torch_and_disturbs_nothing(row: str, paddi
         torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-10 * largest)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_neighbours_and_threads_change_no_bit(dtype: torch.dtype) -> None:
-    def fitted(indices: list[int], threads: int) -> Tensor:
-        net = build("medium", stack_size=len(indices), indices=indices, dtype=dtype)
-        draw = torch.Generator().manual_seed(1)
-        every = torch.rand(8, 3, 32, 32, generator=draw).to(dtype)
-        z = torch.rand(8, 4, 32, 32, generator=draw).to(dtype) / 30
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            engine = make_engine("native", net, every[indices], steps=1)
-            optimiser = torch.optim.Adam(engine.parameters(), lr=0.01, fused=True)
-            for _ in range(8):
-                step = engine.step(z[indices])
-                optimiser.zero_grad()
-                step.loss.backward()
-                optimiser.step()
-        finally:
-            torch.set_num_threads(before)
-        return step.reconstructions[indices.index(5)]
-
-    alone = fitted([5], 1)
-    for indices, threads in (([5, 0], 1), ([0, 1, 2, 3, 4, 5, 6, 7], 2), ([7, 5, 1], 3)):
-        assert torch.equal(fitted(indices, threads), alone)
-
-
 def test_float32_rounds_as_torch_does() -> None:
     net, twin = (build("medium", stack_size=2, padding="reflect") for _ in range(2))
     given, z = (x.float() for x in inputs(net, (32, 32)))

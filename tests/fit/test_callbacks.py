@@ -162,26 +162,79 @@ def test_the_victim_is_left_as_it_was(images: Tensor, victim: nn.Module) -> None
     assert all(p.grad is None for p in victim.parameters())
 
 
-def test_means_are_logged_at_sampled_steps_only(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
-    logger = pl.loggers.CSVLogger(tmp_path, name="", version="", flush_logs_every_n_steps=1)
-    fit_stack(
-        images[:2],
-        victim=victim,
-        indices=[0, 1],
-        fit=FitOptions(network="small"),
-        decide=DecideOptions(T=20, decisions=4),
-        stitch=StitchOptions(),
-        device=CPU,
-        logger=logger,
-        first_step=100,
-    )
+def logged(images: Tensor, victim: nn.Module, folder: Path, *callbacks: pl.Callback, **decide: Any) -> Any:
+    """What a fit gave, the rows that it logged, and how many images the victim saw, call by call."""
+    logger = pl.loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
+    calls: list[int] = []
+    with victim.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0]))):
+        try:
+            done = fit_stack(
+                images,
+                victim=victim,
+                indices=range(len(images)),
+                fit=FitOptions(network="small", jitter=0.1, padding="zeros"),
+                decide=DecideOptions(**decide),
+                stitch=StitchOptions(tau=0.3, t0=10, K=5),
+                device=CPU,
+                logger=logger,
+                first_step=100,
+                callbacks=callbacks,
+            )
+        except KeyboardInterrupt:
+            done = None
     logger.save()
-    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    lines = (folder / "metrics.csv").read_text().splitlines()
     columns = lines[0].split(",")
-    assert {"fit/mse", "fit/quality", "fit/decision_changed", "fit/crossings", "step"} <= set(columns)
-    rows = [dict(zip(columns, line.split(","), strict=True)) for line in lines[1:]]
-    assert [int(row["step"]) for row in rows] == [104, 109, 114, 119]
-    assert all(0 < float(row["fit/mse"]) < 1 for row in rows)
+    rows = [dict(zip(columns, map(float, line.split(",")), strict=True)) for line in lines[1:]]
+    return done, rows, calls
+
+
+def test_means_are_logged_at_sampled_steps_only(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
+    _, rows, _ = logged(images[:2], victim, tmp_path, T=20, decisions=4)
+    assert all({"fit/mse", "fit/quality", "fit/decision_changed", "fit/crossings", "step"} <= set(row) for row in rows)
+    assert [row["step"] for row in rows] == [104, 109, 114, 119]
+    assert all(0 < row["fit/mse"] < 1 for row in rows)
+
+
+class Impatient(pl.Callback):
+    """Somebody who looks at every decision."""
+
+    needs_each_decision = True
+
+
+def test_samples_that_wait_for_a_good_batch_come_out_the_same(
+    images: Tensor, undecided: nn.Module, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"T": 80, "decisions": None, "every": 1, "K_max": 5, "keep_samples": True}
+    (tmp_path / "once").mkdir()
+    ours, rows, calls = logged(images[:2], undecided, tmp_path, **options)
+    wanted, their_rows, their_calls = logged(images[:2], undecided, tmp_path / "once", Impatient(), **options)
+    # The given images, 80 steps of 2 images, and then crossings.
+    assert calls[:4] == [2, 64, 64, 32]
+    assert their_calls[:81] == [2] * 81
+    assert [row["step"] for row in rows] == [row["step"] for row in their_rows] == list(range(100, 180))
+    assert rows[-1]["fit/crossings"] > 0
+    for row, their in zip(rows, their_rows, strict=True):
+        assert row == pytest.approx(their, abs=1e-6)
+    names = ("steps", "decisions", "crossing_at", "quality", "loss", "last", "samples", "alpha", "on_boundary")
+    for mine, theirs in zip(ours.traces, wanted.traces, strict=True):
+        assert len(mine.crossing_at) > 0
+        torch.testing.assert_close(mine.scores, theirs.scores, rtol=1e-4, atol=1e-4)
+        assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in names)
+    for mine, theirs in zip(ours.reconstructions, wanted.reconstructions, strict=True):
+        assert torch.equal(mine.image, theirs.image)
+
+
+def test_what_waited_is_logged_after_an_interrupt(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
+    class Interrupt(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 11:
+                raise KeyboardInterrupt
+
+    done, rows, calls = logged(images[:1], victim, tmp_path, Interrupt(), T=20, decisions=10)
+    assert done is None
+    assert [row["step"] for row in rows] == [101, 103, 105, 107, 109, 111]
+    assert calls == [1, 6]
 
 
 def run(images: Tensor, callbacks: list[pl.Callback], *, module: pl.LightningModule | None = None) -> None:

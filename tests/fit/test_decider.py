@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.fit import Decider
+from dipguard.fit.decider import steps_together
 
 
 class Viewer(nn.Module):
@@ -50,3 +51,8 @@ def test_channels_last_is_tried_and_given_up_once_where_it_cannot_be_read(kind, 
 def test_an_error_of_the_victim_stays_its_own(images: Tensor) -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         Decider(Reader())(images[..., :4])
+
+
+@pytest.mark.parametrize(("images", "steps"), [(1, 64), (2, 32), (24, 3), (63, 2), (64, 1), (500, 1)])
+def test_steps_of_a_small_stack_make_a_batch(images: int, steps: int) -> None:
+    assert steps_together(images) == steps

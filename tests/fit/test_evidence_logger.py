@@ -26,11 +26,15 @@ def fit(images, steps, *callbacks):
         make_trainer(steps, device=CPU, callbacks=[*callbacks], logger=None).fit(StackedDIP(images, options=OPTIONS))
 
 
-def test_windows_and_readings_are_those_of_a_slow_form(images, victim):
-    log, keep = EvidenceLogger(victim, warm_up=3, every=2, windows=5), Keeper()
-    fit(images[:2], 14, log, keep)
+@pytest.mark.parametrize(("windows", "calls"), [(5, [20]), (35, [64, 64, 12])])
+def test_windows_and_readings_are_those_of_a_slow_form(images, victim, windows, calls):
+    log, keep, seen = EvidenceLogger(victim, warm_up=3, every=2, windows=windows), Keeper(), []
+    with victim.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0]))):
+        fit(images[:2], 2 * windows + 4, log, keep)
+    assert seen == calls  # of each window 2 images, straight and turned
+    assert log.straight.shape == log.turned.shape == (windows, 2, 10)
     decide = Decider(victim)
-    for window in range(5):
+    for window in range(windows):
         first = 3 + 2 * window
         mean = (keep.x[first] + keep.x[first + 1]) / 2
         assert torch.allclose(log.samples[window], mean, atol=1e-12)
@@ -40,8 +44,17 @@ def test_windows_and_readings_are_those_of_a_slow_form(images, victim):
         given = images[:2].double()
         wrong = sum((keep.x[t] - given).square().flatten(1).mean(1) for t in (first, first + 1)) / 2
         assert torch.allclose(log.errors[window], wrong, atol=1e-12)
-    assert log.samples.shape == (5, 2, 3, 32, 32)
+    assert log.samples.shape == (windows, 2, 3, 32, 32)
     assert log.seconds > 0
+
+
+def test_a_logger_serves_another_fit(images, victim):
+    log, other = (EvidenceLogger(victim, warm_up=1, every=1, windows=3) for _ in range(2))
+    fit(images[:1], 4, log)
+    fit(images[1:2], 4, log)
+    fit(images[1:2], 4, other)
+    assert torch.equal(log.straight, other.straight)
+    assert torch.equal(log.turned, other.turned)
 
 
 @pytest.mark.parametrize(

@@ -69,14 +69,16 @@ struct Convolution {
     const REAL* bias;
 };
 
-static void convolve(const Convolution& conv, const Frame& in, const Frame& out, REAL* workspace) {
+// Rows of the output are dealt out.
+static void convolve(const Convolution& conv, const Frame& in, const Frame& out, REAL* workspace, const Team& team) {
     Tap taps[MOST_TAPS];
     index_t count = 0;
     for (index_t i = 0; i < conv.kernel; i++)
         for (index_t j = 0; j < conv.kernel; j++, count++)
             taps[count] = {i * in.row + j * in.pixel, count * in.channels * out.padded};
+    const Part rows = team.part(out.height);
     pieces(out.padded, [&](auto kind, auto vectors, index_t first) {
-        for (index_t y = 0; y < out.height; y++)
+        for (index_t y = rows.first; y < rows.last; y++)
             tiles<decltype(kind), vectors.value>(
                 out.width, in.at(workspace, y * conv.stride - conv.pad, -conv.pad), conv.stride * in.pixel, in.channels,
                 taps, count, conv.weights + first, out.padded, out.at(workspace, y, 0) + first, out.pixel,
@@ -85,38 +87,43 @@ static void convolve(const Convolution& conv, const Frame& in, const Frame& out,
 }
 
 // turned[tap][output][input]: the weights as the gradient of the input needs them, transposed in squares of 4 x 4.
-static void turn_weights(const Convolution& conv, const Frame& in, const Frame& out, REAL* turned) {
+static void turn_weights(const Convolution& conv, const Frame& in, const Frame& out, REAL* turned, const Team& team) {
     typedef std::conditional_t<sizeof(REAL) == 4, std::int32_t, std::int64_t> whole;
     typedef whole order __attribute__((vector_size(4 * sizeof(REAL))));
     const index_t taps = conv.kernel * conv.kernel, rows = in.channels;
-    for (index_t t = 0; t < taps; t++) {
+    const Part quads = team.part(taps * out.padded / 4);
+    for (index_t q = quads.first; q < quads.last; q++) {
+        const index_t t = q / (out.padded / 4), c = q % (out.padded / 4) * 4;
         const REAL* from = conv.weights + t * rows * out.padded;
         REAL* to = turned + t * out.channels * in.padded;
-        for (index_t c = 0; c < out.padded; c += 4)
-            for (index_t r = 0; r < in.padded; r += 4) {
-                quad x[4];
-                for (index_t i = 0; i < 4; i++)
-                    x[i] = r + i < rows ? load<quad>(from + (r + i) * out.padded + c) : zero<quad>();
-                const quad a = __builtin_shuffle(x[0], x[1], order{0, 4, 1, 5});
-                const quad b = __builtin_shuffle(x[2], x[3], order{0, 4, 1, 5});
-                const quad d = __builtin_shuffle(x[0], x[1], order{2, 6, 3, 7});
-                const quad e = __builtin_shuffle(x[2], x[3], order{2, 6, 3, 7});
-                const quad y[4] = {
-                    __builtin_shuffle(a, b, order{0, 1, 4, 5}), __builtin_shuffle(a, b, order{2, 3, 6, 7}),
-                    __builtin_shuffle(d, e, order{0, 1, 4, 5}), __builtin_shuffle(d, e, order{2, 3, 6, 7})};
-                for (index_t i = 0; i < 4 && c + i < out.channels; i++) store<quad>(to + (c + i) * in.padded + r, y[i]);
-            }
+        for (index_t r = 0; r < in.padded; r += 4) {
+            quad x[4];
+            for (index_t i = 0; i < 4; i++)
+                x[i] = r + i < rows ? load<quad>(from + (r + i) * out.padded + c) : zero<quad>();
+            const quad a = __builtin_shuffle(x[0], x[1], order{0, 4, 1, 5});
+            const quad b = __builtin_shuffle(x[2], x[3], order{0, 4, 1, 5});
+            const quad d = __builtin_shuffle(x[0], x[1], order{2, 6, 3, 7});
+            const quad e = __builtin_shuffle(x[2], x[3], order{2, 6, 3, 7});
+            const quad y[4] = {
+                __builtin_shuffle(a, b, order{0, 1, 4, 5}), __builtin_shuffle(a, b, order{2, 3, 6, 7}),
+                __builtin_shuffle(d, e, order{0, 1, 4, 5}), __builtin_shuffle(d, e, order{2, 3, 6, 7})};
+            for (index_t i = 0; i < 4 && c + i < out.channels; i++) store<quad>(to + (c + i) * in.padded + r, y[i]);
+        }
     }
 }
 
 // Adds the gradient of the input, border included, to frame `in`. `out` holds the output's gradient and needs a border
-// of zeros, kernel - 1 pixels to the left and to the right. `turned` is room for the turned weights.
-static void convolve_back(const Convolution& conv, const Frame& in, const Frame& out, REAL* workspace, REAL* turned) {
-    turn_weights(conv, in, out, turned);
+// of zeros, kernel - 1 pixels to the left and to the right. `turned` is room for the turned weights. Rows of the input,
+// border included, are dealt out.
+static void convolve_back(const Convolution& conv, const Frame& in, const Frame& out, REAL* workspace, REAL* turned,
+                          const Team& team) {
+    turn_weights(conv, in, out, turned, team);
+    team.wait();
     const index_t k = conv.kernel, s = conv.stride;
     const index_t height = (out.height - 1) * s + k, width = (out.width - 1) * s + k;
     Tap taps[MOST_TAPS];
-    for (index_t y = 0; y < height; y++)
+    const Part rows = team.part(height);
+    for (index_t y = rows.first; y < rows.last; y++)
         for (index_t first_x = 0; first_x < s && first_x < width; first_x++) {
             index_t count = 0;
             for (index_t i = y % s; i < k; i += s) {
@@ -167,44 +174,46 @@ INLINE void outer(const REAL* in, index_t in_step, index_t in_row, const REAL* o
         for (int v = 0; v < NV; v++) store<V>(gradient + i * outputs + v * L, sum[i][v]);
 }
 
-// The gradient of the weights, over one block of pixels that stays in the nearest cache.
+// The same for a number of inputs that is known at run time, at most MOST_PIXELS.
 template <class V, int NV>
-static void outers(index_t inputs, const REAL* in, index_t in_step, index_t in_row, const REAL* out, index_t out_step,
-                   index_t out_row, index_t rows, index_t pixels, REAL* gradient, index_t outputs, bool fresh) {
-    while (inputs > 0) {
-        const index_t left = (inputs + MOST_PIXELS - 1) / MOST_PIXELS, now = (inputs + left - 1) / left;
-        switch (now) {
+static void outer_of(index_t inputs, const REAL* in, index_t in_step, index_t in_row, const REAL* out, index_t out_step,
+                     index_t out_row, index_t rows, index_t pixels, REAL* gradient, index_t outputs, bool fresh) {
+    switch (inputs) {
 #define CASE(IN)                                                                                                    \
     case IN:                                                                                                        \
-        outer<V, NV, IN>(in, in_step, in_row, out, out_step, out_row, rows, pixels, gradient, outputs, fresh);      \
-        break;
-            CASE(1) CASE(2) CASE(3) CASE(4)
+        return outer<V, NV, IN>(in, in_step, in_row, out, out_step, out_row, rows, pixels, gradient, outputs, fresh);
+        CASE(1) CASE(2) CASE(3) CASE(4)
 #if MOST_PIXELS >= 12
-            CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 #undef CASE
-        }
-        inputs -= now, in += now, gradient += now * outputs;
     }
 }
 
+// Block by block of pixels that stay in the nearest cache. Tiles of a tap's inputs are dealt out: never pixels, over
+// which the sums run, nor single inputs, since the compiler may round a tile of another size otherwise (it did).
 static void weight_gradient(const Convolution& conv, const Frame& in, const Frame& out, REAL* workspace,
-                            REAL* gradient) {
+                            REAL* gradient, const Team& team) {
     constexpr index_t BLOCK = 128;  // pixels
     const index_t segment = out.width < BLOCK ? out.width : BLOCK;
     const index_t block_rows = BLOCK / segment;
+    const index_t tiles = (in.channels + MOST_PIXELS - 1) / MOST_PIXELS;
+    const index_t least = in.channels / tiles, larger = in.channels % tiles;  // so many have one input more
+    const Part dealt = team.part(conv.kernel * conv.kernel * tiles);
     for (index_t y = 0; y < out.height; y += block_rows) {
         const index_t rows = out.height - y < block_rows ? out.height - y : block_rows;
         for (index_t x = 0; x < out.width; x += segment) {
             const index_t pixels = out.width - x < segment ? out.width - x : segment;
             const bool fresh = x == 0 && y == 0;
-            for (index_t t = 0; t < conv.kernel * conv.kernel; t++) {
-                const REAL* from = in.at(workspace, y * conv.stride - conv.pad + t / conv.kernel,
-                                         x * conv.stride - conv.pad + t % conv.kernel);
-                REAL* to = gradient + t * in.channels * out.padded;
+            for (index_t d = dealt.first; d < dealt.last; d++) {
+                const index_t tap = d / tiles, tile = d % tiles;
+                const index_t input = tile * least + std::min(tile, larger), inputs = least + (tile < larger);
+                const REAL* from = in.at(workspace, y * conv.stride - conv.pad + tap / conv.kernel,
+                                         x * conv.stride - conv.pad + tap % conv.kernel);
+                REAL* to = gradient + (tap * in.channels + input) * out.padded;
                 pieces(out.padded, [&](auto kind, auto vectors, index_t first) {
-                    outers<decltype(kind), vectors.value>(
-                        in.channels, from, conv.stride * in.pixel, conv.stride * in.row,
+                    outer_of<decltype(kind), vectors.value>(
+                        inputs, from + input, conv.stride * in.pixel, conv.stride * in.row,
                         out.at(workspace, y, x) + first, out.pixel, out.row, rows, pixels, to + first, out.padded,
                         fresh);
                 });

@@ -1,7 +1,7 @@
 // Where a tensor of one image lies in the workspace: [rows][columns][channels], with a border around the image.
 #pragma once
 
-#include "simd.h"
+#include "team.h"
 
 enum Border : index_t { NONE = 0, ZEROS = 1, REFLECT = 2, REPLICATE = 3 };
 
@@ -26,40 +26,36 @@ INLINE void add_row(REAL* to, const REAL* from, index_t count) {
 // The pixel inside the image that the border's d-th pixel before the first (or after the last) repeats.
 INLINE index_t source(const Frame& f, index_t d) { return f.border == REFLECT ? d : 0; }
 
-// Writes the border from the image.
-static void fill_border(const Frame& f, REAL* workspace) {
+// Writes the border from the image, as far as these rows of it are asked for: what lies beside them, then the rows above
+// and below the image that repeat one of them. (Of zeros, they "repeat" the first and the last row.)
+static void fill_border(const Frame& f, REAL* workspace, Part rows) {
     if (f.border == NONE) return;
     const bool zeros = f.border == ZEROS;
-    const size_t pixel = f.padded * sizeof(REAL);
-    for (index_t y = 0; y < f.height; y++) {
-        for (index_t d = 1; d <= f.left; d++) {
-            REAL* to = f.at(workspace, y, -d);
-            zeros ? std::memset(to, 0, pixel) : std::memcpy(to, f.at(workspace, y, source(f, d)), pixel);
-        }
-        for (index_t d = 1; d <= f.right; d++) {
-            REAL* to = f.at(workspace, y, f.width - 1 + d);
-            zeros ? std::memset(to, 0, pixel) : std::memcpy(to, f.at(workspace, y, f.width - 1 - source(f, d)), pixel);
-        }
-    }
-    const size_t row = f.row * sizeof(REAL);
-    for (index_t d = 1; d <= f.top; d++) {
-        REAL* to = f.at(workspace, -d, -f.left);
-        zeros ? std::memset(to, 0, row) : std::memcpy(to, f.at(workspace, source(f, d), -f.left), row);
-    }
-    for (index_t d = 1; d <= f.bottom; d++) {
-        REAL* to = f.at(workspace, f.height - 1 + d, -f.left);
-        zeros ? std::memset(to, 0, row) : std::memcpy(to, f.at(workspace, f.height - 1 - source(f, d), -f.left), row);
+    const size_t pixel = f.padded * sizeof(REAL), row = f.row * sizeof(REAL);
+    const auto fill = [&](REAL* to, const REAL* from, size_t bytes) {
+        zeros ? std::memset(to, 0, bytes) : std::memcpy(to, from, bytes);
+    };
+    for (index_t y = rows.first; y < rows.last; y++) {
+        for (index_t d = 1; d <= f.left; d++) fill(f.at(workspace, y, -d), f.at(workspace, y, source(f, d)), pixel);
+        for (index_t d = 1; d <= f.right; d++)
+            fill(f.at(workspace, y, f.width - 1 + d), f.at(workspace, y, f.width - 1 - source(f, d)), pixel);
+        const REAL* whole = f.at(workspace, y, -f.left);
+        for (index_t d = 1; d <= f.top; d++)
+            if (y == source(f, d)) fill(f.at(workspace, -d, -f.left), whole, row);
+        for (index_t d = 1; d <= f.bottom; d++)
+            if (y == f.height - 1 - source(f, d)) fill(f.at(workspace, f.height - 1 + d, -f.left), whole, row);
     }
 }
 
-// The transpose of fill_border: adds the border's gradient to the pixels that it was made from.
-static void fold_border(const Frame& f, REAL* workspace) {
+// The transpose of fill_border: adds the border's gradient to the pixels of these rows that it was made from.
+static void fold_border(const Frame& f, REAL* workspace, Part rows) {
     if (f.border == NONE || f.border == ZEROS) return;
-    for (index_t d = 1; d <= f.top; d++)
-        add_row(f.at(workspace, source(f, d), -f.left), f.at(workspace, -d, -f.left), f.row);
-    for (index_t d = 1; d <= f.bottom; d++)
-        add_row(f.at(workspace, f.height - 1 - source(f, d), -f.left), f.at(workspace, f.height - 1 + d, -f.left), f.row);
-    for (index_t y = 0; y < f.height; y++) {
+    for (index_t y = rows.first; y < rows.last; y++) {
+        REAL* whole = f.at(workspace, y, -f.left);
+        for (index_t d = 1; d <= f.top; d++)
+            if (y == source(f, d)) add_row(whole, f.at(workspace, -d, -f.left), f.row);
+        for (index_t d = 1; d <= f.bottom; d++)
+            if (y == f.height - 1 - source(f, d)) add_row(whole, f.at(workspace, f.height - 1 + d, -f.left), f.row);
         for (index_t d = 1; d <= f.left; d++)
             add_row(f.at(workspace, y, source(f, d)), f.at(workspace, y, -d), f.padded);
         for (index_t d = 1; d <= f.right; d++)

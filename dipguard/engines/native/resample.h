@@ -21,16 +21,10 @@ INLINE REAL share(index_t from, index_t to, index_t size) {
     return (p.low == from ? p.low_weight : 0) + (p.high == from ? p.high_weight : 0);
 }
 
-INLINE void add_scaled(REAL* to, const REAL* from, REAL weight, index_t lanes) {
-    vectors(lanes, [&](auto kind, index_t i) {
-        using V = decltype(kind);
-        store<V>(to + i, load<V>(to + i) + load<V>(from + i) * weight);
-    });
-}
-
 // `first`: the channel of `to` at which the upsampled channels begin.
-static void upsample(const Frame& from, const Frame& to, index_t first, REAL* workspace) {
-    for (index_t y = 0; y < to.height; y++) {
+static void upsample(const Frame& from, const Frame& to, index_t first, REAL* workspace, const Team& team) {
+    const Part rows = team.part(to.height);
+    for (index_t y = rows.first; y < rows.last; y++) {
         const Pair v = sources(y, from.height);
         for (index_t x = 0; x < to.width; x++) {
             const Pair h = sources(x, from.width);
@@ -49,21 +43,31 @@ static void upsample(const Frame& from, const Frame& to, index_t first, REAL* wo
     }
 }
 
-// Replaces frame `from` by the gradient with respect to it, given that with respect to `to` in frame `to`. First the
-// rows of `to` that a row of `from` went into are summed into `room`, one row of numbers, then its columns.
-static void upsample_back(const Frame& from, const Frame& to, index_t first, REAL* workspace, REAL* room) {
-    const index_t lanes = from.padded;
-    for (index_t y = 0; y < from.height; y++) {
-        std::memset(room, 0, to.width * lanes * sizeof(REAL));
-        for (index_t ty = 2 * y > 0 ? 2 * y - 1 : 0; ty < to.height && ty <= 2 * y + 2; ty++) {
-            const REAL weight = share(y, ty, from.height);
-            for (index_t x = 0; x < to.width; x++) add_scaled(room + x * lanes, to.at(workspace, ty, x) + first, weight, lanes);
-        }
-        for (index_t x = 0; x < from.width; x++) {
-            REAL* out = from.at(workspace, y, x);
-            std::memset(out, 0, lanes * sizeof(REAL));
-            for (index_t tx = 2 * x > 0 ? 2 * x - 1 : 0; tx < to.width && tx <= 2 * x + 2; tx++)
-                add_scaled(out, room + tx * lanes, share(x, tx, from.width), lanes);
-        }
+// Replaces frame `from` by the gradient with respect to it, given that with respect to `to` in frame `to`. A pixel of
+// `from` went into four columns of `to` at most, 2 x - 1 to 2 x + 2, of which it shares two with its neighbour: each
+// column's sum over rows is made once.
+static void upsample_back(const Frame& from, const Frame& to, index_t first, REAL* workspace, const Team& team) {
+    const Part rows = team.part(from.height);
+    for (index_t y = rows.first; y < rows.last; y++) {
+        const index_t top = std::max(index_t(0), 2 * y - 1), count = std::min(to.height, 2 * y + 3) - top;
+        REAL weights[4];
+        for (index_t i = 0; i < count; i++) weights[i] = share(y, top + i, from.height);
+        vectors(from.padded, [&](auto kind, index_t lane) {
+            using V = decltype(kind);
+            const auto column = [&](index_t x) {
+                V sum = zero<V>();
+                if (x < 0 || x >= to.width) return sum;  // outside: nothing, whatever its share
+                const REAL* g = to.at(workspace, top, x) + first + lane;
+                for (index_t i = 0; i < count; i++) sum += load<V>(g + i * to.row) * weights[i];
+                return sum;
+            };
+            V sums[4] = {zero<V>(), zero<V>(), column(-1), column(0)};
+            for (index_t x = 0; x < from.width; x++) {
+                sums[0] = sums[2], sums[1] = sums[3], sums[2] = column(2 * x + 1), sums[3] = column(2 * x + 2);
+                V sum = zero<V>();
+                for (index_t i = 0; i < 4; i++) sum += sums[i] * share(x, 2 * x - 1 + i, from.width);
+                store<V>(from.at(workspace, y, x) + lane, sum);
+            }
+        });
     }
 }

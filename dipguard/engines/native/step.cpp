@@ -1,10 +1,13 @@
 // One fit step's forward and backward pass for a stack of images: a short program, run for one image at a time, so that
-// all that an image needs stays in its core's cache. Images share nothing: a result depends on no neighbour, bit for bit.
+// all that an image needs stays in its core's cache. Threads take an image each; those without one help with another's.
+// Images share nothing: a result depends on no neighbour and on no number of threads, bit for bit.
 //
 // The program and the frames come from dipguard/engines/native_plan.py.
 #ifdef _OPENMP
 #include <omp.h>
 #endif
+
+#include <vector>
 
 #include "convolution.h"
 #include "normalisation.h"
@@ -47,106 +50,124 @@ struct Image {
     REAL* z_gradient;  // as z, or null: no one asks for it
 };
 
-static void read_z(const Frame& f, const REAL* z, REAL* workspace) {
+// Calls visit(position in [channels][height][width], the frame's number) for these rows of a frame.
+template <class Visit>
+INLINE void visit_rows(const Frame& f, Part rows, REAL* workspace, Visit visit) {
     for (index_t c = 0; c < f.channels; c++)
-        for (index_t y = 0; y < f.height; y++)
-            for (index_t x = 0; x < f.width; x++) *(f.at(workspace, y, x) + c) = *z++;
+        for (index_t y = rows.first; y < rows.last; y++)
+            for (index_t x = 0; x < f.width; x++) visit((c * f.height + y) * f.width + x, *(f.at(workspace, y, x) + c));
 }
 
-static void write_z_gradient(const Frame& f, REAL* gradient, REAL* workspace) {
-    for (index_t c = 0; c < f.channels; c++)
-        for (index_t y = 0; y < f.height; y++)
-            for (index_t x = 0; x < f.width; x++) *gradient++ = *(f.at(workspace, y, x) + c);
+// Sigmoid; replaces the frame by the mean squared error's gradient with respect to it.
+static void reconstruct(const Frame& f, const Image& image, REAL* workspace, Part rows) {
+    const REAL factor = REAL(2) / (f.channels * f.height * f.width);
+    visit_rows(f, rows, workspace, [&](index_t at, REAL& value) {
+        const REAL made = REAL(1) / (REAL(1) + std::exp(-value));
+        image.reconstruction[at] = made;
+        value = factor * (made - image.given[at]) * made * (1 - made);
+    });
 }
 
-// Sigmoid and mean squared error; replaces the frame by the error's gradient with respect to it.
-static void loss(const Frame& f, const Image& image, REAL* workspace) {
-    const index_t pixels = f.height * f.width;
-    const REAL factor = REAL(2) / (f.channels * pixels);
+static REAL mean_squared_error(const Image& image, index_t numbers) {
     double total = 0;
-    for (index_t c = 0; c < f.channels; c++)
-        for (index_t y = 0; y < f.height; y++)
-            for (index_t x = 0; x < f.width; x++) {
-                const index_t at = c * pixels + y * f.width + x;
-                REAL* value = f.at(workspace, y, x) + c;
-                const REAL made = REAL(1) / (REAL(1) + std::exp(-*value));
-                const REAL difference = made - image.given[at];
-                image.reconstruction[at] = made;
-                total += double(difference) * difference;
-                *value = factor * difference * made * (1 - made);
-            }
-    *image.error = REAL(total / (f.channels * pixels));
+    for (index_t at = 0; at < numbers; at++) {
+        const REAL difference = image.reconstruction[at] - image.given[at];
+        total += double(difference) * difference;
+    }
+    return REAL(total / numbers);
 }
 
-static void run(const Instruction& op, const Frame* frames, const Image& image, REAL* workspace, REAL slope, REAL eps) {
+// Runs an instruction, up to where its numbers may be read: whether the next one may follow at once (see below).
+static void run(const Instruction& op, const Frame* frames, const Image& image, REAL* workspace, REAL slope, REAL eps,
+                const Team& team) {
     const Frame &in = frames[op.in], &out = frames[op.out];
     const Convolution conv{op.kernel, op.stride, op.pad, image.weights + op.weight, image.weights + op.bias};
     const Normalisation norm{image.weights + op.weight, image.weights + op.bias, workspace + op.statistics,
                              workspace + op.statistics + in.padded, op.leaky ? slope : REAL(1)};
+    REAL* room = workspace + op.room;
     switch (op.operation) {
-        case READ_Z:
-            read_z(out, image.z, workspace);
-            fill_border(out, workspace);
-            break;
+        case READ_Z: {
+            const Part rows = team.part(out.height);
+            visit_rows(out, rows, workspace, [&](index_t at, REAL& value) { value = image.z[at]; });
+            fill_border(out, workspace, rows);
+            return team.wait();
+        }
         case CONVOLVE:
-            convolve(conv, in, out, workspace);
-            break;
+            return convolve(conv, in, out, workspace, team);
         case NORMALISE:
-            normalise(norm, eps, in, out, workspace);
-            fill_border(out, workspace);
-            break;
+            normalise(norm, eps, in, out, workspace, room, team);
+            fill_border(out, workspace, team.part(out.height));
+            return team.wait();
         case UPSAMPLE:
-            upsample(in, out, op.first, workspace);
-            break;
+            return upsample(in, out, op.first, workspace, team);
         case LOSS:
-            loss(in, image, workspace);
-            break;
+            reconstruct(in, image, workspace, team.part(in.height));
+            team.wait();
+            if (team.leads()) *image.error = mean_squared_error(image, in.channels * in.height * in.width);
+            return;
         case NORMALISE_BACK:
-            normalise_back(norm, in, out, workspace, image.gradient + op.weight, image.gradient + op.bias);
-            break;
+            normalise_back(norm, in, out, workspace, image.gradient + op.weight, image.gradient + op.bias, room, team);
+            return team.wait();
         case WEIGHT_GRADIENT:
-            weight_gradient(conv, in, out, workspace, image.gradient + op.weight);
-            break;
+            weight_gradient(conv, in, out, workspace, image.gradient + op.weight, team);
+            return team.wait();
         case BIAS_GRADIENT:
-            bias_gradient(out, workspace, image.gradient + op.bias);
-            break;
+            if (team.leads()) bias_gradient(out, workspace, image.gradient + op.bias);
+            return;
         case NO_BIAS_GRADIENT:  // a normalisation follows, which takes any constant away again
-            std::memset(image.gradient + op.bias, 0, out.padded * sizeof(REAL));
-            break;
-        case CLEAR:
-            std::memset(workspace + in.offset, 0, in.size() * sizeof(REAL));
-            break;
+            if (team.leads()) std::memset(image.gradient + op.bias, 0, out.padded * sizeof(REAL));
+            return;
+        case CLEAR: {
+            const Part numbers = team.part(in.size());
+            std::memset(workspace + in.offset + numbers.first, 0, (numbers.last - numbers.first) * sizeof(REAL));
+            return;  // convolve_back waits before it adds
+        }
         case CONVOLVE_BACK:
-            convolve_back(conv, in, out, workspace, workspace + op.room);
-            break;
+            convolve_back(conv, in, out, workspace, room, team);
+            return team.wait();
         case FOLD_BORDER:
-            fold_border(in, workspace);
-            break;
+            return fold_border(in, workspace, team.part(in.height));
         case UPSAMPLE_BACK:
-            upsample_back(in, out, op.first, workspace, workspace + op.room);
-            break;
+            return upsample_back(in, out, op.first, workspace, team);
         case WRITE_Z_GRADIENT:
-            write_z_gradient(in, image.z_gradient, workspace);
-            break;
+            return visit_rows(in, team.part(in.height), workspace,
+                              [&](index_t at, REAL& value) { image.z_gradient[at] = value; });
     }
 }
 
-// Arrays of the stack begin with one entry an image; `workspaces` holds zeros at first, `room` numbers a thread;
-// `z_gradients` is null unless the program writes them.
+// Arrays of the stack begin with one entry an image; `workspaces` holds zeros at first, `room` numbers each, for as many
+// images as are run at once; `z_gradients` is null unless the program writes them. `teams`: whether threads without an
+// image of their own help with another's.
 extern "C" void stack_step(const Frame* frames, const Instruction* program, index_t length, index_t images,
-                           index_t threads, const REAL* z, index_t z_size, const REAL* given, index_t image_size,
-                           const REAL* weights, REAL* gradients, index_t parameters, REAL* reconstructions,
-                           REAL* errors, REAL* z_gradients, REAL* workspaces, index_t room, double slope, double eps) {
-#pragma omp parallel for schedule(dynamic, 1) num_threads(threads)
-    for (index_t b = 0; b < images; b++) {
-#ifdef _OPENMP
-        REAL* workspace = workspaces + omp_get_thread_num() * room;
-#else
-        REAL* workspace = workspaces;
-#endif
+                           index_t threads, index_t teams, const REAL* z, index_t z_size, const REAL* given,
+                           index_t image_size, const REAL* weights, REAL* gradients, index_t parameters,
+                           REAL* reconstructions, REAL* errors, REAL* z_gradients, REAL* workspaces, index_t room,
+                           double slope, double eps) {
+    const auto run_image = [&](index_t b, REAL* workspace, const Team& team) {
         const Image image{z + b * z_size,           given + b * image_size,           weights + b * parameters,
                           gradients + b * parameters, reconstructions + b * image_size, errors + b,
                           z_gradients ? z_gradients + b * z_size : nullptr};
-        for (index_t i = 0; i < length; i++) run(program[i], frames, image, workspace, REAL(slope), REAL(eps));
+        for (index_t i = 0; i < length; i++)
+            run(program[i], frames, image, workspace, REAL(slope), REAL(eps), team);
+    };
+    Barrier everyone;
+    std::vector<Barrier> barriers(std::min(images, threads));
+#pragma omp parallel num_threads(teams ? threads : std::min(images, threads))
+    {
+#ifdef _OPENMP
+        const index_t thread = omp_get_thread_num(), present = omp_get_num_threads();
+#else
+        const index_t thread = 0, present = 1;
+#endif
+        // Rounds in which each thread has an image of its own, then one with the images that are left, a team each.
+        const index_t left = teams ? images % present : 0, alone = images - left;
+#pragma omp for schedule(dynamic, 1) nowait
+        for (index_t b = 0; b < alone; b++) run_image(b, workspaces + thread * room, Team{0, 1, nullptr});
+        if (left > 0) {
+            const index_t members = present / left, team = thread / members;
+            everyone.wait(present);  // for the workspaces
+            if (team < left)
+                run_image(alone + team, workspaces + team * room, Team{thread % members, members, &barriers[team]});
+        }
     }
 }

@@ -1,0 +1,140 @@
+"""The native engine's threads: neither their number, nor whether they work in teams, nor the stack moves a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import Tensor
+
+from dipguard.engines.native import NativeEngine
+from dipguard.engines.native_build import compiler
+from dipguard.engines.native_teams import LONGEST, SHORTEST, TRIAL, TeamChoice
+from dipguard.networks import PRESETS, NetworkSpec, StackedSkipNet, build
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
+
+MOST = 5  # images
+UNEVEN = NetworkSpec(
+    n_d=(8, 12), n_u=(20, 4), n_s=(0, 5), k_d=(5, 3), k_u=(2, 4), k_s=(1, 3), input_depth=3, z_scale=0.1
+)  # fmt: skip
+NETWORKS: dict[str, tuple[str | NetworkSpec, tuple[int, int]]] = {
+    "medium": ("medium", (32, 32)),
+    "medium, odd sides": ("medium", (21, 35)),
+    "uneven, odd sides": (UNEVEN, (17, 13)),
+    "imagenet": ("imagenet", (33, 40)),
+}
+
+
+@contextmanager
+def threads_of_torch(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def seen(
+    row: str, indices: list[int], threads: int, *, teams: bool, dtype: torch.dtype, padding: str, z_gradient: bool
+) -> dict[int, list[Tensor]]:
+    """By image: what two steps of gradient descent gave and left."""
+    network, size = NETWORKS[row]
+    net = build(network, stack_size=len(indices), indices=indices, padding=padding, dtype=dtype)
+    draw = torch.Generator().manual_seed(1)
+    given, z = (torch.rand(MOST, depth, *size, generator=draw).to(dtype) for depth in (3, net.spec.input_depth))
+    z = (z[indices] / 30).requires_grad_(z_gradient)
+    with threads_of_torch(threads):
+        engine = NativeEngine(net, given[indices], z_gradient=z_gradient)
+    (weights,) = engine.parameters()
+    optimiser = torch.optim.SGD([weights], lr=0.01)
+    for _ in range(2):
+        engine.team_choice.teams = teams
+        step = engine.step(z)
+        optimiser.zero_grad()
+        step.loss.backward()
+        optimiser.step()
+    assert weights.grad is not None
+    found = [step.reconstructions, step.errors, weights.detach(), weights.grad]
+    if z_gradient:
+        assert z.grad is not None
+        found.append(z.grad)
+    return {index: [values[place] for values in found] for place, index in enumerate(indices)}
+
+
+@pytest.mark.parametrize(("padding", "z_gradient"), [("reflect", True), ("zeros", False)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("row", NETWORKS)
+def test_threads_teams_and_stacks_move_no_bit(row: str, dtype: torch.dtype, padding: str, z_gradient: bool) -> None:
+    def of(indices: list[int], threads: int, *, teams: bool) -> dict[int, list[Tensor]]:
+        return seen(row, indices, threads, teams=teams, dtype=dtype, padding=padding, z_gradient=z_gradient)
+
+    alone = {index: of([index], 1, teams=False)[index] for index in range(MOST)}
+    assert not torch.equal(alone[0][0], alone[1][0])
+    for threads in (1, 2, 3):
+        for indices in ([4], [1, 0], [2, 4, 3], [3, 1, 0, 4, 2]):
+            for index, values in of(indices, threads, teams=True).items():
+                for got, expected in zip(values, alone[index], strict=True):
+                    assert torch.equal(got, expected), (threads, indices, index)
+
+
+def test_more_threads_than_the_deepest_scales_have_rows() -> None:
+    def of(threads: int, *, teams: bool) -> list[Tensor]:
+        row, dtype = "medium, odd sides", torch.float32
+        return seen(row, [0], threads, teams=teams, dtype=dtype, padding="reflect", z_gradient=True)[0]
+
+    alone = of(1, teams=False)
+    for threads in (7, 16):
+        assert all(torch.equal(a, b) for a, b in zip(of(threads, teams=True), alone, strict=True))
+
+
+def test_images_that_leave_and_join_get_the_threads_there_are() -> None:
+    def net(indices: list[int]) -> tuple[StackedSkipNet, Tensor]:
+        return build("small", stack_size=len(indices), indices=indices), torch.full((len(indices), 3, 16, 16), 0.5)
+
+    z = torch.rand(3, PRESETS["small"].input_depth, 16, 16, generator=torch.Generator().manual_seed(0))
+    with threads_of_torch(3):
+        whole, grown = NativeEngine(*net([0, 1, 2])), NativeEngine(*net([0]))
+    expected = whole.step(z).reconstructions
+    grown.join(*net([1, 2]))
+    assert torch.equal(grown.step(z).reconstructions, expected)
+    grown.keep(torch.tensor([1]))
+    assert torch.equal(grown.step(z[1:2]).reconstructions, expected[1:2])
+
+
+def way_taken(cost: dict[bool, float], choice: TeamChoice, steps: int) -> list[bool]:
+    """What each of the next steps does, if they take so long."""
+    taken = []
+    for _ in range(steps):
+        taken.append(choice.teams)
+        choice.record(cost[choice.teams])
+    return taken
+
+
+@pytest.mark.parametrize("faster", [True, False])
+def test_the_faster_way_is_kept_and_the_other_one_tried_ever_less_often(faster: bool) -> None:
+    taken = way_taken({faster: 1.0, not faster: 9.0}, TeamChoice(), 3000)
+    first = 2 * TRIAL + 1
+    assert taken[:first] == [True] * (TRIAL + 1) + [False] * TRIAL
+    assert taken[first : first + SHORTEST] == [faster] * SHORTEST
+    others = [n for n, way in enumerate(taken) if way != faster and n >= first]
+    assert 0 < len(others) <= 3000 // LONGEST * TRIAL + 5 * TRIAL
+    assert others[-1] > 3000 - LONGEST - 2 * TRIAL
+
+
+def test_the_way_changes_when_the_machine_does() -> None:
+    choice = TeamChoice()
+    way_taken({True: 1.0, False: 1.6}, choice, 200)
+    assert choice.teams
+    way_taken({True: 14.0, False: 1.6}, choice, 300)
+    assert way_taken({True: 14.0, False: 1.6}, choice, 20) == [False] * 20
+
+
+def test_one_slow_step_does_not_settle_it() -> None:
+    choice = TeamChoice()
+    for number in range(2 * TRIAL + 1):
+        choice.record(50.0 if number == TRIAL - 1 else (1.0 if choice.teams else 1.6))
+    assert choice.teams
