@@ -114,7 +114,7 @@ def time_plain(step: Callable[[], None], device: torch.device, *, steps: int) ->
 def time_stack(network: str, side: int, device: torch.device, *, engine: str, stack: int, steps: int) -> float:
     """Seconds per image-step of the Lightning loop over a stack, without its start-up."""
     clock = Clock(device, warmup=2)
-    options = FitOptions(network=network, jitter=JITTER, engine=engine)
+    options = FitOptions(network=network, jitter=JITTER, padding="reflect", engine=engine)
     module = StackedDIP(torch.rand(stack, 3, side, side), options=options)
     with quiet(), kept_memory(device):
         make_trainer(steps + 2, device=device, callbacks=[clock], logger=None).fit(module)

@@ -85,7 +85,8 @@ def main() -> None:
     args = parser.parse_args()
     device = torch.device(args.device)
     print(f"matrix product {matmul_rate(device) / 1e9:.0f} GFLOP/s, copy {copy_rate(device) / 1e9:.1f} GB/s")
-    module = StackedDIP(torch.rand(args.stack, 3, args.side, args.side), options=FitOptions(network=args.network))
+    options = FitOptions(network=args.network, jitter=1 / 30, padding="reflect")
+    module = StackedDIP(torch.rand(args.stack, 3, args.side, args.side), options=options)
     module.to(device)
     if args.engine == "native":
         print_native(module)

@@ -128,9 +128,9 @@ class FitConfig:
     lr: float = 0.01
     z: Z = Z.uniform
     z_scale: float | None = None
-    jitter: float = 1 / 30
+    jitter: float = 0.0
     init: Init = Init.default
-    padding: Padding = Padding.reflect
+    padding: Padding = Padding.zeros
     dtype: Precision = Precision.float32
     precision: Products = Products.float32
     engine: EngineName = EngineName.auto

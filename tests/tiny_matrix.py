@@ -27,8 +27,10 @@ TINY = (
     "rows.dipguard.options.every=5",
     "rows.dip_fixed.options.T=20",
     "rows.dip_fixed.options.step=7",
+    "+rows.dip_fixed.options.fit.jitter=0",
+    "+rows.dip_fixed.options.fit.padding=zeros",
 )
-"""Overrides of a run of seconds."""
+"""Overrides of a run of seconds; `dip_fixed` rides on the fit of `paper`."""
 
 
 def compose_matrix(*overrides: str) -> DictConfig:

@@ -1,4 +1,4 @@
-"""DIPDefend (Dai et al. 2020): its stopping rule on DIPGuard's fit, and the whole of it as its authors ran it."""
+"""DIPDefend (Dai et al. 2020): its stopping rule on another fit, and the whole of it as its authors ran it."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ PRESETS: dict[str, Preset] = {
 
 
 class SmoothedPSNRDIP(StoppedDIP):
-    """DIPDefend's stopping rule (Dai et al. 2020) on DIPGuard's fit.
+    """DIPDefend's stopping rule (Dai et al. 2020) on the official DIP code's fit for denoising.
 
     What Ding et al. 2021 change against DIPDefend is fit and rule both; this row changes the rule alone.
     The rule's trend starts from the rise of the first step, which jitter blurs: of 16 tuning CIFAR-10 images, most had

@@ -1,4 +1,4 @@
-"""Deep image priors that are stopped at some step: DIPGuard's own fit, with no victim asked on the way."""
+"""Deep image priors that are stopped at some step, with no victim asked on the way."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_int
 from dipguard.decision.stopping import FixedStep, Stopped, StopRule, WindowedVariance
 from dipguard.defenses.base import Purifier
-from dipguard.defenses.stopped_fit import fit_options, stack_size_of, stop_stack
+from dipguard.defenses.stopped_fit import DENOISING, fit_options, stack_size_of, stop_stack
 from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks
 from dipguard.networks import resolve
 from dipguard.store import RuleAsked, TraceStore, open_store
@@ -28,8 +28,8 @@ class StoppedDIP(Purifier):
 
     Args:
         victim: As in `Purifier`; the fit runs where it is, and never asks it.
-        fit: :class:`~dipguard.fit.FitOptions`, or those of its fields that differ from its defaults, which are
-            DIPGuard's; its seed comes from ``seed``.
+        fit: :class:`~dipguard.fit.FitOptions`, or those of its fields that differ from its defaults and from
+            :data:`~dipguard.defenses.stopped_fit.DENOISING`; its seed comes from ``seed``.
         T: Optimiser steps, at least 1.
         seed: Of weights, z and jitter.
         stack_size: Images fitted at once, fewer once memory has run out; None chooses by free memory and speed. No
@@ -54,7 +54,9 @@ class StoppedDIP(Purifier):
     ) -> None:
         super().__init__(victim, seed=seed)
         self.store = open_store(store)
-        self.fit_options = fit_options(fit, seed=self.seed)
+        self.fit_options = fit_options(
+            fit if isinstance(fit, FitOptions) else {**DENOISING, **(fit or {})}, seed=self.seed
+        )
         self.T = check_int(T, name="T", low=1)
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.progress = progress
@@ -147,7 +149,7 @@ class StoppedDIP(Purifier):
 
 
 class FixedStepDIP(StoppedDIP):
-    """DIP stopped at a fixed step (Kattamis et al. 2019; Sutanto and Lee 2020), on DIPGuard's fit.
+    """DIP stopped at a fixed step (Kattamis et al. 2019; Sutanto and Lee 2020), as for denoising.
 
     Both stop a DIP fit after so many steps, the same for every image; how many belongs to the fit. 500 is half of the
     T of Ding et al. 2021 on CIFAR-10 and was not tuned: of 16 tuning images (CIFAR ResNet-56), steps from 500 to 999
@@ -194,10 +196,10 @@ class FixedStepDIP(StoppedDIP):
 
 
 class WindowedVarianceDIP(StoppedDIP):
-    """ES-WMV (Wang et al. 2023), on DIPGuard's fit: stopped where a window of reconstructions varies least.
+    """ES-WMV (Wang et al. 2023): stopped where a window of reconstructions varies least.
 
     Its authors restore images; nobody has claimed it as a defence. With their window and patience, and T = 1000, the
-    variance of DIPGuard's fit falls nearly to the end: on 16 tuning CIFAR-10 images it chose steps from 851 to 999.
+    variance of this fit falls nearly to the end: on 16 tuning CIFAR-10 images it chose steps from 851 to 999.
     Patience plays a part only where T is above window + patience.
 
     Args:

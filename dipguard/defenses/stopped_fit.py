@@ -14,6 +14,10 @@ from dipguard.fit import DecideOptions, FitOptions, FitProgress, choose_stack_si
 from dipguard.fit.stop_rules import fit_rules
 from dipguard.store import RuleAsked, TraceStore, stored_rule
 
+DENOISING: dict[str, Any] = {"jitter": 1 / 30, "padding": "reflect"}
+"""How the official DIP code fits for denoising: slowly and smoothly, so that a rule can find the turning point.
+DIPGuard's own fit, without noise on z, is past it after some 100 steps (docs/readings.md)."""
+
 
 def stop_stack(
     images: Tensor,

@@ -13,7 +13,7 @@ from torch import nn
 from dipguard.checks import check_int
 from dipguard.decision import quality, sampled_steps
 from dipguard.fit.cohort import Cohort, row_ranges
-from dipguard.fit.decider import Decider, steps_together
+from dipguard.fit.decider import Decider, ask_together, steps_together
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.record import Sample, StackRecord
 
@@ -120,9 +120,8 @@ class DecisionLogger(pl.Callback):
         """Show the waiting samples to the victim in one batch; log and write them one after the other."""
         if not self._unread:
             return
-        scores = self.decider(torch.cat([sample.reconstructions for _, sample in self._unread]))
+        parts = ask_together(self.decider, [sample.reconstructions for _, sample in self._unread])
         unread, self._unread = self._unread, []
-        parts = scores.split([len(sample.errors) for _, sample in unread])
         for (cohorts, sample), part in zip(unread, parts, strict=True):
             self._write(trainer, cohorts, replace(sample, scores=part))
 

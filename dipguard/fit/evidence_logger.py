@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_int
 from dipguard.decision.evidence import SHIFTS, mirrored
-from dipguard.fit.decider import Decider, steps_together
+from dipguard.fit.decider import Decider, ask_together, steps_together
 from dipguard.fit.decision_logger import as_stacked_dip
 from dipguard.fit.retire import Retirement
 
@@ -69,12 +69,12 @@ class EvidenceLogger(pl.Callback):
     @property
     def straight(self) -> Tensor:
         """Logits on the windows, [S, B, C]."""
-        return torch.cat(self._straight)
+        return torch.stack(self._straight)
 
     @property
     def turned(self) -> Tensor:
         """Logits on their mirrored, shifted copies, [S, B, C]."""
-        return torch.cat(self._turned)
+        return torch.stack(self._turned)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Make room; refuse anything but a StackedDIP all of whose images are fitted to the end."""
@@ -115,12 +115,12 @@ class EvidenceLogger(pl.Callback):
         windows = self._unread
         if not windows:
             return
-        turned = [
-            mirrored(self.samples[window], shift=self.shifts[window % len(self.shifts)], flip=self.flip)
-            for window in windows
-        ]
-        logits = self._decide(torch.cat([*self.samples[windows.start : windows.stop], *turned]))
-        straight, mirror = logits.unflatten(0, (2, len(windows), -1))
-        self._straight.append(straight)
-        self._turned.append(mirror)
+        for logits in ask_together(self._decide, [self._both(window) for window in windows]):
+            straight, turned = logits.chunk(2)
+            self._straight.append(straight)
+            self._turned.append(turned)
         self._unread = range(windows.stop, windows.stop)
+
+    def _both(self, window: int) -> Tensor:
+        shift = self.shifts[window % len(self.shifts)]
+        return torch.cat([self.samples[window], mirrored(self.samples[window], shift=shift, flip=self.flip)])

@@ -49,9 +49,9 @@ class FitOptions:
     seed: int = 0
     z: str = "uniform"
     z_scale: float | None = None
-    jitter: float = 1 / 30
+    jitter: float = 0.0
     init: str = "default"
-    padding: str = "reflect"
+    padding: str = "zeros"
     lr: float = 0.01
     dtype: str = "float32"
     engine: str = "auto"

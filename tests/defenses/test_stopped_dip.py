@@ -135,13 +135,15 @@ def test_the_bar_ends_full(images: Tensor, victim: nn.Module, capsys: pytest.Cap
     assert "30.0/30.0" in shown
 
 
-def test_without_options_the_fit_is_dipguards(victim: nn.Module) -> None:
+def test_without_options_the_fit_is_the_official_code_s_for_denoising(victim: nn.Module) -> None:
+    slow = {"jitter": 1 / 30, "padding": "reflect"}
     for kind in (FixedStepDIP, WindowedVarianceDIP, SmoothedPSNRDIP):
         defense = kind(victim, seed=3)
-        assert defense.fit_options == FitOptions(seed=3)
+        assert defense.fit_options == FitOptions(seed=3, **slow)
         assert defense.T == 1000
-        assert kind(victim, seed=3, fit=FitOptions()).settings == defense.settings
-        assert kind(victim, seed=3, fit=FitOptions(seed=3)).settings == defense.settings
+        assert kind(victim, seed=3, fit=FitOptions(**slow)).settings == defense.settings
+        assert kind(victim, seed=3, fit=FitOptions(seed=3, **slow)).settings == defense.settings
+        assert kind(victim, fit={"jitter": 0.0, "padding": "zeros"}).fit_options == FitOptions()
 
 
 def test_dipdefend_is_its_authors_configuration(victim: nn.Module) -> None:

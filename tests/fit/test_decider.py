@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.fit import Decider
-from dipguard.fit.decider import steps_together
+from dipguard.fit.decider import ask_together, steps_together
 
 
 class Viewer(nn.Module):
@@ -56,3 +56,21 @@ def test_an_error_of_the_victim_stays_its_own(images: Tensor) -> None:
 @pytest.mark.parametrize(("images", "steps"), [(1, 64), (2, 32), (24, 3), (63, 2), (64, 1), (500, 1)])
 def test_steps_of_a_small_stack_make_a_batch(images: int, steps: int) -> None:
     assert steps_together(images) == steps
+
+
+def test_parts_are_asked_about_one_by_one_where_a_batch_is_too_large() -> None:
+    sizes: list[int] = []
+
+    def decide(images: Tensor) -> Tensor:
+        sizes.append(len(images))
+        if len(images) > 3:
+            torch.empty(2**60)
+        return images.flatten(1).sum(dim=1, keepdim=True)
+
+    parts = [torch.rand(count, 3, 4, 4) for count in (2, 3)]
+    found = ask_together(decide, parts)
+    assert sizes == [5, 2, 3]
+    for part, logits in zip(parts, found, strict=True):
+        assert torch.equal(logits, part.flatten(1).sum(dim=1, keepdim=True))
+    with pytest.raises(RuntimeError, match="allocate"):
+        ask_together(decide, [torch.rand(4, 3, 4, 4)])

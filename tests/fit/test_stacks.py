@@ -121,7 +121,7 @@ class Greedy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        if len(x) > self.most and self.calls > 4:
+        if len(x) > self.most and self.calls > 2:
             torch.empty(TOO_MUCH)
         return self.linear(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 

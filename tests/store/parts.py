@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from dipguard import DIPGuard
 from dipguard.store import TraceStore
 
-FIT: dict[str, Any] = {"network": "small", "engine": "native", "jitter": 0.1, "stack_size": 4, "progress": False}
+FIT: dict[str, Any] = {
+    "network": "small", "engine": "native", "jitter": 0.1, "padding": "reflect", "stack_size": 4, "progress": False
+}  # fmt: skip
 """The native engine: an image's numbers then do not depend on its stack, bit by bit."""
 SHORT: dict[str, Any] = {**FIT, "T": 24, "decisions": 12, "t0": 2, "tau": 0.0, "K": 3, "K_max": 5}
 

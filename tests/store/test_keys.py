@@ -32,7 +32,7 @@ def fit_key(images: Tensor | None = None, *, index: int = 0, T: int = 200, **opt
         {"z_scale": 0.2},
         {"jitter": 0.2},
         {"init": "xavier"},
-        {"padding": "zeros"},
+        {"padding": "reflect"},
         {"lr": 0.02},
         {"dtype": "float64"},
         {"engine": "native"},

@@ -18,7 +18,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "dip_es_wmv": {"window": 5},
     "dipdefend_rule": {"smoothing": 0.1},
 }
-FIT = {"network": "small", "engine": "native", "jitter": 0.1}
+FIT = {"network": "small", "engine": "native", "jitter": 0.1, "padding": "reflect"}
 
 
 @pytest.fixture
