@@ -42,6 +42,7 @@ def copy_rate(device: torch.device, *, mebibytes: int = 256) -> float:
 
 def print_native(module: StackedDIP, *, repeats: int = 50) -> None:
     """Each operation of the native engine's program by itself, on one image and one thread."""
+    torch.set_num_threads(1)  # or the threads would work on it together
     given = module.given[:1].clone()
     engine = NativeEngine(build(module.net.spec, stack_size=1), given)
     z = module.z[:1]

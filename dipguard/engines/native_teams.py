@@ -1,8 +1,8 @@
 """Whether threads without an image of their own help with another's: what has measured faster lately.
 
-On idle cores helping pays (a single 32x32 image on two: .86 ms a step against 1.37). But a team waits at some hundred
-places a step, and where other programs want the cores too, it may wait at each for a thread that is not running: 6 to
-14 ms were seen, on two cores with five programs. Neither can be known beforehand, and results do not depend on it.
+On idle cores helping pays (a single 224x224 image on two: 156 ms a step against 309). But a team waits at some hundred
+places a step, and where other programs want the cores too, it may wait at each for a thread that is not running: 14 ms
+were seen in place of 2.5 (32x32), on two cores with five programs. Neither can be known beforehand, and results do not depend on it.
 """
 
 from __future__ import annotations
