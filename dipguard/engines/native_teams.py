@@ -2,7 +2,8 @@
 
 On idle cores helping pays (a single 224x224 image on two: 156 ms a step against 309). But a team waits at some hundred
 places a step, and where other programs want the cores too, it may wait at each for a thread that is not running: 14 ms
-were seen in place of 2.5 (32x32), on two cores with five programs. Neither can be known beforehand, and results do not depend on it.
+were seen in place of 2.5 (32x32), on two cores with five programs. Neither can be known beforehand, and results do not
+depend on it.
 """
 
 from __future__ import annotations
