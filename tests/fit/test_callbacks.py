@@ -75,7 +75,13 @@ def real(real_data: Path) -> tuple[Tensor, nn.Module]:
 
 
 @pytest.mark.parametrize(
-    ("tau", "t0", "K", "beta"), [(0.3, 10, 5, 0.5), (0.0, 0, 25, 0.0), (0.2, 30, 2, 1.5), (1.0, 0, 7, 0.5)]
+    ("tau", "t0", "K", "beta"),
+    [
+        (0.3, 10, 5, 0.5),
+        pytest.param(0.0, 0, 25, 0.0, marks=pytest.mark.slow),
+        pytest.param(0.2, 30, 2, 1.5, marks=pytest.mark.slow),
+        (1.0, 0, 7, 0.5),
+    ],
 )
 def test_equals_the_literal_algorithm_on_real_traces(
     real: tuple[Tensor, nn.Module], tau: float, t0: int, K: int, beta: float

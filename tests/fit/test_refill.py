@@ -50,9 +50,9 @@ def fit(
 @pytest.mark.parametrize(
     ("engine", "dtype", "more"),
     [
-        ("torch", "float64", {}),
+        pytest.param("torch", "float64", {}, marks=pytest.mark.slow),
         pytest.param("torch", "float64", {"optimise_z": True, "jitter": 0.0}, marks=pytest.mark.slow),
-        pytest.param("native", "float32", {}, marks=[NATIVE, pytest.mark.slow]),
+        pytest.param("native", "float32", {}, marks=NATIVE),
         pytest.param("native", "float32", {"optimise_z": True}, marks=[NATIVE, pytest.mark.slow]),
         pytest.param("native", "float32", {"every": 7}, marks=[NATIVE, pytest.mark.slow]),
     ],

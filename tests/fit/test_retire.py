@@ -65,7 +65,10 @@ def samples_until_finished(trace: DecisionTrace, *, tau: float, t0: int, K: int,
 
 @pytest.mark.parametrize(
     ("engine", "dtype", "patience", "K"),
-    [("torch", "float64", 3, 4), *(pytest.param("native", "float32", *row, marks=NATIVE) for row in NATIVE_ROWS)],
+    [
+        pytest.param("torch", "float64", 3, 4, marks=pytest.mark.slow),
+        *(pytest.param("native", "float32", *row, marks=NATIVE) for row in NATIVE_ROWS),
+    ],
 )
 def test_finished_images_leave_and_the_others_go_on_unchanged(
     images: Tensor,
