@@ -180,6 +180,7 @@ class MirrorGuard(Purifier):
 
     def stitch(self, readings: Readings, images: Tensor) -> list[Stitched]:
         """The purified images, and how they came about, one an image."""
+        decide = Decider(self.victim)
         own: list[int] = readings.own.argmax(dim=-1).tolist()
         return [
             stitch_readings(
@@ -189,7 +190,7 @@ class MirrorGuard(Purifier):
                 image.to(readings.samples),
                 own=own[i],
                 trust=self.trust,
-                classify=Decider(self.victim),
+                classify=decide,
                 betas=self.betas,
             )
             for i, image in enumerate(images)
