@@ -1,10 +1,11 @@
-"""Every form of the stacked convolution on every layer of a network, and the whole step in every way of running it.
+"""Every kernel for each layer of a network, and the whole step in every way of running it.
 
     python benchmarks/conv_forms.py [--device cuda] [--stack 512] [--network medium] [--precision float32] [--json FILE]
 
-Beside the machine's two ceilings, a matrix product and a copy. ``error`` is the largest difference from ``grouped``,
-relative to the largest number, over the result and all gradients. On a CPU the default stack is small, and the run ends
-within a minute; on a GPU allow for the compilation of the Triton kernels and, with ``--compile``, of the network.
+The machine's two ceilings, a matrix product and a copy, are shown for comparison. ``error`` is the largest difference
+from the first kernel, relative to the largest number, over the result and all gradients. On a CPU the default stack is
+small, and the run ends within a minute; on a GPU allow time to compile the Triton kernels and, with ``--compile``, the
+network.
 """
 
 from __future__ import annotations
@@ -16,25 +17,22 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine may hold this folder without installing it
 
 from benchmarks.fit_speed import matmul_rate
 from benchmarks.profile_fit import copy_rate
-from dipguard.engines.cuda_graph import CudaGraphStep
+from dipguard.engines.cuda_graph import CudaGraphEngine
+from dipguard.engines.kernel_choice import CONVOLUTIONS, NORMALISATIONS, ConvShape, LayerShape, available, layer_shapes
 from dipguard.engines.precision import PRECISIONS, precision
+from dipguard.engines.timing import median_seconds
 from dipguard.networks import PRESETS, StackedSkipNet, build
-from dipguard.networks.convolution import available_forms, stacked_conv2d
-from dipguard.networks.form_choice import FormChoice, LayerShape, choose_forms, example, layer_shapes
-from dipguard.networks.timing import median_seconds
-from dipguard.networks.triton_conv import triton_conv2d
-from dipguard.networks.triton_norm import triton_norm_leaky_relu
-from dipguard.networks.unet import SLOPE
 
 NAN = float("nan")
 
@@ -44,7 +42,7 @@ class Row:
     """One way of doing one thing; rates in TFLOP/s for convolutions and steps, in GB/s for normalisations."""
 
     what: str
-    form: str
+    kernel: str
     forward_ms: float
     backward_ms: float
     forward_rate: float
@@ -54,7 +52,7 @@ class Row:
 
     def __str__(self) -> str:
         return (
-            f"{self.what:<34} {self.form:<15} {self.forward_ms:>9.3f} {self.backward_ms:>9.3f} "
+            f"{self.what:<34} {self.kernel:<15} {self.forward_ms:>9.3f} {self.backward_ms:>9.3f} "
             f"{self.forward_rate:>9.3f} {self.backward_rate:>9.3f} {self.error:>8.0e}  {self.note}"
         )
 
@@ -76,26 +74,18 @@ class Clock:
         return left > 0
 
 
-def convolutions(device: torch.device) -> dict[str, Callable[..., Tensor]]:
-    """Forms, and variants of them that are no forms of their own."""
-    forms: dict[str, Callable[..., Tensor]] = {f: partial(stacked_conv2d, form=f) for f in available_forms(device)}
-    if "triton" in forms:
-        forms["triton tf32x3"] = partial(triton_conv2d, input_precision="tf32x3")
-    return forms
-
-
 def compared(
     what: str, ways: Mapping[str, Callable[[], Tensor]], inputs: tuple[Tensor, ...], work: float, behind: float
 ) -> Iterator[Row]:
-    """A row for each way of computing y from ``inputs``, of which the first is compared with.
+    """A row for each way of computing y from ``inputs``, compared with the first one.
 
-    ``work`` and ``behind`` are what the forward and the backward pass do: FLOPs / 1e12, or bytes / 1e9.
+    ``work`` and ``behind`` are the work of the forward and the backward pass: FLOPs / 1e12, or bytes / 1e9.
     """
     wanted = [t for t in inputs if t.requires_grad]
     device = inputs[0].device
     first: list[Tensor] = []
     dy: Tensor | None = None
-    for form, forward in ways.items():
+    for name, forward in ways.items():
         try:
             dy = torch.randn_like(forward()) if dy is None else dy
 
@@ -108,71 +98,47 @@ def compared(
             error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, first, strict=True))
             ahead = median_seconds(forward, device=device)
             back = max(median_seconds(both, device=device) - ahead, 1e-9)
-        except Exception as problem:  # a form that this machine cannot run is a finding, not the end
-            yield Row(what, form, NAN, NAN, NAN, NAN, NAN, f"{type(problem).__name__}: {problem}"[:150])
+        except Exception as problem:  # a kernel that this machine cannot run is a finding, not the end
+            yield Row(what, name, NAN, NAN, NAN, NAN, NAN, f"{type(problem).__name__}: {problem}"[:150])
             continue
-        yield Row(what, form, ahead * 1e3, back * 1e3, work / ahead, behind / back, error)
+        yield Row(what, name, ahead * 1e3, back * 1e3, work / ahead, behind / back, error)
 
 
 def layer_rows(shape: LayerShape, device: torch.device) -> Iterator[Row]:
-    """All forms on one layer shape."""
-    inputs = example(shape, device=device, dtype=torch.float32)
-    options = {"stride": shape.stride, "padding": shape.padding}
-    ways = {form: partial(function, *inputs, **options) for form, function in convolutions(device).items()}
-    name = f"{shape.inputs}->{shape.outputs} {shape.kernel}x{shape.kernel}/{shape.stride} {shape.height}x{shape.width}"
-    work = shape.flops / 1e12
-    both = (inputs, work, work * (1 + shape.gradient))
-    yield from compared(f"{name} {shape.padding}", ways, *both)
-    if device.type == "cuda":
-        torch.backends.cudnn.benchmark = True
-        yield from compared(f"{name} {shape.padding}", {"grouped, tuned": ways["grouped"]}, *both)
-        torch.backends.cudnn.benchmark = False
+    """All kernels on one layer shape; a normalisation's rates count every tensor once."""
+    inputs = shape.example(device=device, dtype=torch.float32)
+    convolves = isinstance(shape, ConvShape)
+    names = available(CONVOLUTIONS if convolves else NORMALISATIONS, device)
+    ways = {name: partial(shape.functions()[name], *inputs) for name in names}
+    if isinstance(shape, ConvShape):
+        work = shape.flops / 1e12
+        kind = f"{shape.kernel}x{shape.kernel}/{shape.stride} {shape.height}x{shape.width} {shape.padding}"
+        yield from compared(f"{shape.inputs}->{shape.outputs} {kind}", ways, inputs, work, work * (1 + shape.gradient))
+    else:
+        size = inputs[0].numel() * inputs[0].element_size() / 1e9
+        name = f"norm, slope {shape.slope}, {shape.channels} {shape.height}x{shape.width}"
+        yield from compared(name, ways, inputs, 2 * size, 3 * size)
 
 
-def norm_rows(shape: LayerShape, device: torch.device) -> Iterator[Row]:
-    """Normalisation and LeakyReLU of a layer's result; the rates count every tensor once, as if it were read once."""
-    side = -(-shape.height // shape.stride), -(-shape.width // shape.stride)
-    x = torch.randn(1, shape.stack * shape.outputs, *side, device=device, requires_grad=True)
-    weight, bias = (torch.rand(shape.stack, shape.outputs, device=device, requires_grad=True) for _ in range(2))
-
-    def by_torch() -> Tensor:
-        y = F.batch_norm(x, None, None, weight.flatten(), bias.flatten(), training=True, eps=1e-5)
-        return F.leaky_relu_(y, SLOPE)
-
-    ways: dict[str, Callable[[], Tensor]] = {"torch": by_torch}
-    if "triton" in available_forms(device):
-        ways["triton"] = partial(triton_norm_leaky_relu, x, weight, bias, slope=SLOPE)
-    name = f"norm + LeakyReLU {shape.outputs} {side[0]}x{side[1]}"
-    size = x.numel() * x.element_size() / 1e9
-    yield from compared(name, ways, (x, weight, bias), 2 * size, 3 * size)
-
-
-def step_rows(net: StackedSkipNet, side: int, args: argparse.Namespace, choice: FormChoice, clock: Clock) -> list[Row]:
-    """Forward, backward and Adam of the whole stack: eager and as a CUDA graph, grouped and in the chosen forms."""
-    device = net.head.weight.device
-    flops = 3 * sum(shape.flops for shape in layer_shapes(net, size=(side, side)).values()) / 1e12
-    given, z = (
-        torch.rand(net.stack_size, 3, side, side, device=device),
-        torch.rand(net.stack_size, net.spec.input_depth, side, side, device=device),
-    )
-    graphs = [False, True] if device.type == "cuda" else [False]
-    forms = {"grouped": FormChoice(dict.fromkeys(choice.forms, "grouped"), 0.0, {}), "chosen forms": choice}
-    ways = [
-        (f"{'graph' if capture else 'eager'}, {name}", form, capture)
-        for capture in graphs
-        for name, form in forms.items()
-    ]
-    rows = []
-    for name, form, capture in ways:
+def step_rows(args: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Row]:
+    """Forward, backward and Adam of the whole stack: eager and as a CUDA graph, grouped and with chosen kernels."""
+    kernels: dict[str, dict[str, Any]] = {
+        "grouped": {"convolutions": ("grouped",), "normalisations": ("torch",)},
+        "chosen kernels": {},
+    }
+    for capture, (name, options) in product([False, True] if device.type == "cuda" else [False], kernels.items()):
+        name = f"{'graph' if capture else 'eager'}, {name}"
         if not clock.say(f"whole step, {name}"):
-            break
+            return
         start = time.perf_counter()
-        form.apply(net)
-        step = CudaGraphStep(net, given, products=args.precision, capture=capture)
-        rows.append(_step_row(name, net, partial(step.compute, z), flops, start))
+        net, given, z = problem(args, device)
+        engine = CudaGraphEngine(net, given, matmul_precision=args.precision, capture=capture, **options)
+        if not capture and not options:
+            print(f"chosen in {time.perf_counter() - start:.1f} s: {engine.choice.names}")
+        yield _step_row(name, net, partial(engine.compute, z), start)
     if args.compile and clock.say("whole step, torch.compile"):
         start = time.perf_counter()
-        forms["grouped"].apply(net)
+        net, given, z = problem(args, device)
         compiled = torch.compile(net)
 
         def work() -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -181,13 +147,24 @@ def step_rows(net: StackedSkipNet, side: int, args: argparse.Namespace, choice: 
                 errors = (x - given).square().flatten(1).mean(dim=1)
                 return x, errors, list(torch.autograd.grad(errors.sum(), list(net.parameters())))
 
-        rows.append(_step_row("torch.compile", net, work, flops, start))
-    return rows
+        yield _step_row("torch.compile", net, work, start)
+
+
+def problem(args: argparse.Namespace, device: torch.device) -> tuple[StackedSkipNet, Tensor, Tensor]:
+    """A stack on the device, its images and z."""
+    net = build(args.network, stack_size=args.stack).to(device)
+    net.set_layout(channels_last=device.type == "cpu")
+    side = (args.side, args.side)
+    given = torch.rand(args.stack, 3, *side, device=device)
+    return net, given, torch.rand(args.stack, net.spec.input_depth, *side, device=device)
 
 
 def _step_row(
-    name: str, net: StackedSkipNet, work: Callable[[], tuple[Tensor, Tensor, list[Tensor]]], flops: float, start: float
+    name: str, net: StackedSkipNet, work: Callable[[], tuple[Tensor, Tensor, list[Tensor]]], start: float
 ) -> Row:
+    x = work()[0]
+    shapes = layer_shapes(net, size=(x.shape[-2], x.shape[-1])).values()
+    flops = 3 * sum(shape.flops for shape in shapes if isinstance(shape, ConvShape)) / 1e12
     optimiser = torch.optim.Adam(net.parameters(), lr=0.01, fused=True)
 
     def step() -> None:
@@ -218,31 +195,26 @@ def main() -> None:
     device = torch.device(args.device)
     cuda = device.type == "cuda"
     clock = Clock(args.budget or (300 if cuda else 50))
+    args.stack = args.stack or (512 if cuda else 4)
     torch.manual_seed(0)
-    net = build(args.network, stack_size=args.stack or (512 if cuda else 4)).to(device)
-    net.set_layout(channels_last=not cuda)
+    net, _, _ = problem(args, device)
     rows: list[Row] = []
     with precision(args.precision, device):
         rate, copy = matmul_rate(device, side=8192 if cuda else 1024) / 1e12, copy_rate(device) / 1e9
         name = torch.cuda.get_device_name(device) if cuda else "CPU"
         print(f"{name}, torch {torch.__version__}, {args.network}, stack {net.stack_size}, {args.precision}")
         print(f"ceilings: matrix product {rate:.3f} TFLOP/s, copy {copy:.0f} GB/s (read and written)")
-        print(f"{'':<34} {'form':<15} {'fwd ms':>9} {'bwd ms':>9} {'fwd rate':>9} {'bwd rate':>9} {'error':>8}")
-        shapes = dict.fromkeys(layer_shapes(net, size=(args.side, args.side)).values())
-        normed = {(s.outputs, -(-s.height // s.stride), -(-s.width // s.stride)): s for s in shapes}
-        parts = [(layer_rows, shape) for shape in sorted(shapes, key=lambda shape: -shape.flops)]
-        for part, shape in parts + [(norm_rows, shape) for shape in normed.values()]:
-            if clock.say(f"{part.__name__} {shape.inputs}->{shape.outputs} at {shape.height}x{shape.width}"):
-                for row in part(shape, device):
+        print(f"{'':<34} {'kernel':<15} {'fwd ms':>9} {'bwd ms':>9} {'fwd rate':>9} {'bwd rate':>9} {'error':>8}")
+        for shape in dict.fromkeys(layer_shapes(net, size=(args.side, args.side)).values()):
+            if clock.say(str(shape)):
+                for row in layer_rows(shape, device):
                     rows.append(row)
                     print(row, flush=True)
-        choice = choose_forms(net, device, size=(args.side, args.side))
-    print(f"chosen in {choice.seconds:.1f} s: {choice.forms}")
-    for row in step_rows(net, args.side, args, choice, clock):
+    for row in step_rows(args, device, clock):
         rows.append(row)
         print(f"{row}, {row.forward_rate / rate:.0%} of the matrix product", flush=True)
     if args.json is not None:
-        report = {"matmul_tflops": rate, "copy_gbytes": copy, "forms": choice.forms, "rows": [asdict(r) for r in rows]}
+        report = {"matmul_tflops": rate, "copy_gbytes": copy, "rows": [asdict(r) for r in rows]}
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -38,7 +38,7 @@ from dipguard.engines.native_build import compiler, library
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.fit.memory import kept_memory
 from dipguard.fit.runner import make_trainer, quiet
-from dipguard.networks import PRESETS, resolve
+from dipguard.networks import PRESETS, network_spec
 
 JITTER = 1 / 30
 
@@ -67,7 +67,7 @@ class Clock(pl.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Start the clock after the warm-up, stop it at the last step."""
-        done = batch_idx + 1
+        done = pl_module.step
         if done == self.warmup:
             synchronise(self.device)
             self.start = time.perf_counter()
@@ -84,7 +84,7 @@ def synchronise(device: torch.device) -> None:
 
 def plain_step(network: str, side: int, device: torch.device) -> tuple[Callable[[], None], int]:
     """One step of the plain loop, and its FLOPs."""
-    spec = resolve(network)
+    spec = network_spec(network)
     net = PlainSkipNet(spec).to(device)
     z = torch.rand(1, spec.input_depth, side, side, device=device) * spec.z_scale
     image = torch.rand(1, 3, side, side, device=device)

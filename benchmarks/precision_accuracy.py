@@ -1,15 +1,15 @@
-"""Does defended accuracy suffer under TF32 or bfloat16? The check on real images that decides whether they may be used.
+"""Does defended accuracy suffer under TF32 or bfloat16? The check on real images that decides whether to use them.
 
-    python benchmarks/precision_accuracy.py --images FILE.npz [--depth 56 --weights FILE.th] [--device cuda]
-                                            [--count 400] [--T 1000] [--precisions tf32 bfloat16] [--json FILE]
+    python benchmarks/precision_accuracy.py --images FILE.npz --weights FILE.th [--victim cifar10_resnet56]
+                                            [--device cuda] [--count 400] [--T 1000] [--precisions tf32 bfloat16]
+                                            [--json FILE]
 
-The images (uint8 and labels, see dipguard.data.arrays) are defended as they are and under PGD (8/255, 20 steps), in
-float32 with two seeds and in each precision with the first seed. A precision passes where the lower end of the 95 %
-interval of its accuracy minus float32's, paired image by image, is above -``--margin``, clean and attacked.
-The second seed says how much of a difference is chance: a fit's own draws move about as much.
+The images (uint8 and labels, see dipguard.data.arrays) are defended clean and under PGD (8/255, 20 steps), in float32
+with two seeds and in each precision with the first seed. A precision passes if the lower end of the 95 % interval of
+its accuracy minus float32's, paired image by image, is above -``--margin``, clean and attacked. The second seed shows
+how much of a difference is chance: the random draws of a fit change the result about as much.
 
-With no GPU it runs on the CPU, where TF32 is float32 and bfloat16 is slow: a few images there show that it works, and
-no more.
+Without a GPU it runs on the CPU, where TF32 is float32 and bfloat16 is slow; a few images then only show that it works.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import statistics
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,8 +31,10 @@ from benchmarks.callbacks_share import pgd
 from dipguard import DIPGuard
 from dipguard.data.arrays import load_arrays
 from dipguard.engines.precision import PRECISIONS
-from dipguard.evaluation.statistics import Z_95, psnr, wilson
-from dipguard.victims.cifar_resnet import build
+from dipguard.evaluation.metrics import psnr, wilson
+from dipguard.victims import build_victim
+
+Z_95 = statistics.NormalDist().inv_cdf(0.975)
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class Row:
 def paired(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
     """Mean of the difference of two sets of hits [N] on the same images, and its 95 % interval.
 
-    Two images are added that speak for each side, as for a share (Agresti and Min 2005): sound where few differ.
+    Half an image is added on each side (Agresti and Min 2005), so that the interval is sound where few images differ.
     """
     better, worse, count = int((ours & ~theirs).sum()), int((theirs & ~ours).sum()), len(ours)
     up, down, all_ = better + 0.5, worse + 0.5, count + 2
@@ -72,7 +75,7 @@ def paired(ours: Tensor, theirs: Tensor) -> tuple[float, float, float]:
 
 
 def rows(name: str, images: Tensor, labels: Tensor, victim: nn.Module, args: argparse.Namespace) -> list[Row]:
-    """One set of images, fitted in every way; the first row is what the others are compared with."""
+    """One set of images, fitted in every way; the others are compared with the first row."""
     made: list[Row] = []
     right = hits = decided = None
     for precision, seed in [("float32", 0), ("float32", 1), *((p, 0) for p in args.precisions)]:
@@ -81,9 +84,8 @@ def rows(name: str, images: Tensor, labels: Tensor, victim: nn.Module, args: arg
             T=args.T,
             decisions=min(200, args.T),
             seed=seed,
-            precision=precision,
+            matmul_precision=precision,
             engine=args.engine if precision != "float32" or args.engine != "torch" else "auto",
-            accelerator="gpu" if args.device == "cuda" else "cpu",
             progress=False,
         )
         done = guard.defend(images)
@@ -116,7 +118,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, required=True)
-    parser.add_argument("--depth", type=int, default=56)
+    parser.add_argument("--victim", default="cifar10_resnet56")
     parser.add_argument("--weights", type=Path)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--engine", choices=("torch", "cuda_graph"), default="torch")
@@ -127,7 +129,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     args = parser.parse_args()
     data = load_arrays(path=args.images, limit=args.count)
-    victim = build(depth=args.depth, weights=args.weights).eval().to(args.device)
+    victim = build_victim(args.victim, weights=args.weights).to(args.device)
     images, labels = data.images.to(args.device), data.labels.to(args.device)
     sets = {"clean": images, "attacked": pgd(victim, images, labels)}
     found = [row for name, given in sets.items() for row in rows(name, given, data.labels, victim, args)]

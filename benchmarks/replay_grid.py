@@ -2,10 +2,10 @@
 
     python benchmarks/replay_grid.py [--images 16] [--T 1000] [--network medium] [--json FILE]
 
-The images are scikit-learn's digits, the victim is the small CNN trained on them; every setting (tau x t0 x K x beta)
-is a defence of its own on the same store, as the jobs of a sweep are. The first one finds the store empty: it fits,
-asks the victim, and writes the entries. All others replay. Wall and CPU time are shown, since a busy machine stretches
-the first; `cold` is a setting whose entries are read from their files, as the first job of another process does it.
+The images are scikit-learn's digits, the victim is the small CNN trained on them. Every setting (tau x t0 x K x beta)
+is a defence of its own on the same store, like the jobs of a sweep. The first one finds the store empty: it fits, asks
+the victim, and writes the entries. All others replay. Wall and CPU time are shown, since a busy machine stretches the
+first; `cold` is a setting whose entries are read from their files, as in the first job of another process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder need 
 
 from dipguard import DIPGuard
 from dipguard.data import load_data
-from dipguard.store import TraceStore, store_size
+from dipguard.store import Store, store_size
 from dipguard.victims import build_victim
 
 GRID = {"tau": (0.5, 0.6, 0.7, 0.8, 0.9), "t0": (25, 50), "K": (5, 10, 15, 20), "beta": (0.0, 0.25, 0.5, 0.75, 1.0)}
@@ -71,19 +71,18 @@ def settings() -> Iterator[dict[str, Any]]:
 
 def measure(images: Tensor, victim: nn.Module, folder: Path, *, network: str, T: int) -> tuple[Cost, Cost, Cost, int]:
     """Costs of the first setting, of all others, of one that reads all files, and the number of others."""
-    store = TraceStore(folder)
-    fixed: dict[str, Any] = {"network": network, "T": T, "store": store, "progress": False}
+    store = Store(folder)
+    fixed: dict[str, Any] = {"network": network, "T": T, "progress": False}
 
-    def defend(one: dict[str, Any]) -> Callable[[], dict[str, float]]:
-        return lambda: DIPGuard(victim, **one, **fixed).defend(images).seconds
+    def defend(one: dict[str, Any], store: Store = store) -> Callable[[], dict[str, float]]:
+        return lambda: DIPGuard(victim, **one, **fixed, store=store).defend(images).seconds
 
     first, *others = settings()
     one, rest, cold = Cost(), Cost(), Cost()
     one.add(defend(first))
     for setting in others:
         rest.add(defend(setting))
-    store.cache.clear()
-    cold.add(defend(first))
+    cold.add(defend(first, Store(folder)))  # which has nothing in memory
     assert store.counts["fitted"] == len(images), store.counts
     return one, rest, cold, len(others)
 

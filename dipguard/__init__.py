@@ -7,34 +7,40 @@ from dipguard.version import __version__
 
 if TYPE_CHECKING:
     from dipguard.decision import DecisionTrace, Reconstruction, stitch
-    from dipguard.defenses import DefenseResult, DIPGuard
+    from dipguard.defenses import Defense, DefenseResult, DIPGuard, MirrorGuard, build_defense
     from dipguard.fit import StackedDIP
     from dipguard.networks import NetworkSpec
 
 __all__ = [
     "DIPGuard",
     "DecisionTrace",
+    "Defense",
     "DefenseResult",
+    "MirrorGuard",
     "NetworkSpec",
     "Reconstruction",
     "StackedDIP",
     "__version__",
+    "build_defense",
     "stitch",
 ]
 
 _HOMES = {
     "DIPGuard": "defenses",
     "DecisionTrace": "decision",
+    "Defense": "defenses",
     "DefenseResult": "defenses",
+    "MirrorGuard": "defenses",
     "NetworkSpec": "networks",
     "Reconstruction": "decision",
     "StackedDIP": "fit",
+    "build_defense": "defenses",
     "stitch": "decision",
 }
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, imported when it is first asked for: `dipguard --help` shall not wait for torch and Lightning."""
+    """Import a public name on first use, so that ``dipguard --help`` does not load torch and Lightning."""
     if name in _HOMES.values():
         return import_module(f"{__name__}.{name}")
     if name not in _HOMES:

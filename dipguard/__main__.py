@@ -1,4 +1,4 @@
-"""``python -m dipguard`` is the command ``dipguard``."""
+"""``python -m dipguard`` runs the command ``dipguard``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where dipguard keeps what it downloads or trains: one folder of the user's, never the package's own."""
+"""The folder for downloads, trained victims and compiled code; never inside the package."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 
 def cache_folder(*parts: str) -> Path:
-    """Return the cache folder (or a sub-folder ``parts`` of it) without creating it.
+    """Return the cache folder, or its sub-folder ``parts``, without creating it.
 
-    The first of these that is set: ``$DIPGUARD_CACHE``, ``$XDG_CACHE_HOME/dipguard``, ``~/.cache/dipguard``.
+    It is ``$DIPGUARD_CACHE``, else ``$XDG_CACHE_HOME/dipguard``, else ``~/.cache/dipguard``.
     """
     own, xdg = os.environ.get("DIPGUARD_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:

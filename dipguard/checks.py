@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def check_images(images: Tensor, *, name: str = "images") -> Tensor:
@@ -16,7 +16,9 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
         TypeError: not a tensor, or not a floating-point one (uint8 images must be divided by 255 first).
         ValueError: wrong rank or channels, no images, NaN or infinite values, values outside [0, 1].
     """
-    if not isinstance(images, Tensor):
+    import torch
+
+    if not isinstance(images, torch.Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor [B, 3, H, W], got {type(images).__name__}")
     shape = tuple(images.shape)
     if images.ndim != 4:
@@ -42,8 +44,10 @@ def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, 
         TypeError: not an integer tensor.
         ValueError: wrong length, or a label out of range.
     """
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+    import torch
+
+    if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
         raise TypeError(f"`{name}` must be an integer tensor [{count}], got {kind}")
     if tuple(labels.shape) != (count,):
         raise ValueError(f"`{name}` must have shape ({count},), one label an image, got {tuple(labels.shape)}")

@@ -1,4 +1,4 @@
-"""Somebody's classifier: used without being changed, its output checked."""
+"""Use any classifier without changing it, and check its output."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 @contextmanager
 def eval_mode(classifier: nn.Module) -> Iterator[nn.Module]:
-    """Hold a classifier in eval mode, and put every part back in its own mode afterwards.
+    """Put a classifier in eval mode, and restore the mode of every submodule afterwards.
 
-    Modes are kept part by part: a fine-tuned classifier may have some of its BatchNorms frozen.
+    Modes are saved per submodule, since some BatchNorm layers of a fine-tuned classifier may be frozen.
     """
     modes = [(part, part.training) for part in classifier.modules()]
     classifier.eval()
@@ -28,7 +28,7 @@ def eval_mode(classifier: nn.Module) -> Iterator[nn.Module]:
 
 @contextmanager
 def frozen(classifier: nn.Module) -> Iterator[nn.Module]:
-    """Hold a classifier in eval mode with no parameter requiring a gradient; put every flag back afterwards."""
+    """Put a classifier in eval mode without parameter gradients; restore modes and flags afterwards."""
     flags = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
     with eval_mode(classifier):
         try:
@@ -41,7 +41,7 @@ def frozen(classifier: nn.Module) -> Iterator[nn.Module]:
 
 
 def device_of(classifier: nn.Module, default: torch.device | None = None) -> torch.device:
-    """The device of the first parameter or buffer; ``default`` (or the CPU) where there is neither."""
+    """Return the device of the first parameter or buffer; ``default`` (or the CPU) if there is none."""
     for tensor in chain(classifier.parameters(), classifier.buffers()):
         return tensor.device
     return default or torch.device("cpu")
@@ -51,7 +51,7 @@ def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
     """Return ``classifier`` if it is a module.
 
     Raises:
-        TypeError: It is something else.
+        TypeError: It is not.
     """
     if not isinstance(classifier, nn.Module):
         raise TypeError(f"`{name}` must be a torch.nn.Module, got {type(classifier).__name__}")
@@ -59,11 +59,11 @@ def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
 
 
 def check_logits(output: Any, *, count: int, name: str = "victim") -> Tensor:
-    """Return a classifier's output if it can be logits [B, C] of ``count`` images.
+    """Return a classifier's output if it has the type and shape of logits for ``count`` images.
 
     Raises:
-        TypeError: It is no floating-point tensor.
-        ValueError: It is not [count, C] with C of at least 2.
+        TypeError: It is not a floating-point tensor.
+        ValueError: Its shape is not [count, C] with C >= 2.
     """
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
@@ -77,7 +77,7 @@ def check_logits(output: Any, *, count: int, name: str = "victim") -> Tensor:
 
 
 def probability_warning(logits: Tensor, *, name: str = "victim") -> str | None:
-    """A warning's text if rows look like probabilities (all in [0, 1], each row's sum 1), None otherwise."""
+    """Return a warning text if the rows look like probabilities (in [0, 1], each summing to 1), else None."""
     low, high = torch.aminmax(logits)
     if low < 0 or high > 1 or bool(((logits.sum(dim=1) - 1).abs() >= 1e-3).any()):
         return None

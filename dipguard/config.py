@@ -1,217 +1,310 @@
-"""The typed settings of a run, one dataclass a config group of ``conf/``.
+"""The settings of a run: what Hydra composes from ``conf/``, checked and turned into plain values.
 
-Hydra fills them (:func:`register` gives it the types, so that an unknown key or a value of the wrong kind is refused
-while the command line is read), :func:`from_hydra` turns its result into plain dataclasses, and
-:func:`dipguard.config_checks.validate` checks the ranges. What only one data set, victim or attack knows stands in the
-``options`` of its own YAML file.
+``train.py`` and ``evaluate.py`` have the same settings. The nodes of the config (``data``, ``victim``, each attack and
+each defence) are flat: ``name``, or ``_target_`` with the import path of a class, and beside it the options of that
+class. Options and defaults are read from the constructors (:func:`dipguard.registry.options_of`); :func:`register`
+gives them to Hydra. Keys are checked here. Values are checked where they are used: those of a node by its constructor.
+
+This module does not import torch, so that ``--help`` and a mistyped key are answered at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dipguard.config_choices import (
-    Accelerator,
-    DefenseName,
-    DivideBy,
-    EngineName,
-    Init,
-    LoggerName,
-    NetworkName,
-    Padding,
-    Precision,
-    Products,
-    Rule,
-    Scores,
-    Search,
-    T0Unit,
-    VictimSpeed,
-    Z,
-)
+from dipguard.registry import constant_of, did_you_mean, options_of, table_of
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-SCHEMA = "train_schema"
-"""Name under which the types are known to Hydra."""
+NODE_KEYS = ("name", "_target_")
+ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "only", "note")
+"""Keys of an attack's node beside its options: how it is numbered and run in a suite."""
+LOGGERS: dict[str, tuple[str, ...]] = {
+    "none": (),
+    "csv": (),
+    "tensorboard": (),
+    "wandb": ("project", "entity", "group", "offline"),
+}
+"""Name of a logger -> its options."""
+TRAINER = "pytorch_lightning.trainer.trainer:Trainer"
+TRAINER_OWN = (
+    "max_steps",
+    "max_epochs",
+    "devices",
+    "callbacks",
+    "logger",
+    "plugins",
+    "num_sanity_val_steps",
+    "inference_mode",
+)
+"""Arguments of Lightning's Trainer that dipguard sets itself."""
 
 
-@dataclass
-class DataConfig:
-    """Images and labels; ``labels_csv`` to ``label_base`` are for folders of pictures.
+class Group(NamedTuple):
+    """A config group whose options come from a table of names.
 
-    ``mirrors`` says whether an image means the same in a mirror; digits, text and signs do not.
+    Attributes:
+        table: The table, "package.module:NAME".
+        entry_points: The group of entry points that adds to it, without ``dipguard.``.
+        hidden: Arguments that the programs set themselves.
+        own: Keys beside the arguments, with their defaults.
     """
 
-    name: str = "digits"
-    path: str | None = None
-    limit: int | None = None
-    offset: int = 0
-    size: int | None = None
-    labels_csv: str | None = None
-    image_column: str | None = None
-    label_column: str | None = None
-    label_base: int | None = None
-    mirrors: bool = True
-    options: dict[str, Any] = field(default_factory=dict)
+    table: str
+    entry_points: str
+    hidden: tuple[str, ...] = ()
+    own: Mapping[str, Any] = {}
 
 
-@dataclass
-class VictimConfig:
-    """The classifier that is attacked and defended; ``weights`` is a file, or null for the victim's own."""
-
-    name: str = "digits_cnn"
-    weights: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class AttackConfig:
-    """The attack on the clean images. ``eps_255`` is in units of 1/255; attacks without such a bound have null."""
-
-    name: str = "pgd"
-    eps_255: float | None = None
-    batch_size: int = 64
-    options: dict[str, Any] = field(default_factory=dict)
+GROUPS: dict[str, Group] = {
+    "data": Group("dipguard.data:DATASETS", "data", own={"mirrors": True}),
+    "victim": Group("dipguard.victims:VICTIMS", "victims", hidden=("progress",)),
+    "attack": Group("dipguard.attacks:ATTACKS", "attacks", hidden=("seed",)),
+    "defense": Group(
+        "dipguard.defenses:DEFENSES", "defenses", hidden=("seed", "progress", "store", "store_T", "trainer")
+    ),
+}
+"""Config group -> where its names and options come from."""
 
 
-@dataclass
-class NetworkConfig:
-    """The DIP network: a preset of appendix B."""
+@dataclass(frozen=True)
+class RunConfig:
+    """All settings of a run as plain values: numbers, strings, lists and dicts.
 
-    name: NetworkName = NetworkName.cifar10
-
-
-@dataclass
-class DefenseConfig:
-    """The defence: ``paper`` is Algorithm 1, with its parameters (T, tau, t0, K, beta) and its open readings.
-
-    ``every`` set replaces ``decisions``. ``dipguard`` has T, t0, ``every`` and beta of the same names, and ``trust``,
-    ``mirror`` and ``beta_step`` of its own
-    (:class:`~dipguard.defenses.mirror_guard.MirrorGuard`).
+    Attributes:
+        seed: Seed of every random draw of attacks and defences.
+        data: Node of the data set. Besides its options, ``mirrors`` says whether an image means the same in a mirror.
+        victim: Node of the classifier that is attacked and defended.
+        surrogate: Node of a classifier that the defences ask instead of the victim (appendix E of the paper).
+        baseline: Node of a classifier that meets the attacks undefended, for comparison.
+        attacks: Label -> node. Besides their options they may have ``number`` (before the label in tables), ``check``
+            (``control`` or ``large_eps``: not part of the worst case), ``full`` (the options of an uncut run),
+            ``intermediate`` (names; the first that a defence has is attacked), ``limit`` (number of images), ``only``
+            (labels of defences) and ``note``.
+        defenses: Label -> node.
+        eps_255: Budget that an attack suite is judged at, in levels of 0 to 255.
+        trainer: Keyword arguments of Lightning's Trainer.
+        callbacks: Label -> node with ``_target_``: further callbacks of each fit.
+        logger: ``name`` and the options of that logger.
+        chunk: Images of a cell that are purified, and stored, together; None for 32 on a CPU, 256 on a GPU.
+        processes: Number of processes that share the chunks.
+        store: Folder of fits and attacked images that many runs share; None for the run's own.
+        store_T: Further numbers of steps that a stored fit must serve.
+        store_samples: Whether stored fits keep all sampled reconstructions.
+        rebuild: Whether to write tables and figures from stored results only.
+        keep_traces: Whether to write the decision traces of all images.
+        figures: Number of images that are drawn.
     """
 
-    name: DefenseName = DefenseName.paper
-    T: int = 1000
-    tau: float = 0.7
-    t0: int = 50
-    K: int = 15
-    beta: float = 0.5
-    decisions: int = 200
-    every: int | None = None
-    N: int = 10
-    search: Search = Search.grid
-    K_max: int | None = None
-    scores: Scores = Scores.logits
-    victim_speed: VictimSpeed = VictimSpeed.as_is
-    rule: Rule = Rule.at_least
-    t0_unit: T0Unit = T0Unit.steps
-    divide_by: DivideBy = DivideBy.found
-    keep_samples: bool = False
-    trust: float = 0.5
-    mirror: bool = True
-    beta_step: float = 0.05
-
-
-@dataclass
-class FitConfig:
-    """The stacked fit; ``jitter`` is the std of noise added to z at each step.
-
-    Null: ``stack_size`` is chosen by memory and speed, ``patience`` has no end, ``z_scale`` is the preset's.
-    """
-
-    stack_size: int | None = None
-    patience: int | None = None
-    lr: float = 0.01
-    z: Z = Z.uniform
-    z_scale: float | None = None
-    jitter: float = 0.0
-    init: Init = Init.default
-    padding: Padding = Padding.zeros
-    dtype: Precision = Precision.float32
-    precision: Products = Products.float32
-    engine: EngineName = EngineName.auto
-
-
-@dataclass
-class TrainerConfig:
-    """How the fit is executed; nothing here is part of the method."""
-
-    accelerator: Accelerator = Accelerator.auto
-    progress: bool = True
-
-
-@dataclass
-class LoggerConfig:
-    """The logger. ``project`` to ``offline`` are W&B's; ``offline`` null is offline unless an API key is set."""
-
-    name: LoggerName = LoggerName.csv
-    project: str = "dipguard"
-    entity: str | None = None
-    group: str | None = None
-    offline: bool | None = None
-
-
-@dataclass
-class ReportConfig:
-    """What is drawn: figures of the first ``figures`` images."""
-
-    figures: int = 8
-
-
-@dataclass
-class TrainConfig:
-    """All settings of ``train.py``; ``store`` is a folder of fits that many runs share (:mod:`dipguard.store`)."""
-
-    seed: int = 0
-    data: DataConfig = field(default_factory=DataConfig)
-    victim: VictimConfig = field(default_factory=VictimConfig)
-    attack: AttackConfig = field(default_factory=AttackConfig)
-    network: NetworkConfig = field(default_factory=NetworkConfig)
-    defense: DefenseConfig = field(default_factory=DefenseConfig)
-    fit: FitConfig = field(default_factory=FitConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    logger: LoggerConfig = field(default_factory=LoggerConfig)
-    report: ReportConfig = field(default_factory=ReportConfig)
-    store: str | None = None
+    seed: int
+    data: dict[str, Any]
+    victim: dict[str, Any]
+    surrogate: dict[str, Any] | None
+    baseline: dict[str, Any] | None
+    attacks: dict[str, dict[str, Any]]
+    defenses: dict[str, dict[str, Any]]
+    eps_255: float
+    trainer: dict[str, Any]
+    callbacks: dict[str, dict[str, Any]]
+    logger: dict[str, Any]
+    chunk: int | None
+    processes: int
+    store: str | None
+    store_T: list[int]  # noqa: N815 - the paper's T
+    store_samples: bool
+    rebuild: bool
+    keep_traces: bool
+    figures: int
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested dicts of values that JSON and YAML can hold."""
-        values = plain(asdict(self))
-        assert isinstance(values, dict)
-        return values
+        return asdict(self)
 
 
 def register() -> None:
-    """Tell Hydra the types; needed once before a config of ``conf/`` is composed, harmless when repeated."""
-    from hydra.core.config_store import ConfigStore
+    """Give Hydra the options of every data set, victim, attack and defence; harmless when repeated.
 
-    ConfigStore.instance().store(name=SCHEMA, node=TrainConfig)
-
-
-def from_hydra(cfg: DictConfig) -> TrainConfig:
-    """A composed config, with every interpolation resolved, as plain dataclasses.
-
-    Raises:
-        TypeError: It was composed without the types of :func:`register`.
+    The options of ``defense=paper`` are the config ``defense/options/paper``, which ``conf/defense/paper.yaml`` is
+    based on. What another package registers needs no YAML file: ``defense=<its name>`` is its options.
     """
+    from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
-    config = OmegaConf.to_object(cfg)
-    if not isinstance(config, TrainConfig):
-        raise TypeError(
-            f"`cfg` must be composed on {SCHEMA}, got {type(config).__name__}; call dipguard.config.register() first"
-        )
+    OmegaConf.register_new_resolver("dipguard_groups", _groups_text, replace=True)
+    store = ConfigStore.instance()
+    for group, source in GROUPS.items():
+        own = constant_of(source.table)
+        for name in names_of(group):
+            node = node_of(group, name)
+            store.store(group=f"{group}/options", name=name, node=node, provider="dipguard")
+            if name not in own:
+                store.store(group=group, name=name, node={"name": name, **node}, provider="dipguard")
+
+
+def _groups_text() -> str:
+    """The config groups and their options for ``--help``, without the groups of options that they are based on."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    loader = GlobalHydra.instance().config_loader()
+    groups = [group for group in loader.list_groups("") if group not in ("dipguard", "hydra")]
+    return "".join(f"{group}: {', '.join(loader.get_group_options(group))}\n" for group in groups)
+
+
+@cache
+def names_of(group: str) -> dict[str, str]:
+    """Name -> "package.module:attribute" of a config group, with those of other packages."""
+    source = GROUPS[group]
+    return table_of(source.entry_points, constant_of(source.table))
+
+
+def node_of(group: str, name: str) -> dict[str, Any]:
+    """The options of an entry of a config group with their defaults, as a config holds them."""
+    source = GROUPS[group]
+    options = {**source.own, **options_of(names_of(group)[name])}
+    return {key: _plain(value) for key, value in options.items() if key not in source.hidden}
+
+
+def from_hydra(cfg: DictConfig) -> RunConfig:
+    """Check a composed config and return its settings, with every interpolation resolved.
+
+    ``attack`` and ``defense`` are one attack and one defence, and take the place of ``attacks`` and ``defenses``.
+
+    Raises:
+        TypeError, ValueError: A key is unknown or missing, or a value is not possible. The message names the key as on
+            the command line, and the nearest known one.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        values = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"`{error.full_key}`: {error.msg}") from error
+    assert isinstance(values, dict)
+    given = {str(key): value for key, value in values.items() if key != "hydra"}
+    keys = (*RunConfig.__dataclass_fields__, "attack", "defense")
+    _check_keys("", given, keys)
+    for single, many in (("attack", "attacks"), ("defense", "defenses")):
+        node = given.pop(single, None)
+        _check_node(single, single, node)
+        if node is not None:
+            given[many] = {_label(node): node}
+        else:
+            for label, one in _mapping(many, given.get(many)).items():
+                _check_node(single, f"{many}.{label}", one)
+    for key in ("data", "victim", "surrogate", "baseline"):
+        _check_node("data" if key == "data" else "victim", key, given.setdefault(key, None))
+    missing = [key for key in RunConfig.__dataclass_fields__ if key not in given]
+    if missing:
+        raise ValueError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
+    return _checked(RunConfig(**given))
+
+
+def explain(error: BaseException | None) -> str | None:
+    """What was probably meant, for an error of Hydra about a key or an option that does not exist; None if unknown."""
+    options, config = getattr(error, "options", None), str(getattr(error, "missing_cfg_file", ""))
+    if options:
+        group, _, name = config.rpartition("/")
+        hint = did_you_mean(name, options, prefix=f"{group}=")
+        return f"`{group}={name}` is unknown{hint}" if hint else None
+    cause = getattr(error, "__cause__", None)
+    key, parent = getattr(cause, "full_key", None), getattr(cause, "parent_node", None)
+    if not key or not isinstance(parent, Mapping):
+        return None
+    group, _, name = str(key).rpartition(".")
+    if group == "trainer" and name in TRAINER_OWN:
+        return f"`{key}` is set by dipguard itself"
+    hint = did_you_mean(name, (str(known) for known in parent), prefix=f"{group}." if group else "")
+    return f"`{key}` is unknown{hint}" if hint else None
+
+
+def _checked(config: RunConfig) -> RunConfig:
+    """``config`` if the values that belong to no node are possible."""
+    for key in ("store_samples", "rebuild", "keep_traces"):
+        if not isinstance(getattr(config, key), bool):
+            raise TypeError(f"`{key}` must be true or false, got {getattr(config, key)!r}")
+    _check_keys("logger", config.logger, ("name", *_logger_options(config.logger)))
+    own = next((name for name in config.trainer if name in TRAINER_OWN), None)
+    if own is not None:
+        raise TypeError(f"`trainer.{own}` is set by dipguard itself, got {config.trainer[own]!r}")
+    _check_keys("trainer", config.trainer, [name for name in options_of(TRAINER) if name not in TRAINER_OWN])
+    for label, node in config.callbacks.items():
+        if "_target_" not in _mapping(f"callbacks.{label}", node):
+            raise ValueError(f"`callbacks.{label}._target_` must name the class of a callback, got nothing")
+    from dipguard.checks import check_float, check_int  # torch: after the keys, so that a mistyped one is told at once
+
+    check_int(config.seed, name="seed", low=0, high=2**32 - 1)
+    check_float(config.eps_255, name="eps_255", low=0.0, high=255.0)
+    check_int(config.processes, name="processes", low=1)
+    check_int(config.figures, name="figures", low=0)
+    if config.chunk is not None:
+        check_int(config.chunk, name="chunk", low=1)
+    for T in config.store_T:
+        check_int(T, name="store_T", low=1)
     return config
 
 
-def plain(value: Any) -> Any:
-    """Nested dataclass values as dicts, lists and strings that JSON and YAML can hold."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return str(value) if isinstance(value, StrEnum) else value
+def _logger_options(logger: Mapping[str, Any]) -> tuple[str, ...]:
+    name = logger.get("name")
+    if name not in LOGGERS:
+        raise ValueError(f"`logger.name` must be one of {', '.join(LOGGERS)}, got {name!r}")
+    return LOGGERS[str(name)]
+
+
+def _check_node(group: str, key: str, node: Any) -> None:
+    """Check the keys of a node of a config group; None is no node."""
+    if node is None and key not in ("data", "victim"):
+        return
+    path = _path_of(group, key, _mapping(key, node))
+    try:
+        known = options_of(path)
+    except ValueError:
+        if "_target_" in node:  # written in a way that cannot be read; its constructor refuses what it does not know
+            return
+        raise
+    source = GROUPS[group]
+    options = [name for name in (*known, *source.own) if name not in source.hidden]
+    _check_keys(key, node, (*NODE_KEYS, *options, *(ATTACK_KEYS if group == "attack" else ())))
+
+
+def _path_of(group: str, key: str, node: Mapping[str, Any]) -> str:
+    """The path "package.module:attribute" of the class or function that a node names."""
+    if "_target_" in node:
+        return ":".join(str(node["_target_"]).rsplit(".", 1))
+    name, names = node.get("name"), names_of(group)
+    if name not in names:
+        hint = did_you_mean(str(name), names)
+        raise ValueError(f"`{key}.name` must be one of {', '.join(names)}, got {name!r}{hint}")
+    return names[str(name)]
+
+
+def _check_keys(group: str, given: Iterable[str], known: Iterable[str]) -> None:
+    prefix = f"{group}." if group else ""
+    allowed = list(known)
+    for name in given:
+        if name not in allowed:
+            hint = did_you_mean(str(name), allowed, prefix=prefix)
+            what = f"`{group}` takes" if group else "the settings are"
+            raise TypeError(f"`{prefix}{name}` is unknown{hint}; {what}: {', '.join(allowed)}")
+
+
+def _mapping(key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise TypeError(f"`{key}` must hold keys and values, got {value!r}")
+    return value
+
+
+def _label(node: Mapping[str, Any]) -> str:
+    """The label of a node that stands alone: its name."""
+    return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
+
+
+def _plain(value: Any) -> Any:
+    """A default as a config holds it."""
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return value

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and short names for what they hold."""
+"""Atomic file writes, and digests of files and tensors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write ``content`` to ``path``; a reader sees the old file or the whole new one, also after a kill."""
+    """Write ``content`` to ``path`` atomically: readers see the old file or the whole new one, even after a kill."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -32,21 +32,21 @@ def write_bytes(path: Path, content: bytes) -> Path:
 
 
 def write_text(path: Path, text: str) -> Path:
-    """:func:`write_bytes` of UTF-8 text."""
+    """Write UTF-8 text atomically."""
     return write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> Path:
-    """:func:`write_text` of indented JSON; NaN is refused, since most readers do not know it."""
+    """Write indented JSON atomically. NaN is refused, since it is not valid JSON."""
     return write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What :func:`write_json` wrote.
+    """Return the content of a JSON file.
 
     Raises:
         FileNotFoundError: No such file.
-        ValueError: It holds no JSON.
+        ValueError: The file does not hold JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -55,20 +55,20 @@ def read_json(path: Path) -> Any:
 
 
 def write_npz(path: Path, **arrays: Any) -> Path:
-    """:func:`write_bytes` of a compressed NumPy archive."""
+    """Write arrays as a compressed NumPy archive, atomically."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return write_bytes(path, buffer.getvalue())
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tensor_digest(tensors: Iterable[Tensor]) -> str:
-    """The first 16 hex digits of a SHA-256 over the tensors' types, shapes and values, in their order."""
+    """Return the first 16 hex digits of the SHA-256 of the tensors' types, shapes and values, in order."""
     digest = hashlib.sha256()
     for tensor in tensors:
         values = tensor.detach().cpu().contiguous()

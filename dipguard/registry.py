@@ -1,38 +1,257 @@
-"""A table of names and the code behind them, imported only when a name is asked for.
+"""Tables of names and the code behind them, and the options of that code, read without importing it.
 
-Data sets, victims and attacks are each such a table: a new one is a new file and a new row.
+Data sets, victims, attacks and defences each have such a table. Other packages add to it through entry points. The
+config takes every option and its default from the source, since importing torch takes seconds.
 """
 
 from __future__ import annotations
 
+import ast
+import difflib
+import importlib.util
 import inspect
-from collections.abc import Callable, Collection, Mapping
+import operator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from functools import cache
 from importlib import import_module
-from typing import Any
+from importlib.metadata import entry_points
+from os.path import commonprefix
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from dipguard.checks import check_choice
+REQUIRED = "???"
+"""Stands for the default of an option that has none; OmegaConf's own mark for a value that must be given."""
+
+FIT_OPTIONS = "dipguard.fit.options:FitOptions"
+"""The dataclass whose fields a function with ``**fit`` takes."""
+FIT_HIDDEN = ("network", "seed")
+"""Fields of it that are arguments of their own wherever there is ``**fit``."""
+
+_Definition: TypeAlias = ast.ClassDef | ast.FunctionDef
+_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {ast.Div: operator.truediv, ast.Mult: operator.mul}
 
 
-def resolve(table: Mapping[str, str], name: str, *, argument: str) -> Callable[..., Any]:
-    """Return the function or class that ``table[name]`` ("package.module:attribute") points to.
+def lookup(table: Mapping[str, str], name: str, *, argument: str) -> Callable[..., Any]:
+    """Import and return the function or class that ``table[name]`` ("package.module:attribute") points to.
 
     Raises:
         ValueError: ``name`` is not in the table; the message lists what is.
     """
-    module, attribute = table[check_choice(name, table, name=argument)].split(":")
+    if name not in table:
+        raise ValueError(f"`{argument}` must be one of {', '.join(table)}, got {name!r}{did_you_mean(name, table)}")
+    module, attribute = table[name].split(":")
     return getattr(import_module(module), attribute)
+
+
+def table_of(group: str, own: Mapping[str, str]) -> dict[str, str]:
+    """Return ``own`` and, after it, what other installed packages register as entry points of ``dipguard.<group>``.
+
+    Args:
+        group: ``defenses``, ``attacks``, ``victims`` or ``data``.
+        own: The package's own table; its names cannot be replaced.
+    """
+    found = {point.name: point.value for point in entry_points(group=f"dipguard.{group}")}
+    return {**own, **{name: path for name, path in found.items() if name not in own}}
 
 
 def check_options(
     function: Callable[..., Any], options: Mapping[str, Any], *, owner: str, hidden: Collection[str] = ()
 ) -> None:
-    """Raise TypeError if ``options`` holds a name that is no keyword-only parameter of ``function``, or a hidden one.
+    """Check that ``function`` takes every one of ``options``.
 
-    ``hidden`` are the parameters that the caller fills in itself; the message lists the others.
+    A function with ``**fit`` also takes the fields of :class:`dipguard.fit.options.FitOptions`, except those that are
+    arguments of their own. A class with other ``**keywords`` also takes those of its base class.
+
+    Args:
+        function: Takes its options as keyword-only arguments.
+        options: The options that were given, by name.
+        owner: What they were given for; the message begins with it.
+        hidden: Arguments of ``function`` that the caller sets itself.
+
+    Raises:
+        TypeError: It takes no option of that name; the message names the nearest one, and all.
     """
-    parameters = inspect.signature(function).parameters.values()
-    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
+    allowed = [name for name in _keywords(function) if name not in hidden]
     unknown = sorted(set(options) - set(allowed))
     if unknown:
-        known = ", ".join(allowed) or "none"
-        raise TypeError(f"{owner} takes no option {', '.join(map(repr, unknown))}; its options are: {known}")
+        given, known = ", ".join(map(repr, unknown)), ", ".join(allowed) or "none"
+        raise TypeError(f"{owner} takes no option {given}{did_you_mean(unknown[0], allowed)}; its options are: {known}")
+
+
+def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+    """Return " (did you mean 'x'?)" for the name in ``known`` that is nearest to ``name``; empty if none is near."""
+
+    def likeness(other: str) -> float:  # a common beginning counts more: epss is eps_255 rather than steps
+        return difflib.SequenceMatcher(None, name, other).ratio() + 0.1 * len(commonprefix([name, other]))
+
+    near = max(known, key=likeness, default="")
+    return f" (did you mean '{prefix}{near}'?)" if likeness(near) >= 0.6 else ""
+
+
+def options_of(path: str) -> dict[str, Any]:
+    """Return the keyword-only arguments of a class or function with their defaults, without importing it.
+
+    The source is read instead. A class without an ``__init__`` has that of its base; with ``**fit`` it also has the
+    fields of ``FitOptions``, with the defaults that its attribute ``FIT`` changes; with other ``**keywords``, those of
+    its base. A dataclass has its fields.
+
+    Args:
+        path: "package.module:name".
+
+    Raises:
+        ValueError: There is no such class or function, or a default is not a literal.
+    """
+    module, _, name = path.partition(":")
+    return dict(_options(module, name))
+
+
+def constant_of(path: str) -> Any:
+    """Return the literal value of a module's constant ("package.module:NAME") without importing the module.
+
+    Raises:
+        ValueError: There is no such constant, or it is not a literal.
+    """
+    module, _, name = path.partition(":")
+    for key, value in _assignments(_tree(module).body):
+        if key == name:
+            return _literal(value, module)
+    home = _imported_from(module, name)
+    if home is None:
+        raise ValueError(f"{module} has no constant {name}")
+    return constant_of(":".join(home))
+
+
+def _keywords(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    if rest == "fit":
+        return names + [name for name in options_of(FIT_OPTIONS) if name not in (*names, *FIT_HIDDEN)]
+    if rest is not None and isinstance(function, type):
+        owner = next(kind for kind in function.__mro__ if "__init__" in vars(kind))
+        names += [name for base in owner.__bases__ for name in _keywords(base) if name not in names]
+    return names
+
+
+def _source(module: str) -> Path:
+    """A module's file; only its top-level package is looked up, and nothing is imported."""
+    package, *parts = module.split(".")
+    found = importlib.util.find_spec(package)
+    if not parts and found is not None and found.has_location:
+        return Path(str(found.origin))
+    for place in (found.submodule_search_locations or ()) if found is not None else ():
+        stem = Path(place).joinpath(*parts)
+        for path in (stem / "__init__.py", stem.with_name(f"{stem.name}.py")):
+            if path.is_file():
+                return path
+    raise ValueError(f"the source of the module {module!r} was not found")
+
+
+@cache
+def _tree(module: str) -> ast.Module:
+    return ast.parse(_source(module).read_text(encoding="utf-8"))
+
+
+def _imported_from(module: str, name: str) -> tuple[str, str] | None:
+    """The module and the name there that a from-import gives to ``name``."""
+    for node in _tree(module).body:
+        for alias in node.names if isinstance(node, ast.ImportFrom) else ():
+            if (alias.asname or alias.name) == name and isinstance(node, ast.ImportFrom):
+                package = module.split(".")
+                if _source(module).name != "__init__.py":
+                    package.pop()
+                above = package[: len(package) + 1 - node.level] if node.level else []
+                return ".".join([*above, *filter(None, [node.module])]), alias.name
+    return None
+
+
+def _definition(module: str, name: str) -> tuple[str, _Definition]:
+    """The module that defines ``name``, and the definition; from-imports are followed."""
+    for node in _tree(module).body:
+        if isinstance(node, _Definition) and node.name == name:
+            return module, node
+    home = _imported_from(module, name)
+    if home is None:
+        raise ValueError(f"{module} has no class or function {name}")
+    return _definition(*home)
+
+
+@cache
+def _options(module: str, name: str) -> dict[str, Any]:
+    home, node = _definition(module, name)
+    if isinstance(node, ast.FunctionDef):
+        return _arguments(node, home)
+    options: dict[str, Any] = {}
+    for place, kind in _lineage(home, node):
+        init = next((n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
+        if init is not None:
+            options = {**options, **{k: v for k, v in _arguments(init, place).items() if k not in options}}
+            rest = init.args.kwarg
+            if rest is not None and rest.arg == "fit":
+                fields = {**options_of(FIT_OPTIONS), **_fit_attribute(home, node)}
+                return {**options, **{k: v for k, v in fields.items() if k not in (*options, *FIT_HIDDEN)}}
+            if rest is None:
+                return options
+        elif any("dataclass" in ast.unparse(decorator) for decorator in kind.decorator_list):
+            return {key: _literal(value, place) for key, value in _assignments(kind.body)}
+    return options
+
+
+def _fit_attribute(module: str, node: ast.ClassDef) -> dict[str, Any]:
+    for place, kind in _lineage(module, node):
+        for key, value in _assignments(kind.body):
+            if key == "FIT":
+                return dict(_literal(value, place))
+    return {}
+
+
+def _lineage(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
+    """A class and its base classes, each with its module, as far as from-imports lead to their source."""
+    yield module, node
+    for base in node.bases:
+        try:
+            home, definition = _definition(module, ast.unparse(base))
+        except ValueError:  # such as nn.Module, or a builtin
+            continue
+        if isinstance(definition, ast.ClassDef):
+            yield from _lineage(home, definition)
+
+
+def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
+    """Names and values of the plain and annotated assignments of a module or class."""
+    for node in body:
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        value = getattr(node, "value", None)
+        if isinstance(target, ast.Name) and isinstance(value, ast.expr):
+            yield target.id, value
+
+
+def _arguments(function: ast.FunctionDef, module: str) -> dict[str, Any]:
+    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    return {item.arg: REQUIRED if default is None else _literal(default, module) for item, default in pairs}
+
+
+def _literal(node: ast.expr, module: str) -> Any:
+    try:
+        return ast.literal_eval(_Folded(module).visit(node))
+    except ValueError as error:
+        place = f"{_source(module)}, line {node.lineno}"
+        raise ValueError(f"{place}: `{ast.unparse(node)}` must be a literal: it is read without an import") from error
+
+
+class _Folded(ast.NodeTransformer):
+    """Replaces fractions such as ``1 / 30`` and constants of the module by their values."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
+        """A product or a quotient of literals."""
+        if type(node.op) not in _OPERATORS:
+            return node
+        left, right = (ast.literal_eval(self.visit(side)) for side in (node.left, node.right))
+        return ast.Constant(_OPERATORS[type(node.op)](left, right))
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        """A constant of the module."""
+        return ast.Constant(constant_of(f"{self.module}:{node.id}"))

@@ -1,10 +1,10 @@
-"""dipguard in a Lightning project of your own: three ways, none of which changes your code.
+"""dipguard in your own Lightning project: three ways, none of which changes your code.
 
     python lightning_project.py
     python lightning_project.py --steps 1000 --images 16 --devices 2
 
-The first half is the project: a LightningModule and a DataModule that know nothing of dipguard. The second half defends
-it. Its images are digits with strong noise, which a deep image prior removes as it removes an attack's.
+The first half is the project: a LightningModule and a DataModule that do not know dipguard. The second half defends it.
+Its images are digits with strong noise, which a deep image prior removes like the perturbation of an attack.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Classifier(pl.LightningModule):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train, then test in each of the three ways; returns the accuracies."""
+    """Train, then test in each of the three ways; return the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="T, optimiser steps of each image's fit")
     parser.add_argument("--images", type=int, default=8, help="test images")
@@ -107,12 +107,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     common |= {"strategy": "ddp" if options.devices > 1 else "auto", "enable_model_summary": False}
     pl.Trainer(max_epochs=options.epochs, enable_progress_bar=False, **common).fit(model, data)
 
-    # The classifier that guides the defence is the model itself. Its images are in [0, 1]; if yours are normalised by
-    # the DataModule, put the inverse inside the victim (nn.Sequential(Normalize(mean, std), model)), and give the same
-    # mean and std to the callback.
+    # The victim of the defence is the model itself. Its images are in [0, 1]; if your DataModule normalises, put the
+    # normalisation inside the victim (nn.Sequential(Normalize(mean, std), model)), and give mean and std to the
+    # callback.
     guard = DIPGuard(model, T=options.steps, decisions=min(100, options.steps), seed=0)
 
-    # 1. A callback: batches are purified on their way into test_step, accuracy is logged with and without.
+    # 1. A callback: batches are purified on their way into test_step; accuracy is logged with and without the defence.
     (found,) = pl.Trainer(callbacks=[PurifyCallback(guard)], **common).test(model, data, verbose=False)
 
     # 2. A module around the classifier, for any code that calls one.

@@ -1,1 +1,1 @@
-"""Sweeps: the collector, and the file that W&B drives them by. The named grids lie in conf/sweep."""
+"""Sweeps: the report of a sweep's folder, and the file of a sweep that W&B controls. Named grids are in conf/sweep."""

@@ -1,106 +1,103 @@
 from __future__ import annotations
 
-import inspect
-import logging
+import json
 import re
+import subprocess
+import sys
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
+from typing import Any
 
 import pytest
-from hydra.errors import ConfigCompositionException, HydraException
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 
-from dipguard import DIPGuard
+from dipguard import registry
 from dipguard.attacks import ATTACKS
-from dipguard.config import TrainConfig, from_hydra
-from dipguard.config_checks import validate
-from dipguard.config_choices import (
-    DivideBy,
-    EngineName,
-    Init,
-    NetworkName,
-    Padding,
-    Precision,
-    Products,
-    Rule,
-    Scores,
-    Search,
-    T0Unit,
-    VictimSpeed,
-)
+from dipguard.config import GROUPS, explain, from_hydra, names_of, node_of
 from dipguard.data import DATASETS
-from dipguard.decision.boundary import RULES, SCORES, SEARCHES, T0_UNITS
-from dipguard.decision.stitching import DIVISORS
-from dipguard.defenses import build_defense
-from dipguard.engines import ENGINES
-from dipguard.engines.precision import PRECISIONS
-from dipguard.evaluation.settings import guard_options
-from dipguard.fit.folded import VICTIM_SPEEDS
-from dipguard.fit.module import DTYPES
-from dipguard.networks import INITS, PADDINGS, PRESETS
-from dipguard.victims import VICTIMS, build_victim
-from tests.tiny_run import CONF, compose_config, typed_config
+from dipguard.defenses import DEFENSES
+from dipguard.victims import VICTIMS
+from tests.tiny_matrix import compose_matrix, typed_matrix
+from tests.tiny_run import CONF, ROOT, compose_config, typed_config
 
-EVALUATION = ("aware", "experiment", "rival", "sweep")  # groups of evaluate.py alone
-CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in EVALUATION)
+PROGRAMS = ("experiment", "sweep")
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in PROGRAMS)
+TABLES = {"data": DATASETS, "victim": VICTIMS, "attack": ATTACKS, "defense": DEFENSES}
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_config_composes_and_is_valid(group: str, choice: str) -> None:
-    config = typed_config(f"{group}={choice}", *(["defense=paper"] if group == "network" else []))
-    assert validate(config) is config
-    if choice != "default" and group != "fit":
-        assert getattr(config, group).name == choice
+def test_every_config_composes_and_holds_its_options(group: str, choice: str) -> None:
+    config = compose_config(f"{group}={choice}")
+    assert from_hydra(config)
+    assert config[group]["name"] == choice
+    if group in GROUPS:
+        assert set(config[group]) == {"name", *node_of(group, choice)}
 
 
-@pytest.mark.parametrize(
-    ("group", "table"), [("data", DATASETS), ("victim", VICTIMS), ("attack", ATTACKS), ("network", PRESETS)]
-)
-def test_every_row_of_a_table_has_its_config(group: str, table: dict[str, object]) -> None:
-    assert {choice for name, choice in CHOICES if name == group} == set(table)
+@pytest.mark.parametrize("group", TABLES)
+def test_every_name_of_a_table_has_its_config(group: str) -> None:
+    assert {choice for name, choice in CHOICES if name == group} == set(TABLES[group]) <= set(names_of(group))
 
 
-@pytest.mark.parametrize(
-    ("choices", "known"),
-    [
-        (NetworkName, PRESETS),
-        (Precision, DTYPES),
-        (Products, PRECISIONS),
-        (EngineName, ENGINES),
-        (Init, INITS),
-        (Padding, PADDINGS),
-        (Scores, SCORES),
-        (Rule, RULES),
-        (Search, SEARCHES),
-        (VictimSpeed, VICTIM_SPEEDS),
-        (T0Unit, T0_UNITS),
-        (DivideBy, DIVISORS),
-    ],
-)
-def test_choices_are_those_of_the_code(choices: type, known: object) -> None:
-    assert {str(choice) for choice in choices} == set(known)  # type: ignore[call-overload]
-
-
-def test_yaml_dataclasses_and_api_have_the_same_defaults() -> None:
-    composed, plain = typed_config("defense=paper").to_dict(), TrainConfig().to_dict()
-    for group in ("defense", "fit", "network", "trainer", "seed", "report"):
-        assert composed[group] == plain[group]
-    import torch
-
-    options = guard_options(typed_config("defense=paper"), torch.device("cpu"))
-    defaults = {name: p.default for name, p in inspect.signature(DIPGuard).parameters.items() if name != "victim"}
-    del options["accelerator"], defaults["accelerator"]
-    del defaults["store_T"]  # one run has one T
-    assert options == defaults
+@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] in ("attack", "defense")])
+def test_a_config_changes_no_default_but_for_a_reason(group: str, choice: str) -> None:
+    """Defaults are the constructors': an attack's batch size, and what depends on the data, are all that differs."""
+    node, own = dict(compose_config(f"{group}={choice}", "data=arrays", "data.path=x")[group]), node_of(group, choice)
+    changed = {key: value for key, value in node.items() if key != "name" and value != own[key]}
+    assert changed in ({}, {"batch_size": 64})
 
 
 def test_papers_settings_are_the_defaults() -> None:
-    defense = typed_config("defense=paper").defense
-    assert (defense.T, defense.tau, defense.t0, defense.K, defense.beta) == (1000, 0.7, 50, 15, 0.5)
-    assert (defense.decisions, typed_config("defense=paper").fit.lr) == (200, 0.01)
+    paper = typed_config("defense=paper").defenses["paper"]
+    assert [paper[name] for name in ("T", "tau", "t0", "K", "beta")] == [1000, 0.7, 50, 15, 0.5]
+    assert (paper["decisions"], paper["lr"]) == (200, 0.01)
+
+
+def test_digits_are_not_mirrored() -> None:
+    assert typed_config().defenses["mirror"]["mirror"] is False
+    assert typed_config("data.mirrors=true").defenses["mirror"]["mirror"] is True
+    assert typed_config("data=arrays", "data.path=x").defenses["mirror"]["mirror"] is True
+    assert typed_config("defense.mirror=true").defenses["mirror"]["mirror"] is True
+
+
+def test_one_attack_and_one_defence_take_the_place_of_all() -> None:
+    config = typed_matrix("defense=paper", "defense.tau=0.4", "attack=fgsm", "attack.eps_255=2")
+    assert (list(config.attacks), list(config.defenses)) == (["fgsm"], ["paper"])
+    assert (config.attacks["fgsm"]["eps_255"], config.defenses["paper"]["tau"]) == (2, 0.4)
+    one, many = typed_config("defense=paper").defenses["paper"], typed_matrix().defenses["paper"]
+    assert one == many
+
+
+def test_both_programs_have_the_same_settings() -> None:
+    train, evaluate = compose_config(), compose_matrix()
+    assert set(train) - {"attack", "defense"} == set(evaluate)
+    differs = {key for key in evaluate if train[key] != evaluate[key]}
+    assert differs == {"attacks", "defenses", "logger", "figures"}
+
+
+def test_settings_are_plain_values() -> None:
+    config = typed_matrix("victim@surrogate=cifar10_resnet20", "victim@baseline=cifar_cnn_a")
+    assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
+    assert config.surrogate is not None
+    assert config.surrogate["name"] == "cifar10_resnet20"
+    assert config.baseline is not None
+    assert typed_config().surrogate is None
 
 
 @pytest.mark.parametrize(
     "override",
-    ["defense.taau=0.5", "data.folder=x", "nothing=1", "attack.options.epsilon=1", "fit.stacks=2", "logger.token=x"],
+    [
+        "defense.taau=0.5",
+        "data.folder=x",
+        "nothing=1",
+        "attack.epsilon=1",
+        "defense.stacks=2",
+        "logger.token=x",
+        "defense.tau=0.9",  # of the defence paper
+        "trainer.devices=2",
+    ],
 )
 def test_unknown_key_is_refused(override: str) -> None:
     with pytest.raises(HydraException, match=override.split("=")[0].replace(".", r"\.")):
@@ -108,23 +105,67 @@ def test_unknown_key_is_refused(override: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bogus=1", "`bogus` is unknown; the settings are: seed, data"),
+        ("figurs=1", "`figurs` is unknown (did you mean 'figures'?)"),
+        ("defense.tauu=0.3", "`defense.tauu` is unknown (did you mean 'defense.tau'?)"),
+        ("defense.own_class_weight=1", "`defense.own_class_weight` is unknown"),
+        ("defense.seed=1", "`defense.seed` is unknown"),
+        ("attack.epss=3", "`attack.epss` is unknown (did you mean 'attack.eps_255'?)"),
+        ("attack.seed=3", "`attack.seed` is unknown"),
+        ("data.pathh=x", "`data.pathh` is unknown (did you mean 'data.path'?)"),
+        ("victim.weigths=x", "`victim.weigths` is unknown (did you mean 'victim.weights'?)"),
+        ("trainer.devices=2", "`trainer.devices` is set by dipguard itself"),
+        ("trainer.max_steps=2", "`trainer.max_steps` is set by dipguard itself"),
+        ("trainer.precison=16", "`trainer.precison` is unknown (did you mean 'trainer.precision'?)"),
+        ("logger.project=x", "`logger.project` is unknown; `logger` takes: name"),
+        ("callbacks.stop.monitor=x", "`callbacks.stop._target_` must name the class"),
+    ],
+)
+def test_unknown_key_is_refused_also_where_it_is_appended(override: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError)) as caught:
+        typed_config("defense=paper", f"+{override}")
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("label", ["attacks.pgd_8.epss", "defenses.paper.tauu"])
+def test_unknown_key_of_a_matrix_is_named_as_on_the_command_line(label: str) -> None:
+    group, name, _ = label.split(".")
+    with pytest.raises(TypeError, match=rf"`{label}` is unknown \(did you mean '{group}\.{name}\.\w+'\?\)"):
+        typed_matrix(f"+{label}=1")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [
+        ("defense.taau=0.5", "`defense.taau` is unknown (did you mean 'defense.tau'?)"),
+        ("defence=paper", "`defence` is unknown (did you mean 'defense'?)"),
+        ("defense=papr", "`defense=papr` is unknown (did you mean 'defense=paper'?)"),
+        ("trainer.devices=2", "`trainer.devices` is set by dipguard itself"),
+        ("attack.epss=3", "`attack.epss` is unknown (did you mean 'attack.eps_255'?)"),
+        ("zzz=3", None),
+    ],
+)
+def test_hydras_own_refusal_is_explained(override: str, hint: str | None) -> None:
+    with pytest.raises(HydraException) as caught:
+        compose_config("defense=paper", override)
+    assert explain(caught.value) == hint
+
+
+def test_other_errors_are_not_explained() -> None:
+    assert explain(None) is None
+    assert explain(ValueError("x")) is None
+
+
+@pytest.mark.parametrize(
     ("override", "allowed"),
     [
-        ("fit.z=normal", ["uniform", "gaussian"]),
-        ("fit.init=zeros", ["xavier", "default"]),
-        ("fit.padding=same", ["zeros", "reflect"]),
-        ("fit.dtype=float16", ["float32", "float64"]),
-        ("defense.scores=softmax", ["logits", "probabilities"]),
-        ("defense.rule=equal", ["at_least", "above"]),
-        ("defense.t0_unit=epochs", ["steps", "samples"]),
-        ("defense.divide_by=N", ["found", "K"]),
-        ("trainer.accelerator=abacus", ["auto", "cpu", "gpu"]),
         ("logger=mlflow", ["csv", "tensorboard", "wandb", "none"]),
         ("data=mnist", list(DATASETS)),
         ("victim=vgg", list(VICTIMS)),
         ("attack=deepfool", list(ATTACKS)),
-        ("network=huge", list(PRESETS)),
-        ("defense=none", ["paper", "dipguard"]),
+        ("defense=dipguard", list(DEFENSES)),
     ],
 )
 def test_bad_choice_is_refused_with_the_allowed_ones(override: str, allowed: list[str]) -> None:
@@ -135,98 +176,172 @@ def test_bad_choice_is_refused_with_the_allowed_ones(override: str, allowed: lis
 
 
 @pytest.mark.parametrize(
-    "override", ["defense.T=many", "defense.tau=high", "data.limit=1.5", "seed=x", "defense.keep_samples=perhaps"]
-)
-def test_value_of_the_wrong_kind_is_refused(override: str) -> None:
-    with pytest.raises(ConfigCompositionException, match=override.split("=")[0].replace(".", r"\.")):
-        compose_config(override)
-
-
-@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("seed=-1", "`seed` must be from 0"),
-        ("data.limit=0", "`data.limit` must be at least 1, got 0"),
-        ("data.offset=-1", "`data.offset` must be at least 0"),
-        ("data.size=0", "`data.size` must be at least 1"),
-        ("data.label_base=2", "`data.label_base` must be from 0 to 1"),
-        ("attack.eps_255=300", "`attack.eps_255` must be from 0 to 255"),
-        ("attack.eps_255=0", "`attack.eps_255` must be above 0"),
-        ("attack.batch_size=0", "`attack.batch_size` must be at least 1"),
-        ("defense.T=0", "`defense.T` must be from 1 to"),
-        ("defense.T=199", "`defense.T` must be at least `defense.decisions`, got T=199 and decisions=200"),
-        ("defense.decisions=1", "`defense.decisions` must be at least 2"),
-        ("defense.every=0", "`defense.every` must be from 1 to 500"),
-        ("defense.tau=1.5", "`defense.tau` must be from 0 to 1, got 1.5"),
-        ("defense.tau=-0.1", "`defense.tau` must be from 0 to 1"),
-        ("defense.tau=nan", "`defense.tau` must be from 0 to 1"),
-        ("defense.t0=-1", "`defense.t0` must be at least 0"),
-        ("defense.K=0", "`defense.K` must be at least 1, got 0"),
-        ("defense.K_max=5", "`defense.K` must be at most `defense.K_max`=5, got 15"),
-        ("defense.beta=-0.5", "`defense.beta` must be finite and at least 0, got -0.5"),
-        ("defense.N=0", "`defense.N` must be at least 1"),
-        ("fit.stack_size=0", "`fit.stack_size` must be at least 1"),
-        ("fit.patience=0", "`fit.patience` must be at least 1, got 0"),
-        ("fit.lr=0", "`fit.lr` must be above 0"),
-        ("fit.lr=inf", "`fit.lr` must be finite"),
-        ("fit.z_scale=0", "`fit.z_scale` must be above 0"),
-        ("fit.jitter=-1", "`fit.jitter` must be finite and at least 0"),
-        ("report.figures=-1", "`report.figures` must be at least 0"),
+        ("seed=x", "`seed` must be an integer, got 'x'"),
+        ("figures=-1", "`figures` must be at least 0"),
+        ("chunk=0", "`chunk` must be at least 1"),
+        ("processes=0", "`processes` must be at least 1"),
+        ("store_T=[0]", "`store_T` must be at least 1"),
+        ("eps_255=300", "`eps_255` must be from 0 to 255"),
+        ("rebuild=perhaps", "`rebuild` must be true or false, got 'perhaps'"),
+        ("keep_traces=1", "`keep_traces` must be true or false, got 1"),
+        ("logger.name=mlflow", "`logger.name` must be one of none, csv, tensorboard, wandb, got 'mlflow'"),
+        ("data.name=mnist", "`data.name` must be one of digits"),
+        ("defense.name=papr", "got 'papr' (did you mean 'paper'?)"),
+        ("~victim", "`victim` must hold keys and values, got None"),
+        ("~data", "`data` must hold keys and values, got None"),
+        ("~figures", "the config lacks `figures`"),
     ],
 )
-def test_value_out_of_range_is_refused(override: str, message: str) -> None:
+def test_value_that_is_not_possible_is_refused(override: str, message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
-        validate(typed_config("defense=paper", override))
+        typed_config("defense=paper", *override.split())
     assert message in str(caught.value)
 
 
+def test_trainer_and_callbacks_take_what_lightning_takes() -> None:
+    config = typed_config(
+        "+trainer.precision=bf16-mixed",
+        "+trainer.profiler._target_=pytorch_lightning.profilers.SimpleProfiler",
+        "+callbacks.stop._target_=pytorch_lightning.callbacks.EarlyStopping",
+        "+callbacks.stop.monitor=fit/quality",
+    )
+    assert config.trainer["precision"] == "bf16-mixed"
+    assert config.callbacks["stop"]["monitor"] == "fit/quality"
+
+
+def test_an_attack_has_keys_of_a_suite() -> None:
+    config = typed_matrix("+attacks.pgd_8.limit=2", "+attacks.pgd_8.only=[jpeg]", "+attacks.pgd_8.number=1")
+    assert config.attacks["pgd_8"]["limit"] == 2
+
+
 @pytest.mark.parametrize(
-    ("defense", "override", "message"),
+    ("options", "message"),
     [
-        ("dipguard", "defense.T=1", "`defense.T` must be from 2 to"),
-        ("dipguard", "defense.t0=1000", "`defense.t0` must be from 0 to 999"),
-        ("dipguard", "defense.every=701", "`defense.every` must be from 1 to 700"),
-        ("dipguard", "defense.trust=2", "`defense.trust` must be from 0 to 1"),
-        ("dipguard", "defense.beta_step=0", "`defense.beta_step` must be finite and at least 0.001"),
-        ("dipguard", "defense.tau=0.9", "`defense.tau` is a setting of defense=paper, got 0.9"),
-        ("dipguard", "network=large", "`network.name` is a setting of defense=paper, got large"),
-        ("dipguard", "fit.patience=3", "`fit.patience` must be null with defense=dipguard"),
-        ("dipguard", "store=folder", "`store` must be null with defense=dipguard"),
-        ("paper", "defense.trust=1", "`defense.trust` is a setting of defense=dipguard, got 1.0"),
+        ("quality: 10", None),
+        ("qualty: 10", r"`defenses.mine.qualty` is unknown \(did you mean 'defenses.mine.quality'\?\)"),
     ],
 )
-def test_a_setting_of_the_other_defence_is_refused(defense: str, override: str, message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
-        validate(typed_config(f"defense={defense}", override))
+def test_a_class_by_its_import_path(options: str, message: str | None) -> None:
+    override = f"+defenses.mine={{_target_: dipguard.defenses.transforms.JPEG, {options}}}"
+    if message is None:
+        assert typed_matrix(override).defenses["mine"]["quality"] == 10
+    else:
+        with pytest.raises(TypeError, match=message):
+            typed_matrix(override)
 
 
-def test_dipguards_yaml_and_class_have_the_same_defaults() -> None:
-    import torch
-
-    from dipguard.evaluation.settings import build_guard
-
-    config = typed_config("data.mirrors=true")
-    assert str(config.defense.name) == "dipguard"  # train.py's own choice
-    victim = build_victim("digits_cnn")
-    guard = build_guard(config, victim, torch.device("cpu"))
-    assert guard.settings == build_defense("dipguard", victim, seed=config.seed).settings
-    assert not typed_config().defense.mirror  # the digits say so
-
-
-def test_warm_up_past_the_end_warns(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING, "dipguard"):
-        validate(typed_config("defense=paper", "defense.T=40", "defense.decisions=20"))
-    assert "`defense.t0`=50 is past the end of the fit (40 steps)" in caplog.text
+def test_what_another_package_registers_is_an_option_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    points = EntryPoints([EntryPoint("theirs", "dipguard.defenses.transforms:JPEG", "dipguard.defenses")])
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
+    monkeypatch.setattr(ConfigStore.instance(), "repo", {**ConfigStore.instance().repo})
+    names_of.cache_clear()
+    try:
+        config = typed_config("defense=theirs", "defense.quality=20")
+    finally:
+        names_of.cache_clear()
+        monkeypatch.undo()
+        ConfigStore.instance().repo["defense"].pop("theirs.yaml")
+    assert config.defenses["theirs"] == {"name": "theirs", "quality": 20, "subsampling": "4:2:0"}
 
 
-def test_untyped_config_is_refused() -> None:
-    from omegaconf import OmegaConf
+def test_missing_values_are_named() -> None:
+    config = compose_config()
+    OmegaConf.update(config, "victim.weights", "???")
+    with pytest.raises(ValueError, match=r"`victim\.weights`: Missing mandatory value"):
+        from_hydra(config)
 
-    with pytest.raises(TypeError, match="must be composed on train_schema"):
-        from_hydra(OmegaConf.create({"seed": 0}))
+
+def test_a_run_folders_config_can_be_read_again(tmp_path: Path) -> None:
+    given = compose_config("defense=paper", "defense.tau=0.3")
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(given, resolve=True))
+    again = OmegaConf.load(tmp_path / "config.yaml")
+    assert from_hydra(again) == from_hydra(given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
+def test_experiments_compose(name: str) -> None:
+    config = typed_matrix(f"experiment={name}")
+    attacks = config.attacks
+    if name.startswith("table1"):
+        assert len(attacks) == 15
+        sized = {key: node["eps_255"] for key, node in attacks.items() if node.get("eps_255")}
+        assert sized == {f"{attack}_{eps}": eps for attack in ("fgsm", "pgd", "bim", "mifgsm") for eps in (2, 4, 8)}
+        assert len(config.defenses) >= 13
+    elif name == "adaptive":
+        assert set(config.defenses) == {"none", "jpeg", "dipdefend", "mirror"}
+        assert len(attacks) == 1 + 17
+        judged = {key: node["eps_255"] for key, node in attacks.items() if node["name"] != "none"}
+        assert {key for key, eps in judged.items() if eps != 8} == {"large_eps"}
+        assert all(key == "clean" or node.get("number") or node.get("check") for key, node in attacks.items())
+    elif name == "figure4":
+        assert {key: node["eps_255"] for key, node in attacks.items() if key != "clean"} == {
+            f"bpda_{eps}": eps for eps in (2, 4, 8)
+        }
+        assert all(node["budgets"] == [1, 2, 3, 5, 7, 10, 15] for key, node in attacks.items() if key != "clean")
+    else:
+        assert attacks["hopskipjump"]["budgets"] == [200, 1000, 2500]
+        assert attacks["hopskipjump"]["radii_255"] == [0, 2, 4, 8, 12, 16, 20, 25]
 
 
 def test_configs_name_no_place_of_this_machine() -> None:
     texts = [path.read_text() for path in Path(CONF).rglob("*.yaml")]
     assert len(texts) > len(CHOICES)
     assert not any("/home/" in text or "file://" in text for text in texts)
+
+
+def test_every_config_says_what_it_is() -> None:
+    for path in CONF.glob("*/*.yaml"):
+        assert path.read_text().startswith("#") or path.parent.name == "logger", path
+
+
+def modules_after(code: str) -> set[str]:
+    run = subprocess.run(
+        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT,
+    )
+    return set(run.stdout.split())
+
+
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_keys_are_checked_without_torch(program: str) -> None:
+    """So that --help, --cfg job and a mistyped key are answered at once."""
+    code = (
+        f"import {program}\n"
+        "from hydra import compose, initialize_config_dir\n"
+        "from dipguard.config import from_hydra, register\n"
+        "register()\n"
+        f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
+        f"    cfg = compose({program!r}, ['+seeed=1'])\n"
+        "try:\n"
+        "    from_hydra(cfg)\n"
+        "except TypeError as error:\n"
+        "    assert 'seeed' in str(error)\n"
+        "else:\n"
+        "    raise SystemExit(1)\n"
+    )
+    loaded: Any = modules_after(code)
+    assert loaded.isdisjoint({"torch", "pytorch_lightning", "pandas", "matplotlib", "wandb"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_help_and_mistyped_keys_on_the_command_line(program: str) -> None:
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / f"{program}.py"), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    shown = call("--help")
+    assert shown.returncode == 0
+    assert re.search(r"^defense: .*mirror.*paper", shown.stdout, flags=re.MULTILINE)
+    assert "options" not in shown.stdout.split("== Config ==")[0]
+    for override, message in (("defense.taau=1", "did you mean 'defense.tau'?"), ("+bogus=1", "`bogus` is unknown")):
+        refused = call("defense=paper", override)
+        assert refused.returncode == 1
+        assert message in refused.stderr
+        assert "Traceback" not in refused.stderr

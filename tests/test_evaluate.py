@@ -1,4 +1,4 @@
-"""evaluate.py from end to end, as on the command line: real digits, attacks, rows and defence-aware attacks."""
+"""evaluate.py from end to end, as on the command line: real digits, attacks and defences, adaptive attacks too."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from pathlib import Path
 import pytest
 from hydra.errors import CompactHydraException
 
-from dipguard.evaluation.aware import estimate_aware
+from dipguard.cli.programs import evaluate
 from tests.tiny_matrix import TINY, compose_matrix, tiny_evaluation, tiny_matrix
-from tests.tiny_run import CONF, ROOT
+from tests.tiny_run import ROOT
 
 FILES = {"results.csv", "images.csv", "config.yaml", "report.md"} | {
     f"table{n}.{kind}" for n in (1, 2) for kind in ("md", "csv", "tex")
 }
-AWARE = (
-    "+aware@aware.bpda=bpda",
-    "aware.bpda.eps_255=[4,8]",
-    "aware.bpda.budgets=[1,3]",
-    "+aware@aware.hopskipjump=hopskipjump",
-    "aware.hopskipjump.eps_255=[0,8,25]",
-    "aware.hopskipjump.budgets=[40,120]",
-    "aware.hopskipjump.limit=2",
-    "~rows.median",
-    "~rows.dip_fixed",
-    "~rows.dipguard",
-    "~columns.fgsm_8",
-    "~columns.pgd_8",
+ADAPTIVE = (
+    "+attack@attacks.bpda_4=bpda",
+    "+attack@attacks.bpda_8=bpda",
+    "attacks.bpda_4={eps_255:4,steps:3,budgets:[1,3]}",
+    "attacks.bpda_8={eps_255:8,steps:3,budgets:[1,3]}",
+    "+attack@attacks.hopskipjump=hopskipjump",
+    "attacks.hopskipjump={queries:120,budgets:[40,120],radii_255:[0,8,25],init_size:20,init_eval:10}",
+    "+attacks.hopskipjump.limit=2",
+    "~defenses.median",
+    "~defenses.dip_fixed",
+    "~defenses.mirror",
+    "~attacks.fgsm_8",
+    "~attacks.pgd_8",
 )
 
 
@@ -41,15 +41,20 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def points(folder: Path) -> list[dict[str, str]]:
-    with (folder / "curves.csv").open(newline="") as file:
+def rows(folder: Path) -> list[dict[str, str]]:
+    with (folder / "results.csv").open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def entries(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in (folder / "store" / "cells").rglob("*.npz")}
 
 
 def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.is_file()}
-    assert FILES <= names
-    assert {f"figure9_{column}.png" for column in ("clean", "fgsm_8", "pgd_8")} <= names
+    assert names >= FILES
+    assert {f"figure9_{attack}.png" for attack in ("clean", "fgsm_8", "pgd_8")} <= names
+    assert len(rows(finished)) == 3 * 6
     text = (finished / "report.md").read_text()
     assert "PGD 8" in text
     assert "figure9_pgd_8.png" in text
@@ -57,12 +62,12 @@ def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
 
 def test_tables_are_made_again_from_what_is_stored_alone(finished: Path) -> None:
     before = {name: (finished / name).read_bytes() for name in FILES - {"config.yaml"}}
-    stored = {path: path.stat().st_mtime_ns for path in (finished / "cells").rglob("*.npz")}
+    stored = entries(finished)
     for name in before:
         (finished / name).unlink()
     tiny_evaluation(finished, "rebuild=true")
     assert {name: (finished / name).read_bytes() for name in before} == before
-    assert {path: path.stat().st_mtime_ns for path in (finished / "cells").rglob("*.npz")} == stored
+    assert entries(finished) == stored
 
 
 def test_a_rebuild_of_nothing_says_so(tmp_path: Path) -> None:
@@ -70,75 +75,74 @@ def test_a_rebuild_of_nothing_says_so(tmp_path: Path) -> None:
     assert "No cell is finished yet" in (tmp_path / "report.md").read_text()
 
 
+def test_one_defence_instead_of_all(tmp_path: Path) -> None:
+    short = [override for override in TINY if not override.startswith("defenses.")]
+    evaluate(compose_matrix(*short, "defense=jpeg", "defense.quality=30", "~attacks.fgsm_8"), tmp_path)
+    assert [(row["attack"], row["defense"]) for row in rows(tmp_path)] == [("clean", "jpeg"), ("pgd_8", "jpeg")]
+
+
 @pytest.mark.slow
-def test_defence_aware_curves(tmp_path: Path) -> None:
-    costs = estimate_aware(tiny_matrix(tmp_path, *AWARE))
-    assert set(costs) == {f"{a} x {r}" for a in ("bpda", "hopskipjump") for r in ("none", "jpeg", "paper")}
-    assert costs["bpda x paper"].dip_steps == 2 * 3 * 5 * 20  # two eps, three steps, five images, T
-    assert costs["hopskipjump x none"].victim_queries == 2 * 120
-    tiny_evaluation(tmp_path, *AWARE)
-    made = points(tmp_path)
+def test_adaptive_curves(tmp_path: Path) -> None:
+    cells = [cell for cell in tiny_matrix(tmp_path, *ADAPTIVE).cells if cell.adaptive]
+    costs = {cell.place: cell.cost for cell in cells}
+    assert set(costs) == {
+        (attack, defense)
+        for attack in ("bpda_4", "bpda_8", "hopskipjump")
+        for defense in ("none", "jpeg", "paper")
+    }  # fmt: skip
+    assert costs["bpda_4", "paper"].dip_steps == 3 * 5 * 20  # three steps, five images, T
+    assert costs["hopskipjump", "none"].victim_queries == 2 * 120
+    tiny_evaluation(tmp_path, *ADAPTIVE)
+    made = [row for row in rows(tmp_path) if row["attack"] != "clean"]
     assert len(made) == 3 * (2 * 2 + 2 * 3)
     for point in made:
-        cost = costs[f"{point['attack']} x {point['row']}"]
+        cost = costs[point["attack"], point["defense"]]
         assert 0 < int(point["purifications"]) <= cost.purifications
-        assert int(point["dip_steps"]) == int(point["purifications"]) * (20 if point["row"] == "paper" else 0)
+        assert int(point["dip_steps"]) == int(point["purifications"]) * (20 if point["defense"] == "paper" else 0)
         assert int(point["correct"]) <= int(point["n"]) == (2 if point["attack"] == "hopskipjump" else 5)
-    walks = [p for p in made if p["attack"] == "hopskipjump" and p["row"] == "none"]
-    for budget in ("40", "120"):
-        by_eps = [int(p["correct"]) for p in walks if p["budget"] == budget]
+    walks = [row for row in made if row["attack"] == "hopskipjump" and row["defense"] == "none"]
+    for budget in (40, 120):
+        by_eps = [int(row["correct"]) for row in walks if float(row["budget"]) == budget]
+        assert len(by_eps) == 3
         assert by_eps == sorted(by_eps, reverse=True)
     assert {"figure4_bpda.png", "figure5_hopskipjump.png"} <= {path.name for path in tmp_path.iterdir()}
-    cells = {path: path.stat().st_mtime_ns for path in (tmp_path / "curves").rglob("*.json")}
-    tiny_evaluation(tmp_path, *AWARE)
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "curves").rglob("*.json")} == cells
+    before = entries(tmp_path)
+    tiny_evaluation(tmp_path, *ADAPTIVE)
+    assert entries(tmp_path) == before
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["rows.jpeg.options.quality=0"], "rows.jpeg.options.quality"),
-        (["+aware@aware.a=bpda", "+aware@aware.b=bpda"], "`aware` must name each attack once"),
-        (["+aware@aware.bpda=bpda", "aware.bpda.budgets=[0]"], "`aware.bpda.budgets` must be at least 1"),
-        (["+aware@aware.bpda=bpda", "aware.bpda.attack=pgd"], "`aware.bpda.attack` must be one of"),
-        (["data=arrays"], "data.path"),
+        (["defenses.jpeg.quality=0"], "`defenses.jpeg.quality`"),
+        (["+defenses.jpeg.qualty=5"], "`defenses.jpeg.qualty` is unknown"),
+        (["attacks.pgd_8.steps=0"], "`attacks.pgd_8.steps` must be at least 1"),
+        (["+attack@attacks.bpda=bpda", "attacks.bpda.budgets=[0]"], "`attacks.bpda.budgets` must be"),
+        (["+attacks.pgd_8.only=[nothing]"], "`attacks.pgd_8.only` must be one of"),
+        (["+attacks.pgd_8.check=x"], "`attacks.pgd_8.check` must be one of"),
+        (["attacks=null"], "`attacks` must hold keys and values, got None"),
+        (["data=arrays"], "`data.path`"),
     ],
 )
 def test_bad_settings_end_before_anything_runs(tmp_path: Path, overrides: list[str], message: str) -> None:
-    with pytest.raises(CompactHydraException, match=message):
+    with pytest.raises(CompactHydraException) as caught:
         tiny_evaluation(tmp_path / "run", *overrides)
+    assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in (CONF / "experiment").glob("*.yaml")))
-def test_experiments_compose(name: str) -> None:
-    given = ["data.labels_csv=labels.csv"] if "imagenet" in name else []
-    config = compose_matrix(f"experiment={name}", *given)
-    if name.startswith("table1"):
-        assert len(config.columns) == 15
-        assert {key: value.eps_255 for key, value in config.columns.items() if value.eps_255} == {
-            f"{attack}_{eps}": eps for attack in ("fgsm", "pgd", "bim", "mifgsm") for eps in (2, 4, 8)
-        }
-        assert len(config.rows) >= 13
-    elif name == "adaptive":
-        assert (list(config.columns), set(config.rows)) == (["clean"], {"none", "jpeg", "dipdefend", "dipguard"})
-        assert len(config.ladder) == 17
-    else:
-        assert len(config.aware) == 1
 
 
 @pytest.mark.slow
 def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "evaluate.py"), f"hydra.run.dir={tmp_path}", *TINY, "~columns.fgsm_8"]
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"hydra.run.dir={tmp_path}", *TINY, "~attacks.fgsm_8"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     first = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (done := sorted((tmp_path / "cells").rglob("*.npz"))) and first.poll() is None:
+    while not (done := entries(tmp_path)) and first.poll() is None:
         pass
     first.kill()
     first.wait()
-    times = {path: path.stat().st_mtime_ns for path in done if path.is_file()}
+    times = {path: time for path, time in done.items() if path.is_file()}
     assert times
     subprocess.run(command, env=environment, check=True, capture_output=True)
-    assert len(list((tmp_path / "cells").glob("*/*.npz"))) == 12  # six rows, two columns
-    kept = [path for path in times if path.is_file()]
-    assert all(path.stat().st_mtime_ns == times[path] for path in kept)
+    assert [row["status"] for row in rows(tmp_path)] == ["done"] * 12  # six defences, two attacks
+    after = entries(tmp_path)
+    assert {path: after[path] for path in times} == times

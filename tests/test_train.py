@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -18,9 +19,22 @@ import torch
 from hydra.errors import CompactHydraException
 from omegaconf import OmegaConf
 
+from dipguard.cli.programs import train
 from dipguard.data import load_data
 from dipguard.decision import DecisionTrace
-from tests.tiny_run import ROOT, TINY, tiny_run
+from dipguard.defenses import build_defense
+from dipguard.evaluation import prepare
+from dipguard.evaluation.metrics import decide
+from dipguard.victims import build_victim
+from tests.tiny_run import ROOT, TINY, compose_config, tiny_run, typed_config
+
+MIRROR = ("defense=mirror", "defense.T=20", "defense.t0=5", "defense.every=5", "data.limit=3", "attack.steps=2")
+"""Overrides of a short run with the default defence; those of the paper's are left out."""
+
+
+def tiny_mirror(folder: Path, *overrides: str) -> dict[str, Any]:
+    kept = [override for override in TINY if not override.startswith(("defense", "data.limit"))]
+    return train(compose_config(*kept, *MIRROR, *overrides), folder)
 
 
 def command(folder: Path, *overrides: str) -> list[str]:
@@ -36,8 +50,21 @@ def rows(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def written(folder: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in sorted((folder / "traces").iterdir())}
+def traces(folder: Path) -> list[Path]:
+    return sorted((folder / "traces").rglob("*.safetensors"))
+
+
+def times(paths: list[Path]) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in paths}
+
+
+def entries(folder: Path, layer: str) -> list[Path]:
+    return sorted((folder / "store" / layer).rglob("*.npz"))
+
+
+def given_images(folder: Path, *overrides: str) -> torch.Tensor:
+    """The attacked images that a finished run has stored."""
+    return prepare(typed_config(*TINY, *overrides), folder).attacked("pgd", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -54,21 +81,26 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_run_folder_holds_what_is_promised(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {"n", "accuracy", "ssim", "crossings", "seconds", "images_per_second", "settings"}
+    assert set(metrics) == {"n", "accuracy", "ssim", "used", "seconds", "images_per_second", "settings"}
     assert set(metrics["accuracy"]) == {"clean", "undefended", "defended"}
     assert set(metrics["ssim"]) == {"given", "defended"}
     assert set(metrics["seconds"]) == {"attack", "start", "fit", "decide"}
-    assert metrics["settings"]["defense"]["T"] == 40
+    assert metrics["settings"]["defenses"]["paper"]["T"] == 40
     table = rows(folder)
     assert list(table[0]) == [
+        "attack",
+        "defense",
+        "eps_255",
+        "budget",
         "index",
         "label",
         "decision_clean",
         "decision_given",
         "decision_defended",
         "ssim_given",
-        "ssim_defended",
-        "crossings_used",
+        "ssim",
+        "psnr",
+        "used",
         "why",
     ]
     assert [row["index"] for row in table] == ["0", "1", "2", "3"]
@@ -76,7 +108,7 @@ def test_run_folder_holds_what_is_promised(finished: tuple[Path, dict[str, Any]]
     with np.load(folder / "reconstructions.npz") as saved:
         assert (saved["images"].shape, saved["images"].dtype) == ((4, 3, 32, 32), np.dtype("float32"))
         assert saved["indices"].tolist() == [0, 1, 2, 3]
-    assert [DecisionTrace.load(path).index for path in sorted((folder / "traces").iterdir())] == [0, 1, 2, 3]
+    assert [DecisionTrace.load(path).index for path in traces(folder)] == [0, 1, 2, 3]
     assert {path.name for path in (folder / "figures").iterdir()} == {"panel.png", "trace_000000.png"}
     assert OmegaConf.load(folder / "config.yaml").defense.tau == 0.2
     assert "figures/panel.png" in (folder / "report.md").read_text()
@@ -88,18 +120,17 @@ def test_metrics_are_those_of_the_table(finished: tuple[Path, dict[str, Any]]) -
     for name, column in (("clean", "clean"), ("undefended", "given"), ("defended", "defended")):
         right = [row[f"decision_{column}"] == row["label"] for row in table]
         assert metrics["accuracy"][name] == sum(right) / len(right)
-    assert metrics["crossings"] == sum(int(row["crossings_used"]) for row in table) / len(table)
+    assert metrics["used"] == sum(int(row["used"]) for row in table) / len(table)
     assert metrics["ssim"]["given"] == pytest.approx(np.mean([float(row["ssim_given"]) for row in table]), abs=1e-6)
-    assert all((row["why"] == "crossings") == (int(row["crossings_used"]) > 0) for row in table)
-    assert metrics["crossings"] > 0, "no crossing counted: this run shows nothing of the stitching"
+    assert all((row["why"] == "crossings") == (int(row["used"]) > 0) for row in table)
+    assert metrics["used"] > 0, "no crossing counted: this run shows nothing of the stitching"
 
 
 def test_attack_fools_the_victim_within_its_bound(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
     clean = load_data("digits", limit=4)
-    with np.load(folder / "given.npz") as saved:
-        change = np.abs(saved["images"] - clean.images.numpy()).max()
-    assert change == pytest.approx(8 / 255, abs=1e-5)
+    change = (given_images(folder) - clean.images).abs().max()
+    assert float(change) == pytest.approx(8 / 255, abs=1e-5)
     assert metrics["accuracy"]["undefended"] < metrics["accuracy"]["clean"]
 
 
@@ -109,47 +140,46 @@ def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 ) -> None:
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    fits = folder / "fits.json"
-    end = time.monotonic() + 120
-    while not fits.exists() and process.poll() is None and time.monotonic() < end:
+    end = time.monotonic() + 600
+    while not entries(folder, "cells") and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     text = process.communicate()[0].decode()
-    assert fits.exists(), text
-    done = json.loads(fits.read_text())
-    assert sorted(done) == ["0", "1"], f"the kill came too late: {text}"
-    before = written(folder)
+    (first,) = entries(folder, "cells")  # the first chunk of two, or else the kill came too late
+    assert [path.stem for path in traces(folder)][:2] == ["000000", "000001"], text
+    before, made = times(traces(folder)[:2]), first.stat().st_mtime_ns
 
     torch.set_num_threads(1)
     metrics = tiny_run(folder)
 
-    after = written(folder)
+    after = times(traces(folder))
     assert list(after) == [f"{i:06d}.safetensors" for i in range(4)]
-    assert all(after[f"{i:06d}.safetensors"] == before[f"{i:06d}.safetensors"] for i in (0, 1))
-    for name in after:
-        assert DecisionTrace.load(folder / "traces" / name).equals(DecisionTrace.load(finished[0] / "traces" / name))
+    assert {name: after[name] for name in before} == before
+    for mine, theirs in zip(traces(folder), traces(finished[0]), strict=True):
+        assert DecisionTrace.load(mine).equals(DecisionTrace.load(theirs))
     assert (folder / "images.csv").read_bytes() == (finished[0] / "images.csv").read_bytes()
     with np.load(folder / "reconstructions.npz") as mine, np.load(finished[0] / "reconstructions.npz") as theirs:
         assert np.array_equal(mine["images"], theirs["images"])
     assert metrics["accuracy"] == finished[1]["accuracy"]
-    first = sum(done[index]["fit"] for index in done)
-    assert metrics["seconds"]["fit"] > first, "the seconds of the first session must count"
+    assert made == first.stat().st_mtime_ns or first.is_file(), "the chunk of the first session must be used"
 
 
 def test_finished_run_does_nothing_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    metrics = tiny_run(folder, "data.limit=2", "report.figures=0")
-    traces, given = written(folder), (folder / "given.npz").stat().st_mtime_ns
-    assert tiny_run(folder, "data.limit=2", "report.figures=0") == metrics
-    assert (written(folder), (folder / "given.npz").stat().st_mtime_ns) == (traces, given)
+    metrics = tiny_run(folder, "data.limit=2", "figures=0")
+    made = {path: path.read_bytes() for path in folder.rglob("*.npz")}
+    before = times(traces(folder))
+    assert tiny_run(folder, "data.limit=2", "figures=0") == metrics
+    assert times(traces(folder)) == before
+    assert {path: path.read_bytes() for path in folder.rglob("*.npz")} == made
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
 def test_damaged_trace_is_fitted_again(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "run"
-    overrides = ("data.limit=2", "fit.stack_size=1", "report.figures=0")
+    overrides = ("data.limit=2", "chunk=1", "figures=0")
     tiny_run(folder, *overrides)
-    path = folder / "traces" / "000001.safetensors"
+    kept, path = traces(folder)
     content = path.read_bytes()
     whole = DecisionTrace.load(path)
     # A new file, since `whole` is mapped from the old one.
@@ -158,60 +188,85 @@ def test_damaged_trace_is_fitted_again(tmp_path: Path, damage: str) -> None:
         path.write_bytes(content[: len(content) // 2])
     elif damage == "flipped":
         path.write_bytes(content[:-5] + bytes([content[-5] ^ 0x40]) + content[-4:])
-    before = written(folder)
+    before = times([kept])
     tiny_run(folder, *overrides)
-    after = written(folder)
-    assert after["000000.safetensors"] == before["000000.safetensors"]
+    assert times([kept]) == before
     assert DecisionTrace.load(path).equals(whole)
 
 
 def test_damaged_attack_is_made_again(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    overrides = ("data.limit=1", "report.figures=0")
+    overrides = ("data.limit=1", "figures=0")
     tiny_run(folder, *overrides)
-    path, traces = folder / "given.npz", written(folder)
-    with np.load(path) as saved:
-        images = saved["images"]
+    images, before = given_images(folder, *overrides), times(traces(folder))
+    (path,) = entries(folder, "attacks")
     path.write_bytes(path.read_bytes()[:1000])
     tiny_run(folder, *overrides)
-    with np.load(path) as saved:
-        assert np.array_equal(saved["images"], images)
-    assert written(folder) == traces, "the attack is seeded: the traces still belong to its images"
+    assert torch.equal(given_images(folder, *overrides), images)
+    assert times(traces(folder)) == before, "the attack is seeded: the traces still belong to its images"
 
 
-@pytest.mark.parametrize(
-    ("override", "named"),
-    [
-        ("defense.tau=0.5", "defense.tau: 0.2 there, 0.5 now"),
-        ("seed=1", "seed: 0 there, 1 now"),
-        ("attack=fgsm", "attack.name: pgd there, fgsm now"),
-        ("data.offset=1", "data.content"),
-        ("victim.options.seed=1", "victim.content"),
-    ],
-)
-def test_other_settings_in_the_same_folder_are_refused(
-    finished: tuple[Path, dict[str, Any]], override: str, named: str
-) -> None:
-    before = written(finished[0])
-    with pytest.raises(CompactHydraException, match="holds a run with other settings") as caught:
-        tiny_run(finished[0], override)
-    assert named in str(caught.value)
-    assert written(finished[0]) == before
+@pytest.mark.parametrize("override", ["defense.tau=0.5", "seed=1", "attack=fgsm", "victim.seed=1"])
+def test_other_settings_in_the_same_folder_are_run_and_the_earlier_ones_are_kept(tmp_path: Path, override: str) -> None:
+    folder, overrides = tmp_path / "run", ("data.limit=1", "figures=0")
+    metrics = tiny_run(folder, *overrides)
+    before = entries(folder, "cells")
+    other = tiny_run(folder, *overrides, override)
+    assert len(entries(folder, "cells")) == 2 * len(before)
+    assert other["settings"] != metrics["settings"]
+    assert other["settings"] == json.loads((folder / "metrics.json").read_text())["settings"]
+    again = tiny_run(folder, *overrides)
+    assert again == metrics
+    assert len(entries(folder, "cells")) == 2 * len(before)
 
 
 def test_settings_that_no_result_depends_on_may_change(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    metrics = tiny_run(folder, "data.limit=1", "report.figures=0")
-    again = tiny_run(folder, "data.limit=1", "report.figures=1", "fit.stack_size=7", "logger=csv")
+    metrics = tiny_run(folder, "data.limit=1", "figures=1", "keep_traces=false")
+    made = entries(folder, "cells")
+    again = tiny_run(folder, "data.limit=1", "figures=1", "keep_traces=false", "chunk=7", "logger=csv")
     assert again["accuracy"] == metrics["accuracy"]
+    assert entries(folder, "cells") == made
     assert (folder / "figures" / "trace_000000.png").exists()
 
 
 @pytest.mark.parametrize("attack", ["none", "fgsm", "cw"])
 def test_other_attacks(tmp_path: Path, attack: str) -> None:
-    metrics = tiny_run(tmp_path / "run", f"attack={attack}", "data.limit=2", "report.figures=0")
-    assert metrics["settings"]["attack"]["settings"]["name"] == attack
+    metrics = tiny_run(tmp_path / "run", f"attack={attack}", "data.limit=2", "figures=0")
+    assert list(metrics["settings"]["attacks"]) == [attack]
     assert (metrics["ssim"]["given"] == pytest.approx(1)) == (attack == "none")
+
+
+@pytest.mark.parametrize("defense", ["none", "jpeg", "dip_fixed"])
+def test_every_defence_can_be_had(tmp_path: Path, defense: str) -> None:
+    short = ("defense.T=20", "defense.step=7") if defense == "dip_fixed" else ()
+    kept = [override for override in TINY if not override.startswith("defense")]
+    metrics = train(compose_config(*kept, f"defense={defense}", *short, "data.limit=2"), tmp_path / "run")
+    assert metrics["settings"]["defense"]["name"] == defense
+    assert (tmp_path / "run" / "figures" / "panel.png").is_file()
+    assert {row["defense"] for row in rows(tmp_path / "run")} == {defense}
+
+
+def test_an_adaptive_attack_is_an_attack(tmp_path: Path) -> None:
+    overrides = ("attack=bpda", "attack.steps=1", "data.limit=1", "figures=0", "defense.T=10", "defense.decisions=5")
+    metrics = tiny_run(tmp_path / "run", *overrides)
+    assert list(metrics["settings"]["attacks"]) == ["bpda"]
+    with (tmp_path / "run" / "results.csv").open(newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert int(row["purifications"]) > 0
+    assert int(row["dip_steps"]) == 10 * int(row["purifications"])
+
+
+def test_more_decisions_than_steps_means_every_step(tmp_path: Path) -> None:
+    tiny_run(tmp_path / "run", "defense.decisions=200", "data.limit=1")
+    (trace,) = traces(tmp_path / "run")
+    assert DecisionTrace.load(trace).steps.tolist() == list(range(40))
+
+
+def test_train_has_one_attack_and_one_defence(tmp_path: Path) -> None:
+    with pytest.raises(CompactHydraException, match=r"train.py has one `defense`, and no `defenses`"):
+        tiny_run(tmp_path / "run", "+defense@defenses.jpeg=jpeg")
+    assert not (tmp_path / "run").exists()
 
 
 def digits_file(path: Path, **changes: Any) -> Path:
@@ -223,7 +278,7 @@ def digits_file(path: Path, **changes: Any) -> Path:
 
 def test_own_arrays(tmp_path: Path) -> None:
     path = digits_file(tmp_path / "own.npz")
-    metrics = tiny_run(tmp_path / "run", "data=arrays", f"data.path={path}", "data.limit=2", "report.figures=0")
+    metrics = tiny_run(tmp_path / "run", "data=arrays", f"data.path={path}", "data.limit=2", "figures=0")
     assert metrics["n"] == 2
 
 
@@ -240,7 +295,7 @@ def test_own_pictures(tmp_path: Path) -> None:
     columns = ("data.image_column=file", "data.label_column=class", "data.label_base=1")
     csv_file = f"data.labels_csv={tmp_path / 'labels.csv'}"
     overrides = ("data=image_folder", f"data.path={tmp_path}", csv_file, *columns, "data.size=32", "data.limit=2")
-    tiny_run(tmp_path / "run", *overrides, "report.figures=0")
+    tiny_run(tmp_path / "run", *overrides, "figures=0")
     assert [row["label"] for row in rows(tmp_path / "run")] == [str(label) for label in labels[:2]]
 
 
@@ -280,15 +335,52 @@ def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, case: str
         (["data=image_folder"], "`data.path` must name a folder"),
         (["data=image_folder", "data.path=nowhere"], "`data.path` must name an existing folder"),
         (["data.path=x"], "`data.path` must be empty for the data set 'digits'"),
+        (["data.limit=0"], "`data.limit` must be at least 1, got 0"),
+        (["data.limit=1.5"], "`data.limit` must be an integer, got 1.5"),
+        (["data.offset=-1"], "`data.offset` must be at least 0"),
         (["data.offset=599"], "`data.offset` must be below the number of images, 599, got 599"),
-        (["data.labels_csv=x.csv"], "takes no option 'labels_csv'"),
+        (["data.size=0"], "`data.size` must be at least 1"),
+        (["data=image_folder", "data.path=.", "data.label_base=2"], "`data.label_base` must be from 0 to 1"),
+        (["+data.labels_csv=x.csv"], "`data.labels_csv` is unknown"),
         (["victim.weights=nowhere.pt"], "nowhere.pt"),
         (["victim=cifar10_resnet50"], "weights"),
-        (["attack.options.steps=0"], "`attack.options.steps` must be at least 1"),
-        (["attack=cw", "attack.eps_255=8"], "takes no option 'eps_255'"),
-        (["defense.K=0"], "`defense.K` must be at least 1"),
-        (["defense.T=10"], "`defense.T` must be at least `defense.decisions`"),
-        (["network=imagenet"], "`images` must be at least"),
+        (["attack.steps=0"], "`attack.steps` must be at least 1"),
+        (["attack.eps_255=300"], "`attack.eps_255` must be"),
+        (["attack.eps_255=0"], "`attack.eps_255` must be"),
+        (["attack.batch_size=0"], "`attack.batch_size` must be at least 1"),
+        (["attack=cw", "+attack.eps_255=8"], "`attack.eps_255` is unknown"),
+        (["defense.T=0"], "`defense.T` must be from 1 to"),
+        (["defense.T=many"], "`defense.T` must be an integer, got 'many'"),
+        (["defense.decisions=1"], "`defense.decisions` must be at least 2"),
+        (["defense.every=0"], "`defense.every` must be from 1 to 20"),
+        (["defense.tau=1.5"], "`defense.tau` must be from 0 to 1, got 1.5"),
+        (["defense.tau=-0.1"], "`defense.tau` must be from 0 to 1"),
+        (["defense.tau=.nan"], "`defense.tau` must be from 0 to 1"),
+        (["defense.tau=high"], "`defense.tau` must be a number, got 'high'"),
+        (["defense.t0=-1"], "`defense.t0` must be at least 0"),
+        (["defense.K=0"], "`defense.K` must be at least 1, got 0"),
+        (["defense.K_max=5"], "`defense.K` must be at most `defense.K_max`=5, got 15"),
+        (["defense.beta=-0.5"], "`defense.beta` must be finite and at least 0, got -0.5"),
+        (["defense.N=0"], "`defense.N` must be at least 1"),
+        (["defense.keep_samples=perhaps"], "`defense.keep_samples` must be"),
+        (["defense.stack_size=0"], "`defense.stack_size` must be at least 1"),
+        (["defense.lr=0"], "`defense.lr` must be above 0"),
+        (["defense.lr=.inf"], "`defense.lr` must be finite"),
+        (["defense.z_scale=0"], "`defense.z_scale` must be above 0"),
+        (["defense.jitter=-1"], "`defense.jitter` must be finite and at least 0"),
+        (["defense.z=normal"], "`defense.z` must be one of uniform, gaussian"),
+        (["defense.init=zeros"], "`defense.init` must be one of"),
+        (["defense.padding=same"], "`defense.padding` must be one of"),
+        (["defense.dtype=float16"], "`defense.dtype` must be one of"),
+        (["defense.scores=softmax"], "`defense.scores` must be one of logits, probabilities"),
+        (["defense.rule=equal"], "`defense.rule` must be one of at_least, above"),
+        (["defense.t0_unit=epochs"], "`defense.t0_unit` must be one of steps, samples"),
+        (["defense.divide_by=N"], "`defense.divide_by` must be one of found, K"),
+        (["defense.network=huge"], "`defense.network` must be one of cifar10, imagenet"),
+        (["defense.network=imagenet"], "`images` must be at least"),
+        (["trainer.accelerator=abacus"], "`trainer.accelerator` must be one of auto, cpu, gpu"),
+        (["+trainer.precision=3"], "precision"),
+        (["+callbacks.one._target_=nowhere.Callback"], "nowhere"),
     ],
 )
 def test_bad_setting_is_refused_before_anything_runs(tmp_path: Path, overrides: list[str], message: str) -> None:
@@ -296,6 +388,37 @@ def test_bad_setting_is_refused_before_anything_runs(tmp_path: Path, overrides: 
         tiny_run(tmp_path / "run", *overrides)
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("defense.T=1", "`defense.T` must be from 2 to"),
+        ("defense.t0=1000", "`defense.t0` must be from 0 to 19"),
+        ("defense.every=701", "`defense.every` must be from 1 to 15"),
+        ("defense.own_class_weight=2", "`defense.own_class_weight` must be from 0 to 1"),
+        ("defense.beta_step=0", "`defense.beta_step` must be finite and at least 0.001"),
+        ("+defense.tau=0.9", "`defense.tau` is unknown"),
+    ],
+)
+def test_bad_setting_of_the_default_defence(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(CompactHydraException) as caught:
+        tiny_mirror(tmp_path / "run", override)
+    assert message in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_warm_up_past_the_end_warns(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with caplog.at_level(logging.WARNING, "dipguard"):
+        prepare(typed_config(*TINY, "defense.t0=50"), tmp_path)
+    assert "`t0`=50 is past the end of the fit (40 steps)" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["mirror", "paper"])
+def test_defaults_of_the_config_are_those_of_the_class(name: str, tmp_path: Path) -> None:
+    config = typed_config("data.limit=2", f"defense={name}", "data.mirrors=true")
+    defense = prepare(config, tmp_path).defenses[name]
+    assert defense.settings == build_defense(name, build_victim("digits_cnn")).settings
 
 
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
@@ -313,7 +436,10 @@ def test_gpu_where_there_is_none_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_command_line_refuses_in_one_line_and_says_what_is_allowed(tmp_path: Path) -> None:
-    for override, message in (("defense.tau=2", "`defense.tau` must be from 0 to 1, got 2.0"), ("fit.z=x", "uniform")):
+    for override, message in (
+        ("defense.tau=2", "`defense.tau` must be from 0 to 1, got 2"),
+        ("defense.tauu=x", "did you mean 'defense.tau'?"),
+    ):
         done = subprocess.run(
             command(tmp_path / "run", override), env=environment(), capture_output=True, text=True, check=False
         )
@@ -323,8 +449,60 @@ def test_command_line_refuses_in_one_line_and_says_what_is_allowed(tmp_path: Pat
 
 
 def test_real_images_and_weights(real_data: Path, tmp_path: Path) -> None:
-    overrides = ("data=arrays", f"data.path={real_data / 'cifar10' / 'tune.npz'}", "data.limit=4", "report.figures=0")
+    overrides = ("data=arrays", f"data.path={real_data / 'cifar10' / 'tune.npz'}", "data.limit=4", "figures=0")
     weights = f"victim.weights={real_data / 'weights' / 'resnet20-12fca82f.th'}"
     metrics = tiny_run(tmp_path / "run", *overrides, "victim=cifar10_resnet20", weights)
     assert metrics["accuracy"]["clean"] == 1.0
     assert metrics["accuracy"]["undefended"] == 0.0
+
+
+@pytest.fixture(scope="module")
+def finished_mirror(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("mirror") / "run"
+    return folder, tiny_mirror(folder, "logger=csv")
+
+
+def test_the_default_defence_gives_what_the_class_gives(finished_mirror: tuple[Path, dict[str, Any]]) -> None:
+    folder, metrics = finished_mirror
+    victim = build_victim("digits_cnn", seed=0)
+    kept = [override for override in TINY if not override.startswith(("defense", "data.limit"))]
+    given = prepare(typed_config(*kept, *MIRROR), folder).attacked("pgd", "mirror")
+    defense = build_defense("mirror", victim, T=20, t0=5, every=5, mirror=False, stack_size=2, progress=False)
+    purified = defense.purify(given, indices=torch.arange(3))
+    with np.load(folder / "reconstructions.npz") as saved:
+        assert np.array_equal(saved["images"], purified.numpy())
+    labels = load_data("digits", limit=3).labels
+    assert metrics["accuracy"]["defended"] == float((decide(victim, purified) == labels).double().mean())
+    assert metrics["settings"]["defense"]["name"] == "mirror"
+    assert metrics["settings"]["defense"]["mirror"] is False  # the digits say so
+    assert {row["why"] for row in rows(folder)} <= {"class_scores", "no_sample_of_class"}
+
+
+def test_figures_log_and_page_of_the_default_defence(finished_mirror: tuple[Path, dict[str, Any]]) -> None:
+    folder, _ = finished_mirror
+    assert {path.name for path in (folder / "figures").iterdir()} == {"panel.png", "trace_000000.png"}
+    assert "defence `mirror` (40 DIP steps an image)" in (folder / "report.md").read_text()
+    with next((folder / "logs" / "csv").glob("*/metrics.csv")).open(newline="") as file:
+        lines = [line for line in csv.DictReader(file) if line["fit/quality"]]
+    # Two chunks of two fits of 20 steps each; a window's mean stands at its last step.
+    assert [int(line["step"]) for line in lines] == [9, 14, 19, 29, 34, 39, 49, 54, 59, 69, 74, 79]
+    assert DecisionTrace.load(traces(folder)[0]).steps.tolist() == [9, 14, 19, 29, 34, 39]
+
+
+def test_a_continued_run_fits_only_what_is_missing(tmp_path: Path) -> None:
+    whole = tiny_mirror(tmp_path / "run")
+    paths = traces(tmp_path / "run")
+    before = times(paths)
+    paths[2].unlink()  # the only one of the second chunk
+    again = tiny_mirror(tmp_path / "run")
+    after = times(paths)
+    assert [name for name in before if before[name] != after[name]] == ["000002.safetensors"]
+    assert (again["accuracy"], again["ssim"]) == (whole["accuracy"], whole["ssim"])
+
+
+def test_images_too_small_for_the_networks_are_refused_at_the_door(tmp_path: Path) -> None:
+    path = tmp_path / "own.npz"
+    np.savez(path, images=np.zeros((3, 8, 8, 3), dtype=np.uint8), labels=np.zeros(3, dtype=np.int64))
+    with pytest.raises(CompactHydraException, match="at least 9x9 pixels"):
+        tiny_mirror(tmp_path / "run", "data=arrays", f"data.path={path}")
+    assert not (tmp_path / "run").exists()

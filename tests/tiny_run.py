@@ -8,8 +8,8 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-import train
-from dipguard.config import TrainConfig, from_hydra, register
+from dipguard.cli.programs import train
+from dipguard.config import RunConfig, from_hydra, register
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
@@ -20,27 +20,28 @@ TINY = (
     "defense.decisions=20",
     "defense.t0=4",
     "defense.tau=0.2",
-    "fit.stack_size=2",
-    "report.figures=1",
+    "chunk=2",
+    "figures=1",
+    "keep_traces=true",
     "trainer.accelerator=cpu",
-    "trainer.progress=false",
+    "trainer.enable_progress_bar=false",
     "logger=none",
 )
 """Overrides of a run of seconds. tau is low, so that some crossings count although the fit is so short."""
 
 
-def compose_config(*overrides: str) -> DictConfig:
+def compose_config(*overrides: str, program: str = "train") -> DictConfig:
     """What Hydra makes of these overrides."""
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", overrides=list(overrides))
+        return compose(program, overrides=list(overrides))
 
 
-def typed_config(*overrides: str) -> TrainConfig:
-    """The same as dataclasses."""
+def typed_config(*overrides: str) -> RunConfig:
+    """The same as checked settings."""
     return from_hydra(compose_config(*overrides))
 
 
 def tiny_run(folder: Path, *overrides: str) -> dict[str, Any]:
     """Run train.py's work in this process; return the metrics."""
-    return train.run(compose_config(*TINY, *overrides), folder)
+    return train(compose_config(*TINY, *overrides), folder)

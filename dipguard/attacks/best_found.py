@@ -1,30 +1,52 @@
-"""What an attack has seen so far: the best attacked image of each, and how many are still withstood."""
+"""Attacks that look at many attacked images and return the best one they saw, and the losses that they raise."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from dipguard.attacks.view_losses import margins
+from dipguard.attacks.base import check_levels
+from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
+
+
+def margins(logits: Tensor, labels: Tensor) -> Tensor:
+    """Largest other logit minus that of the true class, above 0 where misclassified: [..., C], int [...] -> [...]."""
+    true = labels.unsqueeze(-1)
+    others = logits.scatter(-1, true, -torch.inf)
+    return others.amax(dim=-1) - logits.gather(-1, true).squeeze(-1)
+
+
+def mean_probability_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """-log of the true class's mean probability over the views, but for a constant: [V, B, C], int [B] -> [B]."""
+    each = logits.log_softmax(dim=-1)
+    return -each.gather(-1, labels.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).logsumexp(dim=0)
+
+
+def mean_margin(logits: Tensor, labels: Tensor) -> Tensor:
+    """`margins`, mean over the views: [V, B, C] and int [B] -> [B]."""
+    return margins(logits, labels.expand(len(logits), -1)).mean(dim=0)
+
+
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": mean_probability_ce, "margin": mean_margin}
+"""Name -> loss of logits [V, B, C] and labels int [B]."""
 
 
 class BestFound:
-    """The best attacked version of each of B images among those that the defended victim was asked about.
+    """The best attacked version of each of B images, among those that the defended victim was asked about.
 
-    Better is what more of the draws seen at one look were misread under; of equals, what was misread by the larger
-    margin (largest other logit minus the true class's, mean over the draws). With ``fixed`` draws, whatever was ever
-    misread is so again at the evaluation, and the margin guards it against rounding.
-
-    Args:
-        images: [B, 3, H, W], what to attack.
-        labels: int [B], the true classes.
+    The version that was misclassified under more of the draws of its look is better; of equals, the one with the larger
+    margin, mean over the draws. With ``fixed`` draws, an image that was once misclassified is so again at the
+    evaluation, and the margin guards it against rounding.
 
     Attributes:
         images: the best so far, [B, 3, H, W]; before any look, the given ones.
-        history: images whose best so far is read rightly (under more than half of its draws) after each look.
-        last_history: images that were read rightly when they were last looked at, after each look.
+        history: images whose best version is classified correctly (under more than half of its draws), after each look.
+        last_history: images that were classified correctly when they were last looked at, after each look.
+        flat: bool [B] for each gradient that was taken, whether it was zero.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -33,22 +55,20 @@ class BestFound:
         self.images = images.clone()
         self.history: list[int] = []
         self.last_history: list[int] = []
+        self.flat: list[Tensor] = []
         self._misread = torch.full(labels.shape, -1.0, device=labels.device)
         self._margin = torch.full_like(self._misread, -torch.inf)
         self._right = torch.ones_like(labels, dtype=torch.bool)
 
     @property
     def withstood(self) -> Tensor:
-        """Whether each image's best so far is still read rightly, bool [B]."""
+        """Whether each image's best version is still classified correctly, bool [B]."""
         return self._misread < 0.5
 
     def see(self, attacked: Tensor, logits: Tensor, *, rows: Tensor | None = None) -> None:
-        """Take note of one look.
+        """Take note of one look at images [n, 3, H, W], with the victim's logits [R, n, C] under R draws.
 
-        Args:
-            attacked: [n, 3, H, W], what was looked at.
-            logits: the victim's on the defence's answers, [R, n, C], for R draws.
-            rows: which images they are, int [n], each once; by default all of them.
+        ``rows``, int [n], says which images they are, each once; by default all of them.
         """
         at = torch.arange(len(self.labels), device=self.labels.device) if rows is None else rows
         labels, scores = self.labels[at], logits.detach().to(self._margin)
@@ -68,10 +88,49 @@ class BestFound:
 
 
 def joined(counts: Sequence[Sequence[int]], *, total: int) -> list[float]:
-    """Shares of all ``total`` images, from batches' counts after each look; one that ended early keeps its last.
+    """Shares of all ``total`` images, from batches' counts after each look; a batch that ended early keeps its last.
 
-    The first look, at the start, is no step; it stands for the first step where there was none.
+    The first look, at the start, is left out, unless it is the only one.
     """
     steps = max(2, *(len(part) for part in counts))
     whole = [[*part, *[part[-1]] * (steps - len(part))] for part in counts]
     return [sum(step) / total for step in zip(*whole, strict=True)][1:]
+
+
+class DefendedSearch(AdaptiveAttack):
+    """Looks at attacked images in an L-inf ball, step by step, and returns the best that it saw.
+
+    A subclass sets ``name`` and implements `search`.
+
+    Args:
+        eps_255: radius of the L-inf ball in levels of 0 to 255, above 0.
+    """
+
+    norm: str = "Linf"
+
+    def __init__(self, target: DefendedVictim, *, eps_255: float = 8, draws: str = "fixed", **options: Any) -> None:
+        super().__init__(target, draws=draws, **options)
+        self.eps_255 = check_levels(eps_255, name="eps_255")
+
+    @abstractmethod
+    def search(self, found: BestFound, indices: Tensor) -> None:
+        """Attack ``found.given``, and show ``found`` every look: the first at the start, then one a step."""
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Search, and return the best images found."""
+        found = BestFound(images, labels)
+        self.batches.append(found)
+        self.search(found, indices)
+        return found.images
+
+    def finish(self, count: int) -> None:
+        """Join the batches' histories and gradients."""
+        self.history = joined([found.history for found in self.batches], total=count)
+        self.last_history = joined([found.last_history for found in self.batches], total=count)
+        flat = [flags for found in self.batches for flags in found.flat]
+        self.flat = float(torch.cat(flat).float().mean()) if flat else None
+        self.batches = []
+
+    def into_ball(self, attacked: Tensor, given: Tensor) -> Tensor:
+        """The nearest images within eps of the ``given`` ones and in [0, 1]."""
+        return torch.clamp(given + torch.clamp(attacked - given, -self.eps, self.eps), 0, 1)

@@ -1,4 +1,4 @@
-"""The victim with a gradient where its cross-entropy has none: a confident victim must not look like a robust one."""
+"""Views of the victim with a usable gradient: a confident victim must not be mistaken for a robust one."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dipguard.attacks.libraries import VictimView
 
 
 class Unsaturated(VictimView):
-    """The victim with a gradient where cross-entropy's has underflowed; all other gradients, and the logits, stay.
+    """The victim with a gradient where that of cross-entropy has underflowed.
 
-    At a margin of some 40 the loss is 0 in float32 and so is its gradient: steps along its sign do not move the image,
-    and the victim seems robust because it is sure. The logits' gradient then gets the direction that it tends to as the
-    margin grows: up for the best rival, down for the top class.
+    At a margin of about 40 the loss is 0 in float32, and so is its gradient: its sign does not move the image, and the
+    victim seems robust because it is confident. There the gradient by the logits becomes the direction that it tends to
+    as the margin grows: up for the second class, down for the top class. All else stays as it is.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -26,9 +26,9 @@ class Unsaturated(VictimView):
 
 
 class NeverFlat(Unsaturated):
-    """As `Unsaturated`; an image whose own gradient is exactly zero all the same gets noise instead.
+    """An `Unsaturated` victim whose gradient by an image is noise where it would be exactly zero.
 
-    There the victim is flat, and noise (as in foolbox's DDN) is the only way off the plateau.
+    Around such an image the victim is flat, and noise is the only way off the plateau (foolbox's DDN does the same).
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -40,8 +40,21 @@ class NeverFlat(Unsaturated):
         return super().forward(seen)
 
 
+class LogitsAboveZero(VictimView):
+    """The victim with a constant added to each image's logits, so that the lowest is 0; decisions and margins stay.
+
+    torchattacks' C&W finds the best other class as the maximum of logits with the true class's set to 0. Where all
+    others are negative it finds that 0, and pushes the true logit below 0 instead of below the other logits.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the shifted logits [B, C]."""
+        logits = super().forward(images)
+        return logits - logits.detach().amin(dim=1, keepdim=True)
+
+
 def _limit_where_underflown(gradient: Tensor, top: Tensor) -> Tensor:
-    # A row below the floor would not survive the way down to the pixels; one at the floor does.
+    # A gradient below the floor would vanish on the way down to the pixels; one at the floor does not.
     floor = torch.finfo(gradient.dtype).tiny ** 0.5
     limit = torch.zeros_like(gradient).scatter(1, top[:, 1:], floor).scatter(1, top[:, :1], -floor)
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) < floor, limit, gradient)

@@ -1,135 +1,119 @@
-"""HopSkipJump against a defended victim, with every query counted, as in Figure 5."""
+"""HopSkipJump (Chen, Jordan and Wainwright, 2020) on a defended victim, with every query counted.
+
+The walk of one image along the decision boundary (Algorithm 2) is a generator: it yields the images that it wants to
+ask about and is sent the answers. So the walks of many images can be asked about together, in one stacked fit of a DIP
+defence, and `QuerySearch` counts the queries and stops the walk when the budget is spent.
+
+The libraries' versions could not be used: ART's (1.20.1) draws its start unseeded and may search a step without end on
+a random defence; foolbox's (3.3.4) stops with an AssertionError when an answer changes. Constants and thresholds are
+those of ART, which the paper used (appendix A); the tests compare the two.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dipguard.attacks.cost import Cost
-from dipguard.attacks.defense_aware import DefenseAwareAttack, Purifies
-from dipguard.attacks.hsj_walk import NORMS, walk
-from dipguard.attacks.query_search import QueryCurve, QuerySearch
-from dipguard.checks import check_choice, check_int
+from dipguard.attacks.base import TOLERANCE, Cost, Snapshot, check_budgets, check_levels
+from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
+from dipguard.checks import check_choice, check_float, check_int
 from dipguard.seeding import image_generator
 
-FIGURE_5 = (200, 1000, 2500)
-"""The query budgets of Figure 5."""
+NORMS = ("Linf", "L2")
+
+HALVINGS = 30  # of the step; with answers that never repeat themselves there would be more without end
+
+_T = TypeVar("_T")
+Walk = Generator[Tensor, Tensor, _T]
+"""Yields images [n, 3, H, W] in [0, 1], is sent bool [n] on the CPU: which of them are adversarial."""
 
 
-class HopSkipJump(DefenseAwareAttack):
-    """HopSkipJump (Chen, Jordan and Wainwright, 2020): needs nothing but decisions, and few of them.
+class HopSkipJump(AdaptiveAttack):
+    """HopSkipJump: needs nothing but decisions, and few of them; Figure 5 of the paper.
 
     An image that goes through defence and victim is one query, from the first look at the clean image on; a walk ends
-    when the largest budget is spent, whatever the defence answers. All walks of a batch are asked about together;
-    they do not influence each other. The nearest image that was ever *seen* to be adversarial counts, so on a random
-    defence with ``fresh`` draws an attack's success is what the attacker saw: `report` says what the evaluation sees.
+    when ``queries`` are spent, whatever the defence answers. All walks of a batch are asked about together; they do not
+    influence each other, and an image's draws depend on the seed and its index alone. The nearest image that was ever
+    *seen* to be adversarial counts, so on a random defence with ``fresh`` draws the evaluation may see less success.
 
-    The paper names neither norm nor settings for Figure 5; its eps up to 25 is read as L-inf in levels of 0 to 255,
-    like the eps of its other figures.
+    The paper gives no norm for Figure 5; its eps up to 25 is read as L-inf in levels of 0 to 255, like its other ones.
 
     Args:
-        victim: as in `DefenseAwareAttack`.
-        defense: as in `DefenseAwareAttack`.
         norm: ``Linf`` or ``L2``, the distance that is made small.
         queries: largest number of queries an image, at least 1.
+        eps_255: how far in levels of 0 to 255 an adversarial image may be from the clean one, above 0; beyond that the
+            clean image is returned. None: the nearest one, however far it is.
+        budgets: numbers of queries, from 1 to ``queries``: `snapshots` returns the images found within each.
+        radii_255: distances in levels of 0 to 255: `snapshots` takes each in the place of ``eps_255``.
         init_size: noise images tried as a start, at least 1.
         init_eval: probes of the first gradient, at least 2.
-        together: images that are purified and read at once, at least 1.
-        draws: as in `DefenseAwareAttack`.
-        seed: as in `DefenseAwareAttack`; an image's draws depend on the seed and its index alone.
-        batch_size: images attacked together, at least 1.
+        together: images that are purified and classified at once, at least 1.
+
+    Attributes:
+        batches: after a call, the `QuerySearch` of each image.
     """
 
     name: ClassVar[str] = "hopskipjump"
 
     def __init__(
         self,
-        victim: nn.Module,
-        defense: Purifies,
+        target: DefendedVictim,
         *,
         norm: str = "Linf",
         queries: int = 2500,
+        eps_255: float | None = None,
+        budgets: Sequence[int] = (),
+        radii_255: Sequence[float] = (),
         init_size: int = 100,
         init_eval: int = 100,
         together: int = 128,
-        draws: str = "fresh",
-        seed: int = 0,
-        batch_size: int = 32,
+        **options: Any,
     ) -> None:
-        super().__init__(victim, defense, draws=draws, seed=seed, batch_size=batch_size)
+        super().__init__(target, **options)
         self.norm = check_choice(norm, NORMS, name="norm")
         self.queries = check_int(queries, name="queries", low=1)
+        self.eps_255 = None if eps_255 is None else check_levels(eps_255, name="eps_255")
+        self.budgets = check_budgets(budgets, high=self.queries)
+        self.radii_255 = sorted({check_float(radius, name="radii_255", low=0, high=255) for radius in radii_255})
         self.init_size = check_int(init_size, name="init_size", low=1)
         self.init_eval = check_int(init_eval, name="init_eval", low=2)
         self.together = check_int(together, name="together", low=1)
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """As in `DefenseAwareAttack`, with norm, queries and the sizes of start and probes."""
-        own = {"queries": self.queries, "init_size": self.init_size, "init_eval": self.init_eval}
-        return {**super().settings, **own, "together": self.together}
+    def eps(self) -> float:
+        """A run has no bound: distances are held against eps afterwards."""
+        return math.inf
 
-    def estimate(self, count: int, *, queries: int | None = None) -> Cost:
-        """Most that attacking ``count`` images costs with so many ``queries`` each (by default the largest number).
+    def estimate(self, count: int) -> Cost:
+        """Cost of one call, at most; less where a clean image is misclassified, or where no start is found."""
+        return self.target.cost(purifications=count * self.queries)
 
-        It is less where an image is read wrongly from the start, or where no start is found.
-        """
-        return self.cost_of(purifications=count * (self.queries if queries is None else queries))
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Return the nearest adversarial images within eps after all queries, or else the clean ones."""
+        return _within(images, self._search(images, labels, indices), Snapshot(self.eps_255, None))
 
-    def __call__(self, images: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
-        """Return the nearest adversarial images after ``queries`` queries; see `curve` for arguments and errors."""
-        return self.curve(images, labels, budgets=(self.queries,), indices=indices).images[self.queries]
+    def snapshot_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
+        """Return the images for each budget and radius."""
+        searches = self._search(images, labels, indices)
+        limits = [Snapshot(eps, n) for eps in self.radii_255 or (self.eps_255,) for n in self.budgets or (None,)]
+        return {limit: _within(images, searches, limit) for limit in limits}
 
-    def curve(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        *,
-        budgets: Sequence[int] = FIGURE_5,
-        indices: Tensor | None = None,
-    ) -> QueryCurve:
-        """Return what was found within each of ``budgets`` queries an image, from one run of the largest.
-
-        Args:
-            images: float [N, 3, H, W] in [0, 1], not purified.
-            labels: int [N], the true classes.
-            budgets: numbers of queries, each at least 1.
-            indices: int [N], positions in the whole data set; by default 0 to N - 1.
-
-        Raises:
-            TypeError, ValueError: bad images, labels, indices or budgets.
-            RuntimeError: the defence broke its promise.
-        """
-        wanted = tuple(sorted({check_int(number, name="budgets", low=1) for number in budgets}))
-        if not wanted:
-            raise ValueError("`budgets` must name at least one number of queries, got none")
-        searches: list[QuerySearch] = []
-
-        def attack(x: Tensor, y: Tensor, positions: Tensor) -> list[Tensor]:
-            made = self._search(x, y, positions, wanted)
-            searches.extend(made)
-            return [torch.stack([search.at(budget)[0] for search in made]).to(x) for budget in wanted]
-
-        found = self.run_batches(images, labels, indices, attack)
-        distances = (torch.tensor([search.at(budget)[1] for search in searches]) for budget in wanted)
-        return QueryCurve(
-            norm=self.norm,
-            images=dict(zip(wanted, found, strict=True)),
-            distances={budget: values.to(images.device) for budget, values in zip(wanted, distances, strict=True)},
-            queries=torch.tensor([search.queries for search in searches], device=images.device),
-        )
-
-    def _search(self, images: Tensor, labels: Tensor, indices: Tensor, budgets: tuple[int, ...]) -> list[QuerySearch]:
-        searches = []
+    def _search(self, images: Tensor, labels: Tensor, indices: Tensor) -> list[QuerySearch]:
+        budgets, searches = (*self.budgets, self.queries), []
         for image, label, index in zip(images.cpu(), labels.tolist(), indices.tolist(), strict=True):
             generator = image_generator(seed=self.seed, index=index, purpose="hopskipjump")
             route = walk(image, generator, norm=self.norm, init_size=self.init_size, init_eval=self.init_eval)
             searches.append(QuerySearch(image, label, route, self.norm, budgets))
         while live := [at for at, search in enumerate(searches) if search.asked is not None]:
             self._ask([searches[at] for at in live], indices[live], images.device)
+        self.batches += searches
         return searches
 
     def _ask(self, searches: list[QuerySearch], indices: Tensor, device: torch.device) -> None:
@@ -141,6 +125,163 @@ class HopSkipJump(DefenseAwareAttack):
         parts = zip(torch.cat(questions).split(self.together), order.split(self.together), strict=True)
         with torch.no_grad():
             decisions = torch.cat([self.decide(part.to(device), positions).cpu() for part, positions in parts])
-        self.spent += self.cost_of(purifications=len(decisions))
+        self.spent += self.target.cost(purifications=len(decisions))
         for search, answers in zip(searches, decisions.split(sizes), strict=True):
             search.answer(answers)
+
+
+@dataclass(eq=False)
+class QuerySearch:
+    """One image's walk: its queries are counted, and its nearest adversarial image is kept at each budget.
+
+    While ``asked`` is not None, its images are to be shown to the defended victim and their classes given to `answer`.
+
+    Attributes:
+        budgets: query budgets, rising; the walk ends with the last.
+        queries: number of images answered so far.
+        distance: of the nearest adversarial image, on the [0, 1] scale: 0 where the clean image itself was
+            misclassified, infinite where nothing was found.
+        asked: images [n, 3, H, W] of the open question, within the budget; None at the end.
+    """
+
+    image: Tensor
+    label: int
+    walk: Walk[None]
+    norm: str
+    budgets: tuple[int, ...]
+    queries: int = 0
+    distance: float = math.inf
+    asked: Tensor | None = None
+    _best: Tensor = field(init=False)
+    _kept: dict[int, tuple[Tensor, float]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        self._best = self.image
+        self.asked = self.image[None]  # is there anything to attack?
+
+    def answer(self, decisions: Tensor) -> None:
+        """Take the classes [n] of the images asked about, on the CPU and in their order, and put the next question."""
+        assert self.asked is not None
+        first, wrong = self.queries == 0, decisions != self.label
+        for candidate, adversarial in zip(self.asked, wrong.tolist(), strict=True):
+            self.queries += 1
+            distance = length(candidate - self.image, self.norm) if adversarial else math.inf
+            if distance < self.distance:
+                self._best, self.distance = candidate, distance
+            if self.queries in self.budgets:
+                self._kept[self.queries] = (self._best, self.distance)
+        left = self.budgets[-1] - self.queries
+        if left == 0 or self.distance == 0:
+            self.asked = None
+            return
+        try:
+            self.asked = (next(self.walk) if first else self.walk.send(wrong))[:left]
+        except StopIteration:
+            self.asked = None
+
+    def at(self, budget: int) -> tuple[Tensor, float]:
+        """The nearest adversarial image (or the clean one) and its distance after ``budget`` queries, or at the end."""
+        return self._kept.get(budget, (self._best, self.distance))
+
+
+def _within(images: Tensor, searches: Sequence[QuerySearch], limit: Snapshot) -> Tensor:
+    """The images [B, 3, H, W] found within the budget, where they lie within eps; else the clean ``images``."""
+    made = [search.at(search.budgets[-1] if limit.budget is None else limit.budget) for search in searches]
+    found = torch.stack([image for image, _ in made]).to(images)
+    if limit.eps_255 is None:
+        return found
+    near = torch.tensor([distance for _, distance in made], device=images.device) <= limit.eps_255 / 255 + TOLERANCE
+    return torch.where(near.view(-1, 1, 1, 1), found, images)
+
+
+def walk(
+    image: Tensor, generator: torch.Generator, *, norm: str, init_size: int = 100, init_eval: int = 100
+) -> Walk[None]:
+    """Walk from noise towards ``image`` [3, H, W] along the boundary, without end; each round asks a question or more.
+
+    The image is on the CPU, like all that is yielded. After ``init_size`` noise images that are no start the walk gives
+    up. Round t asks about ``init_eval`` times sqrt(t) probes of the gradient, at most 10,000.
+    """
+    current = yield from _start(image, generator, init_size)
+    if current is None:
+        return
+    for number in count(1):
+        distance = length(current - image, norm)
+        # The first round probes 0.1 around, as the authors' own code does.
+        radius = 0.1 if number == 1 else 0.01 * distance
+        current = yield from _to_boundary(image, current, norm)
+        if length(current - image, norm) == 0:
+            return  # the image itself was misclassified, by a random defence
+        probes = min(int(init_eval * math.sqrt(number)), 10_000)
+        direction = yield from _gradient(current, radius, probes, generator, norm)
+        current = yield from _step(image, current, direction, number, norm)
+
+
+def length(change: Tensor, norm: str) -> float:
+    """Norm of one image's change, on the [0, 1] scale."""
+    return float(change.abs().max() if norm == "Linf" else torch.linalg.vector_norm(change))
+
+
+def _start(image: Tensor, generator: torch.Generator, init_size: int) -> Walk[Tensor | None]:
+    """Uniform noise that is adversarial, drawn near to the image on a straight line; None where none was found."""
+    for _ in range(init_size):
+        noise = torch.rand(image.shape, generator=generator, dtype=image.dtype)
+        if (yield noise[None]).item():
+            return (yield from _bisect(partial(torch.lerp, image, noise), high=1.0, threshold=0.001))
+    return None
+
+
+def _to_boundary(image: Tensor, current: Tensor, norm: str) -> Walk[Tensor]:
+    """The adversarial end of the last interval of a binary search between ``image`` and ``current``."""
+    values = image.numel()
+    if norm == "L2":
+        threshold = 0.01 / math.sqrt(values)
+        return (yield from _bisect(partial(torch.lerp, image, current), high=1.0, threshold=threshold))
+    high = length(current - image, norm)
+    threshold = 0.01 / values * min(high, 1.0)
+
+    def at(radius: float) -> Tensor:
+        return torch.clamp(current, image - radius, image + radius)
+
+    return (yield from _bisect(at, high=high, threshold=threshold))
+
+
+def _bisect(make: Callable[[float], Tensor], *, high: float, threshold: float) -> Walk[Tensor]:
+    """Halve [0, high] until it is as short as ``threshold``; ``make(high)`` stays adversarial, ``make(0)`` is not."""
+    low = 0.0
+    while high - low > threshold:
+        middle = (low + high) / 2
+        if (yield make(middle)[None]).item():
+            high = middle
+        else:
+            low = middle
+    return make(high)
+
+
+def _gradient(current: Tensor, radius: float, probes: int, generator: torch.Generator, norm: str) -> Walk[Tensor]:
+    """Direction [3, H, W] into the adversarial side, from answers about random probes (Eq. 9, 14 and 16)."""
+    shape = (probes, *current.shape)
+    if norm == "L2":
+        noise = torch.randn(shape, generator=generator, dtype=current.dtype)
+    else:
+        noise = torch.rand(shape, generator=generator, dtype=current.dtype) * 2 - 1
+    noise /= torch.linalg.vector_norm(noise.flatten(1), dim=1).view(-1, 1, 1, 1)
+    asked = (current + radius * noise).clamp(0, 1)
+    signs = (yield asked).to(current.dtype) * 2 - 1
+    # The mean is taken off to lower the variance; where all answers agree it would leave nothing.
+    weights = signs if bool((signs == signs[0]).all()) else signs - signs.mean()
+    estimate = (weights.view(-1, 1, 1, 1) * (asked - current)).mean(dim=0)
+    if norm == "Linf":
+        return estimate.sign()
+    return estimate / torch.linalg.vector_norm(estimate).clamp_min(torch.finfo(estimate.dtype).tiny)
+
+
+def _step(image: Tensor, current: Tensor, direction: Tensor, number: int, norm: str) -> Walk[Tensor]:
+    """Step along ``direction`` by distance / sqrt(number), halved until the image is adversarial."""
+    size = length(current - image, norm) / math.sqrt(number)
+    for _ in range(HALVINGS):
+        candidate = (current + size * direction).clamp(0, 1)
+        if (yield candidate[None]).item():
+            return candidate
+        size /= 2
+    return current

@@ -1,4 +1,4 @@
-"""The attack libraries, imported when an attack needs them, and the victim as they get to see it."""
+"""The attack libraries, imported when an attack needs them, and the victim as they see it."""
 
 from __future__ import annotations
 
@@ -12,32 +12,11 @@ from torch import Tensor, nn
 from dipguard.classifier import device_of
 
 
-def torchattacks() -> Any:
-    """Return the library torchattacks (Kim, 2020).
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
-    return _library("torchattacks")
-
-
-def foolbox() -> Any:
-    """Return the library foolbox (Rauber et al., 2020).
-
-    Raises:
-        ImportError: it is not installed; the message says how to get it.
-    """
+def load_library(name: str) -> Any:
+    """Return the library called ``name``; the ImportError where it is not installed says how to get it."""
     # For its model zoo foolbox imports GitPython, which raises where there is no git program unless it is told not to.
     told = "GIT_PYTHON_REFRESH" in os.environ
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    try:
-        return _library("foolbox")
-    finally:
-        if not told:
-            del os.environ["GIT_PYTHON_REFRESH"]
-
-
-def _library(name: str) -> Any:
     try:
         return import_module(name)
     except ImportError as error:
@@ -45,10 +24,23 @@ def _library(name: str) -> Any:
             f"this attack needs the library {name}, which could not be imported ({error}): "
             "pip install 'dipguard[attacks]'"
         ) from error
+    finally:
+        if not told:
+            del os.environ["GIT_PYTHON_REFRESH"]
+
+
+def torchattacks() -> Any:
+    """Return the library torchattacks (Kim, 2020)."""
+    return load_library("torchattacks")
+
+
+def foolbox() -> Any:
+    """Return the library foolbox (Rauber et al., 2020)."""
+    return load_library("foolbox")
 
 
 class VictimView(nn.Module):
-    """The victim as a library sees it: its mode switching and device guess end here."""
+    """The victim as a library sees it: the library can neither switch its mode nor guess a wrong device."""
 
     def __init__(self, victim: nn.Module) -> None:
         super().__init__()

@@ -1,11 +1,10 @@
-"""What ``dipguard purify`` was asked to do, checked before anything is written."""
+"""The command line of ``dipguard purify``, checked: victim and defence are built before anything is written."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,75 +13,66 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipguard.cli.choices import choose_device, choose_size, make_defense, make_victim, parse_options
-from dipguard.cli.errors import CommandError, at_the_door
+from dipguard.cli import CommandError, command_errors
 from dipguard.cli.pictures import Source, find_pictures
 from dipguard.data.image_folder import EXTENSIONS
-from dipguard.defenses import DIPGuard, Purifier
-from dipguard.defenses.mirror_guard import MirrorGuard
-from dipguard.defenses.mirror_stacks import MirrorStacks
-from dipguard.files import tensor_digest
+from dipguard.defenses import DEFENSES, Defense, build_defense
+from dipguard.registry import lookup, options_of, table_of
+from dipguard.store import Store
+from dipguard.store.keys import victim_digest
 from dipguard.version import __version__
-from dipguard.victims import check_victim
+from dipguard.victims import VICTIMS, build_victim, check_victim
 
 MARK = "dipguard.json"
-"""The file that says that a folder is ours: the settings of its last run."""
+"""The file that marks a folder as ours: the settings of its last run."""
+_PHOTOGRAPH = 128
+_FOR_PHOTOGRAPHS: dict[str, dict[str, Any]] = {
+    "paper": {"network": "imagenet", "T": 3000},
+    "dipdefend": {"preset": "imagenet"},
+}
+"""Defaults for images whose sides have at least ``_PHOTOGRAPH`` pixels: the papers' settings for ImageNet."""
 _PIXELS_AT_ONCE = 64 * 32 * 32
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Job:
-    """A run of ``dipguard purify`` that has passed every check.
+    """A run of ``dipguard purify`` that has passed all checks.
 
     Attributes:
         sources: The given pictures.
-        out: The folder for the results.
+        out: Folder for the results.
+        store: Store of finished pictures, inside ``out``.
         victim: The classifier, on its device.
-        classes: Its classes' names; empty where they have none.
         defense: The defence.
-        size: Height and width to which pictures are brought, pixels.
-        resize: ``crop`` or ``stretch``.
-        interpolation: How they are resized.
-        settings: All that a result depends on besides the picture, as JSON can hold it.
-        batch: Pictures purified, and saved, together; None leaves it to the defence.
-        figures: How many decision traces are to be drawn.
-        redo: Whether finished pictures are done again.
-        progress: Whether a bar is shown.
+        settings: Everything that a result depends on besides the picture; JSON values.
+        batch: Number of pictures that are purified, and saved, together.
+        figures: Number of figures.
+        redo: Whether finished pictures are purified again.
+        progress: Whether a progress bar is shown.
     """
 
     sources: Sequence[Source]
     out: Path
+    store: Store
     victim: nn.Module
-    classes: tuple[str, ...]
-    defense: Purifier
-    size: tuple[int, int]
-    resize: str
-    interpolation: str
+    defense: Defense
     settings: dict[str, Any]
-    batch: int | None
+    batch: int
     figures: int
     redo: bool
     progress: bool
 
     @property
-    def guard(self) -> DIPGuard | MirrorStacks | None:
-        """The guard inside the defence, which leaves decision traces; None for another defence."""
-        if isinstance(self.defense, MirrorGuard):
-            return MirrorStacks(self.defense)
-        guard = getattr(self.defense, "guard", None)
-        return guard if isinstance(guard, DIPGuard) else None
-
-    def key(self, pixels: str) -> str:
-        """What a result is known by: changes with the settings and the digest of the picture's ``pixels``."""
-        text = json.dumps([self.settings, pixels], sort_keys=True)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+    def classes(self) -> tuple[str, ...]:
+        """Class names of the victim; empty if unknown."""
+        return tuple(getattr(self.victim, "classes", ()))
 
 
 def prepare(args: argparse.Namespace) -> Job:
-    """Check all of the command line, and build victim and defence.
+    """Check the whole command line, and build victim and defence.
 
     Raises:
-        CommandError: Something is not as it must be.
+        CommandError: Something is wrong with it.
     """
     if find_spec("PIL") is None:
         raise CommandError("pictures need pillow, which is not installed: pip install 'dipguard[vision]'")
@@ -98,41 +88,37 @@ def prepare(args: argparse.Namespace) -> Job:
     victim = make_victim(args.victim, weights=args.weights, options=options, device=device)
     size = choose_size(victim, args.size)
     options = parse_options(args.option, argument="--option")
-    progress = not args.no_progress
-    defense = make_defense(args.defense, victim, seed=args.seed, options=options, size=size, progress=progress)
-    with at_the_door(f"--defense {args.defense}: the victim cannot read the pictures that it makes: "):
+    defense = make_defense(args.defense, victim, seed=args.seed, options=options, size=size)
+    with command_errors(f"--defense {args.defense}: the victim cannot read the pictures that it makes: "):
         check_victim(victim, torch.full((1, 3, *defense.output_size(*size)), 0.5))
-    interpolation = str(getattr(victim, "interpolation", "bilinear"))
+    # On a CPU so few that an interrupted run loses minutes only.
+    batch = 256 if device.type == "cuda" else max(torch.get_num_threads(), _PIXELS_AT_ONCE // (size[0] * size[1]))
     return Job(
         sources=sources,
         out=out,
+        store=Store(out / ".store"),
         victim=victim,
-        classes=tuple(getattr(victim, "classes", ())),
         defense=defense,
-        size=size,
-        resize=args.resize,
-        interpolation=interpolation,
         settings={
             "dipguard": __version__,
-            "victim": {"name": args.victim, "weights": tensor_digest(victim.state_dict().values())},
+            "victim": {"name": args.victim, "digest": victim_digest(victim)},
             "defense": defense.settings,
             "size": list(size),
             "resize": args.resize,
-            "interpolation": interpolation,
-            "seed": args.seed,
+            "interpolation": str(getattr(victim, "interpolation", "bilinear")),
         },
-        batch=default_batch(size, device) if args.batch is None else args.batch,
+        batch=batch if args.batch is None else args.batch,
         figures=args.figures,
         redo=args.redo,
-        progress=progress,
+        progress=not args.no_progress,
     )
 
 
 def check_out(out: Path) -> None:
-    """Refuse a file, and a folder that holds what this command did not write.
+    """Check that ``out`` is a new or empty folder, or one that this command wrote.
 
     Raises:
-        CommandError: As said.
+        CommandError: It is not.
     """
     if out.suffix.lower() in EXTENSIONS or (out.exists() and not out.is_dir()):
         raise CommandError(f"OUT must be a folder, got {out}")
@@ -140,8 +126,91 @@ def check_out(out: Path) -> None:
         raise CommandError(f"OUT: {out} holds files that this command did not write; take a new or an empty folder")
 
 
-def default_batch(size: tuple[int, int], device: torch.device) -> int | None:
-    """Pictures at once: on a CPU few enough that a stopped run loses minutes; on a GPU the defence knows better."""
-    if device.type == "cuda":
-        return None
-    return max(torch.get_num_threads(), _PIXELS_AT_ONCE // (size[0] * size[1]))
+def choose_device(name: str) -> torch.device:
+    """Return the device for ``auto``, ``cpu`` or ``cuda``; ``auto`` takes the GPU if there is one.
+
+    Raises:
+        CommandError: ``cuda`` without a GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch sees no GPU here; `dipguard doctor` says more")
+    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
+
+
+def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
+    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON or else strings.
+
+    Raises:
+        CommandError: An item without ``=``, or a key given twice.
+    """
+    options: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key or key in options:
+            problem = "given twice" if key in options else "not of the form KEY=VALUE"
+            raise CommandError(f"{argument}: {pair!r} is {problem}")
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = text
+    return options
+
+
+def make_victim(name: str, *, weights: str | None, options: Mapping[str, Any], device: torch.device) -> nn.Module:
+    """Return the victim ``NAME`` or ``NAME:MODEL``; MODEL is its ``arch`` if it has that option, else its ``weights``.
+
+    Raises:
+        CommandError: Unknown name, bad options, no weights, or a missing library.
+    """
+    key, colon, model = name.partition(":")
+    given = dict(options)
+    with command_errors():
+        if colon:
+            table = table_of("victims", VICTIMS)
+            lookup(table, key, argument="--victim")
+            by_arch = "arch" in options_of(table[key])
+            if ("arch" in given) if by_arch else (weights is not None):
+                raise CommandError(f"--victim {name}: the model is given twice")
+            if by_arch:
+                given["arch"] = model
+            else:
+                weights = model
+        return build_victim(key, weights=weights, **given).to(device)
+
+
+def choose_size(victim: nn.Module, size: int | None) -> tuple[int, int]:
+    """Return height and width of the victim's input, after a test with a grey image.
+
+    Raises:
+        CommandError: The size is unknown, or the victim cannot read it.
+    """
+    own: tuple[int, int] | None = getattr(victim, "size", None) if size is None else (size, size)
+    if size is not None and size < 1:
+        raise CommandError(f"--size must be at least 1, got {size}")
+    if own is None:
+        raise CommandError("--size: this victim does not say which size it reads, so it must be given")
+    height, width = own
+    with command_errors(f"--size: the victim cannot read {height}x{width} pixels: "):
+        check_victim(victim, torch.full((1, 3, height, width), 0.5))
+    return height, width
+
+
+def make_defense(
+    name: str, victim: nn.Module, *, seed: int, options: Mapping[str, Any], size: tuple[int, int]
+) -> Defense:
+    """Return the defence for images of ``size``; large images change the defaults of some options.
+
+    Raises:
+        CommandError: Unknown name, bad options, a size that it cannot take, missing weights or a missing library.
+    """
+    with command_errors():
+        table = table_of("defenses", DEFENSES)
+        lookup(table, name, argument="--defense")
+        defaults: dict[str, Any] = _FOR_PHOTOGRAPHS.get(name, {}) if min(size) >= _PHOTOGRAPH else {}
+        # The command has a progress bar of its own.
+        quiet = {"progress": False} if "progress" in options_of(table[name]) else {}
+        defense = build_defense(name, victim, seed=seed, **{**defaults, **quiet, **options})
+        if defense.unavailable is not None:
+            raise CommandError(f"--defense {name} cannot run: {defense.unavailable}; give --option weights=PATH")
+        defense.output_size(*size)
+    return defense

@@ -1,30 +1,27 @@
-"""``dipguard list``: the victims and the defences by name, with their options."""
+"""``dipguard list``: victims and defences by name, with their options."""
 
 from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Collection, Mapping
 
 from dipguard.defenses import DEFENSES
-from dipguard.registry import resolve
+from dipguard.registry import lookup, options_of, table_of
 from dipguard.victims import VICTIMS
 
 
 def run(args: argparse.Namespace) -> int:
     """Print both tables; return the exit code."""
     print("victims (--victim NAME, --victim-option KEY=VALUE):")
-    for name, (where, fixed) in VICTIMS.items():
-        print(_entry(name, resolve({name: where}, name, argument="victim"), hidden=("weights", *fixed)))
+    _print_table(table_of("victims", VICTIMS), hidden=("weights",))
     print("\ndefences (--defense NAME, --option KEY=VALUE):")
-    for name in DEFENSES:
-        print(_entry(name, resolve(DEFENSES, name, argument="defense"), hidden=("seed", "progress")))
+    _print_table(table_of("defenses", DEFENSES), hidden=("seed", "progress"))
     return 0
 
 
-def _entry(name: str, function: Callable[..., Any], *, hidden: Collection[str]) -> str:
-    parameters = inspect.signature(function).parameters.values()
-    options = [f"{p.name}={p.default!r}" for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in hidden]
-    first = (inspect.getdoc(function) or "").partition("\n")[0]
-    return f"  {name}: {first}\n" + (f"      {' '.join(options)}\n" if options else "")
+def _print_table(table: Mapping[str, str], *, hidden: Collection[str]) -> None:
+    for name, path in table.items():
+        summary = (inspect.getdoc(lookup(table, name, argument="name")) or "").partition("\n")[0]
+        options = [f"{key}={default!r}" for key, default in options_of(path).items() if key not in hidden]
+        print(f"  {name}: {summary}\n" + (f"      {' '.join(options)}\n" if options else ""))

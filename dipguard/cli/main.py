@@ -1,7 +1,7 @@
-"""The command line: what can be asked for, and what the exit codes mean.
+"""The commands, their arguments, and their exit codes.
 
-Exit codes: 0 all is well; 1 some pictures could not be purified, or the installation is broken; 2 the command cannot be
-carried out as it was given, nothing was changed; 130 interrupted.
+Exit codes: 0 success; 1 some pictures could not be purified, or the installation is broken; 2 the command cannot be
+carried out as given, and nothing was changed; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from dipguard.cli.errors import CommandError
+from dipguard.cli import CommandError
 from dipguard.version import __version__
 
 _SEE = "`dipguard list` names them and their options"
@@ -22,12 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; return its exit code.
 
     Args:
-        argv: The arguments, without the program's name; by default those of the process.
+        argv: Arguments without the program's name; None takes those of the process.
     """
     args = make_parser().parse_args(argv)
     module, function = args.runs
     try:
-        # Imported only now: help shall not wait for torch.
+        # Imported only now, so that --help does not load torch.
         run = getattr(import_module(module), function)
         code: int = run(args)
     except CommandError as error:
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of all commands."""
+    """Return the parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="dipguard", description="Deep-image-prior purification of adversarial pictures, for any classifier."
     )
@@ -60,7 +60,7 @@ def _add_purify(commands: Any) -> None:
         "purify",
         help="purify a picture or a folder of pictures",
         description="Purify pictures: OUT gets a PNG for each, figures/ and the table decisions.csv and .md. The same "
-        "command, given again, goes on where it was stopped.",
+        "command, given again, resumes where it was stopped.",
     )
     purify.set_defaults(runs=("dipguard.cli.purify", "run"))
     purify.add_argument("input", metavar="IN", help="a picture, or a folder that is searched for pictures")
@@ -68,7 +68,7 @@ def _add_purify(commands: Any) -> None:
     which = purify.add_argument_group("victim and defence")
     which.add_argument("--victim", required=True, metavar="NAME[:MODEL]", help=f"the classifier; {_SEE}")
     which.add_argument("--weights", metavar="PATH", help="the victim's weights; by default its own")
-    which.add_argument("--defense", default="dipguard", metavar="NAME", help=f"default: dipguard; {_SEE}")
+    which.add_argument("--defense", default="mirror", metavar="NAME", help=f"default: mirror; {_SEE}")
     for option, what in (("--option", "defence"), ("--victim-option", "victim")):
         pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
         which.add_argument(option, help=f"options of the {what}, such as T=500", **pairs)
@@ -77,10 +77,12 @@ def _add_purify(commands: Any) -> None:
     pictures.add_argument("--size", type=int, metavar="N", help=size)
     resize = "crop: keep the shape and cut out the middle (default); stretch: keep all of it, change the shape"
     pictures.add_argument("--resize", choices=("crop", "stretch"), default="crop", help=resize)
-    pictures.add_argument("--figures", type=int, default=8, metavar="N", help="draw how the first N came about (8)")
+    pictures.add_argument(
+        "--figures", type=int, default=8, metavar="N", help="draw figures of the first N pictures (8)"
+    )
     pictures.add_argument("--redo", action="store_true", help="purify again what was done with the same settings")
     work = purify.add_argument_group("work")
-    work.add_argument("--seed", type=int, default=0, metavar="N", help="settles every random draw (0)")
+    work.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random draws (0)")
     work.add_argument("--batch", type=int, metavar="N", help="pictures that are purified, and saved, together")
     work.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     work.add_argument("--no-progress", action="store_true", help="no progress bar")

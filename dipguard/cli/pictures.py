@@ -1,31 +1,25 @@
-"""Pictures on disk: found, read and brought to size; purified ones written with a record of how they were made."""
+"""Pictures on disk: find them, read them at a size, and write the purified ones."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from dipguard.cli.errors import CommandError
-from dipguard.data.image_folder import EXTENSIONS
-from dipguard.files import tensor_digest, write_bytes
-
-_RECORD = "dipguard"
-"""Keyword of the PNG's text chunk that holds the record."""
-_MODES = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
+from dipguard.cli import CommandError
+from dipguard.data.image_folder import EXTENSIONS, open_rgb
+from dipguard.files import write_bytes
 
 
 @dataclass(frozen=True)
 class Source:
-    """A given picture: its file, its name (path inside the given folder), and the file for its purified picture."""
+    """A given picture: its file, its name (path inside the given folder), and the file for the purified picture."""
 
     path: Path
     name: str
@@ -33,12 +27,12 @@ class Source:
 
 
 def find_pictures(given: Path, out: Path) -> list[Source]:
-    """The pictures of a file or folder, in alphabetical order; those inside ``out`` are no given ones.
+    """Return the pictures of a file or folder, in alphabetical order, without those inside ``out``.
 
-    ``a/cat.jpg`` becomes ``out/a/cat.png``; where ``a/cat.bmp`` would too, both keep their ending: ``cat.jpg.png``.
+    ``a/cat.jpg`` becomes ``out/a/cat.png``; if there is ``a/cat.bmp`` too, both keep their suffix: ``cat.jpg.png``.
 
     Raises:
-        CommandError: Nothing there, no pictures, or a purified picture would overwrite a given one.
+        CommandError: No such file or folder, no pictures, or a purified picture would overwrite a given one.
     """
     if not given.exists():
         raise CommandError(f"IN: {given} does not exist")
@@ -63,66 +57,42 @@ def find_pictures(given: Path, out: Path) -> list[Source]:
     return sources
 
 
-def read_picture(path: Path, *, size: tuple[int, int], resize: str, interpolation: str) -> Tensor:
-    """A picture as uint8 [3, *size], RGB, upright (as its EXIF orientation says).
+def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation: str) -> Tensor:
+    """Read a picture as uint8 [3, *size], RGB, turned upright by its EXIF orientation.
 
     Args:
         path: The file.
         size: Height and width, pixels.
-        resize: ``crop`` (shape kept, the middle cut out) or ``stretch``.
-        interpolation: A name of ``PIL.Image.Resampling``, in small letters.
+        resize: ``crop`` (keep the aspect ratio and cut out the centre) or ``stretch``.
+        interpolation: Name of a ``PIL.Image.Resampling`` in lower case.
 
     Raises:
         ValueError: It cannot be read.
     """
     from PIL import Image, ImageOps
 
-    how = Image.Resampling[interpolation.upper()]
     height, width = size
-    try:
-        with Image.open(path) as picture:
-            if picture.mode not in _MODES:
-                raise ValueError(f"its mode is {picture.mode}, only 8-bit pictures are read")
-            upright = ImageOps.exif_transpose(picture).convert("RGB")
-        if upright.size != (width, height):
-            fitted = ImageOps.fit(upright, (width, height), how) if resize == "crop" else None
-            upright = upright.resize((width, height), how) if fitted is None else fitted
-        return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
-    # Pillow raises OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ... on damaged files.
-    except Exception as error:
-        raise ValueError(str(error).replace(str(path), path.name) or type(error).__name__) from error
+    how = Image.Resampling[interpolation.upper()]
+    picture = open_rgb(path, upright=True)
+    if picture.size != (width, height):
+        crop = resize == "crop"
+        picture = ImageOps.fit(picture, (width, height), how) if crop else picture.resize((width, height), how)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
-def write_picture(path: Path, pixels: Tensor, record: Mapping[str, Any]) -> None:
-    """Write uint8 [3, H, W] as PNG, whole or not at all; ``record`` (JSON values) goes into a text chunk."""
-    from PIL import Image
-    from PIL.PngImagePlugin import PngInfo
-
-    notes = PngInfo()
-    notes.add_text(_RECORD, json.dumps({**record, "pixels": tensor_digest([pixels])}))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, format="PNG", pnginfo=notes)
-    write_bytes(path, buffer.getvalue())
-
-
-def read_record(path: Path) -> dict[str, Any] | None:
-    """The record of a purified picture; None where there is no file, or a damaged or changed one.
+def read_png(path: Path) -> Tensor:
+    """Read a purified picture as uint8 [3, H, W].
 
     Raises:
-        ValueError: A sound picture without a record: somebody else's.
+        ValueError: It is missing or cannot be read.
     """
+    return torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1)
+
+
+def write_png(path: Path, pixels: Tensor) -> None:
+    """Write uint8 [3, H, W] as PNG, atomically."""
     from PIL import Image
 
-    if not path.exists():
-        return None
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            text = getattr(picture, "text", {}).get(_RECORD)
-            pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
-        record: dict[str, Any] | None = None if text is None else json.loads(text)
-    except Exception:  # as in read_picture: a damaged file is made again
-        return None
-    if record is None:
-        raise ValueError(f"{path} was not written by this command, and is not overwritten")
-    return record if record.get("pixels") == tensor_digest([pixels]) else None
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+    write_bytes(path, buffer.getvalue())

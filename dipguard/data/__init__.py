@@ -1,6 +1,7 @@
 """Data sets: labelled images in [0, 1].
 
-A new one is one file with a ``load_...`` function, and one row in `DATASETS`.
+To add one, write a loader in a new file and add a row to `DATASETS`; a package of your own registers one through the
+entry point group ``dipguard.data``.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dipguard.data.base import ImageDataModule, ImageSet
-from dipguard.registry import check_options, resolve
+from dipguard.registry import check_options, lookup, table_of
 
 __all__ = ["DATASETS", "ImageDataModule", "ImageSet", "load_data"]
 
@@ -19,7 +20,7 @@ DATASETS: dict[str, str] = {
     "arrays": "dipguard.data.arrays:load_arrays",
     "image_folder": "dipguard.data.image_folder:load_image_folder",
 }
-"""Name -> the function that loads it, called with ``path, offset, limit, size`` and its own options (keyword-only)."""
+"""Name -> loader. It takes ``path, offset, limit, size`` (see `load_data`) and its own options, all keyword-only."""
 
 
 def load_data(
@@ -31,22 +32,22 @@ def load_data(
     size: int | None = None,
     **options: Any,
 ) -> ImageSet:
-    """Return the data set called ``name`` (a key of `DATASETS`), or a part of it.
+    """Return a data set by name, or a part of it.
 
     Args:
-        name: data set.
-        path: its file or folder, where it has one.
-        limit: number of images; None for all that follow.
-        offset: position of the first image. Neither changes an image's index.
-        size: resize to size x size (bilinear, antialiased); None keeps the data set's own size.
-        options: the loader's own options.
+        name: A key of `DATASETS`, or a name that another package registers.
+        path: File or folder of the data set, where it has one.
+        limit: Number of images; None for all from ``offset`` on.
+        offset: Position of the first image. Neither changes the index of an image.
+        size: Resize images to size x size pixels (bilinear, antialiased); None keeps their size.
+        options: Options of the loader.
 
     Raises:
-        TypeError: an option that the loader does not have, or an argument of the wrong type.
-        ValueError: an unknown name, ``offset`` beyond the end, ``limit`` below 1, or what the loader itself refuses.
-        FileNotFoundError: nothing at ``path``.
+        TypeError: Unknown option, or an argument of the wrong type.
+        ValueError: Unknown name, ``offset`` beyond the end, ``limit`` or ``size`` below 1, or an error of the loader.
+        FileNotFoundError: Nothing at ``path``.
     """
-    load = resolve(DATASETS, name, argument="data")
+    load = lookup(table_of("data", DATASETS), name, argument="data")
     check_options(load, options, owner=f"the data set {name!r}", hidden=("path", "offset", "limit", "size"))
     image_set: ImageSet = load(path=path, offset=offset, limit=limit, size=size, **options)
     return image_set

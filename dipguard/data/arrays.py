@@ -1,4 +1,4 @@
-"""Images from one NumPy archive: the simplest way to bring your own."""
+"""Images from a NumPy archive: the simplest way to use your own."""
 
 from __future__ import annotations
 
@@ -16,23 +16,15 @@ from dipguard.data.base import ImageSet, from_bytes, resize, window
 def load_arrays(
     *, path: str | Path | None = None, offset: int = 0, limit: int | None = None, size: int | None = None
 ) -> ImageSet:
-    """Return the images of a ``.npz`` file, read without pickle.
+    """Labelled images in a ``.npz`` file, read without pickle.
 
     The file holds ``images`` (uint8 [N, H, W, 3], RGB) and ``labels`` (integers [N], at least 0). With ``test_index``
-    (integers [N], all different) an image's index is its position in the data set that it was taken from; without, its
-    position in the file.
-
-    Args:
-        path: the file.
-        offset: position in the file of the first image.
-        limit: number of images; None for all that follow.
-        size: resize to size x size (bilinear, antialiased); None keeps the stored size.
+    (integers [N], all different) these are the indices of the images; without it, their positions in the file are.
 
     Raises:
-        FileNotFoundError: no file at ``path``.
-        TypeError: an array of the wrong dtype.
-        ValueError: no ``path``, a damaged file, a missing array, wrong shapes, negative labels, or a bad ``offset``,
-            ``limit`` or ``size``.
+        FileNotFoundError: No file at ``path``.
+        TypeError: An array of the wrong dtype.
+        ValueError: No ``path``, a damaged file, a missing array, wrong shapes, or negative labels.
     """
     if path is None:
         raise ValueError("`path` must name a .npz file with `images` and `labels`, got None")
@@ -56,7 +48,7 @@ def load_arrays(
 def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"`path` must name an existing .npz file, got {path}")
-    # OSError and ValueError: no archive, or objects that only pickle could read; the others: a damaged or cut-off one.
+    # OSError and ValueError: not an archive, or objects that need pickle; the others: damaged or truncated archives.
     broken = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
     try:
         archive = np.load(path, allow_pickle=False)
@@ -77,7 +69,7 @@ def _integers(array: np.ndarray[Any, Any], count: int, *, name: str, path: str |
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"`{name}` in {path} must be integers, got {array.dtype}")
     if array.shape != (count,):
-        raise ValueError(f"`{name}` in {path} must have shape ({count},), one an image, got {array.shape}")
+        raise ValueError(f"`{name}` in {path} must have shape ({count},), one per image, got {array.shape}")
     if array.min() < 0:
         raise ValueError(f"`{name}` in {path} must be at least 0, got {array.min()}")
     return array.astype(np.int64)

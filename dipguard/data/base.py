@@ -1,4 +1,4 @@
-"""What a data set is to dipguard: checked images with labels and lasting indices, and Lightning loaders over them."""
+"""A data set in dipguard: checked images with labels and fixed indices, and a Lightning DataModule over them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from dipguard.checks import check_images, check_int, check_labels
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images, checked when made.
+    """Labelled images, checked on construction.
 
     Attributes:
         images: float32 [N, 3, H, W] in [0, 1], RGB (other float types are converted).
-        labels: int64 [N], at least 0, and below ``len(classes)`` where classes are named.
-        indices: int64 [N], each image's position in the whole data set, all different. An image keeps its index
-            whatever part of the set was loaded, so seeds derived from it do not change.
-        classes: class names in label order; empty where the data set has none (classes are then their numbers).
-        name: the data set's name.
+        labels: int64 [N], at least 0, and below ``len(classes)`` if classes are named.
+        indices: int64 [N], positions in the whole data set, all different. They do not depend on which part of the
+            set was loaded, so neither do the random draws that they seed.
+        classes: Class names in label order; empty if unknown.
+        name: Name of the data set.
 
     Raises:
-        TypeError: a field is not a tensor of the right kind.
-        ValueError: wrong shapes, values outside [0, 1], labels out of range, or indices negative or repeated.
+        TypeError: A field is not a tensor of the right kind.
+        ValueError: Wrong shapes, values outside [0, 1], labels out of range, or indices negative or repeated.
     """
 
     images: Tensor
@@ -50,11 +50,7 @@ class ImageSet:
         return len(self.images)
 
     def select(self, offset: int = 0, limit: int | None = None) -> ImageSet:
-        """Return ``limit`` images (or as many as there are; None: all) from position ``offset`` on.
-
-        Raises:
-            TypeError, ValueError: see `window`.
-        """
+        """Return up to ``limit`` images (None: all) from position ``offset`` on; errors are those of `window`."""
         part = window(len(self), offset=offset, limit=limit)
         return ImageSet(self.images[part], self.labels[part], self.indices[part], self.classes, self.name)
 
@@ -64,7 +60,7 @@ def window(count: int, *, offset: int = 0, limit: int | None = None) -> slice:
 
     Raises:
         TypeError: ``offset`` or ``limit`` is not an integer.
-        ValueError: ``offset`` is negative or not below ``count``, or ``limit`` is below 1.
+        ValueError: ``offset`` is not in [0, count), or ``limit`` is below 1.
     """
     check_int(offset, name="offset", low=0)
     if offset >= count:
@@ -75,12 +71,11 @@ def window(count: int, *, offset: int = 0, limit: int | None = None) -> slice:
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """Return images [N, 3, H, W] resized to [N, 3, size, size] (bilinear, antialiased, still in [0, 1]).
-
-    ``size`` None, or equal to both sides, changes nothing.
+    """Resize images [N, 3, H, W] to [N, 3, size, size] (bilinear, antialiased, clamped to [0, 1]); None: no change.
 
     Raises:
-        TypeError, ValueError: ``size`` is not an integer of at least 1.
+        TypeError: ``size`` is not an integer.
+        ValueError: ``size`` is below 1.
     """
     if size is None:
         return images
@@ -92,15 +87,23 @@ def resize(images: Tensor, size: int | None) -> Tensor:
 
 
 def from_bytes(pictures: Tensor) -> Tensor:
-    """Return uint8 pictures [N, H, W, 3] as float32 images [N, 3, H, W] in [0, 1]."""
+    """Convert uint8 [N, H, W, 3] to float32 images [N, 3, H, W] in [0, 1]."""
     return pictures.permute(0, 3, 1, 2).contiguous().float() / 255
 
 
 class ImageDataModule(pl.LightningDataModule):
-    """Loaders of (images, labels, indices) over an `ImageSet`, in its order, for ``Trainer.predict`` and ``test``.
+    """Loaders of an `ImageSet`, in its order, for ``Trainer.predict`` and ``Trainer.test``.
+
+    Batches are (images [B, 3, H, W], labels [B], indices [B]).
+
+    Args:
+        image_set: Images to load.
+        batch_size: Images per batch, at least 1.
+        num_workers: Worker processes of the loader, at least 0.
 
     Raises:
-        TypeError, ValueError: ``batch_size`` is not an integer of at least 1, or ``num_workers`` of at least 0.
+        TypeError: ``batch_size`` or ``num_workers`` is not an integer.
+        ValueError: One of them is out of range.
     """
 
     def __init__(self, image_set: ImageSet, *, batch_size: int = 32, num_workers: int = 0) -> None:
@@ -110,10 +113,10 @@ class ImageDataModule(pl.LightningDataModule):
         self.num_workers = check_int(num_workers, name="num_workers", low=0)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return a loader of batches (images [B, 3, H, W], labels [B], indices [B])."""
+        """Return the loader."""
         data = TensorDataset(self.image_set.images, self.image_set.labels, self.image_set.indices)
         return DataLoader(data, batch_size=self.batch_size, shuffle=False, num_workers=self.num_workers)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the same loader as `predict_dataloader`."""
+        """Return the same loader."""
         return self.predict_dataloader()

@@ -1,4 +1,4 @@
-"""CIFAR-10 (Krizhevsky, 2009) through torchvision: 60,000 colour pictures of 32x32, ten classes."""
+"""CIFAR-10 (Krizhevsky, 2009) through torchvision: 60,000 colour images of 32x32 pixels, ten classes."""
 
 from __future__ import annotations
 
@@ -20,19 +20,17 @@ def load_cifar10(
     split: str = "test",
     download: bool = True,
 ) -> ImageSet:
-    """Return CIFAR-10 images [N, 3, 32, 32]; an image's index is its position in the split.
+    """CIFAR-10; the index of an image is its position in the split.
+
+    ``path`` is the folder that holds ``cifar-10-batches-py``, or that it is downloaded to; by default dipguard's cache.
 
     Args:
-        path: folder that holds, or will hold, ``cifar-10-batches-py``; by default dipguard's cache folder.
-        offset: position of the first image.
-        limit: number of images; None for all that follow.
-        size: resize to size x size (bilinear); None keeps 32.
-        split: "test" (10,000 images) or "train" (50,000).
-        download: fetch the data set (170 MB) where it is missing or damaged.
+        split: ``test`` (10,000 images) or ``train`` (50,000).
+        download: Download the data set (170 MB) if it is missing or damaged.
 
     Raises:
-        RuntimeError: the data set is not there, or damaged, and could not be or was not to be downloaded.
-        TypeError, ValueError: a bad ``offset``, ``limit``, ``size`` or ``split``.
+        RuntimeError: The data set is missing or damaged, and was not downloaded.
+        ValueError: Unknown ``split``.
     """
     from torchvision.datasets import CIFAR10
 

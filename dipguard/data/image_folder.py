@@ -1,10 +1,11 @@
-"""A folder of pictures, labelled by a CSV file or by sub-folders (ImageNet's layouts)."""
+"""A folder of image files, labelled by a CSV file or by sub-folders (the layouts of ImageNet)."""
 
 from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from dipguard.checks import check_int
 from dipguard.data.base import ImageSet, from_bytes, resize, window
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 _PIL_8_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
@@ -28,29 +32,23 @@ def load_image_folder(
     label_column: str = "label",
     label_base: int = 0,
 ) -> ImageSet:
-    """Return the pictures of a folder; only those between ``offset`` and ``offset + limit`` are read.
+    """Image files of a folder; only those from ``offset`` to ``offset + limit`` are read.
 
-    With ``labels_csv``, its rows are the data set, in their order: ``image_column`` holds a file name (a path inside
-    the folder) or an id (the file name without extension), ``label_column`` the label. Without, the sub-folders of
-    ``path`` are the classes in alphabetical order, as in torchvision's ``ImageFolder``. An image's index is its place
-    in that order. For the NeurIPS 2017 development set: ``image_column="ImageId"``, ``label_column="TrueLabel"``,
-    ``label_base=1``.
+    With ``labels_csv``, the rows of the CSV are the data set. Without it, the sub-folders are the classes in
+    alphabetical order (torchvision's ``ImageFolder``). The index of an image is its position in that order. For the
+    NeurIPS 2017 development set: ``image_column="ImageId"``, ``label_column="TrueLabel"``, ``label_base=1``.
+
+    ``size`` ignores the aspect ratio; without it, all images must have the same size.
 
     Args:
-        path: the folder.
-        offset: position of the first image.
-        limit: number of images; None for all that follow.
-        size: resize to size x size (bilinear, antialiased), whatever the aspect; None keeps the size, which all
-            must share.
         labels_csv: CSV file (UTF-8, with a header row) of labels.
-        image_column: its column of file names or ids.
-        label_column: its column of labels.
-        label_base: 0 or 1, the number of the first class in the CSV; labels are 0-based afterwards.
+        image_column: Its column of file names (paths inside the folder) or ids (file names without extension).
+        label_column: Its column of labels.
+        label_base: Number of the first class in the CSV, 0 or 1; labels are 0-based afterwards.
 
     Raises:
-        FileNotFoundError: no such folder or CSV, no pictures, or a row without its picture.
-        ValueError: a picture that cannot be read or differs in size, a bad CSV, a flat folder without CSV, a bad
-            argument.
+        FileNotFoundError: No such folder or CSV, no images, or a row without its image.
+        ValueError: An image that cannot be read or differs in size, a bad CSV, or no sub-folders and no CSV.
     """
     if path is None:
         raise ValueError("`path` must name a folder of pictures, got None")
@@ -98,7 +96,7 @@ def _from_csv(
     pictures = _pictures(folder)
     if not pictures:
         raise FileNotFoundError(f"`path`: {folder} holds no picture ({_extensions()})")
-    # Rows are looked up among the pictures found, so no row can lead out of the folder.
+    # Rows are looked up among the files found, so no row can leave the folder.
     by_name = {file.relative_to(folder).as_posix(): [file] for file in pictures}
     by_id: dict[str, list[Path]] = {}
     for file in pictures:
@@ -144,7 +142,8 @@ def _rows(table: Path, image_column: str, label_column: str) -> list[tuple[int, 
 def _read_all(files: Sequence[Path], size: int | None) -> Tensor:
     images: list[Tensor] = []
     for file in files:
-        image = resize(_read(file), size)
+        pixels = np.array(open_rgb(file))
+        image = resize(from_bytes(torch.from_numpy(pixels)[None]), size)
         if images and image.shape != images[0].shape:
             first, here = tuple(images[0].shape[-2:]), tuple(image.shape[-2:])
             raise ValueError(f"{file} is {here} and {files[0]} is {first} (height, width); give `size` to resize them")
@@ -152,18 +151,22 @@ def _read_all(files: Sequence[Path], size: int | None) -> Tensor:
     return torch.cat(images)
 
 
-def _read(file: Path) -> Tensor:
-    from PIL import Image
+def open_rgb(file: Path, *, upright: bool = False) -> Image.Image:
+    """Read an image file with Pillow as 8-bit RGB; ``upright`` applies its EXIF orientation.
+
+    Raises:
+        ValueError: It cannot be read, or has more than 8 bits per channel.
+    """
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(file) as picture:
             if picture.mode not in _PIL_8_BIT:
                 raise ValueError(f"its mode is {picture.mode}, only 8-bit pictures are read")
-            pixels = np.array(picture.convert("RGB"))
+            return (ImageOps.exif_transpose(picture) if upright else picture).convert("RGB")
     # Pillow raises OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ... on damaged files.
     except Exception as error:
-        raise ValueError(f"the picture {file} cannot be read: {error}") from error
-    return from_bytes(torch.from_numpy(pixels)[None])
+        raise ValueError(f"the picture {file} cannot be read: {str(error) or type(error).__name__}") from error
 
 
 def _extensions() -> str:

@@ -1,10 +1,9 @@
-"""The paper's equations as pure functions, and the record that they act on. No framework but torch."""
+"""The paper's equations as pure functions, and the decision trace that they act on. Needs torch alone."""
 
 from dipguard.decision.boundary import crosses, localise, needed_for_replay, passes
 from dipguard.decision.quality import quality
-from dipguard.decision.schedule import sampled_steps
 from dipguard.decision.stitching import Reconstruction, on_manifold, select, stitch, stitch_images
-from dipguard.decision.trace import DecisionTrace
+from dipguard.decision.trace import DecisionTrace, sampled_steps
 
 __all__ = [
     "DecisionTrace",

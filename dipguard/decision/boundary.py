@@ -10,13 +10,13 @@ from torch import Tensor
 from dipguard.checks import check_choice, check_float, check_int
 
 RULES = ("at_least", "above")
-"""How v(t) and t are held to their thresholds: ``>=`` (Algorithm 1) or ``>`` (Eq. 3)."""
+"""How v(t) and t are compared with their thresholds: ``>=`` (Algorithm 1) or ``>`` (Eq. 3)."""
 T0_UNITS = ("steps", "samples")
 """What t0 counts: optimiser steps (section 3.2, "iteration number") or sampled reconstructions."""
 SCORES = ("logits", "probabilities")
-"""Which scores f_c Eq. 5 compares."""
+"""The scores f_c that Eq. 5 compares."""
 SEARCHES = ("grid", "bisection")
-"""How alpha is looked for: at every point of the grid, or only where the difference of scores changes its sign."""
+"""Where alpha is searched: at every point of the grid, or by bisection for a change of sign."""
 
 
 def crosses(before: Tensor, after: Tensor) -> Tensor:
@@ -32,6 +32,14 @@ def crosses(before: Tensor, after: Tensor) -> Tensor:
         Booleans of that shape.
     """
     return before != after
+
+
+def check_thresholds(*, tau: float, t0: int, rule: str, t0_unit: str) -> None:
+    """Raise TypeError or ValueError unless the thresholds of Eq. 3 are in range and the choices are known."""
+    check_float(tau, name="tau", low=0.0, high=1.0)
+    check_int(t0, name="t0", low=0)
+    check_choice(rule, RULES, name="rule")
+    check_choice(t0_unit, T0_UNITS, name="t0_unit")
 
 
 def passes(
@@ -53,7 +61,7 @@ def passes(
         t0: Warm-up, at least 0, in the unit ``t0_unit``.
         rule: ``at_least`` (>=, Algorithm 1 lines 9 and 11) or ``above`` (>, Eq. 3), for both thresholds.
         t0_unit: ``steps`` or ``samples``.
-        position: Number of the pairs' first samples, [M]; needed for ``samples`` alone.
+        position: Number of the pairs' first samples, [M]; needed for ``samples`` only.
 
     Returns:
         Booleans [M].
@@ -61,16 +69,12 @@ def passes(
     Raises:
         ValueError: A threshold is out of range, or a choice is unknown.
     """
-    check_float(tau, name="tau", low=0.0, high=1.0)
-    check_int(t0, name="t0", low=0)
-    check_choice(rule, RULES, name="rule")
-    check_choice(t0_unit, T0_UNITS, name="t0_unit")
+    check_thresholds(tau=tau, t0=t0, rule=rule, t0_unit=t0_unit)
     if t0_unit == "samples":
         if position is None:
             raise ValueError("`position` must be given when `t0_unit` is 'samples', got None")
         steps = position
-    # Both sides as stored: a threshold rounded to float32 would decide ties otherwise than the number that was asked
-    # for.
+    # In float64: a threshold rounded to float32 could decide ties differently.
     if rule == "at_least":
         return (quality.double() >= tau) & (steps >= t0)
     return (quality.double() > tau) & (steps > t0)
@@ -93,8 +97,7 @@ def localise(
         \alpha = \arg\min_\alpha |f_{y^{(t)}}(x_{db}^{(t)}) - f_{y^{(t+1)}}(x_{db}^{(t)})|
 
     x_db = alpha x(t) + (1 - alpha) x(t+1), where alpha in {0, 1/N, ..., 1} makes |f_y(t)(x_db) - f_y(t+1)(x_db)|
-    smallest; of equal ones the smallest alpha is taken. The ends of the grid were classified when they were sampled
-    and are not classified again.
+    smallest; of equal ones the smallest alpha is taken. The ends of the grid are not classified again.
 
     Args:
         before: x(t), [M, 3, H, W].
@@ -103,10 +106,10 @@ def localise(
         scores_after: The victim's logits on x(t+1), [M, C].
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         N: Sections of the grid, at least 1; alpha is off by at most 1/(2N).
-        scores: ``logits`` or ``probabilities``, the f_c of Eq. 5.
-        search: ``grid`` asks about all N - 1 inner points. ``bisection`` asks about log2(N) of them, at most rounded
-            up, and gives the same alpha wherever f_y(t) - f_y(t+1) is monotone along the segment. Where it is not, it
-            gives the better side of one change of sign, which need not be the smallest difference.
+        scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
+        search: ``grid`` classifies all N - 1 inner points. ``bisection`` classifies at most ceil(log2(N)) of them and
+            gives the same alpha if f_y(t) - f_y(t+1) is monotone along the segment. If it is not, it gives the better
+            side of one change of sign, which need not be the smallest difference.
 
     Returns:
         alpha [M] and the on-boundary images [M, 3, H, W].
@@ -154,7 +157,7 @@ def _grid(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) -> T
 def _bisect(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) -> Tensor:
     """The better of two neighbouring points between which the difference changes its sign, the first if both are equal.
 
-    At 0 it is never above zero, at N never below: each end is decided for its own class.
+    The difference is never above zero at 0 and never below zero at N, since each end is decided for its own class.
     """
     low, high = (torch.full((len(ends),), end, device=ends.device, dtype=torch.int64) for end in (0, N))
     at_low, at_high = (end.clone() for end in ends.unbind(1))
@@ -168,15 +171,15 @@ def _bisect(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) ->
 
 
 def needed_for_replay(quality: Tensor, *, K_max: int) -> Tensor:
-    """Which crossings of one image any (tau, t0, K <= K_max) can still ask for.
+    """Which crossings of one image some (tau, t0, K <= K_max) can still select.
 
     I_K is the last K crossings among those with v >= tau. A crossing is among them for some tau only if fewer than
-    K_max later ones have a quality at least as high; all others can be forgotten, now and for good, since later
-    crossings only push it further back.
+    K_max later ones have a quality at least as high. All others can be dropped for good, since later crossings only
+    push them further back.
 
     Args:
         quality: v(t) of the crossings in the order of time, [M].
-        K_max: The largest K that a replay may ask for, at least 1.
+        K_max: The largest K of a replay, at least 1.
 
     Returns:
         Booleans [M].

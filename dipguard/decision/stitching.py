@@ -22,9 +22,9 @@ class Reconstruction:
     Attributes:
         image: The stitched image of Eq. 7, [3, H, W], clamped to [0, 1].
         reason: ``crossings`` (Eq. 6-7), or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0);
-            those of :func:`dipguard.decision.evidence.stitch_evidence` are ``evidence`` and ``no_reader``.
+            from :func:`dipguard.decision.class_scores.stitch_mirrored`, ``class_scores`` or ``no_sample_of_class``.
         used: Positions of the stitched on-boundary images in ``trace.on_boundary``, [k]; empty for ``no_crossing``.
-            Those of ``stitch_evidence`` are positions in ``trace.samples``.
+            From ``stitch_mirrored``, positions in ``trace.samples``.
     """
 
     image: Tensor
@@ -53,7 +53,7 @@ def on_manifold(on_boundary: Tensor, given: Tensor, *, beta: float) -> Tensor:
 
 
 def stitch_images(images: Tensor, *, K: int, divide_by: str = "found") -> Tensor:
-    r"""Eq. 7: the mean of the on-manifold images, clamped to [0, 1] so that a victim can read it.
+    r"""Eq. 7: the mean of the on-manifold images, clamped to [0, 1] so that a victim can classify it.
 
     .. math:: \hat{x}_{rec} = \frac{1}{K} \sum_{t \in I_K} x_{manifold}^{(t)}
 
@@ -76,6 +76,14 @@ def select(
     trace: DecisionTrace, *, tau: float, t0: int, K: int, rule: str = "at_least", t0_unit: str = "steps"
 ) -> Tensor:
     """I_K: positions in ``trace.on_boundary`` of the last K crossings that pass tau and t0 (Eq. 3, section 3.2).
+
+    Args:
+        trace: What the fit left.
+        tau: Quality threshold, in [0, 1].
+        t0: Warm-up, at least 0.
+        K: Largest number of crossings, from 1 to ``trace.K_max``.
+        rule: ``at_least`` or ``above`` (:func:`dipguard.decision.boundary.passes`).
+        t0_unit: ``steps`` or ``samples``.
 
     Returns:
         [k] int64 in the order of time, k <= K.
@@ -108,9 +116,9 @@ def stitch(
         t0: Warm-up, at least 0.
         K: Number of on-boundary images, from 1 to ``trace.K_max``.
         beta: Step size of Eq. 6, at least 0.
-        rule: See :func:`dipguard.decision.boundary.passes`.
-        t0_unit: See :func:`dipguard.decision.boundary.passes`.
-        divide_by: See :func:`stitch_images`.
+        rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3), for both thresholds.
+        t0_unit: What t0 counts, ``steps`` or ``samples``.
+        divide_by: What Eq. 7 divides by with fewer than K crossings, ``found`` or ``K``.
 
     Raises:
         ValueError: An option is out of range.

@@ -1,4 +1,4 @@
-"""The decision trace: all that one image's DIP fit leaves behind, and the only thing that stitching reads."""
+"""The decision trace: what one image's DIP fit leaves behind, and all that stitching needs."""
 
 from __future__ import annotations
 
@@ -12,9 +12,38 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
 
+from dipguard.checks import check_int
 from dipguard.files import write_bytes
 
-FORMAT = "dipguard.trace/1"
+FORMAT = "dipguard.trace/2"
+
+
+def sampled_steps(T: int, *, decisions: int | None = 200, every: int | None = None) -> tuple[int, ...]:
+    """The 0-based optimiser steps t, 0 <= t < T, whose reconstruction x(t) the victim classifies.
+
+    Section 4.1 takes 200 steps at equal intervals. With ``decisions=S`` they are ceil((i+1) T/S) - 1 for
+    i = 0 ... S-1, which spreads S samples as evenly as whole steps allow, whether or not S divides T (T/200 is not
+    whole for T = 500, 750, 1250 and 1500 of Table 3); if S is larger than T, every step is sampled. With ``every=n``
+    they are n-1, 2n-1, ...: a shorter T then gives a prefix of a longer one. Both end on or near step T-1, because
+    the last reconstructions matter most: Algorithm 1 falls back on them when no boundary was crossed.
+
+    Args:
+        T: Number of optimiser steps, at least 1.
+        decisions: Number of samples S, at least 2. Ignored if ``every`` is given.
+        every: Distance of two samples in steps, from 1 to T // 2.
+
+    Raises:
+        TypeError: An argument is not an integer, or neither ``decisions`` nor ``every`` is given.
+        ValueError: An argument is out of range.
+    """
+    check_int(T, name="T", low=1)
+    if every is not None:
+        check_int(every, name="every", low=1, high=max(1, T // 2))
+        return tuple(range(every - 1, T, every))
+    if decisions is None:
+        raise TypeError("`decisions` must be an integer when `every` is not given, got None")
+    S = min(check_int(decisions, name="decisions", low=2), T)
+    return tuple(-(-(i + 1) * T // S) - 1 for i in range(S))
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,23 +51,25 @@ class DecisionTrace:
     """One image's fit, as seen from the victim's decision space.
 
     S is the number of sampled steps, M that of kept crossings, L that of kept last reconstructions, C that of classes.
-    Where several networks were fitted to the image, one after the other, the steps are counted through.
+    If several networks were fitted to the image one after the other, their steps are numbered consecutively.
 
     Attributes:
-        index: The image's index in its data set; with the seed it settles every random draw of its fit.
+        index: The image's index in its data set; with the seed it determines every random draw of its fit.
         given: The given image x0, [3, H, W] in [0, 1].
         given_scores: The victim's logits on it, [C].
         steps: Sampled optimiser steps t, 0-based, increasing, [S] int64.
         scores: The victim's logits on x(t), [S, C].
         quality: v(t) = SSIM(x(t), x0), [S].
         loss: The fit's mean squared error at t, [S].
-        crossing_at: Sample number i of each kept crossing, which lies between the samples i and i + 1, [M] int64.
+        crossing_at: Sample number i of each kept crossing, which lies between samples i and i + 1, [M] int64.
         alpha: Weight of the earlier sample in the on-boundary image (Eq. 4), [M].
         on_boundary: On-boundary images, [M, 3, H, W].
         last: The last L sampled reconstructions, oldest first, [L, 3, H, W].
-        samples: All sampled reconstructions [S, 3, H, W], or None unless they were asked for.
-        turned: The victim's logits on their mirrored copies (:mod:`dipguard.decision.evidence`), [S, C], or None.
-        settings: What the fit was made with; values that JSON can hold. ``settings["K_max"]`` bounds the K of a replay.
+        samples: All sampled reconstructions [S, 3, H, W], or None if they were not kept.
+        mirrored_logits: The victim's logits on mirrored copies of the samples
+            (:mod:`dipguard.decision.class_scores`), [S, C], or None.
+        settings: Options of the fit, of the decisions and of the stitch; JSON values. ``settings["K_max"]`` bounds the
+            K of a replay.
     """
 
     index: int
@@ -53,7 +84,7 @@ class DecisionTrace:
     on_boundary: Tensor
     last: Tensor
     samples: Tensor | None = None
-    turned: Tensor | None = None
+    mirrored_logits: Tensor | None = None
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -67,7 +98,7 @@ class DecisionTrace:
             "on_boundary": (M, *image),
             "last": (len(self.last), *image),
             **({} if self.samples is None else {"samples": (S, *image)}),
-            **({} if self.turned is None else {"turned": (S, len(self.given_scores))}),
+            **({} if self.mirrored_logits is None else {"mirrored_logits": (S, len(self.given_scores))}),
         }
         for name, shape in wanted.items():
             got = tuple(getattr(self, name).shape)
@@ -92,7 +123,7 @@ class DecisionTrace:
         return int(self.settings.get("K_max", len(self.last)))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name; ``samples`` and ``turned`` only when there are some."""
+        """The tensors by name, without those that are None."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("index", "settings")}
         return {name: value for name, value in values.items() if value is not None}
 
@@ -104,7 +135,7 @@ class DecisionTrace:
         )
 
     def save(self, path: str | Path) -> Path:
-        """Write one safetensors file; a reader sees the whole file or none, also after a kill."""
+        """Write one safetensors file, atomically."""
         header = {"format": FORMAT, "index": str(self.index), "settings": json.dumps(self.settings, sort_keys=True)}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         return write_bytes(Path(path), serialise(tensors, metadata=header))

@@ -1,150 +1,248 @@
-"""What every defence is, images in and images out, and what all rows of the table of defences share."""
+"""The base class of all defences, and what they return."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import operator
+import time
+from abc import ABC
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Self, TypeAlias
 
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_images, check_int, check_labels
+from dipguard.checks import check_images, check_int
 from dipguard.classifier import check_is_module
-from dipguard.decision.readout import STITCHED, Readout
+from dipguard.decision import DecisionTrace, Reconstruction
+from dipguard.decision.intermediates import STITCHED, Intermediate
+from dipguard.fit import Decider, FitOptions
 
-if TYPE_CHECKING:
-    from dipguard.fit import FitOptions
+Callbacks: TypeAlias = Sequence[pl.Callback]
+Indices: TypeAlias = Tensor | Sequence[int]
+"""Positions of images in their data set: an integer tensor [N], or a list, range or array of N integers."""
+PURIFIED = "purified"
+"""The reason of a defence that leaves no trace."""
 
 
-@runtime_checkable
-class Defense(Protocol):
-    """A purifier: takes images that may be adversarial, returns images that the victim shall read correctly."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Purified:
+    """N purified images, as a defence's own `Defense._purify` returns them.
 
-    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
-        """[N, 3, H, W] in [0, 1] -> the same shape and range.
+    Attributes:
+        reconstructions: [N, 3, H', W'] in [0, 1], of the given images' dtype and on their device.
+        reasons: Why each image looks as it does: ``crossings`` or ``no_crossing`` (paper), ``class_scores`` or
+            ``no_sample_of_class`` (mirror), ``purified`` (all others).
+        used: Number of images that each one was averaged from; 0 for defences that do not average.
+        traces: One decision trace per image, or none at all.
+        seconds: Wall time by part: ``start`` (choice of the stack size and of the engine, compilation, the Trainer's
+            start), ``fit`` and ``decide`` (victim, SSIM, localisation, stitching).
+    """
 
-        ``indices`` int [N] are the images' positions in the whole data set, which settle their random draws; 0 to
-        N - 1 by default.
+    reconstructions: Tensor
+    reasons: list[str]
+    used: list[int]
+    traces: list[DecisionTrace] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"start": 0.0, "fit": 0.0, "decide": 0.0})
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Concatenate the images of several results; seconds add up.
+
+        Raises:
+            ValueError: No parts.
         """
-        ...
+        if not parts:
+            raise ValueError("`parts` must hold at least one result, got none")
+        return cls(**{f.name: _joined([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
-class Purifier(ABC):
-    """A row of `dipguard.defenses.DEFENSES`: ``purify(images)`` with checked images, a checked result and settings.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DefenseResult(Purified):
+    """N defended images: `Purified`, and the victim's decisions.
 
-    A subclass sets ``name``, implements `purify_one` (or, for images that are fitted together, overrides
-    `purify_images`), and adds to `settings` whatever else its result depends on.
+    Attributes:
+        decisions_before: The victim's decisions on the given images, [N] int64, on the CPU.
+        decisions_after: Its decisions on the reconstructions, [N] int64, on the CPU.
+    """
+
+    decisions_before: Tensor
+    decisions_after: Tensor
+
+
+class Defense(nn.Module, ABC):
+    """Turns images that may be adversarial into images that the victim classifies correctly.
+
+    A subclass sets ``name`` and implements `purify_image` or, if it works on several images at once, `_purify`.
+    Everything that its result depends on belongs into `OPTIONS` or `settings`.
 
     Args:
-        victim: classifier of images [B, 3, H, W] in [0, 1]; networks of a defence run where it is.
-        seed: of the defence's random draws, at least 0.
+        victim: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C]. Normalisation belongs inside. It is never
+            changed; networks of a defence run on its device.
+        seed: Seed of the defence's random draws, at least 0.
 
     Raises:
         TypeError, ValueError: ``victim`` is not a module, or ``seed`` is not an integer in range.
+        ImportError: A library of the defence is not installed.
     """
 
     name: ClassVar[str]
+    OPTIONS: ClassVar[tuple[str, ...]] = ()
+    """Attributes that `settings` reports: the constructor's options, ready for JSON."""
+    LIBRARIES: ClassVar[dict[str, str]] = {}
+    """Libraries that the result depends on: distribution -> module. `settings` reports their versions."""
 
     def __init__(self, victim: nn.Module, *, seed: int = 0) -> None:
+        super().__init__()
         self.victim = check_is_module(victim)
         self.seed = check_int(seed, name="seed", low=0)
+        self.decide = Decider(victim)
+        self.versions = {
+            project: str(library(module, defense=self.name).__version__) for project, module in self.LIBRARIES.items()
+        }
 
     @property
     def random(self) -> bool:
-        """Whether draws are made. Given seed and index they are the same each time: new draws need another index."""
+        """Whether random numbers are drawn. They depend on seed and index alone: other draws need another index."""
         return False
 
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that a result depends on besides image, index and victim, ready for JSON."""
-        return {"name": self.name, "seed": self.seed} if self.random else {"name": self.name}
+        seed = {"seed": self.seed} if self.random else {}
+        versions = {"versions": dict(self.versions)} if self.versions else {}
+        return {"name": self.name, **seed, **{option: getattr(self, option) for option in self.OPTIONS}, **versions}
 
     @property
     def steps_per_image(self) -> int:
-        """Optimiser steps of a deep image prior that one image costs."""
+        """Optimiser steps of a deep image prior per image."""
         return 0
 
     @property
     def dip_fits(self) -> tuple[FitOptions, ...]:
-        """The fits of a deep image prior that it makes of each image; none where it is no such thing."""
+        """The deep image priors that are fitted to each image; empty for defences without any."""
         return ()
 
     @property
-    def readout_views(self) -> dict[str, int]:
-        """What `readouts` returns: names, and how many views an image has in each at most."""
+    def intermediate_views(self) -> dict[str, int]:
+        """The names that `intermediates` returns, and the largest number of views of an image in each."""
         return {STITCHED: 1}
 
     @property
     def unavailable(self) -> str | None:
-        """Why `purify` cannot run (such as weights that were not supplied); None if it can."""
+        """Why the defence cannot run, such as missing weights; None if it can."""
         return None
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width of the result for images of the given size, pixels.
+        """Height and width in pixels of the result for images of the given size.
 
         Raises:
-            ValueError: images of this size cannot be purified.
+            ValueError: Images of this size cannot be purified.
         """
         return height, width
 
-    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
-        """Return purified images [N, 3, *output_size(H, W)] of the images' dtype and device, in [0, 1], detached.
+    def defend(
+        self, images: Tensor, *, indices: Indices | None = None, callbacks: Callbacks = (), logger: Logger | None = None
+    ) -> DefenseResult:
+        """Purify images and ask the victim for its decisions before and after.
 
-        Works under ``no_grad`` and ``inference_mode`` too; the caller's random state stays as it was. An image's result
-        depends on neither its batch mates nor their number.
+        Works under ``no_grad`` and ``inference_mode``. The caller's random state stays as it was. An image's result
+        does not depend on the other images.
 
         Args:
-            images: float [N, 3, H, W] in [0, 1].
-            indices: int [N], positions in the whole data set, at least 0; by default 0 to N - 1.
+            images: Float [N, 3, H, W] in [0, 1].
+            indices: Positions of the images in their data set, [N], at least 0; 0 to N - 1 by default. Random draws
+                depend on them.
+            callbacks: Lightning callbacks for the fits of a deep image prior; other defences have no use for them.
+            logger: Lightning logger for the means over each fit; other defences have no use for it.
 
         Raises:
-            TypeError, ValueError: bad images or indices, or a size that the defence cannot take.
-            RuntimeError: the defence is unavailable, or broke its promise (shape, dtype, range, finite values).
+            TypeError, ValueError: Bad images, indices or victim, or a size that the defence cannot take.
+            RuntimeError: The defence is unavailable, or broke its promise (shape, dtype, range, finite values).
         """
-        positions = self._check_given(images, indices)
-        # Tensors made in inference mode could never again take part in autograd: neither the result nor, should they
-        # be moved to another device meanwhile, the weights of a network.
         with torch.inference_mode(False), torch.no_grad():
-            return self._check_result(images, self.purify_images(images.detach().clone(), positions))
+            made = self._checked_purify(images, indices, callbacks=callbacks, logger=logger)
+            start = time.perf_counter()
+            if made.traces:
+                before = torch.tensor([trace.given_decision for trace in made.traces])
+            else:
+                before = self.decide(images).argmax(dim=1).cpu()
+            after = self.decide(made.reconstructions).argmax(dim=1).cpu()
+            made.seconds["decide"] += time.perf_counter() - start
+        return DefenseResult(**vars(made), decisions_before=before, decisions_after=after)
 
-    def readouts(self, images: Tensor, *, indices: Tensor | None = None) -> dict[str, Readout]:
-        """What the defence looked at on its way to its answer, from one purification; for attacks that know it.
+    def purify(self, images: Tensor, *, indices: Indices | None = None) -> Tensor:
+        """Return purified images [N, 3, *output_size(H, W)] in [0, 1], of the images' dtype and device, detached.
 
-        Args and errors are those of `purify`.
+        Arguments and errors are those of `defend`.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            return self._checked_purify(images, indices, callbacks=(), logger=None).reconstructions
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the victim's logits [N, C] on the purified images."""
+        return self.decide(self.purify(images))
+
+    def intermediates(self, images: Tensor, *, indices: Indices | None = None) -> dict[str, Intermediate]:
+        """Return what the defence looked at on its way to its result, from one purification; for adaptive attacks.
+
+        Arguments and errors are those of `defend`.
 
         Returns:
-            A readout for each name of `readout_views`. ``stitched`` is always among them: one view, which is what
+            One entry for each name of `intermediate_views`. ``stitched`` is always among them: one view, equal to what
             `purify` returns for the same images and indices.
         """
         positions = self._check_given(images, indices)
         with torch.inference_mode(False), torch.no_grad():
-            made = self.readouts_of(images.detach().clone(), positions)
+            made = self._intermediates(images.detach().clone(), positions)
             self._check_result(images, made[STITCHED].views[0])
             return made
 
-    def readouts_of(self, images: Tensor, indices: list[int]) -> dict[str, Readout]:
-        """Purify checked images [N, 3, H, W] once and say what was looked at."""
-        return {STITCHED: Readout(self.purify_images(images, indices)[None])}
+    def rebuild(self, trace: DecisionTrace) -> Reconstruction:
+        """Stitch an image again from its decision trace, without another fit.
 
-    def purify_images(self, images: Tensor, indices: list[int]) -> Tensor:
-        """Purify checked images [N, 3, H, W]. One at a time: convolutions round differently with the batch's size."""
-        return torch.stack([self.purify_one(image, index) for image, index in zip(images, indices, strict=True)])
+        Raises:
+            TypeError: The defence leaves no traces.
+        """
+        raise TypeError(f"the defence {self.name!r} leaves no decision traces, so none can be rebuilt")
 
-    @abstractmethod
-    def purify_one(self, image: Tensor, index: int) -> Tensor:
-        """Purify one image [3, H, W] (the defence's own copy); the result is of its dtype and on its device."""
+    def purify_image(self, image: Tensor, index: int) -> Tensor:
+        """Purify one image [3, H, W], the defence's own copy; the result has its dtype and device."""
+        raise NotImplementedError(f"{type(self).__name__} implements neither `purify_image` nor `_purify`")
 
-    def _check_given(self, images: Tensor, indices: Tensor | None) -> list[int]:
+    def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
+        """Purify checked images [N, 3, H, W]; by default one at a time, since convolutions round by batch size."""
+        start = time.perf_counter()
+        made = torch.stack([self.purify_image(image, index) for image, index in zip(images, indices, strict=True)])
+        seconds = {"start": 0.0, "fit": time.perf_counter() - start, "decide": 0.0}
+        return Purified(reconstructions=made, reasons=[PURIFIED] * len(made), used=[0] * len(made), seconds=seconds)
+
+    def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
+        """Purify checked images [N, 3, H, W] once and return `intermediates`."""
+        made = self._purify(images, indices, callbacks=(), logger=None)
+        return {STITCHED: Intermediate(made.reconstructions[None])}
+
+    def _checked_purify(
+        self, images: Tensor, indices: Indices | None, *, callbacks: Callbacks, logger: Logger | None
+    ) -> Purified:
+        # Tensors made in inference mode could never again take part in autograd: neither the result nor, should they
+        # be moved to another device meanwhile, the weights of a network. The caller leaves that mode.
+        positions = self._check_given(images, indices)
+        made = self._purify(images.detach().clone(), positions, callbacks=callbacks, logger=logger)
+        self._check_result(images, made.reconstructions)
+        return made
+
+    def _check_given(self, images: Tensor, indices: Indices | None) -> list[int]:
         if self.unavailable is not None:
             raise RuntimeError(f"the defence {self.name!r} cannot run: {self.unavailable}")
         check_images(images)
         self.output_size(*images.shape[-2:])
-        order = torch.arange(len(images)) if indices is None else indices
-        positions: list[int] = check_labels(order, count=len(images), name="indices").tolist()
-        return positions
+        return check_indices(indices, count=len(images))
 
-    def _check_result(self, given: Tensor, purified: Tensor) -> Tensor:
+    def _check_result(self, given: Tensor, purified: Tensor) -> None:
         expected = (len(given), 3, *self.output_size(*given.shape[-2:]))
         got = (tuple(purified.shape), purified.dtype, purified.device)
         if got != (expected, given.dtype, given.device):
@@ -157,14 +255,36 @@ class Purifier(ABC):
         low, high = (float(value) for value in torch.aminmax(purified))
         if low < 0 or high > 1:
             raise RuntimeError(f"defence {self.name!r} left [0, 1]: its values go from {low:.4g} to {high:.4g}")
-        return purified
+
+
+def check_indices(indices: Indices | None, *, count: int) -> list[int]:
+    """Return the indices of ``count`` images as integers; 0 to ``count`` - 1 for None.
+
+    Raises:
+        TypeError: They are not integers (floats and bools are none), or have more than one dimension.
+        ValueError: Not one per image, or a negative one.
+    """
+    given = range(count) if indices is None else indices
+    values = given.tolist() if isinstance(given, Tensor) and given.ndim else given
+    try:
+        order = [operator.index(value) for value in values]
+    except TypeError:
+        order = []
+    if not order or any(isinstance(value, bool) for value in values):
+        kind = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
+        raise TypeError(f"`indices` must be integers, one an image ({count}), got {kind}")
+    if len(order) != count:
+        raise ValueError(f"`indices` must hold one index an image ({count}), got {len(order)}")
+    if min(order) < 0:
+        raise ValueError(f"`indices` must be at least 0, got {min(order)}")
+    return order
 
 
 def library(module: str, *, defense: str) -> Any:
     """Import a library that only some defences need.
 
     Raises:
-        ImportError: it is not installed; the message says how to get it.
+        ImportError: It is not installed; the message says how to get it.
     """
     try:
         return import_module(module)
@@ -173,3 +293,11 @@ def library(module: str, *, defense: str) -> Any:
             f"the defence {defense!r} needs {module}, which could not be imported ({error}): "
             "pip install 'dipguard[defenses]'"
         ) from error
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], Tensor):
+        return torch.cat(values)
+    if isinstance(values[0], dict):
+        return {key: sum(value[key] for value in values) for key in values[0]}
+    return [item for value in values for item in value]

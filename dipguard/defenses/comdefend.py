@@ -1,10 +1,10 @@
-"""ComDefend (Jia et al. 2019): an image squeezed through 12 noisy bits a pixel and rebuilt."""
+"""ComDefend (Jia et al. 2019): compress an image to 12 noisy bits per pixel and rebuild it."""
 
 from __future__ import annotations
 
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,9 @@ from dipguard.defenses.network_defense import NetworkDefense
 from dipguard.seeding import image_generator
 
 PATCH = 32
-"""Side of a patch, pixels: the size that the networks were trained on."""
+"""Side of a patch in pixels: the size that the networks were trained on."""
 CODE = 12
-"""Bits a pixel of the code."""
+"""Bits per pixel of the code."""
 _ENCODER = (3, 16, 32, 64, 128, 256, 128, 64, 32, CODE)
 _DECODER = (CODE, 32, 64, 128, 256, 128, 64, 32, 16, 3)
 
@@ -31,7 +31,7 @@ class ComDefendNetwork(nn.Module):
         self.decoder = _convolutions(_DECODER)
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Images [n, 3, H, W] in [0, 1], noise [n, 12, H, W] that the code must outweigh -> [n, 3, H, W] in [0, 1].
+        """Rebuild images [n, 3, H, W] in [0, 1] from their bits, given noise [n, 12, H, W] on the code.
 
         A bit is 1 where sigmoid(code - noise) is above 0.5, which is where the code is above the noise.
         """
@@ -58,21 +58,17 @@ class ComDefend(NetworkDefense):
     eps 2/255; we know of no paper that is devoted to breaking it.
 
     Args:
-        victim: as in `Purifier`.
-        weights: as in `NetworkDefense`: ``encoder.0.weight`` ... ``decoder.8.bias``, 1,566,735 parameters.
-        patches: cut the image into patches of 32x32 pixels that are purified one by one with the channels in the order
-            blue, green, red, and cut the result down to 8 bits, as the authors' code does for ImageNet. False takes
-            the whole image in the order red, green, blue, as for CIFAR-10. None takes patches where a side is longer
-            than 32 pixels.
-        noise: standard deviation s of the noise on the code, at least 0; the authors' is 1. With 0 nothing is drawn.
-        seed: as in `Purifier`.
-
-    Raises:
-        ValueError: as in `NetworkDefense`; from `purify` also a side that is no multiple of 32 where there are patches.
+        weights: State dict with ``encoder.0.weight`` ... ``decoder.8.bias``, 1,566,735 parameters.
+        patches: Cut the image into patches of 32x32 pixels that are purified one by one with the channels in the order
+            blue, green, red, and cut the result down to 8 bits, as the authors' code does for ImageNet; sides must then
+            be multiples of 32. False takes the whole image in the order red, green, blue, as for CIFAR-10. None takes
+            patches where a side is longer than 32 pixels.
+        noise: Standard deviation s of the noise on the code, at least 0; the authors' is 1. With 0 nothing is drawn.
     """
 
     name: ClassVar[str] = "comdefend"
-    weights_source: ClassVar[str] = (
+    OPTIONS: ClassVar[tuple[str, ...]] = ("patches", "noise")
+    weights_source = (
         "the authors publish theirs at https://github.com/jiaxiaojunQAQ/Comdefend (checkpoints/enc20_0.0001.npy and "
         "dec20_0.0001.npy, for TensorFlow), to be saved as a torch state dict with the names encoder.0.weight to "
         "decoder.8.bias"
@@ -99,16 +95,11 @@ class ComDefend(NetworkDefense):
 
     @property
     def random(self) -> bool:
-        """Whether noise is put on the code."""
+        """Whether noise is added to the code."""
         return self.noise > 0
 
-    @property
-    def settings(self) -> dict[str, Any]:
-        """As in `NetworkDefense`, with patches and noise."""
-        return {**super().settings, "patches": self.patches, "noise": self.noise}
-
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """The given size; raises ValueError if patches of 32x32 do not fill the image."""
+        """Return the given size; raises ValueError if patches of 32x32 do not fill the image."""
         if self._in_patches(height, width) and (height % PATCH or width % PATCH):
             raise ValueError(
                 f"`images` must have sides that are multiples of {PATCH} pixels to be purified in patches, got "
@@ -116,7 +107,7 @@ class ComDefend(NetworkDefense):
             )
         return height, width
 
-    def purify_one(self, image: Tensor, index: int) -> Tensor:
+    def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Encode, threshold against noise, decode."""
         if not self._in_patches(*image.shape[-2:]):
             return self._rebuild(image[None], index)[0].to(image)

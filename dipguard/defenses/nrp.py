@@ -20,7 +20,7 @@ NOISE_LIMIT = 16 / 255
 
 
 class _DenseBlock(nn.Module):
-    """Five 3x3 convolutions, each of all that went before it; the last one's result is added to the input."""
+    """Five 3x3 convolutions, each of the concatenation of all before it; the last one is added to the input."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class NRPNetwork(nn.Module):
         self.trunk_conv = nn.Conv2d(FEATURES, 3, 3, padding=1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images [n, 3, H, W] in [0, 1] -> [n, 3, H, W], not limited to [0, 1]."""
+        """Purify images [n, 3, H, W] in [0, 1]; the result is not limited to [0, 1]."""
         result: Tensor = self.trunk_conv(self.RRDB_trunk(self.conv_first(images)))
         return result
 
@@ -72,14 +72,13 @@ class NRP(NetworkDefense):
     backward, already at eps 2/255.
 
     Args:
-        victim: as in `Purifier`.
-        weights: as in `NetworkDefense`: the file NRP.pth of the authors.
-        dynamic: add noise N(0, 0.05), cut to 16/255, before the image is purified.
-        seed: as in `Purifier`; draws are made for the dynamic variant only.
+        weights: The authors' file NRP.pth.
+        dynamic: Add noise N(0, 0.05), cut to 16/255, before the image is purified.
     """
 
     name: ClassVar[str] = "nrp"
-    weights_source: ClassVar[str] = (
+    OPTIONS: ClassVar[tuple[str, ...]] = ("dynamic",)
+    weights_source = (
         "the authors link to theirs at https://github.com/Muzammal-Naseer/NRP (Pretrained Purifiers, NRP.pth)"
     )
 
@@ -102,11 +101,11 @@ class NRP(NetworkDefense):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """As in `NetworkDefense`, with the variant."""
-        own = {"noise": NOISE, "noise_limit": NOISE_LIMIT} if self.dynamic else {}
-        return {**super().settings, "dynamic": self.dynamic, **own}
+        """The variant, the weights' digest and the noise."""
+        noise = {"noise": NOISE, "noise_limit": NOISE_LIMIT} if self.dynamic else {}
+        return {**super().settings, **noise}
 
-    def purify_one(self, image: Tensor, index: int) -> Tensor:
+    def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Add the noise of the dynamic variant, run the network, limit to [0, 1]."""
         given = self._disturb(image, index) if self.dynamic else image
         return self.run(given[None])[0].clamp(0, 1).to(image)

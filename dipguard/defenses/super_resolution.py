@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,10 +14,8 @@ from dipguard.checks import check_choice, check_float, check_int
 from dipguard.defenses.base import library
 from dipguard.defenses.network_defense import NetworkDefense
 from dipguard.defenses.transforms import from_hwc, jpeg_round_trip, to_hwc
-from dipguard.defenses.upscalers import EDSR, IMDN
 from dipguard.victims.weights import load_state_dict_strict
 
-SUBSAMPLING = "4:2:0"
 SOURCES = {
     "edsr": "https://github.com/sanghyun-son/EDSR-PyTorch names those of EDSR baseline x2 "
     "(edsr_baseline_x2-1bc95232.pt), which Mustafa et al. took",
@@ -24,20 +23,23 @@ SOURCES = {
 }
 """Upscaler -> where its weights come from."""
 OUTPUTS = ("bicubic", "area", "doubled")
+DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
+"""Mean colour of EDSR's training images, in [0, 1]."""
+FEATURES = 64
 
 
 def wavelet_denoise(pixels: np.ndarray, *, sigma: float, defense: str = "sr") -> np.ndarray:
-    """Denoise [H, W, 3] in [0, 1] as Mustafa et al. 2019 do, with scikit-image and PyWavelets; the same range.
+    """Denoise [H, W, 3] in [0, 1] like Mustafa et al. 2019, with scikit-image and PyWavelets; the same range.
 
     In YCbCr each channel is scaled to [0, 1] by its own least and largest value, decomposed into Haar wavelets on three
     levels less than would be possible (at least one), soft-thresholded with BayesShrink (Chang et al. 2000) in each
-    sub-band, and scaled back. A channel of one value stays as it is.
+    sub-band, and scaled back. A channel of one value stays unchanged.
 
     Args:
-        pixels: the image.
-        sigma: standard deviation of the noise in the scaled channels, above 0. (That is what the authors' code of 2019
+        pixels: The image.
+        sigma: Standard deviation of the noise in the scaled channels, above 0. (That is what the authors' code of 2019
             did; since then the library scales sigma along with the channels, which is therefore done here.)
-        defense: name of the defence, for the message that says what to install.
+        defense: Name of the defence in the message that says what to install.
     """
     color = library("skimage.color", defense=defense)
     restoration = library("skimage.restoration", defense=defense)
@@ -59,18 +61,19 @@ class SuperResolution(NetworkDefense):
     furthest of all under BPDA, with a down-sampling backward; we know of no paper that is devoted to breaking it.
 
     Args:
-        victim: as in `Purifier`.
-        weights: as in `NetworkDefense`, of the ``upscaler``.
+        weights: State dict of the ``upscaler``.
         upscaler: ``imdn`` (Hui et al. 2019), or ``edsr`` (Lim et al. 2017), which Mustafa et al. took.
-        sigma: see `wavelet_denoise`; 0 leaves that step out.
-        quality: of the JPEG file between the two steps, 1 to 100; its chroma is 4:2:0.
-        output: what to do with the doubled image, rounded to 8 bits as the authors' file is: scale it down to the given
-            size (``bicubic``, anti-aliased, or ``area``, the mean of 2x2 pixels), or keep it (``doubled``), as the
-            authors do with a classifier for that size. Scaling down takes back much of what super-resolution added.
-        seed: as in `Purifier`; nothing is drawn.
+        sigma: See `wavelet_denoise`; 0 leaves that step out.
+        quality: Quality of the JPEG file between the two steps, 1 to 100; its chroma is 4:2:0.
+        output: What to do with the doubled image, rounded to 8 bits like the authors' file: scale it down to the given
+            size (``bicubic``, anti-aliased, or ``area``, the mean of 2x2 pixels), or keep it (``doubled``), like the
+            authors with a classifier for that size. Scaling down takes back much of what super-resolution added.
     """
 
     name: ClassVar[str] = "sr"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("upscaler", "sigma", "quality", "output", "subsampling")
+    LIBRARIES: ClassVar[dict[str, str]] = {"pillow": "PIL", "pywavelets": "pywt", "scikit-image": "skimage"}
+    subsampling = "4:2:0"
 
     def __init__(
         self,
@@ -83,22 +86,19 @@ class SuperResolution(NetworkDefense):
         output: str = "bicubic",
         seed: int = 0,
     ) -> None:
-        self.upscaler = check_choice(upscaler, SOURCES, name="upscaler")
+        self.upscaler = check_choice(upscaler, SOURCES, name="upscaler")  # `make_network` needs it
+        self.weights_source = SOURCES[upscaler]
         super().__init__(victim, weights=weights, seed=seed)
         self.sigma = check_float(sigma, name="sigma", low=0)
         self.quality = check_int(quality, name="quality", low=1, high=100)
         self.output = check_choice(output, OUTPUTS, name="output")
-        modules = {"pillow": "PIL", "pywavelets": "pywt", "scikit-image": "skimage"}
-        self._versions = {
-            project: str(library(module, defense=self.name).__version__) for project, module in modules.items()
-        }
 
     def make_network(self) -> nn.Module:
         """Return the untrained upscaler."""
         return IMDN() if self.upscaler == "imdn" else EDSR()
 
     def load_network(self, weights: str | Path) -> nn.Module:
-        """As in `NetworkDefense`; EDSR's two fixed convolutions may be missing."""
+        """Return the upscaler with these weights; EDSR's two fixed convolutions may be missing."""
         if self.upscaler == "edsr":
             try:
                 return super().load_network(weights)
@@ -106,23 +106,11 @@ class SuperResolution(NetworkDefense):
                 return load_state_dict_strict(EDSR(stored_mean=False).float(), weights, argument="weights")
         return super().load_network(weights)
 
-    def where_weights_come_from(self) -> str:
-        """Depends on the upscaler."""
-        return SOURCES[self.upscaler]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """As in `NetworkDefense`, with all options and the libraries' versions."""
-        values = super().settings
-        values["versions"] |= self._versions
-        own = {"upscaler": self.upscaler, "sigma": self.sigma, "quality": self.quality, "output": self.output}
-        return {**values, **own, "subsampling": SUBSAMPLING}
-
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Twice the given size if the doubled image is kept."""
+        """Return twice the given size if the doubled image is kept."""
         return (2 * height, 2 * width) if self.output == "doubled" else (height, width)
 
-    def purify_one(self, image: Tensor, index: int) -> Tensor:
+    def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Denoise, compress, double, scale down."""
         prepared = from_hwc(self.prepare(to_hwc(image)), image.float())
         doubled = (self.run(prepared[None]).clamp(0, 1) * 255).round() / 255
@@ -133,9 +121,124 @@ class SuperResolution(NetworkDefense):
         if self.sigma > 0:
             # Cut down, not rounded, to 8 bits: only so is the file that the authors give met to 42.7 dB (else 40.6).
             pixels = np.floor(wavelet_denoise(pixels, sigma=self.sigma, defense=self.name) * 255) / 255
-        return jpeg_round_trip(pixels, quality=self.quality, subsampling=SUBSAMPLING, defense=self.name)
+        return jpeg_round_trip(pixels, quality=self.quality, subsampling=self.subsampling, defense=self.name)
 
     def _scale_down(self, doubled: Tensor, size: tuple[int, int]) -> Tensor:
         if self.output == "bicubic":
             return F.interpolate(doubled, size=size, mode="bicubic", antialias=True)
         return F.interpolate(doubled, size=size, mode="area") if self.output == "area" else doubled
+
+
+class EDSR(nn.Module):
+    """EDSR baseline x2 (Lim et al. 2017): 16 residual blocks without BatchNorm, one long skip, PixelShuffle.
+
+    Its parts have the names that its authors' weights have. Files may or may not hold the two fixed 1x1 convolutions
+    that take the mean colour away and add it again.
+
+    Args:
+        stored_mean: Whether the state dict has these two.
+    """
+
+    mean: Tensor
+
+    def __init__(self, *, stored_mean: bool = True) -> None:
+        super().__init__()
+        self.stored_mean = stored_mean
+        mean = 255 * torch.tensor(DIV2K_MEAN)
+        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
+        if stored_mean:
+            self.sub_mean, self.add_mean = _shift(-mean), _shift(mean)
+        self.head = nn.Sequential(_conv(3, FEATURES))
+        self.body = nn.Sequential(*(_ResidualBlock() for _ in range(16)), _conv(FEATURES, FEATURES))
+        grow = nn.Sequential(_conv(FEATURES, 4 * FEATURES), nn.PixelShuffle(2))
+        self.tail = nn.Sequential(grow, _conv(FEATURES, 3))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Double images [n, 3, H, W] in [0, 1]; the result [n, 3, 2H, 2W] is not limited to [0, 1]."""
+        x = images * 255
+        first = self.head(self.sub_mean(x) if self.stored_mean else x - self.mean)
+        y = self.tail(first + self.body(first))
+        result: Tensor = (self.add_mean(y) if self.stored_mean else y + self.mean) / 255
+        return result
+
+
+class _ResidualBlock(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(_conv(FEATURES, FEATURES), nn.ReLU(), _conv(FEATURES, FEATURES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = x + self.body(x)
+        return result
+
+
+def _conv(inputs: int, outputs: int) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=1)
+
+
+def _shift(by: Tensor) -> nn.Conv2d:
+    convolution = nn.Conv2d(3, 3, 1)
+    with torch.no_grad():
+        convolution.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
+        convolution.bias = nn.Parameter(by.clone())
+    return convolution
+
+
+class IMDN(nn.Module):
+    """IMDN x2 (Hui et al. 2019), information multi-distillation: a small network, 694,404 parameters.
+
+    Its parts have the names that its authors' weights have.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fea_conv = _conv(3, FEATURES)
+        for number in range(6):
+            self.add_module(f"IMDB{number + 1}", _DistillationBlock())
+        self.c = nn.Sequential(nn.Conv2d(6 * FEATURES, FEATURES, 1), nn.LeakyReLU(0.05))
+        self.LR_conv = _conv(FEATURES, FEATURES)
+        self.upsampler = nn.Sequential(_conv(FEATURES, 12), nn.PixelShuffle(2))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Double images [n, 3, H, W] in [0, 1]; the result [n, 3, 2H, 2W] is not limited to [0, 1]."""
+        first = self.fea_conv(images)
+        outputs = [first]
+        for number in range(6):
+            outputs.append(self.get_submodule(f"IMDB{number + 1}")(outputs[-1]))
+        together = self.LR_conv(self.c(torch.cat(outputs[1:], dim=1)))
+        result: Tensor = self.upsampler(first + together)
+        return result
+
+
+class _DistillationBlock(nn.Module):
+    """Four convolutions; each keeps 16 channels and passes the rest on, the last keeps all of its 16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.c1, self.c2, self.c3 = _conv(FEATURES, FEATURES), _conv(48, FEATURES), _conv(48, FEATURES)
+        self.c4 = _conv(48, 16)
+        self.cca = _ContrastAttention()
+        self.c5 = nn.Conv2d(FEATURES, FEATURES, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, passed = [], x
+        for convolution in (self.c1, self.c2, self.c3):
+            part, passed = F.leaky_relu(convolution(passed), 0.05).split((16, 48), dim=1)
+            kept.append(part)
+        together = torch.cat([*kept, self.c4(passed)], dim=1)
+        result: Tensor = x + self.c5(self.cca(together))
+        return result
+
+
+class _ContrastAttention(nn.Module):
+    """Scales each channel by what two layers make of its standard deviation plus mean over the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_du = nn.Sequential(nn.Conv2d(FEATURES, 4, 1), nn.ReLU(), nn.Conv2d(4, FEATURES, 1), nn.Sigmoid())
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(dim=(2, 3), keepdim=True)
+        contrast = ((x - mean) ** 2).mean(dim=(2, 3), keepdim=True).sqrt()
+        result: Tensor = x * self.conv_du(contrast + mean)
+        return result

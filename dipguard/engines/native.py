@@ -1,15 +1,16 @@
-"""The native engine: the whole step of one image in C++, an image a thread, or threads in teams where images are few.
+"""The native engine: the whole step of one image in C++, one image per thread, or threads in teams for few images.
 
-A layer-by-layer stack carries every layer's activations of all images through memory. Here an image goes through the
-whole network, forward and backward, before the next one starts, so that its tensors stay in the core's cache, and the
-convolutions run from registers (native/convolution.h). Threads that have no image of their own help with another's,
-row by row (native/team.h), where that is faster (native_teams.py). Nothing is shared between images, and no sum is cut
-in two: a result does not depend on the stack or the number of threads, bit for bit.
+A layer-by-layer stack moves every layer's activations of all images through memory. Here an image goes through the
+whole network, forward and backward, before the next one starts: its tensors stay in the core's cache, and the
+convolutions run from registers (native/convolution.h). Threads without an image of their own help with another one, row
+by row (native/team.h), where that is faster (:class:`TeamChoice`). Images share nothing, and no sum is split: results
+do not depend on the stack or on the number of threads, bit for bit.
 """
 
 from __future__ import annotations
 
 import ctypes
+import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -17,16 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.engines.base import Engine, Step, resize
+from dipguard.engines.base import Engine, Step
 from dipguard.engines.native_build import library
-from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError
-from dipguard.engines.native_program import make_plan
-from dipguard.engines.native_teams import TeamChoice
+from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError, make_plan
 from dipguard.networks import StackedSkipNet
-from dipguard.networks.layers import StackedConv2d, StackedNorm2d
-from dipguard.networks.unet import SLOPE
+from dipguard.networks.unet import SLOPE, StackedConv2d, StackedNorm2d
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+TRIAL = 3
+"""Steps of a trial of one way of using threads; their median counts."""
+SHORTEST, LONGEST = 32, 512
+"""Steps between trials of the slower way; doubled each time that it is slower again."""
 
 
 class NativeEngine(Engine):
@@ -51,8 +53,7 @@ class NativeEngine(Engine):
         self.z_gradient = z_gradient
         self.library = library(DTYPES[given.dtype])
         self.given = given.contiguous()
-        self.eps = _eps(net)
-        self.net = net
+        (self.eps,) = {module.eps for module in net.modules() if isinstance(module, StackedNorm2d)}
         self.flat = nn.Parameter(_moved(net, self.plan, given))
         self.gradient = torch.zeros_like(self.flat.data)
         self.threads = torch.get_num_threads()
@@ -64,7 +65,7 @@ class NativeEngine(Engine):
 
     @staticmethod
     def check(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> Plan:
-        """The network's program, once it is known that it can run.
+        """The network's program, after checking that it can run here.
 
         Raises:
             UnsupportedError: Not a CPU, a dtype or a network that the engine cannot run.
@@ -87,7 +88,7 @@ class NativeEngine(Engine):
         return [self.flat]
 
     def step(self, z: Tensor) -> Step:
-        """See :meth:`Engine.step`; the backward pass is already done when this returns."""
+        """One pass; the backward pass is already done when this returns."""
         z = z.contiguous()
         z_gradient = torch.empty_like(z, requires_grad=False) if self.z_gradient else None
         reconstructions = torch.empty_like(self.given)
@@ -122,30 +123,50 @@ class NativeEngine(Engine):
         loss: Tensor = _HandOver.apply(self._handle, errors.sum(), self, z, z_gradient)
         return Step(loss, reconstructions, errors)
 
-    def keep(self, rows: Tensor) -> None:
-        """See :meth:`Engine.keep`."""
-        self.given = self.given[rows]
-        self._set_flat(self.flat.data[rows])
 
-    def join(self, net: StackedSkipNet, given: Tensor) -> None:
-        """See :meth:`Engine.join`."""
-        self.given = torch.cat([self.given, given])
-        self._set_flat(torch.cat([self.flat.data, _moved(net, self.plan, given)]))
+class TeamChoice:
+    """Whether threads without an image of their own help with another one: the way that was faster recently.
 
-    def _set_flat(self, flat: Tensor) -> None:
-        self.flat.grad = None
-        self.flat.data = flat
-        self.gradient = torch.zeros_like(flat)
-        if len(self.workspaces) < min(len(flat), self.threads):
-            self.workspaces = flat.new_zeros(min(len(flat), self.threads), self.plan.room)
-        for parameter, view in _views(self.net, self.plan, flat):
-            parameter.data = view
-        resize(self.net, len(flat))
-        self.team_choice = TeamChoice()
+    On idle cores helping pays: a single 224x224 image on two cores takes 156 ms per step instead of 309. But a team
+    synchronises about a hundred times per step, and on busy cores it may wait each time for a thread that is not
+    running: 14 ms instead of 2.5 were measured on two cores with five other programs (32x32). This cannot be known in
+    advance, so both ways are tried, and the slower one again now and then. Results do not depend on the choice.
+
+    Attributes:
+        teams: Whether the next step uses teams.
+    """
+
+    def __init__(self) -> None:
+        self.teams = True
+        self._seconds: dict[bool, list[float]] = {True: [], False: []}
+        self._better: bool | None = None  # None until both have been tried
+        self._interval = SHORTEST
+        self._left = TRIAL + 1  # the very first step touches its memory for the first time
+
+    def record(self, seconds: float) -> None:
+        """Note the time of a step that was run as ``teams`` says."""
+        seen = self._seconds[self.teams]
+        seen.append(seconds)
+        del seen[:-TRIAL]
+        self._left -= 1
+        if self._left > 0:
+            return
+        if self._better == self.teams:  # time to try the other way
+            self.teams, self._left = not self.teams, TRIAL
+        elif self._better is None and self.teams:
+            self.teams, self._left = False, TRIAL
+        else:
+            self._settle()
+
+    def _settle(self) -> None:
+        better = statistics.median(self._seconds[True]) <= statistics.median(self._seconds[False])
+        self._interval = min(2 * self._interval, LONGEST) if better == self._better else SHORTEST
+        self.teams = self._better = better
+        self._left = self._interval
 
 
 class _HandOver(torch.autograd.Function):
-    """The loss, whose backward pass hands over the gradient that is already there."""
+    """The loss, whose backward pass hands over the gradient that has been computed already."""
 
     @staticmethod
     def forward(
@@ -158,40 +179,33 @@ class _HandOver(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None, Tensor | None, None]:
         engine, factor = ctx.engine, float(upstream[0])
         gradient = engine.gradient if factor == 1 else engine.gradient * factor
-        # Set, not returned: autograd would copy a tensor that someone else holds.
+        # Set, not returned: autograd would copy a tensor that is referenced elsewhere.
         engine.flat.grad = gradient if engine.flat.grad is None else engine.flat.grad + gradient
         z_gradient: Tensor | None = ctx.z_gradient
         return None, None, None, None if z_gradient is None else z_gradient * upstream[0], None
 
 
-def _eps(net: StackedSkipNet) -> float:
-    found = {module.eps for module in net.modules() if isinstance(module, StackedNorm2d)}
-    assert len(found) == 1
-    return found.pop()
+def _moved(net: StackedSkipNet, plan: Plan, given: Tensor) -> Tensor:
+    """A new flat parameter [B, P] with the network's numbers; the network's parameters become views of it."""
+    flat = given.new_zeros(len(given), plan.parameters)
+    for parameter, view in _views(net, plan, flat):
+        view.copy_(parameter.data)
+        parameter.data = view
+    return flat
 
 
 def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The network's parameters, each with its place in ``flat`` [B, P]."""
-    images = len(flat)
     modules = dict(net.named_modules())
     for name, layer in plan.layers.items():
         module = modules[name]
         assert isinstance(module, (StackedConv2d, StackedNorm2d))
         for parameter, slot in ((module.weight, layer.weight), (module.bias, layer.bias)):
             count = torch.Size(slot.shape).numel()
-            view = flat[:, slot.offset : slot.offset + count].view(images, *slot.shape)[..., : slot.outputs]
+            view = flat[:, slot.offset : slot.offset + count].view(len(flat), *slot.shape)[..., : slot.outputs]
             if len(slot.shape) == 4:  # [B, kernel, kernel, inputs, outputs]
                 view = view.permute(0, 4, 3, 1, 2)
             yield parameter, view
-
-
-def _moved(net: StackedSkipNet, plan: Plan, given: Tensor) -> Tensor:
-    """A new flat parameter [B, P] with the network's numbers, whose parameters become views of it."""
-    flat = given.new_zeros(len(given), plan.parameters)
-    for parameter, view in _views(net, plan, flat):
-        view.copy_(parameter.data)
-        parameter.data = view
-    return flat
 
 
 def _integers(rows: Iterable[tuple[int, ...]]) -> Tensor:

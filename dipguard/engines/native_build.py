@@ -1,4 +1,4 @@
-"""Compiles the native engine on first use, with the system's C++ compiler, for this machine's processor."""
+"""Compiles the native engine on first use with the system's C++ compiler, for this machine's processor."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BuildError(RuntimeError):
 
 
 def compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, or g++, clang++ or c++ from the path."""
+    """The C++ compiler: ``$CXX``, or g++, clang++ or c++ from the path; None if there is none."""
     names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
@@ -79,7 +79,7 @@ def _key(command: list[str]) -> str:
 
 
 def _processor() -> str:
-    """What -march=native looks at: a shared home folder may serve machines of several kinds."""
+    """What -march=native depends on: a shared home folder may serve machines of several kinds."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

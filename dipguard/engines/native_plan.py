@@ -1,8 +1,9 @@
 """The fit step of one image as a short program over frames in a workspace, for the native engine.
 
-A frame is a tensor of the network, [rows][columns][channels] with room for a border; channels are padded to a multiple
-of 4 with zeros. Backward passes work in place: a frame that held an activation then holds its gradient, so that an
-image's whole step fits a core's cache (1 MB for the medium network at 32x32).
+A frame is a tensor of the network, [rows][columns][channels] with room for a border; channels are padded with zeros to
+a multiple of 4. The program lists the operations on frames, forward and backward. Backward passes work in place: a
+frame that held an activation then holds its gradient, so that the whole step of an image fits into a core's cache (1 MB
+for the medium network at 32x32).
 """
 
 from __future__ import annotations
@@ -11,19 +12,19 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
 
-from dipguard.networks.layers import padding_mode, same_padding
 from dipguard.networks.presets import NetworkSpec
+from dipguard.networks.unet import padding_mode, same_padding
 
 MOST_KERNEL = 11  # MOST_TAPS of convolution.h
 ALIGN = 16  # numbers: 64 bytes of float32
 
 
 class UnsupportedError(ValueError):
-    """The native engine cannot run this network; the message says what it cannot do."""
+    """The native engine cannot run this network; the message says why."""
 
 
 class Border(IntEnum):
-    """As in frame.h."""
+    """How a frame's border is filled; the numbers of frame.h."""
 
     NONE = 0
     ZEROS = 1
@@ -32,7 +33,7 @@ class Border(IntEnum):
 
 
 class Operation(IntEnum):
-    """As in step.cpp."""
+    """What an instruction does; the numbers of step.cpp."""
 
     READ_Z = 0
     CONVOLVE = 1
@@ -51,7 +52,7 @@ class Operation(IntEnum):
 
 
 class Frame(NamedTuple):
-    """A tensor's place in the workspace; the fields are those of frame.h, in numbers and pixels."""
+    """A tensor's place in the workspace; the fields of frame.h, counted in numbers and pixels."""
 
     offset: int
     height: int
@@ -68,7 +69,7 @@ class Frame(NamedTuple):
 
 
 class Instruction(NamedTuple):
-    """One operation; the fields are those of step.cpp, frames by number."""
+    """One operation; the fields of step.cpp, frames by their position in the plan."""
 
     operation: int
     source: int = 0
@@ -85,9 +86,12 @@ class Instruction(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a parameter of one network lies in its row of the flat parameter, in the order of the network's modules.
+    """Where a parameter of one network lies in its row of the flat parameter.
 
-    ``shape`` is the stored one: [kernel][kernel][inputs][padded outputs] for weights of a convolution, else [padded].
+    Attributes:
+        offset: Its first number.
+        shape: As stored: [kernel, kernel, inputs, padded outputs] for the weights of a convolution, else [padded].
+        outputs: Outputs without padding.
     """
 
     offset: int
@@ -96,21 +100,21 @@ class Slot(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """A convolution or normalisation: slots of weight and bias."""
+    """Slots of a convolution's or normalisation's weight and bias."""
 
     weight: Slot
     bias: Slot
 
 
 class Block(NamedTuple):
-    """Convolution, normalisation, LeakyReLU: what its backward pass needs."""
+    """Convolution, normalisation and LeakyReLU: the instructions that the backward pass is derived from."""
 
     convolution: Instruction
     normalisation: Instruction
 
 
 def padded(channels: int) -> int:
-    """Up to a multiple of 4."""
+    """Channels rounded up to a multiple of 4."""
     return -(-channels // 4) * 4
 
 
@@ -119,11 +123,13 @@ class Plan:
     """A network's program for images of one size.
 
     Attributes:
+        spec: The network.
+        padding: ``zeros`` or ``reflect``.
         frames: Tensors in the workspace.
-        program: Forward, then backward.
-        layers: By the module's name in :class:`~dipguard.networks.StackedSkipNet`.
+        program: Instructions, forward and then backward.
+        layers: Slots by the module's name in :class:`~dipguard.networks.StackedSkipNet`.
         parameters: Numbers in one network's row of the flat parameter.
-        room: Numbers in the workspace of one image.
+        room: Numbers in one image's workspace.
     """
 
     spec: NetworkSpec
@@ -135,13 +141,13 @@ class Plan:
     room: int = 0
 
     def reserve(self, count: int) -> int:
-        """Room in the workspace; returns its offset."""
+        """Reserve numbers in the workspace; returns their offset."""
         offset = self.room
         self.room += -(-count // ALIGN) * ALIGN
         return offset
 
     def slot(self, *shape: int, outputs: int) -> Slot:
-        """Room in the flat parameter."""
+        """Reserve a parameter in the flat one."""
         offset, count = self.parameters, 1
         for size in shape:
             count *= size
@@ -149,12 +155,12 @@ class Plan:
         return Slot(offset, shape, outputs)
 
     def add(self, frame: Frame) -> int:
-        """The frame's number."""
+        """Add a frame; returns its position."""
         self.frames.append(frame)
         return len(self.frames) - 1
 
     def activation(self, height: int, width: int, channels: int, *, kernels: tuple[int, ...] = ()) -> int:
-        """A frame with the border that convolutions of these kernels read."""
+        """Add a frame with the border that convolutions of these kernels read."""
         borders = {padding_mode(self.padding, kernel=k, side=min(height, width)) for k in kernels if k > 1}
         if len(borders) > 1:
             raise UnsupportedError(f"kernels {kernels} on {height}x{width} pixels need borders of different kinds")
@@ -164,17 +170,17 @@ class Plan:
         return self._frame(height, width, channels, before, after, before, after, border)
 
     def raw(self, height: int, width: int, channels: int, *, kernel: int) -> int:
-        """A convolution's output; zeros beside it serve its gradient."""
+        """Add a frame for a convolution's output; its gradient needs the zeros on both sides."""
         return self._frame(height, width, channels, 0, 0, kernel - 1, kernel - 1, Border.NONE)
 
     def joined(self, height: int, width: int, skips: int, channels: int) -> int:
-        """Skip channels, then the upsampled ones."""
+        """Add a frame for the skip channels followed by the upsampled ones."""
         lanes = padded(skips + padded(channels))
         offset = self.reserve(height * width * lanes)
         return self.add(Frame(offset, height, width, skips + channels, lanes, lanes, width * lanes))
 
     def part(self, whole: int, channels: int) -> int:
-        """The first channels of a frame, as a frame."""
+        """Add a frame for the first channels of another one."""
         return self.add(self.frames[whole]._replace(channels=channels, padded=padded(channels)))
 
     def _frame(
@@ -186,3 +192,157 @@ class Plan:
         return self.add(
             Frame(offset, height, width, channels, lanes, lanes, row, top, left, bottom, right, int(border))
         )
+
+
+def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int, z_gradient: bool = False) -> Plan:
+    """The program of a network for images [3, height, width], optionally with the gradient with respect to z.
+
+    Raises:
+        UnsupportedError: The native engine cannot run this network.
+    """
+    if max(*spec.k_d, *spec.k_u, *spec.k_s) > MOST_KERNEL:
+        raise UnsupportedError(f"kernels are at most {MOST_KERNEL}x{MOST_KERNEL}")
+    if spec.upsample != "bilinear":
+        raise UnsupportedError(f"upsampling is bilinear, got {spec.upsample!r}")
+    plan = Plan(spec, padding)
+    z = plan.activation(height, width, spec.input_depth, kernels=_readers(spec, 0))
+    plan.program.append(Instruction(Operation.READ_Z, target=z))
+    top, backward, readers = _scale(plan, 0, z, name="body")
+    head = _convolution(plan, "head", top, 3, kernel=1)
+    plan.program += [head, Instruction(Operation.LOSS, source=head.target)]
+    plan.program += [
+        head._replace(operation=Operation.WEIGHT_GRADIENT),
+        head._replace(operation=Operation.BIAS_GRADIENT),
+        *_input_gradient(top, head),
+        *backward,
+    ]
+    if z_gradient:
+        plan.program += [*_input_gradient(z, *readers), Instruction(Operation.WRITE_Z_GRADIENT, source=z)]
+    _share_room(plan)
+    return plan
+
+
+def _readers(spec: NetworkSpec, level: int) -> tuple[int, ...]:
+    """Kernel sizes of the convolutions that read a scale's input."""
+    return (spec.k_d[level], spec.k_s[level]) if spec.n_s[level] else (spec.k_d[level],)
+
+
+def _convolution(plan: Plan, name: str, source: int, outputs: int, *, kernel: int, stride: int = 1) -> Instruction:
+    frame = plan.frames[source]
+    target = plan.raw(-(-frame.height // stride), -(-frame.width // stride), outputs, kernel=kernel)
+    lanes = plan.frames[target].padded
+    weight = plan.slot(kernel, kernel, frame.channels, lanes, outputs=outputs)
+    bias = plan.slot(lanes, outputs=outputs)
+    plan.layers[name] = Layer(weight, bias)
+    pad = same_padding(kernel)[0]
+    return Instruction(Operation.CONVOLVE, source, target, weight.offset, bias.offset, kernel, stride, pad)
+
+
+def _normalisation(plan: Plan, name: str, source: int, target: int, *, leaky: bool) -> Instruction:
+    frame = plan.frames[source]
+    weight, bias = (plan.slot(frame.padded, outputs=frame.channels) for _ in range(2))
+    plan.layers[name] = Layer(weight, bias)
+    statistics = plan.reserve(2 * frame.padded)
+    return Instruction(
+        Operation.NORMALISE, source, target, weight.offset, bias.offset, statistics=statistics, leaky=int(leaky)
+    )
+
+
+def _block(
+    plan: Plan,
+    name: str,
+    source: int,
+    outputs: int,
+    *,
+    kernel: int,
+    stride: int = 1,
+    target: int | None = None,
+    readers: tuple[int, ...] = (),
+) -> Block:
+    """Append convolution, normalisation and LeakyReLU to the program."""
+    convolution = _convolution(plan, f"{name}.conv", source, outputs, kernel=kernel, stride=stride)
+    raw = plan.frames[convolution.target]
+    if target is None:
+        target = plan.activation(raw.height, raw.width, outputs, kernels=readers)
+    normalisation = _normalisation(plan, f"{name}.norm", convolution.target, target, leaky=True)
+    plan.program += [convolution, normalisation]
+    return Block(convolution, normalisation)
+
+
+def _parameter_gradients(block: Block) -> list[Instruction]:
+    return [
+        block.normalisation._replace(operation=Operation.NORMALISE_BACK),
+        block.convolution._replace(operation=Operation.WEIGHT_GRADIENT),
+        block.convolution._replace(operation=Operation.NO_BIAS_GRADIENT),
+    ]
+
+
+def _input_gradient(source: int, *convolutions: Instruction) -> list[Instruction]:
+    """The gradient of a frame that these convolutions read, in place: its activation is not needed any more."""
+    return [
+        Instruction(Operation.CLEAR, source=source),
+        *(convolution._replace(operation=Operation.CONVOLVE_BACK) for convolution in convolutions),
+        Instruction(Operation.FOLD_BORDER, source=source),
+    ]
+
+
+def _back(block: Block) -> list[Instruction]:
+    return _parameter_gradients(block) + _input_gradient(block.convolution.source, block.convolution)
+
+
+def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list[Instruction], list[Instruction]]:
+    """Append a scale's forward pass; returns its output's frame, its backward pass and the convolutions on ``source``.
+
+    The backward pass starts from the gradient in the output's frame. It leaves out the gradient with respect to
+    ``source``, which the returned convolutions give (`_input_gradient`).
+    """
+    spec = plan.spec
+    n_d, n_u, n_s = spec.n_d[level], spec.n_u[level], spec.n_s[level]
+    k_d, k_u, k_s = spec.k_d[level], spec.k_u[level], spec.k_s[level]
+    deeper = level + 1 < spec.scales
+    frame = plan.frames[source]
+    joined = plan.joined(frame.height, frame.width, n_s, spec.n_u[level + 1] if deeper else n_d)
+    skip = None
+    if n_s:
+        skip = _block(plan, f"{name}.skip", source, n_s, kernel=k_s, target=plan.part(joined, n_s))
+    down0 = _block(plan, f"{name}.down.0", source, n_d, kernel=k_d, stride=2, readers=(k_d,))
+    below = _readers(spec, level + 1) if deeper else ()
+    down1 = _block(plan, f"{name}.down.1", down0.normalisation.target, n_d, kernel=k_d, readers=below)
+    low = down1.normalisation.target
+    backward: list[Instruction] = []
+    if deeper:
+        low, backward, deeper_readers = _scale(plan, level + 1, low, name=f"{name}.deeper")
+        backward += _input_gradient(down1.normalisation.target, *deeper_readers)
+    upsample = Instruction(Operation.UPSAMPLE, low, joined, first=n_s)
+    normal = plan.activation(frame.height, frame.width, plan.frames[joined].channels, kernels=(k_u,))
+    if plan.frames[normal].padded != plan.frames[joined].padded:
+        raise UnsupportedError(f"n_u must be a multiple of 4 below a scale with skips, got {spec.n_u}")
+    norm = _normalisation(plan, f"{name}.norm", joined, normal, leaky=False)
+    plan.program += [upsample, norm]
+    up0 = _block(plan, f"{name}.up.0", normal, n_u, kernel=k_u, readers=(1,))
+    up1 = _block(plan, f"{name}.up.1", up0.normalisation.target, n_u, kernel=1)
+    readers = [down0.convolution] if skip is None else [skip.convolution, down0.convolution]
+    steps = [
+        *_back(up1),
+        *_back(up0),
+        norm._replace(operation=Operation.NORMALISE_BACK),
+        *([] if skip is None else _parameter_gradients(skip)),
+        upsample._replace(operation=Operation.UPSAMPLE_BACK),
+        *backward,
+        *_back(down1),
+        *_parameter_gradients(down0),
+    ]
+    return up1.normalisation.target, steps, readers
+
+
+def _share_room(plan: Plan) -> None:
+    """Give all operations one scratch area: each uses it only while it runs."""
+    needs: dict[int, int] = {}
+    for position, op in enumerate(plan.program):
+        source, target = plan.frames[op.source], plan.frames[op.target]
+        if op.operation == Operation.CONVOLVE_BACK:
+            needs[position] = op.kernel**2 * target.channels * source.padded
+        elif op.operation in (Operation.NORMALISE, Operation.NORMALISE_BACK):
+            needs[position] = 2 * source.height * source.padded
+    room = plan.reserve(max(needs.values()))
+    plan.program = [op._replace(room=room) if n in needs else op for n, op in enumerate(plan.program)]

@@ -1,4 +1,4 @@
-"""In what precision a GPU multiplies: float32, TF32 or bfloat16."""
+"""The precision of matrix products and convolutions on a GPU: float32, TF32 or bfloat16."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Multiply in the given precision inside; torch's switches are as before afterwards.
+    """Multiply in the given precision inside the context; torch's switches are restored afterwards.
 
-    The forward and the backward pass must both run inside, or be captured there. On a CPU ``float32`` and ``tf32`` are
-    the same.
+    Forward and backward pass must both run inside, or be captured there. On a CPU ``float32`` and ``tf32`` are the
+    same.
 
     Args:
-        name: ``float32``: true float32, which is not torch's own default on a GPU, whose convolutions take TF32.
-            ``tf32``: factors are rounded to 10 bits of mantissa, sums stay in float32. ``bfloat16``: torch's autocast;
-            weights and optimiser stay in float32. The last two change results, DIP reconstructions visibly, and
-            whether defended accuracy suffers has not been checked.
+        name: ``float32``: exact float32, unlike torch's default on a GPU, where convolutions use TF32. ``tf32``:
+            factors are rounded to 10 bits of mantissa, sums stay in float32. ``bfloat16``: torch's autocast; weights
+            and optimiser stay in float32. The last two change results, DIP reconstructions visibly; their effect on
+            defended accuracy has not been checked.
         device: Where the work runs.
 
     Raises:
         ValueError: Unknown name.
     """
-    check_choice(name, PRECISIONS, name="precision")
-    # Each weight is used once a step: a cache of cast weights would only be one more thing to keep out of graphs.
+    check_choice(name, PRECISIONS, name="matmul_precision")
+    # Each weight is used once per step: a cache of cast weights would only have to be kept out of CUDA graphs.
     cast = torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False)
     with _float32_products("tf32" if name == "tf32" else "ieee"), cast:
         yield
@@ -39,8 +39,8 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _float32_products(kind: str) -> Iterator[None]:
-    # Torch has an old and a new set of switches over one state, and reading an old one raises where the new ones say
-    # what the old cannot. So the old ones are moved along, unless the caller has already left them behind.
+    # Torch has an old and a new set of switches for one state, and reading an old one raises an error where the new
+    # ones hold a state that the old cannot express. So the old ones are set too, if they can be read at the start.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     new: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined, unused-ignore]
     before = [switch.fp32_precision for switch in new]

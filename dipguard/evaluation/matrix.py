@@ -1,190 +1,295 @@
-"""The matrix of attacks and defences: everything that can be checked before the work starts."""
+"""A matrix of attacks and defences, and the work on one of its cells; what is in the store is not done again.
+
+Entries of the store, each under the digest of everything that it depends on:
+
+    attacks   attacked images of an attack: once for all defences, or once per defence if the attack is adaptive
+    cells     the purified images of a chunk of a cell; the figures of a finished cell; why a cell failed
+
+Decision traces are files of the run folder, ``traces/<attack>/<defense>/<index>.safetensors``.
+"""
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import hydra.utils
+import numpy as np
+import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.attacks import ATTACKS, DEFENSE_AWARE, Attack, build_attack
-from dipguard.checks import check_choice, check_float, check_int, check_labels
-from dipguard.config import AttackConfig, VictimConfig
-from dipguard.config_checks import check_attack, check_data, keys_named
-from dipguard.config_matrix import MatrixConfig, RivalConfig
-from dipguard.data import ImageSet, load_data
-from dipguard.defenses import DEFENSES, build_defense
-from dipguard.evaluation.cells import BASELINE, CLEAN, WORST, MatrixFolder, check_label, key_of
-from dipguard.evaluation.metrics import decide, similarity
-from dipguard.evaluation.riders import serve_all_rows
-from dipguard.evaluation.settings import choose_device, data_options, number_of_classes
-from dipguard.files import tensor_digest
-from dipguard.registry import resolve
-from dipguard.store import TraceStore, open_store
-from dipguard.victims import build_victim
+from dipguard.config import RunConfig
+from dipguard.data import ImageSet
+from dipguard.defenses import Defense, DefenseResult
+from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
+from dipguard.evaluation.metrics import decide, psnr, similarity
+from dipguard.files import file_digest
+from dipguard.store import Entry, Store, digest_of
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Matrix:
     """A checked matrix, ready to run.
 
     Attributes:
         config: Its settings.
+        folder: The run folder.
         clean: The images.
-        victim: Attacked, and judge of every reconstruction.
-        rows: The defences, by label.
         device: Where attacks and fits run.
-        folder: Its files.
-        decisions_clean: The victim's decisions on the clean images, [N].
-        digests: Of data, victim, guide and baseline.
-        store: Fits and attacked images that other runs made, if there is one.
-        baseline: A classifier that meets the ladder undefended, if there is one.
+        store: Where attacked images and cells are kept.
+        targets: The classifier behind each defence, by the defence's label; ``baseline`` is another one without any.
+        cells: All cells, attack by attack.
+        results: What is known of each cell, by the labels of attack and defence: one result for each budget.
     """
 
-    config: MatrixConfig
+    config: RunConfig
+    folder: Path
     clean: ImageSet
-    victim: nn.Module
-    rows: dict[str, Any]
     device: torch.device
-    folder: MatrixFolder
-    decisions_clean: Tensor
-    digests: dict[str, str]
-    store: TraceStore | None = None
-    baseline: nn.Module | None = None
+    store: Store
+    targets: dict[str, Target]
+    cells: list[Cell]
+    results: dict[tuple[str, str], list[CellResult]] = field(default_factory=dict)
+    _attacked: dict[str, Entry] = field(default_factory=dict)
 
-    def attack(self, column: str) -> Attack:
-        """The attack of a column."""
-        return _attack(column, self.config.columns[column], self.victim, seed=self.config.seed)
+    @property
+    def attacks(self) -> dict[str, dict[str, Any]]:
+        """The attacks' settings by label, also that of clean images which belongs to every attack suite."""
+        return {cell.label: cell.node for cell in self.cells}
 
-    def column_key(self, column: str) -> str:
-        """What a column's attacked images depend on."""
-        return key_of(attack=self.attack(column).settings, data=self.digests["data"], victim=self.digests["victim"])
+    @property
+    def defenses(self) -> dict[str, Defense]:
+        """The defences by label."""
+        return {label: target.defense for label, target in self.targets.items()}
 
-    def cell_key(self, column: str, row: str) -> str:
-        """What a cell depends on."""
-        guide = self.digests.get("guide", self.digests["victim"])
-        return key_of(column=self.column_key(column), defense=self.rows[row].settings, guide=guide)
+    @property
+    def victim(self) -> nn.Module:
+        """The classifier that is attacked, and decides on the purified images."""
+        return next(iter(self.targets.values())).victim
+
+    @property
+    def decisions_clean(self) -> Tensor:
+        """The victim's decisions on the clean images, [N] int64."""
+        return next(iter(self.targets.values())).decisions_clean
+
+    @property
+    def chunk_size(self) -> int:
+        """Images of a cell that are purified, and stored, together."""
+        return self.config.chunk or (256 if self.device.type == "cuda" else 32)
+
+    def cell(self, attack: str, defense: str) -> Cell:
+        """The cell of an attack and a defence, by their labels."""
+        return next(cell for cell in self.cells if cell.place == (attack, defense))
+
+    def attacked(self, attack: str, defense: str, *, snapshot: int = -1) -> Tensor:
+        """The attacked images [n, 3, H, W] of a cell; stored, or made now.
+
+        Args:
+            attack: Label of the attack.
+            defense: Label of the defence.
+            snapshot: Number of the budget, for attacks with several; the last by default.
+        """
+        return torch.from_numpy(self.attack_entry(self.cell(attack, defense)).arrays["images"][snapshot])
+
+    def reconstructions(self, attack: str, defense: str, *, snapshot: int = -1) -> Tensor:
+        """The purified images [n, 3, H', W'] of a cell; stored, or made now. Arguments as in :meth:`attacked`."""
+        cell = self.cell(attack, defense)
+        summary = self.store.read("cells", cell.key)
+        known = self.attack_entry(cell) if summary is None else summary
+        number, size = range(len(known.header["snapshots"]))[snapshot], known.header.get("chunk", self.chunk_size)
+        parts = [self.chunk(cell, number, part) for part in parts_of(len(cell.clean), size)]
+        return torch.from_numpy(np.concatenate([part.arrays["images"] for part in parts]))
+
+    def traces_path(self, attack: str, defense: str, index: int) -> Path:
+        """The file of an image's decision trace; it exists if the defence leaves traces and they are kept."""
+        return self.folder / "traces" / attack / defense / f"{index:06d}.safetensors"
+
+    def load(self) -> None:
+        """Read what is known of each cell from the store."""
+        for cell in self.cells:
+            if cell.place not in self.results or not self.results[cell.place][0].done:
+                self.results[cell.place] = self._known(cell)
+
+    def attack_entry(self, cell: Cell) -> Entry:
+        """A cell's attacked images: ``images`` [S, n, 3, H, W] for S budgets, ``decisions`` and ``ssim`` [S, n]."""
+        if cell.attack_key not in self._attacked:
+            self._attacked.clear()  # the next cells have the same, or none that was before
+            made: list[str] = []
+
+            def make() -> Entry:
+                made.append(cell.label)
+                return self._attack(cell)
+
+            self._attacked[cell.attack_key] = self.store.arrays("attacks", cell.attack_key, make)
+            self.store.counts["attacked" if made else "attacks_found"] += len(cell.clean)
+        return self._attacked[cell.attack_key]
+
+    def has_attacked(self, cell: Cell) -> bool:
+        """Whether a cell's attacked images are at hand."""
+        return cell.attack_key in self._attacked
+
+    def chunk(
+        self,
+        cell: Cell,
+        snapshot: int,
+        part: slice,
+        *,
+        callbacks: Sequence[pl.Callback] = (),
+        logger: Logger | None = None,
+    ) -> Entry:
+        """Some images of a cell, purified: ``images`` [B, 3, H', W'] and ``used`` [B]; stored, or made now.
+
+        Args:
+            cell: The cell.
+            snapshot: Number of the budget.
+            part: Which images.
+            callbacks: Callbacks for the fits, besides those of the config.
+            logger: Lightning logger for the means over the fits.
+        """
+        key = digest_of([cell.key, "chunk", snapshot, part.start, part.stop])
+        stored = self.store.read("cells", key)
+        if stored is not None and not self._has_traces(cell, stored, part):
+            self.store.remove("cells", key)
+
+        def make() -> Entry:
+            attacked = self.attack_entry(cell)
+            images = torch.from_numpy(attacked.arrays["images"][snapshot][part])
+            last = snapshot == len(attacked.header["snapshots"]) - 1  # a cell has the traces of one budget
+            own = [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
+            indices = cell.clean.indices[part]
+            result = cell.defense.defend(
+                images.to(self.device), indices=indices, callbacks=[*callbacks, *own], logger=logger
+            )
+            return Entry(
+                {"images": result.reconstructions.cpu().numpy(), "used": np.array(result.used, dtype=np.int64)},
+                {
+                    "what": f"{cell.label} x {cell.target.label}, images {part.start} to {part.stop - 1}",
+                    "reasons": result.reasons,
+                    "seconds": result.seconds,
+                    "traced": last and bool(result.traces),
+                    "traces": self._save_traces(cell, result, part) if last else {},
+                },
+            )
+
+        return self.store.arrays("cells", key, make)
+
+    def finish(self, cell: Cell, chunks: Sequence[Sequence[Entry]]) -> None:
+        """Compute the figures of a cell from its chunks (one sequence for each budget), and store them."""
+        attacked, clean = self.attack_entry(cell), cell.clean.images
+        arrays: dict[str, list[Any]] = {name: [] for name in ("decisions", "ssim", "psnr", "used")}
+        for parts in chunks:
+            images = torch.from_numpy(np.concatenate([part.arrays["images"] for part in parts]))
+            same = images.shape == clean.shape
+            comparable = images if same else torch.nn.functional.interpolate(images, clean.shape[-2:], mode="area")
+            arrays["decisions"].append(decide(cell.target.victim, images).numpy())
+            arrays["ssim"].append(similarity(comparable, clean).numpy())
+            arrays["psnr"].append(psnr(comparable, clean).numpy())
+            arrays["used"].append(np.concatenate([part.arrays["used"] for part in parts]))
+        stacked = {name: np.stack(values) for name, values in arrays.items()}
+        given = {"decisions_given": attacked.arrays["decisions"], "ssim_given": attacked.arrays["ssim"]}
+        seconds = [
+            {name: sum(part.header["seconds"][name] for part in parts) for name in parts[0].header["seconds"]}
+            for parts in chunks
+        ]
+        about = {
+            "what": f"{cell.label} x {cell.target.label}: {len(clean)} images",
+            "snapshots": attacked.header["snapshots"],
+            "attack": {name: attacked.header[name] for name in ("seconds", "spent", "history", "last_history", "flat")},
+            "reasons": [[reason for part in parts for reason in part.header["reasons"]] for parts in chunks],
+            "seconds": seconds,
+            "chunk": self.chunk_size,
+            "traced": chunks[-1][0].header["traced"],
+            "traces": {index: file for part in chunks[-1] for index, file in part.header["traces"].items()},
+        }
+        self.store.write("cells", cell.key, {**stacked, **given}, about)
+        self.store.remove("cells", failure_key(cell))
+        self.results[cell.place] = results_of(cell, Entry({**stacked, **given}, about))
+
+    def fail(self, cell: Cell, error: str) -> None:
+        """Note why a cell has no result; the next run tries it again."""
+        what = f"{cell.label} x {cell.target.label}: failed"
+        self.store.write("cells", failure_key(cell), {}, {"what": what, "error": error})
+        self.results[cell.place] = [CellResult(cell, f"failed: {error}", cell.eps_255)]
+
+    def _known(self, cell: Cell) -> list[CellResult]:
+        if cell.why is not None:
+            return [CellResult(cell, cell.why, cell.eps_255)]
+        summary = self.store.read("cells", cell.key)
+        if summary is not None and self._has_traces(cell, summary, slice(0, len(cell.clean))):
+            return results_of(cell, summary)
+        note = self.store.read("cells", failure_key(cell))
+        return [CellResult(cell, NOT_RUN if note is None else f"failed: {note.header['error']}", cell.eps_255)]
+
+    def _attack(self, cell: Cell) -> Entry:
+        assert cell.attack is not None
+        attack, clean = cell.attack, cell.clean
+        _log.info("attack %s%s: %d images", cell.label, f" x {cell.target.label}" if cell.adaptive else "", len(clean))
+        before, start = attack.spent, time.perf_counter()
+        images, labels = clean.images.to(self.device), clean.labels.to(self.device)
+        made = attack.snapshots(images, labels, indices=clean.indices)
+        seconds = time.perf_counter() - start
+        spent = {name: value - getattr(before, name) for name, value in asdict(attack.spent).items()}
+        attacked = [one.cpu() for one in made.values()]
+        return Entry(
+            {
+                "images": torch.stack(attacked).numpy(),
+                "decisions": torch.stack([decide(cell.target.victim, one) for one in attacked]).numpy(),
+                "ssim": torch.stack([similarity(one, clean.images) for one in attacked]).numpy(),
+            },
+            {
+                "what": f"{cell.label}: {len(clean)} images of {clean.name}",
+                "settings": attack.settings,
+                "snapshots": [list(snapshot) for snapshot in made],
+                "seconds": {"attack": seconds},
+                "spent": spent,
+                "history": attack.history,
+                "last_history": attack.last_history,
+                "flat": attack.flat,
+            },
+        )
+
+    def _save_traces(self, cell: Cell, result: DefenseResult, part: slice) -> dict[str, str]:
+        """Write the traces of a chunk that are to be kept; digests of the files by index."""
+        saved = {}
+        for position, trace in zip(range(part.start, part.stop), result.traces, strict=False):
+            if self.config.keep_traces or position < self.config.figures:
+                path = trace.save(self.traces_path(*cell.place, trace.index))
+                saved[str(trace.index)] = file_digest(path)
+        return saved
+
+    def _has_traces(self, cell: Cell, entry: Entry, part: slice) -> bool:
+        """Whether the traces that an entry's images left are in the run folder, undamaged.
+
+        A shared store may know cells that another run folder has the traces of; only ``keep_traces`` wants them here.
+        """
+        keep, digests = self.config.keep_traces, entry.header["traces"]
+        if not keep and self.config.store is not None:
+            return True
+        if keep and entry.header["traced"] and len(digests) < part.stop - part.start:
+            return False
+        return all(self._is_saved(cell, int(index), digest) for index, digest in digests.items())
+
+    def _is_saved(self, cell: Cell, index: int, digest: str) -> bool:
+        path = self.traces_path(*cell.place, index)
+        if path.is_file() and file_digest(path) == digest:
+            return True
+        _log.warning("%s is missing or damaged, so image %d is purified again", path, index)
+        return False
 
 
-def prepare_matrix(config: MatrixConfig, path: Path) -> Matrix:
-    """Check the settings and build data, victim and rows.
-
-    Raises:
-        TypeError, ValueError, FileNotFoundError, ImportError, RuntimeError: A setting or a file is not as it must be;
-            the message names the key as the command line does.
-    """
-    check_int(config.seed, name="seed", low=0, high=2**32 - 1)
-    check_int(config.chunk, name="chunk", low=1)
-    check_int(config.processes, name="processes", low=1)
-    check_int(config.figures, name="figures", low=0)
-    check_data(config.data)
-    for T in config.store_T:
-        check_int(T, name="store_T", low=1)
-    store = open_store(config.store, keep_samples=config.store_samples)
-    for group in ("columns", "rows"):
-        if not getattr(config, group):
-            raise ValueError(f"`{group}` must name at least one, got none")
-        for label in getattr(config, group):
-            check_label(label, name=group)
-    _check_aware(config)
-    _check_ladder(config)
-    device = choose_device(str(config.trainer.accelerator))
-    with keys_named("data", data_options(config)), keys_named("data.options", config.data.options):
-        clean = load_data(config.data.name, **data_options(config))
-    victim = _victim("victim", config.victim, device)
-    classes = number_of_classes(victim, clean, config.victim.name)
-    check_labels(clean.labels, count=len(clean), num_classes=classes)
-    similarity(clean.images[:1], clean.images[:1])
-    digests = {
-        "data": tensor_digest([clean.images, clean.labels, clean.indices]),
-        "victim": tensor_digest(victim.state_dict().values()),
-    }
-    guide = victim
-    if config.guide is not None:
-        guide = _victim("guide", config.guide, device)
-        number_of_classes(guide, clean, config.guide.name)
-        digests["guide"] = tensor_digest(guide.state_dict().values())
-    baseline = None
-    if config.baseline is not None:
-        baseline = _victim("baseline", config.baseline, device)
-        number_of_classes(baseline, clean, config.baseline.name)
-        digests["baseline"] = tensor_digest(baseline.state_dict().values())
-    for label, attack in config.columns.items():
-        check_attack(attack, name=f"columns.{label}")
-        _attack(label, attack, victim, seed=config.seed)
-    rows = {label: _row(label, row, guide, config, clean, store) for label, row in config.rows.items()}
-    serve_all_rows(rows)
-    decisions = decide(victim, clean.images)
-    return Matrix(config, clean, victim, rows, device, MatrixFolder(path), decisions, digests, store, baseline)
+def parts_of(count: int, size: int) -> Iterator[slice]:
+    """The chunks of ``count`` images."""
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def _check_aware(config: MatrixConfig) -> None:
-    attacks = [aware.attack for aware in config.aware.values()]
-    if len(set(attacks)) != len(attacks):
-        # Their points would be told apart by nothing in curves.csv.
-        raise ValueError(f"`aware` must name each attack once, got {', '.join(attacks)}: take a run folder for each")
-    for label, aware in config.aware.items():
-        check_label(label, name="aware")
-        check_choice(aware.attack, DEFENSE_AWARE, name=f"aware.{label}.attack")
-        for name in ("eps_255", "budgets"):
-            if not getattr(aware, name):
-                raise ValueError(f"`aware.{label}.{name}` must hold at least one number, got none")
-        for budget in aware.budgets:
-            check_int(budget, name=f"aware.{label}.budgets", low=1)
-        for eps in aware.eps_255:
-            check_float(eps, name=f"aware.{label}.eps_255", low=0, high=255)
-        if aware.limit is not None:
-            check_int(aware.limit, name=f"aware.{label}.limit", low=1)
-
-
-def _check_ladder(config: MatrixConfig) -> None:
-    check_float(config.ladder_eps_255, name="ladder_eps_255", low=0, high=255)
-    if config.baseline is not None and BASELINE in config.rows:
-        raise ValueError(f"`rows` must not name one {BASELINE!r} where `baseline` is set")
-    for label, rung in config.ladder.items():
-        check_label(label, name="ladder")
-        if label in (CLEAN, WORST):
-            raise ValueError(f"`ladder` must not name a rung {label!r}: the tables have a line of that name")
-        check_choice(rung.attack, {**ATTACKS, **DEFENSE_AWARE}, name=f"ladder.{label}.attack")
-        check_int(rung.batch_size, name=f"ladder.{label}.batch_size", low=1)
-        if rung.limit is not None:
-            check_int(rung.limit, name=f"ladder.{label}.limit", low=1)
-        for row in rung.rows or ():
-            check_choice(row, {**config.rows, BASELINE: None}, name=f"ladder.{label}.rows")
-        if rung.eps_255 is not None:
-            check_float(rung.eps_255, name=f"ladder.{label}.eps_255", low=0, high=255)
-            if rung.check is None and rung.eps_255 != config.ladder_eps_255:
-                # The worst case over attacks of different budgets would be nobody's.
-                raise ValueError(
-                    f"`ladder.{label}.eps_255` must be `ladder_eps_255`={config.ladder_eps_255:g} or null, got "
-                    f"{rung.eps_255:g}; only a rung with a `check` may have another"
-                )
-
-
-def _victim(key: str, config: VictimConfig, device: torch.device) -> nn.Module:
-    with keys_named(key, ("weights",)), keys_named(f"{key}.options", config.options):
-        return build_victim(config.name, weights=config.weights, **config.options).to(device)
-
-
-def _attack(label: str, config: AttackConfig, victim: nn.Module, *, seed: int) -> Attack:
-    with keys_named(f"columns.{label}", ("eps_255",)), keys_named(f"columns.{label}.options", config.options):
-        options = {"seed": seed, "batch_size": config.batch_size, **config.options}
-        return build_attack(config.name, victim, eps_255=config.eps_255, **options)
-
-
-def _row(label: str, config: RivalConfig, guide: nn.Module, matrix: MatrixConfig, clean: ImageSet, store: Any) -> Any:
-    options = dict(config.options)
-    with keys_named(f"rows.{label}", ("name", "weights")), keys_named(f"rows.{label}.options", options):
-        known = inspect.signature(resolve(DEFENSES, config.name, argument="name")).parameters
-        # Results depend on none of these; the matrix keeps them for all rows.
-        own = {"stack_size": matrix.chunk, "progress": False, "accelerator": str(matrix.trainer.accelerator)}
-        if store is not None and options.get("patience") is None:  # a fit that tau and K can shorten is nobody else's
-            own |= {"store": store, "store_T": tuple(matrix.store_T)}
-        options |= {name: value for name, value in own.items() if name in known}
-        row = build_defense(config.name, guide, seed=matrix.seed, weights=config.weights, **options)
-        if row.unavailable is None:
-            row.output_size(*clean.images.shape[-2:])
-    return row
+def failure_key(cell: Cell) -> str:
+    """The key of the note on why a cell failed."""
+    return digest_of([cell.key, "failure"])

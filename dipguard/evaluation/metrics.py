@@ -1,19 +1,24 @@
-"""The figures of merit: accuracy, and SSIM to the clean image (section 4.1 and Table 2)."""
+"""Accuracy with its confidence interval, and SSIM and PSNR to the clean image (section 4.1 and Table 2)."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from typing import Any
 
+import torch
+from scipy.stats import binomtest  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from dipguard.checks import check_int
 from dipguard.decision import quality
 from dipguard.fit import Decider
 
 BATCH = 64
-"""Images decided or compared at once. Fixed, so that no figure depends on how the fit was cut into stacks."""
+"""Images decided or compared at once. Fixed, so that no figure depends on how a fit was cut into stacks."""
 
 
 def accuracy(decisions: Tensor, labels: Tensor) -> float:
-    """Share of right decisions, in [0, 1].
+    """Share of correct decisions, in [0, 1].
 
     Args:
         decisions: [N] int64.
@@ -30,6 +35,18 @@ def accuracy(decisions: Tensor, labels: Tensor) -> float:
     return float((decisions == labels).double().mean())
 
 
+def wilson(correct: int, count: int) -> tuple[float, float]:
+    """The 95 % Wilson score interval of ``correct`` out of ``count``, in [0, 1].
+
+    Raises:
+        TypeError, ValueError: ``count`` is below 1, or ``correct`` is not from 0 to ``count``.
+    """
+    check_int(count, name="count", low=1)
+    check_int(correct, name="correct", low=0, high=count)
+    interval = binomtest(correct, count).proportion_ci(confidence_level=0.95, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
 def similarity(images: Tensor, clean: Tensor) -> Tensor:
     """SSIM of each image to its clean original (see :func:`dipguard.decision.quality`), [N] on the CPU.
 
@@ -40,14 +57,34 @@ def similarity(images: Tensor, clean: Tensor) -> Tensor:
     Raises:
         ValueError: Different shapes, or a side too short for SSIM.
     """
-    if images.shape != clean.shape:
-        raise ValueError(
-            f"`images` and `clean` must have one shape, got {tuple(images.shape)} and {tuple(clean.shape)}"
-        )
+    _check_shapes(images, clean)
     parts = zip(images.split(BATCH), clean.split(BATCH), strict=True)
     return torch.cat([quality(one, other).cpu() for one, other in parts])
+
+
+def psnr(images: Tensor, clean: Tensor) -> Tensor:
+    """PSNR of each image to its clean original in dB, [N] float64; infinite where they are equal.
+
+    Args:
+        images: [N, 3, H, W] in [0, 1].
+        clean: Of the same shape.
+
+    Raises:
+        ValueError: Different shapes.
+    """
+    _check_shapes(images, clean)
+    parts = zip(images.split(BATCH), clean.split(BATCH), strict=True)
+    scale: dict[str, Any] = {"data_range": 1.0, "reduction": "none", "dim": (1, 2, 3)}
+    return torch.cat([peak_signal_noise_ratio(one.double(), other.double(), **scale) for one, other in parts])
 
 
 def decide(victim: nn.Module, images: Tensor) -> Tensor:
     """The victim's decisions on images [N, 3, H, W] in [0, 1]: [N] int64 on the CPU."""
     return Decider(victim, batch=BATCH)(images).argmax(dim=1).cpu()
+
+
+def _check_shapes(images: Tensor, clean: Tensor) -> None:
+    if images.shape != clean.shape:
+        raise ValueError(
+            f"`images` and `clean` must have one shape, got {tuple(images.shape)} and {tuple(clean.shape)}"
+        )

@@ -1,113 +1,187 @@
-"""From stored cells to results.csv (a row a cell) and images.csv (a row an image and cell)."""
+"""Results as files: results.csv (all cells), images.csv (all images of all cells), checks.csv (the suite's checks)."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
+import torch
+from torch import Tensor
 
+from dipguard.evaluation.cell import CLEAN, DONE, NOT_RUN, WORST, Cell, CellResult, Target, name_of
+from dipguard.evaluation.masking import masking_checks
 from dipguard.evaluation.matrix import Matrix
-from dipguard.evaluation.statistics import wilson
+from dipguard.evaluation.metrics import wilson
+from dipguard.evaluation.randomness import Randomness
 from dipguard.files import write_text
 
 FIELDS = (
-    "data", "victim", "judge", "column", "attack", "eps_255", "row", "defense", "seed", "n", "correct", "accuracy",
-    "low", "high", "ssim", "psnr", "seconds_per_image", "status", "key",
+    "data", "victim", "surrogate", "attack", "attack_name", "number", "check", "eps_255", "budget", "defense",
+    "defense_name", "seed", "n", "correct", "accuracy", "low", "high", "ssim", "psnr", "seconds_per_image",
+    "purifications", "dip_steps", "victim_queries", "gradients", "attack_seconds", "status", "options", "cut", "note",
+    "key",
 )  # fmt: skip
+"""Columns of results.csv: a row for each cell and, for attacks with several budgets, for each of them."""
 IMAGE_FIELDS = (
-    "column", "row", "index", "label", "decision_clean", "decision_given", "decision_defended", "ssim", "psnr",
+    "attack", "defense", "eps_255", "budget", "index", "label", "decision_clean", "decision_given",
+    "decision_defended", "ssim_given", "ssim", "psnr", "used", "why",
 )  # fmt: skip
-DONE = "done"
+CHECK_FIELDS = ("defense", "check", "verdict", "figures")
 
 
 def write_results(matrix: Matrix) -> None:
-    """Write results.csv and images.csv from the cells that are stored; those of other settings are left out."""
-    cells: list[dict[str, Any]] = []
-    images: list[dict[str, Any]] = []
-    for column in matrix.config.columns:
-        for row in matrix.config.rows:
-            entry = _cell(matrix, column, row)
-            if entry is None:
-                continue
-            values, arrays = entry
-            cells.append(values)
-            if arrays is not None:
-                images += _images(matrix, column, row, arrays)
-    write_text(matrix.folder.path / "results.csv", csv_text(FIELDS, cells))
-    write_text(matrix.folder.path / "images.csv", csv_text(IMAGE_FIELDS, images))
+    """Write all tables from what is stored; nothing is run."""
+    matrix.load()
+    write_table(matrix)
+    lines = [line for cell in matrix.cells for line in image_rows(matrix.results[cell.place])]
+    write_text(matrix.folder / "images.csv", csv_text(IMAGE_FIELDS, lines))
 
 
-def defense_name(matrix: Matrix, row: str) -> str:
-    """A row's defence, with the classifier that guides it where that is not the victim (appendix E)."""
-    name, guide = matrix.config.rows[row].name, matrix.config.guide
-    return name if guide is None else f"{name} guided by {guide.name}"
+def write_table(matrix: Matrix) -> None:
+    """Write results.csv and, for an attack suite, checks.csv."""
+    rows = [row for cell in matrix.cells for result in matrix.results[cell.place] for row in [_row(matrix, result)]]
+    targets = list(matrix.targets.values()) if any(cell.suite for cell in matrix.cells) else []
+    rows += [_worst_row(matrix, target) for target in targets]
+    write_text(matrix.folder / "results.csv", csv_text(FIELDS, rows))
+    if not targets:
+        return
+    checks = []
+    for target in targets:
+        results = suite_results(matrix, target)
+        if any(result.done for result in results):
+            found = masking_checks(results, Randomness.read(matrix, target))
+            checks += [{"defense": target.label, **asdict(check)} for check in found]
+    write_text(matrix.folder / "checks.csv", csv_text(CHECK_FIELDS, checks))
 
 
-def csv_text(fields: tuple[str, ...], rows: list[dict[str, Any]]) -> str:
+def append_images(matrix: Matrix, cell: Cell) -> None:
+    """Append a cell's images to images.csv."""
+    with (matrix.folder / "images.csv").open("a", newline="", encoding="utf-8") as file:
+        file.write(csv_text(IMAGE_FIELDS, image_rows(matrix.results[cell.place]), head=False))
+
+
+def suite_results(matrix: Matrix, target: Target) -> list[CellResult]:
+    """The results of the suite's attacks on a target, without clean images; with several budgets, the last one."""
+    cells = [cell for cell in matrix.cells if cell.target is target and cell.suite and cell.label != CLEAN]
+    return [matrix.results[cell.place][-1] for cell in cells]
+
+
+def worst_case(results: Iterable[CellResult], count: int, clean: Tensor | None = None) -> Tensor | None:
+    """Whether each of ``count`` images is classified correctly under every attack, bool [count]; None without one.
+
+    An attack on fewer images counts for those alone. Checks do not count. Not to attack is within every budget, so an
+    image that is misclassified without an attack does not withstand.
+
+    Args:
+        results: The results of a target.
+        count: Number of images.
+        clean: Whether each clean image is classified correctly, bool [count], if that is known.
+    """
+    attacks = [result.right for result in results if result.attacks]
+    if not attacks:
+        return None
+    right = torch.ones(count, dtype=torch.bool) if clean is None else clean.clone()
+    for one in attacks:
+        right[: len(one)] &= one
+    return right
+
+
+def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]], *, head: bool = True) -> str:
     """Rows as CSV; None is an empty field."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, fields, lineterminator="\n")
-    writer.writeheader()
+    if head:
+        writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
 
 
-def _cell(matrix: Matrix, column: str, row: str) -> tuple[dict[str, Any], dict[str, Any] | None] | None:
-    config, defense, attack = matrix.config, matrix.rows[row], matrix.config.columns[column]
-    values: dict[str, Any] = {
-        "data": config.data.name,
-        "victim": config.victim.name,
-        "judge": config.victim.name,
-        "column": column,
-        "attack": attack.name,
-        "eps_255": attack.eps_255,
-        "row": row,
-        "defense": defense_name(matrix, row),
-        "seed": config.seed,
-        "n": len(matrix.clean),
-        "key": matrix.cell_key(column, row),
+def image_rows(results: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
+    """The rows of images.csv."""
+    for result in results:
+        cell = result.cell
+        for number in range(len(result.decisions)):
+            yield {
+                "attack": cell.label,
+                "defense": cell.target.label,
+                "eps_255": result.eps_255,
+                "budget": result.budget,
+                "index": int(cell.clean.indices[number]),
+                "label": int(cell.clean.labels[number]),
+                "decision_clean": int(cell.target.decisions_clean[number]),
+                "decision_given": int(result.decisions_given[number]),
+                "decision_defended": int(result.decisions[number]),
+                "ssim_given": _short(result.ssim_given[number]),
+                "ssim": _short(result.ssim[number]),
+                "psnr": _short(result.psnr[number]),
+                "used": int(result.used[number]),
+                "why": result.reasons[number],
+            }
+
+
+def _row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
+    cell = result.cell
+    row = {
+        **_of_target(matrix, cell.target),
+        "attack": cell.label,
+        "attack_name": cell.name,
+        "number": cell.node.get("number") or "",
+        "check": cell.check,
+        "eps_255": result.eps_255,
+        "budget": result.budget,
+        "status": result.status,
+        "options": cell.options_text,
+        "cut": cell.cut,
+        "note": cell.node.get("note") or "",
+        "key": cell.key,
     }
-    if defense.unavailable is not None:
-        return {**values, "status": defense.unavailable}, None
-    arrays = matrix.folder.load(matrix.folder.cell_path(column, row), key=values["key"])
-    if arrays is None:
-        return None
-    correct = int((arrays["decisions"] == matrix.clean.labels.numpy()).sum())
-    low, high = wilson(correct, len(matrix.clean))
-    finite = arrays["psnr"][np.isfinite(arrays["psnr"])]
-    figures = {
-        "correct": correct,
-        "accuracy": correct / len(matrix.clean),
-        "low": low,
-        "high": high,
-        "ssim": float(arrays["ssim"].mean()),
-        # An image that comes back unchanged has an infinite PSNR: the mean is that of the others.
-        "psnr": float(finite.mean()) if len(finite) else None,
-        "seconds_per_image": float(arrays["seconds"]) / len(matrix.clean),
-        "status": DONE,
+    if not result.done:
+        return row
+    # An image that comes back unchanged has an infinite PSNR: the mean is over the others.
+    finite = result.psnr[result.psnr.isfinite()]
+    seconds = dict(result.seconds)
+    attack_seconds = seconds.pop("attack")
+    return {
+        **row,
+        **_share(result.right),
+        "ssim": _short(result.ssim.double().mean()),
+        "psnr": _short(finite.mean()) if len(finite) else None,
+        "seconds_per_image": _short(sum(seconds.values()) / len(result.right)),
+        "attack_seconds": _short(attack_seconds),
+        **asdict(result.spent),
     }
-    return {**values, **{name: _short(value) for name, value in figures.items()}}, arrays
 
 
-def _images(matrix: Matrix, column: str, row: str, arrays: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    attacked = matrix.folder.load(matrix.folder.attacked_path(column), key=matrix.column_key(column))
-    given = attacked["decisions"].tolist() if attacked is not None else [None] * len(matrix.clean)
-    for number in range(len(matrix.clean)):
-        yield {
-            "column": column,
-            "row": row,
-            "index": int(matrix.clean.indices[number]),
-            "label": int(matrix.clean.labels[number]),
-            "decision_clean": int(matrix.decisions_clean[number]),
-            "decision_given": given[number],
-            "decision_defended": int(arrays["decisions"][number]),
-            "ssim": _short(float(arrays["ssim"][number])),
-            "psnr": _short(float(arrays["psnr"][number])),
-        }
+def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
+    results = suite_results(matrix, target)
+    (clean,) = matrix.results[CLEAN, target.label]
+    right = worst_case(results, len(matrix.clean), clean.right if len(clean.right) == len(matrix.clean) else None)
+    over = sum(result.attacks for result in results)
+    row = {**_of_target(matrix, target), "attack": WORST, "eps_255": matrix.config.eps_255, "number": "9"}
+    return {**row, "status": NOT_RUN} if right is None else {**row, **_share(right), "note": f"over {over} attacks"}
 
 
-def _short(value: Any) -> Any:
-    return round(value, 6) if isinstance(value, float) else value
+def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
+    node = matrix.config.defenses.get(target.label)
+    return {
+        "data": name_of(matrix.config.data),
+        "victim": target.victim_name,
+        "surrogate": target.surrogate,
+        "defense": target.label,
+        "defense_name": target.defense.name if node is None else name_of(node),
+        "seed": matrix.config.seed,
+    }
+
+
+def _share(right: Tensor) -> dict[str, Any]:
+    n, correct = len(right), int(right.sum())
+    low, high = wilson(correct, n)
+    shares = {"accuracy": correct / n, "low": low, "high": high}
+    return {"n": n, "correct": correct, "status": DONE, **{name: _short(value) for name, value in shares.items()}}
+
+
+def _short(value: Any) -> float:
+    return round(float(value), 6)

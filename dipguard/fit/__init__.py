@@ -1,16 +1,15 @@
 """The stacked fit: a LightningModule and the callbacks that watch it."""
 
-from dipguard.fit.boundary_detector import BoundaryDetector
+from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
 from dipguard.fit.decider import Decider
-from dipguard.fit.decision_logger import DecisionLogger
-from dipguard.fit.module import FitOptions, StackedDIP
-from dipguard.fit.placement import ACCELERATORS, fit_device
-from dipguard.fit.progress import FitProgress, progress_bar
-from dipguard.fit.retire import Retirement
-from dipguard.fit.runner import DecideOptions, StackResult, fit_stack
-from dipguard.fit.stack_size import choose_stack_size
-from dipguard.fit.stacks import in_stacks
-from dipguard.fit.stitcher import Stitcher, StitchOptions
+from dipguard.fit.module import StackedDIP, StackTrace, init_networks
+from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions, trace_settings
+from dipguard.fit.replay import FitSamples, decide_samples, fit_samples, redecide
+from dipguard.fit.runner import ACCELERATORS, StackResult, fit_device, fit_stack, isolated_trainer, make_trainer
+from dipguard.fit.stacks import FitProgress, in_stacks, stack_size_for
+from dipguard.fit.stop_rules import StopRuleCallback, fit_rule
+from dipguard.fit.unrolled import unrolled_fit
+from dipguard.fit.window_logger import WindowLogger
 
 __all__ = [
     "ACCELERATORS",
@@ -20,14 +19,25 @@ __all__ = [
     "DecisionLogger",
     "FitOptions",
     "FitProgress",
-    "Retirement",
+    "FitSamples",
     "StackResult",
+    "StackTrace",
     "StackedDIP",
     "StitchOptions",
     "Stitcher",
-    "choose_stack_size",
+    "StopRuleCallback",
+    "WindowLogger",
+    "decide_samples",
     "fit_device",
+    "fit_rule",
+    "fit_samples",
     "fit_stack",
     "in_stacks",
-    "progress_bar",
+    "init_networks",
+    "isolated_trainer",
+    "make_trainer",
+    "redecide",
+    "stack_size_for",
+    "trace_settings",
+    "unrolled_fit",
 ]

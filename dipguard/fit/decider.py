@@ -1,4 +1,4 @@
-"""The victim as the callbacks see it: in eval mode, without gradients, and handed back as it was."""
+"""The victim as the callbacks use it: in eval mode, without gradients, and left as it was."""
 
 from __future__ import annotations
 
@@ -10,22 +10,19 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_int
 from dipguard.classifier import check_is_module, check_logits, eval_mode
-from dipguard.fit.out_of_memory import is_out_of_memory
+from dipguard.fit.memory import is_out_of_memory
 
 GOOD_BATCH = 64
-"""Images from which on a larger batch makes a reading no cheaper (ResNet-56 on two cores: 12 ms alone, 3.5 in 64)."""
+"""Above so many images, a larger batch is no faster per image (ResNet-56 on two cores: 12 ms alone, 3.5 ms in 64)."""
 
 
 def steps_together(images: int) -> int:
-    """Steps of a stack of so many images that make a good batch together; it depends on nothing else."""
+    """How many steps of a stack of so many images make a good batch."""
     return -(-GOOD_BATCH // images)
 
 
 def ask_together(decide: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of several steps' images, [n_i, 3, H, W] each: asked about at once, or one after the other.
-
-    A stack that fits into memory shall not fail for the sake of a larger batch.
-    """
+    """Logits of several steps' images, [n_i, 3, H, W] each: in one batch or, if memory runs out, one by one."""
     try:
         return list(decide(torch.cat(list(parts))).split([len(part) for part in parts]))
     except RuntimeError as error:
@@ -35,13 +32,11 @@ def ask_together(decide: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) ->
 
 
 class Decider:
-    """Images to logits.
-
-    The victim stays where it is: images travel to its device, logits back. Nothing of it is changed.
+    """Images to logits. The victim stays on its device and is not changed.
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        batch: Most images at once, at least 1.
+        batch: Largest batch, at least 1.
 
     Raises:
         TypeError, ValueError: An argument is out of range.
@@ -69,10 +64,10 @@ class Decider:
         return logits if logits.dtype == torch.float64 else logits.float()
 
     def _output(self, images: Tensor) -> Any:
-        """On a CPU, convolutions are a sixth faster on channels-last images; some victims cannot read those."""
+        """On a CPU, convolutions are a sixth faster on channels-last images, which some victims cannot take."""
         if images.device.type == "cpu" and self._channels_last:
             try:
                 return self.victim(images.contiguous(memory_format=torch.channels_last))
-            except RuntimeError:  # such as .view() of a feature map; what else is wrong will be wrong again below
+            except RuntimeError:  # such as .view() of a feature map; other errors come again below
                 self._channels_last = False
         return self.victim(images.contiguous())

@@ -1,130 +1,80 @@
-"""The stacked DIP fit as a LightningModule (Eq. 2; Algorithm 1, lines 1-8)."""
+"""The stacked DIP fit as a LightningModule (Eq. 2; Algorithm 1, lines 1-8), and the growing trace of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, TypedDict
+import math
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypedDict
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from dipguard.checks import check_choice, check_float, check_images
+from dipguard.checks import check_images, check_int
+from dipguard.decision import DecisionTrace, needed_for_replay
 from dipguard.engines import Engine, make_engine
-from dipguard.engines.base import check_products
 from dipguard.engines.jitter_feed import JitterFeed
-from dipguard.fit.cohort import Cohort, Waiting, row_ranges
-from dipguard.fit.jitter_source import JitterSource, jitter_source
-from dipguard.fit.noise import Z_KINDS, draw_z
-from dipguard.fit.staggered_adam import StaggeredAdam
-from dipguard.networks import INITS, PADDINGS, NetworkSpec, StackedSkipNet, build, resolve
+from dipguard.fit.noise import Jitter, draw_z
+from dipguard.fit.options import FitOptions
+from dipguard.networks import StackedSkipNet, build
 
-DTYPES = {"float32": torch.float32, "float64": torch.float64}
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """How the DIP network is fitted: appendix B, and the readings that the paper leaves open.
-
-    Attributes:
-        network: A preset of appendix B, or a spec.
-        seed: Seed of weights, z and jitter.
-        z: ``uniform`` (appendix B) or ``gaussian`` (section 3.1).
-        z_scale: Upper end or standard deviation of z; None takes the preset's (appendix B).
-        jitter: Standard deviation of the noise added to z at each step; 0 for none.
-        init: ``default`` (PyTorch's) or ``xavier`` (Algorithm 1, line 1).
-        padding: ``zeros`` or ``reflect``.
-        lr: Adam's learning rate (appendix B: 0.01, no decay).
-        dtype: ``float32`` or ``float64``.
-        engine: Who computes a step: ``auto``, ``torch``, ``native`` or ``cuda_graph``
-            (:func:`dipguard.engines.make_engine`).
-        optimise_z: Adam changes z too, below the jitter. Ding et al. keep z fixed; Dai et al. 2020 (DIPDefend) do not.
-        precision: ``float32``, or ``tf32`` or ``bfloat16`` for the network's products, with the engines ``torch`` and
-            ``cuda_graph`` (:mod:`dipguard.engines.precision`). Both change results; whether accuracy suffers is what
-            ``benchmarks/precision_accuracy.py`` finds out.
-    """
-
-    network: str | NetworkSpec = "cifar10"
-    seed: int = 0
-    z: str = "uniform"
-    z_scale: float | None = None
-    jitter: float = 0.0
-    init: str = "default"
-    padding: str = "zeros"
-    lr: float = 0.01
-    dtype: str = "float32"
-    engine: str = "auto"
-    optimise_z: bool = False
-    precision: str = "float32"
-
-    def __post_init__(self) -> None:
-        resolve(self.network)
-        check_float(self.jitter, name="jitter", low=0.0)
-        check_choice(self.z, Z_KINDS, name="z")
-        if self.z_scale is not None and check_float(self.z_scale, name="z_scale", low=0.0) == 0:
-            raise ValueError("`z_scale` must be above 0, got 0")
-        check_choice(self.init, INITS, name="init")
-        check_choice(self.padding, PADDINGS, name="padding")
-        if check_float(self.lr, name="lr", low=0.0) == 0:
-            raise ValueError("`lr` must be above 0, got 0")
-        check_choice(self.dtype, DTYPES, name="dtype")
-        check_products(self.precision, engine=self.engine)
-        if self.precision != "float32" and self.dtype != "float32":
-            raise ValueError(f"`precision` {self.precision!r} needs `dtype` 'float32', got {self.dtype!r}")
-        if not isinstance(self.optimise_z, bool):
-            raise TypeError(f"`optimise_z` must be true or false, got {self.optimise_z!r}")
-
-    def as_settings(self) -> dict[str, Any]:
-        """The options as JSON can hold them, z_scale resolved; ``precision`` only where it is not float32.
-
-        Fits stored before there was such an option are told by these settings.
-        """
-        settings = asdict(self)
-        if self.precision == "float32":
-            del settings["precision"]
-        spec = resolve(self.network)
-        if isinstance(self.network, NetworkSpec):
-            settings["network"] = {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(spec).items()}
-        settings["z_scale"] = spec.z_scale if self.z_scale is None else self.z_scale
-        return settings
+STEPS_PER_EPOCH = 50
+"""An epoch costs about as much as a third of a step of one image: here less than 1 % of the fit."""
 
 
 class StepOutput(TypedDict):
-    """What one training step hands to Lightning and to the callbacks.
+    """What a training step gives to Lightning and to the callbacks.
 
     Attributes:
         loss: Sum over images of the mean squared error, so that no image's gradient depends on B.
         reconstructions: x(t), before this step's update, [B, 3, H, W].
-        errors: Mean squared error of each image, [B].
+        errors: Mean squared error of each image, [B], detached.
+        step: The optimiser step t, counted from 0.
     """
 
     loss: Tensor
     reconstructions: Tensor
     errors: Tensor
+    step: int
 
 
 class StackedDIP(pl.LightningModule):
     """B images, B independent DIP networks, one optimiser.
 
-    Adam acts on each number alone, so one Adam over stacked parameters is B Adams. Batch item and data play no role:
-    the images are the module's own, and the Trainer's ``max_steps`` is the paper's T, unless images wait for a place
-    in the stack (:mod:`dipguard.fit.slots`): then T is theirs, and the Trainer goes on until all are fitted.
+    Adam acts on each number separately, so one Adam over stacked parameters is B Adams. The module brings its own
+    data: the Trainer's ``max_steps`` is the paper's T, and its epochs have ``steps_per_epoch`` steps, so that callbacks
+    that act at the end of an epoch (``EarlyStopping``, ``ModelCheckpoint``) act during the fit. ``callback_metrics``
+    are filled by :class:`~dipguard.fit.DecisionLogger`.
+
+    To change the loss, override ``training_step``::
+
+        class Smooth(StackedDIP):
+            def training_step(self, batch, batch_idx):
+                out = super().training_step(batch, batch_idx)
+                out["loss"] = out["loss"] + 0.1 * total_variation(out["reconstructions"])
+                return out
+
+    The reconstructions of such a subclass are part of the autograd graph, which the torch engine alone provides.
 
     Args:
         images: The given images x0, [B, 3, H, W] in [0, 1].
-        indices: Their indices in the data set, 0 ... B-1 by default; every random draw of an image depends on (seed,
-            index) alone.
-        options: See :class:`FitOptions`.
-        waiting: Images that take the places of those that leave.
+        indices: Their indices in the data set, 0 ... B-1 by default; every random draw of an image depends only on
+            (seed, index).
+        options: How the networks are fitted.
+        steps_per_epoch: Length of an epoch, at least 1. None takes 50, or more if the Trainer's ``max_epochs`` would
+            otherwise end the fit before ``max_steps``.
 
     Attributes:
-        cohorts: The images that are being fitted, in the order of the stack.
-        finished: Cohorts none of whose images is fitted any more.
-        spared: Image-steps that need not be done, because images left before their T-th.
+        given: x0, in the dtype of the fit.
+        step: Number of steps done in the present fit.
+        trace: What the callbacks have recorded of the present, or the last, fit; None without a DecisionLogger.
 
     Raises:
-        TypeError, ValueError: Bad images or options, or images too small for the network.
+        TypeError, ValueError: Bad images or options, or images too small for the network. At the start of a fit: a
+            Trainer that cannot run it (without ``max_steps``, with several devices, accumulated gradients or weights in
+            half precision), or an engine that cannot.
+        RuntimeError: At the start of a fit, a Trainer that has done steps already, or that resumes a checkpoint.
     """
 
     given: Tensor
@@ -136,7 +86,7 @@ class StackedDIP(pl.LightningModule):
         *,
         indices: Sequence[int] | None = None,
         options: FitOptions | None = None,
-        waiting: Waiting | None = None,
+        steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
         check_images(images)
@@ -144,86 +94,172 @@ class StackedDIP(pl.LightningModule):
         self.indices = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
         if len(self.indices) != len(images):
             raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(self.indices)}")
-        self.net, z = start(self.indices, options=options, size=(images.shape[-2], images.shape[-1]))
+        if steps_per_epoch is not None:
+            check_int(steps_per_epoch, name="steps_per_epoch", low=1)
+        self.steps_per_epoch = steps_per_epoch
+        self.net, z = init_networks(self.indices, options=options, size=(images.shape[-2], images.shape[-1]))
         if options.optimise_z:
             self.z = torch.nn.Parameter(z)
         else:
             self.register_buffer("z", z, persistent=False)
         self.register_buffer("given", images.detach().to(z.dtype).clone(), persistent=False)
-        self.waiting = waiting
-        self.cohorts = [Cohort(0, tuple(range(len(images))), len(images))]
-        self.finished: list[Cohort] = []
-        self.spared = 0
+        self.step = 0
+        self.trace: StackTrace | None = None
         self._engine: Engine | None = None
+        self._jitter: Jitter | JitterFeed | None = None
 
     @property
     def T(self) -> int:
-        """Steps of each image's fit."""
-        return int(self.trainer.max_steps) if self.waiting is None else self.waiting.T
+        """Steps of the fit: the Trainer's ``max_steps``.
 
-    def on_fit_start(self) -> None:
-        """Start the jitter's streams anew."""
-        for cohort, rows in zip(self.cohorts, row_ranges(self.cohorts), strict=True):
-            cohort.jitter = self.jitter_for(self.indices[rows])
+        Raises:
+            ValueError: The Trainer has none.
+        """
+        steps = int(self.trainer.max_steps)
+        if steps < 1:
+            raise ValueError(
+                "`max_steps` of the Trainer must be the number T of optimiser steps, at least 1, got "
+                f"max_steps={steps} (max_epochs={self.trainer.max_epochs}): use pl.Trainer(max_steps=T)"
+            )
+        return steps
 
-    def on_fit_end(self) -> None:
-        """Let go of the threads that draw ahead."""
-        for cohort in self.cohorts:
-            if isinstance(cohort.jitter, JitterFeed):
-                cohort.jitter.close()
-
-    def jitter_for(self, indices: Sequence[int]) -> JitterSource | None:
-        """The noise of these images, from their first step on."""
-        shape = (self.z.shape[1], self.z.shape[2], self.z.shape[3])
-        seed, std = self.options.seed, self.options.jitter
-        return jitter_source(shape, indices=indices, seed=seed, std=std, engine=self.engine.name, device=self.device)
+    @property
+    def engine(self) -> Engine:
+        """What computes a step: chosen when the Trainer asks for the optimiser, torch's outside of a fit."""
+        if self._engine is None:
+            self._engine = self._make_engine()
+        return self._engine
 
     def forward(self, z: Tensor) -> Tensor:
         """All networks once: z [B, input_depth, H, W] -> [B, 3, H, W] in (0, 1)."""
         out: Tensor = self.net(z)
         return out
 
-    @property
-    def engine(self) -> Engine:
-        """Who computes a step; chosen when the Trainer asks for the optimiser, torch's outside of a fit."""
-        if self._engine is None:
-            self._engine = make_engine("torch", self.net, self.given, steps=1, z_gradient=self.options.optimise_z)
-        return self._engine
-
     def training_step(self, batch: Any, batch_idx: int) -> StepOutput:
         """Lines 3 and 7 of Algorithm 1."""
-        step = self.engine.step(self._moved_z())
-        return {"loss": step.loss, "reconstructions": step.reconstructions, "errors": step.errors}
-
-    def _moved_z(self) -> Tensor:
-        parts = [
-            self.z[rows] if cohort.jitter is None else cohort.jitter.next(self.z[rows])
-            for cohort, rows in zip(self.cohorts, row_ranges(self.cohorts), strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        step, self.step = self.step, self.step + 1
+        z = self.z if self._jitter is None else self._jitter.next(self.z)
+        loss, reconstructions, errors = self.engine.step(z)
+        # Under autocast the network's output is shorter than x0.
+        reconstructions = reconstructions.to(self.given.dtype)
+        if not self._adds_to_the_loss:
+            reconstructions = reconstructions.detach()
+        return {"loss": loss, "reconstructions": reconstructions, "errors": errors, "step": step}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam with its usual betas on the networks, and on z if asked, fused into one pass over a tensor's numbers."""
+        """Adam with its usual betas on the engine's parameters, and on z with ``optimise_z``."""
         # The first moment at which the device is known; later, Adam's moments would have to follow the weights.
-        options = self.options
-        more: dict[str, Any] = {"z_gradient": options.optimise_z, "products": options.precision}
-        self._engine = make_engine(options.engine, self.net, self.given, steps=self.T, **more)
-        changed: list[Any] = [*self._engine.parameters(), *([self.z] if options.optimise_z else [])]
-        if self.waiting is not None:
-            return StaggeredAdam(changed, lr=options.lr)
-        return torch.optim.Adam(changed, lr=options.lr, fused=True)
+        self._engine = self._make_engine()
+        changed: list[Any] = [*self._engine.parameters(), *([self.z] if self.options.optimise_z else [])]
+        return torch.optim.Adam(changed, lr=self.options.lr, fused=True)
 
     def train_dataloader(self) -> Sequence[int]:
-        """One step an item: the images are the module's own."""
-        return range(max(1, int(self.trainer.max_steps)))
+        """One item per step; their values are not used, since the images are the module's own."""
+        return range(self._epoch_length())
+
+    def setup(self, stage: str) -> None:
+        """Check the Trainer and forget the trace of an earlier fit."""
+        if stage == "fit":
+            self._check_trainer()
+            self.trace = None
+
+    def on_fit_start(self) -> None:
+        """Start the step counter and the jitter's random streams anew."""
+        self._check_fresh()
+        self.step = 0
+        self._jitter = None
+        if self.options.jitter > 0:
+            shape = (self.z.shape[1], self.z.shape[2], self.z.shape[3])
+            draw: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
+            # A CUDA graph's step is over before one thread has drawn its noise; other engines gain nothing by threads.
+            graph = self.engine.name == "cuda_graph"
+            self._jitter = JitterFeed(shape, **draw, device=self.device) if graph else Jitter(shape, **draw)
+
+    def on_train_start(self) -> None:
+        """Refuse a resumed checkpoint, which Lightning restores after ``on_fit_start``."""
+        self._check_fresh()
+
+    def on_fit_end(self) -> None:
+        """Stop the threads that draw jitter ahead."""
+        if isinstance(self._jitter, JitterFeed):
+            self._jitter.close()
+
+    @property
+    def _adds_to_the_loss(self) -> bool:
+        return type(self).training_step is not StackedDIP.training_step
+
+    def _make_engine(self) -> Engine:
+        options, name, steps = self.options, "torch", 1
+        if self._trainer is not None:
+            name, steps = options.engine, self.T
+            if "mixed" in str(self.trainer.precision):
+                if name not in ("auto", "torch"):
+                    raise ValueError(
+                        f"`precision` {self.trainer.precision!r} of the Trainer needs `engine` 'auto' or 'torch', got "
+                        f"{name!r}"
+                    )
+                name = "torch"
+        return make_engine(
+            name,
+            self.net,
+            self.given,
+            steps=steps,
+            z_gradient=options.optimise_z,
+            matmul_precision=options.matmul_precision,
+            differentiable=self._adds_to_the_loss,
+        )
+
+    def _epoch_length(self) -> int:
+        T, epochs = self.T, self.trainer.max_epochs
+        if self.steps_per_epoch is not None:
+            return min(T, self.steps_per_epoch)
+        needed = 1 if epochs is None or epochs < 1 else math.ceil(T / epochs)
+        return min(T, max(STEPS_PER_EPOCH, needed))
+
+    def _check_trainer(self) -> None:
+        trainer, T = self.trainer, self.T
+        length, epochs = self._epoch_length(), trainer.max_epochs
+        if epochs is not None and 0 < epochs and epochs * length < T:
+            raise ValueError(
+                f"`max_epochs` of the Trainer must allow for all {T} steps, got {epochs} epochs of "
+                f"`steps_per_epoch`={length} steps: leave `max_epochs` out"
+            )
+        if trainer.world_size != 1:
+            raise ValueError(f"`devices` of the Trainer must be a single one, got {trainer.world_size} processes")
+        if trainer.accumulate_grad_batches != 1:
+            raise ValueError(
+                f"`accumulate_grad_batches` of the Trainer must be 1, got {trainer.accumulate_grad_batches}: each step "
+                "sees all of the data"
+            )
+        if str(trainer.precision) in ("16-true", "bf16-true"):
+            raise ValueError(
+                "`precision` of the Trainer must be one of 32-true, 64-true, 16-mixed, bf16-mixed, got "
+                f"{trainer.precision!r}: SSIM and Adam need weights and images of at least 32 bits"
+            )
+
+    def _check_fresh(self) -> None:
+        done = 0 if self._trainer is None else self.trainer.global_step
+        if done:
+            raise RuntimeError(
+                f"a fit of StackedDIP must start at step 0, got a Trainer at step {done}: its trace would lack the "
+                "beginning. Use a new Trainer for each fit, and fit() without `ckpt_path`"
+            )
 
 
-def start(indices: Sequence[int], *, options: FitOptions, size: tuple[int, int]) -> tuple[StackedSkipNet, Tensor]:
-    """The networks of these images before their first step, and z [B, input_depth, H, W], on the CPU.
+def init_networks(
+    indices: Sequence[int], *, options: FitOptions, size: tuple[int, int]
+) -> tuple[StackedSkipNet, Tensor]:
+    """The networks of some images before their first step, and z [B, input_depth, H, W], on the CPU.
+
+    Args:
+        indices: The images' indices in their data set.
+        options: How they are to be fitted.
+        size: Height and width of the images, pixels.
 
     Raises:
-        ValueError: An image of ``size`` (H, W) is too small for the network.
+        ValueError: The images are too small for the network.
     """
+    options.spec.check_size(*size)
     net = build(
         options.network,
         stack_size=len(indices),
@@ -231,10 +267,125 @@ def start(indices: Sequence[int], *, options: FitOptions, size: tuple[int, int])
         indices=indices,
         init=options.init,
         padding=options.padding,
-        dtype=DTYPES[options.dtype],
+        dtype=getattr(torch, options.dtype),
     )
-    net.spec.check_size(*size)
-    scale = net.spec.z_scale if options.z_scale is None else options.z_scale
     shape = (net.spec.input_depth, *size)
-    z = draw_z(shape, indices=indices, seed=options.seed, kind=options.z, scale=scale)
-    return net, z.to(DTYPES[options.dtype])
+    z = draw_z(shape, indices=indices, seed=options.seed, kind=options.z, scale=options.scale_of_z)
+    return net, z.to(getattr(torch, options.dtype))
+
+
+class Sample(NamedTuple):
+    """One sampled step of a stack of B: x(t) [B, 3, H, W], logits [B, C], v(t) [B] and mean squared errors [B]."""
+
+    step: int
+    reconstructions: Tensor
+    scores: Tensor
+    quality: Tensor
+    errors: Tensor
+
+
+class Crossing(NamedTuple):
+    """A cross-boundary pair: its first sample's number and quality; images [2, 3, H, W] and logits [2, C] of both."""
+
+    at: int
+    quality: float
+    images: Tensor
+    scores: Tensor
+
+
+class StackTrace:
+    """The growing trace of a stack of B images; :meth:`close` makes one ``DecisionTrace`` per image of it.
+
+    Its memory does not grow with T: it keeps the scalars of the sampled steps, the last ``K_max`` reconstructions, and
+    those crossings that some replay can still select (:func:`dipguard.decision.needed_for_replay`).
+
+    Args:
+        given: x0, [B, 3, H, W].
+        given_scores: The victim's logits on them, [B, C].
+        indices: The images' indices.
+        K_max: The largest K of a replay.
+        keep_samples: Keep every sampled reconstruction.
+        settings: JSON values that describe the fit. Each callback adds its own options.
+
+    Attributes:
+        steps: The sampled optimiser steps so far.
+        recent: The samples of the last :meth:`add`, after the one before them.
+        crossings: Kept crossings of each image.
+        boundary: alpha [M] and on-boundary images [M, 3, H, W] of all kept crossings, image by image; None until they
+            are localised at the end of the fit.
+    """
+
+    def __init__(
+        self,
+        *,
+        given: Tensor,
+        given_scores: Tensor,
+        indices: Sequence[int],
+        K_max: int,
+        keep_samples: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.given = given
+        self.given_scores = given_scores
+        self.indices = tuple(indices)
+        self.K_max = K_max
+        self.settings = dict(settings or {})
+        self.steps: list[int] = []
+        self.recent: list[Sample] = []
+        self.crossings: list[list[Crossing]] = [[] for _ in self.indices]
+        self.boundary: tuple[Tensor, Tensor] | None = None
+        self._last: deque[Tensor] = deque(maxlen=K_max)
+        self._samples: list[Tensor] | None = [] if keep_samples else None
+        self._scalars: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Append sampled steps, in order."""
+        self.recent = [*self.recent[-1:], *samples]
+        for sample in samples:
+            self._last.append(sample.reconstructions)
+            self.steps.append(sample.step)
+            self._scalars.append((sample.scores, sample.quality, sample.errors))
+            if self._samples is not None:
+                self._samples.append(sample.reconstructions.cpu())
+
+    def add_crossing(self, b: int, crossing: Crossing) -> None:
+        """Append a crossing of image b, and drop those that no replay can select any more."""
+        found = [*self.crossings[b], crossing]
+        kept = needed_for_replay(torch.tensor([c.quality for c in found], dtype=torch.float64), K_max=self.K_max)
+        self.crossings[b] = [c for c, keep in zip(found, kept.tolist(), strict=True) if keep]
+
+    def close(self) -> list[DecisionTrace]:
+        """One trace per image, on the CPU."""
+        steps = torch.tensor(self.steps, dtype=torch.int64)
+        scores, quality, errors = (_gather([scalars[i] for scalars in self._scalars]) for i in range(3))
+        last = _gather(list(self._last))
+        samples = None if self._samples is None else _gather(self._samples)
+        given, given_scores = self.given.cpu(), self.given_scores.cpu()
+        none = self.given.new_zeros(0), self.given.new_zeros(0, *self.given.shape[1:])
+        alpha, on_boundary = (part.cpu() for part in (none if self.boundary is None else self.boundary))
+        traces, end = [], 0
+        for b, found in enumerate(self.crossings):
+            own = slice(end, end := end + len(found))
+            traces.append(
+                DecisionTrace(
+                    index=self.indices[b],
+                    given=given[b].clone(),
+                    given_scores=given_scores[b].clone(),
+                    steps=steps,
+                    scores=scores[b].clone(),
+                    quality=quality[b].clone(),
+                    loss=errors[b].clone(),
+                    crossing_at=torch.tensor([c.at for c in found], dtype=torch.int64),
+                    alpha=alpha[own].clone(),
+                    on_boundary=on_boundary[own].clone(),
+                    last=last[b].clone(),
+                    samples=None if samples is None else samples[b].clone(),
+                    settings=dict(self.settings),
+                )
+            )
+        return traces
+
+
+def _gather(sampled: list[Tensor]) -> Tensor:
+    """S tensors [B, ...] -> [B, S, ...] on the CPU."""
+    return torch.stack(sampled, dim=1).cpu()

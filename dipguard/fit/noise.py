@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from dipguard.checks import check_choice, check_float
+from dipguard.fit.options import Z_KINDS
 from dipguard.seeding import image_generator
 
-Z_KINDS = ("uniform", "gaussian")
 BLOCK = 8
 """Steps of jitter drawn at once. Fixed, since an image's stream must depend neither on the stack nor on T."""
 
@@ -23,7 +23,7 @@ def draw_z(
     Args:
         shape: (channels, H, W).
         indices: The images' indices.
-        seed: The configuration's seed.
+        seed: Seed of the fit.
         kind: ``uniform`` or ``gaussian``.
         scale: Upper end, or standard deviation; above 0.
 
@@ -36,7 +36,7 @@ def draw_z(
     check_choice(kind, Z_KINDS, name="z")
     if check_float(scale, name="z_scale", low=0.0) == 0:
         raise ValueError("`z_scale` must be above 0, got 0")
-    z = torch.empty(len(indices), *shape)
+    z = torch.empty(len(indices), *shape, dtype=torch.float32)
     for b, index in enumerate(indices):
         generator = image_generator(seed=seed, index=index, purpose="z")
         if kind == "uniform":
@@ -51,21 +51,16 @@ class Jitter:
 
     Args:
         shape: (channels, H, W) of z.
-        indices: The images' indices; image b's noise depends on (seed, indices[b], step) alone.
-        seed: The configuration's seed.
+        indices: The images' indices; the noise of image b depends only on (seed, indices[b], step).
+        seed: Seed of the fit.
         std: Standard deviation, above 0.
     """
 
     def __init__(self, shape: tuple[int, int, int], *, indices: Sequence[int], seed: int, std: float) -> None:
         self.std = check_float(std, name="jitter", low=0.0)
         self._generators = [image_generator(seed=seed, index=index, purpose="jitter") for index in indices]
-        self._ready = self._block = torch.empty(len(indices), BLOCK, *shape)
+        self._ready = self._block = torch.empty(len(indices), BLOCK, *shape, dtype=torch.float32)
         self._position = BLOCK
-
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these images' streams alone, in this order."""
-        self._generators = [self._generators[b] for b in rows]
-        self._block, self._ready = self._block[rows], self._ready[rows]
 
     def next(self, z: Tensor) -> Tensor:
         """Z plus the noise of the next step, [B, channels, H, W] of z's dtype and device."""

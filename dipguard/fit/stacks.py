@@ -1,63 +1,115 @@
-"""Many images, one stack after the other; where memory runs out, in smaller stacks."""
+"""Many images in stacks: how many at once, and smaller stacks if memory runs out."""
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
+import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
-from dipguard.fit.out_of_memory import free, is_out_of_memory
-from dipguard.fit.progress import FitProgress, progress_bar
+from dipguard.engines import make_engine
+from dipguard.fit.callbacks import as_stacked_dip
+from dipguard.fit.memory import free, images_in_memory, is_out_of_memory
+from dipguard.fit.module import StackedDIP
+from dipguard.fit.options import FitOptions
+from dipguard.fit.runner import isolated_trainer
 
 _log = logging.getLogger(__name__)
+SIZES = {"cpu": 32, "cuda": 256}
+"""Images at once, if memory allows."""
+
+
+class FitProgress(pl.Callback):
+    """Advances a progress bar by image-steps, so that stacks of different sizes count for what they cost.
+
+    Args:
+        bar: A tqdm bar whose total is images x T.
+        every: Steps between two updates, at least 1.
+    """
+
+    def __init__(self, bar: tqdm[Any], *, every: int = 10) -> None:
+        self.bar = bar
+        self.every = every
+        self._pending = 0
+        self._reported = 0
+        self._skipped = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count this step."""
+        module = as_stacked_dip(pl_module)
+        self._pending += len(module.indices)
+        if module.step % self.every == 0:
+            self._report()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Report the rest; steps that the fit has not needed are taken off the bar's total."""
+        self._report()
+        module = as_stacked_dip(pl_module)
+        self.skip(len(module.indices) * (module.T - module.step))
+
+    def skip(self, image_steps: int) -> None:
+        """Take image-steps that need not be fitted off the bar's total."""
+        if image_steps and self.bar.total is not None:
+            self.bar.total -= image_steps
+            self._skipped += image_steps
+            self.bar.refresh()
+
+    def roll_back(self) -> None:
+        """Take everything back, because the stack is fitted again from its start."""
+        self.bar.update(-self._reported)
+        self.skip(-self._skipped)
+        self._pending = self._reported = self._skipped = 0
+
+    def _report(self) -> None:
+        self.bar.update(self._pending)
+        self._reported += self._pending
+        self._pending = 0
+
+
 Result = TypeVar("Result")
 Work = Callable[[slice, int, FitProgress], Result]
-"""Fits a slice of the images: called with the first step's number in the log, and a callback for the Trainer."""
+"""Fits a slice of the images; called with the number of its first step in the log, and a callback for the Trainer."""
 
 
 def in_stacks(
-    count: int,
-    *,
-    size: int,
-    T: int,
-    work: Work[Result],
-    device: torch.device,
-    progress: bool,
-    rounds: int = 1,
+    count: int, *, size: int, T: int, work: Work[Result], device: torch.device, progress: bool
 ) -> Iterator[Result]:
-    """The results of ``work`` on one stack of images after the other.
+    """Yield the results of ``work`` on one stack of images after the other.
 
-    Where memory runs out, the stack is halved and begun again; later ones stay as small. One warning says so.
+    If memory runs out, the stack is halved and begun again; later ones stay as small. One warning says so.
 
     Args:
         count: Number of images.
-        size: Images a stack, at least 1.
-        T: Steps a stack.
+        size: Images in a stack, at least 1.
+        T: Steps of a stack.
         work: See :data:`Work`.
         device: Where it runs.
         progress: Show a progress bar.
-        rounds: Images handed to ``work``, in stacks; above 1, it refills its stack of ``progress.slots`` from them.
 
     Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: A single image is too much; the message names remedies.
+        torch.OutOfMemoryError, MemoryError, RuntimeError: A single image is too large; the message names remedies.
     """
     first = calls = 0
     warn = True
-    with progress_bar(images=count, T=T, show=progress) as bar:
+    with tqdm(
+        total=count * T, desc="fit", unit="step", unit_scale=True, disable=not progress, dynamic_ncols=True
+    ) as bar:
         while first < count:
-            part = slice(first, min(first + size * rounds, count))
-            images = min(size, part.stop - part.start)
-            # A refilled stack that nobody leaves early takes T steps a round, and idle places a little more.
-            results, problem = _attempt(work, part, calls * T * (2 * rounds - 1), bar, slots=images)
+            part = slice(first, min(first + size, count))
+            results, problem = _attempt(work, part, calls * T, bar)
             calls += 1
             if problem is None:
                 yield results[0]
                 first = part.stop
                 continue
+            images = part.stop - part.start
             size = (images + 1) // 2
             text = f"out of memory with {images} images at once; going on with {size} (`stack_size`): {problem}"
             if warn:
@@ -68,21 +120,49 @@ def in_stacks(
             free(device)
 
 
-def _attempt(
-    work: Work[Result], part: slice, first_step: int, bar: tqdm[Any], *, slots: int
-) -> tuple[list[Result], str | None]:
-    """The result, or what the error said: the error itself would hold the memory of the failed fit."""
-    progress = FitProgress(bar, images=part.stop - part.start, slots=slots)
+def _attempt(work: Work[Result], part: slice, first_step: int, bar: tqdm[Any]) -> tuple[list[Result], str | None]:
+    """The result, or the error's message: the error itself would hold the memory of the failed fit."""
+    progress = FitProgress(bar)
     try:
         return [work(part, first_step, progress)], None
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         progress.roll_back()
-        if slots > 1:
+        if part.stop - part.start > 1:
             return [], (str(error).splitlines() or ["no memory"])[0]
         kind = next(k for k in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, k))
         raise kind(
             "a single image at a time is too much for the memory: free some, or take smaller images, a smaller "
             f"`network`, a smaller `K_max` or `keep_samples`=False ({error})"
         ) from error
+
+
+def stack_size_for(
+    count: int, *, size: tuple[int, int], fit: FitOptions, kept: int, device: torch.device, T: int = 1000
+) -> int:
+    """How many of ``count`` images to fit at once: 32 on a CPU, 256 on a GPU, fewer if half of the free memory is less.
+
+    Args:
+        count: Images in total.
+        size: Their height and width, pixels.
+        fit: How they are fitted.
+        kept: Images that are kept in memory for each image (``DecideOptions.images_kept``).
+        device: Where.
+        T: Steps of the fit; with fewer than 100, ``auto`` is the torch engine, which needs more memory.
+
+    Returns:
+        ``count`` or a power of two, at least 1.
+    """
+    wanted = min(count, SIZES["cuda" if device.type == "cuda" else "cpu"])
+    if wanted <= 1:
+        return 1
+    with isolated_trainer(device):
+        engine = fit.engine
+        if device.type == "cpu":
+            module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
+            engine = make_engine(
+                fit.engine, module.net, module.given, steps=T, matmul_precision=fit.matmul_precision
+            ).name
+        bound = images_in_memory(size, fit=fit, kept=kept, engine=engine, device=device)
+    return wanted if bound is None or bound >= wanted else 2 ** int(math.log2(bound))

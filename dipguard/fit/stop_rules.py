@@ -1,4 +1,4 @@
-"""Stopping rules on a stacked fit: as riders on somebody's fit, or on one of their own."""
+"""A stopping rule on a stacked fit."""
 
 from __future__ import annotations
 
@@ -8,106 +8,100 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
 from dipguard.decision.stopping import Stopped, StopRule
-from dipguard.fit.decision_logger import as_stacked_dip
-from dipguard.fit.module import FitOptions, StackedDIP
-from dipguard.fit.retire import Retirement
-from dipguard.fit.runner import apart, make_trainer
+from dipguard.fit.callbacks import as_stacked_dip, step_output
+from dipguard.fit.module import StackedDIP
+from dipguard.fit.options import FitOptions
+from dipguard.fit.runner import isolated_trainer, make_trainer
 
 ASK_EVERY = 50
-"""Steps between two questions whether all rules are done: on a GPU an answer waits for the step to end."""
+"""Steps between two checks whether the rule is done: on a GPU each of them waits for the step to end."""
 
 
-class StopRules(pl.Callback):
-    """Feeds any number of rules with every step of one fit, so that one fit serves them all.
+class StopRuleCallback(pl.Callback):
+    """Shows every step of a fit to a stopping rule.
 
-    It only looks on: with DIPGuard's callbacks in the same Trainer, all results are what they are without it.
+    It does not change the fit, except that it may end it: with our other callbacks in the same Trainer and
+    ``end_fit=False``, all results are the same as without it.
 
     Args:
-        rules: A fresh rule for each name.
-        end_fit: End the fit when all rules are done; never for riders on a fit that others still need.
-        until: Steps that the rules see of a longer fit; None shows them all.
+        rule: A fresh rule.
+        end_fit: End the fit when the rule is done.
 
     Attributes:
-        stopped: What each rule chose, by name, after the fit.
+        stopped: What the rule chose, after the fit; None before.
         seconds: Time spent here.
-
-    Raises:
-        ValueError: No rules, or, when the fit starts, one that lets images go before its end (`Retirement`).
     """
 
-    def __init__(self, rules: Mapping[str, StopRule], *, end_fit: bool = False, until: int | None = None) -> None:
-        if not rules:
-            raise ValueError("`rules` must hold at least one rule, got none")
-        self.rules = dict(rules)
+    def __init__(self, rule: StopRule, *, end_fit: bool = True) -> None:
+        self.rule = rule
         self.end_fit = end_fit
-        self.until = until
-        self.stopped: dict[str, Stopped] = {}
+        self.stopped: Stopped | None = None
         self.seconds = 0.0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse to start on anything but a StackedDIP all of whose images are fitted to the end."""
+        """Refuse any module but a StackedDIP."""
         as_stacked_dip(pl_module)
-        if any(isinstance(callback, Retirement) for callback in getattr(trainer, "callbacks", ())):
-            raise ValueError(
-                "`rules` must see every image to the fit's end, got a fit that retires images (`patience`)"
-            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Show step t = ``batch_idx``, whose x(t) was made before this step's update, to all rules."""
-        if self.until is not None and batch_idx >= self.until:
-            return
+        """Show x(t), which was made before this step's update, to the rule."""
         start = time.perf_counter()
-        given = as_stacked_dip(pl_module).given
-        for rule in self.rules.values():
-            rule.update(batch_idx, outputs["reconstructions"], given)
-        if self.end_fit and (batch_idx + 1) % ASK_EVERY == 0 and all(rule.done for rule in self.rules.values()):
+        step, x, _ = step_output(outputs)
+        self.rule.update(step, x, as_stacked_dip(pl_module).given)
+        if self.end_fit and (step + 1) % ASK_EVERY == 0 and self.rule.done:
             trainer.should_stop = True
         self.seconds += time.perf_counter() - start
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Collect what the rules chose."""
-        self.stopped = {name: rule.result() for name, rule in self.rules.items()}
+        """Collect what the rule chose."""
+        self.stopped = self.rule.result()
 
 
-def fit_rules(
+def fit_rule(
     images: Tensor,
     *,
-    rules: Mapping[str, StopRule],
+    rule: StopRule,
     indices: Sequence[int],
     fit: FitOptions,
     T: int,
     device: torch.device,
     callbacks: Sequence[pl.Callback] = (),
-) -> dict[str, Stopped]:
-    """Fit B networks to B images for the rules alone: no victim, no decisions, no steps after the last one needed.
+    logger: Logger | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> Stopped:
+    """Fit B networks to B images for a stopping rule alone, and no longer than it needs.
 
-    May be called under no_grad or inference_mode and inside another Trainer's loop, as
-    :func:`dipguard.fit.fit_stack`, whose fit it shares: same options, same x(t).
+    The fit is that of :func:`dipguard.fit.fit_stack`, with the same x(t), but without a victim. It may be called under
+    no_grad or inference_mode and inside another Trainer's loop.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1].
-        rules: A fresh rule for each name.
+        rule: A fresh rule.
         indices: The images' indices.
         fit: How to fit.
         T: Optimiser steps.
         device: Where to fit.
-        callbacks: More callbacks, run after the rules.
+        callbacks: Further callbacks, run after the rule's.
+        logger: A Lightning logger for them.
+        trainer: Further keyword arguments of ``pl.Trainer``; see :func:`dipguard.fit.make_trainer`.
 
     Returns:
-        What each rule chose, on ``device`` and in the fit's dtype.
+        What the rule chose, on ``device`` and in the fit's dtype.
 
     Raises:
         TypeError, ValueError: Bad images or options.
-        RuntimeError: A rule waits for a step beyond T.
+        RuntimeError: The rule waits for a step beyond T.
     """
-    watch = StopRules(rules, end_fit=True)
-    steps = max(rule.steps_needed(T) for rule in rules.values())
-    with apart(device):
+    watch = StopRuleCallback(rule)
+    with isolated_trainer(device):
         module = StackedDIP(images, indices=indices, options=fit)
-        make_trainer(steps, device=device, callbacks=[watch, *callbacks], logger=None).fit(module)
+        every = [watch, *callbacks]
+        made = make_trainer(rule.steps_needed(T), device=device, callbacks=every, logger=logger, trainer=trainer)
+        made.fit(module)
+    assert watch.stopped is not None
     return watch.stopped

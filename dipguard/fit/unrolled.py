@@ -1,4 +1,4 @@
-"""A short DIP fit that can be differentiated by the image that it is given: for attacks, never for the defence."""
+"""A short DIP fit that is differentiable with respect to the given image. Attacks use it, the defence never does."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from torch.func import functional_call
 
 from dipguard.checks import check_float, check_images, check_int
 from dipguard.engines.precision import precision
-from dipguard.fit.module import DTYPES, FitOptions
-from dipguard.fit.noise import Jitter, draw_z
-from dipguard.networks import StackedSkipNet, build, resolve
+from dipguard.fit.module import init_networks
+from dipguard.fit.noise import Jitter
+from dipguard.fit.options import FitOptions
+from dipguard.networks import StackedSkipNet
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -34,24 +35,24 @@ def unrolled_fit(
 ) -> Tensor:
     """Fit B networks to B images as :class:`~dipguard.fit.StackedDIP` does, in one graph that leads back to the images.
 
-    The values are those of the ordinary fit, but for rounding. Memory and time grow with T: each step stays in memory
-    with its backward pass (some 1.3 MB of float32 a step for a 32x32 image and MirrorGuard's smaller network), and a
-    step forward and backward costs several of an ordinary fit's. The gradient is that of the fit as it is, which soon
-    is chaotic: Adam divides by a gradient's size, so what hardly has one gets an enormous slope. A ``floor`` above 0
-    leaves those slopes out; the values stay.
+    The values are those of the ordinary fit, up to rounding. Memory and time grow with T: each step stays in memory
+    with its backward pass (about 1.3 MB of float32 per step for a 32x32 image and MirrorGuard's smaller network), and a
+    step forward and backward costs several of an ordinary fit's. The exact gradient soon becomes chaotic: Adam divides
+    by a gradient's size, so a number whose gradient is nearly zero gets an enormous slope. A ``floor`` above 0 leaves
+    those slopes out; the values stay.
 
-    An image's result depends on neither its batch mates nor their number, but by rounding. Works under no_grad and
-    inference_mode; the global random state stays as it was.
+    An image's result does not depend on the other images, up to rounding. Works under no_grad and inference_mode; the
+    global random state is left as it was.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1]; where they require a gradient, the result has one.
-        T: Optimiser steps of the fit it stands for, at least 1; the last reconstruction is x(T - 1), as there. With 1
-            there is no gradient: x(0) does not know the image.
-        fit: How to fit; its ``engine`` plays no role.
-        indices: The images' indices, which settle their random draws; 0 to B - 1 by default.
+        T: Optimiser steps of the ordinary fit, at least 1; the last reconstruction is x(T - 1). With 1 the gradient is
+            zero, since x(0) does not depend on the image.
+        fit: How to fit; its ``engine`` is ignored.
+        indices: The images' indices, which determine their random draws; 0 to B - 1 by default.
         window: Number of reconstructions, the last ones, whose mean is returned, from 1 to T.
-        floor: Numbers of the network whose gradient's running root mean square is no larger than this are taken to move
-            regardless of the image (backward only); 0 for the exact gradient, `FLOOR` for one that an attack can use.
+        floor: In the backward pass, weights whose gradient's running root mean square is at most this are taken to move
+            independently of the image; 0 for the exact gradient, `FLOOR` for one that an attack can use.
 
     Returns:
         [B, 3, H, W] in (0, 1), of the images' dtype and on their device.
@@ -66,36 +67,17 @@ def unrolled_fit(
     order = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
     if len(order) != len(images):
         raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
-    spec = resolve(fit.network)
-    height, width = images.shape[-2:]
-    spec.check_size(height, width)
+    fit.spec.check_size(images.shape[-2], images.shape[-1])
     differentiable = images.requires_grad and torch.is_grad_enabled()
     with torch.inference_mode(False), torch.enable_grad(), precision("float32", images.device):
-        given = (images if differentiable else images.detach().clone()).to(DTYPES[fit.dtype])
-        net, z = _start(fit, order, size=(height, width), like=given)
+        given = (images if differentiable else images.detach().clone()).to(getattr(torch, fit.dtype))
+        net, z = init_networks(order, options=fit, size=(images.shape[-2], images.shape[-1]))
+        net, z = net.to(given.device), z.to(given)
         tail = _descend(
             net, z, given, T=T, fit=fit, indices=order, window=window, floor=floor, differentiable=differentiable
         )
         mean = torch.stack(tail).mean(dim=0).to(images.dtype)
     return mean if differentiable else mean.detach()
-
-
-def _start(
-    fit: FitOptions, indices: tuple[int, ...], *, size: tuple[int, int], like: Tensor
-) -> tuple[StackedSkipNet, Tensor]:
-    """Networks and z as every fit of these images begins."""
-    net = build(
-        fit.network,
-        stack_size=len(indices),
-        seed=fit.seed,
-        indices=indices,
-        init=fit.init,
-        padding=fit.padding,
-        dtype=like.dtype,
-    )
-    scale = net.spec.z_scale if fit.z_scale is None else fit.z_scale
-    z = draw_z((net.spec.input_depth, *size), indices=indices, seed=fit.seed, kind=fit.z, scale=scale)
-    return net.to(like.device), z.to(like)
 
 
 def _descend(

@@ -1,5 +1,5 @@
-"""dipguard in somebody else's project: one module for each outside world, none of them imported before it is needed.
+"""dipguard in other projects: one module per framework, imported only when used.
 
-`lightning` (a callback, a defended classifier, a defended LightningModule), `attackable` (foolbox, torchattacks) and
-`art` (Adversarial Robustness Toolbox). Hydra finds the config groups through the plugin in ``hydra_plugins``.
+`lightning` holds a callback, a defended classifier and a defended LightningModule; `attackable` serves foolbox and
+torchattacks, `art` the Adversarial Robustness Toolbox. Hydra finds the config groups through ``hydra_plugins``.
 """

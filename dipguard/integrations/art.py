@@ -9,24 +9,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dipguard.attacks.defense_aware import Purifies
-from dipguard.attacks.straight_through import resized, straight_through
-from dipguard.integrations.input_purifier import InputPurifier
+from dipguard.attacks.backward import resized, straight_through
+from dipguard.attacks.target import Purifies
+from dipguard.integrations.inputs import InputPurifier
 
 
 def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_type: str = "cpu") -> Any:
     """Return the defence as an ``art.defences.preprocessor.PreprocessorPyTorch``.
 
-    It goes into ``PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[...])``. Predictions are made on
-    purified images; attacks get the gradient by the purified image in the place of that by the given one (BPDA by the
-    identity, Athalye et al. 2018; where the defence changes the resolution, by the adjoint of a bilinear resize). ART's
-    ``fit`` trains on the images as they are.
+    Use it in ``PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[...])``. Predictions are made on
+    purified images. The gradient is that of BPDA by the identity (Athalye et al. 2018); if the defence changes the
+    resolution, the adjoint of a bilinear resize. ART's ``fit`` trains on the images as they are.
 
     Args:
-        defense: Has ``purify(images, *, indices)``; its images are [N, 3, H, W] in [0, 1].
+        defense: The defence, for images [N, 3, H, W] in [0, 1].
         draws: How a random defence draws: ``content``, ``position`` or ``fresh``
-            (:class:`~dipguard.integrations.indices.IndexRule`).
-        device_type: ART's: ``cpu``, or ``gpu`` for torch's current one. A guard fits where its victim is.
+            (:class:`~dipguard.integrations.inputs.IndexRule`).
+        device_type: ``cpu``, or ``gpu`` for torch's current one. A DIP is fitted on the device of the defence's victim.
 
     Raises:
         ImportError: ART is not installed.
@@ -47,8 +46,7 @@ def _base() -> Any:
 
 
 def _make_class(base: Any) -> Any:
-    """The preprocessor's class, made when ART is there: it must be a child of ART's own."""
-
+    # Made here, since it must be a subclass of ART's own.
     class PurifyPreprocessor(base):  # type: ignore[misc]
         params = ("purifier",)
 
@@ -58,14 +56,14 @@ def _make_class(base: Any) -> Any:
             self._size: torch.Size | None = None
 
         def forward(self, x: Tensor, y: Any | None = None) -> tuple[Tensor, Any | None]:
-            # ART differentiates through this wherever all preprocessors are PyTorch's.
-            images = x.float()  # some of ART's attacks compute in float64, its classifiers never
+            # ART differentiates through this if all preprocessors are PyTorch's.
+            images = x.float()  # some attacks of ART compute in float64, its classifiers do not
             purified = self.purifier(images)
             self._size = purified.shape[-2:]
             return straight_through(images, purified), y
 
         def estimate_forward(self, x: Tensor, y: Any | None = None) -> Tensor:
-            # ART's default would purify once more, and find no gradient.
+            # ART's default would purify once more, without a gradient.
             if self._size is None:
                 self._size = self.purifier(x).shape[-2:]
             return resized(x, like=x.new_empty((0, 3, *self._size)))

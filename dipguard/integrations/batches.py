@@ -1,4 +1,4 @@
-"""Where the images, labels and indices stand in somebody's batch, and the same batch with other images."""
+"""Find images, labels and indices in a batch of any structure, and replace the images."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 
 Key = int | str
 Place = Key | tuple[Key, ...]
-"""A position, a key or an attribute; a tuple of them leads into nested batches; () is the batch itself."""
+"""A position, a key or an attribute; a tuple of them for nested batches; () is the batch itself."""
 
 
 def check_place(place: Any, *, name: str) -> tuple[Key, ...]:
     """Return a place as a tuple of keys.
 
     Raises:
-        TypeError: It is no int, str or tuple of them.
+        TypeError: It is not an int, a str or a tuple of those.
     """
     keys = place if isinstance(place, tuple) else (place,)
     if any(isinstance(key, bool) or not isinstance(key, (int, str)) for key in keys):
@@ -26,10 +26,10 @@ def check_place(place: Any, *, name: str) -> tuple[Key, ...]:
 
 
 def default_images(batch: Any) -> tuple[Key, ...]:
-    """Where images stand when nobody said so: a tensor is the images, of a tuple or list the first part is.
+    """Return the default place of the images: the batch itself if it is a tensor, else its first item.
 
     Raises:
-        TypeError: The batch is neither.
+        TypeError: The batch is neither a tensor nor a tuple or list of tensors.
     """
     if isinstance(batch, Tensor):
         return ()
@@ -39,17 +39,17 @@ def default_images(batch: Any) -> tuple[Key, ...]:
 
 
 def default_labels(batch: Any) -> tuple[Key, ...] | None:
-    """Where labels stand when nobody said so: the second part of a tuple or list, if that is a tensor."""
+    """Return the default place of the labels: the second item of a tuple or list, if that is a tensor."""
     found = isinstance(batch, (tuple, list)) and len(batch) > 1 and isinstance(batch[1], Tensor)
     return (1,) if found else None
 
 
 def part_of(batch: Any, place: tuple[Key, ...], *, name: str) -> Tensor:
-    """The tensor at a place.
+    """Return the tensor at a place.
 
     Raises:
         ValueError: There is nothing at that place.
-        TypeError: What is there is no tensor.
+        TypeError: It is not a tensor.
     """
     part = batch
     for key in place:
@@ -65,7 +65,7 @@ def part_of(batch: Any, place: tuple[Key, ...], *, name: str) -> Tensor:
 
 
 def with_part(batch: Any, place: tuple[Key, ...], value: Tensor) -> Any:
-    """The same batch with another tensor at a place; the given batch, and all that it holds, stay as they are."""
+    """Return a copy of the batch with another tensor at a place; the given batch is not changed."""
     if not place:
         return value
     key, rest = place[0], place[1:]
@@ -85,7 +85,7 @@ def with_part(batch: Any, place: tuple[Key, ...], value: Tensor) -> Any:
 
 
 def describe(part: Any) -> str:
-    """A batch's part in words, for errors."""
+    """Describe a part of a batch in words, for error messages."""
     if isinstance(part, Mapping):
         return f"a {type(part).__name__} with the keys {', '.join(map(repr, part))}"
     if isinstance(part, (tuple, list)):
@@ -95,7 +95,7 @@ def describe(part: Any) -> str:
 
 def _get(part: Any, key: Key) -> Any:
     if isinstance(part, Tensor):
-        raise KeyError(key)  # a tensor could be indexed, but that would be no part of the batch
+        raise KeyError(key)  # a tensor can be indexed, but its items are not parts of the batch
     if isinstance(part, Mapping) or isinstance(key, int):
         return part[key]
     return getattr(part, key)

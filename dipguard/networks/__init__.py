@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from dipguard.networks.layers import INITS, PADDINGS
-from dipguard.networks.presets import PRESETS, NetworkSpec, resolve
-from dipguard.networks.unet import StackedSkipNet
+from dipguard.networks.presets import PRESETS, NetworkSpec, network_spec
+from dipguard.networks.unet import INITS, PADDINGS, StackedSkipNet
 from dipguard.seeding import image_generator
 
-__all__ = ["INITS", "PADDINGS", "PRESETS", "NetworkSpec", "StackedSkipNet", "build", "resolve"]
+__all__ = ["INITS", "PADDINGS", "PRESETS", "NetworkSpec", "StackedSkipNet", "build", "network_spec"]
 
 
 def build(
@@ -27,19 +26,19 @@ def build(
     """A stack of B initialised networks.
 
     Args:
-        network: A preset of appendix B (cifar10, imagenet, small, medium, large), or a spec of one's own.
+        network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``), or a spec.
         stack_size: B, at least 1.
         seed: The configuration's seed.
-        indices: The images' indices in their data set, B of them; 0 ... B-1 by default. Network b's weights depend on
-            (seed, indices[b]) alone.
-        init: ``default`` or ``xavier``.
+        indices: The images' B indices in their data set; 0 ... B-1 by default. The weights of network b depend only on
+            (seed, indices[b]).
+        init: ``default`` (PyTorch's for convolutions) or ``xavier``.
         padding: ``zeros`` or ``reflect``.
         dtype: float32 or float64; both start from the same float32 draws.
 
     Raises:
-        ValueError: An option is out of range, or not as many indices as networks.
+        ValueError: An option is out of range, or the number of indices is not B.
     """
-    stack = StackedSkipNet(resolve(network), stack_size=stack_size, padding=padding).to(dtype)
+    stack = StackedSkipNet(network_spec(network), stack_size=stack_size, padding=padding).to(dtype)
     order = list(range(stack_size)) if indices is None else list(indices)
     if len(order) != stack_size:
         raise ValueError(f"`indices` must hold stack_size={stack_size} numbers, got {len(order)}")

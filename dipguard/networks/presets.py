@@ -11,12 +11,12 @@ UPSAMPLINGS = ("bilinear", "nearest")
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """Figure 8's hyper-parameters, one entry a scale, finest scale first.
+    """Figure 8's hyper-parameters, one entry per scale, finest scale first.
 
     Attributes:
         n_d: Filters of the downsampling convolutions.
         n_u: Filters of the upsampling convolutions.
-        n_s: Filters of the skip connections; 0 leaves a scale's skip out.
+        n_s: Filters of the skip connections; 0 for a scale without one.
         k_d: Kernel sizes of the downsampling convolutions.
         k_u: Kernel sizes of the upsampling convolutions.
         k_s: Kernel sizes of the skip connections.
@@ -51,9 +51,9 @@ class NetworkSpec:
 
     @property
     def smallest_side(self) -> int:
-        """Shortest image side, pixels: the deepest scale must keep 2x2 pixels.
+        """Shortest image side in pixels: the deepest scale needs 2x2 pixels.
 
-        Normalisation of a single pixel gives 0 whatever the pixel is, so a 1x1 scale would pass nothing on.
+        Normalising a single pixel always gives 0, so a scale of 1x1 pixels would carry no information.
         """
         return 2**self.scales + 1
 
@@ -73,14 +73,14 @@ class NetworkSpec:
 def hourglass(
     channels: tuple[int, ...], *, skips: int, input_depth: int, upsample: str = "bilinear", z_scale: float = 0.1
 ) -> NetworkSpec:
-    """A network as Dai et al. 2020 (DIPDefend) use it: 3x3 kernels, the same filters down and up, few or no skips.
+    """A network of the kind used by Dai et al. 2020 (DIPDefend): 3x3 kernels, the same filters down and up.
 
     Args:
         channels: Filters of each scale, finest first.
         skips: Filters of the skip connections, the same at each scale; 0 for none.
         input_depth: Channels of z.
-        upsample: As in :class:`NetworkSpec`.
-        z_scale: As in :class:`NetworkSpec`.
+        upsample: ``bilinear`` or ``nearest``.
+        z_scale: Upper end of U(0, z_scale), from which z is drawn.
     """
     scales = len(channels)
     return NetworkSpec(
@@ -111,7 +111,7 @@ def _uniform(*, scales: int, filters: int, skips: int, kernel: int, z_scale: flo
 PRESETS: dict[str, NetworkSpec] = {
     "cifar10": _uniform(scales=3, filters=32, skips=3, kernel=3, z_scale=1 / 30),
     "imagenet": _uniform(scales=5, filters=64, skips=4, kernel=3, z_scale=1 / 100),
-    # The paper lists four k_s for the two scales of the small network; all are 1, so the first two are taken.
+    # The paper lists four k_s for the two scales of the small network; all are 1.
     "small": _uniform(scales=2, filters=16, skips=4, kernel=2, z_scale=1 / 30),
     "medium": _uniform(scales=3, filters=32, skips=3, kernel=3, z_scale=1 / 30),
     "large": _uniform(scales=4, filters=48, skips=4, kernel=4, z_scale=1 / 30),
@@ -119,8 +119,8 @@ PRESETS: dict[str, NetworkSpec] = {
 """Appendix B; ``cifar10`` and ``medium`` are the same network."""
 
 
-def resolve(network: str | NetworkSpec) -> NetworkSpec:
-    """The spec of a preset's name; a spec is returned as it is.
+def network_spec(network: str | NetworkSpec) -> NetworkSpec:
+    """The spec of a preset; a spec is returned unchanged.
 
     Raises:
         ValueError: Unknown name.

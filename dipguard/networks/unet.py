@@ -1,17 +1,176 @@
-"""Figure 8's U-Net with skip connections, as a stack of B independent networks."""
+"""Figure 8's U-Net with skip connections, as a stack of B independent networks.
+
+Every parameter has a leading axis of length B, one entry per network. Activations are one image of B * C channels,
+[1, B * C, H, W]: one grouped convolution and one batch normalisation then treat every network separately, since no sum
+runs across groups or across channels. On a CPU activations are channels-last, which halves the time of a grouped
+convolution's backward pass where C is no multiple of 16 (benchmarks/README.md).
+"""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard.checks import check_choice, check_int
-from dipguard.networks.layers import INITS, StackedConv2d, StackedNorm2d, from_stack, join, to_stack
 from dipguard.networks.presets import NetworkSpec
 
+PADDINGS = ("zeros", "reflect")
+INITS = ("default", "xavier")
 SLOPE = 0.2
 """Negative slope of LeakyReLU in the official DIP implementation, which appendix B follows."""
+
+
+def same_padding(kernel: int) -> tuple[int, int]:
+    """Pixels to add before and after a side to keep its size: kernel - 1 in total, the odd one after.
+
+    The usual (kernel - 1) // 2 on both sides shrinks the image for the even kernels of the small and large networks.
+    """
+    return (kernel - 1) // 2, kernel // 2
+
+
+def padding_mode(padding: str, *, kernel: int, side: int) -> str:
+    """The mode of torch's ``pad`` for a side of this many pixels.
+
+    A reflection needs more pixels than it adds. A smaller side (the 2x2 pixels and 4x4 kernels of the large network on
+    32x32 images) repeats its border instead.
+    """
+    if padding == "zeros":
+        return "constant"
+    return "reflect" if kernel // 2 < side else "replicate"
+
+
+def pad_border(x: Tensor, *, kernel: int, padding: str) -> Tensor:
+    """Add the border that keeps a convolution's size: [..., H, W] -> [..., H + kernel - 1, W + kernel - 1]."""
+    if kernel == 1:
+        return x
+    before, after = same_padding(kernel)
+    mode = padding_mode(padding, kernel=kernel, side=min(x.shape[-2:]))
+    return F.pad(x, (before, after, before, after), mode=mode)
+
+
+def grouped_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:
+    """B convolutions as one of B groups; network b's is applied to its own channels only.
+
+    Args:
+        x: [1, B * inputs, H, W], any strides.
+        weight: [B, outputs, inputs, kernel, kernel].
+        bias: [B, outputs].
+        stride: 1 keeps the size, 2 halves it (rounding up), also for even kernels.
+        padding: ``zeros`` or ``reflect``.
+
+    Returns:
+        [1, B * outputs, ceil(H / stride), ceil(W / stride)].
+    """
+    kernel = weight.shape[-1]
+    before, after = same_padding(kernel)
+    inside = before if before == after and padding == "zeros" else 0  # the convolution adds the zeros itself
+    if not inside:
+        x = pad_border(x, kernel=kernel, padding=padding)
+    return F.conv2d(x, weight.flatten(0, 1), bias.flatten(), stride=stride, padding=inside, groups=len(weight))
+
+
+def norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1.0, eps: float = 1e-5) -> Tensor:
+    """Batch normalisation in train mode of each network's channels (biased variance), then LeakyReLU.
+
+    Args:
+        x: [1, B * channels, H, W].
+        weight: [B, channels].
+        bias: [B, channels].
+        slope: LeakyReLU's for negative values; 1 for no activation.
+        eps: Added to the variance.
+
+    Returns:
+        The shape of x.
+    """
+    y = F.batch_norm(x, None, None, weight.flatten(), bias.flatten(), training=True, eps=eps)
+    return y if slope == 1 else F.leaky_relu_(y, slope)
+
+
+class StackedConv2d(nn.Module):
+    """B convolutions, each applied to its own network's channels only.
+
+    The size stays the same with stride 1 and is halved (rounding up) with stride 2.
+
+    Args:
+        stack: B.
+        inputs: Channels in.
+        outputs: Channels out.
+        kernel: Kernel size, odd or even.
+        stride: 1 or 2.
+        padding: ``zeros`` or ``reflect``.
+
+    Attributes:
+        convolve: The function that computes it, with the arguments of :func:`grouped_conv2d`; an engine may set
+            another one, which changes only the rounding.
+    """
+
+    def __init__(
+        self, stack: int, inputs: int, outputs: int, *, kernel: int, stride: int = 1, padding: str = "zeros"
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.kernel = kernel
+        self.padding = check_choice(padding, PADDINGS, name="padding")
+        self.convolve: Callable[..., Tensor] = grouped_conv2d
+        self.weight = nn.Parameter(torch.empty(stack, outputs, inputs, kernel, kernel))
+        self.bias = nn.Parameter(torch.empty(stack, outputs))
+
+    def set_layout(self, *, channels_last: bool) -> None:
+        """Give the weights the memory layout of the activations; the numbers stay the same."""
+        flat = self.weight.data.flatten(0, 1)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        self.weight.data = flat.contiguous(memory_format=layout).unflatten(0, self.weight.shape[:2])
+
+    def init_one(self, b: int, *, generator: torch.Generator, init: str) -> None:
+        """Draw the weights of network b: PyTorch's default, or Xavier (Algorithm 1, line 1) with bias 0."""
+        fan_in = self.weight[b, 0].numel()
+        fan_out = self.weight.shape[1] * self.kernel**2
+        bound = math.sqrt(6 / (fan_in + fan_out)) if init == "xavier" else 1 / math.sqrt(fan_in)
+        _uniform_(self.weight[b], bound, generator)
+        _uniform_(self.bias[b], 0.0 if init == "xavier" else bound, generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, B * inputs, H, W] -> [1, B * outputs, ceil(H / stride), ceil(W / stride)]."""
+        return self.convolve(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+
+
+class StackedNorm2d(nn.Module):
+    """B batch normalisations in train mode, each over its own network's image (biased variance), then LeakyReLU.
+
+    There are no running statistics: a DIP network is never used outside its own fit, so ``eval()`` changes nothing.
+
+    Args:
+        stack: B.
+        channels: Channels of one network.
+        slope: LeakyReLU's for negative values; 1 for no activation.
+        eps: Added to the variance.
+
+    Attributes:
+        normalise: The function that computes it, with the arguments of :func:`norm_leaky_relu`; an engine may set
+            another one, which changes only the rounding.
+    """
+
+    def __init__(self, stack: int, channels: int, *, slope: float = 1.0, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.slope = slope
+        self.eps = eps
+        self.normalise: Callable[..., Tensor] = norm_leaky_relu
+        self.weight = nn.Parameter(torch.ones(stack, channels))
+        self.bias = nn.Parameter(torch.zeros(stack, channels))
+
+    def init_one(self, b: int) -> None:
+        """Set the weights of network b to 1 and its biases to 0."""
+        with torch.no_grad():
+            self.weight[b].fill_(1)
+            self.bias[b].zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[1, B * channels, H, W] -> the same shape."""
+        return self.normalise(x, self.weight, self.bias, slope=self.slope, eps=self.eps)
 
 
 class ConvBlock(nn.Module):
@@ -31,10 +190,15 @@ class ConvBlock(nn.Module):
 
 
 class Scale(nn.Module):
-    """One scale: skip branch beside (down, down, deeper scale, up), concatenated, normalised, convolved twice.
+    """One scale: skip branch and (down, down, deeper scale, up) concatenated, normalised, convolved twice.
 
     Args:
-        deeper: The next scale, or None at the bottom.
+        stack: B.
+        spec: Figure 8's hyper-parameters.
+        level: Which scale, 0 for the finest.
+        inputs: Channels in.
+        deeper: The next scale; None for the deepest.
+        padding: ``zeros`` or ``reflect``.
     """
 
     def __init__(
@@ -62,12 +226,12 @@ class Scale(nn.Module):
         low = self.down(x)
         if self.deeper is not None:
             low = self.deeper(low)
-        corners = False if self.upsample == "bilinear" else None  # torch takes no other value where it has no meaning
+        corners = False if self.upsample == "bilinear" else None  # torch accepts it only where it has a meaning
         high = F.interpolate(low, scale_factor=2, mode=self.upsample, align_corners=corners)
         if high.shape[-2:] != x.shape[-2:]:
-            # An odd side comes back one pixel longer. An even one is not sliced: the slice's backward would copy it.
+            # An odd side is one pixel too long. An even one is not sliced: the slice's backward pass would copy it.
             high = high[..., : x.shape[-2], : x.shape[-1]]
-        joined = high if self.skip is None else join(self.skip(x), high, stack=self.stack)
+        joined = high if self.skip is None else _join(self.skip(x), high, stack=self.stack)
         return self.up(self.norm(joined))
 
 
@@ -77,7 +241,7 @@ class StackedSkipNet(nn.Module):
     Args:
         spec: Figure 8's hyper-parameters.
         stack_size: B, at least 1.
-        padding: ``zeros`` or ``reflect`` at the borders of the image.
+        padding: ``zeros`` or ``reflect`` at the image's border.
 
     Raises:
         ValueError: An option is out of range.
@@ -99,11 +263,11 @@ class StackedSkipNet(nn.Module):
         self.channels_last = False
 
     def init_one(self, b: int, *, generator: torch.Generator, init: str = "default") -> None:
-        """Initialise the b-th network from ``generator`` alone.
+        """Initialise network b.
 
         Args:
             b: Position in the stack.
-            generator: A CPU generator.
+            generator: A CPU generator, the only source of randomness.
             init: ``default`` (PyTorch's for convolutions) or ``xavier`` (Algorithm 1, line 1).
 
         Raises:
@@ -111,13 +275,15 @@ class StackedSkipNet(nn.Module):
         """
         check_choice(init, INITS, name="init")
         for module in self.modules():
-            if isinstance(module, (StackedConv2d, StackedNorm2d)):
+            if isinstance(module, StackedConv2d):
                 module.init_one(b, generator=generator, init=init)
+            elif isinstance(module, StackedNorm2d):
+                module.init_one(b)
 
     def set_layout(self, *, channels_last: bool) -> None:
-        """Choose how activations and weights lie in memory: no number changes, only the speed.
+        """Choose the memory layout of activations and weights: this changes the speed, not the numbers.
 
-        Call it before making an optimiser, whose moments take the weights' layout.
+        Call it before creating an optimiser, because its moments copy the layout of the weights.
         """
         self.channels_last = channels_last
         for module in self.modules():
@@ -130,5 +296,36 @@ class StackedSkipNet(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """One pass of all B networks, each on its own z."""
-        x = self.head(self.body(to_stack(z, channels_last=self.channels_last)))
-        return from_stack(torch.sigmoid(x), stack=self.stack_size)
+        x = self.head(self.body(_to_stack(z, channels_last=self.channels_last)))
+        return _from_stack(torch.sigmoid(x), stack=self.stack_size)
+
+
+def _to_stack(x: Tensor, *, channels_last: bool) -> Tensor:
+    """[B, C, H, W] -> [1, B * C, H, W]."""
+    B, C, H, W = x.shape
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return x.reshape(1, B * C, H, W).contiguous(memory_format=layout)
+
+
+def _from_stack(x: Tensor, *, stack: int) -> Tensor:
+    """[1, B * C, H, W] -> [B, C, H, W]."""
+    return x.view(stack, -1, *x.shape[-2:])
+
+
+def _join(first: Tensor, second: Tensor, *, stack: int) -> Tensor:
+    """Concatenate channels network by network: [1, B * C1, H, W] and [1, B * C2, H, W] -> [1, B * (C1 + C2), H, W].
+
+    Concatenating the two as they are would mix the networks' channels.
+    """
+    if first.is_contiguous():
+        both = torch.cat([_from_stack(first, stack=stack), _from_stack(second, stack=stack)], dim=1)
+        return _to_stack(both, channels_last=False)
+    parts = [x.permute(0, 2, 3, 1).unflatten(3, (stack, -1)) for x in (first, second)]
+    return torch.cat(parts, dim=4).flatten(3).permute(0, 3, 1, 2)
+
+
+def _uniform_(target: Tensor, bound: float, generator: torch.Generator) -> None:
+    # Drawn in float32 on the CPU for every dtype and device, so that all of them start from the same weights.
+    draw = torch.empty(target.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    with torch.no_grad():
+        target.copy_(draw)

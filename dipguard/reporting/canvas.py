@@ -1,8 +1,9 @@
-"""What the figures share: how a picture, a verdict and a PNG are made."""
+"""What the figures share: pictures with their decisions, colours, plain axes, and how a PNG is written."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,17 +18,21 @@ if TYPE_CHECKING:
 
 DPI = 110
 RIGHT, WRONG = "#14713d", "#b3171d"
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+"""The palette of Okabe and Ito (2008), which colour-blind readers can tell apart too."""
+MARKERS = "osD^vPX*"
+STROKES = ("-", "--", ":")
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return write_bytes(path, buffer.getvalue())
 
 
 def show(ax: Axes, image: Tensor) -> None:
-    """Draw an image [3, H, W]; values are cut to [0, 1]."""
+    """Draw an image [3, H, W]; values are clipped to [0, 1]."""
     values = image.detach().float().clamp(0, 1).permute(1, 2, 0).numpy()
     # Small images are shown pixel by pixel: smoothing would hide the very noise that the figure is about.
     ax.imshow(values, interpolation="nearest" if values.shape[0] < 128 else "antialiased")
@@ -36,14 +41,14 @@ def show(ax: Axes, image: Tensor) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """An image [3, H, W] under the class that the victim takes it for; ``right`` is None where nobody can tell."""
+    """An image [3, H, W] and the victim's decision on it; ``right`` is None where the true class is unknown."""
 
     image: Tensor
     decision: str
     right: bool | None = None
 
     def draw_on(self, ax: Axes) -> None:
-        """Draw it, its decision marked as right or wrong in sign and colour."""
+        """Draw the image under its decision, which is marked as right or wrong by sign and colour."""
         show(ax, self.image)
         sign, colour = {None: ("", "black"), True: (" \N{CHECK MARK}", RIGHT), False: (" \N{BALLOT X}", WRONG)}[
             self.right
@@ -52,5 +57,26 @@ class Picture:
 
 
 def short(name: str, most: int = 22) -> str:
-    """A class name, cut to ``most`` characters."""
+    """A name, cut to ``most`` characters."""
     return name if len(name) <= most else f"{name[: most - 1]}\N{HORIZONTAL ELLIPSIS}"
+
+
+def class_name(number: int, classes: Sequence[str] = ()) -> str:
+    """A class's name, or its number where it has none."""
+    return classes[number] if 0 <= number < len(classes) else str(number)
+
+
+def line_style(number: int) -> dict[str, str]:
+    """Colour, marker and stroke of the line with this number in a figure."""
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "marker": MARKERS[number % len(MARKERS)],
+        "linestyle": STROKES[number // len(COLOURS) % len(STROKES)],
+    }
+
+
+def plain_axes(ax: Axes, *, grid: str = "y") -> None:
+    """Axes without a frame at the top and right, with a light grid behind the data."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(axis=grid, color="#eeeeee", linewidth=0.6)
+    ax.set_axisbelow(True)

@@ -1,179 +1,132 @@
-"""Robustness curves of defence-aware attacks, in the manner of Figures 4 and 5 of Ding et al. 2021."""
+"""Accuracy against the strength of adaptive attacks, like Figures 4 and 5 of Ding et al. 2021."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import count
+import textwrap
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dipguard.reporting.canvas import DPI, save_figure, short
-from dipguard.reporting.stored_results import CurveRow, read_curves
+from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
 
 if TYPE_CHECKING:
+    import pandas as pd
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
-"""Okabe and Ito 2008: told apart by people who are colour-blind too."""
-MARKERS = "osD^vPX*"
-STROKES = ("-", "--", ":")
 PANEL_WIDTH, LEGEND_WIDTH, HEIGHT = 3.6, 1.8, 4.0
-"""Of a panel, of the legend beside the panels, and of the figure, inches."""
+"""Inches: a panel, the legend beside the panels, and the figure's height."""
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What a figure shows: a panel for each value of one thing, curves over another."""
+class _Kind(NamedTuple):
+    """A figure with a panel for each value of one column of the results, and curves over another."""
 
     stem: str
     title: str
-    panel: Callable[[CurveRow], float]
-    panel_title: Callable[[float], str]
-    x: Callable[[CurveRow], float]
+    panel: str
+    panel_title: str
+    x: str
     x_label: str
 
 
 KINDS: Mapping[str, _Kind] = {
-    "bpda": _Kind(
-        "figure4_bpda",
-        "BPDA",
-        lambda point: point.eps_255,
-        lambda eps: f"$\\epsilon$ = {eps:g}/255",
-        lambda point: point.budget,
-        "iterations",
-    ),
+    "bpda": _Kind("figure4_bpda", "BPDA", "eps_255", "$\\epsilon$ = {:g}/255", "budget", "iterations"),
     "hopskipjump": _Kind(
         "figure5_hopskipjump",
         "HopSkipJump",
-        lambda point: point.budget,
-        lambda queries: f"{queries:g} queries an image",
-        lambda point: point.eps_255,
+        "budget",
+        "{:g} queries an image",
+        "eps_255",
         "$\\epsilon$ in levels of 255",
     ),
 }
 
 
-def write_curves(folder: str | Path) -> list[Path]:
-    """Draw the curves of the folder's curves.csv: figure4_bpda.png and figure5_hopskipjump.png, as far as it has them.
+def write_curves(folder: str | Path, results: pd.DataFrame) -> list[Path]:
+    """Draw figure4_bpda.png and figure5_hopskipjump.png from the rows of `read_results` that have a budget.
+
+    Each data set, victim and seed has a figure of its own; from the second on its name ends in a number.
 
     Returns:
-        Their paths. With several data sets or victims each gets a picture, its name ending in a number from the second
-        on.
-
-    Raises:
-        FileNotFoundError: No curves.csv in the folder.
-        ValueError: It is damaged, or holds no point yet.
+        The paths.
     """
-    folder = Path(folder)
-    points = read_curves(folder / "curves.csv")
-    if not points:
-        raise ValueError(f"{folder / 'curves.csv'} holds no point yet: there is no curve to draw")
+    points = results[results["budget"].notna() & results["accuracy"].notna() & results["attack_name"].isin(KINDS)]
     styles = curve_styles(points)
-    groups: dict[tuple[str, str, str], list[CurveRow]] = {}
-    for point in points:
-        groups.setdefault((point.attack, point.data, point.victim), []).append(point)
-    numbers = {attack: count(1) for attack in KINDS}
-    paths = []
-    for (attack, _, _), members in groups.items():
-        number = next(numbers[attack])
-        name = KINDS[attack].stem + (f"_{number}" if number > 1 else "")
-        paths.append(save_figure(draw_curves(members, styles), folder / f"{name}.png"))
+    paths, numbers = [], Counter[str]()
+    for (attack, *_), members in points.groupby(["attack_name", "data", "victim", "seed"], sort=False):
+        numbers[attack] += 1
+        name = KINDS[attack].stem + (f"_{numbers[attack]}" if numbers[attack] > 1 else "")
+        paths.append(save_figure(draw_curves(members, styles), Path(folder) / f"{name}.png"))
     return paths
 
 
-def draw_curves(points: Sequence[CurveRow], styles: Mapping[str, Mapping[str, str]] | None = None) -> Figure:
+def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, str]] | None = None) -> Figure:
     """Accuracy against an attack's strength, with the 95 % intervals as bands.
 
-    BPDA: a panel for each eps, over the iterations (Figure 4). HopSkipJump: a panel for each query budget, over eps
-    (Figure 5). ``HEIGHT`` x (``PANEL_WIDTH`` a panel + ``LEGEND_WIDTH``) inches.
+    BPDA has a panel for each eps, over the iterations (Figure 4); HopSkipJump a panel for each query budget, over eps
+    (Figure 5). The figure is ``HEIGHT`` x (``PANEL_WIDTH`` per panel + ``LEGEND_WIDTH``) inches.
 
     Args:
-        points: Of one attack on one victim and data set; a curve for each ``row``.
-        styles: How each row's curve is drawn; by default `curve_styles` of the points.
+        points: Of one attack, victim and data set; each defence has a curve.
+        styles: How each defence's curve is drawn; by default `curve_styles` of the points.
 
     Raises:
         ValueError: No points, or points of different attacks, victims or data sets.
     """
     from matplotlib.figure import Figure
 
-    kinds = {(point.attack, point.data, point.victim) for point in points}
+    kinds = points[["attack_name", "data", "victim"]].drop_duplicates().to_numpy().tolist()
     if len(kinds) != 1:
         raise ValueError(f"`points` must be of one attack, data set and victim, got {sorted(kinds) or 'none'}")
     ((attack, data, victim),) = kinds
     kind, styles = KINDS[attack], styles or curve_styles(points)
-    panels = sorted({kind.panel(point) for point in points})
+    panels = sorted(points[kind.panel].unique())
     figure = Figure(figsize=(PANEL_WIDTH * len(panels) + LEGEND_WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     drawn: dict[str, Artist] = {}
     for ax, value in zip(axes, panels, strict=True):
-        members = [point for point in points if kind.panel(point) == value]
-        for row, curve in _curves(members, kind):
-            drawn[row] = _draw_curve(ax, curve, kind, style=styles[row])
-        _finish(ax, kind, {kind.x(point) for point in members})
-        ax.set_title(kind.panel_title(value), fontsize=10)
+        members = points[points[kind.panel] == value]
+        for defense, curve in members.groupby("defense", sort=False):
+            drawn[defense] = _draw_curve(ax, curve.sort_values(kind.x), kind.x, style=styles[defense])
+        _finish(ax, kind, members[kind.x])
+        ax.set_title(kind.panel_title.format(value), fontsize=10)
     axes[0].set_ylabel("accuracy, %")
-    rows = [row for row in styles if row in drawn]
-    names = [short(row, 20) for row in rows]
-    figure.legend([drawn[row] for row in rows], names, loc="outside right center", frameon=False, fontsize=9)
-    figure.suptitle(_wrapped(f"{kind.title}: {data}, victim {victim}", len(panels)), fontsize=11, fontweight="bold")
-    figure.supxlabel(_wrapped(_caption(points), len(panels)), fontsize=9)
+    defenses = [defense for defense in styles if defense in drawn]
+    names = [short(defense, 20) for defense in defenses]
+    figure.legend([drawn[d] for d in defenses], names, loc="outside right center", frameon=False, fontsize=9)
+    width = 50 * len(panels) + 20
+    title = textwrap.fill(f"{kind.title}: {data}, victim {victim}", width)
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    low, high = int(points["n"].min()), int(points["n"].max())
+    images = f"n = {low}" if low == high else f"n = {low} to {high}"
+    figure.supxlabel(textwrap.fill(f"{images} images a point; bands are 95 % Wilson intervals", width), fontsize=9)
     return figure
 
 
-def curve_styles(points: Sequence[CurveRow]) -> dict[str, dict[str, str]]:
-    """Colour, marker and stroke by row: the same in all figures of the same results."""
-    rows = dict.fromkeys(point.row for point in points)
-    return {
-        row: {
-            "color": COLOURS[i % len(COLOURS)],
-            "marker": MARKERS[i % len(MARKERS)],
-            "linestyle": STROKES[i // len(COLOURS) % len(STROKES)],
-        }
-        for i, row in enumerate(rows)
-    }
+def curve_styles(points: pd.DataFrame) -> dict[str, dict[str, str]]:
+    """Colour, marker and stroke of each defence: the same in all figures of the same results."""
+    return {defense: line_style(i) for i, defense in enumerate(dict.fromkeys(points["defense"]))}
 
 
-def _curves(points: Sequence[CurveRow], kind: _Kind) -> Iterator[tuple[str, list[CurveRow]]]:
-    for row in dict.fromkeys(point.row for point in points):
-        yield row, sorted((point for point in points if point.row == row), key=kind.x)
-
-
-def _draw_curve(ax: Axes, curve: Sequence[CurveRow], kind: _Kind, *, style: Mapping[str, Any]) -> Artist:
+def _draw_curve(ax: Axes, curve: pd.DataFrame, x: str, *, style: Mapping[str, Any]) -> Artist:
     """Draw a band and its line; return the line."""
-    x = [kind.x(point) for point in curve]
-    low, high = ([100 * getattr(point, end) for point in curve] for end in ("low", "high"))
-    if len(curve) == 1:  # a band of no width would not be seen
-        ax.vlines(x, low, high, color=style["color"], linewidth=4, alpha=0.25)
-    ax.fill_between(x, low, high, color=style["color"], alpha=0.08, linewidth=0)
-    for end in (low, high):  # where bands lie over one another, their edges still tell them apart
-        ax.plot(x, end, color=style["color"], linewidth=0.6, alpha=0.5)
-    (line,) = ax.plot(x, [100 * point.accuracy for point in curve], linewidth=1.5, markersize=4.5, **style)
+    at, low, high = curve[x], 100 * curve["low"], 100 * curve["high"]
+    if len(curve) == 1:  # a band without width would not be seen
+        ax.vlines(at, low, high, color=style["color"], linewidth=4, alpha=0.25)
+    ax.fill_between(at, low, high, color=style["color"], alpha=0.08, linewidth=0)
+    for end in (low, high):  # where bands overlap, their edges still tell them apart
+        ax.plot(at, end, color=style["color"], linewidth=0.6, alpha=0.5)
+    (line,) = ax.plot(at, 100 * curve["accuracy"], linewidth=1.5, markersize=4.5, **style)
     return line
 
 
-def _finish(ax: Axes, kind: _Kind, x: Collection[float]) -> None:
+def _finish(ax: Axes, kind: _Kind, x: pd.Series) -> None:
     from matplotlib.ticker import MaxNLocator
 
     ax.set(xlabel=kind.x_label, ylim=(-3, 103))
-    if len(x) == 1:
-        ax.set_xlim(min(x) - 1, max(x) + 1)
+    if x.nunique() == 1:
+        ax.set_xlim(x.min() - 1, x.max() + 1)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(axis="y", color="#eeeeee", linewidth=0.6)
-    ax.set_axisbelow(True)
-
-
-def _caption(points: Sequence[CurveRow]) -> str:
-    low, high = min(point.n for point in points), max(point.n for point in points)
-    images = f"n = {low}" if low == high else f"n = {low} to {high}"
-    return f"{images} images a point; bands are 95 % Wilson intervals"
-
-
-def _wrapped(text: str, panels: int) -> str:
-    """Broken into lines that fit a figure of so many panels."""
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, 50 * panels + 20))
+    plain_axes(ax)

@@ -1,87 +1,55 @@
-"""The figures that Ding et al. 2021 print in Tables 1 and 2: facts with a source, to stand beside one's own.
+"""The figures that Ding et al. 2021 print in Tables 1 and 2.
 
 Every number is the paper's, in its order: section 4.2.1, Table 1 (accuracy, %), and section 4.2.2, Table 2 (SSIM to the
-clean image). Table 2 has no row without a defence. The paper cuts off some of its means where others would round, and
+clean image). Table 2 has no row without a defence. The paper truncates some of its means instead of rounding them, and
 one of them, DIPDefend's accuracy on CIFAR-10, is not the mean of its row (71.5 printed, 72.5 from the entries).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 SOURCE = "Ding et al. 2021"
 
 
-@dataclass(frozen=True)
-class PaperColumn:
-    """A column of both tables.
+class PaperAttack(NamedTuple):
+    """An attack: the paper's name of it, dipguard's name, and its L-inf budget in levels of 0 to 255, if any."""
 
-    Attributes:
-        label: What a run calls it.
-        family: The attack, as the paper writes it.
-        attack: The attack, as dipguard calls it.
-        eps_255: Its L-inf budget in levels of 0 to 255; None where it has none.
-    """
-
-    label: str
     family: str
-    attack: str
+    name: str
     eps_255: float | None = None
 
-    @property
-    def head(self) -> str:
-        """What stands over the column."""
-        return self.family if self.eps_255 is None else f"{self.family} {self.eps_255:g}"
 
-
-@dataclass(frozen=True)
-class PaperRow:
-    """A row: the paper's name of the defence, its printed mean, and its 15 figures in the order of `COLUMNS`."""
+class PaperRow(NamedTuple):
+    """A defence's row: its name in the paper, the printed mean, and its figures by the label of the attack."""
 
     name: str
     mean: float
-    figures: tuple[float, ...]
-
-    @property
-    def label(self) -> str:
-        """How the row is called in a table of one's own figures."""
-        return f"Ding et al.: {self.name}"
-
-    def of(self, label: str) -> float | None:
-        """The figure of the column ``label``; None where the paper has no such column."""
-        for column, figure in zip(COLUMNS, self.figures, strict=True):
-            if column.label == label:
-                return figure
-        return None
+    figures: dict[str, float]
 
 
-@dataclass(frozen=True)
-class PaperSetting:
-    """What a data set's rows were measured on (section 4.1); ``victim`` is how dipguard calls the victim."""
+class PaperSetting(NamedTuple):
+    """What a data set's figures were measured on (section 4.1); ``victim`` is the victim's name in dipguard."""
 
-    data: str
     victim: str
     described: str
 
 
 _LINF = (("FGSM", "fgsm"), ("PGD", "pgd"), ("BIM", "bim"), ("MIFGSM", "mifgsm"))
 
-COLUMNS: tuple[PaperColumn, ...] = (
-    PaperColumn("clean", "Clean", "none"),
-    *(PaperColumn(f"{name}_{eps}", family, name, eps) for family, name in _LINF for eps in (2, 4, 8)),
-    PaperColumn("cw", "C&W", "cw"),
-    PaperColumn("ddn", "DDN", "ddn"),
-)
-"""The 15 columns, in the paper's order; its means are over all of them, Clean included."""
+ATTACKS: dict[str, PaperAttack] = {
+    "clean": PaperAttack("Clean", "none"),
+    **{f"{name}_{eps}": PaperAttack(family, name, eps) for family, name in _LINF for eps in (2, 4, 8)},
+    "cw": PaperAttack("C&W", "cw"),
+    "ddn": PaperAttack("DDN", "ddn"),
+}
+"""The 15 columns of both tables by label, in the paper's order. The paper's means are over all of them."""
 
 SETTINGS: dict[str, PaperSetting] = {
-    "CIFAR-10": PaperSetting("CIFAR-10", "cifar10_resnet50", "a ResNet-50, 1000 images drawn from the test set"),
+    "CIFAR-10": PaperSetting("cifar10_resnet50", "a ResNet-50, 1000 images drawn from the test set"),
     "ImageNet": PaperSetting(
-        "ImageNet",
-        "torchvision",
-        "torchvision's ResNet-101, the 1000 images of the NeurIPS 2017 competition at 224x224",
+        "torchvision", "torchvision's ResNet-101, the 1000 images of the NeurIPS 2017 competition at 224x224"
     ),
 }
 
@@ -91,15 +59,18 @@ DEFENSES: dict[str, str] = {
     "sr": "SR",
     "nrp": "NRP",
     "dipdefend": "DIPDefend",
-    "dipguard": "Proposed",
     "paper": "Proposed",
+    "mirror": "Proposed",
 }
-"""A defence by dipguard's name -> the paper's name of it. Whatever is not here has no figure in the paper."""
+"""A defence's name in dipguard -> its name in the paper. Others have no figures in the paper."""
 
 
 def _rows(**figures: tuple[float, ...]) -> dict[str, PaperRow]:
-    """Rows by the paper's names; each tuple is the printed mean, then the 15 columns."""
-    return {DEFENSES[key]: PaperRow(DEFENSES[key], values[0], values[1:]) for key, values in figures.items()}
+    """Rows by the paper's names; each tuple is the printed mean, then the 15 figures."""
+    return {
+        DEFENSES[key]: PaperRow(DEFENSES[key], mean, dict(zip(ATTACKS, values, strict=True)))
+        for key, (mean, *values) in figures.items()
+    }
 
 
 # fmt: off
@@ -110,7 +81,7 @@ TABLE_1: dict[str, dict[str, PaperRow]] = {
         sr=(38.8, 45.2, 44.2, 42.1, 37.7, 41.4, 36.8, 30.3, 43.4, 40.0, 33.0, 43.8, 40.5, 34.4, 35.3, 33.5),
         nrp=(44.9, 90.9, 65.1, 56.8, 57.7, 58.4, 35.1, 35.9, 61.5, 31.2, 13.0, 59.4, 39.4, 23.1, 30.5, 15.5),
         dipdefend=(71.5, 83.2, 78.6, 72.6, 58.4, 79.0, 77.6, 73.6, 79.2, 72.0, 67.6, 76.2, 69.4, 51.6, 71.2, 76.6),
-        dipguard=(79.9, 85.6, 80.4, 79.8, 60.1, 87.5, 86.9, 83.1, 84.6, 86.7, 76.1, 83.4, 79.9, 60.4, 80.8, 83.4),
+        paper=(79.9, 85.6, 80.4, 79.8, 60.1, 87.5, 86.9, 83.1, 84.6, 86.7, 76.1, 83.4, 79.9, 60.4, 80.8, 83.4),
     ),
     "ImageNet": _rows(
         none=(7.35, 90.3, 6.7, 5.2, 5.8, 0, 0, 0, 0.8, 0.1, 0, 0.2, 0.1, 0.1, 0, 1),
@@ -118,7 +89,7 @@ TABLE_1: dict[str, dict[str, PaperRow]] = {
         sr=(59.5, 73.3, 64.0, 56.6, 43.7, 68.1, 63.4, 49.3, 65.6, 59.1, 53.3, 63.7, 53.5, 38.2, 70.7, 70.5),
         nrp=(28.6, 86.7, 32.4, 21.4, 18.5, 38.4, 16.9, 13.3, 26.5, 7.1, 2.2, 18.4, 2.8, 3.3, 82.1, 59.5),
         dipdefend=(55.0, 73.0, 60.8, 47.2, 32.7, 65.5, 61.3, 49.1, 58.3, 54.2, 48.7, 56.8, 45.5, 32.9, 70.5, 68.9),
-        dipguard=(68.7, 84.5, 74.2, 58.7, 39.4, 80.6, 80.1, 67.8, 79.8, 76.6, 61.2, 75.4, 54.1, 33.7, 82.7, 82.8),
+        paper=(68.7, 84.5, 74.2, 58.7, 39.4, 80.6, 80.1, 67.8, 79.8, 76.6, 61.2, 75.4, 54.1, 33.7, 82.7, 82.8),
     ),
 }
 """Accuracy in %, by data set and the paper's name of the defence."""
@@ -129,37 +100,37 @@ TABLE_2: dict[str, dict[str, PaperRow]] = {
         sr=(.884, .901, .898, .887, .830, .898, .891, .860, .899, .894, .879, .898, .891, .856, .900, .889),
         nrp=(.879, .884, .881, .879, .888, .882, .879, .880, .882, .879, .873, .881, .877, .872, .883, .872),
         dipdefend=(.888, .919, .909, .884, .811, .912, .895, .849, .911, .899, .874, .912, .895, .851, .907, .897),
-        dipguard=(.923, .943, .941, .934, .913, .930, .918, .891, .935, .922, .907, .940, .915, .868, .941, .951),
+        paper=(.923, .943, .941, .934, .913, .930, .918, .891, .935, .922, .907, .940, .915, .868, .941, .951),
     ),
     "ImageNet": _rows(
         comdefend=(.840, .862, .855, .832, .764, .857, .847, .815, .858, .853, .843, .857, .843, .793, .861, .861),
         sr=(.863, .885, .880, .861, .762, .882, .874, .842, .882, .879, .869, .881, .871, .813, .884, .884),
         nrp=(.830, .823, .825, .830, .869, .823, .823, .844, .826, .825, .825, .826, .821, .835, .827, .826),
         dipdefend=(.764, .802, .789, .746, .640, .795, .771, .709, .794, .782, .763, .795, .771, .696, .807, .803),
-        dipguard=(.892, .926, .898, .867, .839, .925, .891, .845, .905, .891, .889, .901, .892, .851, .923, .940),
+        paper=(.892, .926, .898, .867, .839, .925, .891, .845, .905, .891, .889, .901, .892, .851, .923, .940),
     ),
 }
 """SSIM to the clean image, by data set and the paper's name of the defence."""
 # fmt: on
 
-_BY_LABEL: Mapping[str, PaperColumn] = {column.label: column for column in COLUMNS}
-
-
-def paper_column(label: str) -> PaperColumn | None:
-    """The paper's column that a run calls ``label``, if it is one of the 15."""
-    return _BY_LABEL.get(label)
+TABLE_3: dict[str, dict[int, int]] = {
+    "small": {500: 76, 750: 74, 1000: 74, 1250: 72, 1500: 69},
+    "medium": {500: 75, 750: 79, 1000: 79, 1250: 75, 1500: 74},
+    "large": {500: 71, 750: 73, 1000: 71, 1250: 69, 1500: 67},
+}
+"""Accuracy in % by network and T: CIFAR-10, PGD at 8/255, the paper's own ResNet-50."""
 
 
 def head_of(label: str) -> str:
-    """What stands over a column: the paper's name of it, or its own label."""
-    column = paper_column(label)
-    return label if column is None else column.head
+    """The head of an attack's column: the paper's name of it, or its own label."""
+    family, _, eps_255 = ATTACKS.get(label, PaperAttack(label, ""))
+    return family if eps_255 is None else f"{family} {eps_255:g}"
 
 
 def paper_data(data: str, victim: str) -> str | None:
-    """Which of the paper's data sets a run is of the kind of: a key of `SETTINGS`, or None.
+    """The data set of the paper that a run's images are like: a key of `SETTINGS`, or None.
 
-    A data set whose name says nothing of its images (arrays, a folder) is told by the classes of its victim.
+    Where the name of the data set says nothing about its images (arrays, a folder), the victim's name decides.
     """
     if data == "digits":
         return None

@@ -1,72 +1,270 @@
-"""Everything that a finished run leaves to be read: tables, figures, a page, and the log's copy of them."""
+"""The reports of a run: what `train.py` and `evaluate.py` leave to be read, made from their stored results."""
 
 from __future__ import annotations
 
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+import torch
 from torch import Tensor
 
-from dipguard.config import TrainConfig
 from dipguard.decision import DecisionTrace
-from dipguard.evaluation.outcome import Outcome
-from dipguard.reporting.canvas import Picture, save_figure
-from dipguard.reporting.evidence_figure import draw_evidence
-from dipguard.reporting.loggers import RunLog
-from dipguard.reporting.panel_figure import draw_panel
-from dipguard.reporting.tables import write_page, write_tables
+from dipguard.evaluation.cell import NOT_RUN, CellResult
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.metrics import accuracy
+from dipguard.evaluation.results import write_results
+from dipguard.files import write_json, write_npz, write_text
+from dipguard.reporting.canvas import Picture, class_name, save_figure
+from dipguard.reporting.curves_figure import write_curves
+from dipguard.reporting.image_figures import Scene, draw_comparison, draw_panel
+from dipguard.reporting.loggers import MOST_FIGURES, RunLog
+from dipguard.reporting.mirror_figure import draw_mirror_trace
+from dipguard.reporting.paper_figures import head_of
+from dipguard.reporting.results import DONE, WORST, in_suite, read_checks, read_results
+from dipguard.reporting.suite import suite_rows, suite_text, write_suite
+from dipguard.reporting.tables import tables_text, write_tables
 from dipguard.reporting.trace_figure import draw_trace
 
 
-def write_report(outcome: Outcome, config: TrainConfig, *, log: RunLog | None = None) -> dict[str, Any]:
-    """Write all results of a run into its folder, and into its log; return the metrics.
+def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str, Any]:
+    """Write the report of one attack and one defence; returns the metrics.
 
-    metrics.json comes last: whoever finds it finds the rest.
+    The run folder gets report.md, figures/, reconstructions.npz (``images`` float32 [N, 3, H', W'] in [0, 1],
+    ``indices`` and ``labels`` int64 [N]) and, last of all, metrics.json.
+
+    Args:
+        matrix: The finished matrix; its first cell is reported.
+        log: A log that the results are entered into too.
+
+    Raises:
+        RuntimeError: The cell has no result.
     """
-    figures = draw_figures(outcome, config)
-    write_page(outcome.folder / "report.md", outcome, figures)
-    metrics = write_tables(outcome)
+    if matrix.config.rebuild:
+        write_results(matrix)
+    result = matrix.results[matrix.cells[0].place][-1]
+    cell, folder = result.cell, matrix.folder
+    if not result.done:
+        raise RuntimeError(f"attack {cell.label} on defence {cell.target.label}: {result.status}")
+    figures, metrics = _draw_cell(matrix, result, ""), _metrics(matrix, result)
+    images = matrix.reconstructions(*cell.place).float().numpy()
+    labels, indices = cell.clean.labels.numpy(), cell.clean.indices.numpy()
+    write_npz(folder / "reconstructions.npz", images=images, indices=indices, labels=labels)
+    write_text(folder / "report.md", _page(result, metrics) + _links(folder, figures))
+    write_json(folder / "metrics.json", metrics)
     if log is not None:
-        log.log_results(metrics, outcome.rows(), figures)
+        log.log_results(metrics, _images(folder), figures)
     return metrics
 
 
-def draw_figures(outcome: Outcome, config: TrainConfig) -> list[Path]:
-    """A panel of the first ``report.figures`` images and the decision trace of each, in ``figures/``."""
-    positions = range(min(config.report.figures, len(outcome)))
-    if not positions:
-        return []
-    folder = outcome.folder / "figures"
-    return [_panel(outcome, positions, folder / "panel.png"), *(_trace(outcome, i, config, folder) for i in positions)]
+def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Path]:
+    """Write the report of all attacks and defences; returns its files, report.md first.
+
+    Tables 1 and 2 hold the attacks that are not part of an attack suite; suite.md and suite.png the suite;
+    figure4_bpda.png and figure5_hopskipjump.png the adaptive attacks with several budgets; figure9_<attack>.png the
+    first images of an attack that is the same for all defences.
+
+    Args:
+        matrix: The matrix, finished or not.
+        log: A log that the results are entered into too, with panels and decision traces of the first images.
+
+    Raises:
+        ValueError: A stored file is damaged.
+    """
+    folder = matrix.folder
+    if matrix.config.rebuild:
+        write_results(matrix)
+    results, suite, checks = _read(folder)
+    if not len(results):
+        return [write_text(folder / "report.md", "No cell is finished yet.\n")]
+    main = _main(results)
+    made = write_tables(folder, main) if len(main) else []
+    made += write_curves(folder, results[~in_suite(results)])
+    made += write_suite(folder, suite, checks) if len(suite) else []
+    made += _comparisons(matrix)
+    pages = [path.read_text(encoding="utf-8") for path in made if path.suffix == ".md"]
+    report = "\n".join(pages) + _links(folder, [path for path in made if path.suffix == ".png"])
+    if log is not None:
+        _log_matrix(log, matrix, results)
+    return [write_text(folder / "report.md", report), *made]
 
 
-def _panel(outcome: Outcome, positions: range, path: Path) -> Path:
-    def picture(image: Tensor, decision: Tensor, label: Tensor) -> Picture:
-        return Picture(image, outcome.class_name(int(decision)), bool(decision == label))
-
-    rows = {}
-    for i in positions:
-        label = outcome.clean.labels[i]
-        rows[f"image {int(outcome.clean.indices[i])}\ntrue: {outcome.class_name(int(label))}"] = (
-            picture(outcome.clean.images[i], outcome.decision_clean[i], label),
-            picture(outcome.given[i], outcome.decision_given[i], label),
-            picture(outcome.reconstructions[i].image, outcome.decision_defended[i], label),
-        )
-    return save_figure(draw_panel(rows), path)
+def results_text(folder: str | Path) -> str:
+    """Tables 1 and 2 and the attack suite's accuracies and verdicts, for a terminal."""
+    results, suite, checks = _read(Path(folder))
+    main = _main(results)
+    parts = [tables_text(main)] if len(main) else []
+    return "\n\n".join([*parts, *([f"The attack suite\n\n{suite_text(suite, checks)}"] if len(suite) else [])])
 
 
-def _trace(outcome: Outcome, position: int, config: TrainConfig, folder: Path) -> Path:
-    trace = DecisionTrace.load(outcome.trace_path(position))
-    defense, path = config.defense, folder / f"trace_{trace.index:06d}.png"
-    seen: dict[str, Any] = {
-        "decision": int(outcome.decision_defended[position]),
-        "label": int(outcome.clean.labels[position]),
-        "clean": outcome.clean.images[position],
-        "name_of": outcome.class_name,
+def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The results of the cells that were run, the rows of the attack suite, and its checks."""
+    results = read_results(folder / "results.csv")
+    run = results[results["status"] != NOT_RUN]
+    suite = suite_rows(results) if len(run) else run
+    return run, suite, read_checks(folder / "checks.csv") if len(suite) else run
+
+
+def _main(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of Tables 1 and 2."""
+    return results[~in_suite(results) & results["budget"].isna()]
+
+
+def _images(folder: Path) -> list[dict[str, Any]]:
+    return pd.read_csv(folder / "images.csv").to_dict("records")
+
+
+def _links(folder: Path, figures: list[Path]) -> str:
+    return "".join(f"\n![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})\n" for path in figures)
+
+
+def _metrics(matrix: Matrix, result: CellResult) -> dict[str, Any]:
+    """The figures of metrics.json.
+
+    ``used`` is the mean number of images that a reconstruction was averaged from; ``images_per_second`` counts the time
+    of the defence, not that of the attack.
+    """
+    cell, n = result.cell, len(result.decisions)
+    spent = sum(value for name, value in result.seconds.items() if name != "attack")
+    found = {"clean": cell.target.decisions_clean[:n], "undefended": result.decisions_given}
+    return {
+        "n": n,
+        "accuracy": {k: accuracy(v, cell.clean.labels) for k, v in {**found, "defended": result.decisions}.items()},
+        "ssim": {"given": float(result.ssim_given.mean()), "defended": float(result.ssim.mean())},
+        "used": float(result.used.double().mean()),
+        "seconds": dict(result.seconds),
+        "images_per_second": n / spent,
+        "settings": {**matrix.config.to_dict(), "defense": cell.defense.settings},
     }
-    if trace.turned is not None:
-        return save_figure(draw_evidence(trace, outcome.reconstructions[position], **seen), path)
-    samples = defense.t0_unit == "samples" and len(trace.steps) > 0
-    t0_step = int(trace.steps[min(defense.t0, len(trace.steps) - 1)]) if samples else defense.t0
-    figure = draw_trace(trace, outcome.reconstructions[position], tau=defense.tau, t0_step=t0_step, **seen)
-    return save_figure(figure, path)
+
+
+def _page(result: CellResult, metrics: dict[str, Any]) -> str:
+    """report.md of `train.py`: the result in words."""
+    cell, n, right, ssim = result.cell, metrics["n"], metrics["accuracy"], metrics["ssim"]
+    eps = "" if result.eps_255 is None else f" at {result.eps_255:g}/255"
+    steps = f" ({cell.defense.steps_per_image:,} DIP steps an image)" if cell.defense.steps_per_image else ""
+    seconds = ", ".join(f"{name} {value:.1f} s" for name, value in metrics["seconds"].items())
+    averaged, reasons = "", result.reasons
+    if {"class_scores", "no_sample_of_class"} & set(reasons):
+        averaged = (
+            f"Windows averaged: {metrics['used']:.1f} an image on average; for {reasons.count('no_sample_of_class')} of "
+            f"{n} images the victim classified none as the class with the highest scores (all were averaged).\n\n"
+        )
+    if {"crossings", "no_crossing"} & set(reasons):
+        averaged = (
+            f"Stitched on-boundary images: {metrics['used']:.1f} an image on average; {reasons.count('no_crossing')} of "
+            f"{n} images had none that counted (their reconstruction is the mean of the last K samples).\n\n"
+        )
+    return f"""# dipguard run
+
+{n} images of `{cell.clean.name}`, victim `{cell.target.victim_name}`, attack `{cell.name}`{eps}, defence \
+`{cell.target.label}`{steps}.
+
+| | clean | given (undefended) | defended |
+|---|---|---|---|
+| accuracy | {right["clean"]:.1%} | {right["undefended"]:.1%} | {right["defended"]:.1%} |
+| SSIM to the clean image | 1 | {ssim["given"]:.3f} | {ssim["defended"]:.3f} |
+
+{averaged}Time: {seconds}; {metrics["images_per_second"]:.3g} images a second.
+
+Files: `metrics.json` (figures and settings), `images.csv` (a row for each image), `reconstructions.npz`, `traces/` \
+(decision traces, which can be replayed without a new fit), `config.yaml`.
+"""
+
+
+def _first(matrix: Matrix, result: CellResult) -> tuple[Tensor, Tensor]:
+    """The attacked and purified images of a cell that are drawn."""
+    place, count = result.cell.place, min(matrix.config.figures, len(result.cell.clean))
+    return matrix.attacked(*place)[:count], matrix.reconstructions(*place, count=count)
+
+
+def _traces(matrix: Matrix, result: CellResult) -> dict[int, DecisionTrace]:
+    """The traces of a cell that are kept, by the position of the image."""
+    paths = [matrix.traces_path(*result.cell.place, index) for index in result.cell.clean.indices.tolist()]
+    return {i: DecisionTrace.load(path) for i, path in enumerate(paths) if result.done and path.is_file()}
+
+
+def _draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
+    """A panel of a cell's first images and the decision trace of each, as far as it is kept, in ``figures/``."""
+    if not matrix.config.figures:
+        return []
+    cell, clean, folder = result.cell, result.cell.clean, matrix.folder / "figures"
+    rows, paths, traces = {}, [], _traces(matrix, result)
+    for i, (given, rebuilt) in enumerate(zip(*_first(matrix, result), strict=True)):
+        index, label = int(clean.indices[i]), int(clean.labels[i])
+        seen = (clean.images[i], cell.target.decisions_clean[i]), (given, result.decisions_given[i])
+        rows[f"image {index}\ntrue: {class_name(label, clean.classes)}"] = tuple(
+            Picture(image, class_name(int(y), clean.classes), int(y) == label)
+            for image, y in (*seen, (rebuilt, result.decisions[i]))
+        )
+        if i in traces:
+            trace = traces[i]
+            draw = draw_trace if trace.mirrored_logits is None else draw_mirror_trace
+            decision, stitched = int(result.decisions[i]), cell.defense.rebuild(trace)
+            known = {"label": label, "clean": clean.images[i], "name_of": lambda y: class_name(y, clean.classes)}
+            figure = draw(trace, stitched, decision=decision, **known)
+            paths.append(save_figure(figure, folder / f"trace{name}_{index:06d}.png"))
+    return [save_figure(draw_panel(rows), folder / f"panel{name}.png"), *paths]
+
+
+def _comparisons(matrix: Matrix) -> list[Path]:
+    """figure9_<attack>.png for each attack that is the same for all defences."""
+    made: list[Path] = []
+    done = [results[-1] for results in matrix.results.values() if results[-1].done]
+    alike = [r for r in done if not (r.cell.adaptive or r.cell.node.get("number") or r.cell.check)]
+    for attack in matrix.attacks if matrix.config.figures else ():
+        # The undefended victim would show the attacked image a second time.
+        found = [r for r in alike if r.cell.label == attack and r.cell.target.defense.name != "none"]
+        if not found:
+            continue
+        first, clean = found[0], found[0].cell.clean
+        scenes = [("clean", Scene(clean.images, first.cell.target.decisions_clean))]
+        if attack != "clean":
+            given = Scene(_first(matrix, first)[0], first.decisions_given, first.ssim_given)
+            scenes.append((f"attacked: {head_of(attack)}", given))
+        scenes += [(r.cell.target.label, Scene(_first(matrix, r)[1], r.decisions, r.ssim)) for r in found]
+        count, known = len(scenes[-1][1].images), {"labels": clean.labels, "indices": clean.indices}
+        figure = draw_comparison(scenes, count=count, classes=clean.classes, **known)
+        made.append(save_figure(figure, matrix.folder / f"figure9_{attack}.png"))
+    return made
+
+
+def _log_matrix(log: RunLog, matrix: Matrix, results: pd.DataFrame) -> None:
+    """Enter a matrix into its log: final figures, images, panels and traces, and means over the kept traces by step."""
+    by_step: dict[int, dict[str, float]] = {}
+    figures = []
+    for result in (cells[-1] for cells in matrix.results.values()):
+        traces = _traces(matrix, result)
+        if not traces:
+            continue
+        attack, defense = result.cell.place
+        y = torch.stack([trace.decisions for trace in traces.values()])
+        given = torch.tensor([trace.given_decision for trace in traces.values()])
+        means = {
+            "quality": torch.stack([trace.quality for trace in traces.values()]),
+            "accuracy": y == result.cell.clean.labels[list(traces)][:, None],
+            "changed": y != given[:, None],
+        }
+        steps = next(iter(traces.values())).steps.tolist()
+        for name, values in means.items():
+            for step, value in zip(steps, values.double().mean(dim=0).tolist(), strict=True):
+                by_step.setdefault(step, {})[f"fit/{defense}.{attack}.{name}"] = value
+        figures.append(_draw_cell(matrix, result, f"_{defense}_{attack}"))
+    for step, metrics in sorted(by_step.items()):
+        log.log_metrics(metrics, step=step)
+    # All panels and traces of the first images come before those of the second.
+    in_turn = [path for path in chain.from_iterable(zip_longest(*figures)) if path is not None]
+    log.log_results(_final(results), _images(matrix.folder), in_turn[:MOST_FIGURES])
+
+
+def _final(results: pd.DataFrame) -> dict[str, Any]:
+    """The figures of merit by defence and attack, and each defence's mean accuracy."""
+    done = results[results["status"] == DONE].drop_duplicates(["defense", "attack"], keep="last")
+    final: dict[str, Any] = {}
+    for defense, rows in done.groupby("defense", sort=False):
+        figures = rows.set_index("attack")[["accuracy", "low", "high", "ssim", "psnr", "n"]]
+        final[defense] = {attack: values.dropna().to_dict() for attack, values in figures.iterrows()}
+        attacks = rows[(rows["check"] == "") & (rows["attack"] != WORST)]
+        final[defense]["mean_accuracy"] = attacks["accuracy"].mean()
+    return final

@@ -1,39 +1,56 @@
-"""All that is made from a sweep's folder: the long CSV, plots, tables, and a page that shows them."""
+"""The report of a sweep: the long CSV, best settings, sensitivities, and figures and tables of its parameters.
+
+Jobs are compared only where they agree in all other parameters. So a grid that varies one parameter at a time gives one
+line per parameter through the common point, and a full grid gives many lines.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import combinations
+from math import ceil, floor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
+import pandas as pd
+
+from dipguard.evaluation.metrics import wilson
 from dipguard.files import write_text
-from dipguard.reporting.canvas import save_figure
-from dipguard.reporting.sweep_figures import draw_column_lines, draw_map, draw_mean_lines
-from dipguard.reporting.sweep_folder import Sweep, read_sweep
-from dipguard.reporting.sweep_grid import crossed_pairs, ranking
-from dipguard.reporting.sweep_tables import (
-    best_section,
-    long_csv,
-    pair_section,
-    pair_stem,
-    sensitivity_section,
-    state_section,
-)
+from dipguard.registry import options_of
+from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
+from dipguard.reporting.paper_figures import SOURCE, TABLE_3, head_of
+from dipguard.reporting.sweep_jobs import STATES, Sweep, is_numeric, read_sweep, text_of
+from dipguard.reporting.tables import NONE, escaped, markdown
 
-_log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MEAN = "mean"
+"""Stands for the mean over all attacks, the paper's averaged accuracy."""
+BEST = 5
+"""Number of settings that the report lists."""
+SYMBOLS = {"tau": r"$\tau$", "t0": "$t_0$", "beta": r"$\beta$", "K": "$K$", "T": "$T$"}
+PANEL, TALL, LEGEND = 3.0, 2.9, 1.5
+"""Inches: width and height of a panel, and width of the legend."""
+ACROSS = 4
+"""Most panels side by side."""
+MOST_LINES = 12
+"""Most thin lines in a panel."""
 
 
 def write_sweep_report(folder: str | Path, *, everything: bool = False) -> list[Path]:
-    """Write sweep.csv, the plots and report.md into a sweep's folder, finished or not; returns their paths.
+    """Write sweep.csv, the figures and report.md into a sweep's folder, finished or not; returns their paths.
 
-    - ``sweep.csv``: a line a job, row and column;
-    - ``figure6_mean.png``, ``figure7_columns.png``: accuracy against each parameter, mean and by column;
+    - ``sweep.csv``: a row for each job, attack and defence;
+    - ``figure6_mean.png``, ``figure7_columns.png``: accuracy against each parameter, mean and by attack;
     - ``table3_T_network.png``, ``map_<a>_<b>.png``: parameters that were varied together;
     - ``report.md``: these, tables with intervals, best settings, sensitivities, and what is missing or failed.
 
     Args:
         folder: The sweep's folder.
-        everything: Take in jobs of earlier starts that the last start's grid does not have.
+        everything: Include jobs of earlier starts that the last start's grid does not have.
 
     Raises:
         FileNotFoundError: The folder is not a sweep's.
@@ -42,41 +59,375 @@ def write_sweep_report(folder: str | Path, *, everything: bool = False) -> list[
     sweep = read_sweep(folder, everything=everything)
     made = [write_text(folder / "sweep.csv", long_csv(sweep))]
     parts = [f"# Sweep {sweep.name}", state_section(sweep)]
-    for row in sweep.rows:
-        if len(sweep.rows) > 1:
-            parts.append(f"# Row {row}")
-        ending = f"_{row}" if len(sweep.rows) > 1 else ""
-        parts += ["## Best settings", best_section(sweep, row=row)]
-        parts += ["## Sensitivity", sensitivity_section(sweep, row=row)]
-        for title, body, path in _figures(sweep, folder, row=row, ending=ending):
-            made.append(path)
-            parts += [f"## {title}", *([body] if body else []), f"![{path.stem}]({path.name})"]
-    return [write_text(folder / "report.md", "\n\n".join(parts) + "\n"), *made]
-
-
-def _figures(sweep: Sweep, folder: Path, *, row: str, ending: str) -> Iterator[tuple[str, str, Path]]:
-    for stem, title, draw in (
-        ("figure6_mean", "Mean accuracy (Figure 6)", draw_mean_lines),
-        ("figure7_columns", "Accuracy by column (Figure 7)", draw_column_lines),
-    ):
-        figure = draw(sweep, row=row)
-        if figure is not None:
-            yield title, "", save_figure(figure, folder / f"{stem}{ending}.png")
-    for pair, tables in crossed_pairs(sweep).items():
-        stem = pair_stem(sweep, pair)
-        title = " x ".join(sweep.labels[key] for key in pair) + (" (Table 3)" if stem.startswith("table3") else "")
-        path = save_figure(draw_map(sweep, pair, tables, row=row), folder / f"{stem}{ending}.png")
-        yield title, pair_section(sweep, pair, tables, row=row), path
+    several = len(sweep.defenses) > 1
+    for defense in sweep.defenses:
+        grid = Grid(sweep, defense)
+        parts += [f"# Defence {defense}"] if several else []
+        parts += ["## Best settings", best_section(grid), "## Sensitivity", sensitivity_section(grid)]
+        for title, body, name, figure in _figures(grid):
+            made.append(save_figure(figure, folder / f"{name}{f'_{defense}' if several else ''}.png"))
+            parts += [f"## {title}", body, f"![{made[-1].stem}]({made[-1].name})"]
+    return [write_text(folder / "report.md", "\n\n".join(filter(None, parts)) + "\n"), *made]
 
 
 def summary(folder: str | Path, *, everything: bool = False) -> str:
     """The sweep in some lines, for a terminal: how many jobs are done, what failed, the best setting."""
-    folder = Path(folder)
     sweep = read_sweep(folder, everything=everything)
     lines = [f"sweep {sweep.name}: {state_section(sweep)}"]
-    for row in sweep.rows:
-        ranked = ranking(sweep, row=row)
-        if ranked:
-            job, share = ranked[0]
-            lines.append(f"best mean accuracy of row {row}: {share.value:.1%} at {sweep.setting(job)}")
-    return "\n".join([*lines, f"report: {folder / 'report.md'}"])
+    for defense in sweep.defenses:
+        for _, best in Grid(sweep, defense).ranking().head(1).iterrows():
+            setting = sweep.setting(best["job"])
+            lines.append(f"best mean accuracy of defence {defense}: {best['value']:.1%} at {setting}")
+    return "\n".join([*lines, f"report: {Path(folder) / 'report.md'}"])
+
+
+class Grid:
+    """What the jobs of a sweep say about its parameters, for one defence.
+
+    Args:
+        sweep: The sweep.
+        defense: The defence.
+    """
+
+    def __init__(self, sweep: Sweep, defense: str) -> None:
+        self.sweep = sweep
+        self.attacks = sweep.attacks
+        results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
+        results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget
+        values = results.rename(columns={"accuracy": "value"})[["job", "attack", "value", "low", "high", "n"]]
+        # A parameter's value is known by its position, which sorts as the values do.
+        places = {
+            key: {name: _position(known, job.values[key]) for name, job in sweep.jobs.items()}
+            for key, known in sweep.parameters.items()
+        }
+        self.scores = pd.concat([values, _means(values, len(self.attacks))]).join(pd.DataFrame(places), on="job")
+
+    def of(self, attack: str) -> pd.DataFrame:
+        """Accuracy of each job under an attack, or in the mean (``MEAN``).
+
+        A row has ``job``, ``value``, ``low``, ``high``, ``n``, and under each parameter's key the position of its value
+        in ``Sweep.parameters``.
+        """
+        return self.scores[self.scores["attack"] == attack]
+
+    def ranking(self) -> pd.DataFrame:
+        """The jobs by their mean accuracy, the best first."""
+        return self.of(MEAN).sort_values("value", ascending=False, kind="stable")
+
+    def lines(self, key: str, attack: str = MEAN) -> pd.DataFrame:
+        """Accuracy against a parameter while the others stay: a row for each setting of those, a column for each value.
+
+        Settings with a single value are left out.
+        """
+        wide = self._wide(attack, key)["value"]
+        return wide[wide.notna().sum(axis=1) > 1]
+
+    def profile(self, key: str, attack: str = MEAN) -> pd.DataFrame:
+        """Accuracy by the value of a parameter: rows with ``value``, ``low`` and ``high`` by the value's position.
+
+        It is the mean over the settings of the other parameters that have most values, all of them the same.
+        """
+        known = self.lines(key, attack).notna()
+        if not len(known):
+            return pd.DataFrame(columns=["value", "low", "high"])
+        longest = known[known.sum(axis=1) == known.sum(axis=1).max()]
+        pattern = longest.value_counts().index[0]
+        chosen = longest.index[(longest == pattern).all(axis=1)]
+        return self._wide(attack, key).loc[chosen].mean().unstack(0).dropna()
+
+    def map(self, pair: tuple[str, str], attack: str = MEAN) -> pd.DataFrame | None:
+        """Accuracy by two parameters that were varied together: rows with ``value``, ``low`` and ``high``.
+
+        It is the mean over the settings of the others (``attrs["tables"]`` of them), for values that all of them have.
+        A cross (each varied while the other stays) is no map: for a and b values it has at most a + b - 1 jobs.
+        """
+        wide = self._wide(attack, *pair)
+        known = wide["value"].notna()
+        sizes = sum(known.T.groupby(level=key).any().sum() for key in pair)
+        tables = wide[known.sum(axis=1) > sizes - 1]
+        if not len(tables):
+            return None
+        cells = tables.dropna(axis=1).mean().unstack(0).reindex(columns=["value", "low", "high"])
+        cells.attrs["tables"] = len(tables)
+        return cells
+
+    def pairs(self) -> Iterator[tuple[str, str]]:
+        """Pairs of parameters that were varied together under some attack; numbers come before names."""
+        parameters = self.sweep.parameters
+        for pair in combinations(sorted(parameters, key=lambda key: not is_numeric(parameters[key])), 2):
+            if any(self.map(pair, attack) is not None for attack in self.attacks):
+                yield pair
+
+    def sensitivities(self) -> pd.DataFrame:
+        """The position of the best and worst value of each parameter, the accuracy between them, the number of lines.
+
+        The most important parameter comes first.
+        """
+        found = []
+        for key in self.sweep.parameters:
+            values = self.profile(key)["value"]
+            if len(values) > 1:
+                found.append((key, values.idxmax(), values.idxmin(), values.max() - values.min(), len(self.lines(key))))
+        table = pd.DataFrame(found, columns=["key", "best", "worst", "range", "lines"])
+        return table.sort_values("range", ascending=False, kind="stable")
+
+    def _wide(self, attack: str, *keys: str) -> pd.DataFrame:
+        """Value, low and high of each job: a row for each setting of the other parameters, columns by ``keys``."""
+        others = [key for key in self.sweep.parameters if key not in keys]
+        return self.of(attack).assign(_="").pivot_table(["value", "low", "high"], ["_", *others], keys, aggfunc="first")
+
+
+def _position(values: Sequence[object], value: object) -> int:
+    return values.index(value) if value in values else -1
+
+
+def _means(values: pd.DataFrame, attacks: int) -> pd.DataFrame:
+    """The mean over the attacks, for jobs that have all of them.
+
+    An image's results under the attacks depend on each other, so they do not count as so many images more: the
+    interval is Wilson's for ``n`` images, which holds however strongly they depend.
+    """
+    jobs = values.groupby("job", sort=False)
+    means = jobs.agg(value=("value", "mean"), n=("n", "min"))[jobs.size() == attacks].reset_index()
+    counts = [(round(value * n, 9), int(n)) for value, n in zip(means["value"], means["n"], strict=True)]
+    lows, highs = [wilson(floor(k), n)[0] for k, n in counts], [wilson(ceil(k), n)[1] for k, n in counts]
+    return means.assign(attack=MEAN, low=lows, high=highs)
+
+
+def long_csv(sweep: Sweep) -> str:
+    """A row for each job, attack and defence; a job without results has one row, with the reason."""
+    taken = {*sweep.results.columns, "state", "problem"}
+    names = {key: key if label in taken else label for key, label in sweep.labels.items()}
+    rows = [
+        {"job": name, "state": job.state, **{names[k]: v for k, v in job.values.items()}}
+        for name, job in sweep.jobs.items()
+    ]
+    table = pd.DataFrame(rows, dtype=object).merge(sweep.results, on="job", how="left")
+    table["problem"] = [sweep.jobs[name].problem for name in table["job"]]
+    return str(table.to_csv(index=False, lineterminator="\n"))
+
+
+def state_section(sweep: Sweep) -> str:
+    """How many jobs are done, and for the others what is missing or went wrong."""
+    states = pd.Series([job.state for job in sweep.jobs.values()]).value_counts().reindex(STATES, fill_value=0)
+    head = ", ".join(f"{count} {state}" for state, count in states.items() if count or state == "done")
+    lines = [f"{len(sweep.jobs)} jobs: {head}."]
+    rest = {name: job for name, job in sweep.jobs.items() if job.state != "done"}
+    texts = [f"{job.state}: {sweep.setting(name)} ({name}): {job.problem}" for name, job in rest.items()]
+    lines += ["", *(f"- {escaped(text)}" for text in texts)] if texts else []
+    if sweep.others:
+        lines += ["", f"{sweep.others} more of earlier starts, not in this grid, are left out (sweeps.collect --all)."]
+    return "\n".join(lines)
+
+
+def best_section(grid: Grid) -> str:
+    """The best settings by their mean over the attacks."""
+    ranked, sweep = grid.ranking(), grid.sweep
+    if not len(ranked):
+        return "No job has all attacks yet."
+    best = ranked.iloc[0]
+    near = int((ranked["high"] >= best["value"]).sum())
+    head = (
+        f"Best mean over {_count(grid)}: {100 * best['value']:.1f} % at {sweep.setting(best['job'])}. "
+        f"{near} of {len(ranked)} settings have this figure within their own 95 % interval."
+        + " These images cannot tell them apart."
+        * (near > 1)
+    )
+    by_attack = 100 * grid.scores.pivot(index="job", columns="attack", values="value")[grid.attacks]
+    rows = []
+    for number, (_, line) in enumerate(ranked.head(BEST).iterrows(), start=1):
+        values = [text_of(sweep.jobs[line["job"]].values[key]) for key in sweep.parameters]
+        rows.append([str(number), *values, *(f"{value:.1f}" for value in by_attack.loc[line["job"]]), _interval(line)])
+    return f"{head}\n\n{markdown(['', *sweep.labels.values(), *map(head_of, grid.attacks), 'mean'], rows)}"
+
+
+def sensitivity_section(grid: Grid) -> str:
+    """Best and worst value of each parameter and the points between them."""
+    rows = []
+    for _, one in grid.sensitivities().iterrows():
+        shares, values = grid.profile(one["key"]), grid.sweep.parameters[one["key"]]
+        ends = [text for at in (one["best"], one["worst"]) for text in (text_of(values[at]), _interval(shares.loc[at]))]
+        rows.append([grid.sweep.labels[one["key"]], *ends, f"{100 * one['range']:.1f}", str(one["lines"])])
+    if not rows:
+        return "No parameter was varied alone yet."
+    head = ["parameter", "best value", "mean accuracy, %", "worst value", "mean accuracy, %", "range, points", "lines"]
+    note = (
+        "Accuracy with its 95 % interval; the range is between the best and the worst value while all other parameters "
+        "stay, in the mean over so many lines. A parameter's best value is the best of this grid, on these images."
+    )
+    return f"{note}\n\n{markdown(head, rows)}"
+
+
+def pair_section(grid: Grid, pair: tuple[str, str]) -> str:
+    """A table of two parameters for each attack, accuracy in percent with 95 % intervals."""
+    parts = []
+    across, down = (grid.sweep.parameters[key] for key in pair)
+    for attack in [*grid.attacks, *([MEAN] if len(grid.attacks) > 1 else [])]:
+        cells = grid.map(pair, attack)
+        title = f"mean over {_count(grid)}" if attack == MEAN else head_of(attack)
+        if cells is None or not len(cells):
+            parts.append(f"{title}: nothing yet.")
+            continue
+        texts = cells.apply(_interval, axis=1).unstack(0).fillna(NONE)
+        head = [f"{grid.sweep.labels[pair[1]]} / {grid.sweep.labels[pair[0]]}", *(text_of(across[i]) for i in texts)]
+        rows = [[text_of(down[j]), *line] for j, line in texts.T.items()]
+        tables = cells.attrs["tables"]
+        over = f", mean over {tables} settings of the others" if tables > 1 else ""
+        parts.append(f"Accuracy, %, {title}{over}:\n\n{markdown(head, rows)}")
+    if _is_table_3(grid, pair):
+        printed = [[name, *map(str, line.values())] for name, line in TABLE_3.items()]
+        parts.append(
+            f"The paper's Table 3 ({SOURCE}; CIFAR-10, PGD at 8/255, its own ResNet-50, other images):\n\n"
+            f"{markdown(['network / T', *map(str, TABLE_3['small'])], printed)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _is_table_3(grid: Grid, pair: tuple[str, str]) -> bool:
+    return {grid.sweep.labels[key] for key in pair} == {"T", "network"}
+
+
+def _count(grid: Grid) -> str:
+    return f"{len(grid.attacks)} attack{'s' * (len(grid.attacks) != 1)}"
+
+
+def _interval(share: pd.Series) -> str:
+    return f"{100 * share['value']:.1f} ({100 * share['low']:.0f}{NONE}{100 * share['high']:.0f})"
+
+
+def _figures(grid: Grid) -> Iterator[tuple[str, str, str, Figure]]:
+    """Title, text, file name and figure of all that can be drawn."""
+    if (figure := draw_lines(grid, mean=True)) is not None:
+        yield "Mean accuracy (Figure 6)", "", "figure6_mean", figure
+    if len(grid.attacks) > 1 and (figure := draw_lines(grid, mean=False)) is not None:
+        yield "Accuracy by attack (Figure 7)", "", "figure7_columns", figure
+    for pair in grid.pairs():
+        labels = [grid.sweep.labels[key] for key in pair]
+        kind, suffix = ("table3", " (Table 3)") if _is_table_3(grid, pair) else ("map", "")
+        name = "_".join("".join(c if c.isalnum() else "_" for c in label) for label in labels)
+        yield " x ".join(labels) + suffix, pair_section(grid, pair), f"{kind}_{name}", draw_map(grid, pair)
+
+
+def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
+    """Accuracy against each parameter with 95 % bands, a panel for each parameter; None without lines.
+
+    Args:
+        grid: The grid.
+        mean: Draw the mean over the attacks (Figure 6); otherwise a line for each attack (Figure 7).
+    """
+    from matplotlib.figure import Figure
+
+    attacks = [MEAN] if mean else grid.attacks
+    keys = [key for key in grid.sweep.parameters if any(len(grid.profile(key, attack)) > 1 for attack in attacks)]
+    if not keys:
+        return None
+    across = min(ACROSS, len(keys))
+    down = ceil(len(keys) / across)
+    size = (max(5.0, PANEL * across + LEGEND * (not mean)), 0.7 + TALL * down)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(down, across, sharey=True, squeeze=False)
+    drawn, thin = {}, False
+    for ax, key in zip(axes.ravel(), keys, strict=False):
+        lines = grid.lines(key)
+        if mean and 1 < len(lines) <= MOST_LINES:
+            thin = True
+            for _, line in (100 * lines).iterrows():
+                known = line.dropna()
+                ax.plot(_places(grid, key, known.index), known, color="#999999", linewidth=0.8, marker=".")
+        for i, attack in enumerate(attacks):
+            shares, style = 100 * grid.profile(key, attack), line_style(i)
+            if len(shares) > 1:
+                x, band = _places(grid, key, shares.index), 0.15 if mean else 0.07
+                ax.fill_between(x, shares["low"], shares["high"], color=style["color"], alpha=band, linewidth=0)
+                width, marker = (1.8, 5) if mean else (1.5, 4.5)
+                (drawn[attack],) = ax.plot(x, shares["value"], linewidth=width, markersize=marker, **style)
+        _finish(ax, grid, key)
+    for ax in axes.ravel()[len(keys) :]:
+        ax.set_axis_off()
+    for ax in axes[:, 0]:
+        ax.set_ylabel("accuracy, %")
+    title = f"mean accuracy over {_count(grid)}" if mean else "accuracy by attack"
+    title = f"accuracy, {head_of(grid.attacks[0])}" if len(grid.attacks) == 1 else title
+    figure.suptitle(f"{grid.sweep.name}: {title}", fontsize=11, fontweight="bold")
+    note = f"bands: 95 % Wilson intervals, {_images(grid)}" + "; thin: at each value of the other parameters" * thin
+    figure.supxlabel(note, fontsize=8)
+    if not mean:
+        names = [short(head_of(attack), 18) for attack in drawn]
+        figure.legend(list(drawn.values()), names, loc="outside right center", frameon=False, fontsize=9)
+    return figure
+
+
+def draw_map(grid: Grid, pair: tuple[str, str]) -> Figure:
+    """A map of two parameters: a panel for the mean and one for each attack."""
+    from matplotlib.figure import Figure
+
+    attacks = [MEAN, *grid.attacks] if len(grid.attacks) > 1 else grid.attacks
+    maps = {attack: cells for attack in attacks if (cells := grid.map(pair, attack)) is not None}
+    places = [sorted({i for cells in maps.values() for i in cells.index.get_level_values(key)}) for key in pair]
+    across = min(3, len(attacks))
+    down = ceil(len(attacks) / across)
+    wide, tall = 1.3 + 0.62 * len(places[0]), 1.1 + 0.42 * len(places[1])
+    size = (max(4.6, across * max(wide, 2.3)), 1.0 + down * max(tall, 1.8))
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = figure.subplots(down, across, squeeze=False).ravel()
+    texts = [[text_of(grid.sweep.parameters[key][i]) for i in at] for key, at in zip(pair, places, strict=True)]
+    for ax, attack in zip(axes, attacks, strict=False):
+        values = maps[attack]["value"].unstack(0) if attack in maps and len(maps[attack]) else pd.DataFrame()
+        _draw_map(ax, 100 * values.reindex(index=places[1], columns=places[0]).to_numpy(dtype=float))
+        ax.set_xticks(range(len(texts[0])), texts[0], fontsize=8)
+        ax.set_yticks(range(len(texts[1])), texts[1], fontsize=8)
+        if not is_numeric(grid.sweep.parameters[pair[1]]):  # names are read from the top, as in a table
+            ax.invert_yaxis()
+        ax.set_title("mean" if attack == MEAN else head_of(attack), fontsize=10)
+        ax.set(xlabel=_symbol(grid, pair[0]), ylabel=_symbol(grid, pair[1]))
+    for ax in axes[len(attacks) :]:
+        ax.set_axis_off()
+    figure.suptitle(f"{grid.sweep.name}: accuracy, %", fontsize=11, fontweight="bold")
+    tables = max(cells.attrs["tables"] for cells in maps.values())
+    over = f"; means over {tables} settings of the others" if tables > 1 else ""
+    figure.supxlabel(f"{_images(grid)}; dark is a panel's highest{over}", fontsize=8)
+    return figure
+
+
+def _draw_map(ax: Axes, values: np.ndarray) -> None:
+    known = values[np.isfinite(values)]
+    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
+    # Half a range below the lowest, so that no cell is as pale as one without a figure.
+    ax.imshow(values, cmap="Blues", vmin=low - max(high - low, 1.0) / 2, vmax=high, aspect="auto", origin="lower")
+    for (j, i), value in np.ndenumerate(values):
+        text = f"{value:.0f}" if np.isfinite(value) else NONE
+        ax.text(i, j, text, ha="center", va="center", fontsize=9, color="white" if 2 * value >= low + high else "black")
+    ax.spines[:].set_visible(False)
+
+
+def _finish(ax: Axes, grid: Grid, key: str) -> None:
+    values = grid.sweep.parameters[key]
+    paper = options_of("dipguard.defenses.paper:DIPGuard").get(grid.sweep.labels[key])
+    if is_numeric(values) and isinstance(paper, int | float) and values[0] <= paper <= values[-1]:
+        ax.axvline(paper, color="#bbbbbb", linewidth=1, linestyle=":", zorder=0)
+        side, align = (-2, "right") if paper == values[-1] else (2, "left")
+        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": align, "va": "top"}
+        ax.annotate("paper", (paper, 1), (side, -2), fontsize=7, color="#888888", **place)
+    texts = [text_of(value) for value in values]
+    ax.set_xticks(_places(grid, key, range(len(values))), texts, fontsize=8)
+    if not is_numeric(values):
+        ax.margins(x=0.2)
+    if len("".join(texts)) > 30:
+        ax.tick_params(axis="x", rotation=35)
+    ax.set_xlabel(_symbol(grid, key))
+    plain_axes(ax)
+
+
+def _symbol(grid: Grid, key: str) -> str:
+    return SYMBOLS.get(grid.sweep.labels[key], grid.sweep.labels[key])
+
+
+def _places(grid: Grid, key: str, positions: Sequence[int]) -> list[float]:
+    """Where values are drawn: numbers at their value, everything else side by side."""
+    values = grid.sweep.parameters[key]
+    return [values[i] if is_numeric(values) else i for i in positions]
+
+
+def _images(grid: Grid) -> str:
+    low, high = int(grid.scores["n"].min()), int(grid.scores["n"].max())
+    return f"{low} image{'s' * (low != 1)} an attack" if low == high else f"{low} to {high} images an attack"

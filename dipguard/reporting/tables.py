@@ -1,39 +1,98 @@
-"""The results as files: metrics.json, images.csv, reconstructions.npz, and a page that a person can open."""
+"""Tables 1 and 2: accuracy and SSIM, defences by attacks, as Markdown, CSV and LaTeX, with the paper's figures."""
 
 from __future__ import annotations
 
 import csv
 import io
 from collections.abc import Mapping, Sequence
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+from dipguard.files import write_text
+from dipguard.reporting.canvas import short
+from dipguard.reporting.paper_figures import (
+    ATTACKS,
+    DEFENSES,
+    SETTINGS,
+    SOURCE,
+    TABLE_1,
+    TABLE_2,
+    PaperRow,
+    head_of,
+    paper_data,
+)
+from dipguard.reporting.results import DONE
 
-from dipguard.evaluation.outcome import Outcome
-from dipguard.files import write_json, write_npz, write_text
+if TYPE_CHECKING:
+    import pandas as pd
+
+NONE = "\N{EN DASH}"
+"""Stands for a missing figure; the reason is given below the table."""
+FIRST = ("data", "victim", "surrogate", "seed", "defense", "defense_name", "figure")
+LAST = ("mean", "mean_of")
+"""The first and the last columns of a table's CSV, before and after the attacks."""
+MEANS = ("ours", "paper", "difference")
+"""The figures that have a mean."""
 
 
-def write_tables(outcome: Outcome) -> dict[str, Any]:
-    """Write metrics.json, images.csv and reconstructions.npz into the run folder; return the metrics.
+class Measure(NamedTuple):
+    """What a table shows: its number in the paper, the column of results.csv, and how figures are printed."""
 
-    reconstructions.npz holds ``images`` (float32 [N, 3, H, W] in [0, 1]), ``indices`` and ``labels`` ([N] int64).
+    number: int
+    title: str
+    field: str
+    scale: float
+    digits: int
+    paper: Mapping[str, Mapping[str, PaperRow]]
+
+
+MEASURES = (
+    Measure(1, "accuracy, %", "accuracy", 100.0, 1, TABLE_1),
+    Measure(2, "SSIM to the clean image", "ssim", 1.0, 3, TABLE_2),
+)
+
+
+def write_tables(folder: str | Path, results: pd.DataFrame) -> list[Path]:
+    """Write table1 (accuracy) and table2 (SSIM), each as .md, .csv and .tex; returns the six paths.
+
+    The CSV has several lines for each defence: ``figure`` is ``ours``, ``n``, for the accuracy ``low`` and ``high``, and
+    where the paper has figures ``paper`` and ``difference``; ``mean`` is over ``mean_of`` attacks.
+
+    Args:
+        folder: Where to write.
+        results: Rows of `read_results`, at most one for a data set, victim, surrogate, seed, attack and defence.
+
+    Raises:
+        ValueError: No rows.
     """
-    metrics = outcome.metrics()
-    images = torch.stack([reconstruction.image.float() for reconstruction in outcome.reconstructions])
-    write_npz(
-        outcome.folder / "reconstructions.npz",
-        images=images.numpy(),
-        indices=outcome.clean.indices.numpy(),
-        labels=outcome.clean.labels.numpy(),
-    )
-    write_csv(outcome.folder / "images.csv", outcome.rows())
-    write_json(outcome.folder / "metrics.json", metrics)
-    return metrics
+    import pandas as pd
+
+    if not len(results):
+        raise ValueError("`results` must hold at least one cell, got none")
+    paths = []
+    for measure in MEASURES:
+        tables, name = _split(results, measure), f"table{measure.number}"
+        lines = pd.concat([table.lines() for table in tables])
+        latex = "\n".join(table.latex(i) for i, table in enumerate(tables))
+        page = "\n\n".join([f"# Table {measure.number}: {measure.title}", *(table.page() for table in tables)])
+        for ending, text in (
+            ("md", page + "\n"),
+            ("csv", lines.to_csv(index=False, float_format="%g", lineterminator="\n")),
+            ("tex", f"% Needs \\usepackage{{booktabs}}.\n\n{latex}"),
+        ):
+            paths.append(write_text(Path(folder) / f"{name}.{ending}", text))
+    return paths
+
+
+def tables_text(results: pd.DataFrame) -> str:
+    """Our own figures alone, both tables, for a terminal."""
+    tables = [table for measure in MEASURES for table in _split(results, measure)]
+    return "\n\n".join(f"Table {table.measure.number}: {table.title}\n\n{table.section()}" for table in tables)
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows of the same keys as a CSV file with a header.
+    """Write rows with the same keys as a CSV file with a header.
 
     Raises:
         ValueError: No rows.
@@ -47,59 +106,217 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
     return write_text(path, text.getvalue())
 
 
-def write_page(path: Path, outcome: Outcome, figures: Sequence[Path]) -> Path:
-    """Write report.md: the result in words and figures. ``figures`` are linked relative to ``path``."""
-    metrics, rows = outcome.metrics(), outcome.rows()
-    n, right, ssim, seconds = metrics["n"], metrics["accuracy"], metrics["ssim"], metrics["seconds"]
-    settings = outcome.settings
-    lines = [
-        "# dipguard run",
-        "",
-        f"{n} images of `{settings['data']['name']}`, victim `{settings['victim']['name']}`, "
-        f"attack {_attack(settings)}, defence `{settings['defense']['name']}` ({_fit(settings)}).",
-        "",
-        "| | clean | given (undefended) | defended |",
-        "|---|---|---|---|",
-        f"| accuracy | {right['clean']:.1%} | {right['undefended']:.1%} | {right['defended']:.1%} |",
-        f"| SSIM to the clean image | 1 | {ssim['given']:.3f} | {ssim['defended']:.3f} |",
-        "",
-        _stitched(metrics, rows),
-        "",
-        f"Time: attack {seconds['attack']:.1f} s, start-up of the fits {seconds['start']:.1f} s, "
-        f"fit {seconds['fit']:.1f} s, decide {seconds['decide']:.1f} s; "
-        f"{metrics['images_per_second']:.3g} images a second.",
-        "",
-        "Files: `metrics.json` (figures and settings), `images.csv` (a row an image), `reconstructions.npz`, `traces/` "
-        "(decision traces, which can be replayed without a new fit), `config.yaml`.",
-    ]
-    for figure in figures:
-        name = figure.relative_to(path.parent).as_posix()
-        lines += ["", f"![{figure.stem.replace('_', ' ')}]({name})"]
-    return write_text(path, "\n".join(lines) + "\n")
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
+    """A Markdown table of text: the first column to the left, the others to the right, or ``words`` to the left too."""
+    import pandas as pd
+
+    frame = pd.DataFrame([[escaped(text) for text in row] for row in rows], columns=[escaped(text) for text in head])
+    align = ("left", *["left" if words else "right"] * (len(head) - 1))
+    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=align))
 
 
-def _fit(settings: Mapping[str, Any]) -> str:
-    T = f"T = {settings['defense']['T']}"
-    if settings["defense"]["name"] == "dipguard":
-        return f"{len(settings['guard']['fit'])} networks, {T} each"
-    return f"network {settings['network']['name']}, {T}"
+def escaped(text: str) -> str:
+    """Text that Markdown prints as it is, on one line."""
+    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
-def _stitched(metrics: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
-    if metrics["settings"]["defense"]["name"] == "dipguard":
-        none = sum(row["why"] == "no_reader" for row in rows)
-        return (
-            f"Windows averaged: {metrics['crossings']:.1f} an image on average; for {none} of {len(rows)} images the "
-            "victim read none as the class with the most evidence (all windows were averaged)."
+def in_short(status: str, most: int = 40) -> str:
+    """The first sentence of a status, to stand in a table."""
+    return short(" ".join(status.split()).split(". ")[0], most)
+
+
+_SPECIAL = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    NONE: "--",
+    "\N{HORIZONTAL ELLIPSIS}": r"\dots{}",
+    **{character: f"\\{character}" for character in "&%$#_{}"},
+}
+
+
+def escape_latex(text: str) -> str:
+    """Text as LaTeX prints it, on one line; control characters are left out."""
+    return "".join(_SPECIAL.get(c, c) for c in " ".join(text.split()) if c.isprintable())
+
+
+def _split(results: pd.DataFrame, measure: Measure) -> list[_Table]:
+    """A table for each data set, victim, surrogate and seed, in the order of the results."""
+    groups = results.groupby(["data", "victim", "surrogate", "seed"], sort=False)
+    return [_Table(cells, measure) for _, cells in groups]
+
+
+class _Table:
+    """The cells of one data set, victim, surrogate and seed, shown by one measure.
+
+    ``figures`` has a row for each defence and kind of figure, and a column for each attack. ``paper`` has the paper's
+    rows by our labels, ``shared`` our attacks that it has too: if it has the data set, the defence and the very attack,
+    without a surrogate.
+    """
+
+    def __init__(self, cells: pd.DataFrame, measure: Measure) -> None:
+        import pandas as pd
+
+        self.cells, self.measure, first = cells, measure, cells.iloc[0]
+        labels = list(dict.fromkeys(cells["attack"]))
+        self.attacks = [a for a in ATTACKS if a in labels] + [a for a in labels if a not in ATTACKS]
+        self.names = dict(zip(cells["defense"], cells["defense_name"], strict=True))
+        surrogate = f", surrogate {first['surrogate']}" if first["surrogate"] else ""
+        self.title = f"{first['data']}, victim {first['victim']}{surrogate}, seed {first['seed']:.0f}"
+        known = {row.attack: (row.attack_name, row.eps_255) for row in cells.fillna({"eps_255": -1}).itertuples()}
+        same = [a for a in self.attacks if a in ATTACKS and known[a] == (ATTACKS[a].name, ATTACKS[a].eps_255 or -1)]
+        self.data = None if surrogate or not same else paper_data(first["data"], first["victim"])
+        found = measure.paper.get(self.data or "", {})
+        self.paper = {d: found[DEFENSES[name]] for d, name in self.names.items() if DEFENSES.get(name) in found}
+        self.shared = same if self.paper else []
+
+        done = cells[cells["status"] == DONE]
+        fields = {"ours": measure.field, "n": "n"} | ({"low": "low", "high": "high"} if measure.number == 1 else {})
+        wide = {kind: done.pivot(index="defense", columns="attack", values=field) for kind, field in fields.items()}
+        parts = {kind: frame * (1 if kind == "n" else measure.scale) for kind, frame in wide.items()}
+        if self.paper:
+            printed = pd.DataFrame({defense: row.figures for defense, row in self.paper.items()}).T[self.shared]
+            parts |= {"paper": printed, "difference": parts["ours"] - printed}
+        rows = pd.MultiIndex.from_tuples(product(self.names, parts), names=["defense", "figure"])
+        self.figures = pd.concat(parts).swaplevel().reindex(index=rows, columns=self.attacks)
+        status = cells.pivot(index="defense", columns="attack", values="status").fillna("")
+        self.status = status.reindex(index=list(self.names), columns=self.attacks)
+
+    def text(self, value: float, kind: str = "ours") -> str:
+        rounded = round(float(value), self.measure.digits) + 0.0  # no "-0.0"
+        return NONE if value != value else f"{rounded:{'+' if kind == 'difference' else ''}.{self.measure.digits}f}"
+
+    def mean(self, defense: str, kind: str, attacks: Sequence[str]) -> pd.Series:
+        """The figures that the mean is over: the paper's where we have figures too, if there are any."""
+        values, ours = (self.figures.loc[(defense, k)][list(attacks)] for k in (kind, "ours"))
+        both = values[ours.notna()].dropna()
+        return both if kind == "paper" and len(both) else values.dropna()
+
+    def texts(self, defense: str, kind: str, attacks: Sequence[str]) -> list[str]:
+        """The figures of a defence and their mean."""
+        over = self.mean(defense, kind, attacks)
+        of = "" if len(over) in (0, len(attacks)) else f" ({len(over)} of {len(attacks)})"
+        values = self.figures.loc[(defense, kind)][list(attacks)]
+        return [*(self.text(value, kind) for value in values), self.text(over.mean(), kind) + of]
+
+    def intervals(self, defense: str) -> list[str]:
+        """The 95 % intervals of a defence; empty without any."""
+        if self.measure.number != 1 or self.figures.loc[(defense, "low")].isna().all():
+            return []
+        ends = zip(self.figures.loc[(defense, "low")], self.figures.loc[(defense, "high")], strict=True)
+        return ["" if low != low else f"{low:.0f}{NONE}{high:.0f}" for low, high in ends]
+
+    def compared(self, defense: str, attacks: Sequence[str]) -> list[list[str]]:
+        """Our figures, the paper's and the difference, if there is one; nothing without the paper's."""
+        if defense not in self.paper:
+            return []
+        names = {"ours": defense, "paper": f"Ding et al.: {self.paper[defense].name}", "difference": "difference"}
+        kinds = [kind for kind in names if kind != "difference" or self.figures.loc[(defense, kind)].notna().any()]
+        return [[names[kind], *self.texts(defense, kind, attacks)] for kind in kinds]
+
+    def label(self, defense: str) -> str:
+        """A defence's label, and the reason if it has no figures for one and the same reason."""
+        reasons = set(self.status.loc[defense]) - {""}
+        return defense if len(reasons) != 1 or DONE in reasons else f"{defense}: {in_short(reasons.pop())}"
+
+    def gaps(self) -> list[str]:
+        """Why figures are missing: a sentence for each defence and reason."""
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for defense, attack in product(self.names, self.attacks):
+            status = self.status.loc[defense, attack]
+            if (value := self.figures.loc[(defense, "ours"), attack]) != value:
+                why = {"": "not run yet", DONE: f"no {self.measure.field.upper()} stored"}.get(status, status)
+                reasons.setdefault((defense, why), []).append(head_of(attack))
+        where = {key: "" if len(a) == len(self.attacks) else f" {', '.join(a)}:" for key, a in reasons.items()}
+        return [f"{defense}:{where[defense, why]} {why}" for defense, why in reasons]
+
+    def describe(self) -> str:
+        """What the table shows, of how many images, and what its mean is over."""
+        counts = self.cells["n"][self.cells["status"] == DONE].astype(int)
+        ends = dict.fromkeys([counts.min(), counts.max()]) if len(counts) else {}
+        images = f"{' to '.join(map(str, ends))} image{'s' * (list(ends) != [1])} a cell." if ends else ""
+        mean = f"The mean is over the {len(self.attacks)} attacks of this run; the paper's is over its 15."
+        if set(self.attacks) == set(ATTACKS):
+            mean = "The mean is over all 15 columns of the paper, Clean included."
+        title = self.measure.title[0].upper() + self.measure.title[1:]
+        return f"{title}. {images or 'No cell has figures yet.'} {mean}"
+
+    def note(self) -> str:
+        """What our figures and the paper's have in common and what not."""
+        first, setting = self.cells.iloc[0], SETTINGS[str(self.data)]
+        other = "other images" if first["victim"] == setting.victim else "another victim and other images"
+        text = (
+            f"The paper's figures ({SOURCE}, Table {self.measure.number}, {self.data}) were measured on "
+            f"{setting.described}; ours on {first['data']} with {first['victim']}: {other}, and settings of the defences "
+            "and attacks that may differ too. A difference is ours minus the paper's. Means are over the attacks that "
+            "have figures of both."
         )
-    none = sum(row["why"] == "no_crossing" for row in rows)
-    return (
-        f"Stitched on-boundary images: {metrics['crossings']:.1f} an image on average; {none} of {len(rows)} images "
-        "had none that counted (their reconstruction is the mean of the last K samples)."
-    )
+        for row in {row.name: row for row in self.paper.values()}.values():
+            mean = sum(row.figures.values()) / len(row.figures)
+            if len(self.shared) == len(ATTACKS) and abs(mean - row.mean) > 10**-self.measure.digits:
+                printed = f"{self.text(row.mean)}, while its 15 figures give {self.text(mean)}"
+                text += f" For {row.name} the paper prints a mean of {printed}."
+        return text
 
+    def section(self) -> str:
+        """The main table in Markdown, with what it shows above and the reasons for missing figures below."""
+        rows = []
+        for defense in self.names:
+            *texts, mean = self.texts(defense, "ours", self.attacks)
+            ran = self.status.loc[defense] != ""
+            rows.append([self.label(defense), *(text * run for text, run in zip(texts, ran, strict=True)), mean])
+        table = markdown(["defence", *map(head_of, self.attacks), f"mean of {len(self.attacks)}"], rows)
+        return "\n\n".join(filter(None, [self.describe(), table, "\n".join(f"- {escaped(g)}" for g in self.gaps())]))
 
-def _attack(settings: Mapping[str, Any]) -> str:
-    attack = settings["attack"]
-    eps = attack.get("eps_255")
-    return f"`{attack['name']}`" + ("" if eps is None else f" at {eps:g}/255")
+    def page(self) -> str:
+        """The main table, the intervals, and the comparison with the paper, in Markdown."""
+        parts = [f"## {escaped(self.title)}", self.section()]
+        if rows := [[defense, *texts] for defense in self.names if (texts := self.intervals(defense))]:
+            parts += ["### 95 % intervals (Wilson), %", markdown(["defence", *map(head_of, self.attacks)], rows)]
+        if self.paper:
+            head = ["", *map(head_of, self.shared), f"mean of {len(self.shared)}"]
+            rows = [row for defense in self.paper for row in self.compared(defense, self.shared)]
+            parts += ["### Compared with the paper", escaped(self.note()), markdown(head, rows)]
+        return "\n\n".join(parts)
+
+    def lines(self) -> pd.DataFrame:
+        """All figures and their means, ready for CSV."""
+        frame, first = self.figures.round(self.measure.digits + 1), self.cells.iloc[0]
+        frame = frame[frame.notna().any(axis=1) | (frame.index.get_level_values("figure") == "ours")]
+        over = [self.mean(defense, kind, self.attacks) if kind in MEANS else () for defense, kind in frame.index]
+        means = [round(values.mean(), self.measure.digits + 1) if len(values) else None for values in over]
+        frame = frame.rename(columns=lambda attack: f"attack {attack}" if attack in (*FIRST, *LAST) else attack)
+        frame = frame.assign(mean=means, mean_of=[len(values) or None for values in over]).reset_index()
+        own = {name: first[name] for name in FIRST[:3]} | {"defense_name": frame["defense"].map(self.names)}
+        return frame.assign(**own, seed=int(first["seed"]))[[*FIRST, *frame.columns[2:]]]
+
+    def latex(self, number: int) -> str:
+        """The figures, 95 % intervals and the comparison with the paper as a LaTeX ``table*``."""
+        import pandas as pd
+
+        rows: list[list[str]] = []
+        for defense in self.names:
+            rows.append([self.label(defense), *self.texts(defense, "ours", self.attacks)])
+            if intervals := self.intervals(defense):
+                rows.append(["", *(text and f"({text})" for text in intervals), ""])
+            rows += self.compared(defense, self.attacks)[1:]
+        heads = [(ATTACKS[a].family, f"{ATTACKS[a].eps_255 or ''}") if a in ATTACKS else (a, "") for a in self.attacks]
+        columns = pd.MultiIndex.from_tuples([("", "Defence"), *heads, ("Mean", f"of {len(self.attacks)}")])
+        style = pd.DataFrame(rows, columns=columns).style.hide(axis="index")
+        style = style.format(escape_latex).format_index(escape_latex, axis="columns")
+        brackets = "In brackets: 95 % Wilson intervals." if self.measure.number == 1 else ""
+        notes = [f"{self.title}.", self.describe(), brackets, self.note() if self.paper else ""]
+        return str(
+            style.set_table_styles([{"selector": "scriptsize", "props": ":;"}]).to_latex(
+                environment="table*",
+                position_float="centering",
+                column_format="l" + "r" * (len(columns) - 1),
+                hrules=True,
+                multicol_align="c",
+                label=f"tab:dipguard-{self.measure.field}" + (f"-{number + 1}" if number else ""),
+                caption=escape_latex(" ".join(filter(None, [*notes, *(f"{gap.rstrip('.')}." for gap in self.gaps())]))),
+            )
+        )

@@ -1,4 +1,4 @@
-"""One W&B run: opened so that it can neither block nor fail the work, and closed whatever happens."""
+"""One W&B run that can neither block nor fail the work, and is closed in any case."""
 
 from __future__ import annotations
 
@@ -9,42 +9,41 @@ import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 from urllib.parse import urlsplit
 
 from pytorch_lightning.loggers import WandbLogger
 
-from dipguard.config import LoggerConfig
 from dipguard.files import write_text
 
 _log = logging.getLogger(__name__)
 
 INIT_SECONDS, FINISH_SECONDS = 30.0, 120.0
-"""How long W&B's server is waited for; after that the run is kept offline, or the rest of it is."""
+"""Time limits for W&B's server; after them the run, or the rest of it, is kept offline."""
 AGENT = "WANDB_SWEEP_ID"
 """Set by ``wandb agent``, which has chosen the run's id and reads its summary."""
-_Mode = Literal["online", "offline", "disabled", "shared"]
+MODES = ("online", "offline", "disabled", "shared")
 
 
 @contextlib.contextmanager
 def wandb_run(
-    config: LoggerConfig, folder: Path, settings: Mapping[str, Any], *, job_type: str, group: str | None = None
+    config: Mapping[str, Any], folder: Path, settings: Mapping[str, Any], *, job_type: str, group: str | None = None
 ) -> Iterator[WandbLogger]:
-    """A run of the run folder's own, in ``logs/wandb``; the arguments are those of ``open_log``.
+    """A W&B run in ``logs/wandb`` of the run folder, with the arguments of ``open_log``.
 
-    Where the server cannot be reached, or refuses the key, the run is kept offline. A run that is open in this process
-    for something else is neither joined nor closed.
+    It is kept offline if the server cannot be reached or refuses the key. Another run that is open in this process is
+    neither joined nor closed.
     """
     place = folder / "logs"
     place.mkdir(parents=True, exist_ok=True)
     known: dict[str, Any] = {
-        # A run of our own, made here: WandbLogger would join a run that is open in this process, and its offline=True
-        # would set the mode of the whole process.
+        # WandbLogger itself would join a run that is open in this process, and its offline=True would set the mode of
+        # the whole process.
         "reinit": "create_new",
         "dir": place,
-        "project": config.project,
-        "entity": config.entity,
-        "group": config.group or group,
+        "project": config.get("project"),
+        "entity": config.get("entity"),
+        "group": config.get("group") or group,
         "job_type": "sweep" if AGENT in os.environ else job_type,
         "name": folder.name,
         "config": dict(settings),
@@ -52,40 +51,57 @@ def wandb_run(
     }
     if AGENT not in os.environ:
         known["id"] = _run_id(folder)
-    run = _start(wandb_mode(config.offline), known)
+    run = _start(wandb_mode(config.get("offline")), known)
     code = 1
     try:
-        yield WandbLogger(experiment=run, save_dir=place, project=config.project)
+        yield WandbLogger(experiment=run, save_dir=place, project=known["project"])
         code = 0
     finally:
-        _finish(run, code)
+        try:
+            run.finish(exit_code=code)
+        except Exception as error:
+            _log.warning("W&B did not take the end of the run: %s: %s", type(error).__name__, error)
+        if (kept := Path(run.dir).parent).name.startswith("offline-run"):
+            _log.info("W&B run kept offline; to upload it: wandb sync %s", kept)
 
 
-def _start(mode: _Mode, known: dict[str, Any]) -> Any:
+def wandb_mode(offline: bool | None) -> str:
+    """The mode that was asked for, else the environment's, else online if there is a key or an agent."""
+    if offline is not None:
+        return "offline" if offline else "online"
+    wanted = os.environ.get("WANDB_MODE")
+    if wanted in MODES:
+        return wanted
+    return "online" if AGENT in os.environ or "WANDB_API_KEY" in os.environ or _logged_in() else "offline"
+
+
+def results_to_wandb(
+    run: Any, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]], figures: Sequence[Path]
+) -> None:
+    """Enter the final metrics into the summary, and log a table of ``rows`` and the figures."""
+    import wandb
+
+    run.summary.update(dict(metrics))
+    columns = list(rows[0])
+    table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+    run.log({"images": table, **{f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}})
+
+
+def _start(mode: str, known: dict[str, Any]) -> Any:
     import wandb
 
     if mode == "online":
         try:
             return wandb.init(mode="online", resume="allow", **known)
-        except Exception as error:  # CommError, AuthenticationError, UsageError, ... : W&B's errors have no one base
+        except Exception as error:  # CommError, AuthenticationError, UsageError, ...: W&B's errors have no common base
             _log.warning("W&B cannot be used online, so this run is kept offline: %s", error)
             mode = "offline"
-            known["id"] = secrets.token_hex(4)  # W&B takes the other for in use
-    return wandb.init(mode=mode, **known)
-
-
-def _finish(run: Any, code: int) -> None:
-    folder = Path(run.dir).parent
-    try:
-        run.finish(exit_code=code)
-    except Exception as error:
-        _log.warning("W&B did not take the end of the run: %s: %s", type(error).__name__, error)
-    if folder.name.startswith("offline-run"):
-        _log.info("W&B run kept offline; to upload it: wandb sync %s", folder)
+            known["id"] = secrets.token_hex(4)  # W&B considers the other to be in use
+    return wandb.init(mode=mode, **known)  # type: ignore[arg-type]
 
 
 def _settings() -> Any:
-    """Bounds on waiting; no capture of the terminal, which would outlive the job in a process of many."""
+    """Time limits, and no capture of the terminal: it would outlive the job in a process with several jobs."""
     import wandb
 
     wanted: dict[str, Any] = {
@@ -99,19 +115,8 @@ def _settings() -> Any:
     return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
 
 
-def wandb_mode(offline: bool | None) -> _Mode:
-    """What was asked for; else what the environment says; else online where there is a key or an agent."""
-    if offline is not None:
-        return "offline" if offline else "online"
-    wanted = os.environ.get("WANDB_MODE")
-    for mode in get_args(_Mode):
-        if wanted == mode:
-            return cast(_Mode, mode)
-    return "online" if AGENT in os.environ or "WANDB_API_KEY" in os.environ or _logged_in() else "offline"
-
-
 def _logged_in() -> bool:
-    """Whether ``wandb login`` has left a key."""
+    """Whether ``wandb login`` has stored a key."""
     import wandb
 
     try:
@@ -126,17 +131,3 @@ def _run_id(folder: Path) -> str:
     if not path.is_file():
         write_text(path, secrets.token_hex(4))
     return path.read_text().strip()
-
-
-def results_to_wandb(
-    run: Any, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]], figures: Sequence[Path]
-) -> None:
-    """Enter the final figures into the summary, and log a table of ``rows`` and the pictures."""
-    import wandb
-
-    run.summary.update(dict(metrics))
-    columns = list(rows[0])
-    pictures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
-    run.log(
-        {"images": wandb.Table(columns=list(columns), data=[[row[c] for c in columns] for row in rows]), **pictures}
-    )

@@ -1,30 +1,25 @@
-"""Fits that are made once: a folder of decision traces, keyed by all that a fit depends on and by nothing else."""
+"""Results that are computed once: a folder of fits, traces, attacked images and cells under content keys."""
 
 from dipguard.store.entry import DamagedEntryError, Entry
-from dipguard.store.folder import LAYERS, TraceStore, open_store
-from dipguard.store.keys import digest_of, victim_digest
+from dipguard.store.folder import LAYERS, Store, open_store
+from dipguard.store.keys import StackKeys, digest_of, numerics, victim_digest
 from dipguard.store.manage import EntryInfo, list_entries, prune, store_size, verify
-from dipguard.store.rules import stored_rule
-from dipguard.store.serve import StoredResult, stored_stack
-from dipguard.store.stack_keys import StackKeys, holds_traces
-from dipguard.store.stopped import RuleAsked
+from dipguard.store.stack import StoredResult, stored_stack
 
 __all__ = [
     "LAYERS",
     "DamagedEntryError",
     "Entry",
     "EntryInfo",
-    "RuleAsked",
     "StackKeys",
+    "Store",
     "StoredResult",
-    "TraceStore",
     "digest_of",
-    "holds_traces",
     "list_entries",
+    "numerics",
     "open_store",
     "prune",
     "store_size",
-    "stored_rule",
     "stored_stack",
     "verify",
     "victim_digest",

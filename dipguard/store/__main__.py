@@ -1,4 +1,4 @@
-"""Look after a store: ``python -m dipguard.store {list,size,prune,verify} FOLDER``."""
+"""The command line of a store: ``python -m dipguard.store {list,size,prune,verify} FOLDER``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code: 1 where ``verify`` found damage, 2 for a bad argument."""
+    """Run a command; return the exit code: 1 if ``verify`` found damage, 2 for a bad argument."""
     parser = _parser()
     asked = parser.parse_args(arguments)
     try:
@@ -30,7 +30,7 @@ def bytes_of(text: str) -> int:
     """A size such as 500M or 1.5G (units of 1024) in bytes.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?", text.strip(), flags=re.IGNORECASE)
     if match is None:
@@ -39,7 +39,7 @@ def bytes_of(text: str) -> int:
 
 
 def size_text(count: float) -> str:
-    """Bytes for people."""
+    """Bytes with a unit, such as 1.5 KiB."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -48,9 +48,9 @@ def size_text(count: float) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dipguard.store", description="Look after a store of fits.")
+    parser = argparse.ArgumentParser(prog="python -m dipguard.store", description="Look after a store of results.")
     commands = parser.add_subparsers(required=True, metavar="{list,size,prune,verify}")
-    shown = commands.add_parser("list", help="every entry: layer, image, network, steps, size, last use, key")
+    shown = commands.add_parser("list", help="every entry: layer, last use, size, key, what it is")
     shown.add_argument("--json", action="store_true", help="one JSON object a line, with the whole header")
     shown.set_defaults(run=_list)
     commands.add_parser("size", help="entries and bytes of each layer").set_defaults(run=_size)
@@ -58,9 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--older-than", type=float, metavar="DAYS", help="last used longer ago than this")
     cut.add_argument("--max-size", type=bytes_of, metavar="SIZE", help="cut to this size, such as 20G")
     cut.add_argument("--other-versions", action="store_true", help="made by programs other than those in use")
-    cut.add_argument("--dry-run", action="store_true", help="only say what would go")
+    cut.add_argument("--dry-run", action="store_true", help="only say what would be removed")
     cut.set_defaults(run=_prune)
-    looked = commands.add_parser("verify", help="read every entry; exit code 1 where one is damaged")
+    looked = commands.add_parser("verify", help="read every entry; exit code 1 if one is damaged")
     looked.add_argument("--remove", action="store_true", help="remove the damaged ones")
     looked.set_defaults(run=_verify)
     for command in (shown, cut):
@@ -82,10 +82,9 @@ def _list(asked: argparse.Namespace) -> int:
 
 def _size(asked: argparse.Namespace) -> int:
     sizes = store_size(asked.folder)
+    sizes["all"] = (sum(count for count, _ in sizes.values()), sum(total for _, total in sizes.values()))
     for layer, (count, total) in sizes.items():
         print(f"{layer:8} {count:7d} entries {size_text(total):>10}")
-    whole = [sum(values) for values in zip(*sizes.values(), strict=True)]
-    print(f"{'all':8} {whole[0]:7d} entries {size_text(whole[1]):>10}")
     return 0
 
 
@@ -114,12 +113,8 @@ def _verify(asked: argparse.Namespace) -> int:
 def _line(info: EntryInfo) -> str:
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used))
     about = info.header
-    if info.damaged:
-        what = "damaged"
-    elif info.layer == "attacks":
-        what = str(about.get("what", ""))
-    else:
-        what = f"image {about.get('index')} {about.get('network')} {about.get('what', '')}"
+    image = f"image {about['index']} {about['network']} " if "network" in about else ""
+    what = "damaged" if info.damaged else f"{image}{about.get('what', '')}"
     return f"{info.layer:8} {when} {size_text(info.bytes):>10} {info.key} {what}"
 
 

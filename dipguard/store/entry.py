@@ -1,9 +1,8 @@
-"""One file of the store: a NumPy archive that knows by itself whether it is whole.
+"""One file of the store: a NumPy archive with a JSON header and a checksum.
 
-An entry is an uncompressed npz (``numpy.load`` reads it) with a member ``header``, JSON text that says what it was made
-from, and the SHA-256 of all bytes before it as the archive's comment. Images stay float32 or float64 as the fit made
-them: with half the bits a decision next to the boundary may tip, and a replay would no longer be the fit's own; and
-noise-like mantissas do not compress.
+An entry is an uncompressed npz that ``numpy.load`` reads. Its member ``header`` is JSON text that says what the entry
+was made from; the archive's comment is the SHA-256 of all bytes before it. Images keep the float type of the fit: with
+half the bits a decision close to the boundary could change. Their mantissas look like noise and do not compress.
 """
 
 from __future__ import annotations
@@ -21,22 +20,22 @@ import numpy as np
 
 from dipguard.files import write_bytes
 
-FORMAT = "dipguard.store/1"
+FORMAT = "dipguard.store/2"
 HEADER = "header"
 DIGEST_LENGTH = 64  # hex digits of a SHA-256
 
 
 class DamagedEntryError(ValueError):
-    """A file of the store is not what was written."""
+    """The content of a file in the store is not what was written."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What a file holds.
+    """The content of an entry.
 
     Attributes:
         arrays: NumPy arrays by name.
-        header: What they were made from; values that JSON can hold.
+        header: What they were made from, and small results; JSON values.
     """
 
     arrays: dict[str, Any]
@@ -49,23 +48,22 @@ class Entry:
 
 
 def write_entry(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> int:
-    """Write an entry whole or not at all, also where the process is killed meanwhile; returns its size in bytes."""
+    """Write an entry atomically; return its size in bytes."""
     buffer = io.BytesIO()
-    text = json.dumps({**header, "format": FORMAT}, sort_keys=True)
-    members: dict[str, Any] = {**arrays, HEADER: np.str_(text)}
+    members: dict[str, Any] = {**arrays, HEADER: np.str_(json.dumps({**header, "format": FORMAT}, sort_keys=True))}
     np.savez(buffer, **members)
-    # The last two bytes of an archive are the length of its comment, which follows.
+    # The last two bytes of a zip archive are the length of the comment that follows.
     body = buffer.getvalue()[:-2] + DIGEST_LENGTH.to_bytes(2, "little")
     write_bytes(path, body + hashlib.sha256(body).hexdigest().encode())
     return len(body) + DIGEST_LENGTH
 
 
 def read_entry(path: Path) -> Entry:
-    """What :func:`write_entry` wrote; nothing of a file is interpreted before its digest is found right.
+    """Read an entry; the checksum is verified before anything is parsed.
 
     Raises:
         FileNotFoundError: No such file.
-        DamagedEntryError: The file is damaged, or is no entry.
+        DamagedEntryError: The file is damaged, or is not an entry.
     """
     content = path.read_bytes()
     body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
@@ -77,18 +75,18 @@ def read_entry(path: Path) -> Entry:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """An entry's header, read without the rest of the file and without checking the digest.
+    """Read an entry's header alone, without verifying the checksum.
 
     Raises:
         FileNotFoundError: No such file.
-        DamagedEntryError: The file is damaged, or is no entry.
+        DamagedEntryError: The file is damaged, or is not an entry.
     """
     try:
         with np.load(path, allow_pickle=False) as saved:
             return _header(saved[HEADER], path)
     except FileNotFoundError:
         raise
-    # What a damaged archive raises has no common base: bad offsets, bad flags, bad lengths, a bad array header.
+    # The errors of a damaged archive have no common base: bad offsets, flags and lengths, a bad array header.
     except (OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, SyntaxError, zipfile.BadZipFile) as e:
         raise DamagedEntryError(f"{path} is damaged: {e}") from e
 

@@ -1,13 +1,12 @@
-"""The store's folder: entries by layer and key, locks, and what was read a moment ago.
+"""The store: a folder of results under the digest of everything that they depend on.
 
-    fits/<ab>/<key>.npz      a fit as no victim has seen it: x(t), v(t) and the loss at the sampled steps
-    traces/<ab>/<key>.npz    a fit as a victim saw it: decisions, on-boundary images, the last reconstructions
-    stopped/<ab>/<key>.npz   what a stopping rule chose of a fit
     attacks/<ab>/<key>.npz   attacked images
+    cells/<ab>/<key>.npz     cells of an evaluation: reconstructions of a chunk, figures of a finished cell
+    fits/<ab>/<key>.npz      a DIP fit before any classifier saw it: x(t), v(t) and the loss at the sampled steps
+    traces/<ab>/<key>.npz    a fit as a victim saw it: decisions, on-boundary images, the last reconstructions
     locks/<key>.lock         held while an entry is being made; the system frees it when its process dies
 
-The key is the digest of all that an entry depends on, and of nothing else. Nothing in here is needed: what is missing,
-damaged or of another version is made again.
+An entry that is missing, damaged or from other versions of the libraries is made again, so every file may be deleted.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import logging
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -27,49 +26,53 @@ from filelock import FileLock, Timeout
 
 from dipguard.store.entry import DamagedEntryError, Entry, read_entry, write_entry
 from dipguard.store.keys import versions
-from dipguard.store.lru import CACHE_BYTES, ByteLRU
 
 _log = logging.getLogger(__name__)
 
-LAYERS = ("fits", "traces", "stopped", "attacks")
+LAYERS = ("attacks", "cells", "fits", "traces")
 POLL = 0.1
-"""Seconds between two looks at a lock that another process holds."""
+"""Seconds between two attempts to get a lock that another process holds."""
+MEMORY = 512 * 2**20
+"""Bytes of traces that a process keeps in memory: a sweep over tau, K and beta reads the same ones for each setting."""
 
-_opened: dict[tuple[Path, bool], TraceStore] = {}
+_opened: dict[tuple[Path, bool], Store] = {}
 _opening = threading.Lock()
 
 
-class TraceStore:
-    """Fits that are made once, for all processes that share a folder.
+class Store:
+    """Results that are computed once, for all processes that share a folder.
 
     Args:
-        path: The folder; made when the first entry is written.
-        keep_samples: Keep x(t) of all sampled steps (float32, 12 KiB a sample of 32x32 pixels). Without them an entry
-            serves other tau, t0, K and beta, but another victim or other decisions need another fit.
-        cache_bytes: Bound of the memory for entries read; each process has its own.
+        path: The folder. It is created with the first entry.
+        keep_samples: Keep x(t) of all sampled steps (float32, 12 KiB for a sample of 32x32 pixels). Without them a
+            stored fit serves other values of tau, t0, K and beta, but not another victim or other decisions.
 
     Attributes:
-        counts: What happened in this process, in images: ``fitted``, ``decided`` (from kept samples), ``replayed``
-            (nothing but the stitch), ``attacked``, ``attacks_found``, and ``damaged`` entries.
+        counts: What this process did, in images: ``fitted``, ``decided`` (from stored samples), ``replayed`` (stitched
+            from a stored trace), ``attacked``, ``attacks_found``, and ``damaged`` entries.
 
     Raises:
-        ValueError: ``path`` is there and is no folder.
+        ValueError: ``path`` exists and is not a folder.
     """
 
-    def __init__(self, path: str | Path, *, keep_samples: bool = True, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, path: str | Path, *, keep_samples: bool = True) -> None:
         self.path = Path(path).expanduser().absolute()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`store` must be a folder, got {self.path}, which is a file")
         self.keep_samples = keep_samples
-        self.cache = ByteLRU(cache_bytes)
         self.counts: Counter[str] = Counter()
+        self._recent: OrderedDict[str, Entry] = OrderedDict()
+        self._recent_bytes = 0
 
     def file(self, layer: str, key: str) -> Path:
-        """Where an entry is kept."""
+        """The path of an entry."""
         return self.path / layer / key[:2] / f"{key}.npz"
 
     def read(self, layer: str, key: str) -> Entry | None:
-        """An entry from its file, or None where it is missing or, with a warning, damaged."""
+        """An entry, or None if it is missing or (with a warning) damaged. Its arrays must not be changed."""
+        if layer == "traces" and key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key]
         path = self.file(layer, key)
         try:
             entry = read_entry(path)
@@ -81,70 +84,86 @@ class TraceStore:
             self.counts["damaged"] += 1
             _log.warning("an entry of the store cannot be used and is made again: %s", error)
             if isinstance(error, DamagedEntryError):
-                path.unlink(missing_ok=True)  # said once, not at each look
+                path.unlink(missing_ok=True)  # warn once, not at each read
             return None
-        with suppress(OSError):  # somebody else's store
-            os.utime(path)  # its age counts from its last use
+        with suppress(OSError):  # a store that this user may only read
+            os.utime(path)  # prune counts an entry's age from its last use
+        self._remember(layer, key, entry)
         return entry
 
     def write(self, layer: str, key: str, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
-        """Keep an entry. Where that fails (a full disk, a folder of somebody else's), warn and go on without."""
+        """Write an entry. If that fails (full disk, no permission), warn and continue without it."""
         header = {**about, "layer": layer, "key": key, "made": time.time(), "versions": versions()}
         try:
             write_entry(self.file(layer, key), arrays, header)
         except OSError as error:
             _log.warning("an entry could not be kept in the store %s: %s", self.path, error)
+        self._remember(layer, key, Entry(dict(arrays), header))
 
-    @contextmanager
-    def claim(self, keys: Sequence[str]) -> Iterator[set[str]]:
-        """Hold the locks of those entries that nobody else is making; of at least one.
+    def remove(self, layer: str, key: str) -> None:
+        """Delete an entry if there is one."""
+        self.file(layer, key).unlink(missing_ok=True)
 
-        Where others hold all of them, waits for the first one. Nothing is held while waiting, so two processes cannot
-        wait for each other; the locks are the system's, so that of a process that was killed is free at once.
-        """
-        folder = self.path / "locks"
-        with ExitStack() as held:
-            mine = {key for key in dict.fromkeys(keys) if self._try(held, folder / f"{key}.lock", timeout=0)}
-            if not mine:
-                _log.info("waiting for another process that makes the entry %s", keys[0])
-                self._try(held, folder / f"{keys[0]}.lock", timeout=-1)
-                mine = {keys[0]}
-            yield mine
-
-    def arrays(self, layer: str, key: str, make: Callable[[], Mapping[str, Any]], about: Mapping[str, Any]) -> Entry:
-        """An entry of whatever kind: stored, or made and stored now, by one process alone."""
+    def arrays(self, layer: str, key: str, make: Callable[[], Entry]) -> Entry:
+        """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone."""
         entry = self.read(layer, key)
         if entry is not None:
             return entry
         with self.claim([key]):
             entry = self.read(layer, key)
             if entry is None:
-                entry = Entry({name: np.asarray(value) for name, value in make().items()}, dict(about))
-                self.write(layer, key, entry.arrays, about)
+                entry = make()
+                entry = Entry({name: np.asarray(value) for name, value in entry.arrays.items()}, entry.header)
+                self.write(layer, key, entry.arrays, entry.header)
         return entry
 
+    @contextmanager
+    def claim(self, keys: Sequence[str]) -> Iterator[set[str]]:
+        """Hold the locks of those entries that no other process is making; at least one of them.
+
+        If other processes hold all of them, wait for the first one. No lock is held while waiting, so two processes
+        cannot wait for each other. The operating system frees the locks of a killed process.
+        """
+        folder = self.path / "locks"
+        with ExitStack() as held:
+            mine = {key for key in dict.fromkeys(keys) if self._lock(held, folder / f"{key}.lock", timeout=0)}
+            if not mine:
+                _log.info("waiting for another process that makes the entry %s", keys[0])
+                self._lock(held, folder / f"{keys[0]}.lock", timeout=-1)
+                mine = {keys[0]}
+            yield mine
+
     @staticmethod
-    def _try(held: ExitStack, path: Path, *, timeout: float) -> bool:
+    def _lock(held: ExitStack, path: Path, *, timeout: float) -> bool:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(path).acquire(timeout=timeout, poll_interval=POLL))
         except Timeout:
             return False
-        except OSError as error:  # somebody else's store: what is made cannot be kept there anyway
+        except OSError as error:  # no permission; then the entry cannot be written either
             _log.warning("no lock could be taken in the store, so the same work may be done twice: %s", error)
         return True
 
+    def _remember(self, layer: str, key: str, entry: Entry) -> None:
+        if layer != "traces":
+            return
+        old = self._recent.pop(key, None)
+        self._recent[key] = entry
+        self._recent_bytes += entry.bytes - (0 if old is None else old.bytes)
+        while self._recent_bytes > MEMORY:
+            self._recent_bytes -= self._recent.popitem(last=False)[1].bytes
 
-def open_store(store: str | Path | TraceStore | None, *, keep_samples: bool = True) -> TraceStore | None:
-    """The store of a folder; the same one, with what it has in memory, each time in one process.
+
+def open_store(store: str | Path | Store | None, *, keep_samples: bool = True) -> Store | None:
+    """The store of a folder; one process gets the same object each time.
 
     Raises:
-        TypeError, ValueError: It is neither a folder nor the path of one that can be made.
+        TypeError, ValueError: Neither a folder nor a path at which one can be created.
     """
-    if store is None or isinstance(store, TraceStore):
+    if store is None or isinstance(store, Store):
         return store
     if not isinstance(store, str | Path) or not str(store):
         raise TypeError(f"`store` must be the path of a folder or null, got {store!r}")
-    made = TraceStore(store, keep_samples=keep_samples)
+    made = Store(store, keep_samples=keep_samples)
     with _opening:
         return _opened.setdefault((made.path, keep_samples), made)

@@ -1,4 +1,4 @@
-"""What a fit depends on, and what a victim's view of it depends on besides: the names of the store's files."""
+"""Keys: digests of everything that an entry depends on, and of nothing else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from functools import cache, lru_cache
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -15,91 +15,42 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_int
 from dipguard.classifier import device_of
-from dipguard.decision import sampled_steps
-from dipguard.engines import make_engine
-from dipguard.engines.base import SHORT
+from dipguard.engines import SHORT, make_engine
 from dipguard.engines.native_build import FLAGS, SOURCES
 from dipguard.files import tensor_digest
 from dipguard.fit import DecideOptions, FitOptions, StackedDIP
-from dipguard.fit.module import DTYPES
-from dipguard.fit.runner import apart
-from dipguard.networks import NetworkSpec, resolve
+from dipguard.fit.runner import isolated_trainer
 from dipguard.version import __version__
 
 NUMERICS = 1
-"""Raised by whoever changes dipguard's fit, SSIM or decisions so that their numbers change."""
+"""To be raised with every change of dipguard that changes the numbers of a fit, of SSIM or of a decision."""
 
 _engines: dict[Any, str] = {}
 
 
 def digest_of(parts: Any) -> str:
-    """A digest of JSON values, 32 hex digits; the order of keys plays no role."""
+    """A digest of JSON values, 32 hex digits; the order of a mapping's keys plays no role."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
 
-@lru_cache(maxsize=64)
-def fit_parts(fit: FitOptions, *, engine: str, device: torch.device) -> dict[str, Any]:
-    """What x(t), v(t) and the loss depend on besides the image and its index, as JSON can hold it.
-
-    Not T: x(t) is the same in every fit that gets as far as t. Not the victim, whom a fit never asks. Versions are
-    those that change the numbers: torch (draws, kernels), torchmetrics (SSIM), the native engine's sources, and
-    ``NUMERICS``. Rounding that is not named: another processor, another GPU; and, but for the native engine, the number
-    of images in a stack.
-
-    Args:
-        fit: How it is fitted.
-        engine: The engine's name, once ``auto`` is decided (:func:`engine_of`).
-        device: Where it is fitted.
-
-    Returns:
-        The same dict each time; never to be changed.
-    """
-    versions: dict[str, Any] = {"numerics": NUMERICS, "torch": torch.__version__, "torchmetrics": _torchmetrics()}
-    if engine == "native":
-        versions["native"] = _native_sources()
-    return {
-        **fit.as_settings(),
-        "network": asdict(resolve(fit.network)),
-        "engine": engine,
-        "device": device.type,
-        "versions": versions,
-    }
+@cache
+def versions() -> dict[str, str]:
+    """The programs that an entry is made with. The same dict each time; it must not be changed."""
+    return {"dipguard": __version__, **numerics()}
 
 
-def fit_keys(
-    images: Tensor, indices: Sequence[int], parts: Mapping[str, Any], *, dtype: str
-) -> tuple[list[str], list[str]]:
-    """Each image's own digest, and the key of its fit.
-
-    Args:
-        images: x0, [B, 3, H, W].
-        indices: Their indices, which settle their draws.
-        parts: :func:`fit_parts`.
-        dtype: The fit's, in which the images are compared.
-    """
-    common = digest_of(parts)
-    values = images.detach().to(device="cpu", dtype=DTYPES[dtype])
-    digests = [tensor_digest([image]) for image in values]
-    keys = [digest_of([common, digest, int(i)]) for digest, i in zip(digests, indices, strict=True)]
-    return digests, keys
-
-
-def decide_parts(victim: nn.Module, decide: DecideOptions) -> dict[str, Any]:
-    """What a trace depends on besides its fit: the victim, the sampled steps, N and the scores of Eq. 5.
-
-    ``K_max`` is not among them: a trace serves every smaller one.
-    """
-    steps = sampled_steps(decide.T, decisions=decide.decisions, every=decide.every)
-    aside = ("T", "decisions", "every", "K_max", "keep_samples", "patience")
-    own = {name: value for name, value in asdict(decide).items() if name not in aside}
-    return {**own, "steps": list(steps), "victim": victim_digest(victim), "victim_on": device_of(victim).type}
+@cache
+def numerics() -> dict[str, str]:
+    """Those of :func:`versions` that numbers depend on: a part of every key."""
+    return {"numerics": str(NUMERICS), "torch": torch.__version__, "torchmetrics": version("torchmetrics")}
 
 
 def victim_digest(victim: nn.Module) -> str:
-    """A digest of a victim: of every part its class, its plain attributes, its parameters and its buffers.
+    """A digest of a classifier: the class, plain attributes, parameters and buffers of each of its modules.
 
-    Buffers count also where a state dict leaves them out, as those of a normalisation often are. Code is not looked at,
-    nor are attributes of other kinds; :mod:`dipguard.store.serve` therefore asks the victim again before it trusts.
+    Buffers count even if the state dict leaves them out, as it often does with those of a normalisation. Code is not
+    part of the digest, nor are attributes of other types: stored traces are therefore compared with the victim's logits
+    before they are used.
     """
     plain = (bool, int, float, str, tuple, type(None))
     parts, tensors = [], []
@@ -113,41 +64,91 @@ def victim_digest(victim: nn.Module) -> str:
     return digest_of([parts, tensor_digest(tensors)])
 
 
-def engine_of(fit: FitOptions, *, T: int, size: tuple[int, int], device: torch.device) -> str:
-    """The engine that a fit of T steps gets, ``auto`` decided; which may compile the native one.
+class StackKeys:
+    """The keys of the fits and traces of B images.
+
+    A fit depends on the image, its index and the options. It does not depend on T, since x(t) is the same in every fit
+    of at least t steps, nor on the victim, which the fit never asks. Rounding that the key does not tell apart: another
+    processor or GPU and, except for the native engine, the number of images in a stack.
+
+    Args:
+        images: x0, [B, 3, H, W] in [0, 1].
+        indices: Their indices, which determine their random draws.
+        fit: How they are fitted.
+        T: Length of the fit, which decides what the engine ``auto`` is.
+        device: Where they are fitted.
+        trainer: More keyword arguments of ``pl.Trainer``, which may change the numbers.
+
+    Attributes:
+        indices: The indices.
+        engine: The engine's name.
+        fits: The key of each image's fit.
 
     Raises:
-        ValueError: An engine that cannot run here, or an image too small for the network.
+        ValueError: An engine that cannot run here, or images too small for the network.
     """
-    if device.type != "cpu" or fit.engine != "auto":
-        return fit.engine
-    check_int(T, name="T", low=1)
-    key = (resolve(fit.network), fit.padding, fit.dtype, fit.optimise_z, size, T < SHORT)
-    if key not in _engines:
-        with apart(device):
-            module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
-            _engines[key] = make_engine(fit.engine, module.net, module.given, steps=T, z_gradient=fit.optimise_z).name
-    return _engines[key]
 
+    def __init__(
+        self,
+        images: Tensor,
+        *,
+        indices: Sequence[int],
+        fit: FitOptions,
+        T: int,
+        device: torch.device,
+        trainer: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.indices = [int(i) for i in indices]
+        self._size, self._fit, self._device = (images.shape[-2], images.shape[-1]), fit, device
+        self.engine = self.engine_at(T)
+        made_with = {**numerics(), "native": _native_sources()} if self.engine == "native" else numerics()
+        self._parts: dict[str, Any] = {
+            **fit.as_settings(),
+            "network": asdict(fit.spec),
+            "engine": self.engine,
+            "device": device.type,
+            "versions": made_with,
+        }
+        if trainer:
+            self._parts["trainer"] = {name: str(value) for name, value in trainer.items()}
+        common = digest_of(self._parts)
+        values = images.detach().to(device="cpu", dtype=getattr(torch, fit.dtype))
+        self._digests = [tensor_digest([image]) for image in values]
+        self.fits = [digest_of([common, *one]) for one in zip(self._digests, self.indices, strict=True)]
 
-def versions() -> dict[str, str]:
-    """What an entry says of the programs that made it."""
-    return {
-        "dipguard": __version__,
-        "torch": torch.__version__,
-        "torchmetrics": _torchmetrics(),
-        "numerics": str(NUMERICS),
-    }
+    def engine_at(self, T: int) -> str:
+        """The engine of a fit of T steps; may compile the native one."""
+        fit = self._fit
+        if self._device.type != "cpu" or fit.engine != "auto":
+            return fit.engine
+        check_int(T, name="T", low=1)
+        key = (fit.spec, fit.padding, fit.dtype, fit.optimise_z, self._size, T < SHORT)
+        if key not in _engines:
+            with isolated_trainer(self._device):
+                module = StackedDIP(torch.full((1, 3, *self._size), 0.5), options=fit)
+                made = make_engine(fit.engine, module.net, module.given, steps=T, z_gradient=fit.optimise_z)
+                _engines[key] = made.name
+        return _engines[key]
 
+    def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:
+        """The key of each image's trace: its fit's, the victim, the sampled steps, N and the scores of Eq. 5.
 
-def network_name(fit: FitOptions) -> str:
-    """For people."""
-    return "own" if isinstance(fit.network, NetworkSpec) else fit.network
+        ``K_max`` is not a part: a trace serves every smaller one.
+        """
+        aside = ("T", "decisions", "every", "K_max", "keep_samples")
+        own = {name: value for name, value in asdict(decide).items() if name not in aside}
+        decided = digest_of([own, list(decide.steps), victim_digest(victim), device_of(victim).type])
+        return [digest_of([key, decided]) for key in self.fits]
 
-
-@cache
-def _torchmetrics() -> str:
-    return version("torchmetrics")
+    def about(self, b: int) -> dict[str, Any]:
+        """The header of image b's entries."""
+        return {
+            "network": self._fit.network if isinstance(self._fit.network, str) else "own",
+            "parts": self._parts,
+            "image": self._digests[b],
+            "index": self.indices[b],
+            "fit": self.fits[b],
+        }
 
 
 @cache

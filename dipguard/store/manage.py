@@ -1,9 +1,9 @@
-"""What lies in a store, how much of it, what may go, and whether it is whole."""
+"""List, measure, prune and verify a store."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,11 @@ from filelock import FileLock, Timeout
 from dipguard.checks import check_choice, check_float, check_int
 from dipguard.store.entry import DamagedEntryError, read_entry, read_header
 from dipguard.store.folder import LAYERS
-from dipguard.store.keys import versions
+from dipguard.store.keys import numerics
 
 DAY = 24 * 3600.0
 LEFT_OVER = 3600.0
-"""Seconds after which a file that was being written is held to be that of a killed process."""
+"""Seconds after which a temporary file counts as left behind by a killed process."""
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class EntryInfo:
 
     Attributes:
         path: Its file.
-        layer: ``fits``, ``traces``, ``stopped`` or ``attacks``.
-        key: The digest of what it depends on.
+        layer: One of ``LAYERS``.
+        key: The digest of everything that it depends on.
         bytes: Size of the file.
         used: When it was written or last read from its file, seconds since 1970.
-        header: What it was made from; empty where the file is damaged.
+        header: What it was made from; empty if the file is damaged.
     """
 
     path: Path
@@ -47,9 +47,9 @@ class EntryInfo:
 
     @property
     def is_current(self) -> bool:
-        """Whether the programs in use could have made it: the numbers' version, torch and torchmetrics."""
-        made, now = self.header.get("versions", {}), versions()
-        return all(made.get(name) == now[name] for name in ("numerics", "torch", "torchmetrics"))
+        """Whether the installed versions are those that it was made with."""
+        made = self.header.get("versions", {})
+        return all(made.get(name) == now for name, now in numerics().items())
 
 
 def list_entries(folder: str | Path, *, layers: Sequence[str] = LAYERS) -> list[EntryInfo]:
@@ -72,14 +72,11 @@ def store_size(folder: str | Path) -> dict[str, tuple[int, int]]:
     """Number of entries and bytes of each layer.
 
     Raises:
-        FileNotFoundError, ValueError: As :func:`list_entries`.
+        FileNotFoundError, ValueError: See :func:`list_entries`.
     """
     root = _root(folder)
-    sizes = {}
-    for layer in LAYERS:
-        files = [stat.st_size for path in (root / layer).glob("??/*.npz") if (stat := _stat(path)) is not None]
-        sizes[layer] = (len(files), sum(files))
-    return sizes
+    sizes = {layer: [path.stat().st_size for path in (root / layer).glob("??/*.npz")] for layer in LAYERS}
+    return {layer: (len(files), sum(files)) for layer, files in sizes.items()}
 
 
 def prune(
@@ -91,37 +88,35 @@ def prune(
     layers: Sequence[str] = LAYERS,
     dry_run: bool = False,
 ) -> list[EntryInfo]:
-    """Remove entries; also what killed processes left half written, and locks that nobody holds.
+    """Remove entries, temporary files of killed processes and free locks.
 
-    Processes that use the store meanwhile are not disturbed: what they miss, they make again.
+    Processes that use the store at the same time are not disturbed: they make again what they miss.
 
     Args:
         folder: The store.
-        older_than: Days since its last use after which an entry goes.
+        older_than: Days since its last use after which an entry is removed.
         max_bytes: Size to which the chosen layers are cut, the least recently used entries first.
-        other_versions: Entries go that the programs in use would no longer ask for.
-        layers: Where to look. The traces of a fit go on serving once it is gone, until another victim asks.
+        other_versions: Remove entries made by other versions of dipguard's numerics, torch or torchmetrics.
+        layers: Layers to prune. Traces remain usable without their fit, until another victim needs it.
         dry_run: Remove nothing.
 
     Returns:
-        The entries that went, or would go.
+        The entries that were removed, or would be.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: As :func:`list_entries`, or an argument is out of range.
+        FileNotFoundError, TypeError, ValueError: See :func:`list_entries`, or an argument is out of range.
     """
     if older_than is not None:
         check_float(older_than, name="older_than", low=0.0)
     if max_bytes is not None:
         check_int(max_bytes, name="max_bytes", low=0)
-    entries = sorted(list_entries(folder, layers=layers), key=lambda info: info.used)
     before = None if older_than is None else time.time() - older_than * DAY
-    gone = [
-        info
-        for info in entries
-        if (before is not None and info.used < before) or (other_versions and not info.is_current)
-    ]
+    gone: list[EntryInfo] = []
+    rest: list[EntryInfo] = []
+    for info in sorted(list_entries(folder, layers=layers), key=lambda info: info.used):
+        old = (before is not None and info.used < before) or (other_versions and not info.is_current)
+        (gone if old else rest).append(info)
     if max_bytes is not None:
-        rest = [info for info in entries if info not in gone]
         excess = sum(info.bytes for info in rest) - max_bytes
         for info in rest:
             if excess <= 0:
@@ -136,23 +131,23 @@ def prune(
 
 
 def verify(folder: str | Path, *, remove: bool = False) -> list[EntryInfo]:
-    """Read every entry and compare it with its digest; returns, and on demand removes, the damaged ones.
+    """Read every entry and compare it with its checksum; return, and on demand remove, the damaged ones.
 
     Raises:
-        FileNotFoundError, ValueError: As :func:`list_entries`.
+        FileNotFoundError, ValueError: See :func:`list_entries`.
     """
     damaged = []
     for info in list_entries(folder):
         try:
-            sound = read_entry(info.path).header.get("key") == info.key
-        except FileNotFoundError:  # removed meanwhile
+            if read_entry(info.path).header.get("key") == info.key:
+                continue
+        except FileNotFoundError:  # removed in the meantime
             continue
         except (DamagedEntryError, OSError):
-            sound = False
-        if not sound:
-            damaged.append(info)
-            if remove:
-                info.path.unlink(missing_ok=True)
+            pass
+        damaged.append(info)
+        if remove:
+            info.path.unlink(missing_ok=True)
     return damaged
 
 
@@ -166,41 +161,24 @@ def _root(folder: str | Path) -> Path:
 
 
 def _info(path: Path, layer: str) -> EntryInfo | None:
-    stat = _stat(path)
-    if stat is None:
-        return None
     try:
+        stat = path.stat()
         header = read_header(path)
-    except FileNotFoundError:
+    except FileNotFoundError:  # removed in the meantime
         return None
     except DamagedEntryError:
         header = {}
     return EntryInfo(path, layer, path.stem, stat.st_size, stat.st_mtime, header)
 
 
-def _stat(path: Path) -> Any:
-    try:
-        return path.stat()
-    except FileNotFoundError:  # removed meanwhile
-        return None
-
-
 def _sweep(root: Path) -> None:
-    """Remove temporary files of the dead, free locks and empty folders."""
-    for path in _temporary(root):
-        stat = _stat(path)
-        if stat is not None and time.time() - stat.st_mtime > LEFT_OVER:
+    for path in (path for layer in LAYERS for path in (root / layer).glob("??/.*.npz.*")):
+        if time.time() - path.stat().st_mtime > LEFT_OVER:
             path.unlink(missing_ok=True)
     for path in (root / "locks").glob("*.lock"):
-        lock = FileLock(path)
         try:
-            with lock.acquire(timeout=0):
-                # Whoever waits for it sees that the file is gone, and takes a new one.
+            with FileLock(path).acquire(timeout=0):
+                # A process that waits for this lock notices that the file is gone, and takes a new one.
                 path.unlink(missing_ok=True)
         except (Timeout, OSError):
             continue
-
-
-def _temporary(root: Path) -> Iterator[Path]:
-    for layer in LAYERS:
-        yield from (root / layer).glob("??/.*.npz.*")

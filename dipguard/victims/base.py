@@ -1,9 +1,11 @@
-"""What every victim shares: normalisation inside, and a checked output."""
+"""Shared by all victims: input normalisation, a check of the output, and imports of optional libraries."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +15,21 @@ from dipguard.classifier import check_is_module, check_logits, device_of, frozen
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-
-__all__ = ["CIFAR10_CLASSES", "IMAGENET_MEAN", "IMAGENET_STD", "Normalised", "check_victim"]
 
 
 class Normalised(nn.Module):
-    """A classifier of [0, 1] images around a network that expects normalised ones.
+    """A network with its input normalisation: ``network((images - mean) / std)`` for images in [0, 1].
 
-    Computes ``network((images - mean) / std)`` for images [B, 3, H, W]; mean and std are buffers, so they move with the
-    module.
-
-    Attributes:
-        classes: The classes' names in the order of the logits; empty where nobody named them.
-        size: Height and width, in pixels, of the images that the network was made for; None if that is not known.
-        interpolation: How pictures of another size are to be resized for it: a name of
-            ``PIL.Image.Resampling``, in small letters.
+    Args:
+        network: Classifier of normalised images.
+        mean: Per-channel mean, three numbers. Registered as a buffer, like ``std``.
+        std: Per-channel standard deviation, three positive numbers.
+        classes: Class names in the order of the logits; empty if unknown.
+        size: Height and width in pixels of the images that the network was made for; None if unknown.
+        interpolation: How to resize other images for the network: a name of ``PIL.Image.Resampling`` in lower case.
 
     Raises:
-        ValueError: ``mean`` or ``std`` does not have three numbers, or a ``std`` is not positive.
+        ValueError: ``mean`` or ``std`` does not have three numbers, or ``std`` is not positive.
     """
 
     mean: Tensor
@@ -53,7 +51,7 @@ class Normalised(nn.Module):
         self.interpolation = interpolation
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != 3:
-                raise ValueError(f"`{name}` must have three numbers, one a channel, got {list(values)}")
+                raise ValueError(f"`{name}` must have three numbers, one per channel, got {list(values)}")
         if min(std) <= 0:
             raise ValueError(f"`std` must be positive, got {list(std)}")
         self.network = network
@@ -67,21 +65,20 @@ class Normalised(nn.Module):
 
 
 def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
-    """Run ``victim`` on one batch and return its logits [B, C], on the victim's device.
+    """Run ``victim`` on a batch and return its logits [B, C], on the victim's device.
 
-    The victim runs in eval mode without gradients; its modes and flags are as before afterwards.
+    The victim runs in eval mode without gradients; its modes and flags are restored afterwards.
 
     Args:
-        victim: classifier of images [B, 3, H, W] in [0, 1].
-        images: the batch.
+        victim: Classifier of images [B, 3, H, W] in [0, 1].
+        images: Batch of images.
 
     Raises:
         TypeError: ``victim`` is not a module, or its output is not a floating-point tensor.
-        ValueError: bad ``images``, or an output that is not [B, C] with C >= 2, or not finite.
+        ValueError: Bad ``images``, or an output that is not [B, C] with C >= 2, or not finite.
 
     Warns:
-        UserWarning: the outputs look like probabilities (all in [0, 1], each row summing to 1). Attacks expect
-            logits.
+        UserWarning: The outputs look like probabilities (all in [0, 1], each row sums to 1). Logits are expected.
     """
     check_is_module(victim)
     check_images(images)
@@ -93,3 +90,24 @@ def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
     if text is not None:
         warnings.warn(text, UserWarning, stacklevel=2)
     return scores
+
+
+def library(module: str, *, victim: str, extra: str) -> Any:
+    """Import ``module``, which only the victim called ``victim`` needs.
+
+    Raises:
+        ImportError: The module is not installed; the message names the extra (``dipguard[extra]``) that brings it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"the victim {victim!r} needs {module}, which could not be imported ({error}): "
+            f"pip install 'dipguard[{extra}]'"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type where the message is empty."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,15 +1,13 @@
-"""The embedded victim: a small CNN for the digits, trained on first use (seconds on a CPU) and cached."""
+"""The built-in victim: a small CNN for scikit-learn's digits, trained on first use (seconds on a CPU) and cached."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from dipguard.cache import cache_folder
 from dipguard.data.digits import CLASSES, digits_split
@@ -19,29 +17,25 @@ from dipguard.victims.weights import load_state_dict_strict
 
 _MEAN, _STD = (0.31,) * 3, (0.32,) * 3  # of the training digits
 _EPOCHS, _BATCH, _RATE = 12, 64, 3e-3
-# A trace of noise in training: without it the CNN has seen only smooth, enlarged pictures and trips over rough ones.
-# PGD at 8/255 still leaves none right.
+# A little noise in training: the CNN would otherwise see only smooth, enlarged images and fail on rough ones.
+# PGD at 8/255 still fools it on all images.
 _NOISE = 0.04
 _FILE = "digits_cnn-1.safetensors"  # raise the number when the training changes
 
 
 def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = True) -> Normalised:
-    """Return the digits classifier for images [B, 3, 32, 32] in [0, 1]; logits [B, 10].
+    """A CNN for the digits [B, 3, 32, 32] in [0, 1]: three strided convolutions with BatchNorm, one linear layer.
 
-    Three strided convolutions with BatchNorm and a linear layer (34,058 parameters). On first use it is trained on the
-    training digits, and written to the cache folder; a damaged cache file is replaced. About 98.7 % of the evaluation
-    digits are right.
+    It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained on
+    the training digits and saved in the cache folder; a damaged cache file is replaced.
 
     Args:
-        weights: path of a state dict to load instead.
-        seed: of the training; each seed has its own cache file.
-        progress: show a progress bar while training.
-
-    Raises:
-        FileNotFoundError, ValueError: ``weights`` is missing, damaged or does not fit.
+        weights: Path of a state dict to load instead.
+        seed: Seed of the training; each seed has a cache file of its own.
+        progress: Show a progress bar while training.
 
     Warns:
-        UserWarning: the cache file was damaged, or could not be written.
+        UserWarning: The cache file was damaged, or could not be written.
     """
     network = _network()
     victim = Normalised(network, mean=_MEAN, std=_STD, classes=CLASSES, size=(32, 32))
@@ -55,21 +49,15 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
             return victim
         except (OSError, ValueError) as error:
             warnings.warn(f"the cached digits victim is damaged and is trained again: {error}", stacklevel=2)
-    with _one_thread():
-        _train(victim, seed=seed, progress=progress)
-    _save(network, path)
-    return victim
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute on one thread: convolutions this small gain nothing from more, and on a busy machine lose tenfold."""
-    before = torch.get_num_threads()
+    # More threads gain nothing on convolutions this small, and make them ten times slower on a busy machine.
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        yield
+        _train(victim, seed=seed, progress=progress)
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+    _save(network, path)
+    return victim
 
 
 def _network() -> nn.Sequential:
@@ -98,7 +86,8 @@ def _train(victim: Normalised, *, seed: int, progress: bool) -> None:
         for _ in range(_EPOCHS):
             order = torch.randperm(len(images), generator=draws)
             for batch in order[: steps * _BATCH].split(_BATCH):
-                noisy = (images[batch] + _NOISE * _normal(images[batch], draws)).clamp(0, 1)
+                noise = torch.randn(images[batch].shape, generator=draws)
+                noisy = (images[batch] + _NOISE * noise).clamp(0, 1)
                 optimiser.zero_grad()
                 F.cross_entropy(victim(noisy), labels[batch]).backward()
                 optimiser.step()
@@ -106,10 +95,6 @@ def _train(victim: Normalised, *, seed: int, progress: bool) -> None:
                 bar.update()
     optimiser.zero_grad()
     victim.eval()
-
-
-def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.randn(like.shape, generator=generator)
 
 
 def _save(network: nn.Module, path: Path) -> None:

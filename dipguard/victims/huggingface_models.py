@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face's transformers, by hub id or folder, prepared as their own processors do."""
+"""Image classifiers of Hugging Face's transformers, by hub id or folder, with the preprocessing of their processors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.victims.base import Normalised
-from dipguard.victims.libraries import first_line, library
+from dipguard.victims.base import Normalised, first_line, library
 
 _PROBE_SIDE = 512
 _COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
@@ -18,9 +17,11 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 class Unwrapped(nn.Module):
-    """A classifier of transformers that takes normalised images [B, 3, H, W] and returns logits [B, C] alone.
+    """A classifier of transformers as a plain module: normalised images [B, 3, H, W] in, logits [B, C] out.
 
-    ``order`` are the positions of the channels that the model expects: (2, 1, 0) for one that reads BGR.
+    Args:
+        model: Model of transformers.
+        order: Channel order that the model expects: (2, 1, 0) for BGR.
     """
 
     def __init__(self, model: nn.Module, *, order: Sequence[int] = (0, 1, 2)) -> None:
@@ -44,25 +45,23 @@ def build(
     std: Sequence[float] | None = None,
     size: int | None = None,
 ) -> Normalised:
-    """Return a classifier that ``AutoModelForImageClassification`` can load, for images in [0, 1].
+    """Any image classifier of transformers (``AutoModelForImageClassification``), by hub id or folder.
 
-    Normalisation, channel order and size are measured: solid red, green, blue and black pictures go through the model's
-    own ``AutoImageProcessor``, whatever its settings are called. Code from the hub is never run.
+    Normalisation, channel order and size are measured: solid black, red, green and blue images go through the model's
+    ``AutoImageProcessor``, so that the names of its settings do not matter. Code from the hub is never run.
 
     Args:
-        weights: hub id such as ``google/vit-base-patch16-224``, or a folder that ``save_pretrained`` wrote, with
-            ``preprocessor_config.json``.
-        revision: branch, tag or commit on the hub.
-        mean: per-channel mean, for a model that comes without a processor; then ``std`` and ``size`` too.
-        std: per-channel standard deviation, likewise.
-        size: side of the square images that it reads, pixels, likewise.
+        weights: Hub id such as ``google/vit-base-patch16-224``, or a folder written by ``save_pretrained`` that
+            contains ``preprocessor_config.json``.
+        revision: Branch, tag or commit on the hub.
+        mean: Per-channel mean, for a model without processor; give ``std`` and ``size`` too.
+        std: Per-channel standard deviation, for a model without processor.
+        size: Side in pixels of the square input, for a model without processor.
 
     Raises:
-        ImportError: transformers is not installed.
-        ValueError: no ``weights``, a checkpoint that lacks a part of the classifier (its head, most often), or a
-            processor that does more than resize, reorder and normalise.
-        FileNotFoundError: no such folder.
-        RuntimeError: no download, or no image classifier there.
+        ValueError: No ``weights``, a checkpoint without some part of the classifier (usually its head), or a processor
+            that does more than resize, reorder channels and normalise.
+        RuntimeError: The download failed, or there is no image classifier.
     """
     if not weights:
         raise ValueError(
@@ -90,7 +89,7 @@ def build(
 
 
 def _source(weights: str | Path) -> str:
-    """A folder that is there, or what may be a hub id: ``name`` or ``owner/name``."""
+    # An existing folder, or what may be a hub id: `name` or `owner/name`.
     path = Path(weights).expanduser()
     if path.is_dir():
         return str(path)
@@ -129,7 +128,7 @@ def _load_processor(transformers: Any, source: str, where: dict[str, Any]) -> An
 
 
 def _probe(processor: Any, source: str) -> Tensor:
-    """What becomes of solid pictures, black, red, green and blue: [4, 3, H, W]."""
+    # The processor's output [4, 3, H, W] for solid black, red, green and blue images.
     from PIL import Image
 
     pictures = [Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
@@ -140,11 +139,9 @@ def _probe(processor: Any, source: str) -> Tensor:
 
 
 def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[float]]:
-    """Channel order, mean and std of a processor that maps black and the primary colours to ``output``.
-
-    Output channel c is (x[order[c]] - mean) / std; mean and std are returned in the order of the input channels.
-    """
-    # The middle: some processors pad pictures with a border.
+    # Channel order, mean and std of a processor that maps black and the primary colours to `output`: its channel c is
+    # (x[order[c]] - mean) / std. mean and std are returned in the order of the input channels.
+    # Look at the middle, since some processors pad images with a border.
     middle = output[:, :, output.shape[2] // 2, output.shape[3] // 2].double()
     black, slope = middle[0], (middle[1:] - middle[0]).T  # slope[c, i]: output channel c over input channel i
     order = slope.abs().argmax(dim=1)

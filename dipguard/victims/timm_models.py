@@ -1,4 +1,4 @@
-"""Any classifier of timm (PyTorch Image Models), by name; normalisation, size and interpolation from its own cfg."""
+"""Classifiers of timm (PyTorch Image Models), by name."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from typing import Any
 from torch import nn
 
 from dipguard.checks import check_int
-from dipguard.victims.base import Normalised
-from dipguard.victims.libraries import first_line, library
+from dipguard.victims.base import Normalised, first_line, library
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -24,23 +23,21 @@ def build(
     std: Sequence[float] | None = None,
     model: Mapping[str, Any] | None = None,
 ) -> Normalised:
-    """Return a timm classifier for images in [0, 1].
+    """Any classifier of timm, with normalisation, size and interpolation from its ``pretrained_cfg``.
 
     Args:
         arch: timm's name, with or without the tag of its weights (``resnet50``, ``resnet50.a1_in1k``), or
             ``hf-hub:owner/name`` or ``local-dir:/folder`` for a model in timm's own format.
-        weights: path or https address of a state dict, loaded strictly; None: timm's own weights for ``arch``,
-            downloaded once.
-        num_classes: number of classes of a state dict of your own; None: timm's number for ``arch``.
-        mean: per-channel mean of the normalisation; None: that of the model's ``pretrained_cfg``.
-        std: per-channel standard deviation, likewise.
-        model: further arguments of ``timm.create_model``, such as ``pad_type`` or ``img_size``.
+        weights: Path or https address of a state dict, loaded strictly. None downloads timm's weights for ``arch``.
+        num_classes: Number of classes of your own state dict; None takes timm's number for ``arch``.
+        mean: Per-channel mean of the normalisation; None takes that of the ``pretrained_cfg``.
+        std: Per-channel standard deviation; None as for ``mean``.
+        model: Further arguments of ``timm.create_model``, such as ``pad_type`` or ``img_size``.
 
     Raises:
-        ImportError: timm is not installed.
-        ValueError: an unknown ``arch``, ``model`` that it does not take, a model without classifier or without weights
-            of its own, or weights that are damaged or do not fit.
-        FileNotFoundError, RuntimeError: no weights file, or no download.
+        TypeError: ``model`` is not a mapping.
+        ValueError: Unknown ``arch``, ``model`` arguments that it does not take, a model without classifier or
+            without weights.
     """
     timm = library("timm", victim="timm", extra="timm")
     _check_arch(timm, arch)
@@ -80,7 +77,6 @@ def _check_arch(timm: Any, arch: str) -> None:
 
 
 def _create(timm: Any, arch: str, *, pretrained: bool, options: Mapping[str, Any]) -> Any:
-    """The network; where it is ``pretrained``, with its own weights."""
     try:
         if pretrained and ":" not in arch and not timm.models.get_pretrained_cfg(arch).has_weights:
             raise ValueError(f"`victim.weights` must name a state dict: timm has no weights for {arch!r}")
@@ -98,7 +94,7 @@ def _create(timm: Any, arch: str, *, pretrained: bool, options: Mapping[str, Any
 
 
 def _classes(timm: Any, network: nn.Module) -> tuple[str, ...]:
-    """Names from the model's cfg; else ImageNet's, which timm knows by their number; else none."""
+    # From the model's cfg; else ImageNet's, which timm recognises by the number of classes.
     cfg: dict[str, Any] = getattr(network, "pretrained_cfg", {}) or {}
     count = int(network.num_classes)  # type: ignore[arg-type]
     names = list(cfg.get("label_descriptions") or cfg.get("label_names") or ())

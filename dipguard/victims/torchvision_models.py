@@ -1,4 +1,4 @@
-"""Any classifier of torchvision, by its name: ResNet-101 is the paper's ImageNet victim."""
+"""Classifiers of torchvision, by name. ResNet-101 is the paper's ImageNet victim."""
 
 from __future__ import annotations
 
@@ -21,20 +21,19 @@ def build(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Normalised:
-    """Return a torchvision classifier for images in [0, 1].
+    """Any classifier of torchvision, with the preprocessing of its weights.
 
     Args:
-        arch: torchvision's name of it, such as ``resnet101``.
-        weights: one of torchvision's names of weights for ``arch`` (``DEFAULT``, ``IMAGENET1K_V1``, ...), downloaded
-            once; or the path or https address of a state dict. None means ``DEFAULT``.
-        num_classes: number of classes of a state dict of your own; torchvision's own weights have 1000.
-        mean: per-channel mean of the normalisation; by default that of the weights' own transforms. A state dict of
-            your own is taken to be prepared like the architecture's ``DEFAULT`` weights, and 1000 classes to be theirs.
-        std: per-channel standard deviation, likewise.
+        arch: Name of the architecture in torchvision.
+        weights: Name of torchvision's weights for ``arch`` (``DEFAULT``, ``IMAGENET1K_V1``, ...), downloaded once, or
+            path or https address of a state dict. None means ``DEFAULT``.
+        num_classes: Number of classes of your own state dict; torchvision's weights have 1000.
+        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms. For your own state
+            dict, the ``DEFAULT`` weights of ``arch`` provide the transforms and, for 1000 classes, the class names.
+        std: Per-channel standard deviation; None as for ``mean``.
 
     Raises:
-        ValueError: an unknown ``arch`` or weights name, or weights that do not fit or are damaged.
-        FileNotFoundError, RuntimeError: no weights file, or no download.
+        ValueError: Unknown ``arch`` or weights name.
     """
     from torchvision import models
 
@@ -50,7 +49,7 @@ def build(
         network = _download(arch, known)
     else:
         _check_looks_like_file(chosen, arch=arch, names=list(names))
-        # Inception and GoogLeNet warn about slow initial weights unless told; these are overwritten at once.
+        # Inception and GoogLeNet otherwise warn about their slow initialisation, which is overwritten at once.
         extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
         load_state_dict_strict(network, chosen)
@@ -68,13 +67,12 @@ def _download(arch: str, weights: Any) -> nn.Module:
     from torchvision import models
 
     try:
-        network: nn.Module = models.get_model(arch, weights=weights)
+        return models.get_model(arch, weights=weights)
     except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"`victim.weights`: {arch}'s weights {weights.name} could not be fetched from {weights.url}: {error}. "
             "Download the file in another way and give its path as `victim.weights`"
         ) from error
-    return network
 
 
 def _check_looks_like_file(chosen: str, *, arch: str, names: list[str]) -> None:

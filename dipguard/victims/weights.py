@@ -1,4 +1,4 @@
-"""Loading weights strictly (every key, every shape) and safely (no pickled code)."""
+"""Strict (every key, every shape) and safe (no pickled code) loading of weights."""
 
 from __future__ import annotations
 
@@ -10,28 +10,29 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dipguard.victims.base import first_line
+
 _HASHED = re.compile(r"-[0-9a-f]{8,}\.[^/]*$")  # name-<start of the file's sha256>.ext, which torch.hub verifies
 
 
 def load_state_dict_strict(
     module: nn.Module, path_or_url: str | Path, *, argument: str = "victim.weights"
 ) -> nn.Module:
-    """Load a state dict into ``module`` and return it; the module is unchanged if anything is wrong.
+    """Load a state dict into ``module`` and return the module; it is unchanged if anything is wrong.
 
-    Takes what ``torch.save`` wrote (read with ``weights_only=True``) or a ``.safetensors`` file. A checkpoint may be a
-    dict with the entry ``state_dict``; the prefix ``module.`` (from DataParallel) is dropped; half precision becomes
-    float32.
+    Reads files of ``torch.save`` (with ``weights_only=True``) and ``.safetensors`` files. A checkpoint may be a dict
+    with the entry ``state_dict``; the prefix ``module.`` (DataParallel) is dropped; half precision becomes float32.
 
     Args:
-        module: the network that the weights are for.
-        path_or_url: file, or an https address, kept in torch.hub's cache. Where the address ends in the usual
-            ``name-<sha256 prefix>.ext``, the download is checked against it.
-        argument: name of the option, for messages.
+        module: Network that the weights are for.
+        path_or_url: File or https address. A download is kept in torch.hub's cache; if its name ends in
+            ``-<sha256 prefix>.ext``, it is verified.
+        argument: Name of the option in error messages.
 
     Raises:
-        FileNotFoundError: no file at the path.
-        RuntimeError: the download failed.
-        ValueError: a damaged file, or one that holds something else than the weights of this network.
+        FileNotFoundError: No file at the path.
+        RuntimeError: The download failed.
+        ValueError: The file is damaged, or does not hold the weights of this network.
     """
     source = str(path_or_url)
     if source.startswith("https://"):
@@ -66,9 +67,9 @@ def _read(path: Path, *, argument: str) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files surface as pickle, zip, runtime, end-of-file or key errors
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"`{argument}`: {path} is damaged or is no state dict saved by torch.save or safetensors: {reason}"
+            f"`{argument}`: {path} is damaged or is no state dict saved by torch.save or safetensors: "
+            f"{first_line(error)}"
         ) from error
 
 
@@ -89,7 +90,7 @@ def _unwrap(state: Any, *, source: str, argument: str) -> dict[str, Tensor]:
 def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, source: str, argument: str) -> None:
     expected = module.state_dict()
     problems: list[str] = []
-    # BatchNorm's step counters came with torch 0.4.1: older files lack them, and evaluation never reads them.
+    # BatchNorm's step counters came with torch 0.4.1: older files lack them, and evaluation does not use them.
     absent = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     extra = [key for key in weights if key not in expected]
     wrong = [

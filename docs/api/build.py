@@ -1,7 +1,7 @@
 """Builds the API reference from the docstrings: ``python docs/api/build.py OUT``. Needs dipguard[docs].
 
-Any warning fails it. The pages lie in OUT, ``index.html`` first. Nothing is downloaded to build them; to show the
-formulas, a reader's browser fetches MathJax.
+Any warning fails the build. OUT then holds ``index.html`` and a page per module. Nothing is downloaded; to show
+formulas, a browser loads MathJax.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ HERE = Path(__file__).resolve().parent
 
 
 def modules() -> list[str]:
-    """dipguard and all its public modules: those of which no part starts with an underscore."""
+    """Return dipguard and its public modules: those without a name that starts with an underscore."""
     import dipguard
 
     found = [name for _, name, _ in pkgutil.walk_packages(dipguard.__path__, "dipguard.")]
@@ -28,16 +28,16 @@ def build(out: Path) -> None:
     """Write all pages into ``out``.
 
     Raises:
-        UserWarning: A docstring, an annotation or a module that cannot be shown.
+        UserWarning: A docstring, an annotation or a module cannot be rendered.
     """
-    pdoc: Any = import_module("pdoc")  # an extra, which the type checker need not have
+    pdoc: Any = import_module("pdoc")  # an extra that the type checker does not need
 
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        # Of names that only a type checker imports, and in NamedTuples; the page shows them as they are written.
+        # Annotations with names imported under TYPE_CHECKING, and those in NamedTuples, are shown as written.
         warnings.filterwarnings("ignore", "Error parsing type annotation", UserWarning)
         pdoc.render.configure(docformat="google", math=True, template_directory=HERE / "templates")
-        # Of a package without __all__, pdoc takes the modules along; naming them again would be an error.
+        # pdoc includes the modules of a package without __all__; naming them again is an error.
         chosen: list[str] = []
         covered: set[str] = set()
         for name in modules():

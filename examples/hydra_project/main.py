@@ -1,11 +1,11 @@
 """A Hydra project of your own that takes its defence and its attack from dipguard's config groups.
 
     python main.py
-    python main.py dipguard/rival@defense=jpeg defense.options.quality=50
+    python main.py dipguard/defense@defense=jpeg defense.quality=50
     python main.py dipguard/attack=fgsm model.width=32 seed=1
 
-dipguard's groups are there because it is installed: conf/config.yaml names them in its defaults list, as it names the
-project's own group ``model``.
+The groups are found because dipguard is installed: the defaults list of conf/config.yaml names them, like the project's
+own group ``model``.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int) -> nn.Module:
-    """Fit a classifier, as everybody does."""
+    """Fit a classifier."""
     optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(epochs):
         for part in torch.randperm(len(images)).split(64):
@@ -42,7 +42,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, *, epochs: int) -> n
 
 @hydra.main(config_path="conf", config_name="config", version_base="1.3")
 def main(cfg: DictConfig) -> None:
-    """Train, attack, purify, and say how many images are read rightly."""
+    """Train, attack, purify, and print how many images are classified correctly."""
     torch.manual_seed(cfg.seed)
     images, labels = digits()
     width = cfg.model.width
@@ -54,11 +54,10 @@ def main(cfg: DictConfig) -> None:
     model = train(model, images[:1500], labels[:1500], epochs=cfg.model.epochs)
     images, labels = images[-cfg.images :], labels[-cfg.images :]
 
-    # What a group holds are the arguments of dipguard's own builders; those of one attack or defence are its options.
+    # A group holds the arguments of dipguard's builders.
     groups: Any = OmegaConf.to_container(cfg)
-    how, what = groups["dipguard"]["attack"], groups["defense"]
-    attack = build_attack(victim=model, seed=cfg.seed, **how.pop("options", {}), **how)
-    defense = build_defense(victim=model, seed=cfg.seed, **what.pop("options", {}), **what)
+    attack = build_attack(target=model, seed=cfg.seed, **groups["dipguard"]["attack"])
+    defense = build_defense(victim=model, seed=cfg.seed, **groups["defense"])
 
     attacked = attack(images, labels)
     purified = defense.purify(attacked)

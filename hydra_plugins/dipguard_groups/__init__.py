@@ -1,9 +1,9 @@
-"""dipguard's config groups in other people's Hydra applications, below the group ``dipguard``.
+"""dipguard's config groups in other Hydra applications, below the group ``dipguard``.
 
-With dipguard installed, ``dipguard/rival: paper`` in a defaults list, or ``dipguard/attack@attack=pgd`` on the command
-line, works in any application, beside its own ``conf/`` and never in its way: where both have a config, the
-application's own comes first. Hydra imports this module in every application of the environment, so it loads nothing
-but Hydra: dipguard's folder is found without importing dipguard.
+With dipguard installed, ``dipguard/defense: paper`` in a defaults list, or ``dipguard/attack@attack=pgd`` on the
+command line, works in any application. If the application has a config of the same name, its own is used. Hydra imports
+this module in every application of the environment, so it imports nothing but Hydra: dipguard is found without an
+import, and its settings (but not torch) are imported when a config of the group is loaded.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.util
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
@@ -19,17 +20,18 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import OmegaConf
 
 GROUP = "dipguard"
-"""The group that all of dipguard's groups are in."""
-
+"""The group that holds all of dipguard's groups."""
+OPTIONS = "options"
+"""Inside a group: the arguments of each constructor, which the group's YAML files are based on."""
 OWN = ("experiment", "sweep")
-"""Groups that only make sense in dipguard's own programs, as the files beside the groups do."""
+"""Groups that only make sense in dipguard's own programs."""
 
 
 class DipguardSearchPath(SearchPathPlugin):
-    """Puts ``dipguard://`` behind an application's own search path."""
+    """Appends ``dipguard://`` to an application's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Append the source, if dipguard is there."""
+        """Append the source, if dipguard is installed."""
         if conf_folder() is not None:
             search_path.append("dipguard", "dipguard://")
 
@@ -43,7 +45,7 @@ class DipguardSource(ConfigSource):
         return "dipguard"
 
     def available(self) -> bool:
-        """Whether dipguard's configs are there."""
+        """Whether dipguard's configs were found."""
         return conf_folder() is not None
 
     def load_config(self, config_path: str) -> ConfigResult:
@@ -53,32 +55,30 @@ class DipguardSource(ConfigSource):
             ConfigLoadError: There is none of this name.
         """
         path = self._path(self._normalize_file_name(config_path))
-        if path is None or not path.is_file():
+        if path is None or not self.is_config(config_path):
             raise ConfigLoadError(f"Config not found: {config_path}")
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        config = OmegaConf.create(text or _options_of(path.parent)[path.stem])
         return ConfigResult(
-            provider=self.provider,
-            path=self.full_path(),
-            config=OmegaConf.create(text),
-            header=self._get_header_dict(text),
+            provider=self.provider, path=self.full_path(), config=config, header=self._get_header_dict(text)
         )
 
     def is_group(self, config_path: str) -> bool:
         """Whether there is such a group."""
         path = self._path(config_path)
-        return config_path in ("", GROUP) or (path is not None and path.is_dir())
+        return config_path in ("", GROUP) or (path is not None and (path.is_dir() or path.name == OPTIONS))
 
     def is_config(self, config_path: str) -> bool:
         """Whether there is such an option."""
         path = self._path(self._normalize_file_name(config_path))
-        return path is not None and path.is_file()
+        return path is not None and (path.is_file() or path.stem in _options_of(path.parent))
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         """Names of the groups, options, or both in a group, sorted."""
         if config_path == "":
             return [] if results_filter == ObjectType.CONFIG else [GROUP]
         folder, found = self._path(config_path), list[str]()
-        for entry in sorted(folder.iterdir()) if folder is not None else ():
+        for entry in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
             name = f"{config_path}/{entry.name}"
             if self.is_group(name) or entry.suffix == ".yaml":
                 self._list_add_result(found, name, entry.name, results_filter)
@@ -86,13 +86,23 @@ class DipguardSource(ConfigSource):
 
     @staticmethod
     def _path(config_path: str) -> Path | None:
-        """The file or folder that a config path means; None for what is not offered."""
+        """The file or folder of a config path, in ``options`` one that would be there; None for what is not offered."""
         root, parts = conf_folder(), config_path.split("/")
         if root is None or parts[0] != GROUP or ".." in parts:
             return None
         if len(parts) > 1 and (parts[1] in OWN or not (root / parts[1]).is_dir()):
             return None
         return root.joinpath(*parts[1:])
+
+
+def _options_of(folder: Path) -> dict[str, dict[str, Any]]:
+    """Name -> options in the folder ``options`` of a group, which holds no files."""
+    if folder.name != OPTIONS:
+        return {}
+    from dipguard.config import GROUPS, names_of, node_of
+
+    group = folder.parent.name
+    return {name: node_of(group, name) for name in names_of(group)} if group in GROUPS else {}
 
 
 @cache
@@ -103,4 +113,4 @@ def conf_folder() -> Path | None:
         return None
     package = Path(found.origin).parent
     folders = (package / "conf", package.parent / "conf")
-    return next((folder for folder in folders if (folder / "rival").is_dir()), None)
+    return next((folder for folder in folders if (folder / "defense").is_dir()), None)

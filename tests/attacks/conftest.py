@@ -7,12 +7,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dipguard.attacks import Attack, build_attack
+from dipguard.attacks import ATTACKS, Attack, DefendedVictim, build_attack
 from dipguard.data import ImageSet, load_data
 from dipguard.victims import build_victim
 
-QUICK: dict[str, dict[str, Any]] = {"square": {"n_queries": 25}, "ddn": {"steps": 15}, "cw": {"steps": 20}}
+STATIC = ("none", "fgsm", "pgd", "bim", "mifgsm", "cw", "ddn", "autoattack", "square", "eotpgd", "noise")
+ADAPTIVE = ("bpda", "hopskipjump", "adaptive_pgd", "unrolled", "defended_autoattack", "defended_square")
+QUICK: dict[str, dict[str, Any]] = {
+    "square": {"n_queries": 25},
+    "ddn": {"steps": 15},
+    "cw": {"steps": 20},
+    "bpda": {"steps": 3},
+    "hopskipjump": {"queries": 150, "init_eval": 20},
+    "adaptive_pgd": {"steps": 3},
+    "unrolled": {"steps": 2, "T": 3, "judge_every": 1},
+    "defended_autoattack": {"steps": 2},
+    "defended_square": {"n_queries": 10},
+}
 """Options that make the slow rows of `ATTACKS` quick; the others run with their defaults."""
+assert (*STATIC, *ADAPTIVE) == tuple(ATTACKS)
 
 
 @pytest.fixture(scope="session")
@@ -35,8 +48,18 @@ def digits_cnn(trained_digits_cnn: nn.Module) -> Iterator[nn.Module]:
 
 
 def quick(name: str, victim: nn.Module, **options: Any) -> Attack:
-    """The attack called ``name``, with fewer steps where the default ones take long."""
+    """The static attack called ``name``, with fewer steps where the default ones take long."""
     return build_attack(name, victim, **{**QUICK.get(name, {}), **options})
+
+
+def adaptive(name: str, victim: nn.Module, defense: Any, **options: Any) -> Attack:
+    """The adaptive attack called ``name`` on the defended victim, with its own default options."""
+    return build_attack(name, DefendedVictim(victim, defense), **options)
+
+
+def accuracy(attack: Attack, attacked: Tensor, data: ImageSet) -> float:
+    """Share of attacked images that the attack's target decides rightly."""
+    return 1 - float(attack.fooled(attacked, data.labels).float().mean())
 
 
 def right(victim: nn.Module, images: Tensor, labels: Tensor) -> float:

@@ -1,18 +1,19 @@
-"""What holds for every attack: most tests below run for every row of `ATTACKS`."""
+"""What holds for every attack on a victim: most tests below run for each of them."""
 
-import inspect
 import json
+from importlib.metadata import EntryPoint
 
 import pytest
 import torch
 import torchattacks
 from torch import nn
 
-from dipguard.attacks import ATTACKS, Attack, build_attack
+from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, Snapshot, build_attack
+from dipguard.registry import lookup, options_of
 
-from .conftest import quick
+from .conftest import ADAPTIVE, STATIC, NoDefense, quick
 
-EVERY = pytest.mark.parametrize("name", ATTACKS)
+EVERY = pytest.mark.parametrize("name", STATIC)
 
 
 @EVERY
@@ -77,11 +78,27 @@ def test_whole_batches_do_not_depend_on_what_follows(digits_cnn, digits, name):
     assert torch.equal(attack(digits.images[:5], digits.labels[:5])[:3], few)
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_options_are_all_in_the_settings_with_the_defaults_of_the_source(digits_cnn, name):
+    target = DefendedVictim(digits_cnn, NoDefense()) if name in ADAPTIVE else digits_cnn
+    attack = lookup(ATTACKS, name, argument="attack")(target)
+    options = options_of(ATTACKS[name])  # read without importing it: the defaults are literals
+    assert {"seed", "batch_size"} <= options.keys() <= attack.settings.keys()
+    given = {**attack.settings, **({"backward_options": None} if name == "adaptive_pgd" else {})}
+    assert {option: given[option] for option in options} == {
+        option: [] if default == () else default for option, default in options.items()
+    }
+
+
 @EVERY
-def test_options_are_all_in_the_settings(digits_cnn, name):
-    attack = build_attack(name, digits_cnn)
-    options = [o.name for o in inspect.signature(type(attack)).parameters.values() if o.kind is o.KEYWORD_ONLY]
-    assert [option for option in options if option not in attack.settings] == []
+def test_there_is_one_snapshot_and_nothing_is_counted(digits_cnn, digits, name):
+    part, attack = digits.select(0, 3), quick(name, digits_cnn)
+    made = attack.snapshots(part.images, part.labels)
+    assert list(made) == [Snapshot(getattr(attack, "eps_255", None), None)]
+    assert torch.equal(*made.values(), attack(part.images, part.labels))
+    assert attack.spent == attack.estimate(3) == Cost()
+    assert (attack.history, attack.last_history, attack.flat) == ([], [], None)
+    assert not attack.adaptive
 
 
 @EVERY
@@ -130,10 +147,33 @@ def test_bad_options_are_refused(digits_cnn, name, options, error, message):
 def test_unknown_attacks_and_victims_are_refused(digits_cnn):
     with pytest.raises(ValueError, match=r"`attack`.*none, fgsm, pgd, bim, mifgsm, cw, ddn.*'magic'"):
         build_attack("magic", digits_cnn)
-    with pytest.raises(ValueError, match="'bpda' is made for one defence"):
-        build_attack("bpda", digits_cnn)
-    with pytest.raises(TypeError, match="`victim`"):
+    with pytest.raises(TypeError, match=r"`target` must be a torch.nn.Module, got method"):
         build_attack("none", digits_cnn.forward)
+    with pytest.raises(TypeError, match=r"`target` must be a torch.nn.Module, got DefendedVictim"):
+        build_attack("pgd", DefendedVictim(digits_cnn, NoDefense()))
+
+
+def test_an_installed_package_adds_its_attacks(digits_cnn, digits, monkeypatch):
+    points = {"dipguard.attacks": [EntryPoint("dark", f"{__name__}:Dark", "dipguard.attacks")]}
+    monkeypatch.setattr("dipguard.registry.entry_points", lambda group: points.get(group, []))
+    part = digits.select(0, 2)
+    attack = build_attack("dark", digits_cnn, share=0.5)
+    assert torch.equal(attack(part.images, part.labels), part.images * 0.5)
+    assert attack.settings.items() >= {"name": "dark", "share": 0.5, "seed": 0}.items()
+    with pytest.raises(TypeError, match=r"'dark' takes no option 'colour'.*share"):
+        build_attack("dark", digits_cnn, colour="red")
+
+
+class Dark(Attack):
+    name = "dark"
+    norm = "none"
+
+    def __init__(self, target, *, share=1.0, **options):
+        super().__init__(target, **options)
+        self.share = share
+
+    def attack_batch(self, images, labels, indices):
+        return images * self.share
 
 
 def test_a_victim_of_probabilities_is_a_warning(digits_cnn, digits):
@@ -141,7 +181,7 @@ def test_a_victim_of_probabilities_is_a_warning(digits_cnn, digits):
         build_attack("fgsm", nn.Sequential(digits_cnn, nn.Softmax(1)))(digits.images[:4], digits.labels[:4])
 
 
-LINF = pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("none", "cw", "ddn")])
+LINF = pytest.mark.parametrize("name", [name for name in STATIC if name not in ("none", "cw", "ddn")])
 
 
 @LINF
@@ -168,13 +208,13 @@ class _Careless(Attack):
 
     name = "careless"
     norm = "Linf"
-    budget = 8 / 255
+    eps_255 = 8
 
-    def __init__(self, victim, change):
-        super().__init__(victim, batch_size=3)
+    def __init__(self, target, change):
+        super().__init__(target, batch_size=3)
         self.change = change
 
-    def attack_batch(self, images, labels):
+    def attack_batch(self, images, labels, indices):
         return self.change(images)
 
 
@@ -229,3 +269,59 @@ def test_it_fools_a_real_victim(real_victim, name):
     report = attack.report(data.images, attack(data.images, data.labels), data.labels)
     assert report.wrong_before.sum() <= 1
     assert report.accuracy <= MOST.get(name, 0)
+
+
+def test_the_report_counts_what_the_victim_still_reads(digits_cnn, digits):
+    part = digits.select(0, 16)
+    attack = build_attack("fgsm", digits_cnn, eps_255=1, batch_size=5)
+    attacked = attack(part.images, part.labels)
+    report = attack.report(part.images, attacked, part.labels)
+    read = digits_cnn(attacked).argmax(1)
+    assert torch.equal(report.fooled, read != part.labels)
+    assert torch.equal(attack.fooled(attacked, part.labels), report.fooled)
+    assert torch.equal(report.wrong_before, digits_cnn(part.images).argmax(1) != part.labels)
+    assert 0 < report.not_fooled < 16
+    assert report.accuracy == report.not_fooled / 16
+    change = (attacked - part.images).flatten(1)
+    assert torch.allclose(report.linf, change.abs().amax(1))
+    assert torch.allclose(report.l2, (change**2).sum(1).sqrt())
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_report_leaves_victim_and_grad_mode_alone(digits_cnn, digits, mode):
+    part = digits.select(0, 4)
+    attack = build_attack("fgsm", digits_cnn)
+    attacked = attack(part.images, part.labels)
+    victim = digits_cnn.train()
+    try:
+        with mode():
+            report = attack.report(part.images, attacked, part.labels)
+        assert victim.training
+        report.l2.add_(0)  # an inference tensor would refuse
+    finally:
+        victim.eval()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"attacked": torch.zeros(3, 3, 32, 32)}, ValueError, "`attacked` must have the shape \\(4, 3, 32, 32\\)"),
+        ({"attacked": torch.full((4, 3, 32, 32), 2.0)}, ValueError, "`attacked` must lie in \\[0, 1\\]"),
+        ({"labels": torch.tensor([0, 1, 2])}, ValueError, "`labels`"),
+        ({"indices": torch.tensor([0])}, ValueError, "`indices`"),
+        ({"attacked": torch.ones(4, 3, 32, 32)}, RuntimeError, "'fgsm' changed a pixel by 1, its budget is 0.0313"),
+    ],
+)
+def test_the_report_refuses_bad_input(digits_cnn, digits, change, error, message):
+    given = {"images": digits.images[:4], "attacked": digits.images[:4], "labels": digits.labels[:4]}
+    with pytest.raises(error, match=message):
+        build_attack("fgsm", digits_cnn).report(**{**given, **change})
+
+
+def test_costs_add_up_and_read_well():
+    cost = Cost(purifications=2, dip_steps=2000, victim_queries=2) + Cost(1, 1000, 1, 4)
+    assert cost == Cost(3, 3000, 3, 4)
+    assert sum([cost, cost], Cost()) == Cost(6, 6000, 6, 8)
+    assert str(Cost(1500, 1_500_000, 1500, 7)) == (
+        "1,500 purifications (1,500,000 DIP steps), 1,500 victim queries, 7 gradients"
+    )

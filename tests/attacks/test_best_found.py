@@ -1,8 +1,7 @@
 import pytest
 import torch
 
-from dipguard.attacks.best_found import BestFound, joined
-from dipguard.attacks.view_losses import LOSSES, margins
+from dipguard.attacks.best_found import LOSSES, BestFound, joined, margins
 
 
 def picture(value, count=1):

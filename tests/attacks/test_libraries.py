@@ -8,12 +8,12 @@ import torch
 import torchattacks
 from torch import nn
 
-from dipguard.attacks import ATTACKS, build_attack
+from dipguard.attacks import build_attack
 
-from .conftest import right
+from .conftest import STATIC, right
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDS = {name: "foolbox" if name == "ddn" else "torchattacks" for name in ATTACKS if name not in ("none", "noise")}
+NEEDS = {name: "foolbox" if name == "ddn" else "torchattacks" for name in STATIC if name not in ("none", "noise")}
 
 
 @pytest.mark.parametrize(("name", "library"), NEEDS.items())

@@ -1,4 +1,4 @@
-"""What docs/command.md shows can be typed: every line parses, and names victims, defences and options that exist."""
+"""The commands in docs/command.md parse, and name victims, defences and options that exist."""
 
 import re
 import shlex
@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dipguard.cli.choices import parse_options
+from dipguard.cli.job import parse_options
 from dipguard.cli.main import make_parser
 from dipguard.defenses import DEFENSES
-from dipguard.registry import check_options, resolve
+from dipguard.registry import check_options, lookup
 from dipguard.victims import VICTIMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,7 +25,7 @@ def test_lines_of_the_command(line):
         return
     assert args.victim.partition(":")[0] in VICTIMS
     options = parse_options(args.option, argument="--option")
-    check_options(resolve(DEFENSES, args.defense, argument="defense"), options, owner=args.defense)
+    check_options(lookup(DEFENSES, args.defense, argument="defense"), options, owner=args.defense)
 
 
 def test_the_line_that_builds_the_reference():

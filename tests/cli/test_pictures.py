@@ -1,11 +1,9 @@
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
 
-from dipguard.cli.errors import CommandError
-from dipguard.cli.pictures import find_pictures, read_picture, read_record, write_picture
+from dipguard.cli import CommandError
+from dipguard.cli.pictures import find_pictures, read_picture, read_png, write_png
 from tests.cli.conftest import load
 
 
@@ -96,12 +94,17 @@ def test_a_result_in_the_place_of_a_given_picture_is_refused(tmp_path):
         find_pictures(tmp_path / "a" / "x.png", tmp_path / "a")
 
 
-def test_a_record_goes_with_its_picture(tmp_path):
+def test_a_png_is_read_as_it_was_written(tmp_path):
     pixels = torch.randint(0, 256, (3, 9, 7), dtype=torch.uint8)
     path = tmp_path / "deep" / "x.png"
-    write_picture(path, pixels, {"key": "abc", "picture": "Ä|\n.png"})
+    write_png(path, pixels)
     assert torch.equal(load(path), pixels)
-    record = read_record(path)
-    assert record is not None
-    assert (record["key"], record["picture"]) == ("abc", "Ä|\n.png")
-    assert read_record(Path(tmp_path / "nothing.png")) is None
+    assert torch.equal(read_png(path), pixels)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"no picture"])
+def test_a_png_that_cannot_be_read_is_a_value_error(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.png").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.png cannot be read"):
+        read_png(tmp_path / "x.png")

@@ -41,10 +41,11 @@ def test_a_folder_is_purified_as_the_library_does_it(pictures, purify, victim, t
     assert list(rows) == ["a.png", "b.png", "deep/c.png"]
     guard = DIPGuard(victim, T=20, decisions=10, K=3, seed=5, progress=False)
     given_images = torch.stack([load(pictures / name) for name in rows]) / 255
-    by_hand = guard.purify(given_images, indices=torch.tensor([int(row["index"]) for row in rows.values()]))
+    by_hand = guard.defend(given_images, indices=[int(row["index"]) for row in rows.values()])
     for i, (name, row) in enumerate(rows.items()):
         before, after = given_images[i : i + 1], load(out / row["output"])
-        assert torch.equal((by_hand[i] * 255).round(), after.float())
+        assert torch.equal((by_hand.reconstructions[i] * 255).round(), after.float())
+        assert (int(row["used"]), row["why"]) == (by_hand.used[i], by_hand.reasons[i])
         with torch.no_grad():
             decisions = [int(victim(images).argmax()) for images in (before, after[None] / 255)]
         assert decisions == [int(row["before"]), int(row["after"])]
@@ -73,8 +74,8 @@ def test_our_own_defence_is_the_default_one(pictures, capsys, tmp_path):
     words = ["--option", "T=30", "t0=5", "every=5", "--victim", "digits_cnn", "--batch", "2"]
     assert main(["purify", str(pictures), str(tmp_path / "out"), *words]) == 0
     printed, said = capsys.readouterr()
-    assert "defence dipguard" in said
-    assert "picture" in said, "no progress bar"
+    assert "defence mirror" in said
+    assert "purify: 100%" in said, "no progress bar"
     assert len(_rows(tmp_path / "out")) == 3
     assert len(printed.splitlines()) == 4
 
@@ -98,13 +99,7 @@ def _damage_a_result(pictures, out):
 
 
 def _paint_over_a_result(pictures, out):
-    with Image.open(out / "b.png") as picture:
-        picture.load()
-        from PIL.PngImagePlugin import PngInfo
-
-        notes = PngInfo()
-        notes.add_text("dipguard", picture.text["dipguard"])
-        Image.new("RGB", picture.size, "red").save(out / "b.png", pnginfo=notes)
+    Image.new("RGB", (32, 32), "red").save(out / "b.png")
     return ()
 
 
@@ -146,6 +141,28 @@ def test_what_is_done_is_not_done_again(pictures, purify, tmp_path, change, redo
     assert len(printed.splitlines()) == 4
 
 
+def test_a_renamed_picture_is_not_purified_again(pictures, purify, tmp_path):
+    purify(pictures, "--figures", "0")
+    kept = load(tmp_path / "out" / "b.png")
+    (pictures / "b.png").rename(pictures / "new.png")
+    code, _, said = purify(pictures, "--figures", "0")
+    assert code == 0
+    assert "2 pictures were done earlier\n" in said
+    assert "1 pictures were done earlier, and written again" in said
+    assert torch.equal(load(tmp_path / "out" / "new.png"), kept)
+    assert set(_rows(tmp_path / "out")) == {"a.png", "new.png", "deep/c.png"}
+
+
+def test_settings_that_were_used_before_cost_nothing(pictures, purify, tmp_path):
+    purify(pictures)
+    first = {name: load(tmp_path / "out" / name) for name in ALL}
+    purify(pictures, "--option", "quality=40")
+    code, _, said = purify(pictures)
+    assert code == 0
+    assert "3 pictures were done earlier, and written again" in said
+    assert all(torch.equal(load(tmp_path / "out" / name), pixels) for name, pixels in first.items())
+
+
 def test_a_missing_figure_is_not_hidden(pictures, purify, tmp_path):
     purify(pictures, "--figures", "0")
     assert "3 of the pictures that were done earlier have no figure" in purify(pictures)[2]
@@ -177,11 +194,14 @@ def test_a_stranger_in_the_folder_is_not_overwritten(pictures, purify, tmp_path)
     out = tmp_path / "out"
     purify(pictures / "b.png")
     save(torch.zeros(3, 8, 8), out / "a.png")
+    (out / "deep").mkdir()
+    (out / "deep" / "c.png").write_text("no picture")
     mine = file_digest(out / "a.png")
     code, _, said = purify(pictures)
     assert code == 1
-    assert "was not written by this command" in said
+    assert said.count("was not written by this command") == 2
     assert file_digest(out / "a.png") == mine
+    assert (out / "deep" / "c.png").read_text() == "no picture"
 
 
 def test_results_inside_the_given_folder_are_no_input(pictures, purify):

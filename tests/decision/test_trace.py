@@ -1,13 +1,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from dipguard.decision import DecisionTrace
+from dipguard.decision import DecisionTrace, sampled_steps
 
 
 def a_trace(*, samples: bool = False, crossings: int = 2) -> DecisionTrace:
@@ -25,6 +27,7 @@ def a_trace(*, samples: bool = False, crossings: int = 2) -> DecisionTrace:
         on_boundary=torch.rand(crossings, 3, 4, 4, generator=generator),
         last=torch.rand(2, 3, 4, 4, generator=generator),
         samples=torch.rand(3, 3, 4, 4, generator=generator) if samples else None,
+        mirrored_logits=torch.rand(3, 3, generator=generator) if samples else None,
         settings={"K_max": 2, "network": "small", "jitter": 1 / 30, "every": None},
     )
 
@@ -72,9 +75,52 @@ def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
         ("on_boundary", torch.ones(1, 3, 4, 4)),
         ("last", torch.ones(2, 3, 4, 5)),
         ("samples", torch.ones(2, 3, 4, 4)),
+        ("mirrored_logits", torch.ones(3, 2)),
         ("crossing_at", torch.tensor([0, 2])),
     ],
 )
 def test_fields_that_do_not_fit_are_named(name: str, value: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=f"`{name}` of a trace must"):
         replace(a_trace(samples=True), **{name: value})
+
+
+@pytest.mark.parametrize("T", [200, 500, 750, 1000, 1250, 1500, 3000])
+def test_200_samples_at_equal_intervals_for_every_T_of_table_3(T: int) -> None:
+    steps = sampled_steps(T)
+    gaps = {after - before for before, after in pairwise(steps)}
+    assert len(steps) == 200
+    assert steps[-1] == T - 1
+    assert steps[0] >= 0
+    assert gaps <= {T // 200, -(-T // 200)}
+
+
+def test_whole_intervals_and_every_agree() -> None:
+    assert sampled_steps(1000) == sampled_steps(1000, decisions=None, every=5)
+    assert sampled_steps(20, decisions=4) == (4, 9, 14, 19)
+
+
+@pytest.mark.parametrize("T", [1, 2, 80, 199])
+def test_more_decisions_than_steps_sample_every_step(T: int) -> None:
+    assert sampled_steps(T) == tuple(range(T))
+
+
+@pytest.mark.parametrize("every", [1, 3, 7])
+def test_a_shorter_fit_samples_a_prefix_with_every(every: int) -> None:
+    longer, shorter = sampled_steps(100, every=every), sampled_steps(61, every=every)
+    assert longer[: len(shorter)] == shorter
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"T": 0}, ValueError, "`T` must be at least 1, got 0"),
+        ({"T": 10, "decisions": 1}, ValueError, "`decisions` must be at least 2, got 1"),
+        ({"T": 10, "every": 6}, ValueError, "`every` must be from 1 to 5, got 6"),
+        ({"T": 10, "every": 0}, ValueError, "`every` must be from 1 to 5, got 0"),
+        ({"T": 10.0}, TypeError, "`T` must be an integer, got 10.0"),
+        ({"T": 10, "decisions": None}, TypeError, "`decisions` must be an integer"),
+    ],
+)
+def test_bad_schedules_are_named(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        sampled_steps(**arguments)

@@ -14,8 +14,7 @@ from skimage.color import rgb2ycbcr, ycbcr2rgb
 from torch import Tensor
 
 from dipguard.defenses import build_defense
-from dipguard.defenses.super_resolution import wavelet_denoise
-from dipguard.defenses.upscalers import DIV2K_MEAN, EDSR, IMDN
+from dipguard.defenses.super_resolution import DIV2K_MEAN, EDSR, IMDN, wavelet_denoise
 from dipguard.victims import load_state_dict_strict
 
 

@@ -23,14 +23,12 @@ def test_the_numbers_are_those_of_the_fit(waits: float, dtype: torch.dtype, devi
     options = {"indices": [5, 2, 9], "seed": 3, "std": 0.1}
     z = torch.rand(3, *SHAPE, dtype=dtype, device=device)
     theirs, ours = Jitter(SHAPE, **options), JitterFeed(SHAPE, device=torch.device(device), **options)
-    place = torch.empty_like(z)
     for t in range(5 * noise.BLOCK + 3):
         # With a wait the next block has long been drawn and is copied early; without, the threads are behind.
         time.sleep(waits if t % noise.BLOCK == 2 else 0)
         right = theirs.next(z)
-        seen = ours.next(z, out=place) if t % 2 else ours.next(z)
+        seen = ours.next(z)
         assert seen.dtype == dtype
-        assert (seen is place) == bool(t % 2)
         assert torch.equal(seen, right), t
     ours.close()
 
@@ -41,22 +39,6 @@ def test_a_stack_of_one_gets_its_own_stream() -> None:
     alone = JitterFeed(SHAPE, indices=[1], seed=0, std=1.0, device=z.device)
     for _ in range(noise.BLOCK + 1):
         assert torch.equal(together.next(z)[1:2], alone.next(z[:1]))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("after", [1, 3, noise.BLOCK, noise.BLOCK + 5])
-def test_retired_images_leave_the_others_streams_alone(after: int, device: str) -> None:
-    z = torch.zeros(4, *SHAPE, device=device)
-    options = {"indices": [7, 3, 5, 1], "seed": 0, "std": 1.0}
-    feeds = JitterFeed(SHAPE, device=z.device, **options), Jitter(SHAPE, **options)
-    for t in range(4 * noise.BLOCK):
-        if t == after:
-            time.sleep(0.01)
-            for feed in feeds:
-                feed.keep([3, 1])
-            z = z[:2]
-        ours, theirs = (feed.next(z) for feed in feeds)
-        assert torch.equal(ours, theirs), t
 
 
 def test_it_works_when_made_under_inference_mode_and_used_outside() -> None:

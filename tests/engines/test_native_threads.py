@@ -9,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from dipguard.engines.native import NativeEngine
+from dipguard.engines.native import LONGEST, SHORTEST, TRIAL, NativeEngine, TeamChoice
 from dipguard.engines.native_build import compiler
-from dipguard.engines.native_teams import LONGEST, SHORTEST, TRIAL, TeamChoice
-from dipguard.networks import PRESETS, NetworkSpec, StackedSkipNet, build
+from dipguard.networks import NetworkSpec, build
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler on this machine")
 
@@ -89,20 +88,6 @@ def test_more_threads_than_the_deepest_scales_have_rows() -> None:
     alone = of(1, teams=False)
     for threads in (7, 16):
         assert all(torch.equal(a, b) for a, b in zip(of(threads, teams=True), alone, strict=True))
-
-
-def test_images_that_leave_and_join_get_the_threads_there_are() -> None:
-    def net(indices: list[int]) -> tuple[StackedSkipNet, Tensor]:
-        return build("small", stack_size=len(indices), indices=indices), torch.full((len(indices), 3, 16, 16), 0.5)
-
-    z = torch.rand(3, PRESETS["small"].input_depth, 16, 16, generator=torch.Generator().manual_seed(0))
-    with threads_of_torch(3):
-        whole, grown = NativeEngine(*net([0, 1, 2])), NativeEngine(*net([0]))
-    expected = whole.step(z).reconstructions
-    grown.join(*net([1, 2]))
-    assert torch.equal(grown.step(z).reconstructions, expected)
-    grown.keep(torch.tensor([1]))
-    assert torch.equal(grown.step(z[1:2]).reconstructions, expected[1:2])
 
 
 def way_taken(cost: dict[bool, float], choice: TeamChoice, steps: int) -> list[bool]:

@@ -70,7 +70,7 @@ def test_torch_s_old_switches_stay_readable(start: Callable[[], None], name: str
 
 def test_unknown_names_are_refused() -> None:
     with (
-        pytest.raises(ValueError, match="`precision` must be one of float32, tf32, bfloat16, got 'float16'"),
+        pytest.raises(ValueError, match="`matmul_precision` must be one of float32, tf32, bfloat16, got 'float16'"),
         precision("float16", CPU),
     ):
         pass

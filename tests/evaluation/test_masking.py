@@ -6,43 +6,41 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dipguard.evaluation.ladder import run_ladder
-from dipguard.evaluation.ladder_plan import plan_ladder, targets_of
-from dipguard.evaluation.ladder_results import Cell, load_cells, load_clean
+from dipguard.evaluation import CellResult, Matrix, prepare, run
 from dipguard.evaluation.masking import (
     NOT_CHECKED,
     OK,
     WARNING,
     black_box,
-    check_target,
     control,
     dynamic,
     gradients,
     large_eps,
+    masking_checks,
     more_steps,
     randomised,
 )
-from dipguard.evaluation.matrix import Matrix
-from dipguard.evaluation.probes import Probe, counting_backward, probe
-from tests.tiny_ladder import tiny_ladder
+from dipguard.evaluation.randomness import Randomness, check_randomness, counting_backward
+from dipguard.evaluation.results import suite_results
+from dipguard.victims import build_victim
+from tests.tiny_suite import tiny_suite
 
-RUNGS = ("transfer", "identity", "hopskipjump", "noise", "large_eps")
+ATTACKS = ("transfer", "identity", "hopskipjump", "noise", "large_eps")
 STRONG = (
     "data.limit=6",
-    "ladder_eps_255=48",
-    "ladder.identity.options.steps=6",
-    "ladder.identity.options.alpha_255=12",
-    "ladder.large_eps.eps_255=128",
-    "ladder.large_eps.options.alpha_255=32",
-    "ladder.hopskipjump.options.queries=1000",
-    "ladder.hopskipjump.options.init_size=20",
-    "ladder.hopskipjump.options.init_eval=20",
-    "~rows.jpeg",
+    "eps_255=48",
+    "attacks.identity.steps=6",
+    "attacks.identity.alpha_255=12",
+    "attacks.large_eps.eps_255=128",
+    "attacks.large_eps.alpha_255=32",
+    "attacks.hopskipjump.queries=1000",
+    "attacks.hopskipjump.init_size=20",
+    "attacks.hopskipjump.init_eval=20",
+    "~defenses.jpeg",
 )
 
 
@@ -57,19 +55,22 @@ class Rounded(nn.Module):
         return self.victim((images * 7).round() / 7)
 
 
-def checked(matrix: Matrix, row: str = "none") -> dict[str, str]:
-    assert run_ladder(matrix) == []
-    (target,) = [target for target in targets_of(matrix) if target.label == row]
-    mine = [cell for cell in load_cells(matrix, plan_ladder(matrix)) if cell.planned.target.label == row]
-    clean = load_clean(matrix, target)
-    assert clean is not None
-    return {check.check: check.verdict for check in check_target(mine, Probe.of(clean))}
+def rounded() -> nn.Module:
+    return Rounded(build_victim("digits_cnn", progress=False)).eval()
+
+
+def checked(matrix: Matrix, defense: str = "none") -> dict[str, str]:
+    assert run(matrix) == []
+    target = matrix.targets[defense]
+    randomness = Randomness.read(matrix, target)
+    assert randomness is not None
+    return {check.check: check.verdict for check in masking_checks(suite_results(matrix, target), randomness)}
 
 
 @pytest.fixture(scope="module")
 def honest(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    matrix = tiny_ladder(tmp_path_factory.mktemp("honest"), *STRONG, rungs=RUNGS, dip=False)
-    run_ladder(matrix)
+    matrix = tiny_suite(tmp_path_factory.mktemp("honest"), *STRONG, attacks=ATTACKS, dip=False)
+    run(matrix)
     return matrix
 
 
@@ -79,24 +80,24 @@ def test_a_system_that_hides_nothing_passes_all(honest: Matrix) -> None:
 
 @pytest.mark.slow
 def test_a_system_that_rounds_its_gradient_away_is_found_out(tmp_path: Path, honest: Matrix) -> None:
-    matrix = tiny_ladder(tmp_path, *STRONG, rungs=RUNGS, dip=False)
-    verdicts = checked(replace(matrix, victim=Rounded(matrix.victim)))
+    matrix = tiny_suite(tmp_path, *STRONG, attacks=ATTACKS, dip=False)
+    config = replace(matrix.config, victim={"_target_": "tests.evaluation.test_masking.rounded"})
+    verdicts = checked(prepare(config, tmp_path))
     warned = {name for name, verdict in verdicts.items() if verdict == WARNING}
     assert warned >= {"no gradient vanishes", "a large eps reaches 0 %", "black box does not beat white box"}
     # The same rounding, as a defence with the identity in place of its derivative, hides nothing.
-    overrides = ("+rival@rows.bit_depth=bit_depth", "~rows.none")
-    defended = tiny_ladder(tmp_path / "defended", *STRONG, *overrides, rungs=RUNGS, dip=False)
+    overrides = ("+defense@defenses.bit_depth=bit_depth", "~defenses.none")
+    defended = tiny_suite(tmp_path / "defended", *STRONG, *overrides, attacks=ATTACKS, dip=False)
     assert checked(defended, "bit_depth")["no gradient vanishes"] == OK
     assert checked(defended, "bit_depth")["a large eps reaches 0 %"] == OK
 
 
-def cell(matrix: Matrix, rung: str, right: list[int] | None = None, **values: object) -> Cell:
-    """A real cell of a rung, with other outcomes."""
-    (mine,) = [
-        c for c in load_cells(matrix, plan_ladder(matrix)) if (c.planned.rung, c.planned.target.label) == (rung, "none")
-    ]
-    outcome = mine.right if right is None else np.array(right, dtype=bool)
-    return replace(mine, right=outcome, **values)
+def result(matrix: Matrix, attack: str, right: list[int] | None = None, **values: object) -> CellResult:
+    """The real result of an attack, with other outcomes."""
+    (mine,) = matrix.results[attack, "none"]
+    labels = matrix.clean.labels
+    decisions = mine.decisions if right is None else torch.where(torch.tensor(right) > 0, labels, (labels + 1) % 10)
+    return replace(mine, decisions=decisions, **values)
 
 
 STEPS = [
@@ -110,13 +111,13 @@ STEPS = [
 
 @pytest.mark.parametrize(("history", "last", "verdict"), STEPS)
 def test_more_steps(honest: Matrix, history: list[float], last: list[float], verdict: str) -> None:
-    assert more_steps([cell(honest, "identity", history=history, last_history=last)]).verdict == verdict
+    assert more_steps([result(honest, "identity", history=history, last_history=last)]).verdict == verdict
 
 
 @pytest.mark.parametrize(("right", "verdict"), [([0] * 6, OK), ([0] * 5 + [1], WARNING), (None, NOT_CHECKED)])
 def test_large_eps(honest: Matrix, right: list[int] | None, verdict: str) -> None:
-    cells = [cell(honest, "identity")] if right is None else [cell(honest, "large_eps", right)]
-    assert large_eps(cells).verdict == verdict
+    results = [result(honest, "identity")] if right is None else [result(honest, "large_eps", right)]
+    assert large_eps(results).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -128,10 +129,10 @@ def test_large_eps(honest: Matrix, right: list[int] | None, verdict: str) -> Non
     ],
 )
 def test_black_box(honest: Matrix, white: list[int], black: list[int], verdict: str, alone: int) -> None:
-    check = black_box([cell(honest, "identity", white), cell(honest, "hopskipjump", black)])
+    check = black_box([result(honest, "identity", white), result(honest, "hopskipjump", black)])
     assert check.verdict == verdict
     assert f"{alone} broken by black box alone" in check.figures
-    assert black_box([cell(honest, "identity", white)]).verdict == NOT_CHECKED
+    assert black_box([result(honest, "identity", white)]).verdict == NOT_CHECKED
 
 
 @pytest.mark.parametrize(
@@ -143,36 +144,37 @@ def test_black_box(honest: Matrix, white: list[int], black: list[int], verdict: 
     ],
 )
 def test_control(honest: Matrix, noise: list[int], attack: list[int], verdict: str) -> None:
-    assert control([cell(honest, "noise", noise), cell(honest, "identity", attack)]).verdict == verdict
-    assert control([cell(honest, "noise", noise)]).verdict == NOT_CHECKED
+    assert control([result(honest, "noise", noise), result(honest, "identity", attack)]).verdict == verdict
+    assert control([result(honest, "noise", noise)]).verdict == NOT_CHECKED
 
 
 @pytest.mark.parametrize(("flat", "verdict"), [(0.0, OK), (0.1, WARNING), (None, NOT_CHECKED)])
 def test_gradients(honest: Matrix, flat: float | None, verdict: str) -> None:
-    assert gradients([cell(honest, "identity", flat=flat)]).verdict == verdict
+    assert gradients([result(honest, "identity", flat=flat)]).verdict == verdict
 
 
 def test_flags_ask_for_attacks_that_know_of_them(honest: Matrix) -> None:
-    still, moving = Probe(0.0, 0.0, 0), Probe(2.0, 0.0, 40)
-    transfer, aware = cell(honest, "transfer"), cell(honest, "identity")
-    eot = replace(aware, planned=replace(aware.planned, options={"eot_iter": 4, "draws": "fresh"}))
-    assert [randomised([aware], p).verdict for p in (still, moving, None)] == [OK, WARNING, NOT_CHECKED]
+    still, moving = Randomness(0.0, 0.0, 0), Randomness(2.0, 0.0, 40)
+    transfer, adaptive = result(honest, "transfer"), result(honest, "identity")
+    eot = replace(adaptive, cell=replace(adaptive.cell, options={"eot_iter": 4, "draws": "fresh"}))
+    assert [randomised([adaptive], p).verdict for p in (still, moving, None)] == [OK, WARNING, NOT_CHECKED]
     assert randomised([eot], moving).verdict == OK
     assert [dynamic([transfer], p).verdict for p in (still, moving, None)] == [OK, WARNING, NOT_CHECKED]
-    assert dynamic([aware], moving).verdict == OK
+    assert dynamic([adaptive], moving).verdict == OK
 
 
 @pytest.mark.slow
 def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
-    matrix = tiny_ladder(tmp_path, rungs=("noise",))
-    found = {t.label: probe(t, matrix.clean.select(limit=1), matrix.device) for t in targets_of(matrix)}
+    matrix = tiny_suite(tmp_path, attacks=("noise",))
+    one = matrix.clean.select(limit=1)
+    found = {label: check_randomness(t, one, matrix.device) for label, t in matrix.targets.items()}
     assert {label: (p.randomised, p.dynamic) for label, p in found.items()} == {
         "none": (False, False),
         "jpeg": (False, False),
-        "dipguard": (True, True),
+        "mirror": (True, True),
         "dipdefend": (True, True),
     }
-    assert found["dipguard"].backward == matrix.rows["dipguard"].steps_per_image
+    assert found["mirror"].backward == matrix.defenses["mirror"].steps_per_image
     assert all(p.repeated < 1e-4 for p in found.values())
 
 

@@ -1,178 +1,390 @@
-"""The matrix of attacks and defences: real digits, real attacks, real rows, short fits."""
+"""The matrix of attacks and defences: real digits, real attacks, real defences, short fits."""
 
 from __future__ import annotations
 
 import csv
+import logging
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from dipguard.evaluation.matrix import Matrix, prepare_matrix
-from dipguard.evaluation.matrix_run import attacked_images, is_done, run_matrix
-from dipguard.evaluation.riders import Group, groups_of
-from dipguard.evaluation.sharding import run_sharded
-from dipguard.evaluation.statistics import wilson
+from dipguard.config import RunConfig
+from dipguard.decision import DecisionTrace
+from dipguard.defenses import Defense
+from dipguard.evaluation import Matrix, prepare, run, write_results
+from dipguard.evaluation.metrics import wilson
+from dipguard.evaluation.runner import _share_out
+from dipguard.store import list_entries
 from tests.tiny_matrix import TINY, tiny_matrix, typed_matrix
+
+STATIC = ("clean", "fgsm_8", "pgd_8")
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     matrix = tiny_matrix(tmp_path_factory.mktemp("matrix"))
-    run_matrix(matrix)
+    assert run(matrix) == []
     return matrix
 
 
 def table(matrix: Matrix, name: str) -> list[dict[str, str]]:
-    with (matrix.folder.path / name).open(newline="") as file:
+    with (matrix.folder / name).open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def cells(matrix: Matrix) -> dict[tuple[str, str], Path]:
-    names = ((column, row) for column in matrix.config.columns for row in matrix.rows)
-    return {name: matrix.folder.cell_path(*name) for name in names}
+def written(matrix: Matrix) -> dict[Path, int]:
+    """The entries of the store, and when each was written (a read changes the time of the file too)."""
+    return {info.path: info.header["made"] for info in list_entries(matrix.store.path)}
 
 
-def test_every_cell_is_there_and_agrees_with_its_row_alone(finished: Matrix) -> None:
-    assert {column for column, _ in cells(finished)} == {"clean", "fgsm_8", "pgd_8"}
-    assert set(finished.rows) == {"none", "jpeg", "median", "dip_fixed", "paper", "dipguard"}
-    for (column, row), path in cells(finished).items():
-        saved = finished.folder.load(path, key=finished.cell_key(column, row))
-        assert saved is not None
-        if column != "pgd_8":
-            continue
-        # Alone, and all images at once: neither riding on another row's fit nor the chunks change a result.
-        given = attacked_images(finished, column)["images"]
-        alone = finished.rows[row].purify(given, indices=finished.clean.indices)
-        np.testing.assert_allclose(
-            saved["images"], alone.numpy(), rtol=0, atol=1e-5 if row in ("none", "jpeg") else 0.1
-        )
-        assert saved["indices"].tolist() == finished.clean.indices.tolist()
+def only(*defenses: str, attacks: tuple[str, ...] = ("pgd_8",)) -> list[str]:
+    config = typed_matrix(*TINY)
+    leave = [f"~defenses.{label}" for label in config.defenses if label not in defenses]
+    return [*leave, *(f"~attacks.{label}" for label in config.attacks if label not in attacks)]
 
 
-def test_rows_with_the_same_fit_share_it(finished: Matrix) -> None:
-    assert groups_of(finished.rows) == [
-        Group("none"), Group("jpeg"), Group("median"), Group("paper", ("dip_fixed",)),
-        Group("dipguard"),
-    ]  # fmt: skip
+def few(*defenses: str, attacks: tuple[str, ...] = ("pgd_8",)) -> list[str]:
+    """Overrides of a matrix of these cells alone."""
+    kept = [text for text in TINY if not text.startswith("defenses.") or text.split(".")[1] in defenses]
+    return [*kept, *only(*defenses, attacks=attacks)]
+
+
+def test_every_cell_is_there_and_agrees_with_its_defence_alone(finished: Matrix) -> None:
+    assert set(finished.results) == {(a, d) for a in STATIC for d in finished.defenses}
+    assert set(finished.defenses) == {"none", "jpeg", "median", "dip_fixed", "paper", "mirror"}
+    for label, defense in finished.defenses.items():
+        # Alone, and all images at once: chunks do not change a result.
+        given = finished.attacked("pgd_8", label)
+        alone = defense.purify(given, indices=finished.clean.indices)
+        made = finished.reconstructions("pgd_8", label)
+        tolerance = 1e-5 if label in ("none", "jpeg") else 0.1
+        np.testing.assert_allclose(made.numpy(), alone.numpy(), rtol=0, atol=tolerance)
 
 
 def test_results_are_those_of_the_images(finished: Matrix) -> None:
     results, images = table(finished, "results.csv"), table(finished, "images.csv")
     assert len(results) == 18
     assert len(images) == 18 * 5
-    for cell in results:
-        mine = [r for r in images if (r["column"], r["row"]) == (cell["column"], cell["row"])]
+    for row in results:
+        mine = [r for r in images if (r["attack"], r["defense"]) == (row["attack"], row["defense"])]
+        assert [int(r["index"]) for r in mine] == finished.clean.indices.tolist()
         correct = sum(r["decision_defended"] == r["label"] for r in mine)
-        assert (int(cell["n"]), int(cell["correct"])) == (5, correct)
-        assert float(cell["accuracy"]) == correct / 5
+        assert (int(row["n"]), int(row["correct"])) == (5, correct)
+        assert float(row["accuracy"]) == correct / 5
         low, high = wilson(correct, 5)
-        assert (float(cell["low"]), float(cell["high"])) == (
-            pytest.approx(low, abs=1e-6),
-            pytest.approx(high, abs=1e-6),
-        )
-        assert float(cell["ssim"]) == pytest.approx(np.mean([float(r["ssim"]) for r in mine]), abs=1e-5)
-        assert cell["status"] == "done"
-        if cell["row"] == "none":
+        assert (float(row["low"]), float(row["high"])) == (pytest.approx(low, abs=1e-6), pytest.approx(high, abs=1e-6))
+        assert float(row["ssim"]) == pytest.approx(np.mean([float(r["ssim"]) for r in mine]), abs=1e-5)
+        assert row["status"] == "done"
+        (result,) = finished.results[row["attack"], row["defense"]]
+        assert result.decisions.tolist() == [int(r["decision_defended"]) for r in mine]
+        assert result.decisions_given.tolist() == [int(r["decision_given"]) for r in mine]
+        assert row["eps_255"] == ("" if row["attack"] == "clean" else "8.0")
+        if row["defense"] == "none":
             assert all(r["decision_given"] == r["decision_defended"] for r in mine)
-    undefended = {cell["column"]: float(cell["accuracy"]) for cell in results if cell["row"] == "none"}
+            assert row["psnr"] == "" if row["attack"] == "clean" else float(row["psnr"]) > 0
+    undefended = {row["attack"]: float(row["accuracy"]) for row in results if row["defense"] == "none"}
     assert undefended["pgd_8"] < undefended["clean"]
 
 
+def test_traces_of_the_first_images_are_kept(finished: Matrix) -> None:
+    indices = finished.clean.indices.tolist()
+    for label in finished.defenses:
+        files = [finished.traces_path("pgd_8", label, index).is_file() for index in indices]
+        assert files == ([True, True, False, False, False] if label in ("paper", "mirror") else [False] * 5)
+    trace = DecisionTrace.load(finished.traces_path("pgd_8", "paper", indices[1]))
+    assert torch.equal(trace.given, finished.attacked("pgd_8", "paper")[1])
+    rebuilt = finished.defenses["paper"].rebuild(trace)
+    assert torch.equal(rebuilt.image, finished.reconstructions("pgd_8", "paper")[1])
+    (result,) = finished.results["pgd_8", "paper"]
+    assert (result.reasons[1], int(result.used[1])) == (rebuilt.reason, len(rebuilt.used))
+
+
 def test_what_is_finished_is_not_run_again(finished: Matrix) -> None:
-    before = {path: path.stat().st_mtime_ns for path in cells(finished).values()}
-    run_matrix(prepare_matrix(finished.config, finished.folder.path))
-    assert {path: path.stat().st_mtime_ns for path in cells(finished).values()} == before
+    before = written(finished)
+    texts = {name: (finished.folder / name).read_bytes() for name in ("results.csv", "images.csv")}
+    for name in texts:
+        (finished.folder / name).unlink()
+    again = prepare(finished.config, finished.folder)
+    assert run(again) == []
+    assert written(again) == before
+    assert {name: (finished.folder / name).read_bytes() for name in texts} == texts
+    assert again.store.counts["attacks_found"] == again.store.counts["attacked"] == 0  # not even read
 
 
-def test_a_changed_setting_runs_that_row_alone(finished: Matrix) -> None:
-    before = {path: path.stat().st_mtime_ns for path in cells(finished).values()}
-    changed = prepare_matrix(typed_matrix(*TINY, "rows.jpeg.options.quality=40"), finished.folder.path)
-    assert [name for name in cells(changed) if not is_done(changed, *name)] == [
-        (column, "jpeg") for column in ("clean", "fgsm_8", "pgd_8")
+def test_a_changed_setting_runs_that_defence_alone(finished: Matrix) -> None:
+    before = written(finished)
+    changed = prepare(typed_matrix(*TINY, "defenses.jpeg.quality=40"), finished.folder)
+    changed.load()
+    assert [place for place in changed.results if not changed.results[place][0].done] == [
+        (attack, "jpeg") for attack in STATIC
     ]
-    run_matrix(changed)
-    again = {name for name, path in cells(changed).items() if path.stat().st_mtime_ns != before[path]}
-    assert again == {(column, "jpeg") for column in ("clean", "fgsm_8", "pgd_8")}
-    run_matrix(finished)  # for the tests that come after this one
+    assert run(changed) == []
+    new = {info.header["what"] for info in list_entries(changed.store.path) if info.path not in before}
+    assert {what.split(":")[0].split(",")[0] for what in new} == {f"{attack} x jpeg" for attack in STATIC}
 
 
-def test_a_stopped_run_goes_on_from_its_chunks(tmp_path: Path, finished: Matrix) -> None:
-    only = ("~rows.jpeg", "~rows.median", "~rows.none", "~columns.fgsm_8", "~columns.clean")
-    matrix = tiny_matrix(tmp_path, *only)
-    run_matrix(matrix, share=(0, 2))  # the first chunk of two, as a run that was killed leaves it
-    parts = sorted((tmp_path / "cells" / "pgd_8" / "paper.parts").iterdir())
-    assert [path.name for path in parts] == ["000000.npz"]
-    first = parts[0].stat().st_mtime_ns
-    run_matrix(matrix, share=(0, 2))
-    assert parts[0].stat().st_mtime_ns == first
-    parts[0].write_bytes(b"damaged")
-    run_matrix(matrix)
-    assert not parts[0].exists()
-    for row in ("paper", "dip_fixed"):
-        key = matrix.cell_key("pgd_8", row)
-        made = matrix.folder.load(matrix.folder.cell_path("pgd_8", row), key=key)
-        whole = finished.folder.load(finished.folder.cell_path("pgd_8", row), key=key)
-        assert made is not None
-        assert whole is not None
-        np.testing.assert_array_equal(made["images"], whole["images"])
+def test_the_tables_of_an_unfinished_run_are_made_from_what_is_stored(finished: Matrix) -> None:
+    more = prepare(typed_matrix(*TINY, "+defense@defenses.blur=blur"), finished.folder)
+    before = written(more)
+    write_results(more)
+    status = {row["defense"]: row["status"] for row in table(more, "results.csv")}
+    assert status.pop("blur") == "not run yet"
+    assert set(status.values()) == {"done"}
+    assert written(more) == before
+    write_results(finished)
+
+
+class Killed(BaseException):
+    """A process that is killed between two chunks."""
+
+
+def killed_after(matrix: Matrix, chunks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Matrix.chunk
+
+    def chunk(self: Matrix, *args: object, **more: object) -> object:
+        nonlocal chunks
+        chunks -= 1
+        if chunks < 0:
+            raise Killed
+        return made(self, *args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Matrix, "chunk", chunk)
+        with pytest.raises(Killed):
+            run(matrix)
+
+
+def test_a_killed_run_goes_on_from_its_chunks(
+    tmp_path: Path, finished: Matrix, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    killed_after(prepare(typed_matrix(*few("paper")), tmp_path), 1, monkeypatch)
+    matrix = prepare(typed_matrix(*few("paper")), tmp_path)
+    before = written(matrix)
+    assert {info.header["what"] for info in list_entries(tmp_path / "store", layers=["cells"])} == {
+        "pgd_8 x paper, images 0 to 2"
+    }
+    killed_after(matrix, 1, monkeypatch)
+    assert written(matrix) == before
+    assert run(matrix) == []
+    assert before.items() <= written(matrix).items()
+    assert torch.equal(matrix.reconstructions("pgd_8", "paper"), finished.reconstructions("pgd_8", "paper"))
+
+
+@pytest.mark.parametrize("layer", ["attacks", "cells"])
+def test_a_damaged_entry_is_made_again(
+    tmp_path: Path, layer: str, finished: Matrix, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = typed_matrix(*few("jpeg"))
+    run(prepare(settings, tmp_path))
+    results = (tmp_path / "results.csv").read_text()
+    entries = list_entries(tmp_path / "store", layers=[layer])
+    for info in entries:
+        info.path.write_bytes(info.path.read_bytes()[:-9] + b"123456789")
+    again = prepare(settings, tmp_path)
+    with caplog.at_level(logging.WARNING, logger="dipguard.store"):
+        assert run(again) == []
+        made = again.reconstructions("pgd_8", "jpeg")
+    # Attacked images are only read where a cell is missing.
+    assert ("is damaged" in caplog.text) == (layer == "cells")
+    assert torch.equal(made, finished.reconstructions("pgd_8", "jpeg"))
+    assert same_figures((tmp_path / "results.csv").read_text(), results)
+
+
+def same_figures(one: str, other: str) -> bool:
+    rows = [[{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(text.splitlines())]
+            for text in (one, other)]  # fmt: skip
+    return rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("damage", ["missing", "changed"])
+def test_a_lost_trace_is_made_again_with_its_chunk_alone(tmp_path: Path, damage: str) -> None:
+    settings = typed_matrix(*few("paper"), "keep_traces=true")
+    matrix = prepare(settings, tmp_path)
+    run(matrix)
+    before, index = written(matrix), int(matrix.clean.indices[4])
+    path = matrix.traces_path("pgd_8", "paper", index)
+    whole, trace = path.read_bytes(), DecisionTrace.load(path)
+    path.unlink() if damage == "missing" else path.write_bytes(whole[:-1] + b"x")
+    again = prepare(settings, tmp_path)
+    assert run(again) == []
+    assert DecisionTrace.load(path).equals(trace)
+    changed = {p for p, made in written(again).items() if before.get(p) != made}
+    whats = {info.header["what"] for info in list_entries(again.store.path) if info.path in changed}
+    assert whats == {"pgd_8 x paper, images 3 to 4", "pgd_8 x paper: 5 images"}
+
+
+def test_keeping_traces_later_purifies_again(tmp_path: Path) -> None:
+    run(prepare(typed_matrix(*few("paper")), tmp_path))
+    matrix = prepare(typed_matrix(*few("paper"), "keep_traces=true"), tmp_path)
+    assert run(matrix) == []
+    assert len(list((tmp_path / "traces/pgd_8/paper").iterdir())) == 5
+
+
+def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = typed_matrix(*few("jpeg", "median", attacks=("clean", "pgd_8")))
+    matrix = prepare(settings, tmp_path)
+
+    def defend(images: torch.Tensor, **more: object) -> None:
+        raise RuntimeError("the card fell off the bus,\nas cards do")
+
+    monkeypatch.setattr(matrix.defenses["jpeg"], "defend", defend)
+    failed = run(matrix)
+    assert failed == [
+        f"{attack} x jpeg: RuntimeError: the card fell off the bus, as cards do" for attack in ("clean", "pgd_8")
+    ]
+    status = {(row["attack"], row["defense"]): row["status"] for row in table(matrix, "results.csv")}
+    assert status["pgd_8", "jpeg"] == "failed: RuntimeError: the card fell off the bus, as cards do"
+    assert status["pgd_8", "median"] == "done"
+    later = prepare(settings, tmp_path)
+    write_results(later)
+    assert {row["status"] for row in table(later, "results.csv") if row["defense"] == "jpeg"} == {
+        status["pgd_8", "jpeg"]
+    }
+    assert run(later) == []
+    assert {row["status"] for row in table(later, "results.csv")} == {"done"}
+
+
+def test_a_failing_attack_is_tried_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = prepare(typed_matrix(*few("jpeg", "median", attacks=("clean", "pgd_8"))), tmp_path)
+    calls = []
+
+    def snapshots(*args: object, **more: object) -> None:
+        calls.append(args)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(matrix.cell("pgd_8", "jpeg").attack, "snapshots", snapshots)
+    monkeypatch.setattr(matrix.cell("pgd_8", "median").attack, "snapshots", snapshots)
+    assert run(matrix) == ["pgd_8 x jpeg: RuntimeError: no", "pgd_8 x median: RuntimeError: no"]
+    assert len(calls) == 1
+
+
+def test_a_matrix_of_one_cell_raises_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = prepare(typed_matrix(*few("jpeg")), tmp_path)
+
+    def defend(images: torch.Tensor, **more: object) -> None:
+        raise MemoryError("too much")
+
+    monkeypatch.setattr(matrix.defenses["jpeg"], "defend", defend)
+    with pytest.raises(MemoryError, match="too much"):
+        run(matrix)
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_chunks(tmp_path: Path, finished: Matrix) -> None:
-    matrix = tiny_matrix(tmp_path, "processes=2", "~columns.clean", "~columns.fgsm_8", "~rows.median")
-    run_sharded(matrix)
-    for row in matrix.rows:
-        starts = sorted(path.name for path in matrix.folder.part_path("pgd_8", row, 0).parent.iterdir())
-        assert starts == ["000000.npz", "000003.npz"]
-    run_matrix(matrix)
-    for row in matrix.rows:
-        key = matrix.cell_key("pgd_8", row)
-        made = matrix.folder.load(matrix.folder.cell_path("pgd_8", row), key=key)
-        whole = finished.folder.load(finished.folder.cell_path("pgd_8", row), key=key)
-        assert made is not None
-        assert whole is not None
-        np.testing.assert_allclose(made["images"], whole["images"], rtol=0, atol=1e-5 if row == "none" else 0.1)
+    matrix = prepare(typed_matrix(*few("none", "paper"), "processes=2"), tmp_path)
+    write_results(matrix)
+    _share_out(matrix, matrix.cells)
+    whats = {info.header["what"] for info in list_entries(matrix.store.path, layers=["cells"])}
+    assert whats == {
+        f"pgd_8 x {label}, images {images}" for label in ("none", "paper") for images in ("0 to 2", "3 to 4")
+    }
+    assert run(matrix) == []
+    for label in ("none", "paper"):
+        made, whole = (m.reconstructions("pgd_8", label).numpy() for m in (matrix, finished))
+        np.testing.assert_allclose(made, whole, rtol=0, atol=1e-5 if label == "none" else 0.1)
 
 
-def test_a_guide_decides_for_the_defence_and_the_victim_judges(tmp_path: Path, finished: Matrix) -> None:
-    options = ("+victim@guide=digits_cnn", "~columns.fgsm_8", "~columns.clean", "~rows.none", "~rows.median")
-    matrix = tiny_matrix(tmp_path, *options, "++guide.options.seed=5")
-    assert matrix.rows["paper"].victim is not matrix.victim
-    assert any(
-        not torch.equal(a, b)
-        for a, b in zip(matrix.rows["paper"].victim.parameters(), matrix.victim.parameters(), strict=True)
+def test_a_surrogate_guides_the_defence_and_the_victim_decides(tmp_path: Path, finished: Matrix) -> None:
+    settings = (*few("jpeg", "paper"), "victim@surrogate=digits_cnn", "surrogate.seed=5")
+    matrix = prepare(typed_matrix(*settings), tmp_path)
+    asked = matrix.defenses["paper"].victim
+    assert asked is not matrix.victim
+    assert any(not torch.equal(a, b) for a, b in zip(asked.parameters(), matrix.victim.parameters(), strict=True))
+    same, other = (m.cell("pgd_8", "paper") for m in (matrix, finished))
+    assert same.attack_key == other.attack_key
+    assert same.key != other.key
+    run(matrix)
+    assert {row["surrogate"] for row in table(matrix, "results.csv")} == {"digits_cnn"}
+    assert {row["surrogate"] for row in table(finished, "results.csv")} == {""}
+
+
+def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
+    more = (
+        "+callbacks.timer._target_=pytorch_lightning.callbacks.Timer",
+        "+trainer.profiler=simple",
+        f"store={tmp_path / 'shared'}",
     )
-    assert matrix.column_key("pgd_8") == finished.column_key("pgd_8")
-    assert matrix.cell_key("pgd_8", "paper") != finished.cell_key("pgd_8", "paper")
+    matrix = prepare(typed_matrix(*few("paper", "jpeg"), *more), tmp_path / "run")
+    plain = prepare(typed_matrix(*few("paper", "jpeg"), more[-1]), tmp_path / "run")
+    assert matrix.defenses["paper"].trainer == {"profiler": "simple"}
+    # Callbacks may change a fit: it is neither taken from a shared store nor stored there.
+    assert (matrix.defenses["paper"].store, plain.defenses["paper"].store) == (None, plain.store)
+    assert matrix.cell("pgd_8", "paper").key != plain.cell("pgd_8", "paper").key
+    seen = []
+
+    def defend(images: torch.Tensor, *, callbacks: list[object], **rest: object) -> object:
+        seen.append([type(callback).__name__ for callback in callbacks])
+        return defense.__class__.defend(defense, images, callbacks=callbacks, **rest)
+
+    defense = matrix.defenses["paper"]
+    object.__setattr__(defense, "defend", defend)
+    assert run(matrix) == []
+    assert seen == [["FitProgress", "Timer"]] * 2
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
         ("chunk=0", "`chunk` must be at least 1, got 0"),
-        ("columns.pgd_8.eps_255=300", "`columns.pgd_8.eps_255` must be"),
-        ("+columns.pgd_8.options.step=3", "takes no option 'step'"),
-        ("rows.jpeg.options.quality=0", "`rows.jpeg.options.quality` must be"),
-        ("rows.paper.options.tau=2", "`rows.paper.options.tau` must be"),
-        ("rows.jpeg.name=jpg", "`rows.jpeg.name` must be one of"),
-        ("rows.comdefend.weights=nowhere.pt", "`rows.comdefend.weights` must name an existing weights file"),
+        ("attacks.pgd_8.eps_255=300", "`attacks.pgd_8.eps_255` must be"),
+        ("attacks.pgd_8.steps=0", "`attacks.pgd_8.steps` must be"),
+        ("+attacks.pgd_8.limit=0", "`attacks.pgd_8.limit` must be at least 1"),
+        ("+attacks.pgd_8.only=[nobody]", "`attacks.pgd_8.only` must be one of none, jpeg"),
+        ("+attacks.pgd_8.check=weak", "`attacks.pgd_8.check` must be one of control, large_eps"),
+        ("+attack@attacks.worst_case=pgd", "`attacks` must not name one 'worst_case'"),
+        ("defenses.jpeg.quality=0", "`defenses.jpeg.quality` must be"),
+        ("defenses.paper.tau=2", "`defenses.paper.tau` must be"),
+        ("defenses.comdefend.weights=nowhere.pt", "`defenses.comdefend.weights` must name an existing weights file"),
         ("data.limit=0", "`data.limit` must be at least 1"),
+        ("trainer.accelerator=gpu", "`trainer.accelerator` must be auto or cpu on a machine without a GPU"),
     ],
 )
 def test_bad_settings_are_named_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:
-    extra = ["+rival@rows.comdefend=comdefend"] if "comdefend" in override else []
+    if "gpu" in override and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    extra = ["+defense@defenses.comdefend=comdefend"] if "comdefend" in override else []
     with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
         tiny_matrix(tmp_path / "run", *extra, override)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_row_without_its_weights_says_so_and_has_no_figure(tmp_path: Path) -> None:
-    fits = ("~rows.paper", "~rows.dip_fixed", "~rows.dipguard")
-    only = ("~columns.fgsm_8", "~columns.pgd_8", *fits, "+rival@rows.comdefend=comdefend")
-    matrix = prepare_matrix(typed_matrix(*[t for t in TINY if "rows." not in t], *only), tmp_path)
-    run_matrix(matrix)
-    (cell,) = [row for row in table(matrix, "results.csv") if row["row"] == "comdefend"]
-    assert "weights not supplied" in cell["status"]
-    assert cell["accuracy"] == cell["ssim"] == cell["correct"] == ""
+@pytest.mark.parametrize("label", ["", "a/b", "..", ".x", "a b", "-x"])
+def test_labels_that_cannot_be_folders_are_refused(tmp_path: Path, label: str) -> None:
+    settings: RunConfig = typed_matrix(*TINY)
+    with pytest.raises(ValueError, match="`defenses` must be named by letters"):
+        prepare(replace(settings, defenses={label: {"name": "none"}}), tmp_path)
+    with pytest.raises(ValueError, match="`defenses` must name at least one, got none"):
+        prepare(replace(settings, defenses={}), tmp_path)
+
+
+def test_a_defence_without_its_weights_says_so_and_has_no_figure(tmp_path: Path) -> None:
+    matrix = prepare(typed_matrix(*few("none", attacks=("clean",)), "+defense@defenses.comdefend=comdefend"), tmp_path)
+    assert run(matrix) == []
+    (row,) = [row for row in table(matrix, "results.csv") if row["defense"] == "comdefend"]
+    assert "weights not supplied" in row["status"]
+    assert row["accuracy"] == row["ssim"] == row["correct"] == ""
+
+
+def test_one_defence_of_another_package(tmp_path: Path) -> None:
+    settings = typed_matrix(*few("none", attacks=("clean",)))
+    own = {**settings.defenses, "mine": {"_target_": "tests.evaluation.test_matrix.Flat", "level": 0.25}}
+    matrix = prepare(replace(settings, defenses=own), tmp_path)
+    assert run(matrix) == []
+    assert matrix.reconstructions("clean", "mine").unique().tolist() == [0.25]
+
+
+class Flat(Defense):
+    """Returns grey images."""
+
+    name = "flat"
+    OPTIONS = ("level",)
+
+    def __init__(self, victim: torch.nn.Module, *, seed: int = 0, level: float = 0.5) -> None:
+        super().__init__(victim, seed=seed)
+        self.level = level
+
+    def purify_image(self, image: torch.Tensor, index: int) -> torch.Tensor:
+        return torch.full_like(image, self.level)

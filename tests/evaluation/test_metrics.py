@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
 from dipguard.data import load_data
 from dipguard.decision import quality
-from dipguard.evaluation.metrics import BATCH, accuracy, decide, similarity
+from dipguard.evaluation.metrics import BATCH, accuracy, decide, psnr, similarity, wilson
 from dipguard.victims import build_victim
 
 
@@ -20,6 +22,26 @@ def test_accuracy_of_nothing_comparable_is_refused(decisions: list[int], labels:
         accuracy(torch.tensor(decisions), torch.tensor(labels))
 
 
+@pytest.mark.parametrize("count", [1, 7, 32, 1000])
+def test_wilson_bounds_solve_its_equation(count: int) -> None:
+    # The bounds are the shares p whose distance to the seen share is 1.96 of their own standard errors.
+    for correct in sorted({0, 1, count // 2, count}):
+        share = correct / count
+        for bound in wilson(correct, count):
+            assert 0 <= bound <= 1
+            if 0 < bound < 1:
+                error = math.sqrt(bound * (1 - bound) / count)
+                assert abs(share - bound) / error == pytest.approx(1.959963984540054, rel=1e-9)
+            else:
+                assert share == bound
+
+
+@pytest.mark.parametrize(("correct", "count"), [(0, 0), (-1, 3), (4, 3), (0.5, 2)])
+def test_impossible_counts_are_refused(correct: int, count: int) -> None:
+    with pytest.raises((TypeError, ValueError), match="`co"):
+        wilson(correct, count)
+
+
 def test_similarity_is_that_of_each_image_alone() -> None:
     clean = load_data("digits", limit=BATCH + 3, size=16).images
     noisy = (clean + 0.2 * torch.randn_like(clean)).clamp(0, 1)
@@ -30,9 +52,23 @@ def test_similarity_is_that_of_each_image_alone() -> None:
     assert similarity(clean, clean).tolist() == pytest.approx([1.0] * len(clean))
 
 
-def test_similarity_of_different_shapes_is_refused() -> None:
+def test_psnr_of_each_image_alone() -> None:
+    draw = torch.Generator().manual_seed(0)
+    clean = torch.rand(BATCH + 3, 3, 8, 8, generator=draw)
+    noisy = (clean + 0.1 * torch.randn(clean.shape, generator=draw)).clamp(0, 1)
+    values = psnr(noisy, clean).tolist()
+    assert len(values) == len(clean)
+    for i in (0, 1, BATCH - 1, BATCH, BATCH + 2):
+        pairs = zip(noisy[i].flatten(), clean[i].flatten(), strict=True)
+        error = sum((float(a) - float(b)) ** 2 for a, b in pairs) / 192
+        assert values[i] == pytest.approx(10 * math.log10(1 / error))
+    assert psnr(clean, clean).tolist() == [math.inf] * len(clean)
+
+
+@pytest.mark.parametrize("figure", [similarity, psnr])
+def test_different_shapes_are_refused(figure: object) -> None:
     with pytest.raises(ValueError, match="must have one shape"):
-        similarity(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16))
+        figure(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16))
 
 
 def test_decisions_do_not_depend_on_batches() -> None:

@@ -22,6 +22,7 @@ from dipguard.fit import (
     Stitcher,
     StitchOptions,
     fit_stack,
+    trace_settings,
 )
 from dipguard.victims import build_victim
 
@@ -35,7 +36,7 @@ def defend(images: Tensor, victim: nn.Module, *, T: int = 60, stitching: dict | 
         indices=range(len(images)),
         fit=FitOptions(network="small", jitter=0.1, padding="zeros"),
         decide=DecideOptions(**{"T": T, "decisions": None, "every": 2, "keep_samples": True, **decide}),
-        stitch=StitchOptions(**{"tau": 0.3, "t0": 10, "K": 5, **(stitching or {})}),
+        stitch=StitchOptions(**{"tau": 0.3, "t0": 10, "K": 5, "beta": 0.5, **(stitching or {})}),
         device=CPU,
     )
 
@@ -180,7 +181,7 @@ def logged(images: Tensor, victim: nn.Module, folder: Path, *callbacks: pl.Callb
                 indices=range(len(images)),
                 fit=FitOptions(network="small", jitter=0.1, padding="zeros"),
                 decide=DecideOptions(**decide),
-                stitch=StitchOptions(tau=0.3, t0=10, K=5),
+                stitch=StitchOptions(tau=0.3, t0=10, K=5, beta=0.5),
                 device=CPU,
                 logger=logger,
                 first_step=100,
@@ -202,10 +203,10 @@ def test_means_are_logged_at_sampled_steps_only(images: Tensor, victim: nn.Modul
     assert all(0 < row["fit/mse"] < 1 for row in rows)
 
 
-class Impatient(pl.Callback):
-    """Somebody who looks at every decision."""
+class Monitor(pl.Callback):
+    """A callback that depends on the latest decisions, as EarlyStopping or ModelCheckpoint may."""
 
-    needs_each_decision = True
+    monitor = "fit/crossings"
 
 
 def test_samples_that_wait_for_a_good_batch_come_out_the_same(
@@ -214,7 +215,7 @@ def test_samples_that_wait_for_a_good_batch_come_out_the_same(
     options: dict[str, Any] = {"T": 80, "decisions": None, "every": 1, "K_max": 5, "keep_samples": True}
     (tmp_path / "once").mkdir()
     ours, rows, calls = logged(images[:2], undecided, tmp_path, **options)
-    wanted, their_rows, their_calls = logged(images[:2], undecided, tmp_path / "once", Impatient(), **options)
+    wanted, their_rows, their_calls = logged(images[:2], undecided, tmp_path / "once", Monitor(), **options)
     # The given images, 80 steps of 2 images, and then crossings.
     assert calls[:4] == [2, 64, 64, 32]
     assert their_calls[:81] == [2] * 81
@@ -251,21 +252,68 @@ def run(images: Tensor, callbacks: list[pl.Callback], *, module: pl.LightningMod
     trainer.fit(module or StackedDIP(images, options=FitOptions(network="small")))
 
 
-def test_the_callbacks_work_on_a_trainer_of_ones_own(images: Tensor, victim: nn.Module) -> None:
-    stitcher = Stitcher(StitchOptions(K=2))
-    run(images[:2], [DecisionLogger(victim, decisions=4, K_max=2), BoundaryDetector(victim), stitcher])
-    assert [trace.settings["T"] for trace in stitcher.traces] == [4, 4]
-    assert [tuple(r.image.shape) for r in stitcher.reconstructions] == [(3, 32, 32)] * 2
+def stitcher(K: int) -> Stitcher:
+    return Stitcher(tau=0.7, t0=50, K=K, beta=0.5)
 
 
 def test_wrong_order_or_module_is_named(images: Tensor, victim: nn.Module) -> None:
-    with pytest.raises(RuntimeError, match="DecisionLogger before BoundaryDetector and Stitcher"):
-        run(images[:1], [BoundaryDetector(victim), DecisionLogger(victim, decisions=4)])
-    with pytest.raises(RuntimeError, match="DecisionLogger before BoundaryDetector and Stitcher"):
-        run(images[:1], [Stitcher()])
+    order = "DecisionLogger before BoundaryDetector, and both before Stitcher, got no"
+    logger = DecisionLogger(victim, decisions=4, K_max=2)
+    with pytest.raises(RuntimeError, match=f"{order} DecisionLogger there"):
+        run(images[:1], [BoundaryDetector(victim), logger])
+    with pytest.raises(RuntimeError, match=f"{order} DecisionLogger there"):
+        run(images[:1], [stitcher(2)])
+    with pytest.raises(RuntimeError, match=f"{order} BoundaryDetector there"):
+        run(images[:1], [logger, stitcher(2), BoundaryDetector(victim)])
     with pytest.raises(ValueError, match="`K` must be from 1 to 2, got 15"):
-        run(images[:1], [DecisionLogger(victim, decisions=4, K_max=2), BoundaryDetector(victim), Stitcher()])
-    with pytest.raises(ValueError, match="`T` must be at least `decisions`, got T=4 and decisions=200"):
-        run(images[:1], [DecisionLogger(victim)])
+        run(images[:1], [logger, BoundaryDetector(victim), stitcher(15)])
     with pytest.raises(TypeError, match="works on a StackedDIP, got BoringModel"):
-        run(images[:1], [DecisionLogger(victim)], module=BoringModel())
+        run(images[:1], [logger], module=BoringModel())
+
+
+def test_traces_hold_all_options(images: Tensor, victim: nn.Module) -> None:
+    fit, decide = FitOptions(network="small"), DecideOptions(T=6, N=3, search="bisection", K_max=4)
+    stitch = StitchOptions(tau=0.25, t0=1, K=4, beta=0.0, rule="above", t0_unit="samples", divide_by="K")
+    done = fit_stack(images[:1], victim=victim, indices=[0], fit=fit, decide=decide, stitch=stitch, device=CPU)
+    settings = done.traces[0].settings
+    assert settings == trace_settings(fit, decide, stitch)
+    assert {
+        "network": "small",
+        "T": 6,
+        "N": 3,
+        "search": "bisection",
+        "K_max": 4,
+        "tau": 0.25,
+    }.items() <= settings.items()
+    assert done.traces[0].steps.tolist() == list(range(6)), "200 decisions are more than 6 steps"
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"tau": 1.5}, ValueError, "`tau` must be from 0 to 1, got 1.5"),
+        ({"t0": 2.0}, TypeError, "`t0` must be an integer"),
+        ({"K": 0}, ValueError, "`K` must be at least 1"),
+        ({"beta": -0.1}, ValueError, "`beta` must be finite and at least 0"),
+        ({"divide_by": "all"}, ValueError, "`divide_by` must be one of found, K"),
+    ],
+)
+def test_bad_stitches_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    for build in (StitchOptions, Stitcher):
+        with pytest.raises(error, match=message):
+            build(**{"tau": 0.7, "t0": 50, "K": 15, "beta": 0.5, **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"T": 10, "decisions": None, "every": 6}, ValueError, "`every` must be from 1 to 5, got 6"),
+        ({"N": 0}, ValueError, "`N` must be at least 1"),
+        ({"scores": "odds"}, ValueError, "`scores` must be one of"),
+        ({"K_max": 0}, ValueError, "`K_max` must be at least 1"),
+        ({"search": "newton"}, ValueError, "`search` must be one of grid, bisection"),
+    ],
+)
+def test_bad_decisions_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        DecideOptions(**options)

@@ -45,7 +45,7 @@ def run(images: Tensor, victim: nn.Module, *callbacks: pl.Callback) -> StackResu
         indices=[0],
         fit=FitOptions(network="small"),
         decide=DecideOptions(T=8, decisions=4),
-        stitch=StitchOptions(),
+        stitch=StitchOptions(tau=0.7, t0=50, K=15, beta=0.5),
         device=torch.device("cpu"),
         callbacks=callbacks,
     )

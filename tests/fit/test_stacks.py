@@ -1,21 +1,36 @@
-"""Many images in stacks, and what happens where memory runs out. The shortage is real in every test."""
+"""Many images in stacks, how many at once, and what happens when memory runs out. Every shortage is real."""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from dipguard import DIPGuard
+from dipguard.decision.stopping import PeakOfSmoothedPSNR
 from dipguard.engines.native_build import compiler
-from dipguard.fit import FitProgress, in_stacks
-from dipguard.fit.out_of_memory import is_out_of_memory
+from dipguard.fit import (
+    DecideOptions,
+    FitOptions,
+    FitProgress,
+    StackResult,
+    StitchOptions,
+    fit_rule,
+    fit_stack,
+    in_stacks,
+    stack_size_for,
+)
+from dipguard.fit.memory import images_in_memory, is_out_of_memory
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,20 +68,6 @@ def test_a_stack_that_does_not_fit_is_halved_and_begun_again(
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
     # Steps in a log must grow, also where a stack is begun again.
     assert calls == [(images, 10 * number) for number, images in enumerate(tried)]
-
-
-@pytest.mark.filterwarnings("ignore:out of memory")
-def test_a_refilled_stack_that_does_not_fit_is_halved_too() -> None:
-    tried = []
-
-    def work(part: slice, first_step: int, progress: FitProgress) -> slice:
-        tried.append((part.stop - part.start, progress.slots, first_step))
-        torch.empty(1 if progress.slots <= 2 else TOO_MUCH)
-        return part
-
-    parts = list(in_stacks(11, size=4, T=10, work=work, device=CPU, progress=False, rounds=3))
-    assert parts == [slice(0, 6), slice(6, 11)]
-    assert tried == [(11, 4, 0), (6, 2, 50), (5, 2, 100)]
 
 
 def test_there_is_one_warning_and_none_where_memory_suffices() -> None:
@@ -121,15 +122,29 @@ class Greedy(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.calls += 1
-        if len(x) > self.most and self.calls > 2:
+        if len(x) > self.most and self.calls > 1:
             torch.empty(TOO_MUCH)
         return self.linear(nn.functional.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 @pytest.mark.filterwarnings("ignore:out of memory")
 def test_progress_and_seconds_count_what_came_of_it(images: Tensor, capfd: pytest.CaptureFixture[str]) -> None:
-    guard = DIPGuard(Greedy(2), network="small", T=24, decisions=12, tau=1.0, stack_size=4, N=1)
-    parts = list(guard.defend_stacks(images[:5]))
+    victim = Greedy(2)
+
+    def work(part: slice, first_step: int, progress: FitProgress) -> StackResult:
+        return fit_stack(
+            images[part],
+            victim=victim,
+            indices=range(part.start, part.stop),
+            fit=FitOptions(network="small"),
+            decide=DecideOptions(T=24, decisions=12, N=1),
+            stitch=StitchOptions(tau=1.0, t0=0, K=1, beta=0.5),
+            device=CPU,
+            first_step=first_step,
+            callbacks=[progress],
+        )
+
+    parts = list(in_stacks(5, size=4, T=24, work=work, device=CPU, progress=True))
     assert [len(part.traces) for part in parts] == [2, 2, 1]
     shown = capfd.readouterr().err
     assert "120/120" in shown
@@ -137,31 +152,62 @@ def test_progress_and_seconds_count_what_came_of_it(images: Tensor, capfd: pytes
     assert all(set(part.seconds) == {"start", "fit", "decide"} and min(part.seconds.values()) > 0 for part in parts)
 
 
+class EndAfter(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = trainer.should_stop or outputs["step"] == self.step
+
+
+def test_progress_leaves_out_what_a_fit_did_not_need(images: Tensor) -> None:
+    with tqdm(total=200, file=io.StringIO()) as bar:
+        progress = FitProgress(bar, every=3)
+        fit_rule(
+            images[:2],
+            rule=PeakOfSmoothedPSNR(),
+            indices=[0, 1],
+            fit=FitOptions(network="small"),
+            T=61,
+            device=CPU,
+            callbacks=[progress, EndAfter(49)],
+        )
+        assert (bar.n, bar.total) == (100, 200 - 2 * 11)
+        progress.skip(7)
+        assert bar.total == 200 - 2 * 11 - 7
+        progress.roll_back()
+        assert (bar.n, bar.total) == (0, 200)
+
+
 SHORTAGE = """
 import json, resource, sys, warnings
 import torch
 from torch import nn
-from dipguard import DIPGuard
+from dipguard.fit import DecideOptions, FitOptions, StitchOptions, fit_stack, in_stacks
 
 draw = torch.Generator().manual_seed(0)
 images = torch.rand(40, 3, 32, 32, generator=draw)
 victim = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, 4))
 soft, hard = resource.getrlimit(resource.RLIMIT_AS)
 for engine, dtype, megabytes in json.loads(sys.argv[1]):
-    options = dict(T=4, decisions=4, tau=0.0, t0=0, K=3, engine=engine, dtype=dtype, progress=False)
-    DIPGuard(victim, stack_size=1, **options).defend(images[:1])
+    def fit(indices, callbacks=()):
+        return fit_stack(images[indices], victim=victim, indices=indices, fit=FitOptions(engine=engine, dtype=dtype),
+            decide=DecideOptions(T=4, decisions=4), stitch=StitchOptions(tau=0.0, t0=0, K=3, beta=0.5),
+            device=torch.device("cpu"), callbacks=callbacks)
+    def work(part, first_step, progress):
+        return fit(list(range(part.start, part.stop)), [progress])
+    fit([0])
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + megabytes * 2**20, hard))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
-        parts = list(DIPGuard(victim, stack_size=40, **options).defend_stacks(images))
+        parts = list(in_stacks(40, size=40, T=4, work=work, device=torch.device("cpu"), progress=False))
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     sizes, same = [len(part.traces) for part in parts], []
     for part in (parts[0], parts[-1]):
         indices = [trace.index for trace in part.traces]
-        alone = DIPGuard(victim, stack_size=len(indices), **options).defend(images[indices], indices=indices)
-        same += [one.equals(other) for one, other in zip(part.traces, alone.traces)]
+        same += [one.equals(other) for one, other in zip(part.traces, fit(indices).traces)]
     print(json.dumps({"sizes": sizes, "warnings": [str(w.message) for w in seen], "same": all(same)}))
 """
 
@@ -184,3 +230,24 @@ def test_a_fit_in_too_little_memory_goes_on_in_smaller_stacks() -> None:
         assert sizes[:-1] == sorted(sizes[:-1], reverse=True), "it stays at the smaller size"
         assert [text for text in told["warnings"] if "out of memory with 40 images at once" in text]
         assert told["same"]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(1, 1), (20, 20), (32, 32), (100, 32)])
+def test_a_fixed_number_at_once_where_memory_allows(count: int, expected: int) -> None:
+    fit = FitOptions(network="small", engine="torch")
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        assert stack_size_for(count, size=(16, 16), fit=fit, kept=10, device=CPU) == expected
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the free memory is not known")
+def test_memory_bounds_the_number_at_once() -> None:
+    size, fit = (256, 256), FitOptions(network="small", engine="torch")
+    kept = 40_000
+    bound = images_in_memory(size, fit=fit, kept=kept, engine="torch", device=CPU)
+    assert bound is not None
+    chosen = stack_size_for(32, size=size, fit=fit, kept=kept, device=CPU)
+    assert chosen <= max(1, min(32, bound * 1.5)), "what is free changes from moment to moment"
+    assert chosen < 32
+    assert math.log2(chosen).is_integer()

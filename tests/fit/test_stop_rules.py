@@ -1,8 +1,7 @@
-"""Stopping rules on fits: riders see every step and change nothing; a fit of their own ends when they are done."""
+"""Stopping rules on fits: they see every step and change nothing; a fit for a rule alone ends when it is done."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,7 @@ from torch import Tensor, nn
 
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule, WindowedVariance
 from dipguard.engines.native_build import compiler
-from dipguard.fit import DecideOptions, FitOptions, StitchOptions, fit_stack
-from dipguard.fit.stop_rules import StopRules, fit_rules
+from dipguard.fit import DecideOptions, FitOptions, StitchOptions, StopRuleCallback, fit_rule, fit_stack
 
 CPU = torch.device("cpu")
 T = 40
@@ -40,80 +38,71 @@ class Watch(pl.Callback):
         self.seen.append(outputs["reconstructions"].clone())
 
 
-def defend(images: Tensor, victim: nn.Module, *riders: pl.Callback, **decide: Any) -> Any:
+def defend(images: Tensor, victim: nn.Module, *callbacks: pl.Callback, **decide: Any) -> Any:
     return fit_stack(
         images,
         victim=victim,
         indices=[4, 1, 7],
         fit=FIT,
         decide=DecideOptions(T=T, decisions=None, every=2, **decide),
-        stitch=StitchOptions(tau=0.0, t0=0, K=1),
+        stitch=StitchOptions(tau=0.0, t0=0, K=1, beta=0.5),
         device=CPU,
-        callbacks=riders,
+        callbacks=callbacks,
     )
 
 
 @pytest.mark.parametrize("engine", WORKING)
-def test_each_rule_chooses_among_the_steps_of_one_fit(images: Tensor, engine: str) -> None:
-    watch, given = Watch(), images[:3]
+def test_each_rule_chooses_among_the_steps_of_its_fit(images: Tensor, engine: str) -> None:
+    given, chosen = images[:3], {}
     fit = FitOptions(network="small", dtype="float64", seed=2, engine=engine)
-    found = fit_rules(given, rules=rules(), indices=[4, 1, 7], fit=fit, T=T, device=CPU, callbacks=[watch])
-    assert list(found) == ["peak", "variance", "early", "late"]
-    assert len(watch.seen) == T
     for name, rule in rules().items():
+        watch = Watch()
+        found = fit_rule(given, rule=rules()[name], indices=[4, 1, 7], fit=fit, T=T, device=CPU, callbacks=[watch])
+        assert len(watch.seen) == rule.steps_needed(T)
         for t, x in enumerate(watch.seen):
             rule.update(t, x, given.double())
-        assert torch.equal(found[name].steps, rule.result().steps)
-        assert torch.equal(found[name].images, rule.result().images)
-        for b, t in enumerate(found[name].steps.tolist()):
-            assert torch.equal(found[name].images[b], watch.seen[t][b])
-    assert len(set(found["variance"].steps.tolist())) > 1
+        assert torch.equal(found.steps, rule.result().steps)
+        assert torch.equal(found.images, rule.result().images)
+        for b, t in enumerate(found.steps.tolist()):
+            assert torch.equal(found.images[b], watch.seen[t][b])
+        chosen[name] = found.steps.tolist()
+    assert len(set(chosen["variance"])) > 1
 
 
-def test_riders_change_nothing_and_get_what_a_fit_of_their_own_gives(images: Tensor, victim: nn.Module) -> None:
-    rider = StopRules(rules())
-    with_rider, without = defend(images[:3], victim, rider), defend(images[:3], victim)
-    for mine, theirs in zip(with_rider.reconstructions, without.reconstructions, strict=True):
+def test_a_rule_changes_no_other_result_and_chooses_what_it_chooses_alone(images: Tensor, victim: nn.Module) -> None:
+    watches = {name: StopRuleCallback(rule, end_fit=False) for name, rule in rules().items()}
+    watched, without = defend(images[:3], victim, *watches.values()), defend(images[:3], victim)
+    for mine, theirs in zip(watched.reconstructions, without.reconstructions, strict=True):
         assert torch.equal(mine.image, theirs.image)
-    for mine, theirs in zip(with_rider.traces, without.traces, strict=True):
+    for mine, theirs in zip(watched.traces, without.traces, strict=True):
         assert torch.equal(mine.scores, theirs.scores)
         assert torch.equal(mine.on_boundary, theirs.on_boundary)
-    own = fit_rules(images[:3], rules=rules(), indices=[4, 1, 7], fit=FIT, T=T, device=CPU)
-    assert rider.stopped.keys() == own.keys()
-    for name, stopped in rider.stopped.items():
-        assert torch.equal(stopped.steps, own[name].steps)
-        assert torch.equal(stopped.images, own[name].images)
-    assert rider.seconds > 0
-
-
-def test_a_fit_that_retires_images_takes_no_riders(images: Tensor, victim: nn.Module) -> None:
-    with pytest.raises(
-        ValueError, match="`rules` must see every image to the fit's end, got a fit that retires images"
-    ):
-        defend(images[:3], victim, StopRules(rules()), patience=1)
+    for name, watch in watches.items():
+        own = fit_rule(images[:3], rule=rules()[name], indices=[4, 1, 7], fit=FIT, T=T, device=CPU)
+        assert watch.stopped is not None
+        assert torch.equal(watch.stopped.steps, own.steps)
+        assert torch.equal(watch.stopped.images, own.images)
+        assert watch.seconds > 0
 
 
 @pytest.mark.parametrize(
-    ("make", "most"),
+    ("rule", "most"),
     [
-        (lambda: {"fixed": FixedStep(7)}, 8),
-        (lambda: {"one": FixedStep(2), "two": FixedStep(9)}, 10),
-        (lambda: {"variance": WindowedVariance(window=2, patience=1)}, 150),
-        (lambda: {"variance": WindowedVariance(window=2, patience=1), "peak": PeakOfSmoothedPSNR()}, 200),
+        (FixedStep(7), 8),
+        (WindowedVariance(window=2, patience=1), 150),
+        (PeakOfSmoothedPSNR(), 200),
     ],
 )
-def test_a_fit_of_their_own_ends_when_all_are_done(
-    images: Tensor, make: Callable[[], dict[str, StopRule]], most: int
-) -> None:
+def test_a_fit_for_a_rule_ends_when_it_is_done(images: Tensor, rule: StopRule, most: int) -> None:
     watch = Watch()
-    fit_rules(images[:2], rules=make(), indices=[0, 1], fit=FIT, T=200, device=CPU, callbacks=[watch])
+    fit_rule(images[:2], rule=rule, indices=[0, 1], fit=FIT, T=200, device=CPU, callbacks=[watch])
     assert len(watch.seen) == most if most != 150 else len(watch.seen) <= most
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_it_works_in_any_gradient_mode_and_leaves_the_random_state(images: Tensor, around: Any) -> None:
     def found(given: Tensor) -> Tensor:
-        return fit_rules(given, rules=rules(), indices=[0, 1], fit=FIT, T=T, device=CPU)["peak"].images
+        return fit_rule(given, rule=rules()["peak"], indices=[0, 1], fit=FIT, T=T, device=CPU).images
 
     expected = found(images[:2])
     before = torch.get_rng_state(), np.random.get_state()[1].copy()
@@ -124,18 +113,16 @@ def test_it_works_in_any_gradient_mode_and_leaves_the_random_state(images: Tenso
     (expected.clone().requires_grad_() * 2).sum().backward()  # an inference tensor would refuse
 
 
-def test_no_rules_used_rules_and_other_modules_are_refused(images: Tensor) -> None:
-    with pytest.raises(ValueError, match="`rules` must hold at least one rule"):
-        StopRules({})
-    used = rules()
-    fit_rules(images[:1], rules=used, indices=[0], fit=FIT, T=T, device=CPU)
+def test_used_rules_late_steps_and_other_modules_are_refused(images: Tensor) -> None:
+    used = rules()["peak"]
+    fit_rule(images[:1], rule=used, indices=[0], fit=FIT, T=T, device=CPU)
     with pytest.raises(ValueError, match=f"`t` must be {T}, the next step of this rule's one fit, got 0"):
-        fit_rules(images[:1], rules=used, indices=[0], fit=FIT, T=T, device=CPU)
+        fit_rule(images[:1], rule=used, indices=[0], fit=FIT, T=T, device=CPU)
     with pytest.raises(RuntimeError, match=f"FixedStep chose none of the {T} steps"):
-        fit_rules(images[:1], rules={"late": FixedStep(T)}, indices=[0], fit=FIT, T=T, device=CPU)
+        fit_rule(images[:1], rule=FixedStep(T), indices=[0], fit=FIT, T=T, device=CPU)
     trainer = pl.Trainer(
-        max_steps=1, accelerator="cpu", logger=False, callbacks=[StopRules(rules())], enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
+        max_steps=1, accelerator="cpu", logger=False, callbacks=[StopRuleCallback(rules()["peak"])],
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with pytest.raises(TypeError, match="works on a StackedDIP, got BoringModel"):
         trainer.fit(BoringModel())

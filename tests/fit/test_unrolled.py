@@ -1,9 +1,7 @@
 import pytest
 import torch
 
-from dipguard.fit import FitOptions
-from dipguard.fit.samples import fit_samples
-from dipguard.fit.unrolled import unrolled_fit
+from dipguard.fit import FitOptions, fit_samples, unrolled_fit
 from dipguard.networks.presets import hourglass
 
 OWN = {"padding": "zeros", "jitter": 0.0, "optimise_z": True, "seed": 2}

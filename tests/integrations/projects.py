@@ -1,4 +1,4 @@
-"""Somebody's Lightning project: a LightningModule and a DataModule that know nothing of dipguard."""
+"""A Lightning project of its own: a LightningModule and a DataModule that do not know dipguard."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def digits(first: int, count: int, *, noise: float = 0.0) -> tuple[Tensor, Tenso
 
 
 class Pictures(Dataset[Any]):
-    """Holds its images, so that whoever wrote to a batch in place could be found out."""
+    """Holds its images, so that a write to a batch in place is noticed."""
 
     def __init__(self, x: Tensor, y: Tensor) -> None:
         self.x, self.y = x, y

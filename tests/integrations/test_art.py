@@ -61,17 +61,17 @@ def test_it_is_one_of_arts_preprocessors_and_purifies(module: DigitsModule) -> N
     np.testing.assert_allclose(classifier.predict(images.numpy()), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("row", ["median", "jpeg"])
-def test_arts_attack_through_a_cheap_defence_works(module: DigitsModule, row: str) -> None:
+@pytest.mark.parametrize("defense", ["median", "jpeg"])
+def test_arts_attack_through_a_cheap_defence_works(module: DigitsModule, defense: str) -> None:
     images, labels = digits(0, 24)
-    classifier = estimator(module, purify_preprocessor(build_defense(row, module)))
+    classifier = estimator(module, purify_preprocessor(build_defense(defense, module)))
     assert accuracy(classifier, images.numpy(), labels) > 0.7
     attacked = pgd(classifier, images, labels)
     assert np.abs(attacked - images.numpy()).max() == pytest.approx(0.25, abs=1e-5)
     assert accuracy(classifier, attacked, labels) < 0.3
 
 
-def test_arts_attack_through_a_guard(module: DigitsModule) -> None:
+def test_arts_attack_through_a_deep_image_prior(module: DigitsModule) -> None:
     images, labels = digits(0, 2)
     attacked = pgd(estimator(module, purify_preprocessor(DIPGuard(module, progress=False, **TINY))), images, labels)
     assert 0 < np.abs(attacked - images.numpy()).max() <= 0.25 + 1e-5

@@ -12,13 +12,13 @@ from dipguard import DIPGuard
 from dipguard.attacks.libraries import foolbox
 from dipguard.defenses import build_defense
 from dipguard.integrations.attackable import BPDAClassifier
-from dipguard.integrations.input_purifier import InputPurifier
+from dipguard.integrations.inputs import InputPurifier
 
 from .conftest import TINY
 from .projects import DigitsModule, digits
 
 EPS = 0.25
-ROWS = ("median", "jpeg")
+DEFENSES = ("median", "jpeg")
 
 
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
@@ -37,11 +37,11 @@ def torchattacks_pgd(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor
     return torchattacks.PGD(model, eps=EPS, alpha=0.3 * EPS, steps=5)(images, labels)
 
 
-@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("defense", DEFENSES)
 @pytest.mark.parametrize("attack", [foolbox_pgd, torchattacks_pgd])
-def test_an_attack_through_a_cheap_defence_works(module: DigitsModule, attack, row: str) -> None:
+def test_an_attack_through_a_cheap_defence_works(module: DigitsModule, attack, defense: str) -> None:
     images, labels = digits(0, 24)
-    defended = BPDAClassifier(module, build_defense(row, module))
+    defended = BPDAClassifier(module, build_defense(defense, module))
     assert accuracy(defended, images, labels) > 0.7
     attacked = attack(defended, images, labels)
     assert float((attacked - images).abs().max()) == pytest.approx(EPS, abs=1e-5)

@@ -1,4 +1,4 @@
-"""dipguard's config groups in somebody else's Hydra application."""
+"""dipguard's config groups in another Hydra application."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import OmegaConf
 
+from dipguard.config import GROUPS, node_of
 from hydra_plugins.dipguard_groups import DipguardSource
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +27,8 @@ def conf(tmp_path: Path) -> Path:
     """Their configuration; it has a group of its own that is called like one of dipguard's."""
     (tmp_path / "attack").mkdir()
     (tmp_path / "attack" / "pgd.yaml").write_text("theirs: true\n")
-    (tmp_path / "dipguard" / "rival").mkdir(parents=True)
-    (tmp_path / "dipguard" / "rival" / "jpeg.yaml").write_text("name: jpeg\noptions: {quality: 10}\n")
+    (tmp_path / "dipguard" / "defense").mkdir(parents=True)
+    (tmp_path / "dipguard" / "defense" / "jpeg.yaml").write_text("name: jpeg\nquality: 10\n")
     (tmp_path / "config.yaml").write_text("defaults: [attack: pgd, dipguard/attack: fgsm, _self_]\nlr: 0.1\n")
     return tmp_path
 
@@ -40,28 +41,34 @@ def composed(conf: Path, *overrides: str) -> dict:
 def test_groups_stand_beside_theirs_and_not_in_their_way(conf: Path) -> None:
     assert composed(conf) == {
         "attack": {"theirs": True},
-        "dipguard": {"attack": OmegaConf.load(ROOT / "conf" / "attack" / "fgsm.yaml")},
+        "dipguard": {"attack": {"name": "fgsm", "eps_255": 8, "batch_size": 64}},
         "lr": 0.1,
     }
 
 
 def test_groups_can_be_put_elsewhere_and_changed(conf: Path) -> None:
-    found = composed(conf, "dipguard/attack=pgd", "+dipguard/rival@defense=paper", "defense.options.T=7")
+    found = composed(conf, "dipguard/attack=pgd", "+dipguard/defense@defense=paper", "defense.T=7")
     assert found["dipguard"]["attack"]["name"] == "pgd"
-    assert found["defense"]["options"]["T"] == 7
+    assert found["defense"]["T"] == 7
     assert found["attack"] == {"theirs": True}
 
 
 def test_a_config_of_their_own_comes_first(conf: Path) -> None:
-    assert composed(conf, "+dipguard/rival=jpeg")["dipguard"]["rival"]["options"] == {"quality": 10}
-    assert composed(conf, "+dipguard/rival=median")["dipguard"]["rival"]["name"] == "median"
+    assert composed(conf, "+dipguard/defense=jpeg")["dipguard"]["defense"] == {"name": "jpeg", "quality": 10}
+    assert composed(conf, "+dipguard/defense=median")["dipguard"]["defense"] == {"name": "median", "size": 3}
+
+
+def test_what_depends_on_the_data_has_a_default_without_them(conf: Path) -> None:
+    assert composed(conf, "+dipguard/defense@d=mirror")["d"]["mirror"] == "${oc.select:data.mirrors,true}"
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        assert compose("config", ["+dipguard/defense@d=mirror"]).d.mirror is True
 
 
 def test_all_groups_are_offered_but_those_of_dipguards_own_programs() -> None:
     source = DipguardSource("dipguard", "dipguard://")
     assert source.list("", ObjectType.GROUP) == ["dipguard"]
     groups = source.list("dipguard", ObjectType.GROUP)
-    assert {"attack", "data", "network", "rival", "victim"} <= set(groups)
+    assert {"attack", "data", "defense", "victim"} <= set(groups)
     assert set(groups).isdisjoint({"experiment", "sweep"})
     assert source.list("dipguard", ObjectType.CONFIG) == []
     for group in groups:
@@ -70,15 +77,19 @@ def test_all_groups_are_offered_but_those_of_dipguards_own_programs() -> None:
         for name in files:
             loaded = source.load_config(f"dipguard/{group}/{name}").config
             assert loaded == OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
-    for path in ("dipguard/experiment/figure4", "dipguard/train", "dipguard/rival/nothing", "rival/paper"):
+            if group in GROUPS:
+                options = source.load_config(f"dipguard/{group}/options/{name}").config
+                assert options == OmegaConf.create(node_of(group, name))
+    for path in ("dipguard/experiment/figure4", "dipguard/train", "dipguard/defense/nothing", "defense/paper"):
         assert not source.exists(path)
         with pytest.raises(ConfigLoadError, match=path):
             source.load_config(path)
+    assert not source.exists("dipguard/defense/options/nothing")
 
 
 def test_the_choices_are_listed_when_one_is_wrong(conf: Path) -> None:
     with pytest.raises(HydraException, match="median"):
-        composed(conf, "+dipguard/rival=nothing")
+        composed(conf, "+dipguard/defense=nothing")
 
 
 def run(command: list[str], *, folder: Path, path: Path = ROOT) -> str:
@@ -91,7 +102,7 @@ def run(command: list[str], *, folder: Path, path: Path = ROOT) -> str:
 @pytest.mark.slow
 def test_the_example_project_runs(tmp_path: Path) -> None:
     """As from the command line, with another defence than its config names."""
-    overrides = ["images=6", f"hydra.run.dir={tmp_path}", "dipguard/rival@defense=median", "model.epochs=1"]
+    overrides = ["images=6", f"hydra.run.dir={tmp_path}", "dipguard/defense@defense=median", "model.epochs=1"]
     lines = run([sys.executable, "main.py", *overrides], folder=PROJECT).splitlines()
     assert [line.split(":")[0] for line in lines] == ["clean", "attacked", "purified"]
     assert all(line.endswith(" of 6") for line in lines)
@@ -99,18 +110,21 @@ def test_the_example_project_runs(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_example_project_runs_with_its_own_defaults(tmp_path: Path) -> None:
-    quick = ["images=2", "defense.options.T=20", "+defense.options.decisions=10", f"hydra.run.dir={tmp_path}"]
+    quick = ["images=2", "defense.T=20", "defense.decisions=10", f"hydra.run.dir={tmp_path}"]
     assert "purified: " in run([sys.executable, "main.py", *quick], folder=PROJECT)
 
 
-def test_finding_the_groups_does_not_import_dipguard(conf: Path) -> None:
+@pytest.mark.parametrize(("config", "absent"), [("plain", "dipguard"), ("config", "torch")])
+def test_little_is_imported(conf: Path, config: str, absent: str) -> None:
+    """Nothing of dipguard unless its groups are used, and never torch."""
+    (conf / "plain.yaml").write_text("lr: 0.1\n")
     code = (
         "import sys; from hydra import compose, initialize_config_dir\n"
         f"with initialize_config_dir({str(conf)!r}, version_base='1.3'):\n"
-        "    print(compose('config').dipguard.attack.name)\n"
-        "assert 'dipguard' not in sys.modules and 'torch' not in sys.modules\n"
+        f"    print(compose({config!r}).lr)\n"
+        f"assert {absent!r} not in sys.modules\n"
     )
-    assert run([sys.executable, "-c", code], folder=conf).strip() == "fgsm"
+    assert run([sys.executable, "-c", code], folder=conf).strip() == "0.1"
 
 
 @pytest.mark.slow
@@ -121,9 +135,9 @@ def test_an_installed_wheel_offers_them_too(conf: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(target)
     code = (
-        "from hydra import compose, initialize_config_dir\n"
+        "from hydra import compose, initialize_config_dir; from dipguard.config import register; register()\n"
         f"with initialize_config_dir({str(conf)!r}, version_base='1.3'):\n"
-        "    print(compose('config', ['+dipguard/rival@d=paper', 'hydra.searchpath=[pkg://dipguard.conf]', "
+        "    print(compose('config', ['+dipguard/defense@d=paper', 'hydra.searchpath=[pkg://dipguard.conf]', "
         "'+victim=digits_cnn']).d.name)\n"
         "import importlib.util; print(importlib.util.find_spec('dipguard').origin)\n"
     )

@@ -8,8 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
 from dipguard.integrations.batches import part_of, with_part
-from dipguard.integrations.indices import IndexRule, LoaderPositions, content_indices
-from dipguard.integrations.pixels import Pixels
+from dipguard.integrations.inputs import IndexRule, LoaderPositions, Pixels, content_indices
 
 from .projects import KINDS, MEAN, STD, pack, unpack
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from benchmarks.plain_loop import PlainSkipNet
-from dipguard.networks import PRESETS, NetworkSpec, build, resolve
-from dipguard.networks.layers import StackedConv2d, same_padding
+from dipguard.networks import PRESETS, NetworkSpec, build, network_spec
+from dipguard.networks.unet import StackedConv2d, same_padding
 
 PARAMETERS = {"small": 7_019, "medium": 82_236, "large": 433_587, "cifar10": 82_236, "imagenet": 556_215}
 ODD = NetworkSpec(n_d=(5, 6), n_u=(4, 7), n_s=(0, 3), k_d=(3, 5), k_u=(4, 3), k_s=(1, 3), input_depth=2)
@@ -20,7 +20,7 @@ NEAREST = dataclasses.replace(ODD, upsample="nearest")
 def test_parameter_counts_of_appendix_b(preset: str, count: int) -> None:
     net = build(preset, stack_size=2)
     assert net.parameters_per_image() == count
-    assert sum(p.numel() for p in PlainSkipNet(resolve(preset)).parameters()) == count
+    assert sum(p.numel() for p in PlainSkipNet(network_spec(preset)).parameters()) == count
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

@@ -1,4 +1,4 @@
-"""Writes results.csv and curves.csv as a run stores them: the input of what reads them."""
+"""Writes results.csv, checks.csv as a run stores them: the input of all reports."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dipguard.evaluation.statistics import wilson
+from scipy.stats import binomtest
 
 RESULT_FIELDS = (
-    "data", "victim", "judge", "column", "attack", "eps_255", "row", "defense", "seed", "n", "correct", "accuracy",
-    "low", "high", "ssim", "psnr", "seconds_per_image", "status", "key",
+    "data", "victim", "surrogate", "attack", "attack_name", "number", "check", "eps_255", "budget", "defense",
+    "defense_name", "seed", "n", "correct", "accuracy", "low", "high", "ssim", "psnr", "seconds_per_image",
+    "purifications", "dip_steps", "victim_queries", "gradients", "attack_seconds", "status", "options", "cut", "note",
+    "key",
 )  # fmt: skip
-CURVE_FIELDS = (
-    "data", "victim", "attack", "row", "defense", "eps_255", "budget", "n", "correct", "accuracy", "low", "high",
-    "purifications", "dip_steps", "victim_queries", "seconds",
-)  # fmt: skip
+CHECK_FIELDS = ("defense", "check", "verdict", "figures")
 
 LINF = {f"{attack}_{eps}": (attack, eps) for attack in ("fgsm", "pgd", "bim", "mifgsm") for eps in (2, 4, 8)}
-PAPER_COLUMNS: dict[str, tuple[str, Any]] = {"clean": ("none", ""), **LINF, "cw": ("cw", ""), "ddn": ("ddn", "")}
+PAPER_ATTACKS: dict[str, tuple[str, Any]] = {"clean": ("none", ""), **LINF, "cw": ("cw", ""), "ddn": ("ddn", "")}
 NO_WEIGHTS = "weights not supplied. Give `weights`, the path of a state dict; the authors' file"
 
 
 def shares(correct: int, n: int) -> dict[str, Any]:
-    low, high = wilson(correct, n)
-    return {"n": n, "correct": correct, "accuracy": correct / n, "low": low, "high": high}
+    interval = binomtest(correct, n).proportion_ci(method="wilson")
+    return {"n": n, "correct": correct, "accuracy": correct / n, "low": interval.low, "high": interval.high}
 
 
 def cell(
-    column: str, row: str, correct: int | None, *, n: int = 32, ssim: float = 0.9, **changes: Any
+    attack: str, defense: str, correct: int | None, *, n: int = 32, ssim: float = 0.9, **changes: Any
 ) -> dict[str, Any]:
-    """A line of results.csv; ``correct`` None is a row whose weights were not supplied."""
-    attack, eps = PAPER_COLUMNS.get(column, (column, ""))
+    """A line of results.csv; ``correct`` None is a defence whose weights were not supplied."""
+    name, eps = PAPER_ATTACKS.get(attack, (attack, ""))
     values = {
-        "data": "cifar10", "victim": "cifar10_resnet56", "judge": "cifar10_resnet56", "column": column,
-        "attack": attack, "eps_255": eps, "row": row, "defense": row, "seed": 0, "key": "0123456789abcdef",
+        "data": "cifar10", "victim": "cifar10_resnet56", "attack": attack, "attack_name": name, "eps_255": eps,
+        "defense": defense, "defense_name": defense, "seed": 0, "key": "0123456789abcdef",
     }  # fmt: skip
     if correct is None:
         values |= {"n": n, "status": NO_WEIGHTS}
@@ -45,12 +44,11 @@ def cell(
 
 
 def point(
-    attack: str, row: str, eps: float, budget: int, correct: int, *, n: int = 16, **changes: Any
+    attack: str, defense: str, eps: float, budget: int, correct: int, *, n: int = 16, **changes: Any
 ) -> dict[str, Any]:
-    """A line of curves.csv."""
-    names = {"data": "cifar10", "victim": "cifar10_resnet56", "attack": attack, "row": row, "defense": row}
-    costs = {"purifications": 9, "dip_steps": 9000, "victim_queries": 9, "seconds": 1.5}
-    return {**names, "eps_255": eps, "budget": budget, **shares(correct, n), **costs, **changes}
+    """A line of results.csv at one of an attack's budgets."""
+    costs = {"purifications": 9, "dip_steps": 9000, "victim_queries": 9, "gradients": 0, "attack_seconds": 1.5}
+    return cell(attack, defense, correct, n=n, eps_255=eps, budget=budget, **costs) | changes
 
 
 def write_lines(path: Path, fields: Iterable[str], lines: Iterable[dict[str, Any]]) -> Path:
@@ -63,7 +61,3 @@ def write_lines(path: Path, fields: Iterable[str], lines: Iterable[dict[str, Any
 
 def write_results(folder: Path, lines: Iterable[dict[str, Any]]) -> Path:
     return write_lines(folder / "results.csv", RESULT_FIELDS, lines)
-
-
-def write_curves(folder: Path, lines: Iterable[dict[str, Any]]) -> Path:
-    return write_lines(folder / "curves.csv", CURVE_FIELDS, lines)

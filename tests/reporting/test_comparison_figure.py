@@ -8,14 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
-from torch import Tensor
-
-from dipguard.data import load_data
-from dipguard.decision import quality
-from dipguard.defenses import build_defense
-from dipguard.files import write_npz
-from dipguard.reporting.canvas import DPI
 from dipguard.reporting.comparison_figure import (
     LEFT,
     SIDE,
@@ -25,6 +17,14 @@ from dipguard.reporting.comparison_figure import (
     stored_scenes,
     write_comparison,
 )
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from dipguard.data import load_data
+from dipguard.decision import quality
+from dipguard.defenses import build_defense
+from dipguard.files import write_npz
+from dipguard.reporting.canvas import DPI
 
 CLASSES = ("cat", "dog", "great white shark, Carcharodon carcharias")
 N = 5

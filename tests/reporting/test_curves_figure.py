@@ -5,9 +5,11 @@ from typing import Any
 
 import matplotlib.image
 import numpy as np
+import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from dipguard.reporting import curves_figure
 from dipguard.reporting.canvas import DPI, save_figure
 from dipguard.reporting.curves_figure import (
     HEIGHT,
@@ -15,9 +17,8 @@ from dipguard.reporting.curves_figure import (
     PANEL_WIDTH,
     curve_styles,
     draw_curves,
-    write_curves,
 )
-from dipguard.reporting.stored_results import CurveRow, read_curves
+from dipguard.reporting.results import read_results
 from tests.reporting import stored_run
 from tests.reporting.stored_run import point
 
@@ -35,8 +36,12 @@ BPDA = [point("bpda", r, eps, b, correct(r, eps, b)) for r in ROWS for eps in (8
 HSJ = [point("hopskipjump", r, e, q, correct(r, e, q / 99)) for r in ROWS for q in QUERIES for e in (0, 4, 25)]
 
 
-def points(tmp_path: Path, lines: list[dict[str, Any]]) -> list[CurveRow]:
-    return read_curves(stored_run.write_curves(tmp_path, lines))
+def points(tmp_path: Path, lines: list[dict[str, Any]]) -> pd.DataFrame:
+    return read_results(stored_run.write_results(tmp_path, lines))
+
+
+def write_curves(folder: Path) -> list[Path]:
+    return curves_figure.write_curves(folder, read_results(folder / "results.csv"))
 
 
 def panels(figure: Figure) -> dict[str, dict[str, tuple[list[float], list[float]]]]:
@@ -76,7 +81,7 @@ def test_hopskipjump_has_a_panel_a_query_budget_over_eps(tmp_path: Path) -> None
 def test_bands_are_the_stored_intervals(tmp_path: Path) -> None:
     figure = draw_curves(points(tmp_path, BPDA))
     (band, *_) = figure.axes[2].collections
-    ends = [line for line in BPDA if line["row"] == "none" and line["eps_255"] == 8]
+    ends = [line for line in BPDA if line["defense"] == "none" and line["eps_255"] == 8]
     drawn = band.get_paths()[0].vertices
     assert drawn[:, 1].min() == pytest.approx(100 * min(line["low"] for line in ends))
     assert drawn[:, 1].max() == pytest.approx(100 * max(line["high"] for line in ends))
@@ -115,7 +120,7 @@ def test_each_victim_has_a_picture_of_its_own(tmp_path: Path) -> None:
     points(tmp_path, BPDA + [line | {"victim": "other"} for line in BPDA])
     assert [path.name for path in write_curves(tmp_path)] == ["figure4_bpda.png", "figure4_bpda_2.png"]
     with pytest.raises(ValueError, match="must be of one attack, data set and victim"):
-        draw_curves(read_curves(tmp_path / "curves.csv"))
+        draw_curves(read_results(tmp_path / "results.csv"))
 
 
 def test_single_point_has_a_bar_and_room(tmp_path: Path) -> None:
@@ -138,17 +143,16 @@ def test_rows_stay_apart_however_many_and_however_long(tmp_path: Path) -> None:
 
 
 def test_row_keeps_its_style_in_both_figures(tmp_path: Path) -> None:
-    read = points(tmp_path, BPDA + [line for line in HSJ if line["row"] == "paper"])
+    read = points(tmp_path, BPDA + [line for line in HSJ if line["defense"] == "paper"])
     styles = curve_styles(read)
-    figure = draw_curves([p for p in read if p.attack == "hopskipjump"], styles)
+    figure = draw_curves(read[read["attack_name"] == "hopskipjump"], styles)
     assert [line.get_color() for line in figure.legends[0].get_lines()] == [styles["paper"]["color"]]
 
 
 def test_nothing_is_drawn_without_points(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_curves(tmp_path)
-    points(tmp_path, [])
-    with pytest.raises(ValueError, match="holds no point yet"):
-        write_curves(tmp_path)
+    none = points(tmp_path, [])
+    assert write_curves(tmp_path) == []
     with pytest.raises(ValueError, match="got none"):
-        draw_curves([])
+        draw_curves(none)

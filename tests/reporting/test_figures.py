@@ -7,11 +7,11 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from dipguard.evaluation.outcome import Outcome
+from dipguard.reporting.panel_figure import FACTORS, amplification, draw_panel
 
 from dipguard.decision import DecisionTrace, Reconstruction, stitch
-from dipguard.evaluation.outcome import Outcome
 from dipguard.reporting.canvas import DPI, Picture, save_figure, short
-from dipguard.reporting.panel_figure import FACTORS, amplification, draw_panel
 from dipguard.reporting.report import draw_figures
 from dipguard.reporting.trace_figure import GIVEN, TRUE, class_colours, draw_trace
 from tests.tiny_run import TINY, typed_config

@@ -5,10 +5,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-from dipguard.config import LoggerConfig
 from dipguard.config_choices import LoggerName
 from dipguard.evaluation.outcome import Outcome
+
+from dipguard.config import LoggerConfig
 from dipguard.reporting.loggers import open_log
 from dipguard.reporting.report import write_report
 from tests.tiny_run import TINY, tiny_run, typed_config

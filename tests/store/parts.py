@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard import DIPGuard
-from dipguard.store import TraceStore
+from dipguard.store import Store
 
 FIT: dict[str, Any] = {
     "network": "small", "engine": "native", "jitter": 0.1, "padding": "reflect", "stack_size": 4, "progress": False
@@ -37,6 +37,6 @@ def random_victim(seed: int = 1) -> nn.Module:
     return net
 
 
-def guard(store: Path | TraceStore | None = None, *, victim: nn.Module | None = None, **options: Any) -> DIPGuard:
+def guard(store: Path | Store | None = None, *, victim: nn.Module | None = None, **options: Any) -> DIPGuard:
     """A defence with the short fit."""
     return DIPGuard(random_victim() if victim is None else victim, store=store, **{**SHORT, **options})

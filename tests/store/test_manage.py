@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dipguard.store import TraceStore, list_entries, prune, store_size, verify
+from dipguard.store import Store, list_entries, prune, store_size, verify
 from dipguard.store.__main__ import bytes_of, main, size_text
 
 DAY = 24 * 3600
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> TraceStore:
+def store(tmp_path: Path) -> Store:
     """Four entries of 4 KB, used 0 to 3 days ago."""
-    store = TraceStore(tmp_path / "store")
-    for days, (layer, key) in enumerate([("fits", "aa1"), ("traces", "bb2"), ("stopped", "cc3"), ("attacks", "dd4")]):
+    store = Store(tmp_path / "store")
+    for days, (layer, key) in enumerate([("fits", "aa1"), ("traces", "bb2"), ("cells", "cc3"), ("attacks", "dd4")]):
         store.write(layer, key, {"images": np.zeros(1000, np.float32)}, {"index": days, "network": "small"})
         age = time.time() - days * DAY
         os.utime(store.file(layer, key), (age, age))
@@ -32,15 +32,15 @@ def keys(entries: list[Any]) -> set[str]:
     return {info.key for info in entries}
 
 
-def test_list_and_size(store: TraceStore):
+def test_list_and_size(store: Store):
     entries = list_entries(store.path)
     assert [(info.layer, info.key) for info in entries] == [
-        ("fits", "aa1"), ("traces", "bb2"), ("stopped", "cc3"), ("attacks", "dd4"),
+        ("attacks", "dd4"), ("cells", "cc3"), ("fits", "aa1"), ("traces", "bb2"),
     ]  # fmt: skip
     assert all(info.is_current and not info.damaged for info in entries)
-    assert entries[1].header["index"] == 1
+    assert entries[1].header["index"] == 2
     sizes = store_size(store.path)
-    assert sizes["fits"] == (1, entries[0].bytes)
+    assert sizes["fits"] == (1, entries[2].bytes)
     assert sum(total for _, total in sizes.values()) == sum(info.bytes for info in entries)
 
 
@@ -49,7 +49,7 @@ def test_list_and_size(store: TraceStore):
     [
         ({}, set()),
         ({"older_than": 1.5}, {"cc3", "dd4"}),
-        ({"older_than": 1.5, "layers": ["stopped"]}, {"cc3"}),
+        ({"older_than": 1.5, "layers": ["cells"]}, {"cc3"}),
         ({"max_bytes": 0}, {"aa1", "bb2", "cc3", "dd4"}),
         ({"max_bytes": 11_000}, {"cc3", "dd4"}),
         ({"max_bytes": 11_000, "older_than": 2.5}, {"cc3", "dd4"}),
@@ -59,7 +59,7 @@ def test_list_and_size(store: TraceStore):
         sorted(value) if isinstance(value, set) else value
     ),  # a set's order differs between processes
 )
-def test_prune(store: TraceStore, options: dict[str, Any], gone: set[str]):
+def test_prune(store: Store, options: dict[str, Any], gone: set[str]):
     everything = keys(list_entries(store.path))
     assert keys(prune(store.path, dry_run=True, **options)) == gone
     assert keys(list_entries(store.path)) == everything
@@ -67,7 +67,7 @@ def test_prune(store: TraceStore, options: dict[str, Any], gone: set[str]):
     assert keys(list_entries(store.path)) == everything - gone
 
 
-def test_entries_of_other_versions_go(store: TraceStore):
+def test_entries_of_other_versions_go(store: Store):
     from dipguard.store.entry import read_entry, write_entry
 
     path = store.file("fits", "aa1")
@@ -77,12 +77,12 @@ def test_entries_of_other_versions_go(store: TraceStore):
     assert keys(prune(store.path, other_versions=True)) == {"aa1"}
 
 
-def test_a_read_entry_is_young_again(store: TraceStore):
+def test_a_read_entry_is_young_again(store: Store):
     store.read("attacks", "dd4")
     assert keys(prune(store.path, older_than=1.5)) == {"cc3"}
 
 
-def test_locks_go_unless_they_are_held(store: TraceStore):
+def test_locks_go_unless_they_are_held(store: Store):
     with store.claim(["aa1"]):
         with store.claim(["bb2"]):
             pass
@@ -90,7 +90,7 @@ def test_locks_go_unless_they_are_held(store: TraceStore):
         assert [path.name for path in (store.path / "locks").iterdir()] == ["aa1.lock"]
 
 
-def test_verify(store: TraceStore):
+def test_verify(store: Store):
     assert verify(store.path) == []
     path = store.file("traces", "bb2")
     path.write_bytes(path.read_bytes()[:-9] + b"123456789")
@@ -115,17 +115,17 @@ def test_verify(store: TraceStore):
         (lambda path: prune(path, max_bytes=1.5), TypeError, "`max_bytes`"),
     ],
 )
-def test_bad_arguments(store: TraceStore, call: Any, error: type[Exception], message: str):
+def test_bad_arguments(store: Store, call: Any, error: type[Exception], message: str):
     with pytest.raises(error, match=message):
         call(store.path)
 
 
-def test_command_line(store: TraceStore, capsys: pytest.CaptureFixture[str]):
+def test_command_line(store: Store, capsys: pytest.CaptureFixture[str]):
     folder = str(store.path)
     assert main(["list", folder]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
-    assert "aa1 image 0 small" in lines[0]
+    assert "aa1 image 0 small" in lines[2]
     assert main(["list", "--json", "--layer", "fits", folder]) == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert (json.loads(line)["key"], json.loads(line)["network"]) == ("aa1", "small")

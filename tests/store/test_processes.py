@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from dipguard.store import TraceStore, prune, verify
+from dipguard.store import Store, prune, verify
 from tests.store.parts import guard, smooth_images
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +26,8 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = """
 import sys
 from tests.store.parts import guard, smooth_images
-from dipguard.store import TraceStore
-store = TraceStore(sys.argv[1])
+from dipguard.store import Store
+store = Store(sys.argv[1])
 made = guard(store, T=120, stack_size=2)
 print("ready", flush=True)
 sys.stdin.readline()
@@ -48,7 +48,7 @@ def test_two_processes_make_each_fit_once(tmp_path: Path):
         stdin=subprocess.PIPE,
     )
     wanted = guard(T=120).purify(smooth_images(6))
-    store = TraceStore(tmp_path)
+    store = Store(tmp_path)
     assert other.stdout.readline() == "ready\n"
     other.stdin.write("go\n")
     other.stdin.flush()
@@ -72,7 +72,7 @@ def start(work: Callable[[Path, Connection], None], path: Path) -> tuple[BasePro
 
 
 def hold(path: Path, pipe: Connection) -> None:
-    with TraceStore(path).claim(["a", "b"]) as mine:
+    with Store(path).claim(["a", "b"]) as mine:
         pipe.send(mine)
         pipe.recv()
 
@@ -81,7 +81,7 @@ def hold(path: Path, pipe: Connection) -> None:
 def test_locks_exclude_and_die_with_their_process(tmp_path: Path):
     holder, pipe = start(hold, tmp_path)
     assert pipe.recv() == {"a", "b"}
-    store = TraceStore(tmp_path)
+    store = Store(tmp_path)
     with store.claim(["a", "c"]) as mine:
         assert mine == {"c"}
     waited: list[set[str]] = []
@@ -103,7 +103,7 @@ def test_locks_exclude_and_die_with_their_process(tmp_path: Path):
 
 
 def write_again_and_again(path: Path, pipe: Connection) -> None:
-    store = TraceStore(path)
+    store = Store(path)
     images = np.zeros(5_000_000, np.float32)
     while True:
         store.write("fits", "abc", {"images": images}, {})
@@ -112,7 +112,7 @@ def write_again_and_again(path: Path, pipe: Connection) -> None:
 
 @needs_fork
 def test_a_process_that_is_killed_between_write_and_rename_leaves_no_entry(tmp_path: Path):
-    store = TraceStore(tmp_path)
+    store = Store(tmp_path)
     path = store.file("fits", "abc")
     writer, _ = start(write_again_and_again, tmp_path)
     until = time.monotonic() + 60

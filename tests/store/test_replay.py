@@ -7,20 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.loggers import Logger
 
-from dipguard.store import TraceStore, list_entries, open_store, store_size
+from dipguard.store import Store, list_entries, open_store, store_size
 from tests.store.parts import guard, random_victim, smooth_images
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> TraceStore:
-    return TraceStore(tmp_path / "store")
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
 
 
-def check_as_direct(store: TraceStore, images: torch.Tensor | None = None, **options: Any) -> None:
+def check_as_direct(store: Store, images: torch.Tensor | None = None, **options: Any) -> None:
     """The defence with the store gives what it gives without one."""
     images = smooth_images() if images is None else images
     got = guard(store, **options).defend(images)
@@ -28,12 +29,12 @@ def check_as_direct(store: TraceStore, images: torch.Tensor | None = None, **opt
     for mine, direct in zip(got.traces, wanted.traces, strict=True):
         assert mine.equals(direct), [n for n, x in mine.tensors().items() if not torch.equal(x, direct.tensors()[n])]
     assert torch.equal(got.reconstructions, wanted.reconstructions)
-    assert (got.reasons, got.crossings) == (wanted.reasons, wanted.crossings)
+    assert (got.reasons, got.used) == (wanted.reasons, wanted.used)
     for name in ("decisions_before", "decisions_after"):
         assert torch.equal(getattr(got, name), getattr(wanted, name))
 
 
-def test_settings_of_the_stitch_replay_one_fit(store: TraceStore):
+def test_settings_of_the_stitch_replay_one_fit(store: Store):
     settings: list[dict[str, Any]] = [{}, {"tau": 0.1}, {"t0": 9}, {"K": 1}, {"beta": 0.1}]
     settings += [{"tau": 1.0}, {"t0": 3, "t0_unit": "samples"}, {"rule": "above"}, {"divide_by": "K"}]
     for setting in settings:
@@ -43,7 +44,7 @@ def test_settings_of_the_stitch_replay_one_fit(store: TraceStore):
 
 
 @pytest.mark.parametrize("seen", [{"decisions": 12}, {"every": 2}], ids=str)
-def test_one_long_fit_serves_every_T(store: TraceStore, seen: dict[str, Any]):
+def test_one_long_fit_serves_every_T(store: Store, seen: dict[str, Any]):
     # None of T = 14, 18, 21 is a multiple of the 12 decisions.
     lengths = (18, 14, 24, 21)
     for T in lengths:
@@ -55,7 +56,7 @@ def test_one_long_fit_serves_every_T(store: TraceStore, seen: dict[str, Any]):
     assert {info.header["what"].split()[-1] for info in list_entries(store.path, layers=["fits"])} == {"23"}
 
 
-def test_what_was_not_sampled_is_fitted_again_and_serves_both(store: TraceStore):
+def test_what_was_not_sampled_is_fitted_again_and_serves_both(store: Store):
     check_as_direct(store, T=18)
     check_as_direct(store, T=24)
     check_as_direct(store, T=18)
@@ -65,39 +66,39 @@ def test_what_was_not_sampled_is_fitted_again_and_serves_both(store: TraceStore)
 
 
 @pytest.mark.parametrize("options", [{"N": 4}, {"scores": "probabilities"}, {"decisions": 6}], ids=str)
-def test_other_decisions_on_the_same_fit(store: TraceStore, options: dict[str, Any]):
+def test_other_decisions_on_the_same_fit(store: Store, options: dict[str, Any]):
     check_as_direct(store)
     check_as_direct(store, **options)
     assert store.counts == {"fitted": 3, "decided": 3}
 
 
-def test_another_victim_decides_on_the_same_fit(store: TraceStore):
+def test_another_victim_decides_on_the_same_fit(store: Store):
     check_as_direct(store)
     check_as_direct(store, victim=random_victim(7))
     assert store.counts == {"fitted": 3, "decided": 3}
 
 
-def test_a_larger_K_max_is_decided_and_then_serves_the_smaller(store: TraceStore):
+def test_a_larger_K_max_is_decided_and_then_serves_the_smaller(store: Store):
     for K_max, K in ((5, 3), (9, 9), (5, 3), (2, 1), (1, 1)):
         check_as_direct(store, K_max=K_max, K=K)
     assert store.counts == {"fitted": 3, "decided": 3, "replayed": 9}
 
 
-def test_samples_are_handed_out_on_demand(store: TraceStore):
+def test_samples_are_handed_out_on_demand(store: Store):
     for _ in range(2):
         check_as_direct(store, keep_samples=True)
     check_as_direct(store)
     assert store.counts == {"fitted": 3, "replayed": 6}
 
 
-def test_only_missing_images_are_fitted(store: TraceStore):
+def test_only_missing_images_are_fitted(store: Store):
     images = smooth_images(4)
     guard(store).defend(images[1:2], indices=[1])
     check_as_direct(store, images)
     assert store.counts == {"fitted": 1 + 3, "replayed": 1}
 
 
-def test_the_same_image_twice_is_fitted_once(store: TraceStore):
+def test_the_same_image_twice_is_fitted_once(store: Store):
     images = smooth_images(1)
     got = guard(store).defend(images.repeat(2, 1, 1, 1), indices=[0, 0])
     assert torch.equal(got.reconstructions[0], got.reconstructions[1])
@@ -106,38 +107,38 @@ def test_the_same_image_twice_is_fitted_once(store: TraceStore):
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float64", "engine": "torch"}, {"network": "medium"}], ids=str)
-def test_other_fits_are_other_entries(store: TraceStore, options: dict[str, Any]):
+def test_other_fits_are_other_entries(store: Store, options: dict[str, Any]):
     guard(store).defend(smooth_images())
     check_as_direct(store, **options)
     assert store.counts == {"fitted": 6}
 
 
-def test_a_new_process_reads_what_an_old_one_wrote(store: TraceStore):
+def test_a_new_process_reads_what_an_old_one_wrote(store: Store):
     check_as_direct(store)
-    again = TraceStore(store.path)  # nothing in memory
+    again = Store(store.path)  # nothing in memory
     check_as_direct(again)
     assert again.counts == {"replayed": 3}
 
 
 @pytest.mark.parametrize("layer", ["traces", "fits"])
-def test_a_damaged_entry_is_reported_and_made_again(store: TraceStore, layer: str, caplog: pytest.LogCaptureFixture):
+def test_a_damaged_entry_is_reported_and_made_again(store: Store, layer: str, caplog: pytest.LogCaptureFixture):
     check_as_direct(store)
     path = sorted((store.path / layer).glob("??/*.npz"))[0]
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(bytes(content))
-    again = TraceStore(store.path)
+    again = Store(store.path)
     with caplog.at_level(logging.WARNING, logger="dipguard.store"):
         check_as_direct(again)
         check_as_direct(again, N=5)  # reads the fits
     assert again.counts["damaged"] == 1
     assert again.counts["fitted"] == (1 if layer == "fits" else 0)
     assert [r.message for r in caplog.records if "damaged" in r.message and str(path) in r.message]
-    check_as_direct(TraceStore(store.path))
+    check_as_direct(Store(store.path))
 
 
 def test_without_samples_it_serves_every_T_but_no_other_victim(tmp_path: Path):
-    store = TraceStore(tmp_path, keep_samples=False)
+    store = Store(tmp_path, keep_samples=False)
     for T in (18, 24):
         check_as_direct(store, T=T, store_T=(18, 24))
     assert (store.counts["fitted"], store.counts["replayed"]) == (3, 3)
@@ -146,7 +147,7 @@ def test_without_samples_it_serves_every_T_but_no_other_victim(tmp_path: Path):
     assert store.counts["fitted"] == 6
 
 
-def test_a_victim_that_answers_otherwise_is_asked_again(store: TraceStore, caplog: pytest.LogCaptureFixture):
+def test_a_victim_that_answers_otherwise_is_asked_again(store: Store, caplog: pytest.LogCaptureFixture):
     class Masked(torch.nn.Module):
         """Its weights tell nothing of what it does."""
 
@@ -165,7 +166,7 @@ def test_a_victim_that_answers_otherwise_is_asked_again(store: TraceStore, caplo
     assert store.counts == {"fitted": 3, "decided": 3}
 
 
-def test_under_inference_mode_and_on_inference_tensors(store: TraceStore):
+def test_under_inference_mode_and_on_inference_tensors(store: Store):
     with torch.inference_mode():
         first = guard(store).purify(smooth_images() * 1)
     x = guard(store).purify(smooth_images())
@@ -194,7 +195,7 @@ class Curves(Logger):
         self.rows[step] = dict(metrics)
 
 
-def test_curves_are_logged_of_fits_and_replays_alike(store: TraceStore):
+def test_curves_are_logged_of_fits_and_replays_alike(store: Store):
     logs = []
     for one in (None, store, store):
         logs.append(Curves())
@@ -205,7 +206,7 @@ def test_curves_are_logged_of_fits_and_replays_alike(store: TraceStore):
 
 
 def test_a_store_that_cannot_be_written_costs_only_the_store(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    store = TraceStore(tmp_path / "store")
+    store = Store(tmp_path / "store")
     for layer in ("fits", "traces", "locks"):
         (tmp_path / "store").mkdir(exist_ok=True)
         (tmp_path / "store" / layer).write_text("in the way")
@@ -227,11 +228,25 @@ def test_one_process_has_one_store_a_folder(tmp_path: Path):
         ({"store": 3}, TypeError, "`store` must be the path of a folder or null, got 3"),
         ({"store": ""}, TypeError, "`store` must be the path of a folder"),
         ({"store": __file__}, ValueError, "`store` must be a folder, got .* which is a file"),
-        ({"store": "x", "patience": 3}, ValueError, "`patience` must be None with a `store`, got 3"),
-        ({"store": "x", "store_T": [5]}, ValueError, "`T` must be at least `decisions`, got T=5"),
+        ({"store": "x", "store_T": [0]}, ValueError, "`T` must be at least 1, got 0"),
     ],
 )
 def test_bad_options(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path):
     options = {**options, "store": tmp_path / "x"} if options["store"] == "x" else options
     with pytest.raises(error, match=message):
         guard(**options)
+
+
+def test_traces_stay_in_memory_up_to_a_bound(store: Store, monkeypatch: pytest.MonkeyPatch):
+    for key in "abc":
+        store.write("traces", key, {"last": np.zeros(100, np.uint8)}, {})
+        store.file("traces", key).unlink()
+    assert [store.read("traces", key) is not None for key in "abc"] == [True, True, True]
+    store.read("traces", "a")
+    monkeypatch.setattr("dipguard.store.folder.MEMORY", 250)
+    store.write("traces", "d", {"last": np.zeros(100, np.uint8)}, {})
+    store.file("traces", "d").unlink()
+    assert [store.read("traces", key) is not None for key in "abcd"] == [True, False, False, True]
+    store.write("fits", "e", {"images": np.zeros(100, np.uint8)}, {})
+    store.file("fits", "e").unlink()
+    assert store.read("fits", "e") is None

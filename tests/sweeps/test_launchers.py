@@ -14,7 +14,7 @@ from tests.sweeps.tiny_sweep import FAST, GRID, call, command, done_times, envir
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_its_exit_code_tells_of_a_failed_job(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    arguments = command(folder, *FAST, "~columns.pgd_8", "rows.jpeg.options.quality=20,40,0,60,80")
+    arguments = command(folder, *FAST, "~attacks.pgd_8", "defense.quality=20,40,0,60,80")
     first = subprocess.Popen(
         arguments, env=environment(), cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
@@ -31,7 +31,7 @@ def test_a_killed_sweep_goes_on_and_its_exit_code_tells_of_a_failed_job(tmp_path
     assert len(after) == 4
     assert {name: after[name] for name in before} == before
     assert "5 jobs: 4 done, 1 failed." in again.stdout
-    assert "rows.jpeg.options.quality" in (folder / "report.md").read_text()
+    assert "defense.quality" in (folder / "report.md").read_text()
     assert {"sweep.csv", "figure6_mean.png"} <= {path.name for path in folder.iterdir()}
 
 

@@ -11,21 +11,24 @@ import torch
 from dipguard.evaluation.sweep_job import isolated, job_folder, job_key
 from tests.tiny_matrix import typed_matrix
 
-LONG = [f"rows.paper.options.{name}=0.123456789" for name in ("tau", "beta", "lr", "jitter", "z_scale", "K", "t0")]
+LONG = [f"defense.{name}=0.123456789" for name in ("tau", "beta", "lr", "jitter", "z_scale", "K", "t0")]
 
 
 @pytest.mark.parametrize(
     ("overrides", "start"),
     [
-        (["rows.paper.options.tau=0.5"], "tau=0.5-"),
-        (["rows.paper.options={tau:0.5,network:small}"], "tau=0.5,network=small-"),
-        (["+rows.paper.options.every=5", "data=cifar10"], "every=5,data=cifar10-"),
+        (["defense.tau=0.5"], "tau=0.5-"),
+        (["defenses.paper.tau=0.5"], "tau=0.5-"),
+        (["defense={tau:0.5,network:small}"], "tau=0.5,network=small-"),
+        (["+defense.every=5", "data=cifar10"], "every=5,data=cifar10-"),
         (["data.path=/somewhere/far/tune.npz"], "path=tune.npz-"),
-        (["~rows.median"], "no_median-"),
-        (["~rows.median=null"], "no_median-"),  # as Hydra's sweeper passes it on
-        (["columns.pgd_8.options={steps:2}", "seed=1"], "steps=2,seed=1-"),
+        (["~defenses.median"], "no_median-"),
+        (["~defenses.median=null"], "no_median-"),  # as Hydra's sweeper passes it on
+        (["attacks.pgd_8={steps:2}", "seed=1"], "steps=2,seed=1-"),
+        (["attack@attacks.clean=fgsm"], "clean=fgsm-"),
         (["data.path='a b/c:d?.npz'"], "path=c_d_.npz_-"),
-        (["+sweep=smoke", "logger=wandb", "trainer.progress=false"], "job-"),
+        (["+trainer.precision=16"], "precision=16-"),
+        (["+sweep=smoke", "logger=wandb", "trainer.enable_progress_bar=false"], "job-"),
     ],
 )
 def test_a_folder_is_named_by_what_was_overridden(overrides: list[str], start: str) -> None:
@@ -43,18 +46,22 @@ def test_long_overrides_give_a_name_that_can_be_a_folder(tmp_path: Path) -> None
 
 
 def test_names_tell_keys_of_the_same_ending_apart_and_are_the_same_however_they_are_ordered() -> None:
-    assert job_folder(["rows.paper.options.T=5"]) != job_folder(["rows.dip_fixed.options.T=5"])
+    assert job_folder(["defenses.paper.T=5"]) != job_folder(["defenses.dip_fixed.T=5"])
     digests = {job_folder(order)[-8:] for order in (["seed=1", "chunk=2"], ["chunk=2", "seed=1"])}
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("override", ["trainer.progress=false", "logger=csv", "store=elsewhere", "processes=2"])
+@pytest.mark.parametrize(
+    "override", ["trainer.enable_progress_bar=false", "logger=csv", "store=elsewhere", "processes=2"]
+)
 def test_settings_that_no_result_depends_on_leave_a_job_done(override: str) -> None:
     assert job_key(typed_matrix(override)) == job_key(typed_matrix())
     assert job_folder(["seed=1", override]) == job_folder(["seed=1"])
 
 
-@pytest.mark.parametrize("override", ["seed=1", "rows.paper.options.tau=0.6", "data.limit=3", "figures=1"])
+@pytest.mark.parametrize(
+    "override", ["seed=1", "defenses.paper.tau=0.6", "data.limit=3", "figures=1", "+trainer.precision=64"]
+)
 def test_others_do_not(override: str) -> None:
     assert job_key(typed_matrix(override)) != job_key(typed_matrix())
 

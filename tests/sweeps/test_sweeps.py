@@ -12,11 +12,10 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from dipguard.config_matrix import from_hydra, register
-from dipguard.reporting.sweep_folder import read_sweep
-from dipguard.reporting.sweep_grid import MEAN, accuracy_of, crossed_pairs, profile, ranking, sensitivities
-from dipguard.reporting.sweep_progress import progress_line
-from dipguard.reporting.sweep_report import summary, write_sweep_report
+from dipguard.cli.sweep_progress import progress_line
+from dipguard.config import from_hydra, register
+from dipguard.reporting.sweep_jobs import read_sweep
+from dipguard.reporting.sweep_report import Grid, summary, write_sweep_report
 from sweeps.collect import main as collect
 from tests.sweeps.tiny_sweep import FAST, GRID, done_times, run_sweep
 from tests.tiny_run import CONF
@@ -48,7 +47,7 @@ def test_a_sweep_ends_with_its_tables_and_plots(finished: Path) -> None:
     assert {(row["quality"], row["steps"]) for row in table} == {(q, s) for q in ("30", "90") for s in ("1", "2")}
     for row in table:
         with (finished / row["job"] / "results.csv").open(newline="") as file:
-            cell = next(cell for cell in csv.DictReader(file) if cell["column"] == row["column"])
+            cell = next(cell for cell in csv.DictReader(file) if cell["attack"] == row["attack"])
         assert float(row["accuracy"]) == float(cell["accuracy"])
         assert float(row["low"]) <= float(row["accuracy"]) <= float(row["high"])
     report = (finished / "report.md").read_text()
@@ -59,22 +58,23 @@ def test_a_sweep_ends_with_its_tables_and_plots(finished: Path) -> None:
 
 def test_what_the_grid_says_is_what_its_jobs_found(finished: Path) -> None:
     sweep = read_sweep(finished)
-    assert list(sweep.parameters.values()) == [(30, 90), (1, 2)]
+    assert dict(sweep.parameters) == {"defense.quality": (30, 90), "attacks.pgd_8.steps": (1, 2)}
     quality, steps = sweep.parameters
-    by_hand = {}
-    for job in sweep.jobs:
-        assert accuracy_of(sweep, job, row="jpeg", column=MEAN).value == pytest.approx(
-            sum(cell.accuracy for cell in job.cells) / 2, abs=1e-6
-        )
-        by_hand[job.values[quality], job.values[steps]] = accuracy_of(sweep, job, row="jpeg", column=MEAN).value
-    shares = profile(sweep, quality, row="jpeg", column=MEAN)
-    assert {value: share.value for value, share in shares.items()} == {
-        value: pytest.approx((by_hand[value, 1] + by_hand[value, 2]) / 2) for value in (30, 90)
+    grid, results = Grid(sweep, "jpeg"), sweep.results.groupby("job")["accuracy"].mean()
+    means = grid.ranking().set_index("job")["value"]
+    assert means.to_dict() == pytest.approx(results.to_dict(), abs=1e-6)
+    assert means.iloc[0] == means.max()
+    by_hand = {(job.values[quality], job.values[steps]): means[name] for name, job in sweep.jobs.items()}
+    profile = grid.profile(quality)["value"]
+    assert profile.to_dict() == {
+        place: pytest.approx((by_hand[value, 1] + by_hand[value, 2]) / 2) for place, value in enumerate((30, 90))
     }
-    assert [len(table.jobs) for table in crossed_pairs(sweep)[quality, steps]] == [4]
-    assert ranking(sweep, row="jpeg")[0][1].value == max(by_hand.values())
-    ranges = {one.key: one.range for one in sensitivities(sweep, row="jpeg")}
-    assert ranges[quality] == pytest.approx(abs(shares[30].value - shares[90].value))
+    assert list(grid.pairs()) == [(quality, steps)]
+    found = grid.map((quality, steps))
+    assert found is not None
+    assert len(found) == 4
+    ranges = grid.sensitivities().set_index("key")["range"]
+    assert ranges[quality] == pytest.approx(abs(profile[0] - profile[1]))
 
 
 def test_started_again_it_repeats_nothing(finished: Path, tmp_path: Path) -> None:
@@ -126,38 +126,60 @@ def test_a_damaged_result_is_named_and_the_others_are_collected(finished: Path, 
 
 def test_a_failing_job_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    grid = ("rows.jpeg.options.quality=30,0,90",)
-    with pytest.raises(Exception, match=r"rows.jpeg.options.quality"):
-        run_sweep(folder, *FAST, "~columns.pgd_8", *grid)
+    grid = ("defense.quality=30,0,90",)
+    with pytest.raises(Exception, match=r"defense.quality"):
+        run_sweep(folder, *FAST, "~attacks.pgd_8", *grid)
     before = done_times(folder)
     assert len(before) == 2
     (failed,) = folder.glob("*/FAILED")
-    assert "rows.jpeg.options.quality" in json.loads(failed.read_text())["message"]
-    assert "rows.jpeg.options.quality" in (failed.parent / "evaluate.log").read_text()
+    assert "defense.quality" in json.loads(failed.read_text())["message"]
+    assert "defense.quality" in (failed.parent / "evaluate.log").read_text()
     for name in before:
         assert "this job failed" not in (folder / name / "evaluate.log").read_text()
     assert "3 jobs: 2 done, 1 failed." in summary(folder)
-    assert "rows.jpeg.options.quality" in (folder / "report.md").read_text()
-    with pytest.raises(Exception, match=r"rows.jpeg.options.quality"):
-        run_sweep(folder, *FAST, "~columns.pgd_8", *grid)
+    assert "defense.quality" in (folder / "report.md").read_text()
+    with pytest.raises(Exception, match=r"defense.quality"):
+        run_sweep(folder, *FAST, "~attacks.pgd_8", *grid)
     assert done_times(folder) == before
 
 
 def test_jobs_over_groups_and_lists_of_settings(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    run_sweep(
-        folder, *FAST, "~columns.pgd_8", "attack@columns.clean=none,fgsm", "rows.jpeg.options={quality:30},{quality:75}"
-    )
+    run_sweep(folder, *FAST, "~attacks.pgd_8", "attack@attacks.clean=none,fgsm", "defense={quality:30},{quality:75}")
     sweep = read_sweep(folder)
     assert set(sweep.labels.values()) == {"clean", "quality"}
-    assert len(sweep.done) == 4
-    assert {job.values["attack@columns.clean"] for job in sweep.jobs} == {"none", "fgsm"}
-    assert len({job.values["rows.jpeg.options.quality"] for job in sweep.jobs}) == 2
+    jobs = sweep.jobs.values()
+    assert [job.state for job in jobs] == ["done"] * 4
+    assert {job.values["attack@attacks.clean"] for job in jobs} == {"none", "fgsm"}
+    assert len({job.values["defense.quality"] for job in jobs}) == 2
+
+
+def test_a_grid_as_one_would_type_it(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    short = ("defense.T=20", "defense.decisions=10", "defense.t0=2", "data.limit=2", "~attacks.pgd_8")
+    run_sweep(
+        folder, *FAST, "defense=paper", *short, "defense.tau=0.2,0.5", "defense.K=5,15", f"store={tmp_path / 'fits'}"
+    )
+    assert len(done_times(folder)) == 4
+    sweep = read_sweep(folder)
+    assert dict(sweep.parameters) == {"defense.tau": (0.2, 0.5), "defense.K": (5, 15)}
+    counts = [json.loads(path.read_text()) for path in folder.glob("*/store.json")]
+    assert sum(count.get("fitted", 0) for count in counts) == 2, "one set of fits serves all"
+
+
+def test_train_sweeps_end_with_the_same_summary(tmp_path: Path) -> None:
+    folder = tmp_path / "sweep"
+    fast = [override for override in FAST if not override.startswith("~")]
+    run_sweep(folder, *fast, "logger=none", "defense.quality=30,90", program="train")
+    assert len(done_times(folder)) == 2
+    assert len(list(folder.glob("*/metrics.json"))) == 2
+    assert "best mean accuracy of defence jpeg" in summary(folder)
+    assert {row["attack"] for row in lines(folder)} == {"pgd"}
 
 
 def test_jobs_of_an_earlier_grid_are_left_out_unless_asked_for(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
-    run_sweep(folder, *FAST, GRID[0], "columns.pgd_8.options.steps=1")
+    run_sweep(folder, *FAST, GRID[0], "attacks.pgd_8.steps=1")
     assert len(read_sweep(folder).jobs) == 2
     assert "2 more of earlier starts" in (folder / "report.md").read_text()
     assert collect(["--all", str(folder)]) == 0
@@ -193,10 +215,10 @@ def test_named_grids_are_made_of_jobs_that_compose(name: str, jobs: int) -> None
     with initialize_config_dir(str(CONF), version_base="1.3"):
         for overrides in (batch[0], batch[-1]):
             config = from_hydra(compose("evaluate", overrides=[f"+sweep={name}", *overrides]))
-            assert list(config.rows) == ["paper"]
-            options = config.rows["paper"].options
+            assert list(config.defenses) == ["paper"]
+            options = config.defenses["paper"]
             assert not config.store_T or options["T"] in config.store_T
     if name == "reconstruction":
-        assert set(config.columns) == {"clean", "fgsm_8", "pgd_8", "bim_8", "mifgsm_8"}
+        assert set(config.attacks) == {"clean", "fgsm_8", "pgd_8", "bim_8", "mifgsm_8"}
     if name == "optimisation":
-        assert list(config.columns) == ["pgd_8"]
+        assert list(config.attacks) == ["pgd_8"]

@@ -14,20 +14,19 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
-from dipguard.config_matrix import from_hydra, register
+from dipguard.config import from_hydra, register
 from tests.sweeps.tiny_sweep import environment, run_sweep
 from tests.sweeps.wandb_reader import Run, read_run
 from tests.tiny_matrix import TINY, tiny_evaluation
 from tests.tiny_run import CONF, ROOT
 
-ONE_ROW = (
-    "~rows.none",
-    "~rows.jpeg",
-    "~rows.median",
-    "~rows.dip_fixed",
-    "~rows.dipguard",
-    "~columns.fgsm_8",
-    "figures=0",
+ONE_DEFENSE = (
+    "~defenses.none",
+    "~defenses.jpeg",
+    "~defenses.median",
+    "~defenses.dip_fixed",
+    "~defenses.mirror",
+    "~attacks.fgsm_8",
 )
 
 
@@ -43,11 +42,11 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
 
     monkeypatch.setenv("WANDB_MODE", "offline")
     folder = tmp_path / "betas"
-    run_sweep(folder, *TINY, *ONE_ROW, "logger=wandb", "rows.paper.options.beta=0.1,0.9")
+    run_sweep(folder, *TINY, *ONE_DEFENSE, "logger=wandb", "defenses.paper.beta=0.1,0.9")
     assert wandb.run is None
     runs = runs_in(folder)
     assert len({run.id for run in runs}) == len(runs) == 2
-    assert {run.config["rows"]["paper"]["options"]["beta"] for run in runs} == {0.1, 0.9}
+    assert {run.config["defenses"]["paper"]["beta"] for run in runs} == {0.1, 0.9}
     for run in runs:
         assert (run.group, run.job_type, run.exit_code) == ("betas", "sweep", 0)
         assert run.config["data"]["limit"] == 5
@@ -79,7 +78,7 @@ def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(wandb_run, "INIT_SECONDS", 3.0)
     start = time.monotonic()
-    tiny_evaluation(tmp_path, *ONE_ROW, "data.limit=2", "log_figures=0", "logger=wandb")
+    tiny_evaluation(tmp_path, *ONE_DEFENSE, "data.limit=2", "figures=0", "logger=wandb")
     assert time.monotonic() - start < 120
     assert (tmp_path / "results.csv").is_file()
     assert "kept offline" in caplog.text
@@ -91,8 +90,8 @@ def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
 def test_a_csv_log_holds_the_curves_and_the_result(tmp_path: Path) -> None:
     import csv
 
-    rows = ("~rows.median", "~rows.dip_fixed", "~rows.dipguard")
-    tiny_evaluation(tmp_path, *rows, "~columns.fgsm_8", "figures=0", "logger=csv", "log_figures=1")
+    fewer = ("~defenses.median", "~defenses.dip_fixed", "~defenses.mirror")
+    tiny_evaluation(tmp_path, *fewer, "~attacks.fgsm_8", "figures=1", "keep_traces=true", "logger=csv")
     with (tmp_path / "logs" / "csv" / "session_0" / "metrics.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len([line for line in lines if line["fit/paper.clean.accuracy"]]) == 10
@@ -121,15 +120,16 @@ def test_the_file_for_wandb_sweep_makes_commands_that_compose(monkeypatch: pytes
     assert "hydra.run.dir=outputs/wandb/${oc.env:WANDB_RUN_ID}" in overrides
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = from_hydra(compose("evaluate", overrides=[o for o in overrides if not o.startswith("hydra.")]))
-    assert config.rows["paper"].options["tau"] == chosen["rows.paper.options.tau"]["value"]
-    assert str(config.logger.name) == "wandb"
+    assert config.defenses["paper"]["tau"] == chosen["defense.tau"]["value"]
+    assert config.logger["name"] == "wandb"
 
 
 @pytest.mark.slow
 def test_the_agent_of_wandb_drives_evaluate(tmp_path: Path) -> None:
     """All but the server, which tells the agent what to try."""
-    parameters = {"rows.paper.options.tau": 0.25, "rows.paper.options.beta": 0.4, "rows.paper.options.K": 5}
-    tiny = [*TINY, *ONE_ROW, "trainer.progress=false"]
+    parameters = {"defense.tau": 0.25, "defense.beta": 0.4, "defense.K": 5}
+    common = [text for text in TINY if not text.startswith("defenses.")]
+    tiny = [*common, "defense.T=20", "defense.decisions=10", "defense.t0=2", "~attacks.fgsm_8"]
     script = ROOT / "tests" / "sweeps" / "wandb_agent_script.py"
     arguments = [str(ROOT / "sweeps" / "wandb_sweep.yaml"), "run7", json.dumps(tiny), json.dumps(parameters)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # the agent starts `python`
@@ -141,6 +141,6 @@ def test_the_agent_of_wandb_drives_evaluate(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "wandb" / "run7" / "results.csv").is_file()
     (run,) = runs_in(tmp_path)
     assert (run.id, run.exit_code) == ("run7", 0)
-    assert {name: run.config["rows"]["paper"]["options"][name.split(".")[-1]] for name in parameters} == parameters
+    assert {name: run.config["defenses"]["paper"][name.split(".")[-1]] for name in parameters} == parameters
     metric = yaml.safe_load((ROOT / "sweeps" / "wandb_sweep.yaml").read_text())["metric"]["name"]
     assert 0 <= run.summary[metric] <= 1

@@ -14,37 +14,35 @@ from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
 import evaluate
-from dipguard.config_matrix import register
-from dipguard.reporting.sweep_progress import register_resolver, report_open_sweeps
+import train
+from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
+from dipguard.config import register
 from tests.tiny_run import CONF, ROOT
 
 FAST = (
     "data.limit=3",
-    "~rows.none",
-    "~rows.median",
-    "~rows.dip_fixed",
-    "~rows.paper",
-    "~rows.dipguard",
-    "~columns.fgsm_8",
+    "defense=jpeg",
+    "~attacks.fgsm_8",
     "trainer.accelerator=cpu",
-    "trainer.progress=false",
+    "trainer.enable_progress_bar=false",
     "figures=0",
 )
-"""One row, JPEG, that needs no fit."""
-GRID = ("rows.jpeg.options.quality=30,90", "columns.pgd_8.options.steps=1,2")
+"""One defence, JPEG, that needs no fit."""
+GRID = ("defense.quality=30,90", "attacks.pgd_8.steps=1,2")
 """Two parameters, four jobs."""
 
 
-def run_sweep(folder: Path, *overrides: str) -> None:
-    """``evaluate.py -m`` in this process; its logging is left as it was."""
+def run_sweep(folder: Path, *overrides: str, program: str = "evaluate") -> None:
+    """``evaluate.py -m`` or ``train.py -m`` in this process; its logging is left as it was."""
     register()
     register_resolver()
+    main = {"evaluate": evaluate.main, "train": train.main}[program]
     with logging_kept(), initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             GlobalHydra.instance().hydra.multirun(
-                config_name="evaluate",
-                task_function=evaluate.main.__wrapped__,
-                overrides=["hydra.mode=MULTIRUN", "hydra.job.name=evaluate", f"hydra.sweep.dir={folder}", *overrides],
+                config_name=program,
+                task_function=main.__wrapped__,
+                overrides=["hydra.mode=MULTIRUN", f"hydra.job.name={program}", f"hydra.sweep.dir={folder}", *overrides],
             )
         finally:
             report_open_sweeps()

@@ -1,0 +1,231 @@
+"""Projected gradient descent on a defended victim: gradients through an approximate backward pass, or a short fit."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dipguard.attacks.backward import build_backward, fits_of, straight_through
+from dipguard.attacks.base import Cost, check_levels, kept_options
+from dipguard.attacks.best_found import LOSSES, BestFound, DefendedSearch
+from dipguard.attacks.gradients import Unsaturated
+from dipguard.attacks.target import DefendedVictim
+from dipguard.checks import check_choice, check_float, check_int
+from dipguard.decision.intermediates import STITCHED
+from dipguard.fit.unrolled import unrolled_fit
+from dipguard.seeding import image_generator
+
+
+class DefendedPGD(DefendedSearch):
+    """PGD (Madry et al. 2018) in L-inf on the gradients of a subclass, averaged over ``eot_iter`` draws.
+
+    Unlike the PGD of a library it looks at the last iterate too, and returns the best image that it saw. An image's
+    start depends on the seed and its index alone. A subclass implements `gradient`.
+
+    Args:
+        alpha_255: step size in levels of 0 to 255, above 0.
+        steps: number of steps, at least 1.
+        eot_iter: draws whose gradients are averaged at each step, at least 1 (expectation over transformation, Athalye
+            et al. 2018); with ``fixed`` draws more than 1 only adds cost.
+        random_start: start at a uniformly drawn point of the ball, not at the image.
+        loss: what rises: ``ce``, the negative logarithm of the true class's probability, mean over the views; or
+            ``margin``, the largest other logit minus that of the true class, mean over the views.
+    """
+
+    def __init__(
+        self,
+        target: DefendedVictim,
+        *,
+        alpha_255: float = 2,
+        steps: int = 20,
+        eot_iter: int = 1,
+        random_start: bool = True,
+        loss: str = "ce",
+        **options: Any,
+    ) -> None:
+        super().__init__(target, **options)
+        self.alpha_255 = check_levels(alpha_255, name="alpha_255")
+        self.steps = check_int(steps, name="steps", low=1)
+        self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
+        self.random_start = bool(random_start)
+        self.loss = check_choice(loss, LOSSES, name="loss")
+
+    @abstractmethod
+    def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor | None]:
+        """The loss's gradient by the iterate ``images`` [B, 3, H, W], and what was seen on the way.
+
+        ``look`` is how many draws of each image were used before; ``eot_iter`` more are used here.
+
+        Returns:
+            The gradient, mean over the draws, [B, 3, H, W], and the victim's logits on the purified images,
+            [eot_iter, B, C], or None where the defence was not asked.
+        """
+
+    def judged(self, step: int) -> bool:
+        """Whether the defence is asked about the iterate after ``step`` steps even where `gradient` does not."""
+        return step == self.steps
+
+    def judge(self, images: Tensor, indices: Tensor, *, look: int) -> Tensor:
+        """The victim's logits on the purified images under ``eot_iter`` draws, [eot_iter, B, C]."""
+        answers = []
+        for number in range(look, look + self.eot_iter):
+            with torch.no_grad():
+                answers.append(self.victim(self.purified(images, self.ask_indices(indices, number))))
+            self.spent += self.target.cost(purifications=len(images))
+        return torch.stack(answers)
+
+    def search(self, found: BestFound, indices: Tensor) -> None:
+        """Climb, and show ``found`` every iterate that was looked at."""
+        x = self._start(found.given, indices)
+        look = 0
+        for step in range(self.steps + 1):
+            gradient, answers = torch.zeros_like(x), None
+            if step < self.steps:
+                gradient, answers = self.gradient(x, found.labels, indices, look=look)
+                found.flat.append((gradient == 0).flatten(1).all(dim=1))
+                look += self.eot_iter
+            if answers is None and self.judged(step):
+                answers = self.judge(x, indices, look=look)
+                look += self.eot_iter
+            if answers is None:
+                found.stay()
+            else:
+                found.see(x, answers)
+            x = self.into_ball(x + self.alpha_255 / 255 * gradient.sign(), found.given)
+
+    def _start(self, given: Tensor, indices: Tensor) -> Tensor:
+        if not self.random_start:
+            return given.clone()
+        start = torch.empty(given.shape, dtype=torch.float32)
+        for image, index in zip(start, indices.tolist(), strict=True):
+            generator = image_generator(seed=self.seed, index=index, purpose="start")
+            image.uniform_(-self.eps, self.eps, generator=generator)
+        return self.into_ball(given + start.to(given), given)
+
+
+class AdaptivePGD(DefendedPGD):
+    """PGD through a defence without a gradient, on any of its intermediates, with an approximate backward pass.
+
+    Forward it is the defence itself; backward, a differentiable approximation (BPDA, Athalye et al. 2018). The loss is
+    that of an intermediate of the defence (Tramer et al. 2020: attack what the defence decides by). Every iterate is
+    classified behind the defence at no further purification; `BestFound` says which of them is returned. The images of
+    a batch influence each other by rounding alone, if they do so in the defence.
+
+    Args:
+        backward: approximation of the defence's backward pass, a key of :data:`~dipguard.attacks.backward.BACKWARD`.
+        backward_options: its options.
+        intermediate: what the loss is computed on: ``stitched``, the purified image, or another of the defence's
+            ``intermediates``.
+    """
+
+    name: ClassVar[str] = "adaptive_pgd"
+
+    def __init__(
+        self,
+        target: DefendedVictim,
+        *,
+        backward: str = "identity",
+        backward_options: Mapping[str, Any] | None = None,
+        intermediate: str = "stitched",
+        **options: Any,
+    ) -> None:
+        super().__init__(target, **options)
+        self.approximation = build_backward(backward, target.defense, **(backward_options or {}))
+        self.backward = backward
+        self.backward_options = kept_options(self.approximation)
+        self.intermediate = intermediate
+        self.views = target.views(intermediate)
+
+    def estimate(self, count: int) -> Cost:
+        """Cost of one call, at most; exact where each image has the full number of views."""
+        looks = count * self.eot_iter * self.steps
+        judged = self.target.cost(purifications=count * self.eot_iter)
+        return self._cost(looks, views=self.views) + judged
+
+    def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor]:
+        """The gradient by the approximation, and the logits of the same purification."""
+        victim, total, answers = Unsaturated(self.victim), torch.zeros_like(images), []
+        for number in range(look, look + self.eot_iter):
+            asked = self.ask_indices(indices, number)
+            answer, made = self.target.intermediate(images, asked, name=self.intermediate, seed=self.seed)
+            x = images.detach().clone().requires_grad_()
+            replacement = self.approximation(x, asked)
+            views = torch.cat([straight_through(replacement, view) for view in made.views])
+            logits = victim(made.viewed(views)).unflatten(0, (len(made.views), len(images)))
+            total += torch.autograd.grad(LOSSES[self.loss](logits, labels).sum(), x)[0]
+            with torch.no_grad():
+                answers.append(logits[0].detach() if self.intermediate == STITCHED else self.victim(answer))
+            self.spent += self._cost(len(images), views=len(made.views))
+        return total / self.eot_iter, torch.stack(answers)
+
+    def _cost(self, looks: int, *, views: int) -> Cost:
+        """Cost of purified images whose gradient is taken."""
+        extra = 0 if self.intermediate == STITCHED else looks * views
+        own = Cost(0, looks * self.approximation.steps_per_image, extra, looks * views)
+        return self.target.cost(purifications=looks) + own
+
+
+class Unrolled(DefendedPGD):
+    """PGD on the victim behind a short DIP fit, differentiated through all steps of its optimiser.
+
+    The forward and backward pass of a step are those of the defence's own fits (networks, rate, draws; each gives a
+    view) after T steps; the defence itself takes many more, and what was found is transferred to it. It classifies the
+    start, every ``judge_every``-th iterate and the last; `history` and `last_history` stay the same in between. A
+    defence without a DIP is attacked through :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch
+    influence each other by rounding alone, which many steps of Adam amplify.
+
+    Args:
+        T: optimiser steps that are unrolled, at least 2; memory and time grow with them.
+        floor: see :func:`~dipguard.fit.unrolled.unrolled_fit`; 0 for the exact gradient.
+        judge_every: steps from one classification behind the defence to the next, at least 1.
+        batch_size: images attacked together, at least 1; fewer where memory is short.
+    """
+
+    name: ClassVar[str] = "unrolled"
+
+    def __init__(
+        self,
+        target: DefendedVictim,
+        *,
+        T: int = 40,
+        floor: float = 1e-3,
+        judge_every: int = 5,
+        batch_size: int = 8,
+        **options: Any,
+    ) -> None:
+        super().__init__(target, batch_size=batch_size, **options)
+        self.T = check_int(T, name="T", low=2)
+        self.floor = check_float(floor, name="floor", low=0.0)
+        self.judge_every = check_int(judge_every, name="judge_every", low=1)
+        self.fits = fits_of(target.defense)
+
+    def judged(self, step: int) -> bool:
+        """Whether the step is the start, a ``judge_every``-th one or the last."""
+        return step % self.judge_every == 0 or step == self.steps
+
+    def estimate(self, count: int) -> Cost:
+        """Cost of one call, exact; the unrolled steps count as DIP steps, though each takes longer."""
+        judgements = sum(self.judged(step) for step in range(self.steps + 1))
+        looks = count * self.eot_iter * judgements
+        return self.target.cost(purifications=looks) + self._unrolled_cost(count * self.steps)
+
+    def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, None]:
+        """The gradient through the unrolled fits."""
+        victim, total = Unsaturated(self.victim), torch.zeros_like(images)
+        for number in range(look, look + self.eot_iter):
+            asked = self.ask_indices(indices, number).tolist()
+            x = images.detach().clone().requires_grad_()
+            views = [unrolled_fit(x, T=self.T, fit=fit, indices=asked, floor=self.floor) for fit in self.fits]
+            logits = victim(torch.cat(views)).unflatten(0, (len(views), len(images)))
+            total += torch.autograd.grad(LOSSES[self.loss](logits, labels).sum(), x)[0]
+        self.spent += self._unrolled_cost(len(images))
+        return total / self.eot_iter, None
+
+    def _unrolled_cost(self, steps: int) -> Cost:
+        """Cost of so many steps of one image."""
+        views = steps * self.eot_iter * len(self.fits)
+        return Cost(0, views * self.T, views, views)

@@ -1,0 +1,259 @@
+"""torchattacks' attacks on a defended victim: PGD (BPDA), AutoAttack's version for random victims, and Square."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from dipguard.attacks.backward import straight_through
+from dipguard.attacks.base import Cost, Snapshot, check_budgets, check_levels, check_positive
+from dipguard.attacks.best_found import BestFound, DefendedSearch
+from dipguard.attacks.gradients import Unsaturated
+from dipguard.attacks.libraries import torchattacks
+from dipguard.attacks.static import SQUARE_LOSSES, check_classes
+from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
+from dipguard.checks import check_choice, check_int
+
+RAND = ("ce", "dlr")
+"""The losses of AutoAttack's version ``rand``: one run of APGD each."""
+
+
+class BPDA(AdaptiveAttack):
+    """Backward pass differentiable approximation (Athalye et al., 2018) with PGD in L-inf; Figure 4 of the paper.
+
+    At each step the loss's gradient by the *purified* image is applied to the given one (Section 4.3.1). Where a
+    defence changes the resolution, the gradient is brought back by the adjoint of a bilinear resize, where the paper
+    down-samples (appendix A). The steps are those of torchattacks' EOTPGD; with ``eot_iter`` 1 that is PGD.
+
+    Args:
+        eps_255: radius of the L-inf ball in levels of 0 to 255, above 0.
+        alpha_255: step size in levels of 0 to 255, above 0. The paper does not give it; 2 is that of its PGD.
+        steps: number of steps, at least 1.
+        budgets: numbers of steps, from 1 to ``steps``, after each of which `snapshots` returns the images; by default
+            after the last.
+        random_start: start at a uniformly drawn point of the ball, not at the image.
+        eot_iter: purifications whose gradients are averaged at each step, at least 1 (expectation over transformation);
+            more than 1 only helps against random defences with ``fresh`` draws.
+    """
+
+    name: ClassVar[str] = "bpda"
+    norm: str = "Linf"
+    library: ClassVar[str] = "torchattacks"
+
+    def __init__(
+        self,
+        target: DefendedVictim,
+        *,
+        eps_255: float = 8,
+        alpha_255: float = 2,
+        steps: int = 15,
+        budgets: Sequence[int] = (),
+        random_start: bool = True,
+        eot_iter: int = 1,
+        **options: Any,
+    ) -> None:
+        super().__init__(target, **options)
+        self.eps_255 = check_levels(eps_255, name="eps_255")
+        self.alpha_255 = check_levels(alpha_255, name="alpha_255")
+        self.steps = check_int(steps, name="steps", low=1)
+        self.budgets = check_budgets(budgets, high=self.steps)
+        self.random_start = bool(random_start)
+        self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
+
+    def estimate(self, count: int) -> Cost:
+        """Cost of one call with ``count`` images, exact."""
+        looks = count * self.eot_iter * self.steps
+        return self.target.cost(purifications=looks, gradients=looks)
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Return the images after the last step."""
+        return self._iterates(images, labels, indices)[-1]
+
+    def snapshot_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
+        """Return the images after each of ``budgets`` steps."""
+        if not self.budgets:
+            return super().snapshot_batch(images, labels, indices)
+        iterates = self._iterates(images, labels, indices)
+        return {Snapshot(self.eps_255, number): iterates[number] for number in self.budgets}
+
+    def _iterates(self, images: Tensor, labels: Tensor, indices: Tensor) -> list[Tensor]:
+        """The start, and the images after each step."""
+        asked = DefendedModule(self, indices)
+        asked.images = []
+        options = {"eps": self.eps, "alpha": self.alpha_255 / 255, "steps": self.steps, "eot_iter": self.eot_iter}
+        last: Tensor = torchattacks().EOTPGD(asked, **options, random_start=self.random_start)(images, labels)
+        # What the attack looks at in step k + 1 is what step k made.
+        return [*asked.images[:: self.eot_iter], last]
+
+
+class DefendedAutoAttack(DefendedSearch):
+    """AutoAttack's version ``rand`` (Croce and Hein 2020): APGD-CE, then APGD-DLR on the images that withstood it.
+
+    The gradient is BPDA's identity. AutoAttack averages 20 looks (``eot_iter``) and takes 100 ``steps``: a figure
+    comparable with its authors' needs both. The draws of a batch's starts depend on the seed and the index of its first
+    image, so the images of a batch influence each other. The victim needs at least 3 classes, for the DLR loss.
+
+    Args:
+        steps: steps of each run, at least 1; each run has one look more.
+        eot_iter: draws averaged at each step, at least 1; with ``fixed`` draws more than 1 only adds cost.
+    """
+
+    name: ClassVar[str] = "defended_autoattack"
+    library: ClassVar[str] = "torchattacks"
+
+    def __init__(self, target: DefendedVictim, *, steps: int = 10, eot_iter: int = 1, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.steps = check_int(steps, name="steps", low=1)
+        self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
+
+    def estimate(self, count: int) -> Cost:
+        """Cost of one call, at most; less where the first run fooled the victim on some images."""
+        looks = count * self.eot_iter * (self.steps + 1) * len(RAND)
+        return self.target.cost(purifications=looks, gradients=looks)
+
+    def search(self, found: BestFound, indices: Tensor) -> None:
+        """Run both losses."""
+        check_classes(self.victim, found.given, least=3, needed_by=self.name)
+        shown = _Shown(self, found, indices, eot_iter=self.eot_iter)
+        for loss in RAND:
+            left = torch.nonzero(found.withstood).flatten()
+            if len(left) == 0:
+                return
+            shown.at = left
+            options = {"eps": self.eps, "steps": self.steps, "loss": loss, "eot_iter": self.eot_iter}
+            run = torchattacks().APGD(shown, norm="Linf", **options)
+            # Not the object itself: it would leave out images by a look of its own.
+            run.attack_single_run(found.given[left], found.labels[left])
+
+
+class DefendedSquare(DefendedSearch):
+    """Square attack (Andriushchenko et al. 2020): random search by squares, no gradients.
+
+    The queries for an image end once it was misclassified. `history` counts looks as steps; `last_history` is about
+    what was tried at a look, whether the search kept it or not. One square is drawn for all images of a batch, so they
+    influence each other. Images of a batch whose balls overlap are searched one group after the other, since the search
+    does not say which image it asks about.
+
+    Args:
+        n_queries: most looks at an image, at least 2: stripes, then a square more each time.
+        p_init: share of the pixels in the first squares, above 0 and at most 1.
+        loss: ``margin`` or ``ce``, what is to fall.
+    """
+
+    name: ClassVar[str] = "defended_square"
+    library: ClassVar[str] = "torchattacks"
+
+    def __init__(
+        self, target: DefendedVictim, *, n_queries: int = 500, p_init: float = 0.8, loss: str = "margin", **options: Any
+    ) -> None:
+        super().__init__(target, **options)
+        self.n_queries = check_int(n_queries, name="n_queries", low=2)
+        self.p_init = check_positive(p_init, name="p_init", high=1)
+        self.loss = check_choice(loss, SQUARE_LOSSES, name="loss")
+
+    def estimate(self, count: int) -> Cost:
+        """Cost of one call, at most; less where images are misclassified before their queries are spent."""
+        return self.target.cost(purifications=count * self.n_queries)
+
+    def search(self, found: BestFound, indices: Tensor) -> None:
+        """Try squares."""
+        for group in apart_by(2 * self.eps, found.given):
+            given = found.given[group]
+            shown = _Shown(self, found, indices)
+            shown.at, shown.nearest_of = group, given
+            options = {"n_queries": self.n_queries - 1, "p_init": self.p_init, "loss": self.loss}
+            run = torchattacks().Square(shown, norm="Linf", eps=self.eps, **options)
+            # Not the object itself, which would look at the images before and after the search.
+            run.init_hyperparam(given)
+            run.attack_single_run(given, found.labels[group])
+
+
+class DefendedModule(Unsaturated):
+    """Victim and defence as the one classifier that a library's attack gets to see.
+
+    Returns the victim's logits on the purified images; its gradient by the given image is that by the purified one
+    (BPDA's identity, Athalye et al. 2018).
+
+    Args:
+        attack: whose target, draws and account of costs.
+        indices: the batch's positions in the whole data set, int [B].
+    """
+
+    images: list[Tensor] | None = None
+    """Where the images of each question are to be kept."""
+
+    def __init__(self, attack: AdaptiveAttack, indices: Tensor) -> None:
+        super().__init__(attack.victim)
+        self.attack = attack
+        self.indices = indices
+        self.looks = torch.zeros_like(indices)
+
+    def rows(self, images: Tensor) -> Tensor:
+        """Which images of the batch the given ones [n, 3, H, W] are attacked versions of, int [n]; here all."""
+        return torch.arange(len(images), device=images.device)
+
+    def seen(self, images: Tensor, logits: Tensor, rows: Tensor) -> None:
+        """Take note of what was asked, [n, 3, H, W], and of the answer [n, C]."""
+        if self.images is not None:
+            self.images.append(images.detach().clone())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the defended victim's logits [n, C] on attacked images [n, 3, H, W]."""
+        attack, rows = self.attack, self.rows(images)
+        at = rows.to(self.indices.device)
+        purified = attack.purified(images, attack.ask_indices(self.indices[at], self.looks[at]))
+        self.looks[at] += 1
+        gradients = len(images) if images.requires_grad and torch.is_grad_enabled() else 0
+        attack.spent += attack.target.cost(purifications=len(images), gradients=gradients)
+        logits = super().forward(straight_through(images, purified))
+        self.seen(images, logits, rows)
+        return logits
+
+
+class _Shown(DefendedModule):
+    """Shows ``found`` each look at the images ``at`` of its batch.
+
+    A search may leave out the images that it has fooled the victim on, and the draws of the others would be mixed up:
+    with ``nearest_of``, each image asked about is taken for the nearest of these. ``eot_iter`` questions that follow
+    each other are about the same iterate, and count as one look.
+    """
+
+    at: Tensor
+    nearest_of: Tensor | None = None
+
+    def __init__(self, attack: AdaptiveAttack, found: BestFound, indices: Tensor, *, eot_iter: int = 1) -> None:
+        super().__init__(attack, indices)
+        self._found, self._eot_iter = found, eot_iter
+        self._answers: list[Tensor] = []
+
+    def rows(self, images: Tensor) -> Tensor:
+        return self.at if self.nearest_of is None else self.at[nearest(images.detach(), self.nearest_of)]
+
+    def seen(self, images: Tensor, logits: Tensor, rows: Tensor) -> None:
+        self._answers.append(logits.detach().clone())  # Square writes into the logits that it gets
+        if len(self._answers) == self._eot_iter:
+            self._found.see(images, torch.stack(self._answers), rows=rows)
+            self._answers = []
+
+
+def nearest(images: Tensor, given: Tensor) -> Tensor:
+    """Which of ``given`` [B, 3, H, W] each of ``images`` [n, 3, H, W] is nearest to in L-inf, int [n]."""
+    return torch.stack([(images - one).abs().flatten(1).amax(dim=1) for one in given]).argmin(dim=0)
+
+
+def apart_by(distance: float, images: Tensor) -> list[Tensor]:
+    """Positions int [b] of groups of images [B, 3, H, W]; within a group all are further apart in L-inf than this.
+
+    Then `nearest` finds the image that another one lies within half that distance of.
+    """
+    groups: list[list[int]] = []
+    for position, image in enumerate(images):
+        far = (g for g in groups if float((images[g] - image).abs().flatten(1).amax(dim=1).min()) > distance)
+        home = next(far, None)
+        if home is None:
+            groups.append(home := [])
+        home.append(position)
+    return [torch.tensor(group, device=images.device) for group in groups]

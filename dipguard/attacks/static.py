@@ -1,0 +1,332 @@
+"""Attacks on a victim that know nothing of a defence: those of torchattacks and foolbox, noise, and none at all.
+
+The libraries' attacks have the libraries' defaults. `Attack` and this module correct what is wrong in torchattacks
+3.5.1: it raises under ``no_grad``, leaves BatchNorms that were in eval mode in train mode, fixes the device when
+constructed, adds to the victim's gradients, and takes any eps without complaint. Where the victim is so confident that
+the loss has no gradient, the gradient sign attacks get one (`Unsaturated`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from dipguard.attacks.base import Attack, check_levels, check_positive, kept_options
+from dipguard.attacks.gradients import LogitsAboveZero, NeverFlat, Unsaturated
+from dipguard.attacks.libraries import VictimView, foolbox, torchattacks
+from dipguard.checks import check_choice, check_float, check_int
+from dipguard.victims.base import check_victim
+
+AUTOATTACK_VERSIONS = {"standard": 4, "rand": 3}
+"""AutoAttack's versions that are offered here, and the fewest classes that their losses are defined for."""
+
+SQUARE_LOSSES = ("margin", "ce")
+
+
+class NoAttack(Attack):
+    """Returns a copy of the images."""
+
+    name: ClassVar[str] = "none"
+    norm: str = "none"
+
+    @property
+    def eps(self) -> float:
+        """Nothing may change: 0."""
+        return 0.0
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Return the images."""
+        return images
+
+
+class Noise(Attack):
+    """x + eps times random signs, clipped to [0, 1]: the control of an attack that goes as far in L-inf.
+
+    An attack that harms no more than this is none.
+
+    Args:
+        eps_255: size of every pixel's change in levels of 0 to 255, above 0; fractions are allowed.
+    """
+
+    name: ClassVar[str] = "noise"
+    norm: str = "Linf"
+
+    def __init__(self, target: nn.Module, *, eps_255: float = 8, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.eps_255 = check_levels(eps_255, name="eps_255")
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Add the noise; it is drawn on the CPU, so that it is the same on every device."""
+        signs = torch.randint(2, images.shape).to(images) * 2 - 1
+        return (images + self.eps * signs).clamp(0, 1)
+
+
+class TorchAttack(Attack):
+    """An attack of torchattacks; the library's object is made anew for each batch, on the victim's device.
+
+    A subclass sets ``made_by``, the name of the library's class. That class is called with the options of the subclass
+    under their own names; pixel distances are divided by 255, and lose the ending ``_255`` of their names.
+    """
+
+    library: ClassVar[str] = "torchattacks"
+    made_by: ClassVar[str]
+    view: ClassVar[type[VictimView]] = VictimView
+
+    def make(self, victim: nn.Module, **further: Any) -> Any:
+        """Return torchattacks' object on ``victim``, called with the attack's options and ``further`` ones."""
+        options = {name: value for name, value in kept_options(self).items() if name not in ("seed", "batch_size")}
+        for name in [name for name in options if name.endswith("_255")]:
+            options[name.removesuffix("_255")] = options.pop(name) / 255
+        return getattr(torchattacks(), self.made_by)(victim, **options, **further)
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Run torchattacks on one batch."""
+        attacked: Tensor = self.make(self.view(self.victim))(images, labels)
+        return attacked
+
+
+class LinfAttack(TorchAttack):
+    """An attack inside the L-inf ball of radius eps.
+
+    Args:
+        eps_255: radius of the ball in levels of 0 to 255, above 0; fractions are allowed.
+    """
+
+    norm: str = "Linf"
+
+    def __init__(self, target: nn.Module, *, eps_255: float = 8, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.eps_255 = check_levels(eps_255, name="eps_255")
+
+
+class FGSM(LinfAttack):
+    """Fast gradient sign method (Goodfellow et al., 2015): one step of size eps. It draws nothing."""
+
+    name: ClassVar[str] = "fgsm"
+    made_by: ClassVar[str] = "FGSM"
+    view: ClassVar[type[VictimView]] = Unsaturated
+
+
+class IterativeAttack(LinfAttack):
+    """Several steps inside the ball: what BIM, PGD, MIFGSM and EOTPGD share.
+
+    Args:
+        alpha_255: step size in levels of 0 to 255, above 0.
+        steps: number of steps, at least 1.
+    """
+
+    view: ClassVar[type[VictimView]] = Unsaturated
+
+    def __init__(self, target: nn.Module, *, alpha_255: float = 2, steps: int = 10, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.alpha_255 = check_levels(alpha_255, name="alpha_255")
+        self.steps = check_int(steps, name="steps", low=1)
+
+
+class BIM(IterativeAttack):
+    """Basic iterative method (Kurakin et al., 2017): FGSM in small steps from the image itself. It draws nothing."""
+
+    name: ClassVar[str] = "bim"
+    made_by: ClassVar[str] = "BIM"
+
+
+class PGD(IterativeAttack):
+    """Projected gradient descent (Madry et al., 2018), from a random start.
+
+    Args:
+        random_start: start at a uniformly drawn point of the ball, not at the image.
+    """
+
+    name: ClassVar[str] = "pgd"
+    made_by: ClassVar[str] = "PGD"
+
+    def __init__(self, target: nn.Module, *, random_start: bool = True, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.random_start = bool(random_start)
+
+
+class EOTPGD(PGD):
+    """PGD on a gradient averaged over several looks at a random victim (Athalye et al., 2018; Zimmermann, 2019).
+
+    On a victim that draws nothing it is PGD at ``eot_iter`` times the cost.
+
+    Args:
+        eot_iter: gradients averaged at each step, at least 1.
+    """
+
+    name: ClassVar[str] = "eotpgd"
+    made_by: ClassVar[str] = "EOTPGD"
+
+    def __init__(self, target: nn.Module, *, eot_iter: int = 2, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
+
+
+class MIFGSM(IterativeAttack):
+    """Momentum iterative FGSM (Dong et al., 2018), from the image itself. It draws noise only where the victim is flat.
+
+    torchattacks divides each gradient by its mean size. Where a confident victim's cross-entropy has underflowed that
+    is 0/0: the momentum would be NaN from then on, the sign of NaN 0, and the image would never move.
+
+    Args:
+        decay: share of the momentum that is kept from step to step, at least 0.
+    """
+
+    name: ClassVar[str] = "mifgsm"
+    made_by: ClassVar[str] = "MIFGSM"
+    view: ClassVar[type[VictimView]] = NeverFlat
+
+    def __init__(self, target: nn.Module, *, decay: float = 1.0, **options: Any) -> None:
+        super().__init__(target, **options)
+        self.decay = check_float(decay, name="decay", low=0)
+
+
+class CW(TorchAttack):
+    """Carlini and Wagner's L2 attack (2017), in tanh space, with a fixed c (torchattacks has no binary search for it).
+
+    Images that it cannot fool the victim on come back unchanged; pixels at exactly 0 or 1 never move (tanh cannot leave
+    its limits). It stops when the summed cost of a batch rises, so an image's result depends on its batch: compare
+    results of one ``batch_size`` and order only. It draws nothing.
+
+    Args:
+        c: weight of the misclassification term against the squared L2 distance, above 0.
+        kappa: confidence, the logit margin aimed at, at least 0.
+        steps: number of Adam steps, at least 1.
+        lr: Adam's learning rate, above 0.
+    """
+
+    name: ClassVar[str] = "cw"
+    made_by: ClassVar[str] = "CW"
+    norm: str = "L2"
+    view: ClassVar[type[VictimView]] = LogitsAboveZero
+
+    def __init__(
+        self, target: nn.Module, *, c: float = 1, kappa: float = 0, steps: int = 50, lr: float = 0.01, **options: Any
+    ) -> None:
+        super().__init__(target, **options)
+        self.c = check_positive(c, name="c")
+        self.kappa = check_float(kappa, name="kappa", low=0)
+        self.steps = check_int(steps, name="steps", low=1)
+        self.lr = check_positive(lr, name="lr")
+
+
+class Square(LinfAttack):
+    """Square attack (Andriushchenko et al., 2020): random search by squares of colour, no gradients.
+
+    torchattacks draws one square for all images of a batch, so they influence each other.
+
+    Args:
+        n_queries: most victim queries an image (and restart), at least 1.
+        n_restarts: number of random restarts, at least 1.
+        p_init: share of the pixels in the first squares, above 0 and at most 1.
+        loss: ``margin`` or ``ce``, what is to fall.
+    """
+
+    name: ClassVar[str] = "square"
+    made_by: ClassVar[str] = "Square"
+
+    def __init__(
+        self,
+        target: nn.Module,
+        *,
+        n_queries: int = 5000,
+        n_restarts: int = 1,
+        p_init: float = 0.8,
+        loss: str = "margin",
+        **options: Any,
+    ) -> None:
+        super().__init__(target, **options)
+        self.n_queries = check_int(n_queries, name="n_queries", low=1)
+        self.n_restarts = check_int(n_restarts, name="n_restarts", low=1)
+        self.p_init = check_positive(p_init, name="p_init", high=1)
+        self.loss = check_choice(loss, SQUARE_LOSSES, name="loss")
+
+    def make(self, victim: nn.Module, **further: Any) -> Any:
+        """Return torchattacks' Square; it sets the global seed itself, so it is given the batch's."""
+        return super().make(victim, norm="Linf", seed=torch.initial_seed(), **further)
+
+
+class AutoAttack(LinfAttack):
+    """AutoAttack (Croce and Hein, 2020) in L-inf; an image goes on to the next part if one fails.
+
+    ``standard`` is APGD-CE, targeted APGD, targeted FAB and Square; ``rand``, for random victims, APGD-CE and APGD-DLR
+    on gradients averaged over 20 looks. torchattacks runs 10 steps where the authors run 100: set ``steps`` to 100 for
+    a figure comparable with theirs. The victim must have at least 4 classes (``rand``: 3).
+
+    Args:
+        version: ``standard`` or ``rand``.
+        steps: steps of the parts that take gradients, at least 1.
+        targets: most classes that the targeted parts try, the likeliest first, at least 1; the authors' 9.
+    """
+
+    name: ClassVar[str] = "autoattack"
+
+    def __init__(
+        self, target: nn.Module, *, version: str = "standard", steps: int = 10, targets: int = 9, **options: Any
+    ) -> None:
+        super().__init__(target, **options)
+        self.version = check_choice(version, AUTOATTACK_VERSIONS, name="version")
+        self.steps = check_int(steps, name="steps", low=1)
+        self.targets = check_int(targets, name="targets", low=1)
+
+    def make(self, victim: nn.Module, *, num_classes: int = 10, **further: Any) -> Any:
+        """Return torchattacks' AutoAttack on a victim of ``num_classes`` classes."""
+        options: dict[str, Any] = {"version": self.version, "n_classes": min(num_classes, self.targets + 1)}
+        seed = torch.initial_seed()  # it would take the clock's
+        attack = torchattacks().AutoAttack(victim, norm="Linf", eps=self.eps, seed=seed, **options, **further)
+        for part in attack._autoattack.attacks:
+            if hasattr(part, "steps"):  # Square counts queries
+                part.steps = self.steps
+        return attack
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Run torchattacks' AutoAttack on one batch."""
+        least = AUTOATTACK_VERSIONS[self.version]
+        num_classes = check_classes(self.victim, images, least=least, needed_by=self.version)
+        attacked: Tensor = self.make(self.view(self.victim), num_classes=num_classes)(images, labels)
+        return attacked
+
+
+class DDN(Attack):
+    """Decoupled direction and norm (Rony et al., 2019): the smallest L2 change that it finds to fool the victim.
+
+    Images that it cannot fool the victim on come back unchanged. It draws noise only in the place of a gradient of
+    zero; but for that, the images of a batch do not influence each other.
+
+    Args:
+        init_epsilon: first radius of the L2 ball, on the [0, 1] scale, above 0.
+        steps: number of steps, at least 1.
+        gamma: factor by which the radius shrinks and grows, above 0 and below 1.
+    """
+
+    name: ClassVar[str] = "ddn"
+    norm: str = "L2"
+    library: ClassVar[str] = "foolbox"
+
+    def __init__(
+        self, target: nn.Module, *, init_epsilon: float = 1.0, steps: int = 100, gamma: float = 0.05, **options: Any
+    ) -> None:
+        super().__init__(target, **options)
+        self.init_epsilon = check_positive(init_epsilon, name="init_epsilon")
+        self.steps = check_int(steps, name="steps", low=1)
+        self.gamma = check_float(gamma, name="gamma", low=0, high=1)
+        if self.gamma in (0, 1):
+            raise ValueError(f"`gamma` must be above 0 and below 1, got {gamma}")
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        """Run foolbox's DDN on one batch."""
+        made = foolbox()
+        model = made.PyTorchModel(Unsaturated(self.victim), bounds=(0, 1), device=images.device)
+        attack = made.attacks.DDNAttack(init_epsilon=self.init_epsilon, steps=self.steps, gamma=self.gamma)
+        attacked: Tensor = attack.run(model, images, made.criteria.Misclassification(labels))
+        return attacked.clamp(0, 1)  # it returns x + (y - x), which may round to just outside
+
+
+def check_classes(victim: nn.Module, images: Tensor, *, least: int, needed_by: str) -> int:
+    """Return the victim's number of classes; ValueError where its logits for the images have fewer than ``least``."""
+    num_classes = check_victim(victim, images[:1]).shape[1]
+    if num_classes < least:
+        raise ValueError(f"`victim` must have at least {least} classes for {needed_by!r}, got {num_classes}")
+    return num_classes

@@ -1,0 +1,181 @@
+"""What train.py and evaluate.py do: from the composed config to the report, alone or as one job of a sweep.
+
+Importing this module is fast: torch is imported when the keys of the config have been checked.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import CompactHydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
+from dipguard.config import RunConfig, explain, from_hydra, register
+from dipguard.evaluation.sweep_job import is_done, isolated, job_key, mark_begun, mark_done, mark_failed
+
+if TYPE_CHECKING:
+    from dipguard.evaluation import Matrix
+
+log = logging.getLogger("dipguard")
+
+
+class Program(Protocol):
+    """:func:`train` or :func:`evaluate`."""
+
+    def __call__(self, cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> Any:
+        """Run one configuration into ``folder``; ``sweep`` is the name of the sweep that it is a job of."""
+        ...
+
+
+def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[str, Any]:
+    """Run one attack and one defence, with pictures, into ``folder``; return the metrics.
+
+    Args:
+        cfg: The composed config.
+        folder: The run folder.
+        sweep: Name of the sweep that this is a job of.
+
+    Raises:
+        CompactHydraException: A setting or a file is not as it must be; nothing was run.
+        RuntimeError: The cell failed.
+    """
+    matrix = _prepare(cfg, folder, single=True)
+    from dipguard.reporting import write_train_report
+
+    metrics: dict[str, Any] = _run(matrix, cfg, folder, job_type="fit", sweep=sweep, report=write_train_report)
+    right = metrics["accuracy"]
+    log.info(
+        "accuracy: clean %.3f, undefended %.3f, defended %.3f", right["clean"], right["undefended"], right["defended"]
+    )
+    log.info("results: %s", folder / "report.md")
+    return metrics
+
+
+def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list[Path]:
+    """Run all attacks against all defences, into ``folder``; return the files of the report.
+
+    Args:
+        cfg: The composed config.
+        folder: The run folder.
+        sweep: Name of the sweep that this is a job of.
+
+    Raises:
+        CompactHydraException: A setting or a file is not as it must be; nothing was run.
+        RuntimeError: Cells failed; all others were run and reported.
+    """
+    matrix = _prepare(cfg, folder, single=False)
+    from dipguard.reporting import results_text, write_matrix_report
+
+    made: list[Path] = _run(matrix, cfg, folder, job_type="evaluate", sweep=sweep, report=write_matrix_report)
+    if sweep is None:
+        log.info("results: %s\n%s", folder / "report.md", results_text(folder))
+    return made
+
+
+def run_job(program: Program, cfg: DictConfig) -> None:
+    """Run a program in the folder that Hydra chose; as a job of a sweep, only if it is not done already.
+
+    How a sweep's job ends is left in its folder (:mod:`dipguard.evaluation.sweep_job`).
+
+    Raises:
+        Exception: What the program raised. In a sweep, Hydra runs the other jobs and then raises it.
+    """
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    if HydraConfig.get().mode != RunMode.MULTIRUN:
+        program(cfg, folder)
+        return
+    try:
+        config = _config(cfg)
+        key = job_key(config)
+        if is_done(folder, key) and not config.rebuild:
+            log.info("%s is done already", folder.name)
+            return
+        mark_begun(folder)
+        start = time.perf_counter()
+        with isolated():
+            program(cfg, folder, sweep=folder.resolve().parent.name)
+        mark_done(folder, key, seconds=time.perf_counter() - start)
+    except Exception as error:
+        log.exception("this job failed")  # into its own log; the sweep's report names it too
+        mark_failed(folder, error)
+        raise
+
+
+def start(main: Callable[[], None]) -> None:
+    """Run a Hydra main from the command line: explain mistyped keys, and report sweeps however they end."""
+    register()
+    register_resolver()
+    try:
+        main()
+    except SystemExit as end:
+        # Hydra has printed its own message, which does not know what was meant.
+        hint = explain(end.__context__)
+        if hint is not None:
+            print(hint, file=sys.stderr)
+        raise
+    finally:
+        report_open_sweeps()
+
+
+def _config(cfg: DictConfig) -> RunConfig:
+    try:
+        return from_hydra(cfg)
+    except (TypeError, ValueError) as error:
+        raise CompactHydraException(f"{type(error).__name__}: {error}") from error
+
+
+def _prepare(cfg: DictConfig, folder: Path, *, single: bool) -> Matrix:
+    """The checked matrix of a config; ``single``: of one attack and one defence."""
+    config = _config(cfg)
+    for many, one in (("attacks", "attack"), ("defenses", "defense")):
+        if single and (len(getattr(config, many)) != 1 or (cfg.get(many) and cfg.get(one))):
+            raise CompactHydraException(f"ValueError: train.py has one `{one}`, and no `{many}`; evaluate.py has many")
+    from dipguard.evaluation import prepare
+
+    try:
+        return prepare(config, folder)
+    except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
+        message = f"{type(error).__name__}: {error}"
+        for many, one in (("attacks", "attack"), ("defenses", "defense")):
+            if cfg.get(one):  # as the command line has it
+                message = message.replace(f"`{many}.{next(iter(getattr(config, many)))}", f"`{one}")
+        raise CompactHydraException(message) from error
+
+
+def _run(
+    matrix: Matrix,
+    cfg: DictConfig,
+    folder: Path,
+    *,
+    job_type: str,
+    sweep: str | None,
+    report: Callable[..., Any],
+) -> Any:
+    """Run what is missing, and write the report; return what ``report`` returns."""
+    from dipguard.evaluation import run
+    from dipguard.files import write_json, write_text
+    from dipguard.reporting import open_log
+
+    config = matrix.config
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    if config.rebuild:
+        return report(matrix)
+    job_type = job_type if sweep is None else "sweep"
+    with open_log(config.logger, folder, settings=config.to_dict(), job_type=job_type, group=sweep) as run_log:
+        before = Counter(matrix.store.counts)  # other jobs of this process share the store
+        failed = run(matrix, log=run_log)
+        if config.store is not None:
+            write_json(folder / "store.json", dict(matrix.store.counts - before))
+        made = report(matrix, log=run_log)
+    if failed:  # after the report: all other cells are in it
+        raise RuntimeError(f"{len(failed)} cells failed, all others are stored: {'; '.join(failed)}")
+    return made

@@ -1,0 +1,130 @@
+"""A sweep as Hydra runs it: its jobs, how many are done, how long the rest will take, and the report at its end.
+
+Everything is read from the sweep's folder, so jobs may run in other processes or on other machines: ``sweep.json``
+lists the jobs, and each job's folder says how it ended (:mod:`dipguard.evaluation.sweep_job`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hydra.core.utils import JobReturn
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from dipguard.evaluation.sweep_job import DONE, FAILED, job_folder
+
+_log = logging.getLogger("dipguard")
+
+PLAN = "sweep.json"
+RESOLVER = "sweep_job"
+"""``${sweep_job:${hydra.overrides.task}}`` is a job's folder."""
+RECENT = 5
+"""Number of last jobs that the time left is estimated from: the first jobs of a sweep make the fits, later ones reuse
+them."""
+
+_open: list[Path] = []
+"""Sweeps of this process that have no report yet."""
+
+
+def register_resolver() -> None:
+    """Register ``${sweep_job:...}`` with OmegaConf; harmless when repeated."""
+    OmegaConf.register_new_resolver(RESOLVER, lambda overrides: job_folder(list(overrides)), replace=True)
+
+
+class SweepProgress(Callback):
+    """Hydra callback that writes the plan of a sweep, logs its progress and writes its report."""
+
+    def __init__(self) -> None:
+        register_resolver()
+
+    def __reduce__(self) -> tuple[type[SweepProgress], tuple[()]]:
+        # A launcher's other process unpickles this, and needs the resolver before it can name its folder.
+        return SweepProgress, ()
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the list of jobs."""
+        from dipguard.files import write_json  # here and below: torch is not loaded for --help
+
+        folder = Path(config.hydra.sweep.dir)
+        jobs = planned_jobs(config)
+        began = {"began": time.time(), "sweep": config.hydra.runtime.choices.get("sweep"), "jobs": jobs}
+        write_json(folder / PLAN, began)
+        _open.append(folder)
+        if jobs:
+            done = sum((folder / job["folder"] / DONE).is_file() for job in jobs)
+            _log.info("sweep %s: %d jobs, %d of them done before", folder, len(jobs), done)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Log the progress of the sweep."""
+        if config.hydra.mode == RunMode.MULTIRUN:
+            _log.info("%s", progress_line(Path(config.hydra.sweep.dir)))
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the sweep's report."""
+        report_open_sweeps()
+
+
+def report_open_sweeps() -> None:
+    """Write the reports of this process's sweeps; Hydra does not call its callbacks after a failed job or Ctrl-C."""
+    while _open:
+        from dipguard.reporting.sweep_report import summary, write_sweep_report
+
+        folder = _open.pop()
+        try:
+            write_sweep_report(folder)
+            _log.info("%s", summary(folder))
+        except (OSError, ValueError) as error:  # it must not hide the error that ended the sweep
+            _log.warning("sweep %s could not be reported: %s", folder, error)
+
+
+def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
+    """The jobs of Hydra's basic sweeper, each with its overrides and folder; None for other sweepers."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    sweeper = OmegaConf.to_container(config.hydra.sweeper)
+    subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
+    if not isinstance(sweeper, dict) or not str(sweeper["_target_"]).endswith("BasicSweeper") or RESOLVER not in subdir:
+        return None
+    given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    overrides = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
+    (batch,) = BasicSweeper.split_arguments(overrides, None)
+    return [{"folder": job_folder(job), "overrides": list(job)} for job in batch]
+
+
+def progress_line(folder: Path) -> str:
+    """How many jobs are done and failed, and the time left."""
+    plan = read_plan(folder)
+    names = [job["folder"] for job in plan.get("jobs") or []]
+    if not names:
+        return f"{len(list(folder.glob(f'*/{DONE}')))} jobs done"
+    began = float(plan["began"])
+    done = {name: path.stat().st_mtime for name in names if (path := folder / name / DONE).is_file()}
+    # A failure of an earlier start will be tried again.
+    ends = [path.stat().st_mtime for name in names if (path := folder / name / FAILED).is_file()]
+    failed = [end for end in ends if end >= began]
+    left = len(names) - len(done) - len(failed)
+    text = f"{len(done)} of {len(names)} jobs done" + (f", {len(failed)} failed" if failed else "")
+    now = sorted([end for end in done.values() if end >= began] + failed)
+    if left and now:
+        since = now[-RECENT - 1] if len(now) > RECENT else began
+        rate = (time.time() - since) / min(len(now), RECENT)
+        text += f", {timedelta(seconds=round(rate * left))} left"
+    return text
+
+
+def read_plan(folder: Path) -> dict[str, Any]:
+    """The sweep's plan; empty if there is none or it is damaged."""
+    from dipguard.files import read_json
+
+    try:
+        plan = read_json(folder / PLAN)
+    except (FileNotFoundError, ValueError):
+        return {}
+    return plan if isinstance(plan, dict) else {}

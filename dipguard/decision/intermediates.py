@@ -1,0 +1,42 @@
+"""Intermediate images of a defence, as an adaptive attack sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STITCHED = "stitched"
+"""Name of the intermediate that every defence has: its final reconstruction."""
+
+
+@dataclass(frozen=True, eq=False)
+class Intermediate:
+    """V images of a defence for each of B given images, and how the victim views them.
+
+    Attributes:
+        views: [V, B, 3, H, W] in [0, 1], detached.
+        view: Differentiable map of images [n, 3, H, W] to images of the same shape, applied before the victim reads
+            them (such as a mirror); None if the victim reads them as they are.
+    """
+
+    views: Tensor
+    view: Callable[[Tensor], Tensor] | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence[Intermediate]) -> Intermediate:
+        """Concatenate the intermediates of several stacks of images, in order.
+
+        Raises:
+            ValueError: No parts, or parts with different numbers of views.
+        """
+        counts = sorted({len(part.views) for part in parts})
+        if len(counts) != 1:
+            raise ValueError(f"`parts` must be at least one intermediate, all with the same V, got V of {counts}")
+        return cls(torch.cat([part.views for part in parts], dim=1), parts[0].view)
+
+    def viewed(self, images: Tensor) -> Tensor:
+        """Images [n, 3, H, W] as the victim gets to see them."""
+        return images if self.view is None else self.view(images)

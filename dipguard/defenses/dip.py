@@ -1,0 +1,142 @@
+"""What all defences that fit a deep image prior share: options of the fit, stacks of images, and their Trainers."""
+
+from __future__ import annotations
+
+import time
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, ClassVar, TypedDict
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from torch import Tensor, nn
+
+from dipguard.checks import check_int
+from dipguard.defenses.base import Callbacks, Defense, Purified
+from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks, stack_size_for
+from dipguard.networks import NetworkSpec, network_spec
+from dipguard.registry import check_options
+
+
+class StackRun(TypedDict):
+    """How one stack is run: these keyword arguments of :func:`~dipguard.fit.fit_stack`."""
+
+    device: torch.device
+    callbacks: Sequence[pl.Callback]
+    logger: Logger | None
+    trainer: Mapping[str, Any]
+
+
+class DIPDefense(Defense):
+    """A defence that fits untrained networks to each image, several images at once.
+
+    A subclass implements `_purify_stack`, `steps_per_image` and `images_kept`.
+
+    Args:
+        network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
+            :class:`~dipguard.networks.NetworkSpec`.
+        stack_size: Images fitted at once, fewer once memory has run out; None takes 32 on a CPU and 256 on a GPU,
+            bounded by free memory. No image's result depends on it (in exact arithmetic; but for the native engine,
+            Adam amplifies rounding).
+        progress: Show a progress bar, unless a `FitProgress` is among the callbacks.
+        trainer: Further keyword arguments of ``pl.Trainer`` for each fit, such as a profiler.
+        fit: Fields of :class:`~dipguard.fit.FitOptions`, such as ``jitter``, ``lr``, ``dtype`` or ``engine``.
+
+    Attributes:
+        fit_options: How each image is fitted.
+
+    Raises:
+        TypeError, ValueError: An option is unknown or out of range; the message names it.
+    """
+
+    FIT: ClassVar[dict[str, Any]] = {}
+    """Where the fit differs from FitOptions' defaults; None stands for a value that the constructor chooses."""
+
+    def __init__(
+        self,
+        victim: nn.Module,
+        *,
+        network: str | NetworkSpec = "cifar10",
+        seed: int = 0,
+        stack_size: int | None = None,
+        progress: bool = True,
+        trainer: Mapping[str, Any] | None = None,
+        **fit: Any,
+    ) -> None:
+        super().__init__(victim, seed=seed)
+        if not fit.keys() <= {field.name for field in fields(FitOptions)}:
+            check_options(type(self), fit, owner=f"the defence {self.name!r}")
+        own = {name: value for name, value in self.FIT.items() if value is not None}
+        self.fit_options = FitOptions(network=network, seed=self.seed, **{**own, **fit})
+        self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
+        self.progress = progress
+        self.trainer = dict(trainer or {})
+
+    @property
+    @abstractmethod
+    def images_kept(self) -> int:
+        """Reconstructions of one image that are held in memory during a fit, at most."""
+
+    @property
+    def longest_fit(self) -> int:
+        """Optimiser steps per image of what is fitted now, which may serve more than this call."""
+        return self.steps_per_image
+
+    @property
+    def random(self) -> bool:
+        """Weights, z and jitter are drawn."""
+        return True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options, those of the fit (a list ``fit`` if there are several) and further ones of its Trainer."""
+        made = [{name: v for name, v in fit.as_settings().items() if name != "seed"} for fit in self.dip_fits]
+        fits = made[0] if len(made) == 1 else {"fit": made}
+        trainer = {"trainer": {name: _plain(value) for name, value in self.trainer.items()}} if self.trainer else {}
+        return {**super().settings, **fits, **trainer}
+
+    @property
+    def dip_fits(self) -> tuple[FitOptions, ...]:
+        """The one fit of each image."""
+        return (self.fit_options,)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the given size; raises ValueError if the image is too small for a network."""
+        for fit in self.dip_fits:
+            network_spec(fit.network).check_size(height, width)
+        return height, width
+
+    @abstractmethod
+    def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
+        """Purify one stack of checked images [B, 3, H, W]; ``first_step`` is added to the logger's step numbers."""
+
+    def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
+        """Purify stack by stack."""
+        start = time.perf_counter()
+        count, height, width = len(images), images.shape[-2], images.shape[-1]
+        device = fit_device("auto", victim=self.victim, images=images)
+        size = self.stack_size or min(
+            stack_size_for(count, size=(height, width), fit=fit, kept=self.images_kept, device=device)
+            for fit in self.dip_fits
+        )
+        choosing = time.perf_counter() - start
+
+        def work(part: slice, first_step: int, progress: FitProgress) -> Purified:
+            run = StackRun(device=device, callbacks=[progress, *callbacks], logger=logger, trainer=self.trainer)
+            made = self._purify_stack(images[part], indices[part], run, first_step=first_step)
+            # A store may have saved steps, or all of the fit.
+            done = progress.bar.n + (count - part.stop) * self.longest_fit
+            progress.skip(int((progress.bar.total or done) - done))
+            return made
+
+        show = self.progress and not any(isinstance(callback, FitProgress) for callback in callbacks)
+        parts = list(in_stacks(count, size=size, T=self.longest_fit, work=work, device=device, progress=show))
+        parts[0].seconds["start"] += choosing
+        return Purified.join(parts)
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it: an object is named by its class."""
+    return value if value is None or isinstance(value, str | int | float) else type(value).__name__

@@ -1,0 +1,238 @@
+"""Our own defence: two small deep image priors, whose class scores are those of mirrored copies."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from pytorch_lightning.loggers import Logger
+from torch import Tensor, nn
+
+from dipguard.checks import check_float, check_int
+from dipguard.decision import DecisionTrace, Reconstruction, quality
+from dipguard.decision.class_scores import SHIFTS, mirrored, stitch_mirrored
+from dipguard.decision.intermediates import STITCHED, Intermediate
+from dipguard.defenses.base import Purified
+from dipguard.defenses.dip import DIPDefense, StackRun
+from dipguard.fit import FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
+from dipguard.networks import NetworkSpec
+from dipguard.networks.presets import hourglass
+from dipguard.registry import check_options
+
+NETWORKS: dict[str, NetworkSpec] = {
+    "narrow": hourglass((4, 8, 16), skips=0, input_depth=1),
+    "wide": hourglass((8, 16, 32), skips=0, input_depth=1),
+}
+"""The network of DIPDefend (9,011 parameters), which strong perturbations survive least, and one twice as wide, which
+keeps more of a clean image."""
+MOST_MIRRORED = 8
+"""Most mirrored windows that `MirrorGuard.intermediates` returns: each costs an attack a call of the victim and a
+gradient."""
+
+
+class MirrorGuard(DIPDefense):
+    """The mean of the reconstructions that the victim assigns to the class with the highest scores on mirrored copies.
+
+    It keeps the frame of Ding et al. 2021: an untrained network is fitted to the given image alone, the victim's
+    decisions along the fit choose what is averaged (Eq. 7), and a step away from the given image (Eq. 6) is taken where
+    the victim assigns the mean to another class. What differs: two networks without skip connections (z is fitted with
+    them, no jitter, zero padding), and the class is not that of the last crossings. It is the one with the highest mean
+    probability on copies of x(t) that were mirrored and moved by two pixels; the given image's own class counts half.
+
+    How it was chosen, and its figures: docs/trials.md. An adaptive attack can attack the mirrored copies too. Purifiers
+    have fallen to such attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022); docs/limits.md says how
+    far this one was tested.
+
+    Each decision trace holds the means of x(t) over windows of all networks' fits, one network after the other, as
+    ``samples``, the victim's logits on them and on their mirrored copies, each network's last window as ``last``, and
+    no crossings.
+
+    Args:
+        networks: Networks that are fitted to each image, one after the other: ``narrow``, ``wide``, the name of a
+            preset or a spec.
+        T: Optimiser steps of each.
+        t0: Warm-up: the first step that counts, below T.
+        every: Steps of a window; the last one ends at T or before.
+        own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
+            all others.
+        mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
+            traffic signs).
+        beta: Longest step away from the given image, in units of Eq. 6.
+        beta_step: Distance between the steps tried up to ``beta``.
+    """
+
+    name: ClassVar[str] = "mirror"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("T", "t0", "every", "own_class_weight", "mirror", "beta", "beta_step")
+    FIT: ClassVar[dict[str, Any]] = {"optimise_z": True}
+
+    def __init__(
+        self,
+        victim: nn.Module,
+        *,
+        networks: Sequence[str | NetworkSpec] = ("narrow", "wide"),
+        T: int = 1000,
+        t0: int = 300,
+        every: int = 25,
+        own_class_weight: float = 0.5,
+        mirror: bool = True,
+        beta: float = 0.5,
+        beta_step: float = 0.05,
+        seed: int = 0,
+        stack_size: int | None = None,
+        progress: bool = True,
+        trainer: Mapping[str, Any] | None = None,
+        **fit: Any,
+    ) -> None:
+        if isinstance(networks, str) or not networks:
+            raise ValueError(f"`networks` must list at least one network, got {networks!r}")
+        if "network" in fit:
+            check_options(type(self), fit, owner=f"the defence {self.name!r}")
+        specs = [NETWORKS.get(network, network) if isinstance(network, str) else network for network in networks]
+        own: dict[str, Any] = {"stack_size": stack_size, "progress": progress, "trainer": trainer}
+        super().__init__(victim, network=specs[0], seed=seed, **own, **fit)
+        self.fits = tuple(replace(self.fit_options, network=spec) for spec in specs)
+        self.T = check_int(T, name="T", low=2)
+        self.t0 = check_int(t0, name="t0", low=0, high=self.T - 1)
+        self.every = check_int(every, name="every", low=1, high=self.T - self.t0)
+        self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
+        self.mirror = bool(mirror)
+        self.beta = check_float(beta, name="beta", low=0.0)
+        self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
+
+    @property
+    def dip_fits(self) -> tuple[FitOptions, ...]:
+        """One fit per network."""
+        return self.fits
+
+    @property
+    def windows(self) -> int:
+        """Windows of one fit."""
+        return (self.T - self.t0) // self.every
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of one fit: T, or the end of the last whole window."""
+        return self.t0 + self.windows * self.every
+
+    @property
+    def betas(self) -> list[float]:
+        """The steps away from the given image that are tried, in order."""
+        return [round(self.beta_step * i, 6) for i in range(1, int(self.beta / self.beta_step + 1e-6) + 1)]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options, those of each fit, and the shifts of the mirrored copies."""
+        return {**super().settings, "shifts": [list(shift) for shift in SHIFTS]}
+
+    @property
+    def steps_per_image(self) -> int:
+        """The steps of all networks."""
+        return self.steps * len(self.fits)
+
+    @property
+    def images_kept(self) -> int:
+        """The windows of all networks."""
+        return self.windows * len(self.fits)
+
+    @property
+    def intermediate_views(self) -> dict[str, int]:
+        """The last window of each network, the mean of all, up to eight mirrored ones, and the stitched image."""
+        count = len(self.fits)
+        return {"last": count, "mean": 1, "mirrored": len(self._mirrored_windows), STITCHED: 1}
+
+    def rebuild(self, trace: DecisionTrace) -> Reconstruction:
+        """Stitch an image again from its trace; where a step away from x0 may be needed, the victim is asked."""
+        return stitch_mirrored(trace, own_class_weight=self.own_class_weight, classify=self.decide, betas=self.betas)
+
+    def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
+        """Fit all networks to one stack, and stitch the windows of the winning class."""
+        start = time.perf_counter()
+        logs = [self._fit(images, indices, fit, run) for fit in self.fits]
+        asked = sum(log.seconds for log in logs)
+        fitted = time.perf_counter()
+        traces = self._traces(logs, images, indices)
+        rebuilt = [self.rebuild(trace) for trace in traces]
+        if run["logger"] is not None:
+            _log_means(run["logger"], traces, first_step=first_step)
+        return Purified(
+            reconstructions=torch.stack([made.image for made in rebuilt]).to(images),
+            reasons=[made.reason for made in rebuilt],
+            used=[len(made.used) for made in rebuilt],
+            traces=traces,
+            seconds={"start": 0.0, "fit": fitted - start - asked, "decide": time.perf_counter() - fitted + asked},
+        )
+
+    def _fit(self, images: Tensor, indices: list[int], fit: FitOptions, run: StackRun) -> WindowLogger:
+        log = WindowLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows, flip=self.mirror)
+        with isolated_trainer(run["device"]):
+            trainer = make_trainer(self.steps, **(run | {"callbacks": [log, *run["callbacks"]]}))
+            trainer.fit(StackedDIP(images, indices=indices, options=fit))
+        return log
+
+    def _traces(self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int]) -> list[DecisionTrace]:
+        """One decision trace per image of a stack [B, 3, H, W], on the CPU."""
+        samples, logits, mirrored_logits, errors = (
+            torch.cat([getattr(log, name) for log in logs])
+            for name in ("samples", "logits", "mirrored_logits", "errors")
+        )
+        given = images.to(samples)
+        similar = quality(samples.flatten(0, 1), given.repeat(len(samples), 1, 1, 1)).reshape(len(samples), -1).cpu()
+        # A window's mean stands at its last step; the steps of the second network follow those of the first.
+        ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
+        steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
+        own = self.decide(images).cpu()
+        samples, errors, logits, mirrored_logits = (x.cpu() for x in (samples, errors, logits, mirrored_logits))
+        none = torch.empty(0)
+        return [
+            DecisionTrace(
+                index=index,
+                given=given[i].cpu(),
+                given_scores=own[i].clone(),
+                steps=steps,
+                scores=logits[:, i].contiguous(),
+                quality=similar[:, i].contiguous(),
+                loss=errors[:, i].contiguous(),
+                crossing_at=none.long(),
+                alpha=none,
+                on_boundary=none.new_empty(0, *images.shape[1:]),
+                last=samples[self.windows - 1 :: self.windows, i].contiguous(),
+                samples=samples[:, i].contiguous(),
+                mirrored_logits=mirrored_logits[:, i].contiguous(),
+                settings=self.settings,
+            )
+            for i, index in enumerate(indices)
+        ]
+
+    @property
+    def _mirrored_windows(self) -> list[int]:
+        """Which windows an attack sees mirrored: spread evenly, the last one included."""
+        windows = self.windows * len(self.fits)
+        count = min(MOST_MIRRORED, windows)
+        return [(number + 1) * windows // count - 1 for number in range(count)]
+
+    def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
+        """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""
+        made = self._purify(images, indices, callbacks=(), logger=None)
+        samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
+        view = partial(mirrored, shift=SHIFTS[0], flip=self.mirror)
+        return {
+            "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
+            "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
+            "mirrored": Intermediate(samples[self._mirrored_windows].to(images), view),
+            STITCHED: Intermediate(made.reconstructions[None]),
+        }
+
+
+def _log_means(logger: Logger, traces: Sequence[DecisionTrace], *, first_step: int) -> None:
+    """Log the stack's means at each window."""
+    loss, similar = (
+        torch.stack(values).mean(dim=0) for values in zip(*((t.loss, t.quality) for t in traces), strict=True)
+    )
+    changed = torch.stack([(t.decisions != t.given_decision).double() for t in traces]).mean(dim=0)
+    for i, step in enumerate(traces[0].steps.tolist()):
+        means = {"mse": loss[i], "quality": similar[i], "decision_changed": changed[i]}
+        logger.log_metrics({f"fit/{key}": float(mean) for key, mean in means.items()}, step=first_step + step)

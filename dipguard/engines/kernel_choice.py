@@ -1,0 +1,288 @@
+"""Which kernel computes each layer of a stack on a GPU: the fastest one, measured once at the start.
+
+Stacked convolutions can be computed by
+
+``grouped``
+    Torch: one convolution of B groups. cuDNN's backward pass of it is slow.
+``matmul``
+    Torch: the neighbourhoods of all pixels (``unfold``), then one batched matrix product. It needs kernel ** 2 times
+    the input's memory, which is kept for the backward pass.
+``triton``
+    Our own kernels (:mod:`dipguard.engines.triton_ops`), for NVIDIA GPUs.
+
+and normalisations with LeakyReLU by ``torch`` (two operations) or ``triton`` (one). On a GPU every candidate is timed
+on each distinct layer shape and compared with the first of its list; one that fails or disagrees is left out.
+Measurements are kept for the rest of the process. On a CPU the first of each list is used.
+
+The choice depends on the stack size. Kernels differ only by rounding, but a DIP fit amplifies that: in float32 an image
+may be reconstructed visibly differently in a stack of another size. The same happens with torch's own kernels, which
+choose their algorithm by size. No image's data ever reaches another image. With a single candidate the choice is fixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from typing import TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dipguard.checks import check_choice
+from dipguard.engines.timing import median_seconds
+from dipguard.engines.triton_ops import triton_conv2d, triton_norm_leaky_relu
+from dipguard.networks import StackedSkipNet
+from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu, pad_border
+
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+ROUGH = 3e-2
+"""Largest relative difference from the first candidate in bfloat16 and TF32."""
+
+
+def matmul_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:
+    """B convolutions with the arguments and result of :func:`dipguard.networks.unet.grouped_conv2d`."""
+    stack, outputs, inputs, kernel, _ = weight.shape
+    x = pad_border(x, kernel=kernel, padding=padding)
+    rows, columns = ((side - kernel) // stride + 1 for side in x.shape[-2:])
+    images = x.reshape(stack, inputs, *x.shape[-2:])
+    # The neighbourhoods of a 1x1 kernel are the pixels themselves.
+    plain = kernel == 1 and stride == 1
+    neighbourhoods = images.flatten(2) if plain else F.unfold(images, kernel, stride=stride)
+    y = torch.baddbmm(bias[:, :, None], weight.flatten(2), neighbourhoods)
+    return y.view(1, stack * outputs, rows, columns)
+
+
+Function: TypeAlias = Callable[..., Tensor]
+CONVOLUTIONS: dict[str, Function] = {"grouped": grouped_conv2d, "matmul": matmul_conv2d, "triton": triton_conv2d}
+NORMALISATIONS: dict[str, Function] = {"torch": norm_leaky_relu, "triton": triton_norm_leaky_relu}
+
+
+def available(table: Mapping[str, Function], device: torch.device) -> tuple[str, ...]:
+    """The names of a table that can run on a device."""
+    with_triton = device.type == "cuda" and find_spec("triton") is not None
+    return tuple(name for name in table if name != "triton" or with_triton)
+
+
+@dataclass(frozen=True)
+class ConvShape:
+    """What the speed of a convolution on [..., height, width] depends on; ``gradient``: whether the input needs one."""
+
+    stack: int
+    inputs: int
+    outputs: int
+    kernel: int
+    stride: int
+    padding: str
+    height: int
+    width: int
+    gradient: bool
+
+    @property
+    def flops(self) -> int:
+        """Operations of the forward pass; a multiplication and an addition count as two."""
+        rows, columns = -(-self.height // self.stride), -(-self.width // self.stride)
+        return 2 * self.stack * self.outputs * self.inputs * self.kernel**2 * rows * columns
+
+    def functions(self) -> dict[str, Function]:
+        """All candidates, as functions of x, weight and bias."""
+        return {n: partial(f, stride=self.stride, padding=self.padding) for n, f in CONVOLUTIONS.items()}
+
+    def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Random x, weight and bias; the global random state does not change."""
+        draw = torch.Generator(device).manual_seed(0)
+        sizes = (
+            (1, self.stack * self.inputs, self.height, self.width),
+            (self.stack, self.outputs, self.inputs, self.kernel, self.kernel),
+            (self.stack, self.outputs),
+        )
+        x, weight, bias = (torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes)
+        return x.requires_grad_(self.gradient), weight.requires_grad_(), bias.requires_grad_()
+
+
+@dataclass(frozen=True)
+class NormShape:
+    """What the speed of a normalisation of [..., height, width] depends on."""
+
+    stack: int
+    channels: int
+    height: int
+    width: int
+    slope: float
+    eps: float
+
+    def functions(self) -> dict[str, Function]:
+        """All candidates, as functions of x, weight and bias."""
+        return {n: partial(f, slope=self.slope, eps=self.eps) for n, f in NORMALISATIONS.items()}
+
+    def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """Random x (in autocast's dtype where that is on), weight and bias; the global random state does not change."""
+        draw = torch.Generator(device).manual_seed(0)
+        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
+        sizes = (1, self.stack * self.channels, self.height, self.width)
+        x = torch.randn(sizes, generator=draw, device=device, dtype=cast)
+        weight, bias = (
+            torch.rand(self.stack, self.channels, generator=draw, device=device, dtype=dtype) for _ in range(2)
+        )
+        return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+
+
+LayerShape: TypeAlias = ConvShape | NormShape
+_MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
+
+
+@dataclass(frozen=True)
+class KernelChoice:
+    """The chosen kernels.
+
+    Attributes:
+        names: Layer -> name of its kernel.
+        measured: Layer shape -> name -> seconds of one forward and backward pass; infinite if it cannot be used. Empty
+            with a single candidate.
+    """
+
+    names: dict[str, str]
+    measured: dict[LayerShape, dict[str, float]]
+
+    def apply(self, net: nn.Module) -> None:
+        """Set the functions of the network's layers."""
+        for layer_name, name in self.names.items():
+            layer = net.get_submodule(layer_name)
+            if isinstance(layer, StackedConv2d):
+                layer.convolve = CONVOLUTIONS[name]
+            else:
+                assert isinstance(layer, StackedNorm2d)
+                layer.normalise = NORMALISATIONS[name]
+
+
+def choose_kernels(
+    net: StackedSkipNet,
+    device: torch.device,
+    *,
+    size: tuple[int, int],
+    z_gradient: bool = False,
+    convolutions: Collection[str] | None = None,
+    normalisations: Collection[str] | None = None,
+) -> KernelChoice:
+    """The fastest kernel for each layer of a stack.
+
+    Call it inside the :func:`~dipguard.engines.precision.precision` of the fit.
+
+    Args:
+        net: The stack; not changed (see :meth:`KernelChoice.apply`).
+        device: Where it will be fitted.
+        size: Height and width of the images.
+        z_gradient: z is optimised too.
+        convolutions: The candidates; by default all that can run on a GPU, and ``grouped`` on a CPU.
+        normalisations: The candidates; by default all that can run on a GPU, and ``torch`` on a CPU.
+
+    Raises:
+        ValueError: Unknown name.
+        RuntimeError: No candidate works for some layer.
+    """
+    candidates: dict[type[LayerShape], list[str]] = {
+        ConvShape: _candidates(CONVOLUTIONS, convolutions, device, argument="convolutions"),
+        NormShape: _candidates(NORMALISATIONS, normalisations, device, argument="normalisations"),
+    }
+    names: dict[str, str] = {}
+    measured: dict[LayerShape, dict[str, float]] = {}
+    dtype = net.head.weight.dtype
+    for layer, shape in layer_shapes(net, size=size, z_gradient=z_gradient).items():
+        offered = candidates[type(shape)]
+        if len(offered) == 1:
+            names[layer] = offered[0]
+            continue
+        if shape not in measured:
+            measured[shape] = measure(shape, device=device, dtype=dtype, names=offered)
+        names[layer] = min(offered, key=measured[shape].__getitem__)
+        if measured[shape][names[layer]] == float("inf"):
+            raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")
+    return KernelChoice(names, measured)
+
+
+def _candidates(
+    table: Mapping[str, Function], asked: Collection[str] | None, device: torch.device, *, argument: str
+) -> list[str]:
+    default = available(table, device) if device.type == "cuda" else tuple(table)[:1]
+    return [check_choice(name, table, name=argument) for name in asked or default]
+
+
+def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool = False) -> dict[str, LayerShape]:
+    """Shapes of all convolutions and normalisations by layer name, in running order; computes nothing."""
+    with torch.device("meta"):
+        alone = StackedSkipNet(net.spec, stack_size=1, padding=net.padding)
+        z = torch.empty(1, net.spec.input_depth, *size, requires_grad=z_gradient)
+    shapes: dict[str, LayerShape] = {}
+
+    def note(layer: nn.Module, arguments: tuple[Tensor, ...], *, name: str) -> None:
+        (x,) = arguments
+        height, width = x.shape[-2:]
+        if isinstance(layer, StackedConv2d):
+            _, outputs, inputs, kernel, _ = layer.weight.shape
+            shapes[name] = ConvShape(
+                1, inputs, outputs, kernel, layer.stride, layer.padding, height, width, x.requires_grad
+            )
+        else:
+            assert isinstance(layer, StackedNorm2d)
+            shapes[name] = NormShape(1, layer.weight.shape[1], height, width, layer.slope, layer.eps)
+
+    for name, module in alone.named_modules():
+        if isinstance(module, StackedConv2d | StackedNorm2d):
+            module.register_forward_pre_hook(partial(note, name=name))
+    with torch.enable_grad():
+        alone(z)
+    return {name: replace(shape, stack=net.stack_size) for name, shape in shapes.items()}
+
+
+def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, names: Collection[str]) -> dict[str, float]:
+    """Seconds of a forward and backward pass of each candidate; infinite if it fails or disagrees with the first."""
+    known = _MEASURED.setdefault((*_setting(device), shape, dtype), {})
+    missing = [name for name in names if name not in known]
+    if missing:
+        functions = shape.functions()
+        with torch.inference_mode(False), torch.enable_grad():
+            tensors = shape.example(device=device, dtype=dtype)
+            wanted = [t for t in tensors if t.requires_grad]
+            like = next(iter(functions.values()))(*tensors).detach()
+            draw = torch.Generator(device).manual_seed(1)
+            dy = torch.randn(like.shape, generator=draw, device=device, dtype=like.dtype)
+
+            def both(name: str) -> tuple[Tensor, ...]:
+                y = functions[name](*tensors)
+                return y, *torch.autograd.grad(y, wanted, dy)
+
+            right = both(next(iter(functions)))
+            for name in missing:
+                known[name] = _timed(partial(both, name), right, device=device)
+    return {name: known[name] for name in names}
+
+
+def _timed(work: Callable[[], tuple[Tensor, ...]], right: tuple[Tensor, ...], *, device: torch.device) -> float:
+    """Seconds of ``work``; infinite if it fails or its results are not ``right``."""
+    try:
+        ours = work()
+        if all(_close(a, b) for a, b in zip(ours, right, strict=True)):
+            return median_seconds(work, device=device)
+    except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
+        pass
+    return float("inf")
+
+
+def _close(ours: Tensor, right: Tensor) -> bool:
+    exact = not any(word in ("tf32", torch.bfloat16) for word in _precision(right.device))
+    tolerance = TOLERANCES.get(right.dtype, ROUGH) if exact else ROUGH
+    return bool((ours.double() - right.double()).norm() <= tolerance * right.double().norm())
+
+
+def _precision(device: torch.device) -> tuple[object, ...]:
+    cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    convolution = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined, unused-ignore]
+    return torch.backends.cuda.matmul.fp32_precision, convolution, cast
+
+
+def _setting(device: torch.device) -> tuple[object, ...]:
+    """What times depend on besides the work: the device, torch, and the precision."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name, torch.__version__, *_precision(device)

@@ -1,0 +1,258 @@
+"""The cells of a matrix: an attack on a classifier behind a defence, what its result depends on, and the result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dipguard.attacks import Attack, Cost
+from dipguard.data import ImageSet
+from dipguard.defenses import Defense
+from dipguard.store import Entry
+
+CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
+"""Labels with a meaning of their own: the attack suite's clean images and worst case, and the undefended baseline."""
+CONTROL, LARGE_EPS = "control", "large_eps"
+CHECKS = (CONTROL, LARGE_EPS)
+"""Attacks of a suite that check the others: noise, and an attack that may change almost anything."""
+ASIDE = ("name", "_target_", "number", "check", "full", "intermediate", "limit", "only", "note")
+"""Keys of an attack's node that are not options of the attack."""
+BLACK_BOX = ("defended_square", "hopskipjump")
+"""Adaptive attacks that only query the defended classifier."""
+BLIND = ("none", "noise", "square")
+"""Static attacks that take no gradient."""
+DONE, NOT_RUN = "done", "not run yet"
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """A classifier behind a defence.
+
+    Attributes:
+        label: Label of the defence.
+        victim: The classifier. It is attacked, and decides on the purified images.
+        victim_name: Its name.
+        surrogate: Name of the classifier that the defence asks instead, empty if it asks the victim.
+        defense: The defence.
+        bare: The same without a store, for adaptive attacks: their many fits are used once.
+        depends: Everything that the purified images depend on besides the given ones: JSON values.
+        decisions_clean: The victim's decisions on all clean images, [N] int64.
+        cut: What the defence falls short of its own defaults, in words; mostly empty.
+    """
+
+    label: str
+    victim: nn.Module
+    victim_name: str
+    surrogate: str
+    defense: Defense
+    bare: Defense
+    depends: dict[str, Any]
+    decisions_clean: Tensor
+    cut: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Cell:
+    """One attack on one target.
+
+    Attributes:
+        label: Label of the attack.
+        node: Its settings.
+        target: What it attacks.
+        clean: The images that it starts from.
+        options: The attack's options for this target.
+        attack: The attack; None if it does not apply.
+        why: Why it does not apply; None if it does.
+        eps_255: Its budget in levels of 0 to 255; None if it has no L-infinity bound.
+        suite: Whether it belongs to the attack suite.
+        attack_key: Digest of everything that the attacked images depend on.
+        key: Digest of everything that the result depends on.
+        cost: What the attack will cost, at most.
+    """
+
+    label: str
+    node: dict[str, Any]
+    target: Target
+    clean: ImageSet
+    options: dict[str, Any]
+    attack: Attack | None
+    why: str | None
+    eps_255: float | None
+    suite: bool
+    attack_key: str = ""
+    key: str = ""
+    cost: Cost = field(default_factory=Cost)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """The labels of attack and defence."""
+        return self.label, self.target.label
+
+    @property
+    def name(self) -> str:
+        """The attack's name."""
+        return name_of(self.node)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the attack knows the defence."""
+        return self.attack is not None and self.attack.adaptive
+
+    @property
+    def defense(self) -> Defense:
+        """The defence that purifies the attacked images."""
+        return self.target.bare if self.adaptive else self.target.defense
+
+    @property
+    def check(self) -> str:
+        """The check that the attack is made for; empty if it is an attack in its own right."""
+        return str(self.node.get("check") or "")
+
+    @property
+    def white_box(self) -> bool:
+        """Whether the attack takes gradients of the very system that it meets."""
+        if self.adaptive:
+            return self.name not in BLACK_BOX
+        return self.target.defense.name == "none" and self.name not in BLIND
+
+    @property
+    def cut(self) -> str:
+        """What the node's ``full`` has more of than the options, in words; for clean images, the target's ``cut``."""
+        if self.name == "none":
+            return self.target.cut
+        full = dict(self.node.get("full") or {})
+        if not self.target.defense.random:
+            full.pop("eot_iter", None)  # a deterministic system has one draw
+        given = {name: self.options[name] for name in full if name in self.options}
+        return ", ".join(f"{_text(n)} {_text(v)} of {_text(full[n])}" for n, v in given.items() if v != full[n])
+
+    @property
+    def options_text(self) -> str:
+        """The options in words, without the budget."""
+        own = {n: v for n, v in self.options.items() if n not in ("eps_255", "batch_size") and v is not None}
+        return ", ".join(f"{name} {_text(value)}" for name, value in own.items())
+
+
+@dataclass(frozen=True, eq=False)
+class CellResult:
+    """The result of a cell; an attack that gives images for several budgets has one for each.
+
+    Attributes:
+        cell: The cell.
+        status: ``done``, or why there are no figures.
+        eps_255: Budget in levels of 0 to 255, if there is one.
+        budget: Iterations or queries, if the attack gives images for several.
+        decisions_given: The victim's decisions on the attacked images, [n] int64. Empty, like all that follow, if there
+            are no figures.
+        decisions: Its decisions on the purified images, [n] int64.
+        ssim_given: SSIM of the attacked images to the clean ones, [n].
+        ssim: SSIM of the purified images to the clean ones, [n].
+        psnr: PSNR of the purified images to the clean ones in dB, [n]; infinite where they are equal.
+        used: Number of images that each purified image was averaged from, [n] int64.
+        reasons: Why each purified image looks as it does.
+        seconds: Wall time by part: ``attack``, and those of the defence, ``start``, ``fit`` and ``decide``.
+        spent: What the attack cost.
+        history: Share of images that withstand after each step of the attack, the best step so far counting.
+        last_history: The same, each step on its own.
+        flat: Share of the gradients that were exactly zero; None if the attack does not tell.
+    """
+
+    cell: Cell
+    status: str
+    eps_255: float | None = None
+    budget: int | None = None
+    decisions_given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    decisions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    ssim_given: Tensor = field(default_factory=lambda: torch.zeros(0))
+    ssim: Tensor = field(default_factory=lambda: torch.zeros(0))
+    psnr: Tensor = field(default_factory=lambda: torch.zeros(0))
+    used: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    reasons: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    spent: Cost = field(default_factory=Cost)
+    history: list[float] = field(default_factory=list)
+    last_history: list[float] = field(default_factory=list)
+    flat: float | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether there are figures."""
+        return self.status == DONE
+
+    @property
+    def right(self) -> Tensor:
+        """Whether each purified image is classified correctly, bool [n]."""
+        return self.decisions == self.cell.clean.labels[: len(self.decisions)]
+
+    @property
+    def attacks(self) -> bool:
+        """Whether it counts for the suite's worst case: done, and not a check."""
+        return self.done and self.cell.suite and not self.cell.check and self.cell.label != CLEAN
+
+
+def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
+    """The results of a finished cell, one for each budget."""
+    about, made = summary.header, []
+    for number, (eps_255, budget) in enumerate(about["snapshots"]):
+        arrays = {name: torch.from_numpy(values[number]) for name, values in summary.arrays.items()}
+        made.append(
+            CellResult(
+                cell=cell,
+                status=DONE,
+                eps_255=eps_255,
+                budget=budget,
+                reasons=about["reasons"][number],
+                seconds={**about["attack"]["seconds"], **about["seconds"][number]},
+                spent=Cost(**about["attack"]["spent"]),
+                history=about["attack"]["history"],
+                last_history=about["attack"]["last_history"],
+                flat=about["attack"]["flat"],
+                **arrays,
+            )
+        )
+    return made
+
+
+def fitting_options(node: Mapping[str, Any], target: Target, *, adaptive: bool) -> tuple[dict[str, Any], str | None]:
+    """An attack's options for a target, and why the attack does not apply to it (None: it does).
+
+    Args:
+        node: The attack's settings.
+        target: What it would attack.
+        adaptive: Whether the attack knows the defence.
+    """
+    defense, name = target.defense, name_of(node)
+    options = {key: value for key, value in node.items() if key not in ASIDE}
+    if options.get("eps_255", 0) is None:
+        del options["eps_255"]
+    if defense.unavailable is not None:
+        return options, defense.unavailable
+    if node.get("only") is not None and target.label not in node["only"]:
+        return options, "left out"
+    if not adaptive:
+        return options, None
+    if node.get("intermediate"):
+        found = next((view for view in node["intermediate"] if view in defense.intermediate_views), None)
+        if found is None:
+            return options, "no such intermediate"
+        options["intermediate"] = found
+    if (options.get("eot_iter") or 1) > 1 and not defense.random:
+        if name != "defended_autoattack":
+            return options, "deterministic"  # the attack without EOT is the same
+        options["eot_iter"] = 1
+    if not defense.steps_per_image and (name == "unrolled" or options.get("backward") == "short_dip"):
+        return options, "no DIP"
+    return options, None
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """The name of a node of the config, or of the class that it points to."""
+    return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)

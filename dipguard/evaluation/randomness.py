@@ -1,0 +1,112 @@
+"""Whether a defended classifier draws random numbers, and whether it optimises while it classifies.
+
+AutoAttack asks the same before it trusts its own result (Croce et al. 2022).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dipguard.data import ImageSet
+from dipguard.evaluation.cell import CLEAN, Target
+from dipguard.evaluation.matrix import Matrix
+from dipguard.fit import Decider
+from dipguard.store import Entry, digest_of
+
+OTHER_DRAWS = 1_000_003
+"""Added to an image's index to get draws that are not those of its evaluation."""
+SAME = 1e-4
+"""Logits that differ by at most this differ by rounding."""
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """What purifying one image three times tells about a defence.
+
+    Attributes:
+        drawn: Largest change of a logit with other draws.
+        repeated: The same with the same draws: 0 if seed and index determine everything.
+        backward: Calls of autograd's engine during one purification.
+    """
+
+    drawn: float
+    repeated: float
+    backward: int
+
+    @property
+    def randomised(self) -> bool:
+        """Whether other draws give other logits."""
+        return self.drawn > SAME
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the forward pass itself takes gradients."""
+        return self.backward > 0
+
+    @classmethod
+    def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
+        """The stored result for a target of a matrix; None if there is none."""
+        entry = matrix.store.read("cells", _key(matrix, target))
+        return None if entry is None else cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def find(cls, matrix: Matrix, target: Target) -> None:
+        """Check a target of a matrix and store the result, unless that is done."""
+
+        def make() -> Entry:
+            found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
+            return Entry({}, {"what": f"randomness of {target.label}", **asdict(found)})
+
+        matrix.store.arrays("cells", _key(matrix, target), make)
+
+
+def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Randomness:
+    """Purify one image three times: twice with its own draws, once with others.
+
+    Args:
+        target: The defended classifier.
+        one: The image.
+        device: Where it is purified.
+    """
+    images = one.images.to(device)
+
+    def logits(indices: Tensor) -> Tensor:
+        return Decider(target.victim)(target.bare.purify(images, indices=indices)).cpu()
+
+    with counting_backward() as calls:
+        first = logits(one.indices)
+    again, other = logits(one.indices), logits(one.indices + OTHER_DRAWS)
+    return Randomness(float((other - first).abs().max()), float((again - first).abs().max()), calls[0])
+
+
+@contextmanager
+def counting_backward() -> Iterator[list[int]]:
+    """Count the calls of autograd's engine on this thread; yields a list that holds the count so far.
+
+    Like AutoAttack, it watches the interpreter: whatever a defence calls its optimiser, gradients come from autograd's
+    engine. A running profiler is restored afterwards, but sees nothing in the meantime.
+    """
+    count = [0]
+
+    def watch(frame: FrameType, event: str, what: Any) -> None:
+        if event == "c_call" and getattr(what, "__name__", "") == "run_backward":
+            count[0] += 1
+
+    before: Callable[..., Any] | None = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield count
+    finally:
+        sys.setprofile(before)
+
+
+def _key(matrix: Matrix, target: Target) -> str:
+    return digest_of([matrix.cell(CLEAN, target.label).key, "randomness"])

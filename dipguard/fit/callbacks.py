@@ -1,0 +1,331 @@
+"""Algorithm 1, lines 4-19, as Lightning callbacks; what passes between them is ``module.trace``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from itertools import pairwise
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from dipguard.checks import check_choice, check_int
+from dipguard.decision import DecisionTrace, Reconstruction, crosses, localise, quality, sampled_steps, stitch
+from dipguard.decision.boundary import SCORES, SEARCHES
+from dipguard.fit.decider import Decider, ask_together, steps_together
+from dipguard.fit.module import Crossing, Sample, StackedDIP, StackTrace
+from dipguard.fit.options import StitchOptions
+
+DECIDED = {"fit/crossings", "fit/decision_changed"}
+"""Metrics that need the victim's decisions."""
+
+
+class DecisionLogger(pl.Callback):
+    """Samples reconstructions along the fit and records the victim's decisions (Algorithm 1, lines 4-6 and 10).
+
+    The first of the three callbacks: it opens ``module.trace``, to which the others add.
+
+    Means over the stack go to the Trainer's loggers at each sampled step: ``fit/mse``, ``fit/quality`` (SSIM),
+    ``fit/decision_changed`` (share of the images that are decided differently from x0) and ``fit/crossings`` (changes
+    of decision so far, per image). ``trainer.callback_metrics`` hold the latest of them; at the end of each epoch the
+    first two are those of its last step.
+
+    In a stack of fewer than 64 images, samples wait until they make a good batch for the victim, so that the last two
+    metrics lag behind. If a callback has one of them as its ``monitor``, the victim is asked at every sample.
+
+    Args:
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
+        decisions: Number of sampled steps (section 4.1: 200), at least 2; more than T samples every step.
+        every: Distance of two sampled steps, instead of their number.
+        K_max: The largest K that the traces can be replayed with.
+        keep_samples: Keep all sampled reconstructions in the traces.
+        first_step: Added to the step numbers of log entries, for several fits in one log.
+
+    Attributes:
+        seconds: Time spent here.
+
+    Raises:
+        TypeError, ValueError: An option is out of range, or the module is no StackedDIP.
+        RuntimeError: The fit ended before the first sampled step.
+    """
+
+    def __init__(
+        self,
+        victim: nn.Module,
+        *,
+        decisions: int | None = 200,
+        every: int | None = None,
+        K_max: int = 25,
+        keep_samples: bool = False,
+        first_step: int = 0,
+    ) -> None:
+        self.decider = Decider(victim)
+        self.decisions = decisions
+        self.every = every
+        self.K_max = check_int(K_max, name="K_max", low=1)
+        self.keep_samples = keep_samples
+        self.first_step = first_step
+        self.seconds = 0.0
+        self._steps: tuple[int, ...] = ()
+        self._sampled: frozenset[int] = frozenset()
+        self._together = 1
+        self._waiting: list[Sample] = []
+        self._crossings = torch.zeros(())
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Open the trace with the victim's decisions on the given images."""
+        module = as_stacked_dip(pl_module)
+        self._steps = sampled_steps(module.T, decisions=self.decisions, every=self.every)
+        self._sampled = frozenset(self._steps)
+        self._waiting = []
+        self._crossings = module.given.new_zeros(())
+        monitored = {getattr(callback, "monitor", None) for callback in getattr(trainer, "callbacks", ())}
+        self._together = 1 if monitored & DECIDED else steps_together(len(module.given))
+        # The Trainer's precision may have changed the dtype.
+        about = {**module.options.as_settings(), "dtype": str(module.given.dtype).removeprefix("torch."), "T": module.T}
+        own = {name: getattr(self, name) for name in ("decisions", "every", "K_max", "keep_samples")}
+        module.trace = StackTrace(
+            given=module.given,
+            given_scores=self.decider(module.given),
+            indices=module.indices,
+            K_max=self.K_max,
+            keep_samples=self.keep_samples,
+            settings={**about, **own},
+        )
+        trainer.callback_metrics["fit/crossings"] = self._crossings
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Sample x(t), which was made before this step's update; ask the victim when enough samples wait."""
+        step, x, errors = step_output(outputs)
+        module = as_stacked_dip(pl_module)
+        sampled, last = step in self._sampled, step == module.T - 1
+        if not (sampled or last or trainer.is_last_batch):
+            return
+        start = time.perf_counter()
+        value = quality(x, module.given)
+        trainer.callback_metrics.update({"fit/mse": errors.mean(), "fit/quality": value.mean()})
+        if sampled:
+            # Copies: an engine may write its next step into the same memory.
+            self._waiting.append(Sample(step, x.clone(), x.new_empty(0), value, errors.clone()))
+        if last or len(self._waiting) >= self._together:
+            self._ask(trainer, module)
+        self.seconds += time.perf_counter() - start
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ask about the samples that still wait."""
+        start = time.perf_counter()
+        module = as_stacked_dip(pl_module)
+        self._ask(trainer, module)
+        if not opened(module).steps:
+            raise RuntimeError(
+                f"the fit ended after {module.step} of {module.T} steps, before the first sample at step "
+                f"{self._steps[0]}: sample more often (`decisions`, `every`) or fit longer"
+            )
+        self.seconds += time.perf_counter() - start
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """After Ctrl-C, log what has been sampled; other errors may be the victim's own, or a lack of memory."""
+        if isinstance(exception, KeyboardInterrupt):
+            self._ask(trainer, as_stacked_dip(pl_module))
+
+    def _ask(self, trainer: pl.Trainer, module: StackedDIP) -> None:
+        """Show the waiting samples to the victim in one batch; record and log them."""
+        if not self._waiting:
+            return
+        parts = ask_together(self.decider, [sample.reconstructions for sample in self._waiting])
+        samples = [sample._replace(scores=scores) for sample, scores in zip(self._waiting, parts, strict=True)]
+        self._waiting = []
+        trace = opened(module)
+        trace.add(samples)
+        previous = trace.recent[0].scores
+        for sample in samples:
+            self._crossings = self._crossings + crosses(previous.argmax(1), sample.scores.argmax(1)).sum()
+            previous = sample.scores
+            changed = crosses(trace.given_scores.argmax(1), previous.argmax(1)).to(sample.errors)
+            decided = {"fit/decision_changed": changed.mean(), "fit/crossings": self._crossings / len(changed)}
+            if trainer.loggers:
+                means = {"fit/mse": sample.errors.mean(), "fit/quality": sample.quality.mean(), **decided}
+                figures = dict(zip(means, torch.stack(list(means.values())).tolist(), strict=True))
+                for logger in trainer.loggers:
+                    logger.log_metrics(figures, step=self.first_step + sample.step)
+        trainer.callback_metrics.update(decided)
+
+
+class BoundaryDetector(pl.Callback):
+    """Finds cross-boundary pairs as they are sampled, and their on-boundary images (Algorithm 1, lines 11-14).
+
+    The second of the three callbacks. A pair is kept when it is found, and localised when the fit is over: many pairs
+    are dropped before that, because no replay can select them, and each costs N - 1 readings of the victim. The
+    thresholds tau and t0 of Eq. 3 are not applied here but in the stitch, so that a trace serves all of them.
+
+    Args:
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
+        N: Sections of the grid of Eq. 5, at least 1.
+        scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
+        search: Of that grid, ``grid`` or ``bisection`` (:func:`dipguard.decision.localise`).
+
+    Attributes:
+        seconds: Time spent here.
+
+    Raises:
+        TypeError, ValueError: An option is out of range, or the module is no StackedDIP.
+        RuntimeError: No DecisionLogger before this callback.
+    """
+
+    def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits", search: str = "grid") -> None:
+        self.decider = Decider(victim)
+        self.N = check_int(N, name="N", low=1)
+        self.scores = check_choice(scores, SCORES, name="scores")
+        self.search = check_choice(search, SEARCHES, name="search")
+        self.seconds = 0.0
+        self._seen = 0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the options in the trace."""
+        self._seen = 0
+        opened(pl_module).settings |= {"N": self.N, "scores": self.scores, "search": self.search}
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Compare the samples that have become known with their predecessors."""
+        trace = opened(pl_module)
+        if len(trace.steps) > self._seen:
+            self._detect(trace)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Detect the last pairs, and localise all pairs of all images."""
+        trace = opened(pl_module)
+        if len(trace.steps) > self._seen:
+            self._detect(trace)
+        start = time.perf_counter()
+        found = [crossing for crossings in trace.crossings for crossing in crossings]
+        # One batch of the victim at a time: the grid's images of all pairs would take some hundred megabytes.
+        size = max(1, self.decider.batch // max(1, self.N - 1))
+        parts = [self._localise(found[first : first + size]) for first in range(0, len(found), size)]
+        if parts:
+            trace.boundary = torch.cat([alpha for alpha, _ in parts]), torch.cat([images for _, images in parts])
+        self.seconds += time.perf_counter() - start
+
+    def _detect(self, trace: StackTrace) -> None:
+        start = time.perf_counter()
+        first, self._seen = len(trace.steps) - len(trace.recent), len(trace.steps)
+        for i, (before, after) in enumerate(pairwise(trace.recent), first):
+            pairs = crosses(before.scores.argmax(1), after.scores.argmax(1))
+            for b in torch.nonzero(pairs).flatten().tolist():
+                images = torch.stack([before.reconstructions[b], after.reconstructions[b]])
+                scores = torch.stack([before.scores[b], after.scores[b]])
+                trace.add_crossing(b, Crossing(i, float(before.quality[b]), images, scores))
+        self.seconds += time.perf_counter() - start
+
+    def _localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
+        images, scores = (torch.stack(part, dim=1) for part in ([c.images for c in found], [c.scores for c in found]))
+        ends = (images[0], images[1], scores[0], scores[1])
+        return localise(*ends, self.decider, N=self.N, scores=self.scores, search=self.search)
+
+
+class Stitcher(pl.Callback):
+    """Makes one decision trace and the final reconstruction of each image (Algorithm 1, lines 17-19).
+
+    The last of the three callbacks.
+
+    Args:
+        tau: Quality threshold of Eq. 3, in [0, 1].
+        t0: Warm-up of Eq. 3, at least 0.
+        K: Number of on-boundary images that are stitched, at least 1.
+        beta: Step size of Eq. 6, at least 0.
+        rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3), for tau and t0.
+        t0_unit: What t0 counts, ``steps`` or ``samples``.
+        divide_by: What Eq. 7 divides by with fewer than K crossings, ``found`` or ``K``.
+
+    Attributes:
+        options: The arguments.
+        traces: One decision trace per image, after the fit.
+        reconstructions: What each image was rebuilt from, after the fit.
+        seconds: Time spent here.
+
+    Raises:
+        TypeError, ValueError: An option is out of range, or K is above the DecisionLogger's ``K_max``.
+        RuntimeError: No DecisionLogger and BoundaryDetector before this callback.
+    """
+
+    def __init__(
+        self,
+        *,
+        tau: float,
+        t0: int,
+        K: int,
+        beta: float,
+        rule: str = "at_least",
+        t0_unit: str = "steps",
+        divide_by: str = "found",
+    ) -> None:
+        self.options = StitchOptions(tau=tau, t0=t0, K=K, beta=beta, rule=rule, t0_unit=t0_unit, divide_by=divide_by)
+        self.traces: list[DecisionTrace] = []
+        self.reconstructions: list[Reconstruction] = []
+        self.seconds = 0.0
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the options in the trace."""
+        self.traces, self.reconstructions = [], []
+        trace = opened(pl_module, detected=True)
+        check_int(self.options.K, name="K", low=1, high=trace.K_max)
+        trace.settings |= asdict(self.options)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Close the trace and stitch each image."""
+        start = time.perf_counter()
+        module = as_stacked_dip(pl_module)
+        trace = opened(module)
+        if module.step < module.T:
+            trace.settings["ended_after"] = module.step
+        self.traces = trace.close()
+        self.reconstructions = [stitch(one, **asdict(self.options)) for one in self.traces]
+        self.seconds += time.perf_counter() - start
+
+
+def as_stacked_dip(pl_module: pl.LightningModule) -> StackedDIP:
+    """Return the module if it is a StackedDIP.
+
+    Raises:
+        TypeError: It is something else.
+    """
+    if not isinstance(pl_module, StackedDIP):
+        raise TypeError(f"this callback works on a StackedDIP, got {type(pl_module).__name__}")
+    return pl_module
+
+
+def step_output(outputs: Any) -> tuple[int, Tensor, Tensor]:
+    """The step t, x(t) and the errors of a training step, detached.
+
+    Raises:
+        TypeError: A subclass's ``training_step`` returned something else than StackedDIP's.
+    """
+    try:
+        return int(outputs["step"]), outputs["reconstructions"].detach(), outputs["errors"].detach()
+    except (KeyError, TypeError, IndexError) as error:
+        raise TypeError(
+            "`training_step` must return the dict of StackedDIP.training_step, with any other `loss`, got "
+            f"{sorted(outputs) if isinstance(outputs, dict) else type(outputs).__name__}"
+        ) from error
+
+
+def opened(pl_module: pl.LightningModule, *, detected: bool = False) -> StackTrace:
+    """The trace that a DecisionLogger has opened and, with ``detected``, a BoundaryDetector adds to.
+
+    Raises:
+        RuntimeError: The callbacks are missing or in the wrong order.
+    """
+    trace = as_stacked_dip(pl_module).trace
+    if trace is None or (detected and "N" not in trace.settings):
+        missing = "DecisionLogger" if trace is None else "BoundaryDetector"
+        raise RuntimeError(
+            "`callbacks` must have DecisionLogger before BoundaryDetector, and both before Stitcher, got no "
+            f"{missing} there"
+        )
+    return trace

@@ -1,0 +1,257 @@
+"""Fits that are sampled without a victim, and the traces that any victim makes of them without another fit."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from torch import Tensor, nn
+
+from dipguard.decision import DecisionTrace, crosses, localise, needed_for_replay, quality
+from dipguard.fit.callbacks import as_stacked_dip, step_output
+from dipguard.fit.decider import Decider
+from dipguard.fit.module import StackedDIP
+from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions, trace_settings
+from dipguard.fit.runner import isolated_trainer, make_trainer
+
+
+@dataclass(frozen=True, eq=False)
+class FitSamples:
+    """Sampled steps of one image's fit.
+
+    Attributes:
+        steps: Optimiser steps t, 0-based, increasing, [S] int64.
+        images: x(t), [S, 3, H, W] in (0, 1).
+        quality: v(t) = SSIM(x(t), x0), [S].
+        loss: The fit's mean squared error at t, [S].
+    """
+
+    steps: Tensor
+    images: Tensor
+    quality: Tensor
+    loss: Tensor
+
+    def covers(self, steps: Iterable[int]) -> bool:
+        """Whether all these steps were sampled."""
+        return set(steps) <= set(self.steps.tolist())
+
+    def at(self, steps: Sequence[int]) -> FitSamples:
+        """The samples at these steps, which must be increasing.
+
+        x(t) depends neither on T nor on what else was sampled, so these are bit for bit the samples of a fit that was
+        sampled at these steps only.
+
+        Raises:
+            ValueError: A step was not sampled.
+        """
+        wanted = torch.tensor(list(steps), dtype=torch.int64)
+        if len(wanted) == len(self.steps) and torch.equal(wanted, self.steps):
+            return self
+        if not self.covers(steps):
+            absent = sorted(set(steps) - set(self.steps.tolist()))
+            raise ValueError(f"`steps` must be among the sampled ones, got also {absent[:5]}")
+        rows = torch.searchsorted(self.steps, wanted)
+        return FitSamples(wanted, self.images[rows], self.quality[rows], self.loss[rows])
+
+
+class SampleKeeper(pl.Callback):
+    """Copies x(t) at some steps to the CPU, with quality and loss.
+
+    Args:
+        steps: Optimiser steps, below the Trainer's ``max_steps``.
+
+    Attributes:
+        seconds: Time spent here.
+    """
+
+    def __init__(self, steps: Iterable[int]) -> None:
+        self.steps = sorted(set(steps))
+        self.seconds = 0.0
+        self._place = {step: i for i, step in enumerate(self.steps)}
+        self._images = torch.empty(0)
+        self._scalars: list[tuple[Tensor, Tensor]] = []
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Allocate one block for all samples, since there may be gigabytes of them."""
+        given = as_stacked_dip(pl_module).given
+        self._images = torch.empty(len(given), len(self.steps), *given.shape[1:], dtype=given.dtype)
+        self._scalars = []
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Keep x(t), which was made before this step's update."""
+        step, x, errors = step_output(outputs)
+        place = self._place.get(step)
+        if place is None:
+            return
+        start = time.perf_counter()
+        with torch.no_grad():
+            self._images[:, place].copy_(x)
+            # A copy: the errors may lie in memory that an engine uses again at the next step.
+            self._scalars.append((quality(x, as_stacked_dip(pl_module).given), errors.clone()))
+        self.seconds += time.perf_counter() - start
+
+    def samples(self) -> list[FitSamples]:
+        """The samples of each image.
+
+        Raises:
+            RuntimeError: The fit ended before the last of the steps.
+        """
+        if len(self._scalars) != len(self.steps):
+            raise RuntimeError(
+                f"the fit ended before the last step to keep, {self.steps[-1]}: {len(self._scalars)} of "
+                f"{len(self.steps)} were sampled"
+            )
+        if not self.steps:
+            return []
+        steps = torch.tensor(self.steps, dtype=torch.int64)
+        values, losses = (torch.stack([pair[i] for pair in self._scalars], dim=1).cpu() for i in range(2))
+        rows = zip(self._images, values, losses, strict=True)
+        return [FitSamples(steps, images, value.clone(), loss.clone()) for images, value, loss in rows]
+
+
+def fit_samples(
+    images: Tensor,
+    *,
+    steps: Iterable[int],
+    T: int,
+    indices: Sequence[int],
+    fit: FitOptions,
+    device: torch.device,
+    callbacks: Sequence[pl.Callback] = (),
+    logger: Logger | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> tuple[list[FitSamples], dict[str, float]]:
+    """Fit B networks to B images and keep x(t) at some steps; the fit is that of :func:`dipguard.fit.fit_stack`.
+
+    Args:
+        images: x0, [B, 3, H, W] in [0, 1].
+        steps: Optimiser steps to keep, from 0 to T-1.
+        T: Optimiser steps.
+        indices: The images' indices.
+        fit: How to fit.
+        device: Where to fit.
+        callbacks: Further callbacks, run after ours.
+        logger: A Lightning logger for them.
+        trainer: Further keyword arguments of ``pl.Trainer``; see :func:`dipguard.fit.make_trainer`.
+
+    Returns:
+        The samples of each image, on the CPU, and seconds: ``start`` (up to the Trainer's own start), ``fit``.
+
+    Raises:
+        TypeError, ValueError: Bad images or options.
+        RuntimeError: The fit ended before the last of the steps.
+    """
+    start = time.perf_counter()
+    keeper = SampleKeeper(steps)
+    with isolated_trainer(device):
+        module = StackedDIP(images, indices=indices, options=fit)
+        made = make_trainer(T, device=device, callbacks=[keeper, *callbacks], logger=logger, trainer=trainer)
+        began = time.perf_counter()
+        made.fit(module)
+    return keeper.samples(), {"start": began - start, "fit": time.perf_counter() - began}
+
+
+def redecide(trace: DecisionTrace, victim: nn.Module) -> DecisionTrace:
+    """The trace that the same fit would have left with another victim (appendix E).
+
+    The fit does not depend on the victim, so the reconstructions, their quality and their loss stay; decisions,
+    crossings and on-boundary images are the new victim's.
+
+    Args:
+        trace: Made with ``keep_samples``: all sampled reconstructions are classified again.
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C]. Never changed.
+
+    Returns:
+        A new trace with the same settings, among them N and the scores of Eq. 5.
+
+    Raises:
+        TypeError, ValueError: A bad victim, or a trace without its samples.
+    """
+    if trace.samples is None:
+        raise ValueError(
+            f"`trace` of image {trace.index} must hold its sampled reconstructions: fit with keep_samples=True"
+        )
+    decided: dict[str, Any] = _decide(
+        trace.given, trace.samples, trace.quality, Decider(victim), trace.K_max, trace.settings
+    )
+    return replace(trace, **decided)
+
+
+def decide_samples(
+    fitted: FitSamples,
+    *,
+    given: Tensor,
+    index: int,
+    victim: Decider,
+    fit: FitOptions,
+    decide: DecideOptions,
+    stitch: StitchOptions | None = None,
+) -> DecisionTrace:
+    """The trace that a fit with these decisions would have left, from a fit that was sampled at these steps at least.
+
+    The victim sees the samples of one image as a batch, so that its decisions depend on no other image. During a fit
+    its batches hold all images at one or a few steps, so its logits may differ by rounding. Everything else is equal
+    bit for bit, unless rounding changes a decision or the choice between two alphas.
+
+    Args:
+        fitted: One image's fit, sampled at the steps of ``decide`` at least; a longer fit than its T serves too.
+        given: The given image x0, [3, H, W] in [0, 1].
+        index: Its index.
+        victim: The victim.
+        fit: How it was fitted.
+        decide: What the victim classifies, and what is kept.
+        stitch: For the trace's settings alone.
+
+    Raises:
+        TypeError, ValueError: A bad victim, or steps that were not sampled.
+    """
+    seen = fitted.at(decide.steps)
+    given = given.detach().to(device="cpu", dtype=seen.images.dtype, copy=True)
+    settings = trace_settings(fit, decide, stitch)
+    return DecisionTrace(
+        index=index,
+        given=given,
+        steps=seen.steps,
+        quality=seen.quality,
+        loss=seen.loss,
+        last=seen.images[-decide.K_max :].clone(),
+        samples=seen.images if decide.keep_samples else None,
+        settings=settings,
+        **_decide(given, seen.images, seen.quality, victim, decide.K_max, settings),
+    )
+
+
+def _decide(
+    given: Tensor, samples: Tensor, quality: Tensor, decider: Decider, K_max: int, settings: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """A trace's fields that depend on the victim."""
+    scores = decider(samples).cpu()
+    # Not alone: a batch of one takes other kernels, which round differently from those of a stack.
+    given_scores = decider(torch.stack([given, samples[0]]))[0].cpu()
+    decisions = scores.argmax(dim=1)
+    at = torch.nonzero(crosses(decisions[:-1], decisions[1:])).flatten()
+    at = at[needed_for_replay(quality[at].double(), K_max=K_max)]
+    alpha, on_boundary = localise(
+        samples[at],
+        samples[at + 1],
+        scores[at],
+        scores[at + 1],
+        decider,
+        N=int(settings.get("N", 10)),
+        scores=str(settings.get("scores", "logits")),
+        search=str(settings.get("search", "grid")),
+    )
+    return {
+        "scores": scores,
+        "given_scores": given_scores,
+        "crossing_at": at,
+        "alpha": alpha,
+        "on_boundary": on_boundary,
+    }

@@ -1,0 +1,233 @@
+"""Purify the input of any classifier: undo its normalisation, choose indices, and isolate the defence."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from pytorch_lightning.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data.distributed import DistributedSampler
+
+from dipguard.attacks.target import Purifies, check_defense
+from dipguard.checks import check_choice, check_float, check_images
+
+ROUNDING = 1e-2
+"""How far outside [0, 1] a denormalised pixel may be through rounding (bfloat16 has 8 bits); it is clamped."""
+DRAWS = ("content", "position", "fresh")
+"""How `IndexRule` chooses indices."""
+_FRESH = 2**32  # larger than any data set: a fresh index is never the position of an image
+
+
+class Pixels:
+    """Undoes a normalisation (x - mean) / std, and applies it again.
+
+    Args:
+        mean: Per-channel mean, three numbers; None for images that are not normalised.
+        std: Per-channel standard deviation, three numbers above 0; None as for ``mean``.
+
+    Raises:
+        TypeError, ValueError: Not three numbers, out of range, or only one of the two.
+    """
+
+    def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+        if (mean is None) != (std is None):
+            raise ValueError(f"`mean` and `std` must be given together, got {mean!r} and {std!r}")
+        self._mean = None if mean is None else _channels(mean, name="mean")
+        self._std = None if std is None else _channels(std, name="std")
+        if self._std is not None and min(self._std) == 0:
+            raise ValueError(f"`std` must be above 0, got {std!r}")
+
+    def restore(self, images: Tensor) -> Tensor:
+        """Return images [N, 3, H, W] of any float type as pixels in [0, 1], float32 or float64.
+
+        Raises:
+            TypeError, ValueError: Not images, or not in [0, 1] without the normalisation.
+        """
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+            return check_images(images)  # raises an error that names the problem
+        wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
+        if self._mean is None or self._std is None:
+            low, high = _range(wide)
+            if low < 0 or high > 1:
+                raise ValueError(
+                    f"`images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; if your pipeline "
+                    "normalises them, give its `mean` and `std`"
+                )
+            return check_images(wide.clone())
+        pixels = wide * _as(self._std, wide) + _as(self._mean, wide)
+        low, high = _range(pixels)
+        if low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError(
+                f"`mean` and `std` must be those of the pipeline: with them, pixels go from {low:.4g} to {high:.4g}, "
+                "not from 0 to 1"
+            )
+        return check_images(pixels.clamp(0, 1))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """Return pixels [N, 3, H, W] in [0, 1] with the normalisation applied."""
+        if self._mean is None or self._std is None:
+            return pixels
+        return (pixels - _as(self._mean, pixels)) / _as(self._std, pixels)
+
+
+class IndexRule:
+    """Chooses indices, which seed the random draws of a defence, for images that come without any.
+
+    Args:
+        draws: ``content`` hashes the pixels: equal images get equal draws in any batch and process. ``position`` is the
+            position in the batch: the same at each call. ``fresh`` never repeats an index: the same image gets new
+            draws at each call.
+    """
+
+    def __init__(self, draws: str) -> None:
+        self.draws = check_choice(draws, DRAWS, name="draws")
+        self._given = 0
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return indices int64 [N], on the CPU, for images [N, 3, H, W]."""
+        count = len(images)
+        if self.draws == "content":
+            return content_indices(images)
+        if self.draws == "position":
+            return torch.arange(count)
+        self._given += count
+        return torch.arange(self._given - count, self._given) + _FRESH
+
+
+def content_indices(images: Tensor) -> Tensor:
+    """Hash each image of [N, 3, H, W] to an index int64 [N] of 63 bits (SHA-256 of its float32 values)."""
+    values = images.detach().float().cpu().contiguous().numpy()
+    digests = (hashlib.sha256(image.tobytes()).digest() for image in values)
+    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests], dtype=torch.int64)
+
+
+class LoaderPositions:
+    """Positions in the data set of the images that a data loader yields.
+
+    The k-th image that a process loads has position k; if a `DistributedSampler` shares the data among R processes, the
+    k-th image of process r has position k R + r. Batch size and number of processes do not matter, as long as the
+    loader keeps the order of the data set, which Lightning's loaders for test, validate and predict do by default.
+
+    Args:
+        loader: A data loader, or any other iterable, whose images are only counted.
+    """
+
+    def __init__(self, loader: Any) -> None:
+        batches = getattr(loader, "batch_sampler", None)
+        sampler = getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
+        self._sampler = sampler if isinstance(sampler, DistributedSampler) else None
+        self._seen = 0
+
+    def next(self, count: int) -> tuple[Tensor, Tensor]:
+        """Return the positions int64 [count] of the next images, and whether each is a repeat, bool [count].
+
+        A `DistributedSampler` repeats images so that all processes get the same number.
+        """
+        order = torch.arange(self._seen, self._seen + count)
+        self._seen += count
+        sampler = self._sampler
+        if sampler is None:
+            return order, torch.zeros(count, dtype=torch.bool)
+        order = order * sampler.num_replicas + sampler.rank
+        size = len(sampler.dataset)  # type: ignore[arg-type]
+        return order % size, order >= size
+
+
+class InputPurifier:
+    """Purifies the input of a classifier: of any float type, normalised or not, in any mode of torch.
+
+    Autocast, default dtype, inference mode and gradient mode of the caller do not reach the defence, and the caller's
+    random state is restored. This is not a module, so the defence is not part of any state dict, mode or device switch.
+
+    Args:
+        defense: The defence.
+        mean: Per-channel mean of the input's normalisation, three numbers; None for input in [0, 1].
+        std: Per-channel standard deviation of the input's normalisation; None as for ``mean``.
+        draws: How to choose indices for images that come without any; see `IndexRule`.
+        quiet: Hide the progress bar of the defence.
+
+    Raises:
+        TypeError, ValueError: A bad argument; the message names it.
+    """
+
+    def __init__(
+        self,
+        defense: Purifies,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        draws: str = "content",
+        quiet: bool = False,
+    ) -> None:
+        self.defense: Any = check_defense(defense)
+        self.pixels = Pixels(mean, std)
+        self.index_rule = IndexRule(draws)
+        self.quiet = quiet
+
+    def __call__(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+        """Return purified images [N, 3, H', W'], detached, of the images' dtype and device, normalised like them.
+
+        Args:
+            images: Float [N, 3, H, W] as the classifier takes them.
+            indices: Int [N], positions in the whole data set; None chooses them by ``draws``.
+
+        Raises:
+            TypeError, ValueError: Bad images or indices.
+        """
+        with torch.inference_mode(False), torch.no_grad(), _default_precision(images), isolate_rng():
+            pixels = self.pixels.restore(images)
+            order = self.index_rule(pixels) if indices is None else indices.detach().cpu().clone()
+            with _silenced(self.defense) if self.quiet else nullcontext():
+                purified: Tensor = self.defense.purify(pixels, indices=order)
+            return self.pixels.normalise(purified).to(images)
+
+
+@contextmanager
+def _default_precision(images: Any) -> Iterator[None]:
+    # No autocast, and float32 as default dtype: what Lightning's precision plugins change around a step.
+    kinds = {"cpu", images.device.type if isinstance(images, Tensor) else "cpu"}
+    default = torch.get_default_dtype()
+    with ExitStack() as stack:
+        for kind in kinds:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        torch.set_default_dtype(torch.float32)
+        stack.callback(torch.set_default_dtype, default)
+        yield
+
+
+@contextmanager
+def _silenced(defense: Any) -> Iterator[None]:
+    # The Trainer around it has a progress bar of its own.
+    shown = getattr(defense, "progress", False) is True
+    if shown:
+        defense.progress = False
+    try:
+        yield
+    finally:
+        if shown:
+            defense.progress = True
+
+
+def _range(values: Tensor) -> tuple[float, float]:
+    if not values.numel():
+        return 0.0, 0.0
+    low, high = torch.aminmax(values)
+    return float(low), float(high)
+
+
+def _as(channels: tuple[float, ...], like: Tensor) -> Tensor:
+    return torch.tensor(channels, dtype=like.dtype, device=like.device).view(3, 1, 1)
+
+
+def _channels(values: Sequence[float], *, name: str) -> tuple[float, ...]:
+    try:
+        numbers = [float(number) for number in values]
+    except (TypeError, ValueError):
+        numbers = []
+    if len(numbers) != 3:
+        raise ValueError(f"`{name}` must hold three numbers, one per channel, got {values!r}")
+    return tuple(check_float(number, name=name, low=0.0) for number in numbers)

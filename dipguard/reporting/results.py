@@ -1,0 +1,114 @@
+"""The stored results of a run, read and checked: results.csv and checks.csv."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+from typing import Any
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DONE = "done"
+CLEAN, WORST = "clean", "worst_case"
+
+_ANY = (0, float("inf"))
+NUMBERS: dict[str, tuple[float, float]] = {
+    "eps_255": (0, 255),
+    **dict.fromkeys(("budget", "seed", "correct", "gradients"), _ANY),
+    "n": (1, float("inf")),
+    **dict.fromkeys(("accuracy", "low", "high"), (0, 1)),
+    "ssim": (-1, 1),
+    "psnr": (-1000, float("inf")),
+    **dict.fromkeys(("seconds_per_image", "purifications", "dip_steps", "victim_queries", "attack_seconds"), _ANY),
+}
+"""The columns of results.csv that are read as numbers, with their ranges."""
+FILLED = ("data", "victim", "attack", "defense", "seed", "status")
+COLUMNS = (*FILLED, "surrogate", "attack_name", "number", "check", "defense_name", *NUMBERS, "options", "cut", "note")
+KEY = ["data", "victim", "surrogate", "attack", "defense", "seed", "eps_255", "budget"]
+"""What distinguishes the rows."""
+
+
+def read_results(path: str | Path) -> pd.DataFrame:
+    """Read and check a results.csv.
+
+    Returns:
+        Its rows in their order, indexed by their lines in the file. Text is stripped and empty where there is none;
+        numbers are floats, NaN where there are none. Further columns stay as text.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: It is damaged: not CSV, a column is missing, a value is out of range, or a row occurs twice. The
+            message names the file and the line.
+    """
+    import pandas as pd
+
+    path = Path(path)
+    text = _read_text(path, COLUMNS, KEY)
+    table, done = text.copy(), text["status"] == DONE
+    for name in (*FILLED, "n", "correct", "accuracy", "low", "high"):
+        _refuse(path, text, (text[name] == "") & (done | (name in FILLED)), name, "filled in")
+    for name, (low, high) in NUMBERS.items():
+        table[name] = pd.to_numeric(text[name], errors="coerce")
+        bad = (text[name] != "") & ~table[name].between(low, high)
+        _refuse(path, text, bad, name, f"a number from {low:g} to {high:g}")
+    rate = table["correct"] / table["n"]
+    off = (table["accuracy"] - rate).abs() > 1e-3  # stored shares are rounded
+    _refuse(path, text, off, "accuracy", "the share of `correct` in `n`")
+    return table
+
+
+def read_checks(path: str | Path) -> pd.DataFrame:
+    """Read a checks.csv: ``defense``, ``check``, ``verdict`` and ``figures``, all text.
+
+    Raises:
+        FileNotFoundError, ValueError: See `read_results`.
+    """
+    return _read_text(Path(path), ("defense", "check", "verdict", "figures"), ["defense", "check"])
+
+
+def in_suite(results: pd.DataFrame) -> pd.Series:
+    """Which rows belong to the attack suite alone: its numbered attacks, its checks, and the worst case."""
+    return (results["number"] != "") | (results["check"] != "") | (results["attack"] == WORST)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one dict with dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        nested = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+    return flat
+
+
+def _read_text(path: Path, columns: Sequence[str], key: list[str]) -> pd.DataFrame:
+    """The file's rows as text, indexed by their lines."""
+    import pandas as pd
+
+    try:
+        reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
+        lines = [(reader.line_num, [value.strip() for value in row]) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} must be a CSV file in UTF-8, but it is damaged: {error}") from error
+    head = lines.pop(0)[1] if lines else []
+    missing = [name for name in columns if name not in head]
+    if missing:
+        raise ValueError(f"{path} must have the columns {', '.join(columns)}; it lacks {', '.join(missing)}")
+    for line, row in lines:
+        if len(row) != len(head):
+            raise ValueError(f"{path}, line {line}: must have {len(head)} values, as its head has, got {len(row)}")
+    table = pd.DataFrame.from_dict(dict(lines), orient="index", columns=head, dtype=str)
+    twins = table[table.duplicated(key)]
+    if len(twins):
+        what = ", ".join(f"{name} {value}" for name, value in twins.iloc[0][key].items() if value)
+        raise ValueError(f"{path}, line {twins.index[0]}: the same as an earlier line: {what}")
+    return table
+
+
+def _refuse(path: Path, text: pd.DataFrame, bad: pd.Series, name: str, expected: str) -> None:
+    if bad.any():
+        line = bad.idxmax()
+        raise ValueError(f"{path}, line {line}: `{name}` must be {expected}, got {text.loc[line, name]!r}")

@@ -1,0 +1,187 @@
+"""The attack suite as a page and a figure: accuracy of each defence under each attack, costs, and masking checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from dipguard.files import write_text
+from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
+from dipguard.reporting.results import CLEAN, DONE, WORST, in_suite
+from dipguard.reporting.tables import NONE, escaped, in_short, markdown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6
+"""Inches: the figure's width, the height of an attack, and title with legend."""
+SPREAD = 0.6
+"""Share of an attack's height over which its defences are spread."""
+COSTS = ["dip_steps", "victim_queries", "attack_seconds"]
+
+
+def suite_rows(results: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the suite: one for each attack and defence, the worst case last; empty without a worst case.
+
+    The clean images belong to it too. Of an attack with several budgets it has the rows with the largest budget, at the
+    worst case's eps if there is one. The column ``title`` has the attack's number and label, and whether it is a check.
+    """
+    worst = results[results["attack"] == WORST]
+    rows = results[in_suite(results) | (results["attack"] == CLEAN)] if len(worst) else worst
+    at_eps = rows["eps_255"].isin(worst["eps_255"])
+    rows = rows.assign(at=at_eps, last=rows["attack"] == WORST).sort_values(["at", "budget"], na_position="first")
+    rows = rows.drop_duplicates(["attack", "defense"], keep="last").sort_index()
+    kind = rows["check"].map({"": "", "control": " (control)"}).fillna(" (check)")
+    title = (rows["number"] + " " + rows["attack"]).str.strip().str.replace("_", " ") + kind
+    return rows.assign(title=title).sort_values("last", kind="stable").drop(columns=["at", "last"])
+
+
+def write_suite(folder: str | Path, rows: pd.DataFrame, checks: pd.DataFrame) -> list[Path]:
+    """Write suite.md and suite.png; returns their paths.
+
+    Args:
+        folder: Where to write.
+        rows: See `suite_rows`.
+        checks: See `dipguard.reporting.results.read_checks`.
+    """
+    page = write_text(Path(folder) / "suite.md", suite_page(rows, checks))
+    return [page, save_figure(draw_suite(rows), page.with_suffix(".png"))]
+
+
+def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
+    """The whole page as Markdown."""
+    parts = ["# The attack suite: accuracy under attack, %", escaped(_head(rows)), _accuracies(rows)]
+    parts.append("\n".join(f"- {escaped(text)}" for text in _reasons(rows)))
+    parts += ["## Masking checks", _verdicts(checks)]
+    for defense, found in checks.groupby("defense", sort=False):
+        lines = [f"- {c.check}: **{c.verdict}**. {escaped(c.figures)}" for c in found.itertuples()]
+        parts.append("\n".join([f"{defense}:", "", *lines]))
+    parts += ["## What it cost", "DIP steps / purified images read / seconds, as counted.", _cost_table(rows)]
+    parts += ["## Settings, and what was cut", _settings(rows)]
+    cut = rows[(rows["attack"] == CLEAN) & (rows["cut"] != "")]
+    parts += [f"- {line.defense}: {escaped(line.cut)}" for line in cut.itertuples()]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def suite_text(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
+    """Accuracies and verdicts alone, for a terminal."""
+    return "\n\n".join([_head(rows), _accuracies(rows), _verdicts(checks)])
+
+
+def draw_suite(rows: pd.DataFrame) -> Figure:
+    """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals.
+
+    Args:
+        rows: See `suite_rows`; those without figures leave a gap.
+
+    Raises:
+        ValueError: No rows.
+    """
+    from matplotlib.figure import Figure
+
+    if not len(rows):
+        raise ValueError("`rows` must hold at least one row, got none")
+    attacks, defenses = list(dict.fromkeys(rows["attack"])), list(dict.fromkeys(rows["defense"]))
+    height = ATTACK_HEIGHT * len(attacks) * max(1.0, len(defenses) / 5) + MARGIN
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
+    ax = figure.subplots()
+    for number, defense in enumerate(defenses):
+        cells = rows[(rows["defense"] == defense) & (rows["status"] == DONE)]
+        offset = SPREAD * (number / (len(defenses) - 1) - 0.5) if len(defenses) > 1 else 0.0
+        y = [attacks.index(attack) + offset for attack in cells["attack"]]
+        style = line_style(number) | {"linestyle": "none"}
+        ax.hlines(y, 100 * cells["low"], 100 * cells["high"], color=style["color"], linewidth=3, alpha=0.22)
+        ax.plot(100 * cells["accuracy"], y, markersize=5.5, label=short(defense, 20), **style)
+    titles = dict(zip(rows["attack"], rows["title"], strict=True))
+    ax.set_yticks(range(len(attacks)), [short(titles[attack], 32) for attack in attacks], fontsize=9)
+    ax.set(xlim=(-2, 102), ylim=(len(attacks) - 0.5, -0.5), xlabel="accuracy, %")
+    for label, attack in zip(ax.get_yticklabels(), attacks, strict=True):
+        label.set_fontweight("bold" if attack in (CLEAN, WORST) else "normal")
+    for line in range(1, len(attacks)):
+        ax.axhline(line - 0.5, color="#bbbbbb" if attacks[line] == WORST or line == 1 else "#eeeeee", linewidth=0.7)
+    plain_axes(ax, grid="x")
+    figure.legend(loc="outside upper center", ncols=min(len(defenses), 6), frameon=False, fontsize=9)
+    figure.supxlabel(f"{_measured_on(rows, 'n = ')}; bars: 95 % Wilson intervals", fontsize=9)
+    return figure
+
+
+def _measured_on(rows: pd.DataFrame, prefix: str = "") -> str:
+    first, counts = rows.iloc[0], rows["n"].dropna().astype(int)
+    ends = dict.fromkeys((str(counts.min()), str(counts.max())))
+    images = f"{prefix}{' to '.join(ends)} images" if len(counts) else "no images yet"
+    return f"{first['data']}, victim {first['victim']}; {images}"
+
+
+def _head(rows: pd.DataFrame) -> str:
+    eps = rows[rows["attack"] == WORST]["eps_255"].iloc[0]
+    return (
+        f"{_measured_on(rows)}; L-inf eps {eps:g}/255, untargeted, white box. In brackets: 95 % intervals (Wilson). "
+        "Every attacked image is classified once more with the evaluation's own draws. The worst case is taken for each "
+        "image over all attacks and the clean image; the control and the large eps are not part of it."
+    )
+
+
+def _table(rows: pd.DataFrame, texts: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+    """Head and lines of a table of attacks by defences; ``texts`` are those of the rows."""
+    wide = rows.assign(text=list(texts)).pivot(index="title", columns="defense", values="text").fillna(NONE)
+    victims = rows.drop_duplicates("defense").set_index("defense")["victim"]
+    heads = [d if victim == victims.iloc[0] else f"{d}: {victim}" for d, victim in victims.items()]
+    wide = wide.reindex(index=rows["title"].unique(), columns=victims.index)
+    return ["attack", *heads], [[title, *line] for title, line in wide.T.items()]
+
+
+def _accuracies(rows: pd.DataFrame) -> str:
+    return markdown(
+        *_table(rows, [_accuracy(row) if row.status == DONE else _brief(row.status) for row in rows.itertuples()])
+    )
+
+
+def _accuracy(row: Any) -> str:
+    return f"{100 * row.accuracy:.1f} ({100 * row.low:.0f}{NONE}{100 * row.high:.0f})"
+
+
+def _brief(status: str) -> str:
+    return in_short(status.split(":")[0], 30)
+
+
+def _reasons(rows: pd.DataFrame) -> Iterator[str]:
+    """Why figures are missing, if the table has no room for it."""
+    long = rows[rows["status"] != rows["status"].map(_brief)]
+    for (defense, status), cells in long.groupby(["defense", "status"], sort=False):
+        yield f"{defense}: {status}" if len(cells) > 1 else f"{cells.iloc[0]['title']}, {defense}: {status}"
+
+
+def _verdicts(checks: pd.DataFrame) -> str:
+    if not len(checks):
+        return "No attack was run yet."
+    wide = checks.pivot(index="check", columns="defense", values="verdict").fillna(NONE)
+    wide = wide.reindex(index=checks["check"].unique(), columns=checks["defense"].unique())
+    return markdown(["check", *wide.columns], [[name, *line] for name, line in wide.T.items()])
+
+
+def _cost_table(rows: pd.DataFrame) -> str:
+    attacks = rows[~rows["attack"].isin((CLEAN, WORST))]
+    counted = attacks[COSTS].where(attacks["status"] == DONE)
+    head, lines = _table(attacks, [_cost(line) for line in counted.to_numpy()])
+    sums = counted.groupby(attacks["defense"], sort=False).sum()
+    return markdown(head, [*lines, ["sum", *(_cost(line) for line in sums.to_numpy())]])
+
+
+def _cost(costs: Sequence[float]) -> str:
+    return NONE if costs[0] != costs[0] else "{:,.0f} / {:,.0f} / {:,.0f} s".format(*costs)
+
+
+def _settings(rows: pd.DataFrame) -> str:
+    """A line for each attack: its options, and what they lack of an uncut run."""
+    lines = []
+    for title, cells in rows[~rows["attack"].isin((CLEAN, WORST))].groupby("title", sort=False):
+        # What was cut may differ between defences (a deterministic one has no draws): the longest text is shown.
+        done = cells[cells["status"] == DONE]
+        shown = max((done if len(done) else cells).itertuples(), key=lambda cell: len(cell.cut))
+        eps = "" if shown.eps_255 != shown.eps_255 else f"eps {shown.eps_255:g}/255"
+        options = ", ".join(filter(None, (eps, shown.options)))
+        lines.append([title, shown.attack_name, options, shown.cut or NONE, shown.note or NONE])
+    return markdown(["attack", "name", "options", "cut to", "note"], lines, words=True)

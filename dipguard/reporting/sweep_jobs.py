@@ -1,0 +1,201 @@
+"""A sweep's folder: its jobs, the parameters that vary between them, how each ended, and its results.
+
+Any grid will do. A parameter is whatever was overridden and is not the same in all jobs: a value
+(``defenses.paper.tau``) or a choice of a config group (``data``).
+"""
+
+from __future__ import annotations
+
+from collections import ChainMap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import yaml  # type: ignore[import-untyped]
+
+from dipguard.evaluation.sweep_job import ASIDE, DONE, FAILED
+from dipguard.reporting.results import flatten, read_results
+
+Value = str | int | float | bool | None
+STATES = ("done", "failed", "unfinished", "missing")
+"""States of a job: ``unfinished`` is running or was killed; ``missing`` has not begun."""
+SIZES = ("small", "medium", "large")
+"""Names that have an order; others keep the order of their first appearance."""
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """One job.
+
+    Attributes:
+        state: One of ``STATES``.
+        values: The parameters' values by key; of a job that has not begun only those that were overridden.
+        problem: Why there are no results.
+    """
+
+    state: str
+    values: Mapping[str, Value]
+    problem: str
+
+
+@dataclass(frozen=True, eq=False)
+class Sweep:
+    """All jobs of a sweep.
+
+    Attributes:
+        name: The grid's name.
+        jobs: By the name of their folder, in the order of the plan; those of earlier starts come last.
+        parameters: Values by key, in their order: numbers by size, others as they first appear.
+        labels: A short name by key.
+        results: The rows of all jobs' results.csv, with the name of the job's folder in the column ``job``.
+        others: Number of jobs of earlier starts with other settings in the same folder, which were left out.
+    """
+
+    name: str
+    jobs: Mapping[str, Job]
+    parameters: Mapping[str, tuple[Any, ...]]
+    labels: Mapping[str, str]
+    results: pd.DataFrame
+    others: int = 0
+
+    @property
+    def defenses(self) -> list[str]:
+        """The defences that have results."""
+        return list(dict.fromkeys(self.results["defense"]))
+
+    @property
+    def attacks(self) -> list[str]:
+        """The attacks that have results."""
+        return list(dict.fromkeys(self.results["attack"]))
+
+    def setting(self, job: str) -> str:
+        """A job's values, as far as they are known, as text."""
+        known = {key: value for key, value in self.jobs[job].values.items() if value is not None}
+        return ", ".join(f"{self.labels[key]} = {text_of(value)}" for key, value in known.items())
+
+
+def read_sweep(folder: str | Path, *, everything: bool = False) -> Sweep:
+    """Read a sweep's folder, also while its jobs run.
+
+    Args:
+        folder: The folder.
+        everything: Include jobs of earlier starts that the last start's grid does not have.
+
+    Raises:
+        FileNotFoundError: It holds no job, and no plan of any.
+    """
+    folder = Path(folder)
+    plan = _yaml(folder / "sweep.json") or {}
+    overrides = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}
+    found = {path.parents[1].name: path for path in sorted(folder.glob("*/.hydra/overrides.yaml"))}
+    others = found.keys() - overrides.keys()
+    if everything or not overrides:
+        overrides |= {name: list(_yaml(path) or []) for name, path in found.items() if name in others}
+        others = set()
+    if not overrides:
+        raise FileNotFoundError(f"`folder` must be that of a sweep, got {folder}, which holds no job of one")
+    given = {name: dict(ChainMap(*map(_parsed, reversed(texts)))) for name, texts in overrides.items()}
+    keys = [key for key in dict.fromkeys(key for values in given.values() for key in values) if not _is_aside(key)]
+    values = {name: _values(folder / name, keys, given[name]) for name in overrides}
+    parameters = _parameters(keys, list(values.values()))
+    jobs: dict[str, Job] = {}
+    tables = []
+    for name in overrides:
+        state, problem, table = _outcome(folder / name)
+        jobs[name] = Job(state, {key: values[name][key] for key in parameters}, problem)
+        if table is not None:
+            tables.append(table.assign(job=name))
+    results = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["job", "attack", "defense"])
+    name = str(plan.get("sweep") or folder.resolve().name)
+    return Sweep(name, jobs, parameters, short_labels(parameters), results, len(others))
+
+
+def text_of(value: Value) -> str:
+    """A value as text; numbers without trailing zeros."""
+    if value is None:
+        return "null"
+    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
+
+
+def is_numeric(values: Sequence[Value]) -> bool:
+    """Whether all values are numbers."""
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def short_labels(keys: Iterable[str]) -> dict[str, str]:
+    """The last part of each key, or as many parts as distinguish it from the others."""
+    parts = {key: key.replace("/", ".").replace("@", ".").split(".") for key in keys}
+    labels = {}
+    for key, names in parts.items():
+        length = 1
+        while length < len(names) and any(o != key and p[-length:] == names[-length:] for o, p in parts.items()):
+            length += 1
+        labels[key] = ".".join(names[-length:])
+    return labels
+
+
+def _yaml(path: Path) -> Any:
+    """The content of a YAML or JSON file; None if there is none or it is damaged."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast, but not everywhere
+    try:
+        return yaml.load(path.read_bytes(), Loader=loader)
+    except (FileNotFoundError, yaml.YAMLError):
+        return None
+
+
+def _plain(settings: Mapping[str, Any]) -> dict[str, Value]:
+    """Settings with dotted keys and plain values."""
+    plain = str | int | float | bool | None
+    return {key: value if isinstance(value, plain) else str(value) for key, value in flatten(settings).items()}
+
+
+@lru_cache(maxsize=4096)
+def _parsed(text: str) -> Mapping[str, Value]:
+    """An override as values by key."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    override = OverridesParser.create().parse_override(text)
+    key = override.key_or_group + (f"@{override.package}" if override.package else "")
+    return {f"~{key}": "left out"} if override.is_delete() else _plain({key: override.value()})
+
+
+def _is_aside(key: str) -> bool:
+    """Whether no result depends on a key."""
+    return any(key == name or key.startswith((f"{name}.", f"{name}@")) for name in (*ASIDE, "sweep"))
+
+
+def _values(folder: Path, keys: Sequence[str], given: Mapping[str, Value]) -> dict[str, Value]:
+    """The keys' values in a job: those of its config, which has the defaults too, or what it was given."""
+    config = _plain(_yaml(folder / "config.yaml") or {})
+    runtime = (_yaml(folder / ".hydra" / "hydra.yaml") or {}).get("hydra", {}).get("runtime", {})
+    choices = runtime.get("choices", {})
+    return {key: config.get(key, given.get(key, choices.get(key))) for key in keys}
+
+
+def _parameters(keys: Sequence[str], jobs: Sequence[Mapping[str, Value]]) -> dict[str, tuple[Value, ...]]:
+    found = {}
+    for key in keys:
+        values = list(dict.fromkeys(job[key] for job in jobs if job[key] is not None))
+        if len(values) > 1 or (values and any(job[key] is None for job in jobs)):
+            if set(values) <= set(SIZES):
+                values.sort(key=SIZES.index)  # type: ignore[arg-type]
+            found[key] = tuple(sorted(values) if is_numeric(values) else values)  # type: ignore[type-var]
+    return found
+
+
+def _outcome(folder: Path) -> tuple[str, str, pd.DataFrame | None]:
+    """State, problem and results of a job."""
+    if (folder / DONE).is_file():
+        try:
+            return "done", "", read_results(folder / "results.csv")
+        except (FileNotFoundError, ValueError) as error:
+            return "failed", f"its results are damaged: {error}", None
+    if (folder / FAILED).is_file():
+        failed = _yaml(folder / FAILED) or {}
+        return "failed", f"{failed['error']}: {failed['message']}" if "error" in failed else "see its log", None
+    if (folder / "config.yaml").is_file():
+        return "unfinished", "running, or killed before its end", None
+    return "missing", "not begun", None

@@ -1,0 +1,307 @@
+"""A stacked fit that is looked up first: the store's counterpart of :func:`dipguard.fit.fit_stack`.
+
+Only those images are fitted that the store does not hold, each by one process alone. The result is that of a fit with
+the settings at hand: x(t) depends neither on T nor on how often the victim is asked, so one long fit, sampled at the
+steps of every shorter one, serves them all. With the native engine it is the same bit by bit; with the others, rounding
+depends on the number of images in a stack.
+
+200 decisions over T = 750 are not a subset of 200 over T = 1000 (section 4.1 spreads them evenly). A fit for Table 3 is
+therefore sampled at the union of all five schedules (``also``): 608 of 1500 steps.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import InitVar, asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers import Logger
+from torch import Tensor, nn
+
+from dipguard.checks import check_images
+from dipguard.decision import DecisionTrace, crosses, needed_for_replay
+from dipguard.decision import stitch as stitch_trace
+from dipguard.fit import DecideOptions, Decider, FitOptions, StackResult, StitchOptions
+from dipguard.fit.options import trace_settings
+from dipguard.fit.replay import FitSamples, decide_samples, fit_samples
+from dipguard.store.folder import Store
+from dipguard.store.keys import StackKeys
+
+_log = logging.getLogger(__name__)
+
+SAMPLED = ("steps", "images", "quality", "loss")
+SAME_LOGITS = 0.01
+"""Largest difference, relative to the largest logit, that rounding may make between two calls of one victim."""
+
+
+@dataclass(frozen=True)
+class StoredResult(StackResult):
+    """The result of a stack.
+
+    ``seconds`` are what the fits and decisions took when they were made.
+
+    Attributes:
+        spared: Those seconds that were not spent now, because the store held a fit or a trace.
+    """
+
+    spared: float
+
+
+def stored_stack(
+    images: Tensor,
+    *,
+    store: Store,
+    victim: nn.Module,
+    indices: Sequence[int],
+    fit: FitOptions,
+    decide: DecideOptions,
+    stitch: StitchOptions,
+    device: torch.device,
+    also: Sequence[DecideOptions] = (),
+    logger: Logger | None = None,
+    first_step: int = 0,
+    callbacks: Sequence[pl.Callback] = (),
+    trainer: Mapping[str, Any] | None = None,
+) -> StoredResult:
+    """Defend B images (Algorithm 1), fitting those that the store does not hold.
+
+    The traces share memory with later calls in this process and must not be changed.
+
+    Args:
+        images: x0, [B, 3, H, W] in [0, 1].
+        store: Where fits are kept.
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
+        indices: The images' indices.
+        fit: How to fit.
+        decide: Which reconstructions the victim decides, and what is kept of them.
+        stitch: How a trace becomes an image.
+        device: Where to fit.
+        also: Further decisions that a fit made now is to serve, such as those of other T.
+        logger: A Lightning logger for the means over the stack.
+        first_step: Added to the logger's step numbers.
+        callbacks: More callbacks for a fit made now; it may have fewer than B images and more than T steps.
+        trainer: More keyword arguments of ``pl.Trainer`` for a fit made now.
+
+    Raises:
+        TypeError, ValueError: Bad images, options or victim.
+    """
+    start = time.perf_counter()
+    check_images(images)
+    with torch.inference_mode(False), torch.no_grad():
+        # A tensor made under inference_mode cannot be saved for backward.
+        given = images.detach().clone() if images.is_inference() else images.detach()
+        keys = StackKeys(given, indices=indices, fit=fit, T=decide.T, device=device, trainer=trainer)
+        work = _Stack(
+            images=given, store=store, victim=victim, keys=keys, fit=fit, decide=decide, also=also, device=device
+        )
+        found = work.find_or_fit(callbacks, trainer)
+        traces = [_as_asked(one.trace, trace_settings(fit, decide, stitch)) for one in found]
+        if logger is not None:
+            _log_means(logger, traces, first_step)
+        begun = time.perf_counter()
+        reconstructions = [stitch_trace(trace, **asdict(stitch)) for trace in traces]
+    store.counts.update(one.made for one in found)
+    spared = sum(one.spared for one in found)
+    seconds = {**work.seconds, "decide": work.seconds["decide"] + time.perf_counter() - begun}
+    seconds["start"] = time.perf_counter() - start - seconds["fit"] - seconds["decide"]
+    seconds["fit"] += spared
+    return StoredResult(traces, reconstructions, seconds, spared)
+
+
+@dataclass(frozen=True, eq=False)
+class _Found:
+    """An image's trace, what its fit took earlier, and how the trace came about: the name of a count."""
+
+    trace: DecisionTrace
+    spared: float
+    made: str
+
+
+@dataclass(eq=False, kw_only=True)
+class _Stack:
+    """B images on their way from key to trace."""
+
+    images: Tensor
+    store: Store
+    victim: InitVar[nn.Module]
+    keys: StackKeys
+    fit: FitOptions
+    decide: DecideOptions
+    also: Sequence[DecideOptions]
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=lambda: {"start": 0.0, "fit": 0.0, "decide": 0.0})
+
+    def __post_init__(self, victim: nn.Module) -> None:
+        self.decider = Decider(victim)
+        # A longer fit serves a shorter one only if both have the same engine.
+        self.also = [options for options in self.also if self.keys.engine_at(options.T) == self.keys.engine]
+        self.trace_keys = {options: self.keys.traces(victim, options) for options in (self.decide, *self.also)}
+        self._same_victim: bool | None = None
+
+    def find_or_fit(self, callbacks: Sequence[pl.Callback], trainer: Mapping[str, Any] | None) -> list[_Found]:
+        """Every image; those that another process is fitting are waited for."""
+        fits = self.keys.fits
+        found = {b: self.find(b) for b in range(len(fits))}
+        while missing := [b for b in found if found[b] is None]:
+            with self.store.claim([fits[b] for b in missing]) as mine:
+                first = {fits[b]: b for b in reversed(missing)}  # an image that comes twice is fitted once
+                rows = sorted(b for key, b in first.items() if key in mine)
+                found |= {b: self.find(b) for b in rows}  # another process may have made it in the meantime
+                rows = [b for b in rows if found[b] is None]
+                if rows:
+                    found |= self.fit_rows(rows, callbacks, trainer)
+            found |= {b: self.find(b) for b in missing if found[b] is None}
+        return [one for one in found.values() if one is not None]
+
+    def find(self, b: int) -> _Found | None:
+        """Image b without a fit, or None."""
+        stored = self._read_trace(b)
+        if stored is not None and not self.decide.keep_samples:
+            return _Found(stored[0], stored[1], "replayed")
+        fitted = self._read_samples(b)
+        if fitted is None or not fitted[0].covers(self.decide.steps):
+            return None
+        samples, seconds = fitted
+        if stored is not None:
+            return _Found(self._with_samples(stored[0], samples), stored[1], "replayed")
+        trace = self._decide(b, samples, self.decide, seconds=seconds)
+        return _Found(self._with_samples(trace, samples), seconds, "decided")
+
+    def fit_rows(
+        self, rows: list[int], callbacks: Sequence[pl.Callback], trainer: Mapping[str, Any] | None
+    ) -> dict[int, _Found]:
+        """Fit these images in one stack, and store their fits and traces."""
+        steps = {step for options in self.trace_keys for step in options.steps}
+        for b in rows:  # the new fit replaces the old one and must serve what that served
+            old = self._read_samples(b)
+            if old is not None:
+                steps |= set(old[0].steps.tolist())
+        fits, seconds = fit_samples(
+            self.images[rows],
+            steps=steps,
+            T=max(*(options.T for options in self.trace_keys), max(steps) + 1),
+            indices=[self.keys.indices[b] for b in rows],
+            fit=replace(self.fit, engine=self.keys.engine),
+            device=self.device,
+            callbacks=callbacks,
+            trainer=trainer,
+        )
+        for part, value in seconds.items():
+            self.seconds[part] += value
+        share = sum(seconds.values()) / len(rows)
+        return {b: _Found(self._keep(b, samples, share), 0.0, "fitted") for b, samples in zip(rows, fits, strict=True)}
+
+    def _keep(self, b: int, samples: FitSamples, seconds: float) -> DecisionTrace:
+        keep_samples = self.store.keep_samples or self.decide.keep_samples
+        if keep_samples:
+            about = {
+                **self.keys.about(b),
+                "what": f"{len(samples.steps)} samples up to step {int(samples.steps[-1])}",
+                "seconds": seconds,
+            }
+            arrays = {name: getattr(samples, name).numpy() for name in SAMPLED}
+            self.store.write("fits", self.keys.fits[b], arrays, about)
+        trace = self._decide(b, samples, self.decide, seconds=seconds)
+        if not keep_samples:  # then nothing else could serve the other T
+            for options in self.also:
+                self._decide(b, samples, options, seconds=seconds)
+        return self._with_samples(trace, samples)
+
+    def _decide(self, b: int, samples: FitSamples, decide: DecideOptions, *, seconds: float) -> DecisionTrace:
+        """The trace of a fit; stored without the given image, which every reader has, and without all samples."""
+        start = time.perf_counter()
+        trace = decide_samples(
+            samples,
+            given=self.images[b],
+            index=self.keys.indices[b],
+            victim=self.decider,
+            fit=self.fit,
+            decide=replace(decide, keep_samples=False),
+        )
+        spent = time.perf_counter() - start
+        self.seconds["decide"] += spent
+        arrays = {name: tensor.cpu().numpy() for name, tensor in trace.tensors().items() if name != "given"}
+        about = {
+            **self.keys.about(b),
+            "what": f"{len(trace.steps)} decisions, {len(trace.alpha)} crossings kept",
+            "settings": trace.settings,
+            "seconds": seconds + spent,
+        }
+        self.store.write("traces", self.trace_keys[decide][b], arrays, about)
+        return trace
+
+    def _read_trace(self, b: int) -> tuple[DecisionTrace, float] | None:
+        """The stored trace of image b and its seconds, if it serves these decisions of this victim."""
+        entry = self.store.read("traces", self.trace_keys[self.decide][b])
+        if entry is None or int(entry.header["settings"]["K_max"]) < self.decide.K_max:
+            return None
+        tensors = {name: torch.from_numpy(np.atleast_1d(array)) for name, array in entry.arrays.items()}
+        given = self.images[b].to(device="cpu", dtype=tensors["last"].dtype, copy=True)
+        settings = entry.header["settings"]
+        trace = DecisionTrace(index=self.keys.indices[b], given=given, settings=settings, **tensors)
+        if self._same_victim is None:
+            self._same_victim = self._answers_as(trace)
+        return (trace, float(entry.header["seconds"])) if self._same_victim else None
+
+    def _answers_as(self, trace: DecisionTrace) -> bool:
+        """Whether the victim gives the logits of the trace, which no digest of a module can guarantee."""
+        logits = self.decider(trace.given[None])[0].cpu()
+        scale = max(1.0, float(trace.given_scores.abs().max()))
+        same = logits.shape == trace.given_scores.shape and bool(
+            (logits - trace.given_scores).abs().max() <= SAME_LOGITS * scale
+        )
+        if not same:
+            _log.warning(
+                "a victim with the same modules and weights as one in the store answers otherwise: its decisions are "
+                "made again"
+            )
+        return same
+
+    def _read_samples(self, b: int) -> tuple[FitSamples, float] | None:
+        entry = self.store.read("fits", self.keys.fits[b])
+        if entry is None:
+            return None
+        return FitSamples(**{n: torch.from_numpy(entry.arrays[n]) for n in SAMPLED}), float(entry.header["seconds"])
+
+    def _with_samples(self, trace: DecisionTrace, samples: FitSamples) -> DecisionTrace:
+        if not self.decide.keep_samples:
+            return trace
+        return replace(trace, samples=samples.at(self.decide.steps).images)
+
+
+def _as_asked(trace: DecisionTrace, settings: dict[str, Any]) -> DecisionTrace:
+    """The trace that a fit with these settings would have left; their ``K_max`` is at most the trace's.
+
+    Pruning twice loses nothing: for each crossing that the larger K_max has dropped, enough later crossings of at least
+    its quality are kept that the smaller K_max drops it too.
+    """
+    K_max = int(settings["K_max"])
+    if K_max == trace.K_max:
+        return replace(trace, settings=settings)
+    kept = needed_for_replay(trace.quality[trace.crossing_at].double(), K_max=K_max)
+    return replace(
+        trace,
+        crossing_at=trace.crossing_at[kept],
+        alpha=trace.alpha[kept],
+        on_boundary=trace.on_boundary[kept],
+        last=trace.last[-K_max:],
+        settings=settings,
+    )
+
+
+def _log_means(logger: Logger, traces: Sequence[DecisionTrace], first_step: int) -> None:
+    """The curves of :class:`dipguard.fit.DecisionLogger`, whether or not the fit was made now."""
+    steps = traces[0].steps.tolist()
+    loss, quality = (torch.stack([getattr(t, name) for t in traces]).double().mean(0) for name in ("loss", "quality"))
+    changed = torch.stack([t.decisions != t.given_decision for t in traces]).double().mean(0)
+    decisions = torch.stack([trace.decisions for trace in traces])
+    crossed = crosses(decisions[:, :-1], decisions[:, 1:]).double().mean(0).cumsum(0)
+    columns = (loss, quality, changed, torch.cat([crossed.new_zeros(1), crossed]))
+    names = ("fit/mse", "fit/quality", "fit/decision_changed", "fit/crossings")
+    for i, t in enumerate(steps):
+        logger.log_metrics({n: float(c[i]) for n, c in zip(names, columns, strict=True)}, step=first_step + t)

@@ -1,0 +1,257 @@
+"""Adaptive PGD and the unrolled attack: what they share, and what each is for."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dipguard.attacks import Cost, build_attack
+from dipguard.attacks.backward import build_backward
+from dipguard.defenses import build_defense
+from dipguard.fit.unrolled import unrolled_fit
+from dipguard.networks.presets import hourglass
+
+from .conftest import Median, NoDefense, Noise, Scaled, accuracy, adaptive
+
+TINY = {
+    "networks": (hourglass((4, 8), skips=0, input_depth=1),),
+    "T": 30,
+    "t0": 15,
+    "every": 5,
+    "lr": 0.05,
+    "progress": False,
+}
+PAPER = {"network": "small", "T": 20, "t0": 2, "tau": 0.0, "decisions": 20, "lr": 0.05, "progress": False}
+CLIMBERS = pytest.mark.parametrize("name", ["adaptive_pgd", "unrolled"])
+QUICK = {"adaptive_pgd": {"steps": 3}, "unrolled": {"steps": 2, "T": 4, "judge_every": 1}}
+
+
+def built(name, victim, defense, **options):
+    return adaptive(name, victim, defense, **{**QUICK[name], **options})
+
+
+def tiny(victim, name="mirror", **options):
+    return build_defense(name, victim, **{**(TINY if name == "mirror" else PAPER), **options})
+
+
+@CLIMBERS
+@pytest.mark.parametrize("defense", [Median, Noise])
+def test_history_is_what_the_defended_victim_says(digits_cnn, digits, name, defense):
+    part = digits.select(0, 8)
+    attack = built(name, digits_cnn, defense(), draws="fixed", eps_255=30, alpha_255=10, batch_size=3)
+    attacked = attack(part.images, part.labels)
+    assert len(attack.history) == len(attack.last_history) == attack.steps
+    assert all(best <= last for best, last in zip(attack.history, attack.last_history, strict=True))
+    assert attack.history == sorted(attack.history, reverse=True)
+    assert attack.history[-1] == pytest.approx(accuracy(attack, attacked, part))
+    assert float((attacked - part.images).abs().max()) <= 30 / 255 + 1e-6
+
+
+@CLIMBERS
+@pytest.mark.parametrize("draws", ["fixed", "fresh"])
+def test_it_repeats_exactly_and_no_batch_mate_matters(digits_cnn, digits, name, draws):
+    part, indices = digits.select(0, 3), torch.tensor([9, 4, 2])
+    images, victim = part.images.double(), digits_cnn.double()
+    try:
+        whole = built(name, victim, Noise(), draws=draws)(images, part.labels, indices=indices)
+        again = built(name, victim, Noise(), draws=draws)(images, part.labels, indices=indices)
+        parts = built(name, victim, Noise(), draws=draws, batch_size=2)(images, part.labels, indices=indices)
+    finally:
+        victim.float()
+    assert torch.equal(whole, again)
+    assert torch.allclose(whole, parts, atol=1e-9)
+    other = built(name, digits_cnn, Noise(), draws=draws, seed=1)(part.images, part.labels, indices=indices)
+    assert not torch.allclose(whole.float(), other)
+
+
+def test_with_the_identity_it_is_bpda_with_every_iterate_judged(digits_cnn, digits):
+    part = digits.select(0, 8)
+    options = {"eps_255": 20, "steps": 4, "random_start": False, "draws": "fixed"}
+    bpda = adaptive("bpda", digits_cnn, Median(), budgets=range(1, 5), **options)
+    curve = bpda.snapshots(part.images, part.labels)
+    attack = built("adaptive_pgd", digits_cnn, Median(), **options)
+    attacked = attack(part.images, part.labels)
+    at = [part.images, *curve.values()]
+    assert all(any(torch.equal(one, images[i]) for images in at) for i, one in enumerate(attacked))
+    right = [accuracy(attack, images, part) for images in at]
+    assert attack.last_history == pytest.approx(right[1:])
+    assert attack.history == pytest.approx(best_of(attack, at, part))
+
+
+def best_of(attack, iterates, part):
+    withstood, history = torch.ones(len(part.labels), dtype=torch.bool), []
+    for images in iterates:
+        withstood &= ~attack.fooled(images, part.labels)
+        history.append(float(withstood.float().mean()))
+    return history[1:]
+
+
+def test_the_backward_approximation_is_differentiated_at_the_given_image(digits_cnn, digits):
+    part = digits.select(0, 3)
+    x = part.images.clone().requires_grad_()
+    at = Median().purify(part.images).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(digits_cnn(at), part.labels, reduction="sum"), at)
+    blur = build_backward("blur", Median(), sigma=1.5)
+    (expected,) = torch.autograd.grad(blur(x, torch.arange(3)), x, gradient)
+    options = {"steps": 1, "alpha_255": 8, "random_start": False, "backward": "blur"}
+    attack = built("adaptive_pgd", digits_cnn, Median(), backward_options={"sigma": 1.5}, **options)
+    mine, _ = attack.gradient(part.images, part.labels, torch.arange(3), look=0)
+    assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-6 * float(expected.abs().max()))
+    assert attack.settings["backward_options"] == {"sigma": 1.5}
+
+
+def test_the_unrolled_gradient_is_that_of_the_short_fits(digits_cnn, digits):
+    part, guard = digits.select(0, 2), tiny(digits_cnn, networks=(TINY["networks"][0], "small"))
+    x = part.images.clone().requires_grad_()
+    views = torch.stack([unrolled_fit(x, T=4, fit=fit, indices=[5, 2], floor=1e-3) for fit in guard.dip_fits])
+    true = digits_cnn(views.flatten(0, 1)).softmax(-1).view(2, 2, -1)[:, [0, 1], part.labels]
+    (expected,) = torch.autograd.grad(-true.mean(0).log().sum(), x)
+    attack = built("unrolled", digits_cnn, guard)
+    mine, answers = attack.gradient(part.images, part.labels, torch.tensor([5, 2]), look=0)
+    assert answers is None
+    assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert attack.spent == Cost(0, 2 * 2 * 4, 4, 4)
+
+
+@pytest.mark.parametrize(("judge_every", "judgements"), [(1, 6), (2, 4), (3, 3), (9, 2)])
+def test_the_unrolled_attack_is_judged_now_and_then(digits_cnn, digits, judge_every, judgements):
+    part, defense = digits.select(0, 2), Noise()
+    attack = built("unrolled", digits_cnn, defense, steps=5, judge_every=judge_every)
+    attack(part.images, part.labels)
+    assert len(defense.indices) == 2 * judgements
+    assert attack.spent == attack.estimate(2)
+    assert len(attack.history) == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "intermediate", "views"),
+    [
+        ("mirror", "stitched", 0),
+        pytest.param("mirror", "last", 1, marks=pytest.mark.slow),
+        pytest.param("mirror", "mean", 1, marks=pytest.mark.slow),
+        ("mirror", "mirrored", 3),
+        pytest.param("paper", "last", 1, marks=pytest.mark.slow),
+        ("paper", "on_boundary", 1),
+    ],
+)
+def test_intermediates_are_attacked_at_the_price_of_one_purification(digits_cnn, digits, name, intermediate, views):
+    part, guard = digits.select(0, 2), tiny(digits_cnn, name)
+    attack = built("adaptive_pgd", digits_cnn, guard, intermediate=intermediate, steps=1)
+    attacked = attack(part.images, part.labels)
+    steps = guard.steps_per_image
+    assert attack.spent == attack.estimate(2) == Cost(4, 4 * steps, 4 + 2 * views, 2 * max(views, 1))
+    assert attack.history[-1] == pytest.approx(accuracy(attack, attacked, part))
+    made = guard.intermediates(part.images)[intermediate]
+    at = made.views.clone().requires_grad_()
+    logits = digits_cnn(made.viewed(at.flatten(0, 1))).unflatten(0, (len(at), 2))
+    true = logits.softmax(-1)[:, [0, 1], part.labels]
+    (by_view,) = torch.autograd.grad(-true.mean(0).log().sum(), at)
+    mine, _ = attack.gradient(part.images, part.labels, torch.arange(2), look=0)
+    expected = by_view.sum(0)
+    assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+    assert expected.flatten(1).any(dim=1).all()
+
+
+@CLIMBERS
+def test_eot_looks_as_often_as_it_says(digits_cnn, digits, name):
+    part, defense = digits.select(0, 2), Noise()
+    attack = built(name, digits_cnn, defense, eot_iter=3, steps=2, draws="fresh")
+    attack(part.images, part.labels)
+    assert len(set(defense.indices)) == len(defense.indices) == 2 * 3 * 3
+    assert attack.spent == attack.estimate(2)
+
+
+@CLIMBERS
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+def test_a_victim_that_is_too_sure_has_a_gradient(digits_cnn, digits, name, loss):
+    part, sure = digits.select(0, 4), Scaled(digits_cnn)
+    attack = built(name, sure, NoDefense(), loss=loss, eps_255=16, alpha_255=8, steps=3)
+    attack(part.images, part.labels)
+    assert attack.flat == 0
+    if name == "adaptive_pgd":
+        assert attack.history[-1] == 0
+
+
+def test_a_flat_victim_is_counted(digits_cnn, digits):
+    part = digits.select(0, 4)
+
+    class Black:
+        def purify(self, images, *, indices=None):
+            return torch.where(images.mean(dim=(1, 2, 3), keepdim=True) > 0, 0.0, images)
+
+    class Deaf(torch.nn.Module):
+        def forward(self, images):
+            return digits_cnn(torch.relu(images - 0.5))
+
+    attack = built("adaptive_pgd", Deaf().eval(), Black())
+    attack(part.images, part.labels)
+    assert attack.flat == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adaptive_pgd", {"backward": "blur"}),
+        ("adaptive_pgd", {"backward": "blur", "draws": "fresh", "eot_iter": 2}),
+        ("adaptive_pgd", {"backward": "blur", "loss": "margin"}),
+        ("defended_autoattack", {}),
+    ],
+)
+def test_it_breaks_jpeg_where_noise_does_not(digits_cnn, digits, name, options):
+    part, jpeg = digits.select(0, 16), build_defense("jpeg", digits_cnn)
+    attack = adaptive(name, digits_cnn, jpeg, eps_255=30, steps=8, **options, **_far(name))
+    noisy = build_attack("noise", digits_cnn, eps_255=30)(part.images, part.labels)
+    assert accuracy(attack, attack(part.images, part.labels), part) <= accuracy(attack, noisy, part) - 0.25
+
+
+def _far(name):
+    return {"alpha_255": 8} if name == "adaptive_pgd" else {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adaptive_pgd", {"backward": "blur"}),
+        ("adaptive_pgd", {"backward": "short_dip", "backward_options": {"T": 20}}),
+        ("unrolled", {"T": 20, "judge_every": 1}),
+    ],
+)
+def test_it_breaks_a_deep_image_prior_where_noise_does_not(digits_cnn, digits, name, options):
+    part, guard = digits.select(0, 8), tiny(digits_cnn)
+    attack = built(name, digits_cnn, guard, eps_255=60, alpha_255=20, steps=6, **options)
+    noisy = build_attack("noise", digits_cnn, eps_255=60)(part.images, part.labels)
+    assert accuracy(attack, attack(part.images, part.labels), part) <= accuracy(attack, noisy, part) - 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("adaptive_pgd", {"eps_255": 0}, ValueError, "`eps_255`"),
+        ("adaptive_pgd", {"alpha_255": 0}, ValueError, "`alpha_255`"),
+        ("adaptive_pgd", {"steps": 0}, ValueError, "`steps`"),
+        ("adaptive_pgd", {"eot_iter": 0}, ValueError, "`eot_iter`"),
+        ("adaptive_pgd", {"backward": "sharpen"}, ValueError, "`backward` must be one of identity, blur, short_dip"),
+        ("adaptive_pgd", {"backward_options": {"sigma": 1}}, TypeError, "'identity' takes no option 'sigma'"),
+        ("adaptive_pgd", {"backward": "blur", "backward_options": {"sigma": 0}}, ValueError, "`sigma` must be above 0"),
+        ("adaptive_pgd", {"backward": "short_dip", "backward_options": {"T": 1}}, ValueError, "`T` must be at least 2"),
+        (
+            "adaptive_pgd",
+            {"intermediate": "mirrored"},
+            ValueError,
+            "`intermediate` must be one of stitched, got 'mirrored'",
+        ),
+        ("adaptive_pgd", {"loss": "dlr"}, ValueError, "`loss` must be one of ce, margin"),
+        ("unrolled", {"T": 1}, ValueError, "`T` must be at least 2"),
+        ("unrolled", {"floor": -1}, ValueError, "`floor`"),
+        ("unrolled", {"judge_every": 0}, ValueError, "`judge_every`"),
+        ("unrolled", {"intermediate": "last"}, TypeError, "'unrolled' takes no option 'intermediate'"),
+    ],
+)
+def test_bad_options_are_refused(digits_cnn, name, options, error, message):
+    with pytest.raises(error, match=message):
+        adaptive(name, digits_cnn, Median(), **options)
+
+
+def test_an_intermediate_of_another_defence_is_refused(digits_cnn):
+    with pytest.raises(ValueError, match="`intermediate` must be one of last, on_boundary, stitched, got 'mirrored'"):
+        built("adaptive_pgd", digits_cnn, tiny(digits_cnn, "paper"), intermediate="mirrored")

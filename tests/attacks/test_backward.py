@@ -1,0 +1,42 @@
+"""What replaces a defence's backward pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dipguard.attacks.backward import BACKWARD, DEFAULT_FIT, build_backward, fits_of, resized, straight_through
+from dipguard.defenses import build_defense
+
+from .conftest import Median
+
+
+@pytest.mark.parametrize("name", BACKWARD)
+def test_backward_approximations_keep_the_shape_and_have_a_gradient(digits, name):
+    x = digits.images[:2].clone().requires_grad_()
+    approximation = build_backward(name, Median())
+    made = approximation(x, torch.tensor([3, 4]))
+    assert made.shape == x.shape
+    assert torch.autograd.grad(made.square().sum(), x)[0].isfinite().all()
+    assert approximation.steps_per_image == (20 if name == "short_dip" else 0)
+
+
+def test_the_fits_are_the_defences_own(digits_cnn):
+    mirror = build_defense("mirror", digits_cnn, networks=("small", "medium"), seed=3)
+    assert [(fit.network, fit.seed) for fit in fits_of(mirror)] == [("small", 3), ("medium", 3)]
+    paper = build_defense("paper", digits_cnn, network="small", lr=0.05)
+    assert [(fit.network, fit.lr) for fit in fits_of(paper)] == [("small", 0.05)]
+    assert build_backward("short_dip", mirror).fit == fits_of(mirror)[0]
+    assert fits_of(Median()) == fits_of(build_defense("jpeg", digits_cnn)) == (DEFAULT_FIT,)
+
+
+@pytest.mark.parametrize("size", [8, 16])
+def test_values_go_straight_through_and_gradients_come_straight_back(size):
+    images = torch.rand(2, 3, 8, 8, requires_grad=True)
+    purified, weights = torch.rand(2, 3, size, size), torch.rand(2, 3, size, size)
+    made = straight_through(images, purified)
+    assert torch.equal(made, purified)
+    large = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
+    (expected,) = torch.autograd.grad((large * weights).sum(), images)
+    (gradient,) = torch.autograd.grad((made * weights).sum(), images)
+    assert torch.allclose(gradient, expected)
+    assert (resized(images, like=purified) is images) == (size == 8)

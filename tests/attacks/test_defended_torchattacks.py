@@ -1,0 +1,208 @@
+"""BPDA, AutoAttack's version for random victims, and Square, on a defended victim."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchattacks
+
+from dipguard.attacks import Cost, Snapshot, build_attack
+from dipguard.attacks.defended_torchattacks import apart_by, nearest
+
+from .conftest import Enlarge, Median, NoDefense, Noise, accuracy, adaptive, any_size
+
+
+def bpda(victim, defense, **options):
+    return adaptive("bpda", victim, defense, **options)
+
+
+def test_with_no_defence_it_is_pgd(digits_cnn, digits):
+    part = digits.select(0, 8)
+    ours = bpda(digits_cnn, NoDefense(), steps=10, random_start=False)(part.images, part.labels)
+    assert torch.equal(ours, torchattacks.PGD(digits_cnn, random_start=False)(part.images, part.labels))
+
+
+def test_a_step_is_the_definition(digits_cnn, digits):
+    """x + alpha sign(dL/dx at g(x)), projected: written down from Section 4.3.1."""
+    part = digits.select(0, 8)
+    x = part.images.clone()
+    for _ in range(2):
+        purified = Median().purify(x).requires_grad_()
+        (gradient,) = torch.autograd.grad(F.cross_entropy(digits_cnn(purified), part.labels), purified)
+        x = (part.images + (x + 3 / 255 * gradient.sign() - part.images).clamp(-4 / 255, 4 / 255)).clamp(0, 1)
+    attack = bpda(digits_cnn, Median(), eps_255=4, alpha_255=3, steps=2, random_start=False)
+    assert torch.allclose(attack(part.images, part.labels), x, atol=1e-7)
+
+
+@pytest.mark.parametrize(("defense", "eot_iter"), [(Median, 1), (Noise, 1), (Noise, 3)])
+def test_one_run_gives_the_images_at_every_budget(digits_cnn, digits, defense, eot_iter):
+    part = digits.select(0, 4)
+    whole = bpda(digits_cnn, defense(), steps=4, budgets=(4, 1, 2), eot_iter=eot_iter)
+    made = whole.snapshots(part.images, part.labels)
+    assert list(made) == [Snapshot(8, 1), Snapshot(8, 2), Snapshot(8, 4)]
+    assert whole.spent == whole.estimate(4) == Cost(4 * 4 * eot_iter * 1, whole.spent.dip_steps, *(16 * eot_iter,) * 2)
+    for (_, number), images in made.items():
+        alone = bpda(digits_cnn, defense(), eot_iter=eot_iter, steps=number)
+        assert torch.equal(alone(part.images, part.labels), images)
+    assert torch.equal(whole(part.images, part.labels), made[8, 4])
+
+
+def test_figure_4s_iterations_are_the_default_and_eps_is_kept(digits_cnn, digits):
+    part = digits.select(0, 4)
+    made = bpda(digits_cnn, Median(), eps_255=2, budgets=range(1, 16)).snapshots(part.images, part.labels)
+    assert [budget for _, budget in made] == list(range(1, 16))
+    assert max(float((images - part.images).abs().max()) for images in made.values()) <= 2 / 255 + 1e-6
+    assert not torch.equal(made[2, 14], made[2, 15])
+
+
+def test_eot_averages_over_draws(digits_cnn, digits):
+    part = digits.select(0, 4)
+    one, several = (bpda(digits_cnn, Noise(), steps=1, eot_iter=n, random_start=False) for n in (1, 8))
+    assert not torch.equal(one(part.images, part.labels), several(part.images, part.labels))
+
+
+def test_the_gradient_of_an_enlarged_image_comes_back_to_its_pixels(digits_cnn, digits):
+    part, victim = digits.select(0, 4), any_size(digits_cnn)
+    x = part.images.clone().requires_grad_()
+    large = F.interpolate(x, size=(64, 64), mode="bilinear", align_corners=False)
+    at = Enlarge().purify(part.images).requires_grad_()
+    (gradient,) = torch.autograd.grad(F.cross_entropy(victim(at), part.labels), at)
+    (expected,) = torch.autograd.grad(large, x, gradient)
+    attack = bpda(victim, Enlarge(), alpha_255=8, steps=1, random_start=False)
+    attacked = attack(part.images, part.labels)
+    assert torch.allclose(attacked, (part.images + 8 / 255 * expected.sign()).clamp(0, 1), atol=1e-7)
+
+
+def test_batches_are_attacked_one_after_the_other(digits_cnn, digits):
+    part = digits.select(0, 5)
+    attack = bpda(digits_cnn, Median(), steps=2, budgets=(1, 2), batch_size=2)
+    whole = attack.snapshots(part.images, part.labels)
+    first = attack.snapshots(part.images[:2], part.labels[:2])
+    assert all(torch.equal(whole[limit][:2], first[limit]) for limit in [(8, 1), (8, 2)])
+
+
+def test_bpda_fools_what_a_plain_attack_does_not(real_victim):
+    """The reason for adaptive attacks: a real victim behind a median filter, eps 8, and each attack's own best."""
+    victim, data = real_victim
+    attack = bpda(victim, Median(), budgets=(1, 5, 15))
+    plain = build_attack("pgd", victim)(data.images, data.labels)
+    assert attack.report(data.images, plain, data.labels).not_fooled >= 2
+    counts = [
+        attack.report(data.images, images, data.labels).not_fooled
+        for images in attack.snapshots(data.images, data.labels).values()
+    ]
+    assert counts[-1] == 0
+    assert all(later <= earlier + 1 for earlier, later in pairwise(counts))
+
+
+QUICK = {"defended_autoattack": {"steps": 3}, "defended_square": {"n_queries": 15}}
+EVERY = pytest.mark.parametrize("name", QUICK)
+
+
+def built(name, victim, defense, **options):
+    return adaptive(name, victim, defense, **{**QUICK[name], **options})
+
+
+@EVERY
+@pytest.mark.parametrize("defense", [Median, Noise])
+@pytest.mark.parametrize("eps_255", [8, 60])
+def test_history_is_what_the_defended_victim_says(digits_cnn, digits, name, defense, eps_255):
+    """With draws of the evaluation: so every look was at the image that it was taken for."""
+    part = digits.select(0, 12)
+    attack = built(name, digits_cnn, defense(), draws="fixed", eps_255=eps_255, batch_size=8)
+    attacked = attack(part.images, part.labels)
+    assert all(best <= last for best, last in zip(attack.history, attack.last_history, strict=True))
+    assert attack.history == sorted(attack.history, reverse=True)
+    assert attack.history[-1] == pytest.approx(accuracy(attack, attacked, part))
+    assert torch.equal(attack(part.images, part.labels), attacked)
+
+
+def test_apgd_and_square_are_the_librarys(digits_cnn, digits):
+    part = digits.select(0, 8)
+    theirs = torchattacks.APGD(digits_cnn, eps=8 / 255, steps=3)(part.images, part.labels)
+    ours = built("defended_autoattack", digits_cnn, NoDefense())(part.images, part.labels)
+    left = [digits_cnn(images).argmax(1) == part.labels for images in (theirs, ours)]
+    assert int(left[1].sum()) <= int(left[0].sum())
+    attack = built("defended_square", digits_cnn, NoDefense(), n_queries=60, eps_255=60)
+    theirs = torchattacks.Square(digits_cnn, eps=60 / 255, n_queries=59)(part.images, part.labels)
+    right = float((digits_cnn(theirs).argmax(1) == part.labels).float().mean())
+    assert accuracy(attack, attack(part.images, part.labels), part) == pytest.approx(right, abs=0.5)
+    assert attack.history[0] > attack.history[-1]
+
+
+def test_the_second_loss_is_for_what_the_first_left(digits_cnn, digits):
+    part = digits.select(0, 8)
+    attack = built("defended_autoattack", digits_cnn, Median(), steps=2, eps_255=8)
+    attack(part.images, part.labels)
+    left = round(attack.history[1] * 8)
+    assert attack.spent.purifications == 3 * (8 + left)
+    assert attack.spent.gradients == attack.spent.purifications
+    assert attack.spent.purifications <= attack.estimate(8).purifications
+
+
+def test_square_asks_no_more_than_it_may_and_differentiates_nothing(digits_cnn, digits):
+    part = digits.select(0, 6)
+    attack = built("defended_square", digits_cnn, Median(), eps_255=1)
+    attack(part.images, part.labels)
+    right = accuracy(attack, part.images, part)
+    assert attack.spent.purifications <= attack.estimate(6).purifications == 6 * 15
+    assert attack.spent.purifications >= right * 6 * 15
+    assert attack.spent.gradients == 0
+
+
+def test_eot_takes_draws_together(digits_cnn, digits):
+    part, defense = digits.select(0, 2), Noise()
+    attack = built("defended_autoattack", digits_cnn, defense, steps=2, eot_iter=4, eps_255=1, draws="fresh")
+    attack(part.images, part.labels)
+    assert len(set(defense.indices)) == len(defense.indices) == attack.spent.purifications
+    assert attack.spent.purifications % 4 == 0
+    assert len(attack.history) == attack.spent.purifications // 4 // 2 - 1 or attack.history[-1] < 1
+
+
+@pytest.mark.parametrize("eps_255", [8, 200])
+def test_images_that_are_alike_keep_their_draws(digits_cnn, digits, eps_255):
+    """Three copies of one image: only their indices tell them apart, and the search does not give those away."""
+    images, labels = digits.images[:1].repeat(3, 1, 1, 1), digits.labels[:1].repeat(3)
+    indices = torch.tensor([4, 9, 2])
+    attack = built("defended_square", digits_cnn, Noise(), draws="fixed", eps_255=eps_255)
+    attacked = attack(images, labels, indices=indices)
+    wrong = attack.fooled(attacked, labels, indices=indices)
+    assert attack.history[-1] == pytest.approx(1 - float(wrong.float().mean()))
+
+
+def test_groups_are_apart_and_found_again(digits):
+    images = torch.cat([digits.images[:4], digits.images[:2] * 0.99])
+    groups = apart_by(0.1, images)
+    assert sorted(torch.cat(groups).tolist()) == list(range(6))
+    assert len(groups) == 2
+    for group in groups:
+        moved = images[group] + 0.05 * torch.randn(images[group].shape).sign()
+        assert nearest(moved, images[group]).tolist() == list(range(len(group)))
+        assert nearest(moved.flip(0), images[group]).tolist() == list(reversed(range(len(group))))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("defended_autoattack", {"steps": 0}, ValueError, "`steps`"),
+        ("defended_autoattack", {"eot_iter": 0}, ValueError, "`eot_iter`"),
+        ("defended_autoattack", {"draws": "new"}, ValueError, "`draws` must be one of fresh, fixed"),
+        ("defended_square", {"n_queries": 1}, ValueError, "`n_queries` must be at least 2"),
+        ("defended_square", {"p_init": 0}, ValueError, "`p_init` must be above 0"),
+        ("defended_square", {"loss": "dlr"}, ValueError, "`loss` must be one of margin, ce"),
+        ("defended_square", {"steps": 3}, TypeError, "'defended_square' takes no option 'steps'"),
+    ],
+)
+def test_bad_options_are_refused(digits_cnn, name, options, error, message):
+    with pytest.raises(error, match=message):
+        built(name, digits_cnn, Median(), **options)
+
+
+def test_too_few_classes_are_refused(digits_cnn, digits):
+    class Two(torch.nn.Module):
+        def forward(self, images):
+            return digits_cnn(images)[:, :2]
+
+    with pytest.raises(ValueError, match="`victim` must have at least 3 classes for 'defended_autoattack', got 2"):
+        built("defended_autoattack", Two().eval(), Median())(digits.images[:1], torch.tensor([0]))

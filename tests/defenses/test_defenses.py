@@ -1,0 +1,466 @@
+"""What holds for every feed-forward defence of `DEFENSES`, with its variants: each test runs for all of them."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dipguard.classifier import eval_mode
+from dipguard.defenses import DEFENSES, Defense, DefenseResult, build_defense
+from dipguard.defenses.comdefend import ComDefendNetwork
+from dipguard.defenses.nrp import NRPNetwork
+from dipguard.defenses.super_resolution import EDSR, IMDN
+from dipguard.registry import options_of
+
+NETWORKS: dict[str, type[nn.Module]] = {"comdefend": ComDefendNetwork, "imdn": IMDN, "edsr": EDSR, "nrp": NRPNetwork}
+
+# id -> (defence, options, network whose weights it takes, side of the images)
+VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, int]] = {
+    "none": ("none", {}, None, 32),
+    "jpeg": ("jpeg", {}, None, 32),
+    "median": ("median", {}, None, 32),
+    "total_variation": ("total_variation", {}, None, 32),
+    "bit_depth": ("bit_depth", {}, None, 32),
+    "blur": ("blur", {}, None, 32),
+    "comdefend": ("comdefend", {}, "comdefend", 16),
+    "comdefend in patches": ("comdefend", {"patches": True}, "comdefend", 32),
+    "comdefend without noise": ("comdefend", {"noise": 0}, "comdefend", 16),
+    "sr": ("sr", {}, "imdn", 16),
+    "sr without wavelets": ("sr", {"sigma": 0}, "imdn", 16),
+    "sr area": ("sr", {"output": "area"}, "imdn", 16),
+    "sr edsr doubled": ("sr", {"upscaler": "edsr", "output": "doubled"}, "edsr", 16),
+    "nrp dynamic": ("nrp", {"dynamic": True}, "nrp", 8),
+}
+RANDOM = {"comdefend", "comdefend in patches", "nrp dynamic"}
+WITH_WEIGHTS = [key for key, row in VARIANTS.items() if row[2]]
+
+EVERY = pytest.mark.parametrize("key", VARIANTS)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random weights of each network: what the architecture does with them is as real as with trained ones."""
+    folder = tmp_path_factory.mktemp("weights")
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        for name, network in NETWORKS.items():
+            state = network().state_dict()
+            if name == "nrp":  # else what it makes of noise would drown in black and white
+                state["trunk_conv.weight"] *= 0.01
+                state["trunk_conv.bias"].fill_(0.5)
+            torch.save(state, folder / f"{name}.pt")
+    return {name: folder / f"{name}.pt" for name in NETWORKS}
+
+
+@pytest.fixture(scope="session")
+def make(weights: dict[str, Path], victim: nn.Module):
+    """Builds a variant; built ones are kept, since nothing may change them."""
+    built: dict[tuple[str, int], Defense] = {}
+
+    def build(key: str, seed: int = 0) -> Defense:
+        if (key, seed) not in built:
+            name, options, network, _ = VARIANTS[key]
+            given = weights[network] if network else None
+            built[key, seed] = build_defense(name, victim, seed=seed, weights=given, **options)
+        return built[key, seed]
+
+    return build
+
+
+def crops(images: Tensor, key: str) -> Tensor:
+    side = VARIANTS[key][3]
+    return images[:2, :, :side, :side].clone()
+
+
+def test_every_defence_without_a_fit_has_a_variant_here(victim):
+    here = {row[0] for row in VARIANTS.values()}
+    for name in set(DEFENSES) - here:
+        assert build_defense(name, victim).steps_per_image > 0, f"{name} needs a variant"
+
+
+@EVERY
+def test_result_keeps_dtype_range_and_the_given_images(make, images, key):
+    given = crops(images, key)
+    before = given.clone()
+    defense = make(key)
+    purified = defense.purify(given)
+    assert isinstance(defense, Defense)
+    assert purified.shape == (2, 3, *defense.output_size(*given.shape[-2:]))
+    assert purified.shape == given.shape or "doubled" in key
+    assert (purified.dtype, purified.device) == (given.dtype, given.device)
+    assert 0 <= purified.min() <= purified.max() <= 1
+    assert len(purified.unique()) > 5
+    assert not purified.requires_grad
+    assert torch.equal(given, before)
+    assert purified.data_ptr() != given.data_ptr()
+    assert (key == "none") == torch.equal(purified, given)
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_other_dtypes_come_back_as_they_were(make, images, key, dtype):
+    given = crops(images, key)[:1]
+    purified = make(key).purify(given.to(dtype))
+    assert purified.dtype == dtype
+    if key not in RANDOM | {"comdefend without noise", "bit_depth", "jpeg", "sr", "sr without wavelets", "sr area"}:
+        # (thresholds and rounding to levels may flip where float16 differs in the last digits)
+        assert torch.allclose(purified.float(), make(key).purify(given), atol=2e-2)
+
+
+@EVERY
+def test_an_image_does_not_depend_on_its_batch_mates(make, images, key):
+    given = crops(images, key)
+    whole = make(key).purify(given, indices=torch.tensor([4, 9]))
+    assert torch.equal(make(key).purify(given[1:], indices=torch.tensor([9])), whole[1:])
+    assert torch.equal(make(key).purify(given[[1, 1, 0]], indices=torch.tensor([9, 9, 4])), whole[[1, 1, 0]])
+
+
+@EVERY
+def test_draws_depend_on_seed_and_index_alone(make, images, key):
+    given = crops(images, key)[:1]
+    first = make(key).purify(given)
+    assert torch.equal(make(key).purify(given, indices=torch.tensor([0])), first)
+    assert make(key).random == (key in RANDOM)
+    for other in (make(key).purify(given, indices=torch.tensor([1])), make(key, seed=1).purify(given)):
+        assert torch.equal(other, first) == (key not in RANDOM)
+
+
+@EVERY
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_grad_modes_change_nothing(make, images, key, mode):
+    given = crops(images, key)[:1]
+    expected = make(key).purify(given)
+    with mode():
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        purified = make(key).purify(given.clone())
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
+    assert torch.equal(purified, expected)
+    assert torch.equal(make(key).purify(given), expected)
+    purified.clone().requires_grad_().sum().backward()  # an inference tensor would refuse
+
+
+@pytest.mark.parametrize("key", ["comdefend", "sr", "nrp dynamic"])
+def test_built_in_inference_mode_or_under_autocast_it_is_the_same(make, weights, victim, images, key):
+    name, options, network, _ = VARIANTS[key]
+    given = crops(images, key)[:1]
+    with torch.inference_mode():
+        defense = build_defense(name, victim, weights=weights[network], **options)
+    assert not any(value.is_inference() for value in defense.network.state_dict().values())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        purified = defense.purify(given)
+    assert torch.equal(purified, make(key).purify(given))
+
+
+@EVERY
+def test_the_callers_random_state_is_untouched_and_ignored(weights, victim, images, key):
+    name, options, network, _ = VARIANTS[key]
+    given = crops(images, key)[:1]
+    results = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+        defense = build_defense(name, victim, weights=weights[network] if network else None, **options)
+        results.append(defense.purify(given))
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert np.array_equal(np.random.get_state()[1], before[1])
+        assert random.getstate() == before[2]
+    assert torch.equal(*results)
+
+
+@EVERY
+def test_the_victim_is_left_as_it_was(make, victim, images, key):
+    modes = [module.training for module in victim.modules()]
+    state = {name: value.clone() for name, value in victim.state_dict().items()}
+    make(key).purify(crops(images, key)[:1])
+    assert [module.training for module in victim.modules()] == modes
+    assert all(p.grad is None and p.requires_grad for p in victim.parameters())
+    assert all(torch.equal(value, state[name]) for name, value in victim.state_dict().items())
+
+
+@EVERY
+def test_settings_hold_everything_and_are_json(make, key):
+    name, options, network, _ = VARIANTS[key]
+    defense = make(key)
+    settings = defense.settings
+    assert json.loads(json.dumps(settings, allow_nan=False)) == settings
+    assert settings["name"] == name == defense.name
+    assert settings.items() >= options.items()
+    assert ("seed" in settings) == defense.random
+    assert ("weights" in settings) == (network is not None)
+    assert "versions" in settings or name in ("none", "bit_depth")
+    assert (defense.steps_per_image, defense.unavailable) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "one", "other"),
+    [
+        ("jpeg", {"quality": 75}, {"quality": 74}),
+        ("jpeg", {}, {"subsampling": "4:4:4"}),
+        ("median", {"size": 3}, {"size": 2}),
+        ("total_variation", {"weight": 0.1}, {"weight": 0.2}),
+        ("bit_depth", {"bits": 3}, {"bits": 4}),
+        ("comdefend", {"noise": 1}, {"noise": 0.5}),
+        ("comdefend", {"noise": 1, "patches": True}, {"noise": 1, "patches": False}),
+        ("sr", {"sigma": 0.01}, {"sigma": 0.04}),
+        ("sr", {"quality": 95}, {"quality": 90}),
+        ("sr", {"output": "bicubic"}, {"output": "area"}),
+        ("nrp", {}, {"dynamic": True}),
+    ],
+)
+def test_each_option_changes_result_and_settings(weights, victim, images, name, one, other):
+    network = {"comdefend": "comdefend", "sr": "imdn", "nrp": "nrp"}.get(name)
+    built = [build_defense(name, victim, weights=weights.get(network), **options) for options in (one, other)]
+    assert built[0].settings != built[1].settings
+    side = 8 if name == "nrp" else 32
+    results = [defense.purify(images[:1, :, :side, :side]) for defense in built]
+    assert not torch.equal(*results)
+
+
+def test_settings_know_weights_by_what_they_hold(weights, victim, tmp_path):
+    state = torch.load(weights["imdn"], weights_only=True)
+    torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "same.pth")
+    state["fea_conv.bias"][0] += 1e-3
+    torch.save(state, tmp_path / "other.pth")
+    paths = (weights["imdn"], tmp_path / "same.pth", str(tmp_path / "other.pth"))
+    first, same, other = (build_defense("sr", victim, weights=path).settings for path in paths)
+    assert first == same
+    assert first != other
+
+
+@pytest.mark.parametrize("key", WITH_WEIGHTS)
+def test_without_weights_it_says_so_and_makes_up_nothing(victim, images, key):
+    name, options, _, _ = VARIANTS[key]
+    defense = build_defense(name, victim, **options)
+    assert defense.unavailable.startswith("weights not supplied. Give `weights`")
+    assert "github.com" in defense.unavailable
+    assert defense.settings["weights"] is None
+    with pytest.raises(RuntimeError, match=f"defence '{name}' cannot run: weights not supplied.*github.com"):
+        defense.purify(crops(images, key))
+
+
+@pytest.mark.parametrize("key", ["comdefend", "sr", "sr edsr doubled", "nrp dynamic"])
+def test_weights_of_another_network_are_refused(weights, victim, key):
+    name, options, network, _ = VARIANTS[key]
+    wrong = weights["nrp" if network == "imdn" else "imdn"]
+    with pytest.raises(ValueError, match=f"`weights`.*{wrong.name} does not hold the weights of this.*missing"):
+        build_defense(name, victim, weights=wrong, **options)
+    with pytest.raises(FileNotFoundError, match="`weights` must name an existing weights file"):
+        build_defense(name, victim, weights="nowhere.pth", **options)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, TypeError, "`images`.*255"),
+        ({"images": torch.full((2, 3, 32, 32), 1.5)}, ValueError, r"`images`.*\[0, 1\]"),
+        ({"images": torch.full((2, 3, 32, 32), float("nan"))}, ValueError, "`images`.*finite"),
+        ({"images": torch.zeros(3, 32, 32)}, ValueError, "`images`.*4 dimensions"),
+        ({"images": torch.zeros(2, 1, 32, 32)}, ValueError, "`images`.*3 channels"),
+        ({"images": torch.zeros(0, 3, 32, 32)}, ValueError, "`images`.*at least one"),
+        ({"indices": torch.tensor([1])}, ValueError, r"`indices` must hold one index an image \(2\), got 1"),
+        ({"indices": [0]}, ValueError, r"`indices` must hold one index an image \(2\), got 1"),
+        ({"indices": torch.tensor([[0, 1]])}, TypeError, r"`indices` must be integers.*\(1, 2\)"),
+        ({"indices": torch.tensor(1)}, TypeError, "`indices` must be integers"),
+        ({"indices": torch.tensor([True, False])}, TypeError, "`indices` must be integers.*bool"),
+        ({"indices": [True, False]}, TypeError, "`indices` must be integers.*True"),
+        ({"indices": [0.0, 1.0]}, TypeError, "`indices` must be integers"),
+        ({"indices": ["0", "1"]}, TypeError, "`indices` must be integers"),
+        ({"indices": [0, -1]}, ValueError, "`indices` must be at least 0, got -1"),
+        ({"indices": torch.tensor([0, -1])}, ValueError, "`indices`.*at least 0"),
+        ({"indices": torch.tensor([0.0, 1.0])}, TypeError, "`indices`.*integer"),
+    ],
+)
+def test_bad_input_is_refused(make, key, change, error, message):
+    given = {"images": torch.zeros(2, 3, 32, 32), "indices": None, **change}
+    with pytest.raises(error, match=message):
+        make(key).purify(given["images"], indices=given["indices"])
+
+
+@pytest.mark.parametrize("name", sorted({row[0] for row in VARIANTS.values()}))
+def test_bad_common_options_are_refused(victim, name):
+    with pytest.raises(ValueError, match="`seed`"):
+        build_defense(name, victim, seed=-1)
+    with pytest.raises(TypeError, match=f"the defence '{name}' takes no option 'colour'"):
+        build_defense(name, victim, colour="red")
+    with pytest.raises(TypeError, match=r"`victim` must be a torch\.nn\.Module"):
+        build_defense(name, victim.forward)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("none", {"weights": "x.pt"}, TypeError, "'none' takes no option 'weights'; its options are: none"),
+        ("jpeg", {"weights": "x.pt"}, TypeError, "'weights'; its options are: quality, subsampling"),
+        ("jpeg", {"quality": 0}, ValueError, "`quality` must be from 1 to 100"),
+        ("jpeg", {"quality": 75.0}, TypeError, "`quality`"),
+        ("jpeg", {"subsampling": "4:1:1"}, ValueError, "`subsampling` must be one of 4:4:4, 4:2:2, 4:2:0"),
+        ("median", {"size": 1}, ValueError, "`size` must be at least 2"),
+        ("total_variation", {"weight": 0}, ValueError, "`weight` must be above 0"),
+        ("total_variation", {"weight": float("nan")}, ValueError, "`weight`"),
+        ("bit_depth", {"bits": 9}, ValueError, "`bits` must be from 1 to 8"),
+        ("comdefend", {"noise": -1}, ValueError, "`noise`"),
+        ("comdefend", {"patches": 32}, TypeError, "`patches`"),
+        ("sr", {"upscaler": "rcan"}, ValueError, "`upscaler` must be one of edsr, imdn"),
+        ("sr", {"sigma": -0.1}, ValueError, "`sigma`"),
+        ("sr", {"quality": 101}, ValueError, "`quality`"),
+        ("sr", {"output": "nearest"}, ValueError, "`output` must be one of bicubic, area, doubled"),
+        ("nrp", {"dynamic": 1}, TypeError, "`dynamic`"),
+    ],
+)
+def test_bad_options_are_refused(victim, name, options, error, message):
+    with pytest.raises(error, match=message):
+        build_defense(name, victim, **options)
+
+
+def test_an_unknown_defence_is_refused(victim):
+    with pytest.raises(ValueError, match=r"`defense` must be one of none, jpeg, .*'magic'"):
+        build_defense("magic", victim)
+
+
+@pytest.mark.parametrize(
+    ("name", "module"),
+    [("jpeg", "PIL"), ("median", "scipy"), ("total_variation", "skimage"), ("sr", "pywt"), ("sr", "PIL")],
+)
+def test_without_the_library_it_says_what_to_install(victim, monkeypatch, name, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=rf"'{name}' needs {module}.*pip install 'dipguard\[defenses\]'"):
+        build_defense(name, victim)
+    build_defense("bit_depth", victim)
+
+
+class _Careless(Defense):
+    """A defence as a user might add it, that breaks a promise in the way it is told to."""
+
+    name = "careless"
+
+    def __init__(self, victim, change):
+        super().__init__(victim)
+        self.change = change
+
+    def purify_image(self, image, index):
+        return self.change(image)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x + 1, r"left \[0, 1\]: its values go from 1.25"),
+        (lambda x: x - 0.5, r"left \[0, 1\]: its values go from -0.25"),
+        (lambda x: x * float("inf"), "returned NaN or infinite"),
+        (lambda x: x[:, :16], r"returned \(2, 3, 16, 32\).*not \(2, 3, 32, 32\)"),
+        (lambda x: x.double(), r"returned.*of torch\.float64 on cpu, not.*of torch\.float32"),
+    ],
+)
+def test_a_careless_defence_is_caught(victim, change, message):
+    with pytest.raises(RuntimeError, match=f"'careless' {message}"):
+        _Careless(victim, change).purify(torch.full((2, 3, 32, 32), 0.25))
+
+
+def test_a_defence_may_change_its_own_copy(victim, images):
+    given = images[:2].clone()
+    _Careless(victim, lambda x: x.zero_()).purify(given)
+    assert torch.equal(given, images[:2])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@EVERY
+def test_networks_follow_the_victim_to_the_gpu(make, victim, images, key):
+    given = crops(images, key)
+    try:
+        victim.cuda()
+        before = torch.cuda.get_rng_state()
+        assert make(key).purify(given).device == given.device
+        assert make(key).purify(given.cuda()).device.type == "cuda"
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+    finally:
+        victim.cpu()
+
+
+@EVERY
+def test_defend_returns_the_images_of_purify_and_the_victims_decisions(weights, victim, images, key):
+    name, options, network, _ = VARIANTS[key]
+    given = crops(images, key)
+    sized = nn.Sequential(nn.AdaptiveAvgPool2d(32), victim)
+    defense = build_defense(name, sized, weights=weights[network] if network else None, **options)
+    result = defense.defend(given, indices=[4, 9])
+    assert isinstance(result, DefenseResult)
+    assert torch.equal(result.reconstructions, defense.purify(given, indices=torch.tensor([4, 9])))
+    with eval_mode(sized), torch.no_grad():
+        assert torch.equal(result.decisions_before, sized(given).argmax(1))
+        assert torch.equal(result.decisions_after, sized(result.reconstructions).argmax(1))
+        torch.testing.assert_close(defense(given), sized(defense.purify(given)))
+    assert (result.traces, result.reasons, result.used) == ([], ["purified"] * 2, [0, 0])
+    assert set(result.seconds) == {"start", "fit", "decide"}
+    assert min(result.seconds["fit"], result.seconds["decide"]) > 0
+    with pytest.raises(TypeError, match=f"the defence {defense.name!r} leaves no decision traces"):
+        defense.rebuild(None)
+
+
+@pytest.mark.parametrize("name", ["none", "dip_fixed", "mirror", "paper"])
+def test_indices_of_any_integers_are_the_same(victim, images, name):
+    options = {"none": {}, "paper": {"decisions": 4, "tau": 0.0, "t0": 0}, "mirror": {"t0": 2, "every": 3}}
+    options["dip_fixed"] = {"step": 4}
+    fit = {} if name == "none" else {"T": 8, "progress": False}
+    defense = build_defense(name, victim, **options[name], **fit)
+    expected = defense.purify(images[:2])
+    for indices in (torch.arange(2), torch.arange(2, dtype=torch.int32), [0, 1], range(2), np.arange(2)):
+        assert torch.equal(defense.purify(images[:2], indices=indices), expected)
+    for bad in ([0, 1.5], [True, False], torch.tensor([[0, 1]]), [0], [0, -1], "ab"):
+        for call in (defense.purify, defense.defend, defense.intermediates):
+            with pytest.raises((TypeError, ValueError), match="`indices`"):
+                call(images[:2], indices=bad)
+
+
+def test_results_are_joined_in_order(make, images):
+    defense = make("blur")
+    parts = [defense.defend(images[i : i + 2]) for i in (0, 2)]
+    joined = DefenseResult.join(parts)
+    assert torch.equal(joined.reconstructions, defense.purify(images[:4]))
+    assert joined.reasons == ["purified"] * 4
+    assert joined.seconds["fit"] == sum(part.seconds["fit"] for part in parts)
+    with pytest.raises(ValueError, match="`parts` must hold at least one result, got none"):
+        DefenseResult.join([])
+
+
+def test_a_defence_that_implements_nothing_says_so(victim, images):
+    class Empty(Defense):
+        name = "empty"
+
+    with pytest.raises(NotImplementedError, match="Empty implements neither `purify_image` nor `_purify`"):
+        Empty(victim).purify(images[:1])
+
+
+@pytest.mark.parametrize("name", DEFENSES)
+def test_the_defaults_read_from_the_source_are_the_constructors(victim, name):
+    options = {key: value for key, value in options_of(DEFENSES[name]).items() if key != "seed"}
+    plain, spelled_out = build_defense(name, victim), build_defense(name, victim, **options)
+    assert spelled_out.settings == plain.settings
+    known = set(plain.settings) - {"name", "seed", "versions", "subsampling", "shifts", "fit"}
+    assert known - {"weights"} <= set(options)
+
+
+@pytest.mark.slow  # a second interpreter
+def test_the_table_needs_no_torch():
+    code = "import sys; from dipguard.defenses import DEFENSES, build_defense; print('torch' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
+
+
+def test_each_defence_has_a_yaml_of_its_name():
+    yaml = pytest.importorskip("yaml", reason="YAML files belong to the extra app")
+    files = {path.stem: path for path in (Path(__file__).parents[2] / "conf" / "defense").glob("*.yaml")}
+    assert set(DEFENSES) <= set(files)
+    for name in DEFENSES:
+        assert yaml.safe_load(files[name].read_text(encoding="utf-8"))["name"] == name

@@ -1,0 +1,125 @@
+"""The intermediates of defences, which adaptive attacks use."""
+
+import pytest
+import torch
+
+from dipguard.decision import stitch
+from dipguard.decision.class_scores import mirrored
+from dipguard.defenses import build_defense
+from dipguard.networks.presets import hourglass
+
+TINY = {
+    "paper": {
+        "network": "small",
+        "T": 24,
+        "t0": 2,
+        "tau": 0.0,
+        "K": 3,
+        "decisions": 24,
+        "padding": "zeros",
+        "dtype": "float64",
+    },
+    "mirror": {
+        "networks": (hourglass((2,), skips=0, input_depth=1), hourglass((3,), skips=0, input_depth=1)),
+        "T": 32,
+        "t0": 2,
+        "every": 5,
+        "dtype": "float64",
+    },
+    "dip_fixed": {"network": "small", "step": 5, "T": 10},
+    "jpeg": {},
+}
+NAMES = {
+    "paper": {"last", "on_boundary", "stitched"},
+    "mirror": {"last", "mean", "mirrored", "stitched"},
+    "dip_fixed": {"stitched"},
+    "jpeg": {"stitched"},
+}
+FITS = {"paper": 1, "mirror": 2, "dip_fixed": 1, "jpeg": 0}
+EVERY = pytest.mark.parametrize("name", TINY)
+
+
+def defended(name, victim, **options):
+    quiet = {} if name == "jpeg" else {"progress": False}
+    return build_defense(name, victim, **{**TINY[name], **quiet, **options})
+
+
+@EVERY
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_the_answer_is_among_them_and_is_what_purify_returns(images, victim, name, mode):
+    defense, indices = defended(name, victim), torch.tensor([4, 2, 2**35 + 7])
+    expected = defense.purify(images[:3], indices=indices)
+    state = torch.get_rng_state()
+    with mode():
+        made = defense.intermediates(images[:3], indices=indices)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(made["stitched"].views[0], expected)
+    assert set(made) == set(defense.intermediate_views) == NAMES[name]
+    assert len(defense.dip_fits) == FITS[name]
+    for key, intermediate in made.items():
+        assert intermediate.views.shape == (defense.intermediate_views[key], 3, 3, 32, 32)
+        assert (intermediate.views.dtype, intermediate.views.requires_grad) == (torch.float32, False)
+        assert 0 <= intermediate.views.min() <= intermediate.views.max() <= 1
+        intermediate.views.clone().requires_grad_().sum().backward()  # an inference tensor would refuse
+
+
+@pytest.mark.parametrize("name", ["paper", "mirror"])
+def test_stacks_change_nothing_and_neither_do_neighbours(images, victim, name):
+    defense, small = defended(name, victim), defended(name, victim, stack_size=2)
+    indices = torch.tensor([4, 2, 7])
+    whole, parts = (d.intermediates(images[:3], indices=indices) for d in (defense, small))
+    alone = defense.intermediates(images[1:2], indices=indices[1:2])
+    for key in whole:
+        assert torch.allclose(whole[key].views, parts[key].views, atol=1e-5)
+        assert torch.allclose(whole[key].views[:, 1:2], alone[key].views, atol=1e-5)
+
+
+def test_the_papers_are_those_of_its_traces(images, victim):
+    defense = defended("paper", victim)
+    made, result = defense.intermediates(images[:4]), defense.defend(images[:4])
+    crossed = 0
+    for i, trace in enumerate(result.traces):
+        assert torch.equal(made["last"].views[0, i], trace.last[-1].float())
+        used = stitch(trace, tau=0.0, t0=2, K=3, beta=0.5).used
+        crossed += len(used) > 0
+        expected = trace.on_boundary[used].mean(0) if len(used) else result.reconstructions[i]
+        assert torch.allclose(made["on_boundary"].views[0, i], expected.float(), atol=1e-6)
+    assert crossed > 0
+    assert made["last"].view is made["on_boundary"].view is None
+
+
+def test_mirrors_are_those_of_its_windows(images, victim):
+    defense = defended("mirror", victim)
+    made = defense.intermediates(images[:2])
+    samples = torch.stack([trace.samples for trace in defense.defend(images[:2]).traces], dim=1).float()
+    assert len(samples) == 12
+    assert torch.equal(made["last"].views, samples[[5, 11]])
+    assert torch.allclose(made["mean"].views[0], samples.mean(0), atol=1e-6)
+    mirror = made["mirrored"]
+    assert torch.equal(mirror.views, samples[[0, 2, 3, 5, 6, 8, 9, 11]])
+    seen = mirror.viewed(mirror.views[0].clone().requires_grad_())
+    assert torch.equal(seen, mirrored(mirror.views[0], shift=(0, 2)))
+    assert seen.requires_grad
+    assert torch.equal(made["last"].viewed(samples[5]), samples[5])
+
+
+def test_few_windows_are_all_shown(images, victim):
+    defense = defended("mirror", victim, T=13)
+    assert defense.intermediate_views["mirrored"] == 4
+    (trace,) = defense.defend(images[:1]).traces
+    assert torch.equal(defense.intermediates(images[:1])["mirrored"].views[:, 0], trace.samples.float())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"images": torch.full((2, 3, 32, 32), 2.0)}, ValueError, "`images`.*\\[0, 1\\]"),
+        ({"images": torch.rand(2, 3, 2, 2)}, ValueError, "at least"),
+        ({"indices": torch.tensor([0])}, ValueError, "`indices`"),
+        ({"indices": torch.tensor([0, -1])}, ValueError, "`indices`"),
+    ],
+)
+def test_bad_input_is_refused(images, victim, change, error, message):
+    given = {"images": images[:2], "indices": torch.tensor([0, 1]), **change}
+    with pytest.raises(error, match=message):
+        defended("paper", victim).intermediates(given["images"], indices=given["indices"])

@@ -1,0 +1,162 @@
+import csv
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pytorch_lightning.loggers import CSVLogger
+
+from dipguard.decision import DecisionTrace
+from dipguard.decision.class_scores import mirrored
+from dipguard.defenses import Defense, MirrorGuard, build_defense
+from dipguard.defenses.mirror import NETWORKS
+from dipguard.fit import Decider
+from dipguard.networks.presets import hourglass
+
+TINY = {
+    "networks": (hourglass((2,), skips=0, input_depth=1), hourglass((3,), skips=0, input_depth=1)),
+    "T": 12,
+    "t0": 2,
+    "every": 3,
+    "dtype": "float64",
+    "progress": False,
+}
+
+
+def guard(victim, **options):
+    return build_defense("mirror", victim, **{**TINY, **options})
+
+
+def test_it_is_a_defence_with_settings_for_json(victim):
+    defense = guard(victim)
+    assert isinstance(defense, MirrorGuard)
+    assert isinstance(defense, Defense)
+    settings = json.loads(json.dumps(defense.settings))
+    assert (settings["name"], settings["T"], settings["t0"], len(settings["fit"])) == ("mirror", 12, 2, 2)
+    assert defense.steps_per_image == 22
+    assert defense.windows == 3
+    assert guard(victim, seed=4).settings != settings
+
+
+def test_its_networks_are_dipdefends_and_one_twice_as_wide(victim):
+    defense = MirrorGuard(victim)
+    assert [tuple(fit.network.n_d) for fit in defense.fits] == [(4, 8, 16), (8, 16, 32)]
+    assert [fit.network for fit in defense.fits] == list(NETWORKS.values())
+    assert MirrorGuard(victim, networks=list(NETWORKS.values())).settings == defense.settings
+    named = MirrorGuard(victim, networks=["small", "wide"])
+    assert [fit.network for fit in named.fits] == ["small", NETWORKS["wide"]]
+    assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, True) for fit in defense.fits)
+    assert defense.betas == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
+
+
+def test_the_image_is_what_its_trace_says(images, victim):
+    defense = guard(victim, beta=0.2)
+    part, indices = images[:3], [5, 0, 9]
+    result = defense.defend(part, indices=indices)
+    assert torch.equal(defense.purify(part, indices=torch.tensor(indices)), result.reconstructions)
+    decide = Decider(victim)
+    own = decide(part).argmax(-1)
+    for i, trace in enumerate(result.traces):
+        assert trace.samples.shape == (6, 3, 32, 32)
+        mean = trace.mirrored_logits.softmax(-1).mean(0)
+        mean[own[i]] *= 0.5
+        target = int(mean.argmax())
+        right = trace.samples[trace.scores.argmax(-1) == target]
+        assert result.used[i] == len(right)
+        assert result.reasons[i] == ("class_scores" if len(right) else "no_sample_of_class")
+        base = (right if len(right) else trace.samples).mean(0)
+        tried = [(base + beta * (base - trace.given)).clamp(0, 1) for beta in (0.0, *defense.betas)]
+        chosen = [n for n, x in enumerate(tried) if int(decide(x[None]).argmax()) == target]
+        assert torch.allclose(result.reconstructions[i].double(), tried[chosen[0] if chosen else 0], atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_an_image_does_not_depend_on_its_neighbours_or_on_the_callers_mode(images, victim, mode):
+    defense = guard(victim, stack_size=2)
+    alone = torch.cat([defense.purify(images[i : i + 1], indices=torch.tensor([i])) for i in range(3)])
+    state = torch.get_rng_state()
+    with mode():
+        together = defense.purify(images[:3])
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert not torch.equal(guard(victim, seed=1).purify(images[:1]), alone[:1])
+
+
+def test_progress_counts_the_steps_of_all_networks(images, victim, capsys):
+    guard(victim, progress=True, stack_size=2).purify(images[:3])
+    last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
+    assert "100%" in last
+    assert "66.0/66.0" in last  # 3 images, 2 networks, t0 and 3 windows of 3 steps
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"networks": ()}, "`networks` must list at least one"),
+        ({"networks": "medium"}, "`networks` must list at least one"),
+        ({"networks": ("huge",)}, "`network` must be one of"),
+        ({"t0": 12}, "`t0` must be from 0 to 11"),
+        ({"every": 11}, "`every` must be from 1 to 10"),
+        ({"own_class_weight": 2.0}, "`own_class_weight`"),
+        ({"beta": -1.0}, "`beta`"),
+        ({"beta_step": 0.0}, "`beta_step`"),
+        ({"stack_size": 0}, "`stack_size`"),
+        ({"network": "small"}, r"takes no option 'network' \(did you mean 'networks'\?\)"),
+        ({"jiter": 3}, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
+    ],
+)
+def test_bad_options_are_refused(victim, options, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        guard(victim, **options)
+
+
+def test_images_that_are_too_small_are_refused(victim):
+    with pytest.raises(ValueError, match="at least 9x9 pixels"):
+        MirrorGuard(victim).purify(torch.rand(1, 3, 8, 8))
+
+
+def test_the_constructor_takes_no_network(victim):
+    with pytest.raises(TypeError, match=r"'mirror' takes no option 'network' \(did you mean 'networks'\?\)"):
+        MirrorGuard(victim, network="small")
+
+
+@pytest.mark.parametrize("mirror", [True, False])
+def test_traces_say_why_and_give_the_image_again(images, victim, tmp_path, mirror):
+    options = {"T": 24, "t0": 6, "every": 6, "engine": "torch", "stack_size": 2, "mirror": mirror}
+    defense, order = guard(victim, networks=("narrow", "wide"), **options), [4, 0, 7]
+    result = defense.defend(images[:3], indices=order)
+    assert torch.equal(result.reconstructions, defense.purify(images[:3], indices=torch.tensor(order)))
+    decide = Decider(victim)
+    for i, trace in enumerate(result.traces):
+        assert trace.index == order[i]
+        assert trace.steps.tolist() == [11, 17, 23, 35, 41, 47]
+        loaded = DecisionTrace.load(trace.save(tmp_path / f"{i}.safetensors"))
+        assert loaded.equals(trace)
+        assert torch.equal(defense.rebuild(loaded).image.to(images), result.reconstructions[i])
+        assert torch.allclose(trace.scores, decide(trace.samples).cpu(), atol=1e-5)
+        copies = mirrored(trace.samples, shift=(0, 2), flip=mirror)
+        assert torch.allclose(trace.mirrored_logits, decide(copies).cpu(), atol=1e-5)
+        assert torch.equal(trace.last, trace.samples[[2, 5]])
+        assert int(trace.given_scores.argmax()) == int(decide(images[i : i + 1]).argmax())
+    assert min(result.seconds["fit"], result.seconds["decide"]) > 0
+    assert set(result.reasons) <= {"class_scores", "no_sample_of_class"}
+    assert torch.equal(result.decisions_after, decide(result.reconstructions).argmax(1))
+
+
+def test_a_trace_without_mirrored_logits_is_refused(images, victim):
+    defense = guard(victim)
+    (trace,) = defense.defend(images[:1]).traces
+    tensors = {**trace.tensors(), "index": trace.index, "settings": trace.settings}
+    for name in ("mirrored_logits", "samples"):
+        less = DecisionTrace(**{key: value for key, value in tensors.items() if key != name})
+        with pytest.raises(ValueError, match="`trace` must hold"):
+            defense.rebuild(less)
+
+
+def test_the_logger_gets_the_means_of_each_window(images, victim, tmp_path):
+    logger = CSVLogger(tmp_path)
+    guard(victim, stack_size=2).defend(images[:4], logger=logger)
+    logger.save()
+    with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["fit/quality"]]
+    assert [int(row["step"]) for row in rows] == [4, 7, 10, 15, 18, 21, 26, 29, 32, 37, 40, 43]

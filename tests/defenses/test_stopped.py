@@ -1,0 +1,254 @@
+"""The DIP fits that are stopped at some step."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dipguard.decision.stopping import FixedStep, Stopped
+from dipguard.defenses.base import Defense
+from dipguard.defenses.stopped import (
+    PRESETS,
+    DIPDefend,
+    FixedStepDIP,
+    SmoothedPSNRDIP,
+    StoppedDIP,
+    WindowedVarianceDIP,
+)
+from dipguard.fit import FitOptions, fit_rule
+from dipguard.networks import build
+from dipguard.victims import build_victim
+
+T = 20
+SMALL = {"network": "small", "engine": "torch"}
+DEFENSES: dict[str, tuple[type[StoppedDIP], dict[str, Any]]] = {
+    "dip_fixed": (FixedStepDIP, {"step": 9, **SMALL}),
+    "dip_es_wmv": (WindowedVarianceDIP, {"window": 3, "patience": 5, **SMALL}),
+    "dipdefend_rule": (SmoothedPSNRDIP, {"smoothing": 0.3, **SMALL}),
+    "dipdefend": (DIPDefend, {"smoothing": 0.3, "engine": "torch"}),
+}
+EVERY = pytest.mark.parametrize("name", DEFENSES)
+
+
+def build_stopped(name: str, victim: nn.Module, *, exact: bool = False, **change: Any) -> StoppedDIP:
+    kind, options = DEFENSES[name]
+    dtype = {"dtype": "float64"} if exact else {}
+    return kind(victim, **{**options, **dtype, "T": T, "progress": False, **change})
+
+
+def stop(defense: StoppedDIP, images: Tensor, rule: FixedStep | None = None) -> Stopped:
+    """What the defence's rule, or another, chooses of the same fit."""
+    return fit_rule(
+        images,
+        rule=defense.make_rule() if rule is None else rule,
+        indices=list(range(len(images))),
+        fit=defense.fit_options,
+        T=defense.T,
+        device=torch.device("cpu"),
+    )
+
+
+@EVERY
+def test_images_come_back_chosen_and_in_their_dtype(images: Tensor, victim: nn.Module, name: str) -> None:
+    defense = build_stopped(name, victim)
+    assert isinstance(defense, Defense)
+    before = images[:2].clone()
+    for dtype in (torch.float64, torch.float16):
+        purified = defense.purify(images[:2].to(dtype))
+        assert (purified.shape, purified.dtype) == ((2, 3, 32, 32), dtype)
+        assert 0 <= float(purified.min()) < float(purified.max()) <= 1
+    assert torch.equal(images[:2], before)
+    stopped = stop(defense, images[:2])
+    assert torch.equal(stopped.images, defense.purify(images[:2]))
+    assert stopped.steps.dtype == torch.int64
+    assert 0 <= int(stopped.steps.min()) <= int(stopped.steps.max()) < T
+    assert name != "dip_fixed" or stopped.steps.tolist() == [9, 9]
+    start = stop(defense, images[:2], FixedStep(0)).images
+    assert float((stopped.images - images[:2]).square().mean()) < float((start - images[:2]).square().mean())
+
+
+@EVERY
+def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(images: Tensor, victim: nn.Module, name: str) -> None:
+    defense = build_stopped(name, victim, exact=True)
+    order = torch.tensor([5, 0, 9])
+    whole = defense.purify(images[:3], indices=order)
+    parts = build_stopped(name, victim, exact=True, stack_size=2).purify(images[:3], indices=order)
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
+    assert torch.equal(defense.purify(images[:3], indices=order), whole)
+    for other in (
+        defense.purify(images[:3]),
+        build_stopped(name, victim, exact=True, seed=1).purify(images[:3], indices=order),
+    ):
+        assert not torch.equal(other[0], whole[0])
+
+
+@EVERY
+def test_defend_gives_the_images_of_purify(images: Tensor, victim: nn.Module, name: str) -> None:
+    defense = build_stopped(name, victim)
+    result = defense.defend(images[:2], indices=[3, 1])
+    assert torch.equal(result.reconstructions, defense.purify(images[:2], indices=[3, 1]))
+    assert (result.traces, result.reasons, result.used) == ([], ["purified"] * 2, [0, 0])
+    assert min(result.seconds["fit"], result.seconds["decide"]) > 0
+    assert len(result.decisions_after) == 2
+
+
+@EVERY
+def test_settings_are_json_and_hold_each_option(victim: nn.Module, name: str) -> None:
+    defense = build_stopped(name, victim)
+    assert json.loads(json.dumps(defense.settings, allow_nan=False)) == defense.settings
+    assert (defense.name, defense.settings["name"], defense.random, defense.unavailable) == (name, name, True, None)
+    assert defense.steps_per_image == (10 if name == "dip_fixed" else T)
+    changes: dict[str, list[dict[str, Any]]] = {
+        "dip_fixed": [{"step": 8}],
+        "dip_es_wmv": [{"window": 4}, {"patience": 6}],
+        "dipdefend_rule": [{"smoothing": 0.1}, {"tile": 16}],
+        "dipdefend": [{"smoothing": 0.1}, {"tile": 16}, {"preset": "imagenet"}],
+    }
+    for change in [{"seed": 1}, {"T": T + 1}, {"lr": 0.02}, *changes[name]]:
+        assert build_stopped(name, victim, **change).settings != defense.settings
+    assert build_stopped(name, victim, stack_size=7).settings == defense.settings
+
+
+@EVERY
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+def test_the_caller_finds_all_as_it_was(images: Tensor, victim: nn.Module, name: str, around: Any) -> None:
+    expected = build_stopped(name, victim).purify(images[:1])
+    modes = [part.training for part in victim.modules()]
+    state = {key: value.clone() for key, value in victim.state_dict().items()}
+    torch.manual_seed(1)
+    np.random.seed(2)
+    random.seed(3)
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    with around():
+        assert torch.equal(build_stopped(name, victim).purify(images[:1].clone()), expected)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]
+    assert [part.training for part in victim.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in victim.state_dict().items())
+
+
+def test_the_bar_ends_full(images: Tensor, victim: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    build_stopped("dip_fixed", victim, progress=True, stack_size=2).purify(images[:3])
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    assert "30.0/30.0" in shown
+
+
+def test_without_options_the_fit_is_the_official_code_s_for_denoising(victim: nn.Module) -> None:
+    for kind in (FixedStepDIP, WindowedVarianceDIP, SmoothedPSNRDIP):
+        defense = kind(victim, seed=3)
+        assert defense.fit_options == FitOptions(seed=3, jitter=1 / 30, padding="reflect")
+        assert defense.T == 1000
+        assert kind(victim, jitter=0.0, padding="zeros").fit_options == FitOptions()
+
+
+def test_none_takes_the_presets_value(victim: nn.Module) -> None:
+    plain = DIPDefend(victim, preset="imagenet")
+    spelled_out = DIPDefend(victim, preset="imagenet", network=None, T=None, jitter=None, padding=None, z_scale=None)
+    assert spelled_out.settings == plain.settings
+    assert DIPDefend(victim, preset="imagenet", jitter=0.0).fit_options.jitter == 0.0
+    assert DIPDefend(victim, network="small", T=7).fit_options == FitOptions(network="small", optimise_z=True)
+
+
+def test_dipdefend_is_its_authors_configuration(victim: nn.Module) -> None:
+    cifar, imagenet = (DIPDefend(victim, preset=preset) for preset in PRESETS)
+    assert (cifar.T, imagenet.T) == (4000, 2400)
+    assert build(cifar.fit_options.network, stack_size=2).parameters_per_image() == 9_011
+    for defense, depth, upsample, padding, jitter in (
+        (cifar, 1, "bilinear", "zeros", 0.0),
+        (imagenet, 3, "nearest", "reflect", 1 / 30),
+    ):
+        fit = defense.fit_options
+        net = build(fit.network, stack_size=1).spec
+        assert (fit.padding, fit.jitter, fit.lr, fit.optimise_z, fit.z) == (padding, jitter, 0.01, True, "uniform")
+        assert (net.input_depth, net.z_scale, net.upsample) == (depth, 0.1, upsample)
+        assert defense.settings["z_scale"] == 0.1
+    assert cifar.settings["smoothing"] == 0.002
+    assert cifar.settings["tile"] == 32
+
+
+def test_dipdefend_fits_z_and_its_imagenet_network_runs(images: Tensor, victim: nn.Module) -> None:
+    larger = F.interpolate(images[:1], size=(40, 50))
+    defense = DIPDefend(victim, preset="imagenet", T=3, progress=False)
+    assert defense.purify(larger).shape == (1, 3, 40, 50)
+    options = {"T": 12, "smoothing": 1.0, "progress": False}
+    both, network = (DIPDefend(victim, optimise_z=z, **options).purify(images[:1]) for z in (True, False))
+    assert not torch.equal(both, network)
+
+
+@EVERY
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"T": 0}, ValueError, "`T` must be at least 1, got 0"),
+        ({"seed": -1}, ValueError, "`seed` must be at least 0"),
+        ({"stack_size": 0}, ValueError, "`stack_size` must be at least 1, got 0"),
+        ({"speed": 1}, TypeError, "takes no option 'speed'"),
+        ({"jiter": 1}, TypeError, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
+        ({"lr": -1.0}, ValueError, "`lr` must be"),
+    ],
+)
+def test_bad_options_are_named(
+    victim: nn.Module, name: str, change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        build_stopped(name, victim, **change)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("dip_fixed", {"step": T}, f"`step` must be from 0 to {T - 1}, got {T}"),
+        ("dip_es_wmv", {"window": T + 1}, f"`window` must be from 2 to {T}"),
+        ("dip_es_wmv", {"patience": 0}, "`patience` must be at least 1"),
+        ("dipdefend_rule", {"smoothing": 2.0}, "`smoothing` must be from 0 to 1"),
+        ("dipdefend_rule", {"tile": 0}, "`tile` must be at least 1"),
+        ("dipdefend", {"preset": "mnist"}, "`preset` must be one of cifar10, imagenet, got 'mnist'"),
+    ],
+)
+def test_bad_options_of_one_defence_are_named(
+    victim: nn.Module, name: str, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_stopped(name, victim, **change)
+
+
+def test_what_cannot_be_fitted_is_refused_before_the_fit(images: Tensor, victim: nn.Module) -> None:
+    with pytest.raises(ValueError, match="`images` must be at least 5x5 pixels"):
+        build_stopped("dip_fixed", victim).purify(images[:1, :, :4])
+    with pytest.raises(ValueError, match=r"`engine` 'native' cannot be used here: upsampling is bilinear"):
+        DIPDefend(victim, preset="imagenet", T=3, engine="native", progress=False).purify(
+            F.interpolate(images[:1], size=(40, 40))
+        )
+
+
+@pytest.mark.slow
+def test_dipdefend_peaks_near_650_and_brings_attacked_images_back(real_data: Path) -> None:
+    stored = np.load(real_data / "cifar10" / "tune.npz")
+    images = torch.from_numpy(stored["images"][:8]).permute(0, 3, 1, 2).float() / 255
+    labels = torch.from_numpy(stored["labels"][:8])
+    weights = str(real_data / "weights" / "resnet56-4bfd9763.th")
+    victim = build_victim("cifar10_resnet56", weights=weights).eval()
+    attacked = images.clone()
+    for _ in range(20):
+        attacked.requires_grad_()
+        (slope,) = torch.autograd.grad(F.cross_entropy(victim(attacked), labels), attacked)
+        attacked = (images + (attacked.detach() + 2 / 255 * slope.sign() - images).clamp(-8 / 255, 8 / 255)).clamp(0, 1)
+
+    def right(x: Tensor) -> int:
+        with torch.no_grad():
+            return int((victim(x).argmax(dim=1) == labels).sum())
+
+    assert (right(images), right(attacked)) == (8, 0)
+    stopped = stop(DIPDefend(victim, T=1200), attacked)
+    assert 600 < float(stopped.steps.median()) < 750
+    assert right(stopped.images) >= 4

@@ -1,0 +1,114 @@
+"""What all engines promise, the GPU's beside torch's (eagerly on a CPU), and which engine a fit gets."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from dipguard.engines import Engine, TorchEngine, make_engine
+from dipguard.engines.cuda_graph import CudaGraphEngine
+from dipguard.engines.native_build import compiler
+from dipguard.networks import build
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+
+
+def fit(engine: Engine, z: Tensor, *, steps: int) -> list[Tensor]:
+    """Reconstructions, errors and losses of a few steps of SGD; then the weights."""
+    seen = []
+    for _ in range(steps):
+        step = engine.step(z)
+        step.loss.backward()
+        seen += [step.reconstructions.detach(), step.errors, step.loss.detach()]
+        with torch.no_grad():
+            for tensor in [*engine.parameters(), *([z] if z.requires_grad else [])]:
+                tensor -= 0.1 * tensor.grad
+                tensor.grad = None
+    return seen + [p.detach() for p in engine.parameters()]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("z_gradient", [False, True])
+def test_the_graph_s_engine_does_what_torch_s_does(z_gradient: bool, device: str) -> None:
+    given, z = torch.rand(3, 3, 17, 18, dtype=torch.float64), torch.rand(3, 4, 17, 18, dtype=torch.float64)
+    results = []
+    for kind in (TorchEngine, CudaGraphEngine):
+        net = build("small", stack_size=3, dtype=torch.float64).to(device)
+        options = {} if kind is TorchEngine else {"z_gradient": z_gradient, "capture": device == "cuda"}
+        engine = kind(net, given.to(device), **options)
+        results.append(fit(engine, z.to(device, copy=True).requires_grad_(z_gradient), steps=4))
+    # All are compared after the last step: none may have been overwritten by a later one.
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["torch", "graph", "native"])
+def test_gradients_flow_through_reconstructions_only_where_the_engine_says_so(name: str) -> None:
+    if name == "native" and compiler() is None:
+        pytest.skip("no C++ compiler")
+    net, given, z = build("small", stack_size=2), torch.rand(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
+    if name == "graph":
+        engine: Engine = CudaGraphEngine(net, given, capture=False)
+    else:
+        engine = make_engine(name, net, given, steps=10)
+    step = engine.step(z)
+    assert engine.differentiable == (name == "torch") == step.reconstructions.requires_grad
+    assert not step.errors.requires_grad
+    if engine.differentiable:
+        (step.loss + step.reconstructions.square().sum()).backward()
+        added = [p.grad.clone() for p in engine.parameters()]
+        for parameter in engine.parameters():
+            parameter.grad = None
+        engine.step(z).loss.backward()
+        assert all(not torch.equal(a, p.grad) for a, p in zip(added, engine.parameters(), strict=True) if p.ndim == 5)
+
+
+def test_a_differentiable_engine_is_torch_s_and_others_are_refused() -> None:
+    net, given = build("small", stack_size=1), torch.rand(1, 3, 16, 16)
+    for name in ("auto", "torch"):
+        assert isinstance(make_engine(name, net, given, steps=1000, differentiable=True), TorchEngine)
+    for name in ("native", "cuda_graph"):
+        with pytest.raises(ValueError, match=f"`engine` '{name}' has no gradients through the reconstructions"):
+            make_engine(name, net, given, steps=1000, differentiable=True)
+    with pytest.raises(ValueError, match="`matmul_precision` 'bfloat16' has no gradients through the reconstr"):
+        make_engine("torch", net, given, steps=1000, matmul_precision="bfloat16", differentiable=True)
+
+
+@pytest.mark.parametrize(("name", "near"), [("float32", 0.0), ("tf32", 1e-6), ("bfloat16", 0.05)])
+def test_precisions_of_torch_s_engine(name: str, near: float) -> None:
+    given, z = torch.rand(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
+    right = make_engine("torch", build("small", stack_size=2), given, steps=10)
+    ours = make_engine("torch", build("small", stack_size=2), given, steps=10, matmul_precision=name)
+    assert ours.name == "torch"
+    steps = right.step(z), ours.step(z)
+    for step in steps:
+        step.loss.backward()
+    far = float((steps[1].reconstructions - steps[0].reconstructions).detach().abs().max())
+    assert far <= near
+    assert (far > 0) == (name == "bfloat16")
+    for mine, theirs in zip(ours.parameters(), right.parameters(), strict=True):
+        assert mine.grad.dtype == mine.dtype == torch.float32
+        # Behind a dozen roundings to 8 bits a gradient is right in its direction, not in its digits.
+        assert (mine.grad - theirs.grad).norm() <= 10 * near * max(theirs.grad.norm(), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("engine", "precision", "message"),
+    [
+        ("auto", "bfloat16", "`matmul_precision` 'bfloat16' needs `engine` 'torch' or 'cuda_graph', got 'auto'"),
+        ("native", "tf32", "`matmul_precision` 'tf32' needs `engine` 'torch' or 'cuda_graph', got 'native'"),
+        ("torch", "half", "`matmul_precision` must be one of float32, tf32, bfloat16, got 'half'"),
+    ],
+)
+def test_precisions_that_an_engine_does_not_have_are_refused(engine: str, precision: str, message: str) -> None:
+    net, given = build("small", stack_size=1), torch.rand(1, 3, 16, 16)
+    with pytest.raises(ValueError, match=message):
+        make_engine(engine, net, given, steps=10, matmul_precision=precision)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without CUDA says")
+def test_without_cuda_a_graph_is_refused() -> None:
+    net, given = build("small", stack_size=1), torch.rand(1, 3, 17, 17)
+    with pytest.raises(ValueError, match="`engine` 'cuda_graph' needs an NVIDIA GPU, got a fit on cpu"):
+        make_engine("cuda_graph", net, given, steps=10)

@@ -1,0 +1,243 @@
+"""The candidates for a layer's kernel against torch's own operations, and which one each layer gets."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from dipguard.engines.kernel_choice import (
+    CONVOLUTIONS,
+    NORMALISATIONS,
+    ConvShape,
+    KernelChoice,
+    NormShape,
+    available,
+    choose_kernels,
+    layer_shapes,
+    measure,
+)
+from dipguard.engines.precision import precision
+from dipguard.networks import build
+from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu
+
+CPU = torch.device("cpu")
+ON_CPU = available(CONVOLUTIONS, CPU)
+SHAPE = ConvShape(stack=2, inputs=3, outputs=4, kernel=3, stride=1, padding="reflect", height=8, width=8, gradient=True)
+
+# kernel, stride, padding, height, width; the last but one is a 4x4 kernel on 2x2 pixels, where the border is repeated.
+GEOMETRIES = [
+    (1, 1, "zeros", 5, 6),
+    (1, 2, "reflect", 5, 6),
+    (2, 1, "zeros", 5, 6),
+    (2, 2, "reflect", 6, 7),
+    (3, 1, "zeros", 7, 6),
+    (3, 1, "reflect", 5, 5),
+    (3, 2, "reflect", 7, 8),
+    (4, 1, "reflect", 2, 2),
+    (4, 2, "zeros", 9, 6),
+]
+
+
+def draw(kernel: int, height: int, width: int, *, stack: int = 3, channels_last: bool) -> tuple[Tensor, ...]:
+    x = torch.randn(1, stack * 4, height, width, dtype=torch.float64)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    weight = torch.randn(stack, 5, 4, kernel, kernel, dtype=torch.float64)
+    bias = torch.randn(stack, 5, dtype=torch.float64)
+    return tuple(t.requires_grad_() for t in (x.contiguous(memory_format=layout), weight, bias))
+
+
+def one_by_one(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int, padding: str) -> Tensor:
+    before, after = (weight.shape[-1] - 1) // 2, weight.shape[-1] // 2
+    mode = "constant" if padding == "zeros" else "reflect" if after < min(x.shape[-2:]) else "replicate"
+    parts = []
+    for b, own in enumerate(x.unflatten(1, (len(weight), -1)).unbind(1)):
+        if before + after:
+            own = F.pad(own, (before, after, before, after), mode=mode)
+        parts.append(F.conv2d(own, weight[b], bias[b], stride=stride))
+    return torch.cat(parts, dim=1)
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize(("kernel", "stride", "padding", "height", "width"), GEOMETRIES)
+def test_every_convolution_is_the_networks_own_convolutions(
+    kernel: int, stride: int, padding: str, height: int, width: int, name: str, channels_last: bool
+) -> None:
+    tensors = draw(kernel, height, width, channels_last=channels_last)
+    y = CONVOLUTIONS[name](*tensors, stride=stride, padding=padding)
+    right = one_by_one(*tensors, stride=stride, padding=padding)
+    assert y.shape == right.shape == (1, 15, -(-height // stride), -(-width // stride))
+    dy = torch.randn_like(right)
+    ours, theirs = (torch.autograd.grad(out, tensors, dy) for out in (y, right))
+    torch.testing.assert_close(y, right, rtol=0, atol=1e-10)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ON_CPU)
+def test_a_network_does_not_see_its_neighbours(name: str) -> None:
+    x, weight, bias = draw(3, 6, 6, channels_last=False)
+    y = CONVOLUTIONS[name](x, weight, bias, padding="reflect")
+    seen = torch.autograd.grad(y[:, 5:10].sum(), (x, weight, bias))
+    for gradient, own in zip(seen, (slice(4, 8), 1, 1), strict=True):
+        mine = (0, own) if gradient.ndim == 4 else own
+        assert float(gradient[mine].abs().min()) > 0
+        rest = gradient.clone()
+        rest[mine] = 0
+        assert float(rest.abs().max()) == 0
+
+
+@pytest.mark.parametrize("network", ["small", "medium", "large"])
+@pytest.mark.parametrize("name", [name for name in ON_CPU if name != "grouped"])
+def test_a_whole_network_gives_the_same_with_every_convolution(network: str, name: str) -> None:
+    net = build(network, stack_size=2, dtype=torch.float64)
+    z = torch.rand(2, 4, 32, 32, dtype=torch.float64)
+    results = []
+    for chosen in ("grouped", name):
+        choose_kernels(net, CPU, size=(32, 32), convolutions=[chosen]).apply(net)
+        assert {layer.convolve for layer in net.modules() if isinstance(layer, StackedConv2d)} == {CONVOLUTIONS[chosen]}
+        x = net(z)
+        results.append((x, *torch.autograd.grad(x.square().sum(), list(net.parameters()))))
+    for mine, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("slope", [0.2, 1.0])
+def test_torch_s_normalisation_is_its_two_operations(slope: float) -> None:
+    x, weight, bias = torch.randn(1, 6, 5, 4), torch.rand(2, 3), torch.rand(2, 3)
+    right = F.batch_norm(x, None, None, weight.flatten(), bias.flatten(), training=True, eps=1e-3)
+    right = F.leaky_relu(right, slope)
+    assert torch.equal(norm_leaky_relu(x, weight, bias, slope=slope, eps=1e-3), right)
+
+
+def test_triton_is_offered_on_cuda_alone() -> None:
+    assert ON_CPU == ("grouped", "matmul")
+    assert available(NORMALISATIONS, CPU) == ("torch",)
+    assert set(available(CONVOLUTIONS, torch.device("cuda"))) <= set(CONVOLUTIONS) == {"grouped", "matmul", "triton"}
+
+
+@pytest.mark.parametrize(("network", "side"), [("small", 17), ("medium", 32), ("large", 32), ("imagenet", 64)])
+def test_layer_shapes_account_for_every_flop(network: str, side: int) -> None:
+    net = build(network, stack_size=2)
+    shapes = {n: s for n, s in layer_shapes(net, size=(side, side + 1)).items() if isinstance(s, ConvShape)}
+    assert set(shapes) == {name for name, layer in net.named_modules() if isinstance(layer, StackedConv2d)}
+    with FlopCounterMode(display=False) as counter:
+        net(torch.rand(2, 4, side, side + 1))
+    assert sum(shape.flops for shape in shapes.values()) == counter.get_total_flops()
+    # Only the layers that read z, which is fixed, need no gradient of their input.
+    assert {name for name, shape in shapes.items() if not shape.gradient} == {"body.down.0.conv", "body.skip.conv"}
+    with_gradient = layer_shapes(net, size=(side, side + 1), z_gradient=True)
+    assert all(with_gradient[name].gradient for name in shapes)
+
+
+def test_every_normalisation_has_its_shape_and_slope() -> None:
+    net = build("small", stack_size=3)
+    shapes = {n: s for n, s in layer_shapes(net, size=(17, 18)).items() if isinstance(s, NormShape)}
+    assert set(shapes) == {name for name, module in net.named_modules() if isinstance(module, StackedNorm2d)}
+    assert {shape.stack for shape in shapes.values()} == {3}
+    # A scale's own normalisation has no activation behind it, a block's has.
+    assert {name.count(".norm") and shape.slope for name, shape in shapes.items()} == {0.2, 1.0}
+    assert shapes["body.norm"] == NormShape(3, shapes["body.norm"].channels, 17, 18, 1.0, 1e-5)
+    assert shapes["body.up.1.norm"].slope == 0.2
+
+
+def test_a_cpu_takes_torch_s_kernels_without_measuring() -> None:
+    net = build("small", stack_size=2)
+    choice = choose_kernels(net, CPU, size=(32, 32))
+    assert set(choice.names) == set(layer_shapes(net, size=(32, 32)))
+    assert set(choice.names.values()) == {"grouped", "torch"}
+    assert choice.measured == {}
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_measuring_times_each_candidate_once_a_process(gradient: bool) -> None:
+    shape = ConvShape(**{**vars(SHAPE), "gradient": gradient})
+    first = measure(shape, device=CPU, dtype=torch.float64, names=ON_CPU)
+    assert set(first) == set(ON_CPU)
+    assert all(0 < seconds < 1 for seconds in first.values())
+    assert measure(shape, device=CPU, dtype=torch.float64, names=ON_CPU) == first
+    other = measure(shape, device=CPU, dtype=torch.float32, names=ON_CPU)
+    assert other != first
+
+
+@pytest.mark.parametrize("shape", [SHAPE, NormShape(2, 3, 8, 8, 0.2, 1e-5)])
+def test_a_candidate_that_cannot_run_is_never_the_fastest(shape: ConvShape | NormShape) -> None:
+    usual = next(iter(shape.functions()))
+    times = measure(shape, device=CPU, dtype=torch.float32, names=[usual, "triton"])
+    assert math.isinf(times["triton"])
+    assert math.isfinite(times[usual])
+
+
+@pytest.mark.parametrize("wrong", [0.0, 1e-2, float("nan")])
+def test_a_candidate_that_disagrees_is_never_the_fastest(wrong: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CONVOLUTIONS, "matmul", lambda *t, **options: grouped_conv2d(*t, **options) + wrong)
+    monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", {})
+    with precision("float32", CPU):
+        times = measure(SHAPE, device=CPU, dtype=torch.float32, names=["grouped", "matmul"])
+    assert math.isfinite(times["matmul"]) == (wrong == 0)
+
+
+def test_measuring_works_under_inference_mode_and_leaves_the_random_state_alone() -> None:
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        times = measure(SHAPE, device=CPU, dtype=torch.bfloat16, names=["grouped", "matmul"])
+    assert all(math.isfinite(seconds) for seconds in times.values())
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_candidate_that_fails_is_left_out_where_there_is_a_choice() -> None:
+    net = build("small", stack_size=1)
+    choice = choose_kernels(net, CPU, size=(16, 16), normalisations=("torch", "triton"))
+    assert set(choice.names.values()) == {"grouped", "torch"}
+    assert len(choice.measured) > 2
+    assert all(seconds["triton"] == float("inf") > seconds["torch"] for seconds in choice.measured.values())
+
+
+def test_layers_for_which_no_candidate_works_are_named() -> None:
+    with pytest.raises(RuntimeError, match=r"none of triton, triton computes NormShape\(stack=1, .* on cpu"):
+        choose_kernels(build("small", stack_size=1), CPU, size=(16, 16), normalisations=("triton", "triton"))
+
+
+def test_a_choice_is_applied_to_the_layers_it_names() -> None:
+    net = build("small", stack_size=1)
+    usual = choose_kernels(net, CPU, size=(16, 16))
+    KernelChoice({"head": "matmul", "body.up.0.conv": "triton", "body.norm": "triton"}, {}).apply(net)
+    changed = {n: m.convolve for n, m in net.named_modules() if isinstance(m, StackedConv2d)}
+    changed = {name: function for name, function in changed.items() if function is not grouped_conv2d}
+    assert changed == {"head": CONVOLUTIONS["matmul"], "body.up.0.conv": CONVOLUTIONS["triton"]}
+    norms = {n: m.normalise for n, m in net.named_modules() if isinstance(m, StackedNorm2d)}
+    assert {n: f for n, f in norms.items() if f is not norm_leaky_relu} == {"body.norm": NORMALISATIONS["triton"]}
+    z = torch.rand(1, net.spec.input_depth, 16, 16)
+    with pytest.raises(RuntimeError, match="the kernel 'triton' needs"):
+        net(z)
+    usual.apply(net)
+    assert net(z).shape == (1, 3, 16, 16)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"convolutions": ["fft"]}, "`convolutions` must be one of grouped, matmul, triton, got 'fft'"),
+        ({"normalisations": ("apex",)}, "`normalisations` must be one of torch, triton, got 'apex'"),
+    ],
+)
+def test_unknown_candidates_are_named(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose_kernels(build("small", stack_size=1), CPU, size=(32, 32), **options)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_the_fastest_kernel_is_chosen() -> None:
+    device = torch.device("cuda")
+    net = build("small", stack_size=4).to(device)
+    choice = choose_kernels(net, device, size=(32, 32))
+    shapes = layer_shapes(net, size=(32, 32))
+    assert set(choice.measured) == set(shapes.values())
+    for name, kernel in choice.names.items():
+        times = choice.measured[shapes[name]]
+        assert times[kernel] == min(times.values())

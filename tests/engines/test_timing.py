@@ -1,0 +1,35 @@
+"""The stopwatch."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from dipguard.engines.timing import median_seconds
+
+
+@pytest.mark.parametrize("runs", [1, 5])
+def test_the_median_of_the_runs_after_a_warm_one(runs: int) -> None:
+    waits = iter([0.2, 0.01, 0.01, 0.01, 0.05, 0.0])
+    seen = []
+
+    def work() -> None:
+        seen.append(next(waits))
+        time.sleep(seen[-1])
+
+    seconds = median_seconds(work, device=torch.device("cpu"), runs=runs)
+    assert len(seen) == runs + 1
+    assert 0.01 <= seconds < 0.05
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_more_work_takes_longer() -> None:
+    device = torch.device("cuda")
+    small, large = torch.rand(256, 256, device=device), torch.rand(4096, 4096, device=device)
+    assert (
+        0
+        < 2 * median_seconds(lambda: small @ small, device=device)
+        < median_seconds(lambda: large @ large, device=device)
+    )

@@ -1,0 +1,139 @@
+"""The Triton kernels: their results, in Triton's interpreter and on a GPU where there is one; and that they compile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dipguard.engines.triton_ops import triton_conv2d, triton_norm_leaky_relu
+
+CASES = Path(__file__).with_name("triton_cases.py")
+TOLERANCES = {"float64": 1e-10, "float32": 2e-6}
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the package triton")
+
+
+def run_cases(device: str, **variables: str) -> dict[str, list[float]]:
+    done = subprocess.run(
+        [sys.executable, str(CASES), device],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def too_far(differences: dict[str, list[float]]) -> dict[str, list[float]]:
+    assert len(differences) >= 20
+    # Not `largest > tolerance`: that would let NaN pass.
+    return {case: d for case, d in differences.items() if not max(d) <= TOLERANCES[case.split(",")[0]]}
+
+
+@needs_triton
+@pytest.mark.slow
+def test_interpreted_kernels_give_torch_s_results() -> None:
+    assert too_far(run_cases("cpu", TRITON_INTERPRET="1")) == {}
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compiled_kernels_give_torch_s_results() -> None:
+    assert too_far(run_cases("cuda")) == {}
+
+
+def test_a_cpu_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="the kernel 'triton' needs"):
+        triton_conv2d(torch.rand(1, 4, 5, 5), torch.rand(2, 3, 2, 3, 3), torch.rand(2, 3))
+
+
+def test_more_networks_than_a_grid_has_places_are_refused() -> None:
+    with pytest.raises(ValueError, match="`weight` must be of at most 65535 networks, got 65536"):
+        triton_conv2d(torch.rand(1, 65536, 1, 1), torch.rand(65536, 1, 1, 1, 1), torch.rand(65536, 1))
+
+
+def test_a_norm_of_other_channels_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"`x` must have 6 channels, got shape \(1, 5, 4, 4\)"):
+        triton_norm_leaky_relu(torch.rand(1, 5, 4, 4), torch.rand(2, 3), torch.rand(2, 3))
+
+
+# kernel, entries' dtype, float32 products, what the PTX must hold, what it must not
+COMPILED = [
+    ("forward_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
+    ("forward_kernel", "fp32", "tf32", r"mma\S*\.tf32", r"fma\.rn\.f32"),
+    ("forward_kernel", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
+    ("transposed", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
+    ("strided_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
+    ("weight_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
+    ("weight_gradient_kernel", "fp32", "tf32", r"mma\S*\.tf32", r"mma\S*\.bf16"),
+    ("weight_gradient_kernel", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
+    ("fold_kernel", "fp32", "ieee", r"add\.f32", r"atom"),
+    ("norm_kernel", "fp32", "ieee", r"sqrt", r"f64"),
+    ("norm_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"atom"),
+]
+QUICK = {"forward_kernel", "strided_gradient_kernel", "fold_kernel", "norm_kernel", "norm_gradient_kernel"}
+
+
+def constants(name: str, precision: str) -> dict[str, Any]:
+    import triton.language as tl
+
+    products = {"SUM": tl.float32, "PRECISION": precision}
+    tile = {"KERNEL": 3, "STRIDE": 1, "BLOCK_O": 32, "x_column": 1, **products}
+    block = {"SUM": tl.float32, "BLOCK": 1024}
+    return {
+        "forward_kernel": {**tile, "TRANSPOSED": False},
+        "transposed": {**tile, "TRANSPOSED": True},
+        "strided_gradient_kernel": {"KERNEL": 3, "STRIDE": 2, "FIRST": 0, **products},
+        "weight_gradient_kernel": {**tile, "SPLITS": 2},
+        "fold_kernel": {"BEFORE": 1, "AFTER": 1, "REFLECT": True, **block},
+        "norm_kernel": {"EPS": 1e-5, "SLOPE": 0.2, "SINGLE": True, **block},
+        "norm_gradient_kernel": {"SLOPE": 0.2, "SINGLE": False, **block},
+    }[name]
+
+
+@needs_triton
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton carries its assembler on Linux alone")
+@pytest.mark.parametrize(
+    ("name", "entries", "precision", "has", "has_not"),
+    [
+        pytest.param(*row, marks=() if row[0] in QUICK and row[1:3] == ("fp32", "ieee") else pytest.mark.slow)
+        for row in COMPILED
+    ],
+)
+def test_kernels_compile_for_hopper(
+    name: str, entries: str, precision: str, has: str, has_not: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The interpreter takes Python that the compiler refuses, so this is no luxury; it needs no GPU.
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from dipguard.engines import _triton_kernels
+
+    kernel = getattr(_triton_kernels, "forward_kernel" if name == "transposed" else name)
+    fixed, options = constants(name, precision), {"enable_fp_fusion": True}
+    if hasattr(kernel, "configs"):
+        options["num_warps"] = kernel.configs[0].num_warps
+        fixed |= kernel.configs[0].kwargs
+        kernel = kernel.fn
+    names = kernel.arg_names
+    own_dtype = {"w", "bias", "weight", "dw", "db", "means", "scales"}
+    types = {n: f"*{entries}" for n in ("x", "y", "dy", "dx", "padded")} | dict.fromkeys(own_dtype, "*fp32")
+    signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in fixed.items()})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert len(compiled.asm["cubin"]) > 1000
+    assert re.search(has, compiled.asm["ptx"])
+    assert not re.search(has_not, compiled.asm["ptx"])
+    assert compiled.metadata.shared <= 100 * 1024  # at least two programs a multiprocessor

@@ -1,0 +1,334 @@
+"""The attack suite from end to end: real digits, real attacks, real defences; short."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from dipguard.attacks import ATTACKS
+from dipguard.evaluation import Matrix, prepare, run, write_results
+from dipguard.evaluation.cell import fitting_options
+from dipguard.evaluation.metrics import wilson
+from dipguard.evaluation.results import suite_results, worst_case
+from dipguard.store import list_entries
+from dipguard.victims import build_victim
+from tests.tiny_matrix import typed_matrix
+from tests.tiny_suite import run_tiny_suite, suite_overrides, tiny_suite
+
+FAST = ("transfer", "identity", "identity_eot", "last_iterate", "short_dip", "hopskipjump", "noise", "large_eps")
+
+
+@pytest.fixture(scope="module")
+def baseline(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
+    """Overrides that name another classifier: the digits' own, its weights moved a little."""
+    state = build_victim("digits_cnn", progress=False).network.state_dict()
+    draws = torch.Generator().manual_seed(0)
+    moved = {name: w * (1 + 0.1 * torch.randn(w.shape, generator=draws)) for name, w in state.items() if w.ndim > 1}
+    path = tmp_path_factory.mktemp("baseline") / "moved.pt"
+    torch.save({**state, **moved}, path)
+    return "victim@baseline=digits_cnn", f"baseline.weights={path}"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, baseline: tuple[str, ...]) -> Matrix:
+    """Feed-forward defences and a second victim as baseline."""
+    matrix = tiny_suite(tmp_path_factory.mktemp("suite"), *baseline, attacks=FAST, dip=False)
+    assert run(matrix) == []
+    return matrix
+
+
+def lines(matrix: Matrix) -> dict[tuple[str, str], dict[str, str]]:
+    with (matrix.folder / "results.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert len({(line["attack"], line["defense"]) for line in read}) == len(read)
+    return {(line["attack"], line["defense"]): line for line in read}
+
+
+def stored(matrix: Matrix) -> dict[Path, float]:
+    return {info.path: info.header["made"] for info in list_entries(matrix.store.path)}
+
+
+def changed(matrix: Matrix, before: dict[Path, float]) -> set[str]:
+    """What the entries are that were written since."""
+    return {i.header["what"] for i in list_entries(matrix.store.path) if before.get(i.path) != i.header["made"]}
+
+
+def test_every_cell_is_done_or_says_why_not(finished: Matrix) -> None:
+    made = lines(finished)
+    assert {defense for _, defense in made} == {"none", "jpeg", "baseline"}
+    assert {attack for attack, _ in made} == {"clean", *FAST, "worst_case"}
+    skipped = {"identity_eot": "deterministic", "last_iterate": "no such intermediate", "short_dip": "no DIP"}
+    for (attack, _), line in made.items():
+        assert line["status"] == skipped.get(attack, "done")
+        figures = [line[name] for name in ("n", "correct", "accuracy", "low", "high")]
+        assert all(figures) if line["status"] == "done" else not any(figures)
+
+
+def test_figures_are_those_of_the_attacked_images_behind_the_defence(finished: Matrix) -> None:
+    made, labels = lines(finished), finished.clean.labels
+    for attack in ("transfer", "identity", "hopskipjump", "noise", "large_eps"):
+        attacked = finished.attacked(attack, "jpeg")
+        (result,) = finished.results[attack, "jpeg"]
+        assert attacked.dtype == torch.float32
+        with torch.no_grad():
+            purified = finished.defenses["jpeg"].purify(attacked, indices=finished.clean.indices)
+            assert torch.equal(purified, finished.reconstructions(attack, "jpeg"))
+            read = finished.victim(purified).argmax(1)
+        assert result.right.tolist() == (read == labels).tolist()
+        eps = 64 if attack == "large_eps" else 24
+        assert float((attacked - finished.clean.images).abs().max()) <= eps / 255 + 1e-6
+        line = made[attack, "jpeg"]
+        assert (int(line["n"]), int(line["correct"])) == (4, int(result.right.sum()))
+        assert float(line["eps_255"]) == eps
+        low, high = wilson(int(result.right.sum()), 4)
+        assert (float(line["low"]), float(line["high"])) == pytest.approx((low, high), abs=1e-6)
+
+
+def test_worst_case_is_each_images_worst(finished: Matrix) -> None:
+    made = lines(finished)
+    for defense in ("none", "jpeg", "baseline"):
+        # Neither the control nor the large eps.
+        verdicts = [finished.results[a, defense][0].right for a in ("clean", "transfer", "identity", "hopskipjump")]
+        right = torch.stack(verdicts).all(dim=0)
+        assert int(made["worst_case", defense]["correct"]) == int(right.sum())
+        assert made["worst_case", defense]["note"] == "over 3 attacks"
+        assert float(made["worst_case", defense]["eps_255"]) == 24
+
+
+def test_an_attack_on_fewer_images_counts_for_those_alone(tmp_path: Path) -> None:
+    matrix = tiny_suite(tmp_path, "+attacks.identity.limit=2", attacks=("transfer", "identity"), dip=False)
+    run(matrix)
+    results = suite_results(matrix, matrix.targets["none"])
+    rights = {result.cell.label: result.right for result in results}
+    assert (len(rights["transfer"]), len(rights["identity"])) == (4, 2)
+    expected = [bool(rights["transfer"][i]) and (i >= 2 or bool(rights["identity"][i])) for i in range(4)]
+    assert worst_case(results, 4).tolist() == expected
+    assert worst_case([], 4) is None
+    misread = torch.tensor([True, True, False, True])
+    assert worst_case(results, 4, misread).tolist() == [e and bool(c) for e, c in zip(expected, misread, strict=True)]
+
+
+def test_costs_are_told_before_and_counted_after(finished: Matrix, caplog: pytest.LogCaptureFixture) -> None:
+    made = lines(finished)
+    again = prepare(finished.config, finished.folder / "elsewhere")
+    for attack in ("identity", "hopskipjump"):
+        cell, line = again.cell(attack, "jpeg"), made[attack, "jpeg"]
+        assert 0 < int(line["victim_queries"]) <= cell.cost.victim_queries
+        assert int(line["dip_steps"]) == 0
+    assert int(made["transfer", "jpeg"]["purifications"]) == 0
+    fewer = {label: node for label, node in again.config.attacks.items() if label in ("transfer", "identity")}
+    small = prepare(replace(again.config, attacks=fewer), finished.folder / "elsewhere")
+    with caplog.at_level(logging.INFO, logger="dipguard"):
+        run(small)
+    assert f"identity x jpeg will cost at most {small.cell('identity', 'jpeg').cost}" in caplog.text
+    assert "transfer x jpeg will cost" not in caplog.text
+
+
+def test_what_is_finished_is_not_run_again_and_what_is_lost_is(finished: Matrix) -> None:
+    before, then = stored(finished), lines(finished)
+    cell = finished.cell("identity", "jpeg")
+    attacked = finished.attacked("identity", "jpeg")
+    lost = finished.store.file("cells", cell.key)
+    damaged = finished.store.file("attacks", cell.attack_key)
+    lost.unlink()
+    damaged.write_bytes(b"no archive")
+    again = prepare(finished.config, finished.folder)
+    assert run(again) == []
+    assert {path for path, made in stored(again).items() if made != before[path]} == {lost, damaged}
+    assert torch.equal(again.attacked("identity", "jpeg"), attacked)
+    now = lines(again)
+    assert {k: (v["correct"], v["options"]) for k, v in now.items()} == {
+        k: (v["correct"], v["options"]) for k, v in then.items()
+    }
+
+
+def test_a_changed_setting_runs_that_attack_alone(finished: Matrix, baseline: tuple[str, ...]) -> None:
+    overrides = suite_overrides("attacks.transfer.steps=3", *baseline, attacks=FAST, dip=False)
+    other = prepare(typed_matrix(*overrides), finished.folder)
+    before = stored(finished)
+    assert run(other) == []
+    assert {what.split(":")[0].split(" x ")[0] for what in changed(other, before)} == {"transfer"}
+    write_results(finished)  # for the tests that come after this one
+
+
+def test_tables_are_made_again_from_what_is_stored(finished: Matrix) -> None:
+    write_results(prepare(finished.config, finished.folder))  # other tests have made some entries again
+    files = [finished.folder / name for name in ("results.csv", "images.csv", "checks.csv")]
+    texts, entries = [path.read_bytes() for path in files], stored(finished)
+    for path in files:
+        path.unlink()
+    write_results(prepare(finished.config, finished.folder))
+    assert [path.read_bytes() for path in files] == texts
+    assert stored(finished) == entries
+
+
+def test_a_failure_loses_no_finished_work(tmp_path: Path) -> None:
+    matrix = tiny_suite(tmp_path, attacks=("transfer", "identity", "noise"), dip=False)
+    parts = {label: node for label, node in matrix.config.attacks.items() if label in ("clean", "transfer")}
+    run(prepare(replace(matrix.config, attacks=parts), tmp_path))
+    kept = stored(matrix)
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("the card fell off the bus,\nas cards do")
+
+    hook = matrix.victim.register_forward_pre_hook(broken)
+    failed = run(matrix)
+    hook.remove()
+    assert [text.split(":")[0] for text in failed] == [
+        f"{attack} x {defense}" for attack in ("identity", "noise") for defense in ("none", "jpeg")
+    ]
+    assert kept.items() <= stored(matrix).items()
+    status = lines(matrix)["identity", "jpeg"]["status"]
+    assert status == "failed: RuntimeError: the card fell off the bus, as cards do"
+    assert lines(matrix)["transfer", "jpeg"]["status"] == "done"
+    assert run(matrix) == []
+    assert {line["status"] for line in lines(matrix).values()} == {"done"}
+    assert not [i for i in list_entries(tmp_path / "store") if "error" in i.header]
+
+
+def test_the_baseline_is_attacked_itself(finished: Matrix) -> None:
+    target = finished.targets["baseline"]
+    assert target.victim is not finished.victim
+    assert target.defense.name == "none"
+    ours, theirs = (finished.attacked("transfer", label) for label in ("none", "baseline"))
+    assert (ours != theirs).any()
+    assert torch.equal(ours, finished.attacked("transfer", "jpeg"))
+    made = lines(finished)
+    assert int(made["transfer", "baseline"]["correct"]) < int(made["clean", "baseline"]["correct"])
+
+
+@pytest.mark.parametrize(
+    ("node", "defense", "expected"),
+    [
+        ({"name": "adaptive_pgd", "intermediate": ["last"]}, "jpeg", "no such intermediate"),
+        ({"name": "adaptive_pgd", "intermediate": ["last"]}, "mirror", {"intermediate": "last"}),
+        ({"name": "adaptive_pgd", "intermediate": ["on_boundary", "mean"]}, "mirror", {"intermediate": "mean"}),
+        ({"name": "adaptive_pgd", "eot_iter": 2}, "jpeg", "deterministic"),
+        ({"name": "adaptive_pgd", "eot_iter": 2}, "mirror", {"eot_iter": 2}),
+        ({"name": "defended_autoattack", "eot_iter": 2}, "jpeg", {"eot_iter": 1}),
+        ({"name": "defended_autoattack", "eot_iter": 2}, "mirror", {"eot_iter": 2}),
+        ({"name": "unrolled"}, "jpeg", "no DIP"),
+        ({"name": "adaptive_pgd", "backward": "short_dip"}, "none", "no DIP"),
+        ({"name": "adaptive_pgd", "backward": "short_dip"}, "mirror", {"backward": "short_dip"}),
+        ({"name": "pgd", "only": ["none"]}, "jpeg", "left out"),
+        ({"name": "pgd", "only": ["none"]}, "none", {}),
+        ({"name": "pgd", "eps_255": None, "number": "1", "full": {"steps": 9}, "steps": 3}, "none", {"steps": 3}),
+    ],
+)
+def test_an_attack_applies_or_says_why_not(
+    suite: Matrix, node: dict[str, object], defense: str, expected: object
+) -> None:
+    options, why = fitting_options(node, suite.targets[defense], adaptive=node["name"] != "pgd")
+    assert (why if isinstance(expected, str) else options) == expected
+    assert (why is None) == (not isinstance(expected, str))
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    return tiny_suite(tmp_path_factory.mktemp("plan"), attacks=("noise", "transfer"))
+
+
+def test_white_and_black_box(finished: Matrix) -> None:
+    told = {(cell.name, cell.target.label): cell.white_box for cell in finished.cells if cell.attack is not None}
+    assert told["pgd", "none"]
+    assert told["pgd", "baseline"]
+    assert not told["pgd", "jpeg"]
+    assert told["adaptive_pgd", "jpeg"]
+    assert not told["hopskipjump", "none"]
+    assert not told["noise", "none"]
+
+
+def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
+    assert finished.cell("identity", "jpeg").cut == "steps 2 of 100"
+    assert suite.cell("clean", "mirror").cut.endswith("DIP steps an image")
+    assert finished.cell("clean", "jpeg").cut == ""
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("attacks.identity.name=adaptive", "`attacks.identity.name` must be one of"),
+        ("attacks.identity.eps_255=4", "`attacks.identity.eps_255` must be `eps_255`=24, got 4"),
+        ("attacks.identity.eps_255=400", "`attacks.identity.eps_255` must be"),
+        ("eps_255=-1", "`eps_255` must be from 0 to 255"),
+        ("+attacks.identity.limit=0", "`attacks.identity.limit` must be at least 1"),
+        ("+attacks.identity.batch_size=0", "`attacks.identity.batch_size` must be at least 1"),
+        ("+attacks.identity.only=[nobody]", "`attacks.identity.only` must be one of none, jpeg"),
+        ("attacks.identity.steps=0", "`attacks.identity.steps` must be at least 1"),
+        ("+attacks.identity.stepps=3", "stepps"),
+        ("attacks.noise.name=cw", "eps_255"),
+        ("+attack@attacks.cw=cw +attacks.cw.number=x", "`attacks.cw.eps_255` must be `eps_255`=24, got none"),
+        ("attacks.clean.name=noise", "`attacks.clean` must be the attack 'none'"),
+    ],
+)
+def test_bad_settings_end_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
+        tiny_suite(tmp_path / "run", *override.split(), attacks=("identity", "noise"), dip=False)
+
+
+def test_a_defence_must_not_be_called_as_the_baseline(tmp_path: Path, baseline: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="must not name one 'baseline'"):
+        tiny_suite(tmp_path, *baseline, "+defense@defenses.baseline=none", attacks=("noise",), dip=False)
+
+
+def test_the_experiment_has_all_attacks() -> None:
+    attacks = typed_matrix("experiment=adaptive").attacks
+    assert [node["number"] for node in attacks.values() if node.get("number")] == [
+        "1", "2", "3a", "3b", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "6", "7a", "7b", "8",
+    ]  # fmt: skip
+    assert sorted(str(node["check"]) for node in attacks.values() if node.get("check")) == ["control", "large_eps"]
+    for node in attacks.values():
+        assert node["name"] in ATTACKS
+        assert set(node.get("full") or {}) <= set(node)
+
+
+def test_several_budgets_of_one_attack_are_a_row_each(tmp_path: Path) -> None:
+    settings = typed_matrix(
+        "data.limit=3", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false", "figures=0",
+        "~attacks.fgsm_8", "~attacks.pgd_8", "~attacks.clean", "~defenses.median", "~defenses.dip_fixed",
+        "~defenses.paper", "~defenses.mirror", "+attack@attacks.bpda=bpda", "attacks.bpda.budgets=[1,3]",
+        "attacks.bpda.eps_255=16",
+    )  # fmt: skip
+    matrix = prepare(settings, tmp_path)
+    assert run(matrix) == []
+    with (tmp_path / "results.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["defense"], row["eps_255"], row["budget"]) for row in rows] == [
+        (defense, "16.0", budget) for defense in ("none", "jpeg") for budget in ("1", "3")
+    ]
+    assert not (tmp_path / "checks.csv").exists()  # there is no suite
+    for number, result in enumerate(matrix.results["bpda", "jpeg"]):
+        attacked = matrix.attacked("bpda", "jpeg", snapshot=number)
+        purified = matrix.defenses["jpeg"].purify(attacked, indices=matrix.clean.indices)
+        assert torch.equal(purified, matrix.reconstructions("bpda", "jpeg", snapshot=number))
+        assert int(rows[2 + number]["correct"]) == int(result.right.sum())
+    first, last = (matrix.attacked("bpda", "jpeg", snapshot=number) for number in (0, 1))
+    assert not torch.equal(first, last)
+    assert torch.equal(matrix.attacked("bpda", "jpeg"), last)
+
+
+@pytest.mark.slow
+def test_the_whole_experiment_on_digits(tmp_path: Path, baseline: tuple[str, ...]) -> None:
+    overrides = (*baseline, "data.limit=2", "~defenses.none")
+    made = run_tiny_suite(tmp_path, *overrides)
+    assert {"suite.md", "suite.png", "report.md"} <= {path.name for path in made}
+    matrix = tiny_suite(tmp_path, *overrides)
+    told, before = lines(matrix), stored(matrix)
+    for (attack, defense), line in told.items():
+        if defense == "mirror":
+            assert line["status"] == "done"
+            if attack != "worst_case":
+                cell = matrix.cell(attack, defense)
+                assert int(line["dip_steps"]) <= cell.cost.dip_steps
+    assert told["mean_image", "dipdefend"]["status"] == "no such intermediate"
+    texts = {path: path.read_bytes() for path in made if "suite" in path.name}
+    for path in texts:
+        path.unlink()
+    run_tiny_suite(tmp_path, *overrides, "rebuild=true")
+    assert {path: path.read_bytes() for path in texts} == texts
+    assert stored(matrix) == before

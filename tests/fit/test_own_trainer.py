@@ -1,0 +1,320 @@
+"""The module and its callbacks in anybody's own Trainer: what Lightning offers works, what cannot work is refused."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.profilers import SimpleProfiler
+from torch import Tensor, nn
+
+from dipguard.engines.native_build import compiler
+from dipguard.fit import (
+    BoundaryDetector,
+    DecideOptions,
+    DecisionLogger,
+    FitOptions,
+    StackedDIP,
+    Stitcher,
+    StitchOptions,
+    fit_stack,
+    make_trainer,
+)
+from tests.docs_blocks import run_python
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+NATIVE = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+SMALL = FitOptions(network="small", engine="torch")
+STITCH = {"tau": 0.1, "t0": 2, "K": 5, "beta": 0.5}
+
+
+def trainer(T: int | None, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    steps = {} if T is None else {"max_steps": T}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    return pl.Trainer(**steps, accelerator="cpu", callbacks=[*callbacks], **{**quiet, **options})
+
+
+def ours(victim: nn.Module, **decide: Any) -> tuple[DecisionLogger, BoundaryDetector, Stitcher]:
+    return DecisionLogger(victim, **decide), BoundaryDetector(victim), Stitcher(**STITCH)
+
+
+def equal(mine: Stitcher, theirs: Stitcher) -> bool:
+    pairs = zip(mine.traces, theirs.traces, strict=True)
+    images = zip(mine.reconstructions, theirs.reconstructions, strict=True)
+    return all(a.equals(b) for a, b in pairs) and all(torch.equal(a.image, b.image) for a, b in images)
+
+
+@pytest.mark.parametrize("steps_per_epoch", [None, 7])
+def test_epochs_change_no_number(images: Tensor, undecided: nn.Module, steps_per_epoch: int | None) -> None:
+    callbacks = ours(undecided)
+    own = trainer(60, *callbacks)
+    own.fit(StackedDIP(images[:2], options=SMALL, steps_per_epoch=steps_per_epoch))
+    assert own.current_epoch == (2 if steps_per_epoch is None else 9)
+    wanted = fit_stack(
+        images[:2], victim=undecided, indices=[0, 1], fit=SMALL, decide=DecideOptions(T=60),
+        stitch=StitchOptions(**STITCH), device=CPU,
+    )  # fmt: skip
+    for mine, theirs in zip(callbacks[-1].traces, wanted.traces, strict=True):
+        assert mine.equals(theirs)
+        assert mine.steps.tolist() == list(range(60))
+        assert len(mine.crossing_at) > 0
+    for mine, theirs in zip(callbacks[-1].reconstructions, wanted.reconstructions, strict=True):
+        assert torch.equal(mine.image, theirs.image)
+
+
+def test_early_stopping_really_stops(images: Tensor, undecided: nn.Module) -> None:
+    callbacks = ours(undecided)
+    own = trainer(1000, *callbacks, EarlyStopping("fit/mse", min_delta=0.01, patience=1))
+    module = StackedDIP(images[:1], options=SMALL)
+    own.fit(module)
+    assert 100 <= module.step < 500
+    assert module.step % 50 == 0
+    (trace,) = callbacks[-1].traces
+    assert trace.settings["T"] == 1000
+    assert trace.settings["ended_after"] == module.step
+    assert int(trace.steps[-1]) == module.step - 1
+    assert set(own.callback_metrics) == {"fit/mse", "fit/quality", "fit/crossings", "fit/decision_changed"}
+
+
+def test_a_metric_that_needs_the_victim_can_be_monitored_in_a_small_stack(images: Tensor, undecided: nn.Module) -> None:
+    stop = EarlyStopping("fit/crossings", mode="max", stopping_threshold=2.5, patience=100)
+    callbacks = ours(undecided, decisions=None, every=2)
+    module = StackedDIP(images[:1], options=SMALL, steps_per_epoch=10)
+    trainer(200, *callbacks, stop).fit(module)
+    assert module.step < 200
+    (trace,) = callbacks[-1].traces
+    changes = trace.decisions[1:] != trace.decisions[:-1]
+    before = trace.steps[1:] < module.step - 10
+    assert int(changes.sum()) >= 3 > int(changes[before].sum()), "it stops at the end of the very epoch"
+
+
+def test_metrics_are_those_of_the_last_sample(images: Tensor, undecided: nn.Module) -> None:
+    callbacks = ours(undecided, decisions=6)
+    own = trainer(30, *callbacks)
+    own.fit(StackedDIP(images[:2], options=SMALL))
+    traces = callbacks[-1].traces
+    wanted = {
+        "fit/mse": torch.stack([t.loss[-1] for t in traces]).mean(),
+        "fit/quality": torch.stack([t.quality[-1] for t in traces]).mean(),
+        "fit/crossings": sum(int((t.decisions[1:] != t.decisions[:-1]).sum()) for t in traces) / 2,
+        "fit/decision_changed": sum(int(t.decisions[-1]) != t.given_decision for t in traces) / 2,
+    }
+    assert {name: float(value) for name, value in own.callback_metrics.items()} == pytest.approx(
+        {name: float(value) for name, value in wanted.items()}, abs=1e-6
+    )
+
+
+def test_callbacks_serve_a_second_fit(images: Tensor, undecided: nn.Module) -> None:
+    again, other = ours(undecided, decisions=10), ours(undecided, decisions=10)
+    trainer(30, *again).fit(StackedDIP(images[:1], options=SMALL))
+    for callbacks in (again, other):
+        trainer(40, *callbacks).fit(StackedDIP(images[1:3], indices=[5, 6], options=SMALL))
+    assert equal(again[-1], other[-1])
+    assert [trace.index for trace in again[-1].traces] == [5, 6]
+
+
+def test_a_checkpoint_holds_the_weights_and_is_chosen_by_a_metric(
+    images: Tensor, victim: nn.Module, tmp_path: Path
+) -> None:
+    class Seen(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.next = module(module.z).detach()
+
+    checkpoint, seen = ModelCheckpoint(tmp_path, monitor="fit/quality", mode="max", save_top_k=-1), Seen()
+    own = trainer(120, *ours(victim), seen, checkpoint, enable_checkpointing=True)
+    fit = FitOptions(network="small", engine="auto")
+    own.fit(StackedDIP(images[:1], options=fit))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "epoch=0-step=50.ckpt", "epoch=1-step=100.ckpt", "epoch=2-step=120.ckpt",
+    ]  # fmt: skip
+    module = StackedDIP(images[:1], options=fit)
+    module.load_state_dict(torch.load(tmp_path / "epoch=2-step=120.ckpt", weights_only=True)["state_dict"])
+    with torch.no_grad():
+        torch.testing.assert_close(module(module.z), seen.next, rtol=0, atol=1e-5)
+    assert Path(checkpoint.best_model_path).parent == tmp_path
+
+
+def test_a_logger_and_a_profiler(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
+    logger, profiler = CSVLogger(tmp_path, name="", version=""), SimpleProfiler(tmp_path, "profile")
+    callbacks = ours(victim, decisions=6, first_step=1000)
+    own = trainer(30, *callbacks, logger=logger, profiler=profiler, log_every_n_steps=1)
+    own.fit(StackedDIP(images[:2], options=SMALL, steps_per_epoch=8))
+    lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    assert [int(row["step"]) for row in rows] == [1004, 1009, 1014, 1019, 1024, 1029]
+    for i, row in enumerate(rows):
+        loss = torch.stack([trace.loss[i] for trace in callbacks[-1].traces]).mean()
+        assert float(row["fit/mse"]) == pytest.approx(float(loss))
+    text = next(tmp_path.glob("*profile*")).read_text()
+    assert "DecisionLogger.on_train_batch_end" in text.replace("[Callback]", "")
+
+
+@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+def test_precision_is_the_trainers(images: Tensor, undecided: nn.Module, precision: str) -> None:
+    callbacks, exact = ours(undecided, decisions=10), ours(undecided, decisions=10)
+    fit = FitOptions(network="small", jitter=0.1)
+    trainer(40, *exact).fit(StackedDIP(images[:2], options=fit))
+    module = StackedDIP(images[:2], options=fit)
+    trainer(40, *callbacks, precision=precision).fit(module)
+    wide = precision == "64-true"
+    for trace, wanted in zip(callbacks[-1].traces, exact[-1].traces, strict=True):
+        assert trace.last.dtype == (torch.float64 if wide else torch.float32)
+        assert trace.settings["dtype"] == ("float64" if wide else "float32")
+        # The same draws and the same fit, but for rounding.
+        torch.testing.assert_close(trace.loss[0].float(), wanted.loss[0], rtol=1e-5 if wide else 0.02, atol=0)
+        assert not torch.equal(trace.loss.float(), wanted.loss)
+        assert 0.5 < float(trace.loss[-1] / wanted.loss[-1]) < 2
+    if wide:
+        double = ours(undecided, decisions=10)
+        trainer(40, *double).fit(
+            StackedDIP(images[:2], options=FitOptions(network="small", jitter=0.1, dtype="float64"))
+        )
+        torch.testing.assert_close(callbacks[-1].traces[0].loss, double[-1].traces[0].loss, rtol=1e-4, atol=0)
+
+
+class Smooth(StackedDIP):
+    """With a total-variation regulariser."""
+
+    weight = 1.0
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        out = super().training_step(batch, batch_idx)
+        x = out["reconstructions"]
+        out["loss"] = out["loss"] + self.weight * (x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean())
+        return out
+
+
+class Weightless(Smooth):
+    weight = 0.0
+
+
+def test_a_regulariser_changes_the_result(images: Tensor, undecided: nn.Module) -> None:
+    found = {}
+    for kind in (StackedDIP, Weightless, Smooth):
+        callbacks = ours(undecided, decisions=10)
+        module = kind(images[:1], options=FitOptions(network="small", engine="auto" if kind is Smooth else "torch"))
+        trainer(100, *callbacks).fit(module)
+        assert module.engine.name == "torch"
+        (trace,) = callbacks[-1].traces
+        assert not trace.last.requires_grad
+        found[kind] = trace
+    rough = {kind: float(trace.last[-1].diff(dim=-1).abs().mean()) for kind, trace in found.items()}
+    assert rough[Smooth] < 0.5 * rough[Weightless]
+    torch.testing.assert_close(found[Weightless].loss[:3], found[StackedDIP].loss[:3], rtol=1e-5, atol=0)
+    assert not torch.allclose(found[Smooth].loss, found[Weightless].loss, rtol=0.01)
+
+
+def test_engines_without_gradients_are_refused_for_a_loss_of_ones_own(images: Tensor) -> None:
+    native = FitOptions(network="small", engine="native")
+    with pytest.raises(ValueError, match="`engine` 'native' has no gradients through the reconstructions"):
+        trainer(4).fit(Smooth(images[:1], options=native))
+    with pytest.raises(ValueError, match="`precision` 'bf16-mixed' of the Trainer needs `engine` 'auto' or 'torch'"):
+        trainer(4, precision="bf16-mixed").fit(StackedDIP(images[:1], options=native))
+
+
+class Bare(StackedDIP):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(self.z).sum()
+
+
+def test_an_output_of_another_kind_is_named(images: Tensor, victim: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"must return the dict of StackedDIP\.training_step, .* got \['loss'\]"):
+        trainer(4, DecisionLogger(victim)).fit(Bare(images[:1], options=SMALL))
+
+
+@pytest.mark.parametrize(
+    ("T", "options", "message"),
+    [
+        (
+            None,
+            {"max_epochs": 3},
+            r"`max_steps` of the Trainer must be the number T .* got max_steps=-1 \(max_epochs=3\)",
+        ),
+        (None, {}, "`max_steps` of the Trainer must be the number T"),
+        (40, {"accumulate_grad_batches": 2}, "`accumulate_grad_batches` of the Trainer must be 1, got 2"),
+        (40, {"precision": "bf16-true"}, "`precision` of the Trainer must be one of 32-true.*got 'bf16-true'"),
+    ],
+)
+def test_a_trainer_that_cannot_fit_is_told_why(
+    images: Tensor, victim: nn.Module, T: int | None, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(T, *ours(victim), **options).fit(StackedDIP(images[:1], options=SMALL))
+
+
+def test_max_epochs_beside_max_steps(images: Tensor, victim: nn.Module) -> None:
+    module = StackedDIP(images[:1], options=SMALL)
+    trainer(120, max_epochs=1).fit(module)
+    assert module.step == 120
+    with pytest.raises(ValueError, match="`max_epochs` of the Trainer must allow for all 120 steps, got 2 epochs of"):
+        trainer(120, max_epochs=2).fit(StackedDIP(images[:1], options=SMALL, steps_per_epoch=50))
+    with pytest.raises(ValueError, match="`steps_per_epoch` must be at least 1, got 0"):
+        StackedDIP(images[:1], steps_per_epoch=0)
+
+
+def test_a_fit_that_begins_in_the_middle_is_refused(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
+    own = trainer(20)
+    own.fit(StackedDIP(images[:1], options=SMALL))
+    own.save_checkpoint(tmp_path / "half.ckpt")
+    with pytest.raises(RuntimeError, match="must start at step 0, got a Trainer at step 20"):
+        own.fit(StackedDIP(images[:1], options=SMALL))
+    with pytest.raises(RuntimeError, match=r"got a Trainer at step 20.*without `ckpt_path`"):
+        trainer(40, *ours(victim)).fit(
+            StackedDIP(images[:1], options=SMALL), ckpt_path=tmp_path / "half.ckpt", weights_only=True
+        )
+
+
+class StopAt(pl.Callback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        trainer.should_stop = outputs["step"] >= self.step
+
+
+def test_a_fit_that_ends_before_the_first_sample_is_an_error(images: Tensor, victim: nn.Module) -> None:
+    with pytest.raises(RuntimeError, match="ended after 3 of 40 steps, before the first sample at step 9"):
+        trainer(40, *ours(victim, decisions=4), StopAt(2)).fit(StackedDIP(images[:1], options=SMALL))
+    with pytest.raises(ValueError, match="`every` must be from 1 to 2, got 10"):
+        trainer(5, *ours(victim, every=10)).fit(StackedDIP(images[:1], options=SMALL))
+    callbacks = ours(victim)
+    trainer(1, *callbacks).fit(StackedDIP(images[:1], options=SMALL))
+    assert callbacks[-1].traces[0].steps.tolist() == [0]
+
+
+def test_further_arguments_of_our_own_trainer(images: Tensor, tmp_path: Path) -> None:
+    made = make_trainer(7, device=CPU, trainer={"precision": "64-true", "profiler": "simple"})
+    assert (made.max_steps, made.precision, type(made.profiler)) == (7, "64-true", SimpleProfiler)
+    assert make_trainer(7, device=CPU, callbacks=[ModelCheckpoint(tmp_path)]).checkpoint_callbacks
+    for name, value in {"max_steps": 3, "devices": 2, "accelerator": "gpu", "logger": True}.items():
+        with pytest.raises(ValueError, match=f"`trainer` must leave `{name}` to the fit, got {name}={value!r}"):
+            make_trainer(7, device=CPU, trainer={name: value})
+    with pytest.raises(TypeError, match="bogus"):
+        make_trainer(7, device=CPU, trainer={"bogus": 1})
+
+
+def test_the_example_runs_and_both_losses_do_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    example = runpy.run_path(str(ROOT / "examples" / "own_trainer.py"))
+    found = example["main"](["--steps", "60", "--images", "2", "--folder", str(tmp_path)])
+    assert found["SmoothDIP"]["roughness"] < found["StackedDIP"]["roughness"]
+    assert all(0 < kind["fit/mse"] < 0.2 for kind in found.values())
+    assert capsys.readouterr().out.count("accuracy") == 2
+    assert list(tmp_path.glob("StackedDIP/**/metrics.csv"))
+    assert list(tmp_path.glob("SmoothDIP/*.ckpt"))
+
+
+def test_the_documents_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_python(ROOT / "docs" / "own_trainer.md", instead={}) == 4

@@ -1,0 +1,70 @@
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from dipguard.decision.class_scores import SHIFTS, mirrored
+from dipguard.fit import Decider, FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
+
+OPTIONS = FitOptions(network="small", dtype="float64", jitter=0.0, optimise_z=True, engine="torch")
+CPU = torch.device("cpu")
+
+
+class Keeper(pl.Callback):
+    """Keeps every x(t), for the slow form."""
+
+    def __init__(self):
+        self.x = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.x.append(outputs["reconstructions"].clone())
+
+
+def fit(images, steps, *callbacks):
+    with isolated_trainer(CPU):
+        make_trainer(steps, device=CPU, callbacks=callbacks).fit(StackedDIP(images, options=OPTIONS))
+
+
+@pytest.mark.parametrize(("windows", "calls"), [(5, [20]), (35, [64, 64, 12])])
+def test_windows_and_readings_are_those_of_a_slow_form(images, victim, windows, calls):
+    log, keep, seen = WindowLogger(victim, warm_up=3, every=2, windows=windows), Keeper(), []
+    with victim.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0]))):
+        fit(images[:2], 2 * windows + 4, log, keep)
+    assert seen == calls  # of each window 2 images, as they are and mirrored
+    assert log.logits.shape == log.mirrored_logits.shape == (windows, 2, 10)
+    decide = Decider(victim)
+    for window in range(windows):
+        first = 3 + 2 * window
+        mean = (keep.x[first] + keep.x[first + 1]) / 2
+        assert torch.allclose(log.samples[window], mean, atol=1e-12)
+        assert torch.allclose(log.logits[window], decide(mean), atol=1e-5)
+        copy = mirrored(mean, shift=SHIFTS[window % len(SHIFTS)])
+        assert torch.allclose(log.mirrored_logits[window], decide(copy), atol=1e-5)
+        given = images[:2].double()
+        wrong = sum((keep.x[t] - given).square().flatten(1).mean(1) for t in (first, first + 1)) / 2
+        assert torch.allclose(log.errors[window], wrong, atol=1e-12)
+    assert log.samples.shape == (windows, 2, 3, 32, 32)
+    assert log.seconds > 0
+
+
+def test_a_logger_serves_another_fit(images, victim):
+    log, other = (WindowLogger(victim, warm_up=1, every=1, windows=3) for _ in range(2))
+    fit(images[:1], 4, log)
+    fit(images[1:2], 4, log)
+    fit(images[1:2], 4, other)
+    assert torch.equal(log.logits, other.logits)
+    assert torch.equal(log.mirrored_logits, other.mirrored_logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"warm_up": -1}, "`warm_up`"), ({"every": 0}, "`every`"), ({"windows": 0}, "`windows`")],
+)
+def test_bad_arguments_are_refused(victim, change, message):
+    with pytest.raises(ValueError, match=message):
+        WindowLogger(victim, **{"warm_up": 1, "every": 1, "windows": 1, **change})
+
+
+def test_a_fit_that_ends_before_the_last_window_is_an_error(images, victim):
+    log = WindowLogger(victim, warm_up=1, every=2, windows=3)
+    with pytest.raises(RuntimeError, match="ended after 6 steps, before the last of 3 windows, which needs 7"):
+        fit(images[:1], 6, log)

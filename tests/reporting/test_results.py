@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from dipguard.reporting.results import COLUMNS, NUMBERS, in_suite, read_checks, read_results
+from tests.reporting.stored_run import (
+    CHECK_FIELDS,
+    NO_WEIGHTS,
+    RESULT_FIELDS,
+    cell,
+    point,
+    write_lines,
+    write_results,
+)
+
+
+def test_cells_come_back_as_they_were_written(tmp_path: Path) -> None:
+    lines = [
+        cell("pgd_8", "jpeg", 20),
+        cell("clean", "none", 30, psnr="inf", ssim=1),
+        cell("clean", "nrp", None),
+        point("hopskipjump", "jpeg", 2.5, 1000, 7),
+    ]
+    table = read_results(write_results(tmp_path, lines))
+    assert list(table.columns) == list(RESULT_FIELDS)
+    for line, (_, row) in zip(lines, table.iterrows(), strict=True):
+        for name in RESULT_FIELDS:
+            expected = line.get(name, "")
+            if name in NUMBERS:
+                assert pd.isna(row[name]) if expected == "" else row[name] == float(expected)
+            else:
+                assert row[name] == expected
+    one, two, three, four = (row for _, row in table.iterrows())
+    assert (one["eps_255"], two["psnr"]) == (8.0, float("inf"))
+    assert (three["status"], pd.isna(three["accuracy"])) == (NO_WEIGHTS, True)
+    assert (four["eps_255"], four["budget"]) == (2.5, 1000)
+
+
+def test_further_columns_and_another_order_do_no_harm(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "a.csv", [*reversed(RESULT_FIELDS), "more"], [cell("cw", "jpeg", 3, more="x, y")])
+    table = read_results(path)
+    assert (table["correct"].tolist(), table["more"].tolist()) == ([3], ["x, y"])
+
+
+def test_head_alone_is_no_result(tmp_path: Path) -> None:
+    assert len(read_results(write_results(tmp_path, []))) == 0
+
+
+def test_numbered_attacks_checks_and_the_worst_case_are_the_suites(tmp_path: Path) -> None:
+    lines = [
+        cell("clean", "none", 30),
+        cell("identity", "none", 3, number="2"),
+        cell("noise", "none", 3, check="control"),
+        cell("worst_case", "none", 3),
+        cell("pgd_8", "none", 3),
+    ]
+    assert in_suite(read_results(write_results(tmp_path, lines))).tolist() == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"accuracy": "ninety"}, r"line 3: `accuracy` must be a number from 0 to 1, got 'ninety'"),
+        ({"accuracy": "nan"}, r"`accuracy` must be a number"),
+        ({"accuracy": 90.6}, r"`accuracy` must be a number from 0 to 1, got '90.6'"),
+        ({"accuracy": 0.5}, r"`accuracy` must be the share of `correct` in `n`, got '0.5'"),
+        ({"accuracy": ""}, r"`accuracy` must be filled in"),
+        ({"correct": 33}, r"`accuracy` must be the share"),
+        ({"correct": -1}, r"`correct` must be a number from 0"),
+        ({"n": 0}, r"`n` must be a number from 1"),
+        ({"n": ""}, r"`n` must be filled in"),
+        ({"ssim": 1.5}, r"`ssim` must be a number from -1 to 1"),
+        ({"psnr": "nan"}, r"`psnr` must be a number"),
+        ({"seed": ""}, r"`seed` must be filled in"),
+        ({"eps_255": -1}, r"`eps_255` must be a number from 0 to 255"),
+        ({"budget": "many"}, r"`budget` must be a number from 0"),
+        ({"dip_steps": -1}, r"`dip_steps` must be a number from 0"),
+        ({"defense": " "}, r"`defense` must be filled in"),
+        ({"status": ""}, r"`status` must be filled in"),
+        ({"attack": "clean", "eps_255": ""}, r"line 3: the same as an earlier line: .*attack clean, defense jpeg"),
+    ],
+)
+def test_damaged_lines_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = write_results(tmp_path, [cell("clean", "jpeg", 30), cell("pgd_8", "jpeg", 20) | changes])
+    with pytest.raises(ValueError, match=message):
+        read_results(path)
+
+
+@pytest.mark.parametrize("lost", ["accuracy", "status", "defense"])
+def test_lost_columns_are_named(tmp_path: Path, lost: str) -> None:
+    fields = [name for name in RESULT_FIELDS if name != lost]
+    line = {name: value for name, value in cell("cw", "jpeg", 3).items() if name != lost}
+    with pytest.raises(ValueError, match=f"it lacks {lost}$"):
+        read_results(write_lines(tmp_path / "a.csv", fields, [line]))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "must have the columns data, victim"),
+        (lambda content: content[:-50], "line 2: must have 30 values"),
+        (lambda content: content[:-2] + b",1,2\r\n", "line 2: must have 30 values"),
+        (lambda content: content + b'"cut', "damaged"),
+        (lambda content: content + b"\xff\xfe\xfa", "must be a CSV file in UTF-8"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path: Path, damage, message: str) -> None:
+    path = write_results(tmp_path, [cell("cw", "jpeg", 3)])
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=message):
+        read_results(path)
+
+
+def test_missing_file_is_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_results(tmp_path / "results.csv")
+
+
+def test_checks_come_back_as_they_were_written(tmp_path: Path) -> None:
+    lines = [dict(zip(CHECK_FIELDS, ("none", "a", verdict, "x, y"), strict=True)) for verdict in ("ok", "WARNING")]
+    table = read_checks(write_lines(tmp_path / "checks.csv", CHECK_FIELDS, lines[:1]))
+    assert table.to_dict("records") == lines[:1]
+    with pytest.raises(ValueError, match=r"line 3: the same as an earlier line: defense none, check a"):
+        read_checks(write_lines(tmp_path / "checks.csv", CHECK_FIELDS, lines))
+
+
+def test_all_that_is_read_is_among_the_fields_of_a_run() -> None:
+    assert set(COLUMNS) < set(RESULT_FIELDS)

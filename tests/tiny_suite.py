@@ -1,0 +1,66 @@
+"""Small real attack suites for the tests: a few digits, a few defences, short fits, attacks of a few steps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dipguard.cli.programs import evaluate
+from dipguard.evaluation import Matrix, prepare
+from tests.tiny_matrix import compose_matrix, typed_matrix
+
+SMALL = (
+    "data=digits",
+    "victim=digits_cnn",
+    "data.limit=4",
+    "chunk=4",
+    "figures=0",
+    "eps_255=24",
+    "trainer.accelerator=cpu",
+    "trainer.enable_progress_bar=false",
+    "defenses.mirror.T=20",
+    "defenses.mirror.t0=5",
+    "defenses.mirror.every=5",
+    "defenses.dipdefend.T=20",
+    "attacks.transfer.steps=5",
+    "attacks.identity.steps=2",
+    "attacks.identity_eot.steps=1",
+    "attacks.identity_eot.eot_iter=2",
+    "attacks.unrolled.T=4",
+    "attacks.autoattack_rand.steps=1",
+    "attacks.square.n_queries=4",
+    "attacks.hopskipjump.queries=12",
+    "attacks.hopskipjump.init_size=4",
+    "attacks.hopskipjump.init_eval=3",
+)
+"""Overrides of experiment=adaptive for a run of a minute."""
+
+DIP_DEFENSES = ("~defenses.dipdefend", "~defenses.mirror")
+"""Left out if only feed-forward defences are needed."""
+
+
+def suite_overrides(*overrides: str, attacks: tuple[str, ...] | None = None, dip: bool = True) -> list[str]:
+    """experiment=adaptive, made small: only ``attacks`` (None: all), with the DIP defences or without."""
+    defenses = [] if dip else [text for text in SMALL if text.startswith(("defenses.mirror", "defenses.dip"))]
+    names = [name for name in typed_matrix("experiment=adaptive").attacks if name != "clean"]
+    dropped = [] if attacks is None else [name for name in names if name not in attacks]
+    # The steps of others are taken from identity: it is dropped last, by its own override.
+    kept = [
+        text
+        for text in SMALL
+        if text not in defenses
+        and not any(text.startswith(f"attacks.{name}.") for name in dropped if name != "identity")
+    ]
+    leave = [f"~attacks.{name}" for name in dropped if name != "identity"]
+    return ["experiment=adaptive", *kept, *leave, *([] if dip else DIP_DEFENSES), *overrides]
+
+
+def tiny_suite(folder: Path, *overrides: str, attacks: tuple[str, ...] | None = None, dip: bool = True) -> Matrix:
+    """A checked suite, not run yet."""
+    return prepare(typed_matrix(*suite_overrides(*overrides, attacks=attacks, dip=dip)), folder)
+
+
+def run_tiny_suite(
+    folder: Path, *overrides: str, attacks: tuple[str, ...] | None = None, dip: bool = True
+) -> list[Path]:
+    """Run evaluate.py's work in this process; return the report's files."""
+    return evaluate(compose_matrix(*suite_overrides(*overrides, attacks=attacks, dip=dip)), folder)
