@@ -10,7 +10,7 @@ This module does not import torch, so that ``--help`` and a mistyped key are ans
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,17 +31,8 @@ LOGGERS: dict[str, tuple[str, ...]] = {
 }
 """Name of a logger -> its options."""
 TRAINER = "pytorch_lightning.trainer.trainer:Trainer"
-TRAINER_OWN = (
-    "max_steps",
-    "max_epochs",
-    "devices",
-    "callbacks",
-    "logger",
-    "plugins",
-    "num_sanity_val_steps",
-    "inference_mode",
-)
-"""Arguments of Lightning's Trainer that dipguard sets itself."""
+TRAINER_OWN = "dipguard.fit.runner:OWNED"
+"""Arguments of Lightning's Trainer, and those that a fit sets itself; of these, ``accelerator`` is the run's device."""
 
 
 class Group(NamedTuple):
@@ -216,10 +207,11 @@ def explain(error: BaseException | None) -> str | None:
     if not key or not isinstance(parent, Mapping):
         return None
     group, _, name = str(key).rpartition(".")
-    if group == "trainer" and name in TRAINER_OWN:
+    if group == "trainer" and name in _trainer_own():
         return f"`{key}` is set by dipguard itself"
-    hint = did_you_mean(name, (str(known) for known in parent), prefix=f"{group}." if group else "")
-    return f"`{key}` is unknown{hint}" if hint else None
+    if name in (options_of(TRAINER) if group == "trainer" else ATTACK_KEYS if group.startswith("attack") else ()):
+        return None  # it is known, and only wants the + that Hydra speaks of
+    return _unknown(group, name, [str(known) for known in parent if known != "hydra"])
 
 
 def _checked(config: RunConfig) -> RunConfig:
@@ -227,12 +219,16 @@ def _checked(config: RunConfig) -> RunConfig:
     for key in ("store_samples", "rebuild", "keep_traces"):
         if not isinstance(getattr(config, key), bool):
             raise TypeError(f"`{key}` must be true or false, got {getattr(config, key)!r}")
-    _check_keys("logger", config.logger, ("name", *_logger_options(config.logger)))
-    own = next((name for name in config.trainer if name in TRAINER_OWN), None)
-    if own is not None:
-        raise TypeError(f"`trainer.{own}` is set by dipguard itself, got {config.trainer[own]!r}")
-    _check_keys("trainer", config.trainer, [name for name in options_of(TRAINER) if name not in TRAINER_OWN])
-    for label, node in config.callbacks.items():
+    logger, trainer = _mapping("logger", config.logger), _mapping("trainer", config.trainer)
+    _check_keys("logger", logger, ("name", *_logger_options(logger)))
+    own = _trainer_own()
+    for name in trainer:
+        if name in own:
+            raise TypeError(f"`trainer.{name}` is set by dipguard itself, got {trainer[name]!r}")
+    _check_keys("trainer", trainer, [name for name in options_of(TRAINER) if name not in own])
+    if not isinstance(config.store_T, list):
+        raise TypeError(f"`store_T` must be a list of numbers, got {config.store_T!r}")
+    for label, node in _mapping("callbacks", config.callbacks).items():
         if "_target_" not in _mapping(f"callbacks.{label}", node):
             raise ValueError(f"`callbacks.{label}._target_` must name the class of a callback, got nothing")
     from dipguard.checks import check_float, check_int  # torch: after the keys, so that a mistyped one is told at once
@@ -246,6 +242,10 @@ def _checked(config: RunConfig) -> RunConfig:
     for T in config.store_T:
         check_int(T, name="store_T", low=1)
     return config
+
+
+def _trainer_own() -> list[str]:
+    return [name for name in constant_of(TRAINER_OWN) if name != "accelerator"]
 
 
 def _logger_options(logger: Mapping[str, Any]) -> tuple[str, ...]:
@@ -283,13 +283,22 @@ def _path_of(group: str, key: str, node: Mapping[str, Any]) -> str:
 
 
 def _check_keys(group: str, given: Iterable[str], known: Iterable[str]) -> None:
-    prefix = f"{group}." if group else ""
     allowed = list(known)
     for name in given:
         if name not in allowed:
-            hint = did_you_mean(str(name), allowed, prefix=prefix)
-            what = f"`{group}` takes" if group else "the settings are"
-            raise TypeError(f"`{prefix}{name}` is unknown{hint}; {what}: {', '.join(allowed)}")
+            raise TypeError(_unknown(group, str(name), allowed))
+
+
+def _unknown(group: str, name: str, known: Sequence[str]) -> str:
+    """What there is to say of an unknown key of a group (empty: of the whole config)."""
+    prefix = f"{group}." if group else ""
+    hint = did_you_mean(name, known, prefix=prefix)
+    kind = group.split(".")[0].removesuffix("s")
+    owners = [other for other in names_of(kind) if name in node_of(kind, other)] if kind in GROUPS else []
+    if owners and not hint:
+        hint = f" (it is an option of {', '.join(owners)})"
+    what = f"`{group}` takes" if group else "the settings are"
+    return f"`{prefix}{name}` is unknown{hint}; {what}: {', '.join(known)}"
 
 
 def _mapping(key: str, value: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Every Python block of the documentation runs, and what documents point at is there."""
+"""The Python blocks of the documentation run, and its links point at existing files."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ SHORT = {"T=1000": "T=20, decisions=10, progress=False"}
 DOCUMENTS = {
     "docs/quickstart.md": SHORT,
     "docs/integrations.md": SHORT,
-    "docs/ladder.md": {},
     "README.md": {
         'weights="DEFAULT"': "weights=None",
         "224, 224": "40, 40",
         "T=3000": "T=20, decisions=10, progress=False",
-        '"dipguard", victim': '"dipguard", victim, T=20, t0=5, every=5, progress=False',
+        '"mirror", victim': '"mirror", victim, T=20, t0=5, every=5, progress=False',
     },
 }
-"""Documents that are run, and what takes the place of downloads and long fits there."""
+"""Documents that are run (others by the tests of what they describe), and replacements for downloads and long fits."""
 LANGUAGES = {"python", "sh", "yaml"}
 
 

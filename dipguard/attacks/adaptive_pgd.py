@@ -65,11 +65,11 @@ class DefendedPGD(DefendedSearch):
             [eot_iter, B, C], or None where the defence was not asked.
         """
 
-    def judged(self, step: int) -> bool:
+    def is_evaluated(self, step: int) -> bool:
         """Whether the defence is asked about the iterate after ``step`` steps even where `gradient` does not."""
         return step == self.steps
 
-    def judge(self, images: Tensor, indices: Tensor, *, look: int) -> Tensor:
+    def evaluate(self, images: Tensor, indices: Tensor, *, look: int) -> Tensor:
         """The victim's logits on the purified images under ``eot_iter`` draws, [eot_iter, B, C]."""
         answers = []
         for number in range(look, look + self.eot_iter):
@@ -88,8 +88,8 @@ class DefendedPGD(DefendedSearch):
                 gradient, answers = self.gradient(x, found.labels, indices, look=look)
                 found.flat.append((gradient == 0).flatten(1).all(dim=1))
                 look += self.eot_iter
-            if answers is None and self.judged(step):
-                answers = self.judge(x, indices, look=look)
+            if answers is None and self.is_evaluated(step):
+                answers = self.evaluate(x, indices, look=look)
                 look += self.eot_iter
             if answers is None:
                 found.stay()
@@ -143,8 +143,8 @@ class AdaptivePGD(DefendedPGD):
     def estimate(self, count: int) -> Cost:
         """Cost of one call, at most; exact where each image has the full number of views."""
         looks = count * self.eot_iter * self.steps
-        judged = self.target.cost(purifications=count * self.eot_iter)
-        return self._cost(looks, views=self.views) + judged
+        evaluated = self.target.cost(purifications=count * self.eot_iter)
+        return self._cost(looks, views=self.views) + evaluated
 
     def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor]:
         """The gradient by the approximation, and the logits of the same purification."""
@@ -174,14 +174,14 @@ class Unrolled(DefendedPGD):
 
     The forward and backward pass of a step are those of the defence's own fits (networks, rate, draws; each gives a
     view) after T steps; the defence itself takes many more, and what was found is transferred to it. It classifies the
-    start, every ``judge_every``-th iterate and the last; `history` and `last_history` stay the same in between. A
+    start, every ``evaluate_every``-th iterate and the last; `history` and `last_history` stay the same in between. A
     defence without a DIP is attacked through :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch
     influence each other by rounding alone, which many steps of Adam amplify.
 
     Args:
         T: optimiser steps that are unrolled, at least 2; memory and time grow with them.
         floor: see :func:`~dipguard.fit.unrolled.unrolled_fit`; 0 for the exact gradient.
-        judge_every: steps from one classification behind the defence to the next, at least 1.
+        evaluate_every: steps from one classification behind the defence to the next, at least 1.
         batch_size: images attacked together, at least 1; fewer where memory is short.
     """
 
@@ -193,24 +193,24 @@ class Unrolled(DefendedPGD):
         *,
         T: int = 40,
         floor: float = 1e-3,
-        judge_every: int = 5,
+        evaluate_every: int = 5,
         batch_size: int = 8,
         **options: Any,
     ) -> None:
         super().__init__(target, batch_size=batch_size, **options)
         self.T = check_int(T, name="T", low=2)
         self.floor = check_float(floor, name="floor", low=0.0)
-        self.judge_every = check_int(judge_every, name="judge_every", low=1)
+        self.evaluate_every = check_int(evaluate_every, name="evaluate_every", low=1)
         self.fits = fits_of(target.defense)
 
-    def judged(self, step: int) -> bool:
-        """Whether the step is the start, a ``judge_every``-th one or the last."""
-        return step % self.judge_every == 0 or step == self.steps
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the step is the start, a ``evaluate_every``-th one or the last."""
+        return step % self.evaluate_every == 0 or step == self.steps
 
     def estimate(self, count: int) -> Cost:
         """Cost of one call, exact; the unrolled steps count as DIP steps, though each takes longer."""
-        judgements = sum(self.judged(step) for step in range(self.steps + 1))
-        looks = count * self.eot_iter * judgements
+        evaluations = sum(self.is_evaluated(step) for step in range(self.steps + 1))
+        looks = count * self.eot_iter * evaluations
         return self.target.cost(purifications=looks) + self._unrolled_cost(count * self.steps)
 
     def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, None]:

@@ -28,13 +28,13 @@ class Averaged(NamedTuple):
     Attributes:
         image: [3, H, W] in [0, 1].
         target: The class with the highest score.
-        count: Number of samples that the victim reads as that class.
+        used: Number of samples that the victim reads as that class.
         beta: Size of the step away from the given image; 0 if none was needed, or none helped.
     """
 
     image: Tensor
     target: int
-    count: int
+    used: int
     beta: float
 
 
@@ -117,56 +117,24 @@ def average_target_samples(
     if len(samples) == 0:
         raise ValueError("`samples` must hold at least one image, got none")
     chosen = decisions == target
-    count = int(chosen.sum())
-    image = samples[chosen].mean(dim=0) if count else samples.mean(dim=0)
+    found = int(chosen.sum())
+    image = samples[chosen].mean(dim=0) if found else samples.mean(dim=0)
     steps = [check_float(beta, name="betas", low=0.0) for beta in betas]
     image = image.clamp(0, 1)
     # Nearly all means are read as the target at once: then the steps need not be classified.
     if int(classify(image[None]).argmax()) == target or not steps:
-        return Averaged(image, target, count, 0.0)
+        return Averaged(image, target, found, 0.0)
     tried = torch.cat([on_manifold(image[None], given, beta=beta) for beta in steps]).clamp(0, 1)
     right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
-    return Averaged(tried[right[0]], target, count, steps[right[0]]) if right else Averaged(image, target, count, 0.0)
-
-
-def stitch_from_scores(
-    samples: Tensor,
-    logits: Tensor,
-    mirrored_logits: Tensor,
-    given: Tensor,
-    *,
-    own: int,
-    own_class_weight: float,
-    classify: Callable[[Tensor], Tensor],
-    betas: Sequence[float],
-) -> Averaged:
-    """An image of the class that scores highest on the mirrored copies.
-
-    :func:`class_scores` chooses the class, :func:`average_target_samples` makes the image.
-
-    Args:
-        samples: x(t), [S, 3, H, W] in [0, 1].
-        logits: The victim's logits on them, [S, C].
-        mirrored_logits: Its logits on their mirrored copies, [S, C].
-        given: x0, [3, H, W].
-        own: The victim's decision on it.
-        own_class_weight: Factor of that class's score, in [0, 1].
-        classify: The victim: images [n, 3, H, W] to logits [n, C].
-        betas: Step sizes to try, increasing, each at least 0.
-
-    Raises:
-        ValueError: No samples, or an option out of range.
-    """
-    scores = class_scores(mirrored_logits[:, None], own=torch.tensor([own]), own_class_weight=own_class_weight)
-    return average_target_samples(
-        samples, logits.argmax(dim=-1), given, target=int(scores.argmax()), classify=classify, betas=betas
-    )
+    return Averaged(tried[right[0]], target, found, steps[right[0]]) if right else Averaged(image, target, found, 0.0)
 
 
 def stitch_mirrored(
     trace: DecisionTrace, *, own_class_weight: float, classify: Callable[[Tensor], Tensor], betas: Sequence[float]
 ) -> Reconstruction:
-    """Rebuild one image from its trace with :func:`stitch_from_scores`.
+    """Rebuild one image from its trace, as the class that scores highest on the mirrored copies of its samples.
+
+    :func:`class_scores` chooses the class, :func:`average_target_samples` makes the image.
 
     Args:
         trace: It must hold ``samples`` and ``mirrored_logits``.
@@ -183,15 +151,10 @@ def stitch_mirrored(
     """
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("`trace` must hold its `samples` and `mirrored_logits`, got a trace without")
-    made = stitch_from_scores(
-        trace.samples,
-        trace.scores,
-        trace.mirrored_logits,
-        trace.given,
-        own=trace.given_decision,
-        own_class_weight=own_class_weight,
-        classify=classify,
-        betas=betas,
+    own, logits = torch.tensor([trace.given_decision]), trace.mirrored_logits[:, None]
+    target = int(class_scores(logits, own=own, own_class_weight=own_class_weight).argmax())
+    made = average_target_samples(
+        trace.samples, trace.decisions, trace.given, target=target, classify=classify, betas=betas
     )
-    used = torch.nonzero(trace.decisions == made.target).flatten()
-    return Reconstruction(made.image, "class_scores" if made.count else "no_sample_of_class", used)
+    used = torch.nonzero(trace.decisions == target).flatten()
+    return Reconstruction(made.image, "class_scores" if made.used else "no_sample_of_class", used)

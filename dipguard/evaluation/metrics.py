@@ -18,15 +18,7 @@ BATCH = 64
 
 
 def accuracy(decisions: Tensor, labels: Tensor) -> float:
-    """Share of correct decisions, in [0, 1].
-
-    Args:
-        decisions: [N] int64.
-        labels: [N] int64.
-
-    Raises:
-        ValueError: Different shapes, or no images.
-    """
+    """Share of correct ``decisions``, int64 [N], in [0, 1]; ValueError for other shapes than that of ``labels``."""
     if decisions.shape != labels.shape or decisions.ndim != 1 or len(labels) == 0:
         raise ValueError(
             "`decisions` and `labels` must be of one shape [N] with N >= 1, "
@@ -36,11 +28,7 @@ def accuracy(decisions: Tensor, labels: Tensor) -> float:
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of ``correct`` out of ``count``, in [0, 1].
-
-    Raises:
-        TypeError, ValueError: ``count`` is below 1, or ``correct`` is not from 0 to ``count``.
-    """
+    """The 95 % Wilson score interval of ``correct`` out of ``count``, in [0, 1]; ValueError for impossible counts."""
     check_int(count, name="count", low=1)
     check_int(correct, name="correct", low=0, high=count)
     interval = binomtest(correct, count).proportion_ci(confidence_level=0.95, method="wilson")
@@ -48,14 +36,10 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 
 
 def similarity(images: Tensor, clean: Tensor) -> Tensor:
-    """SSIM of each image to its clean original (see :func:`dipguard.decision.quality`), [N] on the CPU.
-
-    Args:
-        images: [N, 3, H, W] in [0, 1].
-        clean: Of the same shape.
+    """SSIM of each image to its clean original, both [N, 3, H, W] in [0, 1]: [N] on the CPU.
 
     Raises:
-        ValueError: Different shapes, or a side too short for SSIM.
+        ValueError: Different shapes, or a side too short for SSIM (:func:`dipguard.decision.quality`).
     """
     _check_shapes(images, clean)
     parts = zip(images.split(BATCH), clean.split(BATCH), strict=True)
@@ -63,11 +47,7 @@ def similarity(images: Tensor, clean: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, clean: Tensor) -> Tensor:
-    """PSNR of each image to its clean original in dB, [N] float64; infinite where they are equal.
-
-    Args:
-        images: [N, 3, H, W] in [0, 1].
-        clean: Of the same shape.
+    """PSNR in dB of each image to its clean original, both [N, 3, H, W] in [0, 1]: [N] float64; infinite if equal.
 
     Raises:
         ValueError: Different shapes.

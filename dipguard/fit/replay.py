@@ -59,57 +59,35 @@ class FitSamples:
         return FitSamples(wanted, self.images[rows], self.quality[rows], self.loss[rows])
 
 
-class SampleKeeper(pl.Callback):
-    """Copies x(t) at some steps to the CPU, with quality and loss.
-
-    Args:
-        steps: Optimiser steps, below the Trainer's ``max_steps``.
-
-    Attributes:
-        seconds: Time spent here.
-    """
+class _SampleKeeper(pl.Callback):
+    """Copies x(t) at some steps to the CPU, with quality and loss."""
 
     def __init__(self, steps: Iterable[int]) -> None:
         self.steps = sorted(set(steps))
-        self.seconds = 0.0
         self._place = {step: i for i, step in enumerate(self.steps)}
         self._images = torch.empty(0)
         self._scalars: list[tuple[Tensor, Tensor]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Allocate one block for all samples, since there may be gigabytes of them."""
+        # One block for all samples, since there may be gigabytes of them.
         given = as_stacked_dip(pl_module).given
         self._images = torch.empty(len(given), len(self.steps), *given.shape[1:], dtype=given.dtype)
-        self._scalars = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Keep x(t), which was made before this step's update."""
         step, x, errors = step_output(outputs)
-        place = self._place.get(step)
-        if place is None:
-            return
-        start = time.perf_counter()
-        with torch.no_grad():
-            self._images[:, place].copy_(x)
+        if step in self._place:
+            self._images[:, self._place[step]].copy_(x)
             # A copy: the errors may lie in memory that an engine uses again at the next step.
             self._scalars.append((quality(x, as_stacked_dip(pl_module).given), errors.clone()))
-        self.seconds += time.perf_counter() - start
 
     def samples(self) -> list[FitSamples]:
-        """The samples of each image.
-
-        Raises:
-            RuntimeError: The fit ended before the last of the steps.
-        """
         if len(self._scalars) != len(self.steps):
             raise RuntimeError(
                 f"the fit ended before the last step to keep, {self.steps[-1]}: {len(self._scalars)} of "
                 f"{len(self.steps)} were sampled"
             )
-        if not self.steps:
-            return []
         steps = torch.tensor(self.steps, dtype=torch.int64)
         values, losses = (torch.stack([pair[i] for pair in self._scalars], dim=1).cpu() for i in range(2))
         rows = zip(self._images, values, losses, strict=True)
@@ -132,7 +110,7 @@ def fit_samples(
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1].
-        steps: Optimiser steps to keep, from 0 to T-1.
+        steps: Optimiser steps to keep, at least one, from 0 to T-1.
         T: Optimiser steps.
         indices: The images' indices.
         fit: How to fit.
@@ -149,7 +127,7 @@ def fit_samples(
         RuntimeError: The fit ended before the last of the steps.
     """
     start = time.perf_counter()
-    keeper = SampleKeeper(steps)
+    keeper = _SampleKeeper(steps)
     with isolated_trainer(device):
         module = StackedDIP(images, indices=indices, options=fit)
         made = make_trainer(T, device=device, callbacks=[keeper, *callbacks], logger=logger, trainer=trainer)

@@ -31,16 +31,9 @@ from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 ACCELERATORS = ("auto", "cpu", "gpu")
 """``auto`` is the victim's device."""
 OWNED = (
-    "max_steps",
-    "max_epochs",
-    "accelerator",
-    "devices",
-    "plugins",
-    "callbacks",
-    "logger",
-    "num_sanity_val_steps",
+    "max_steps", "max_epochs", "accelerator", "devices", "plugins", "callbacks", "logger", "num_sanity_val_steps",
     "inference_mode",
-)
+)  # fmt: skip
 """Arguments of ``pl.Trainer`` that :func:`make_trainer` sets itself."""
 
 

@@ -161,8 +161,7 @@ def stack_size_for(
         engine = fit.engine
         if device.type == "cpu":
             module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
-            engine = make_engine(
-                fit.engine, module.net, module.given, steps=T, matmul_precision=fit.matmul_precision
-            ).name
+            further: dict[str, Any] = {"z_gradient": fit.optimise_z, "matmul_precision": fit.matmul_precision}
+            engine = make_engine(fit.engine, module.net, module.given, steps=T, **further).name
         bound = images_in_memory(size, fit=fit, kept=kept, engine=engine, device=device)
     return wanted if bound is None or bound >= wanted else 2 ** int(math.log2(bound))

@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
@@ -66,7 +66,7 @@ def class_name(number: int, classes: Sequence[str] = ()) -> str:
     return classes[number] if 0 <= number < len(classes) else str(number)
 
 
-def line_style(number: int) -> dict[str, str]:
+def line_style(number: int) -> dict[str, Any]:
     """Colour, marker and stroke of the line with this number in a figure."""
     return {
         "color": COLOURS[number % len(COLOURS)],
@@ -75,7 +75,7 @@ def line_style(number: int) -> dict[str, str]:
     }
 
 
-def plain_axes(ax: Axes, *, grid: str = "y") -> None:
+def plain_axes(ax: Axes, *, grid: Literal["x", "y"] = "y") -> None:
     """Axes without a frame at the top and right, with a light grid behind the data."""
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(axis=grid, color="#eeeeee", linewidth=0.6)

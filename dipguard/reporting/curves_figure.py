@@ -62,7 +62,7 @@ def write_curves(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     return paths
 
 
-def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, str]] | None = None) -> Figure:
+def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, Any]] | None = None) -> Figure:
     """Accuracy against an attack's strength, with the 95 % intervals as bands.
 
     BPDA has a panel for each eps, over the iterations (Figure 4); HopSkipJump a panel for each query budget, over eps
@@ -105,7 +105,7 @@ def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, str]] | 
     return figure
 
 
-def curve_styles(points: pd.DataFrame) -> dict[str, dict[str, str]]:
+def curve_styles(points: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """Colour, marker and stroke of each defence: the same in all figures of the same results."""
     return {defense: line_style(i) for i, defense in enumerate(dict.fromkeys(points["defense"]))}
 

@@ -13,7 +13,31 @@ from dipguard.reporting.trace_figure import STITCHED, draw_classes, finish_axes,
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+
+def draw_mirror_trace(
+    trace: DecisionTrace,
+    reconstruction: Reconstruction,
+    *,
+    decision: int,
+    label: int | None = None,
+    clean: Tensor | None = None,
+    name_of: Callable[[int], str] = str,
+) -> Figure:
+    """How one image was defended: decisions, confidences on plain and mirrored windows, and quality, by window.
+
+    Args:
+        trace: The image's trace, with ``samples`` and ``mirrored_logits``.
+        reconstruction: The image made from it.
+        decision: The victim's decision on the reconstruction.
+        label: The true class, if known.
+        clean: The clean image [3, H, W], if known.
+        name_of: Gives a class's name by its number.
+
+    Raises:
+        ValueError: The trace has no mirrored readings.
+    """
     if trace.mirrored_logits is None or trace.samples is None:
         raise ValueError("`trace` must hold samples and their mirrored readings, got one without")
     networks = len(trace.last)
@@ -35,7 +59,7 @@ if TYPE_CHECKING:
     for at in lasts[:-1]:
         for ax in axes:
             ax.axvline(float(trace.steps[at] + trace.steps[at + 1]) / 2, color="black", linewidth=0.8)
-    figure.suptitle(f"Mirrored reading of image {trace.index}", fontsize=12, fontweight="bold")
+    figure.suptitle(f"{second.capitalize()} of image {trace.index}", fontsize=12, fontweight="bold")
     return figure
 
 

@@ -145,16 +145,16 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
     eps = "" if result.eps_255 is None else f" at {result.eps_255:g}/255"
     steps = f" ({cell.defense.steps_per_image:,} DIP steps an image)" if cell.defense.steps_per_image else ""
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in metrics["seconds"].items())
-    averaged, reasons = "", result.reasons
+    averaged, reasons, used = "", result.reasons, f"{metrics['used']:.1f} an image on average"
     if {"class_scores", "no_sample_of_class"} & set(reasons):
         averaged = (
-            f"Windows averaged: {metrics['used']:.1f} an image on average; for {reasons.count('no_sample_of_class')} of "
-            f"{n} images the victim classified none as the class with the highest scores (all were averaged).\n\n"
+            f"Windows averaged: {used}; for {reasons.count('no_sample_of_class')} of {n} images the victim classified "
+            "none as the class with the highest scores (all windows were averaged).\n\n"
         )
     if {"crossings", "no_crossing"} & set(reasons):
         averaged = (
-            f"Stitched on-boundary images: {metrics['used']:.1f} an image on average; {reasons.count('no_crossing')} of "
-            f"{n} images had none that counted (their reconstruction is the mean of the last K samples).\n\n"
+            f"Stitched on-boundary images: {used}; {reasons.count('no_crossing')} of {n} images had none that counted "
+            "(their reconstruction is the mean of the last K samples).\n\n"
         )
     return f"""# dipguard run
 
@@ -176,7 +176,7 @@ Files: `metrics.json` (figures and settings), `images.csv` (a row for each image
 def _first(matrix: Matrix, result: CellResult) -> tuple[Tensor, Tensor]:
     """The attacked and purified images of a cell that are drawn."""
     place, count = result.cell.place, min(matrix.config.figures, len(result.cell.clean))
-    return matrix.attacked(*place)[:count], matrix.reconstructions(*place, count=count)
+    return matrix.attacked(*place)[:count], matrix.reconstructions(*place)[:count]
 
 
 def _traces(matrix: Matrix, result: CellResult) -> dict[int, DecisionTrace]:
@@ -194,16 +194,22 @@ def _draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
     for i, (given, rebuilt) in enumerate(zip(*_first(matrix, result), strict=True)):
         index, label = int(clean.indices[i]), int(clean.labels[i])
         seen = (clean.images[i], cell.target.decisions_clean[i]), (given, result.decisions_given[i])
-        rows[f"image {index}\ntrue: {class_name(label, clean.classes)}"] = tuple(
+        clean_picture, given_picture, rebuilt_picture = (
             Picture(image, class_name(int(y), clean.classes), int(y) == label)
             for image, y in (*seen, (rebuilt, result.decisions[i]))
         )
+        title = f"image {index}\ntrue: {class_name(label, clean.classes)}"
+        rows[title] = (clean_picture, given_picture, rebuilt_picture)
         if i in traces:
-            trace = traces[i]
-            draw = draw_trace if trace.mirrored_logits is None else draw_mirror_trace
-            decision, stitched = int(result.decisions[i]), cell.defense.rebuild(trace)
-            known = {"label": label, "clean": clean.images[i], "name_of": lambda y: class_name(y, clean.classes)}
-            figure = draw(trace, stitched, decision=decision, **known)
+            draw = draw_trace if traces[i].mirrored_logits is None else draw_mirror_trace
+            figure = draw(
+                traces[i],
+                cell.defense.rebuild(traces[i]),
+                decision=int(result.decisions[i]),
+                label=label,
+                clean=clean.images[i],
+                name_of=lambda y: class_name(y, clean.classes),
+            )
             paths.append(save_figure(figure, folder / f"trace{name}_{index:06d}.png"))
     return [save_figure(draw_panel(rows), folder / f"panel{name}.png"), *paths]
 

@@ -119,8 +119,8 @@ def _head(rows: pd.DataFrame) -> str:
     eps = rows[rows["attack"] == WORST]["eps_255"].iloc[0]
     return (
         f"{_measured_on(rows)}; L-inf eps {eps:g}/255, untargeted, white box. In brackets: 95 % intervals (Wilson). "
-        "Every attacked image is classified once more with the evaluation's own draws. The worst case is taken for each "
-        "image over all attacks and the clean image; the control and the large eps are not part of it."
+        "Every attacked image is classified once more with the evaluation's own draws. The worst case is taken for "
+        "each image over all attacks and the clean image; the control and the large eps are not part of it."
     )
 
 

@@ -6,7 +6,6 @@ Any grid will do. A parameter is whatever was overridden and is not the same in 
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -97,7 +96,7 @@ def read_sweep(folder: str | Path, *, everything: bool = False) -> Sweep:
         others = set()
     if not overrides:
         raise FileNotFoundError(f"`folder` must be that of a sweep, got {folder}, which holds no job of one")
-    given = {name: dict(ChainMap(*map(_parsed, reversed(texts)))) for name, texts in overrides.items()}
+    given = {name: {k: v for text in texts for k, v in _parsed(text).items()} for name, texts in overrides.items()}
     keys = [key for key in dict.fromkeys(key for values in given.values() for key in values) if not _is_aside(key)]
     values = {name: _values(folder / name, keys, given[name]) for name in overrides}
     parameters = _parameters(keys, list(values.values()))
@@ -181,7 +180,7 @@ def _parameters(keys: Sequence[str], jobs: Sequence[Mapping[str, Value]]) -> dic
         values = list(dict.fromkeys(job[key] for job in jobs if job[key] is not None))
         if len(values) > 1 or (values and any(job[key] is None for job in jobs)):
             if set(values) <= set(SIZES):
-                values.sort(key=SIZES.index)  # type: ignore[arg-type]
+                values.sort(key=SIZES.index)
             found[key] = tuple(sorted(values) if is_numeric(values) else values)  # type: ignore[type-var]
     return found
 

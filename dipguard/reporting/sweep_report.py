@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import ceil, floor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -48,12 +48,7 @@ def write_sweep_report(folder: str | Path, *, everything: bool = False) -> list[
     - ``table3_T_network.png``, ``map_<a>_<b>.png``: parameters that were varied together;
     - ``report.md``: these, tables with intervals, best settings, sensitivities, and what is missing or failed.
 
-    Args:
-        folder: The sweep's folder.
-        everything: Include jobs of earlier starts that the last start's grid does not have.
-
-    Raises:
-        FileNotFoundError: The folder is not a sweep's.
+    Arguments and errors are those of :func:`~dipguard.reporting.sweep_jobs.read_sweep`.
     """
     folder = Path(folder)
     sweep = read_sweep(folder, everything=everything)
@@ -406,7 +401,12 @@ def _finish(ax: Axes, grid: Grid, key: str) -> None:
     if is_numeric(values) and isinstance(paper, int | float) and values[0] <= paper <= values[-1]:
         ax.axvline(paper, color="#bbbbbb", linewidth=1, linestyle=":", zorder=0)
         side, align = (-2, "right") if paper == values[-1] else (2, "left")
-        place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "ha": align, "va": "top"}
+        place: dict[str, Any] = {
+            "xycoords": ("data", "axes fraction"),
+            "textcoords": "offset points",
+            "ha": align,
+            "va": "top",
+        }
         ax.annotate("paper", (paper, 1), (side, -2), fontsize=7, color="#888888", **place)
     texts = [text_of(value) for value in values]
     ax.set_xticks(_places(grid, key, range(len(values))), texts, fontsize=8)

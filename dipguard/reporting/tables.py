@@ -56,8 +56,8 @@ MEASURES = (
 def write_tables(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     """Write table1 (accuracy) and table2 (SSIM), each as .md, .csv and .tex; returns the six paths.
 
-    The CSV has several lines for each defence: ``figure`` is ``ours``, ``n``, for the accuracy ``low`` and ``high``, and
-    where the paper has figures ``paper`` and ``difference``; ``mean`` is over ``mean_of`` attacks.
+    The CSV has several lines for each defence: ``figure`` is ``ours``, ``n``, for the accuracy ``low`` and ``high``,
+    and if the paper has figures ``paper`` and ``difference``; ``mean`` is over ``mean_of`` attacks.
 
     Args:
         folder: Where to write.
@@ -250,9 +250,9 @@ class _Table:
         other = "other images" if first["victim"] == setting.victim else "another victim and other images"
         text = (
             f"The paper's figures ({SOURCE}, Table {self.measure.number}, {self.data}) were measured on "
-            f"{setting.described}; ours on {first['data']} with {first['victim']}: {other}, and settings of the defences "
-            "and attacks that may differ too. A difference is ours minus the paper's. Means are over the attacks that "
-            "have figures of both."
+            f"{setting.described}; ours on {first['data']} with {first['victim']}: {other}, and settings of the "
+            "defences and attacks that may differ too. A difference is ours minus the paper's. Means are over the "
+            "attacks that have figures of both."
         )
         for row in {row.name: row for row in self.paper.values()}.values():
             mean = sum(row.figures.values()) / len(row.figures)
@@ -286,7 +286,7 @@ class _Table:
         """All figures and their means, ready for CSV."""
         frame, first = self.figures.round(self.measure.digits + 1), self.cells.iloc[0]
         frame = frame[frame.notna().any(axis=1) | (frame.index.get_level_values("figure") == "ours")]
-        over = [self.mean(defense, kind, self.attacks) if kind in MEANS else () for defense, kind in frame.index]
+        over = [self.mean(defense, kind, self.attacks if kind in MEANS else []) for defense, kind in frame.index]
         means = [round(values.mean(), self.measure.digits + 1) if len(values) else None for values in over]
         frame = frame.rename(columns=lambda attack: f"attack {attack}" if attack in (*FIRST, *LAST) else attack)
         frame = frame.assign(mean=means, mean_of=[len(values) or None for values in over]).reset_index()

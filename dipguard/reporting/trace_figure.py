@@ -126,7 +126,7 @@ def draw_classes(
 ) -> None:
     """Draw the confidences of the classes, with the mean of each in the legend if asked for."""
     confidence, colours = logits.double().softmax(dim=1), class_colours(trace, label)
-    lines = []
+    lines: list[tuple[str, str, float, float, Tensor]] = []
     for c, colour in colours.items():
         roles = [name for name, is_it in (("true", c == label), ("of given", c == trace.given_decision)) if is_it]
         name = short(name_of(c)) + (f" ({', '.join(roles)})" if roles else "")

@@ -34,8 +34,11 @@ def wandb_run(
     It is kept offline if the server cannot be reached or refuses the key. Another run that is open in this process is
     neither joined nor closed.
     """
+    import wandb
+
     place = folder / "logs"
     place.mkdir(parents=True, exist_ok=True)
+    fields = wandb.Settings.model_fields  # older versions do not know all settings
     known: dict[str, Any] = {
         # WandbLogger itself would join a run that is open in this process, and its offline=True would set the mode of
         # the whole process.
@@ -47,7 +50,7 @@ def wandb_run(
         "job_type": "sweep" if AGENT in os.environ else job_type,
         "name": folder.name,
         "config": dict(settings),
-        "settings": _settings(),
+        "settings": wandb.Settings(**{name: value for name, value in _settings().items() if name in fields}),
     }
     if AGENT not in os.environ:
         known["id"] = _run_id(folder)
@@ -82,8 +85,7 @@ def results_to_wandb(
     import wandb
 
     run.summary.update(dict(metrics))
-    columns = list(rows[0])
-    table = wandb.Table(columns=columns, data=[[row[c] for c in columns] for row in rows])
+    table = wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])
     run.log({"images": table, **{f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}})
 
 
@@ -100,19 +102,10 @@ def _start(mode: str, known: dict[str, Any]) -> Any:
     return wandb.init(mode=mode, **known)  # type: ignore[arg-type]
 
 
-def _settings() -> Any:
-    """Time limits, and no capture of the terminal: it would outlive the job in a process with several jobs."""
-    import wandb
-
-    wanted: dict[str, Any] = {
-        "init_timeout": INIT_SECONDS,
-        "finish_timeout": FINISH_SECONDS,
-        "console": "off",
-        "silent": True,
-    }
-    # Older versions do not know all of them.
-    known = getattr(wandb.Settings, "model_fields", wanted)
-    return wandb.Settings(**{name: value for name, value in wanted.items() if name in known})
+def _settings() -> dict[str, Any]:
+    # No capture of the terminal: it would outlive the job in a process with several jobs.
+    times = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
+    return {**times, "console": "off", "silent": True}
 
 
 def _logged_in() -> bool:

@@ -46,11 +46,10 @@ def numerics() -> dict[str, str]:
 
 
 def victim_digest(victim: nn.Module) -> str:
-    """A digest of a classifier: the class, plain attributes, parameters and buffers of each of its modules.
+    """A digest of a classifier: the class, plain attributes, parameters and all buffers of each of its modules.
 
-    Buffers count even if the state dict leaves them out, as it often does with those of a normalisation. Code is not
-    part of the digest, nor are attributes of other types: stored traces are therefore compared with the victim's logits
-    before they are used.
+    Code is not part of it, nor are attributes of other types. Before a stored trace is used, the victim is therefore
+    asked once more.
     """
     plain = (bool, int, float, str, tuple, type(None))
     parts, tensors = [], []
@@ -67,9 +66,9 @@ def victim_digest(victim: nn.Module) -> str:
 class StackKeys:
     """The keys of the fits and traces of B images.
 
-    A fit depends on the image, its index and the options. It does not depend on T, since x(t) is the same in every fit
-    of at least t steps, nor on the victim, which the fit never asks. Rounding that the key does not tell apart: another
-    processor or GPU and, except for the native engine, the number of images in a stack.
+    A fit depends on the image, its index and the options, but neither on T, since x(t) is the same in every fit of at
+    least t steps, nor on the victim, which the fit never asks. The keys do not distinguish what only changes rounding:
+    another processor or GPU and, except for the native engine, the number of images in a stack.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1].

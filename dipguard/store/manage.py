@@ -69,11 +69,7 @@ def list_entries(folder: str | Path, *, layers: Sequence[str] = LAYERS) -> list[
 
 
 def store_size(folder: str | Path) -> dict[str, tuple[int, int]]:
-    """Number of entries and bytes of each layer.
-
-    Raises:
-        FileNotFoundError, ValueError: See :func:`list_entries`.
-    """
+    """Number of entries and bytes of each layer; errors are those of :func:`list_entries`."""
     root = _root(folder)
     sizes = {layer: [path.stat().st_size for path in (root / layer).glob("??/*.npz")] for layer in LAYERS}
     return {layer: (len(files), sum(files)) for layer, files in sizes.items()}
@@ -131,11 +127,7 @@ def prune(
 
 
 def verify(folder: str | Path, *, remove: bool = False) -> list[EntryInfo]:
-    """Read every entry and compare it with its checksum; return, and on demand remove, the damaged ones.
-
-    Raises:
-        FileNotFoundError, ValueError: See :func:`list_entries`.
-    """
+    """Read every entry and compare it with its checksum; return, and on demand remove, the damaged ones."""
     damaged = []
     for info in list_entries(folder):
         try:

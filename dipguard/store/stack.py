@@ -1,12 +1,8 @@
 """A stacked fit that is looked up first: the store's counterpart of :func:`dipguard.fit.fit_stack`.
 
-Only those images are fitted that the store does not hold, each by one process alone. The result is that of a fit with
-the settings at hand: x(t) depends neither on T nor on how often the victim is asked, so one long fit, sampled at the
-steps of every shorter one, serves them all. With the native engine it is the same bit by bit; with the others, rounding
-depends on the number of images in a stack.
-
-200 decisions over T = 750 are not a subset of 200 over T = 1000 (section 4.1 spreads them evenly). A fit for Table 3 is
-therefore sampled at the union of all five schedules (``also``): 608 of 1500 steps.
+Only images that the store does not hold are fitted, each by one process alone. x(t) depends neither on T nor on how
+often the victim is asked, so one long fit, sampled at the steps of every shorter one (``also``), serves them all, bit
+by bit with the native engine; with the others, rounding depends on the number of images in a stack.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytorch_lightning as pl
@@ -41,12 +37,10 @@ SAME_LOGITS = 0.01
 
 @dataclass(frozen=True)
 class StoredResult(StackResult):
-    """The result of a stack.
-
-    ``seconds`` are what the fits and decisions took when they were made.
+    """The result of a stack; ``seconds`` are those of the fits and decisions when they were made.
 
     Attributes:
-        spared: Those seconds that were not spent now, because the store held a fit or a trace.
+        spared: How many of them were not spent now, because the store held a fit or a trace.
     """
 
     spared: float
@@ -113,8 +107,7 @@ def stored_stack(
     return StoredResult(traces, reconstructions, seconds, spared)
 
 
-@dataclass(frozen=True, eq=False)
-class _Found:
+class _Found(NamedTuple):
     """An image's trace, what its fit took earlier, and how the trace came about: the name of a count."""
 
     trace: DecisionTrace
@@ -199,12 +192,9 @@ class _Stack:
     def _keep(self, b: int, samples: FitSamples, seconds: float) -> DecisionTrace:
         keep_samples = self.store.keep_samples or self.decide.keep_samples
         if keep_samples:
-            about = {
-                **self.keys.about(b),
-                "what": f"{len(samples.steps)} samples up to step {int(samples.steps[-1])}",
-                "seconds": seconds,
-            }
+            what = f"{len(samples.steps)} samples up to step {int(samples.steps[-1])}"
             arrays = {name: getattr(samples, name).numpy() for name in SAMPLED}
+            about = {**self.keys.about(b), "what": what, "seconds": seconds}
             self.store.write("fits", self.keys.fits[b], arrays, about)
         trace = self._decide(b, samples, self.decide, seconds=seconds)
         if not keep_samples:  # then nothing else could serve the other T
@@ -215,24 +205,14 @@ class _Stack:
     def _decide(self, b: int, samples: FitSamples, decide: DecideOptions, *, seconds: float) -> DecisionTrace:
         """The trace of a fit; stored without the given image, which every reader has, and without all samples."""
         start = time.perf_counter()
-        trace = decide_samples(
-            samples,
-            given=self.images[b],
-            index=self.keys.indices[b],
-            victim=self.decider,
-            fit=self.fit,
-            decide=replace(decide, keep_samples=False),
-        )
+        own: dict[str, Any] = {"given": self.images[b], "index": self.keys.indices[b], "victim": self.decider}
+        trace = decide_samples(samples, fit=self.fit, decide=replace(decide, keep_samples=False), **own)
         spent = time.perf_counter() - start
         self.seconds["decide"] += spent
         arrays = {name: tensor.cpu().numpy() for name, tensor in trace.tensors().items() if name != "given"}
-        about = {
-            **self.keys.about(b),
-            "what": f"{len(trace.steps)} decisions, {len(trace.alpha)} crossings kept",
-            "settings": trace.settings,
-            "seconds": seconds + spent,
-        }
-        self.store.write("traces", self.trace_keys[decide][b], arrays, about)
+        what = f"{len(trace.steps)} decisions, {len(trace.alpha)} crossings kept"
+        about = {"what": what, "settings": trace.settings, "seconds": seconds + spent}
+        self.store.write("traces", self.trace_keys[decide][b], arrays, {**self.keys.about(b), **about})
         return trace
 
     def _read_trace(self, b: int) -> tuple[DecisionTrace, float] | None:
@@ -251,15 +231,11 @@ class _Stack:
     def _answers_as(self, trace: DecisionTrace) -> bool:
         """Whether the victim gives the logits of the trace, which no digest of a module can guarantee."""
         logits = self.decider(trace.given[None])[0].cpu()
-        scale = max(1.0, float(trace.given_scores.abs().max()))
-        same = logits.shape == trace.given_scores.shape and bool(
-            (logits - trace.given_scores).abs().max() <= SAME_LOGITS * scale
-        )
+        stored = trace.given_scores
+        limit = SAME_LOGITS * max(1.0, float(stored.abs().max()))
+        same = logits.shape == stored.shape and bool((logits - stored).abs().max() <= limit)
         if not same:
-            _log.warning(
-                "a victim with the same modules and weights as one in the store answers otherwise: its decisions are "
-                "made again"
-            )
+            _log.warning("a victim with modules and weights of one in the store answers otherwise: it is asked again")
         return same
 
     def _read_samples(self, b: int) -> tuple[FitSamples, float] | None:
@@ -275,23 +251,15 @@ class _Stack:
 
 
 def _as_asked(trace: DecisionTrace, settings: dict[str, Any]) -> DecisionTrace:
-    """The trace that a fit with these settings would have left; their ``K_max`` is at most the trace's.
-
-    Pruning twice loses nothing: for each crossing that the larger K_max has dropped, enough later crossings of at least
-    its quality are kept that the smaller K_max drops it too.
-    """
+    """The trace that a fit with these settings would have left; their ``K_max`` is at most the trace's."""
     K_max = int(settings["K_max"])
     if K_max == trace.K_max:
         return replace(trace, settings=settings)
+    # For each crossing that the larger K_max has dropped, enough later ones of at least its quality are kept that the
+    # smaller K_max drops it too: pruning twice loses nothing.
     kept = needed_for_replay(trace.quality[trace.crossing_at].double(), K_max=K_max)
-    return replace(
-        trace,
-        crossing_at=trace.crossing_at[kept],
-        alpha=trace.alpha[kept],
-        on_boundary=trace.on_boundary[kept],
-        last=trace.last[-K_max:],
-        settings=settings,
-    )
+    pruned = {name: getattr(trace, name)[kept] for name in ("crossing_at", "alpha", "on_boundary")}
+    return replace(trace, last=trace.last[-K_max:], settings=settings, **pruned)
 
 
 def _log_means(logger: Logger, traces: Sequence[DecisionTrace], first_step: int) -> None:

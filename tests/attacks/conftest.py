@@ -20,7 +20,7 @@ QUICK: dict[str, dict[str, Any]] = {
     "bpda": {"steps": 3},
     "hopskipjump": {"queries": 150, "init_eval": 20},
     "adaptive_pgd": {"steps": 3},
-    "unrolled": {"steps": 2, "T": 3, "judge_every": 1},
+    "unrolled": {"steps": 2, "T": 3, "evaluate_every": 1},
     "defended_autoattack": {"steps": 2},
     "defended_square": {"n_queries": 10},
 }

@@ -22,7 +22,7 @@ TINY = {
 }
 PAPER = {"network": "small", "T": 20, "t0": 2, "tau": 0.0, "decisions": 20, "lr": 0.05, "progress": False}
 CLIMBERS = pytest.mark.parametrize("name", ["adaptive_pgd", "unrolled"])
-QUICK = {"adaptive_pgd": {"steps": 3}, "unrolled": {"steps": 2, "T": 4, "judge_every": 1}}
+QUICK = {"adaptive_pgd": {"steps": 3}, "unrolled": {"steps": 2, "T": 4, "evaluate_every": 1}}
 
 
 def built(name, victim, defense, **options):
@@ -63,7 +63,7 @@ def test_it_repeats_exactly_and_no_batch_mate_matters(digits_cnn, digits, name, 
     assert not torch.allclose(whole.float(), other)
 
 
-def test_with_the_identity_it_is_bpda_with_every_iterate_judged(digits_cnn, digits):
+def test_with_the_identity_it_is_bpda_with_every_iterate_evaluated(digits_cnn, digits):
     part = digits.select(0, 8)
     options = {"eps_255": 20, "steps": 4, "random_start": False, "draws": "fixed"}
     bpda = adaptive("bpda", digits_cnn, Median(), budgets=range(1, 5), **options)
@@ -112,12 +112,12 @@ def test_the_unrolled_gradient_is_that_of_the_short_fits(digits_cnn, digits):
     assert attack.spent == Cost(0, 2 * 2 * 4, 4, 4)
 
 
-@pytest.mark.parametrize(("judge_every", "judgements"), [(1, 6), (2, 4), (3, 3), (9, 2)])
-def test_the_unrolled_attack_is_judged_now_and_then(digits_cnn, digits, judge_every, judgements):
+@pytest.mark.parametrize(("evaluate_every", "evaluations"), [(1, 6), (2, 4), (3, 3), (9, 2)])
+def test_the_unrolled_attack_is_evaluated_now_and_then(digits_cnn, digits, evaluate_every, evaluations):
     part, defense = digits.select(0, 2), Noise()
-    attack = built("unrolled", digits_cnn, defense, steps=5, judge_every=judge_every)
+    attack = built("unrolled", digits_cnn, defense, steps=5, evaluate_every=evaluate_every)
     attack(part.images, part.labels)
-    assert len(defense.indices) == 2 * judgements
+    assert len(defense.indices) == 2 * evaluations
     assert attack.spent == attack.estimate(2)
     assert len(attack.history) == 5
 
@@ -213,7 +213,7 @@ def _far(name):
     [
         ("adaptive_pgd", {"backward": "blur"}),
         ("adaptive_pgd", {"backward": "short_dip", "backward_options": {"T": 20}}),
-        ("unrolled", {"T": 20, "judge_every": 1}),
+        ("unrolled", {"T": 20, "evaluate_every": 1}),
     ],
 )
 def test_it_breaks_a_deep_image_prior_where_noise_does_not(digits_cnn, digits, name, options):
@@ -243,7 +243,7 @@ def test_it_breaks_a_deep_image_prior_where_noise_does_not(digits_cnn, digits, n
         ("adaptive_pgd", {"loss": "dlr"}, ValueError, "`loss` must be one of ce, margin"),
         ("unrolled", {"T": 1}, ValueError, "`T` must be at least 2"),
         ("unrolled", {"floor": -1}, ValueError, "`floor`"),
-        ("unrolled", {"judge_every": 0}, ValueError, "`judge_every`"),
+        ("unrolled", {"evaluate_every": 0}, ValueError, "`evaluate_every`"),
         ("unrolled", {"intermediate": "last"}, TypeError, "'unrolled' takes no option 'intermediate'"),
     ],
 )

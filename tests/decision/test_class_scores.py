@@ -66,7 +66,7 @@ def grey(*levels):
 
 
 @pytest.mark.parametrize(
-    ("levels", "target", "level", "count", "beta"),
+    ("levels", "target", "level", "used", "beta"),
     [
         ((0.6, 0.8, 0.2), 1, 0.7, 2, 0.0),  # the mean of the two that are read as 1
         ((0.6, 0.8, 0.2), 0, 0.2, 1, 0.0),
@@ -75,13 +75,13 @@ def grey(*levels):
         ((0.21, 0.21), 1, 0.21, 0, 0.0),  # no step is long enough
     ],
 )
-def test_samples_of_the_target_are_averaged_and_pushed_if_they_must_be(levels, target, level, count, beta):
+def test_samples_of_the_target_are_averaged_and_pushed_if_they_must_be(levels, target, level, used, beta):
     samples = grey(*levels)
     victim = Brightness()
     made = average_target_samples(
         samples, victim(samples).argmax(1), grey(0.2)[0], target=target, classify=victim, betas=[0.1, 0.2, 0.3, 0.4]
     )
-    assert (made.target, made.count, made.beta) == (target, count, beta)
+    assert (made.target, made.used, made.beta) == (target, used, beta)
     assert torch.allclose(made.image, grey(level)[0])
 
 

@@ -15,10 +15,12 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from dipguard import DIPGuard
 from dipguard.decision import stitch
 from dipguard.defenses import Defense
+from dipguard.fit import FitProgress
 
 QUICK: dict[str, Any] = {"network": "small", "T": 12, "decisions": 6, "tau": 0.0, "t0": 0, "K": 3, "progress": False}
 
@@ -115,6 +117,28 @@ def test_a_store_gives_the_same_images_without_another_fit(images: Tensor, victi
         assert (result.reasons, result.used) == (plain.reasons, plain.used)
     assert DIPGuard(victim, **{**QUICK, "T": 20}, store=tmp_path).defend(images[:3], callbacks=[stacks]).traces
     assert stacks.sizes == [3]
+
+
+def test_the_bar_ends_full_when_a_store_has_the_fits(
+    images: Tensor, victim: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    DIPGuard(victim, store=tmp_path, **QUICK).purify(images[:1])
+    guard = DIPGuard(victim, **{**QUICK, "progress": True, "stack_size": 1}, store=tmp_path)
+    capfd.readouterr()
+    guard.purify(images[:3])
+    assert "24.0/24.0" in capfd.readouterr().err
+    guard.purify(images[:3])
+    assert "fit: 0.00step" in capfd.readouterr().err  # tqdm's way to show that nothing is left of nothing
+
+
+def test_another_bar_takes_the_place_of_its_own(
+    images: Tensor, victim: nn.Module, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with tqdm(total=24, disable=False) as bar:
+        capfd.readouterr()
+        DIPGuard(victim, **{**QUICK, "progress": True}).defend(images[:2], callbacks=[FitProgress(bar)])
+        assert bar.n == 24
+    assert "fit:" not in capfd.readouterr().err
 
 
 def test_a_warm_up_beyond_the_fit_is_warned_of(victim: nn.Module, caplog: pytest.LogCaptureFixture) -> None:

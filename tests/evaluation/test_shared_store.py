@@ -2,79 +2,84 @@
 
 from __future__ import annotations
 
-import json
+import csv
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from dipguard.evaluation.matrix_run import run_matrix
+import torch
+from torch import Tensor
 
+from dipguard.evaluation import run
 from dipguard.store import store_size
 from tests.tiny_matrix import tiny_matrix
 from tests.tiny_run import tiny_run
 
 LEAN = (
-    "~rows.jpeg", "~rows.median", "~rows.dipguard", "~columns.pgd_8", "data.limit=3",
-    "+rows.paper.options.engine=native", "rows.paper.options.network=small",
-    "+rows.dip_fixed.options.fit.engine=native", "+rows.dip_fixed.options.fit.network=small",
+    "~defenses.jpeg", "~defenses.median", "~defenses.mirror", "~attacks.pgd_8", "data.limit=3", "figures=0",
+    "defenses.paper.engine=native", "defenses.paper.network=small",
+    "defenses.dip_fixed.engine=native", "defenses.dip_fixed.network=small",
 )  # fmt: skip
 
 
-def cells(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, int]]:
-    """Reconstructions of each cell of a run, and what its store.json says."""
-    run_matrix(tiny_matrix(folder, *LEAN, *overrides))
-    images = {str(path.relative_to(folder)): np.load(path)["images"] for path in sorted(folder.glob("cells/*/*.npz"))}
-    counts = folder / "store.json"
-    return images, json.loads(counts.read_text()) if counts.is_file() else {}
+def cells(folder: Path, *overrides: str) -> tuple[dict[tuple[str, str], Tensor], Counter[str]]:
+    """Reconstructions of each cell of a run, and what its store did meanwhile."""
+    matrix = tiny_matrix(folder, *LEAN, *overrides)
+    before = Counter(matrix.store.counts)
+    assert run(matrix) == []
+    counts = matrix.store.counts - before
+    return {cell.place: matrix.reconstructions(*cell.place) for cell in matrix.cells}, counts
 
 
-def assert_same(a: dict[str, Any], b: dict[str, Any]) -> None:
+def assert_same(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tensor]) -> None:
     assert a.keys() == b.keys()
-    assert all(np.array_equal(a[name], b[name]) for name in a)
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_run_folders_share_fits_and_attacked_images(tmp_path: Path):
+def seconds(folder: Path) -> float:
+    with (folder / "results.csv").open(newline="") as file:
+        rows = {(row["attack"], row["defense"]): row for row in csv.DictReader(file)}
+    return float(rows["fgsm_8", "paper"]["seconds_per_image"])
+
+
+def test_runs_share_fits_and_attacked_images(tmp_path: Path):
     store = f"store={tmp_path / 'store'}"
     plain, counts = cells(tmp_path / "plain")
-    assert counts == {}
+    assert counts["fitted"] == 0  # without a shared store, fits are not stored
     first, counts = cells(tmp_path / "first", store)
     assert_same(first, plain)
     assert (counts["fitted"], counts["attacked"], counts["replayed"]) == (6, 6, 0)
-    second, counts = cells(tmp_path / "second", store)
-    assert_same(second, plain)
-    assert (counts["fitted"], counts["attacks_found"], counts["replayed"]) == (0, 6, 6)
-    # Each folder has its attacked images, which lie on the disk once.
-    paths = [tmp_path / name / "attacks" / "fgsm_8.npz" for name in ("first", "second")]
-    assert paths[0].samefile(paths[1])
-    seconds = [float(np.load(tmp_path / name / "cells/fgsm_8/paper.npz")["seconds"]) for name in ("first", "second")]
-    assert seconds[1] > 0.5 * seconds[0]  # a replay's cell says what the fit took
+    again, counts = cells(tmp_path / "again", store)  # the very same cells
+    assert_same(again, plain)
+    assert not counts
+    second, counts = cells(tmp_path / "second", store, "defenses.paper.tau=0.3")
+    assert (counts["fitted"], counts["attacked"], counts["attacks_found"], counts["replayed"]) == (0, 0, 6, 6)
+    assert_same(
+        {k: v for k, v in second.items() if k[1] != "paper"}, {k: v for k, v in plain.items() if k[1] != "paper"}
+    )
+    assert seconds(tmp_path / "second") > 0.5 * seconds(tmp_path / "first")  # a replay's cell says what the fit took
 
 
 def test_a_sweep_over_T_fits_once(tmp_path: Path):
-    store = (f"store={tmp_path / 'store'}", "store_T=[14,20]", "~rows.dip_fixed", "~columns.fgsm_8")
-    wanted, _ = cells(tmp_path / "plain", *store[2:], "rows.paper.options.T=14")
-    got, counts = cells(tmp_path / "14", *store, "rows.paper.options.T=14")
+    store = (f"store={tmp_path / 'store'}", "store_T=[14,20]", "~defenses.dip_fixed", "~attacks.fgsm_8")
+    wanted, _ = cells(tmp_path / "plain", *store[2:], "defenses.paper.T=14")
+    got, counts = cells(tmp_path / "14", *store, "defenses.paper.T=14")
     assert_same(got, wanted)
     assert counts["fitted"] == 3
-    _, counts = cells(tmp_path / "20", *store, "rows.paper.options.tau=0.5")
+    _, counts = cells(tmp_path / "20", *store, "defenses.paper.tau=0.5")
     assert (counts["fitted"], counts["decided"]) == (0, 3)
-    _, counts = cells(tmp_path / "20", *store, "rows.paper.options.tau=0.4")  # the same folder goes on counting
-    assert (counts["fitted"], counts["decided"], counts["replayed"]) == (0, 3, 3)
+    _, counts = cells(tmp_path / "20", *store, "defenses.paper.tau=0.4")
+    assert (counts["fitted"], counts["decided"], counts["replayed"]) == (0, 0, 3)
 
 
 def test_train_runs_share_a_store(tmp_path: Path):
     options = (
-        "data.limit=2",
-        "fit.engine=native",
-        "network=small",
-        "defense.T=20",
-        "defense.decisions=10",
-        "report.figures=0",
-    )
+        "data.limit=2", "defense.engine=native", "defense.network=small", "defense.T=20", "defense.decisions=10",
+        "figures=0",
+    )  # fmt: skip
     store = f"store={tmp_path / 'store'}"
     plain = tiny_run(tmp_path / "plain", *options)
     for name in ("first", "second"):
         got = tiny_run(tmp_path / name, *options, store)
         assert got["accuracy"] == plain["accuracy"]
+        assert len(list((tmp_path / name / "traces/pgd/paper").iterdir())) == 2
     assert store_size(tmp_path / "store")["fits"][0] == 2
-    tiny_run(tmp_path / "second", *options)  # with or without a store, the run is the same

@@ -156,30 +156,6 @@ def test_float32_follows_float64_at_first(images: Tensor) -> None:
     assert float((single[2] - double[2]).abs().mean()) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"network": "tiny"}, "`network` must be one of"),
-        ({"z": "normal"}, "`z` must be one of uniform, gaussian, got 'normal'"),
-        ({"z_scale": 0.0}, "`z_scale` must be above 0"),
-        ({"jitter": -0.1}, "`jitter` must be finite and at least 0, got -0.1"),
-        ({"lr": 0.0}, "`lr` must be above 0"),
-        ({"dtype": "float16"}, "`dtype` must be one of float32, float64, got 'float16'"),
-        ({"init": "zeros"}, "`init` must be one of"),
-        ({"padding": "same"}, "`padding` must be one of"),
-        ({"engine": "cuda"}, "`engine` must be one of auto, torch, native.*, got 'cuda'"),
-    ],
-)
-def test_bad_options_are_named(options: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        FitOptions(**options)
-
-
-def test_whether_z_is_fitted_is_yes_or_no() -> None:
-    with pytest.raises(TypeError, match="`optimise_z` must be true or false, got 1"):
-        FitOptions(optimise_z=1)  # type: ignore[arg-type]
-
-
 def test_an_image_too_small_for_the_network_is_refused() -> None:
     with pytest.raises(ValueError, match="`images` must be at least 9x9 pixels for a network of 3 scales"):
         StackedDIP(torch.rand(1, 3, 8, 32))

@@ -1,0 +1,69 @@
+"""The options of a fit, checked in one place."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dipguard.fit import DecideOptions, FitOptions, StitchOptions, trace_settings
+from dipguard.networks import PRESETS
+
+ROOT = Path(__file__).resolve().parents[2]
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("options", "dipguard/fit/options.py")
+module = importlib.util.module_from_spec(spec)
+sys.modules["options"] = module
+spec.loader.exec_module(module)
+print("torch" in sys.modules)
+"""
+
+
+def test_the_module_needs_no_torch() -> None:
+    done = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+
+
+def test_settings_are_json_values_with_z_scale_resolved() -> None:
+    fit = FitOptions(network=PRESETS["imagenet"])
+    settings = trace_settings(fit, DecideOptions(), StitchOptions(tau=0.7, t0=50, K=15, beta=0.5))
+    assert json.loads(json.dumps(settings)) == settings
+    assert settings["z_scale"] == 1 / 100
+    assert settings["network"]["n_d"] == [64] * 5
+    assert {"T": 1000, "tau": 0.7, "seed": 0, "matmul_precision": "float32"}.items() <= settings.items()
+    assert FitOptions(z_scale=0.5).as_settings()["z_scale"] == 0.5
+
+
+def test_kept_images_are_counted() -> None:
+    assert DecideOptions(K_max=4).images_kept == 20
+    assert DecideOptions(K_max=4, T=50, keep_samples=True).images_kept == 20 + 50
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"network": "tiny"}, ValueError, "`network` must be one of"),
+        ({"z": "normal"}, ValueError, "`z` must be one of uniform, gaussian, got 'normal'"),
+        ({"z_scale": 0.0}, ValueError, "`z_scale` must be above 0"),
+        ({"jitter": -0.1}, ValueError, "`jitter` must be finite and at least 0, got -0.1"),
+        ({"lr": 0.0}, ValueError, "`lr` must be above 0"),
+        ({"dtype": "float16"}, ValueError, "`dtype` must be one of float32, float64, got 'float16'"),
+        ({"init": "zeros"}, ValueError, "`init` must be one of"),
+        ({"padding": "same"}, ValueError, "`padding` must be one of"),
+        ({"engine": "cuda"}, ValueError, "`engine` must be one of auto, torch, native.*, got 'cuda'"),
+        ({"matmul_precision": "tf32"}, ValueError, "`matmul_precision` 'tf32' needs `engine` 'torch' or 'cuda_graph'"),
+        (
+            {"matmul_precision": "tf32", "engine": "torch", "dtype": "float64"},
+            ValueError,
+            "`matmul_precision` 'tf32' needs `dtype` 'float32', got 'float64'",
+        ),
+        ({"optimise_z": 1}, TypeError, "`optimise_z` must be true or false, got 1"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        FitOptions(**options)  # type: ignore[arg-type]
