@@ -89,6 +89,17 @@ def check_float(value: Any, *, name: str, low: float, high: float | None = None)
     return number
 
 
+def check_bool(value: Any, *, name: str) -> bool:
+    """Return ``value`` if it is True or False.
+
+    Raises:
+        TypeError: anything else, such as a string.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be true or false, got {value!r}")
+    return value
+
+
 def check_choice(value: Any, choices: Collection[str], *, name: str) -> str:
     """Return ``value`` if it is one of ``choices``.
 

@@ -82,7 +82,7 @@ def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return " (did you mean 'x'?)" for the name in ``known`` that is nearest to ``name``; empty if none is near."""
 
     def likeness(other: str) -> float:  # a common beginning counts more: epss is eps_255 rather than steps
-        return difflib.SequenceMatcher(None, name, other).ratio() + 0.1 * len(commonprefix([name, other]))
+        return difflib.SequenceMatcher(None, name, other).ratio() + 0.1 * len(commonprefix([name, other]))  # noqa: RUF071 - words, not paths
 
     near = max(known, key=likeness, default="")
     return f" (did you mean '{prefix}{near}'?)" if likeness(near) >= 0.6 else ""

@@ -216,7 +216,10 @@ def test_other_settings_in_the_same_folder_are_run_and_the_earlier_ones_are_kept
     assert other["settings"] != metrics["settings"]
     assert other["settings"] == json.loads((folder / "metrics.json").read_text())["settings"]
     again = tiny_run(folder, *overrides)
-    assert again == metrics
+    timings = {"seconds", "images_per_second"}  # the traces in the folder were the other run's, and are made again
+    assert {k: v for k, v in again.items() if k not in timings} == {
+        k: v for k, v in metrics.items() if k not in timings
+    }
     assert len(entries(folder, "cells")) == 2 * len(before)
 
 
@@ -315,7 +318,7 @@ BAD_FILES: dict[str, dict[str, Any]] = {
         ("labels", "`labels` must be at least 0 and below 10, got labels from 0 to 12"),
         ("range", "must be uint8"),
         ("rank", r"must have shape \[N, H, W, 3\]"),
-        ("small", "`images` must be at least 9x9 pixels"),
+        ("small", "`victim` digits_cnn cannot read images of 8x8 pixels"),
         ("size", "`victim` digits_cnn cannot read images of 48x48 pixels"),
         ("empty", "with N >= 1"),
     ],
@@ -349,23 +352,23 @@ def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, case: str
         (["attack.eps_255=0"], "`attack.eps_255` must be"),
         (["attack.batch_size=0"], "`attack.batch_size` must be at least 1"),
         (["attack=cw", "+attack.eps_255=8"], "`attack.eps_255` is unknown"),
-        (["defense.T=0"], "`defense.T` must be from 1 to"),
+        (["defense.T=0"], "`defense.T` must be at least 1, got 0"),
         (["defense.T=many"], "`defense.T` must be an integer, got 'many'"),
         (["defense.decisions=1"], "`defense.decisions` must be at least 2"),
         (["defense.every=0"], "`defense.every` must be from 1 to 20"),
         (["defense.tau=1.5"], "`defense.tau` must be from 0 to 1, got 1.5"),
         (["defense.tau=-0.1"], "`defense.tau` must be from 0 to 1"),
-        (["defense.tau=.nan"], "`defense.tau` must be from 0 to 1"),
+        (["defense.tau=nan"], "`defense.tau` must be from 0 to 1"),
         (["defense.tau=high"], "`defense.tau` must be a number, got 'high'"),
         (["defense.t0=-1"], "`defense.t0` must be at least 0"),
         (["defense.K=0"], "`defense.K` must be at least 1, got 0"),
-        (["defense.K_max=5"], "`defense.K` must be at most `defense.K_max`=5, got 15"),
+        (["defense.K_max=5"], "`defense.K_max` must be at least 15, got 5"),
         (["defense.beta=-0.5"], "`defense.beta` must be finite and at least 0, got -0.5"),
         (["defense.N=0"], "`defense.N` must be at least 1"),
         (["defense.keep_samples=perhaps"], "`defense.keep_samples` must be"),
         (["defense.stack_size=0"], "`defense.stack_size` must be at least 1"),
         (["defense.lr=0"], "`defense.lr` must be above 0"),
-        (["defense.lr=.inf"], "`defense.lr` must be finite"),
+        (["defense.lr=inf"], "`defense.lr` must be finite"),
         (["defense.z_scale=0"], "`defense.z_scale` must be above 0"),
         (["defense.jitter=-1"], "`defense.jitter` must be finite and at least 0"),
         (["defense.z=normal"], "`defense.z` must be one of uniform, gaussian"),
@@ -391,7 +394,7 @@ def test_bad_setting_is_refused_before_anything_runs(tmp_path: Path, overrides: 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("defense.T=1", "`defense.T` must be from 2 to"),
+        ("defense.T=1", "`defense.T` must be at least 2, got 1"),
         ("defense.t0=1000", "`defense.t0` must be from 0 to 19"),
         ("defense.every=701", "`defense.every` must be from 1 to 15"),
         ("defense.own_class_weight=2", "`defense.own_class_weight` must be from 0 to 1"),
@@ -498,9 +501,9 @@ def test_a_continued_run_fits_only_what_is_missing(tmp_path: Path) -> None:
     assert (again["accuracy"], again["ssim"]) == (whole["accuracy"], whole["ssim"])
 
 
-def test_images_too_small_for_the_networks_are_refused_at_the_door(tmp_path: Path) -> None:
+def test_images_that_are_too_small_are_refused_at_the_door(tmp_path: Path) -> None:
     path = tmp_path / "own.npz"
     np.savez(path, images=np.zeros((3, 8, 8, 3), dtype=np.uint8), labels=np.zeros(3, dtype=np.int64))
-    with pytest.raises(CompactHydraException, match="at least 9x9 pixels"):
+    with pytest.raises(CompactHydraException, match="cannot read images of 8x8 pixels"):
         tiny_mirror(tmp_path / "run", "data=arrays", f"data.path={path}")
     assert not (tmp_path / "run").exists()

@@ -14,7 +14,7 @@ from dipguard.attacks.base import Cost, check_levels, kept_options
 from dipguard.attacks.best_found import LOSSES, BestFound, DefendedSearch
 from dipguard.attacks.gradients import Unsaturated
 from dipguard.attacks.target import DefendedVictim
-from dipguard.checks import check_choice, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_float, check_int
 from dipguard.decision.intermediates import STITCHED
 from dipguard.fit.unrolled import unrolled_fit
 from dipguard.seeding import image_generator
@@ -51,7 +51,7 @@ class DefendedPGD(DefendedSearch):
         self.alpha_255 = check_levels(alpha_255, name="alpha_255")
         self.steps = check_int(steps, name="steps", low=1)
         self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
-        self.random_start = bool(random_start)
+        self.random_start = check_bool(random_start, name="random_start")
         self.loss = check_choice(loss, LOSSES, name="loss")
 
     @abstractmethod

@@ -15,7 +15,7 @@ from dipguard.attacks.gradients import Unsaturated
 from dipguard.attacks.libraries import torchattacks
 from dipguard.attacks.static import SQUARE_LOSSES, check_classes
 from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
-from dipguard.checks import check_choice, check_int
+from dipguard.checks import check_bool, check_choice, check_int
 
 RAND = ("ce", "dlr")
 """The losses of AutoAttack's version ``rand``: one run of APGD each."""
@@ -60,7 +60,7 @@ class BPDA(AdaptiveAttack):
         self.alpha_255 = check_levels(alpha_255, name="alpha_255")
         self.steps = check_int(steps, name="steps", low=1)
         self.budgets = check_budgets(budgets, high=self.steps)
-        self.random_start = bool(random_start)
+        self.random_start = check_bool(random_start, name="random_start")
         self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
 
     def estimate(self, count: int) -> Cost:

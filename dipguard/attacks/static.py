@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dipguard.attacks.base import Attack, check_levels, check_positive, kept_options
 from dipguard.attacks.gradients import LogitsAboveZero, NeverFlat, Unsaturated
 from dipguard.attacks.libraries import VictimView, foolbox, torchattacks
-from dipguard.checks import check_choice, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_float, check_int
 from dipguard.victims.base import check_victim
 
 AUTOATTACK_VERSIONS = {"standard": 4, "rand": 3}
@@ -144,7 +144,7 @@ class PGD(IterativeAttack):
 
     def __init__(self, target: nn.Module, *, random_start: bool = True, **options: Any) -> None:
         super().__init__(target, **options)
-        self.random_start = bool(random_start)
+        self.random_start = check_bool(random_start, name="random_start")
 
 
 class EOTPGD(PGD):

@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_float, check_int
+from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, quality
 from dipguard.decision.class_scores import SHIFTS, mirrored, stitch_mirrored
 from dipguard.decision.intermediates import STITCHED, Intermediate
@@ -99,7 +99,7 @@ class MirrorGuard(DIPDefense):
         self.t0 = check_int(t0, name="t0", low=0, high=self.T - 1)
         self.every = check_int(every, name="every", low=1, high=self.T - self.t0)
         self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
-        self.mirror = bool(mirror)
+        self.mirror = check_bool(mirror, name="mirror")
         self.beta = check_float(beta, name="beta", low=0.0)
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
 

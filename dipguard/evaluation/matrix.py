@@ -4,8 +4,7 @@ Entries of the store, each under the digest of everything that it depends on:
 
     attacks   attacked images of an attack: once for all defences, or once per defence if the attack is adaptive
     cells     the purified images of a chunk of a cell; the figures of a finished cell; why a cell failed
-
-Decision traces are files of the run folder, ``traces/<attack>/<defense>/<index>.safetensors``.
+    traces    the file of a decision trace; the run folder has a copy, ``traces/<attack>/<defense>/<index>.safetensors``
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from dipguard.data import ImageSet
 from dipguard.defenses import Defense, DefenseResult
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.metrics import decide, psnr, similarity
-from dipguard.files import file_digest
+from dipguard.files import file_digest, write_bytes
 from dipguard.store import Entry, Store, digest_of
 
 _log = logging.getLogger(__name__)
@@ -156,7 +155,7 @@ class Matrix:
         """
         key = digest_of([cell.key, "chunk", snapshot, part.start, part.stop])
         stored = self.store.read("cells", key)
-        if stored is not None and not self._has_traces(cell, stored, part):
+        if stored is not None and not self._restore_traces(cell, stored, part):
             self.store.remove("cells", key)
 
         def make() -> Entry:
@@ -223,7 +222,7 @@ class Matrix:
         if cell.why is not None:
             return [CellResult(cell, cell.why, cell.eps_255)]
         summary = self.store.read("cells", cell.key)
-        if summary is not None and self._has_traces(cell, summary, slice(0, len(cell.clean))):
+        if summary is not None and self._restore_traces(cell, summary, slice(0, len(cell.clean))):
             return results_of(cell, summary)
         note = self.store.read("cells", failure_key(cell))
         return [CellResult(cell, NOT_RUN if note is None else f"failed: {note.header['error']}", cell.eps_255)]
@@ -262,27 +261,30 @@ class Matrix:
         for position, trace in zip(range(part.start, part.stop), result.traces, strict=False):
             if self.config.keep_traces or position < self.config.figures:
                 path = trace.save(self.traces_path(*cell.place, trace.index))
+                content = {"safetensors": np.frombuffer(path.read_bytes(), dtype=np.uint8)}
+                what = f"{cell.label} x {cell.target.label}, trace of image {trace.index}"
+                self.store.write("traces", _trace_key(cell, trace.index), content, {"what": what})
                 saved[str(trace.index)] = file_digest(path)
         return saved
 
-    def _has_traces(self, cell: Cell, entry: Entry, part: slice) -> bool:
-        """Whether the traces that an entry's images left are in the run folder, undamaged.
-
-        A shared store may know cells that another run folder has the traces of; only ``keep_traces`` wants them here.
-        """
-        keep, digests = self.config.keep_traces, entry.header["traces"]
-        if not keep and self.config.store is not None:
-            return True
-        if keep and entry.header["traced"] and len(digests) < part.stop - part.start:
+    def _restore_traces(self, cell: Cell, entry: Entry, part: slice) -> bool:
+        """Whether the traces of an entry's images are in the run folder, copied from the store if need be."""
+        digests = entry.header["traces"]
+        if self.config.keep_traces and entry.header["traced"] and len(digests) < part.stop - part.start:
             return False
-        return all(self._is_saved(cell, int(index), digest) for index, digest in digests.items())
+        for index, digest in digests.items():
+            path = self.traces_path(*cell.place, int(index))
+            if not path.is_file() or file_digest(path) != digest:
+                kept = self.store.read("traces", _trace_key(cell, int(index)))
+                if kept is None:
+                    _log.warning("the trace %s is lost, so image %s is purified again", path, index)
+                    return False
+                write_bytes(path, kept.arrays["safetensors"].tobytes())
+        return True
 
-    def _is_saved(self, cell: Cell, index: int, digest: str) -> bool:
-        path = self.traces_path(*cell.place, index)
-        if path.is_file() and file_digest(path) == digest:
-            return True
-        _log.warning("%s is missing or damaged, so image %d is purified again", path, index)
-        return False
+
+def _trace_key(cell: Cell, index: int) -> str:
+    return digest_of([cell.key, "trace", index])
 
 
 def parts_of(count: int, size: int) -> Iterator[slice]:

@@ -127,7 +127,7 @@ class Grid:
             return pd.DataFrame(columns=["value", "low", "high"])
         longest = known[known.sum(axis=1) == known.sum(axis=1).max()]
         pattern = longest.value_counts().index[0]
-        chosen = longest.index[(longest == pattern).all(axis=1)]
+        chosen = longest.index[(longest == list(pattern)).all(axis=1)]
         return self._wide(attack, key).loc[chosen].mean().unstack(0).dropna()
 
     def map(self, pair: tuple[str, str], attack: str = MEAN) -> pd.DataFrame | None:

@@ -32,6 +32,8 @@ _log = logging.getLogger(__name__)
 LAYERS = ("attacks", "cells", "fits", "traces")
 POLL = 0.1
 """Seconds between two attempts to get a lock that another process holds."""
+TOUCH = 3600.0
+"""Seconds after which a read makes an entry young again."""
 MEMORY = 512 * 2**20
 """Bytes of traces that a process keeps in memory: a sweep over tau, K and beta reads the same ones for each setting."""
 
@@ -87,8 +89,10 @@ class Store:
                 path.unlink(missing_ok=True)  # warn once, not at each read
             return None
         with suppress(OSError):  # a store that this user may only read
-            os.utime(path)  # prune counts an entry's age from its last use
-        self._remember(layer, key, entry)
+            if time.time() - path.stat().st_mtime > TOUCH:
+                os.utime(path)  # prune counts an entry's age from its last use
+        if layer == "traces":
+            self._remember(key, entry)
         return entry
 
     def write(self, layer: str, key: str, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -98,11 +102,12 @@ class Store:
             write_entry(self.file(layer, key), arrays, header)
         except OSError as error:
             _log.warning("an entry could not be kept in the store %s: %s", self.path, error)
-        self._remember(layer, key, Entry(dict(arrays), header))
+        self._forget(key)
 
     def remove(self, layer: str, key: str) -> None:
         """Delete an entry if there is one."""
         self.file(layer, key).unlink(missing_ok=True)
+        self._forget(key)
 
     def arrays(self, layer: str, key: str, make: Callable[[], Entry]) -> Entry:
         """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone."""
@@ -144,14 +149,15 @@ class Store:
             _log.warning("no lock could be taken in the store, so the same work may be done twice: %s", error)
         return True
 
-    def _remember(self, layer: str, key: str, entry: Entry) -> None:
-        if layer != "traces":
-            return
-        old = self._recent.pop(key, None)
+    def _remember(self, key: str, entry: Entry) -> None:
         self._recent[key] = entry
-        self._recent_bytes += entry.bytes - (0 if old is None else old.bytes)
+        self._recent_bytes += entry.bytes
         while self._recent_bytes > MEMORY:
-            self._recent_bytes -= self._recent.popitem(last=False)[1].bytes
+            self._forget(next(iter(self._recent)))
+
+    def _forget(self, key: str) -> None:
+        entry = self._recent.pop(key, None)
+        self._recent_bytes -= 0 if entry is None else entry.bytes
 
 
 def open_store(store: str | Path | Store | None, *, keep_samples: bool = True) -> Store | None:

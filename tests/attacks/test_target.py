@@ -269,7 +269,9 @@ def test_bad_options_are_refused(digits_cnn, name, options, error, message):
 
 @EVERY
 def test_a_bare_victim_is_no_target(digits_cnn, name):
-    with pytest.raises(TypeError, match=rf"`target` must be a DefendedVictim.* for the attack '{name}', got Normalised"):
+    with pytest.raises(
+        TypeError, match=rf"`target` must be a DefendedVictim.* for the attack '{name}', got Normalised"
+    ):
         build_attack(name, digits_cnn)
 
 

@@ -199,21 +199,41 @@ def same_figures(one: str, other: str) -> bool:
     return rows[0] == rows[1]
 
 
-@pytest.mark.parametrize("damage", ["missing", "changed"])
-def test_a_lost_trace_is_made_again_with_its_chunk_alone(tmp_path: Path, damage: str) -> None:
+@pytest.mark.parametrize("damage", ["missing", "changed", "lost"])
+def test_a_damaged_trace_is_restored_from_the_store_or_made_again(tmp_path: Path, damage: str) -> None:
     settings = typed_matrix(*few("paper"), "keep_traces=true")
     matrix = prepare(settings, tmp_path)
     run(matrix)
-    before, index = written(matrix), int(matrix.clean.indices[4])
+    index = int(matrix.clean.indices[4])
     path = matrix.traces_path("pgd_8", "paper", index)
-    whole, trace = path.read_bytes(), DecisionTrace.load(path)
-    path.unlink() if damage == "missing" else path.write_bytes(whole[:-1] + b"x")
+    trace, whole = DecisionTrace.load(path), path.read_bytes()
+    path.unlink()
+    if damage == "changed":
+        path.write_bytes(whole[:-1] + b"x")
+    elif damage == "lost":
+        for info in list_entries(tmp_path / "store", layers=["traces"]):
+            info.path.unlink()
+    before = written(matrix)
     again = prepare(settings, tmp_path)
     assert run(again) == []
     assert DecisionTrace.load(path).equals(trace)
     changed = {p for p, made in written(again).items() if before.get(p) != made}
     whats = {info.header["what"] for info in list_entries(again.store.path) if info.path in changed}
-    assert whats == {"pgd_8 x paper, images 3 to 4", "pgd_8 x paper: 5 images"}
+    own = {"pgd_8 x paper: 5 images", "pgd_8 x paper, images 3 to 4"}
+    assert {what for what in whats if "trace" not in what} == (own if damage == "lost" else set())
+
+
+def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> None:
+    shared = f"store={tmp_path / 'store'}"
+    first = prepare(typed_matrix(*few("mirror"), shared), tmp_path / "first")
+    run(first)
+    second = prepare(typed_matrix(*few("mirror"), shared), tmp_path / "second")
+    before = written(second)
+    assert run(second) == []
+    assert written(second) == before
+    for index in first.clean.indices.tolist()[:2]:
+        ours, theirs = (DecisionTrace.load(m.traces_path("pgd_8", "mirror", index)) for m in (first, second))
+        assert ours.equals(theirs)
 
 
 def test_keeping_traces_later_purifies_again(tmp_path: Path) -> None:

@@ -1,19 +1,16 @@
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from dipguard.config_choices import LoggerName
-from dipguard.evaluation.outcome import Outcome
 
-from dipguard.config import LoggerConfig
-from dipguard.reporting.loggers import open_log
-from dipguard.reporting.report import write_report
-from tests.tiny_run import TINY, tiny_run, typed_config
+from dipguard.evaluation import Matrix
+from dipguard.reporting import open_log, write_train_report
+from tests.tiny_run import tiny_run
 
-SMALL = ("data.limit=2", "fit.stack_size=1", "report.figures=1")
+SMALL = ("data.limit=2", "chunk=1")
+WANDB = {"name": "wandb", "project": "dipguard", "entity": None, "group": None, "offline": None}
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
@@ -21,7 +18,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_csv_holds_the_course_of_all_stacks_and_the_result(tmp_path: Path) -> None:
+def test_csv_holds_the_curves_of_all_stacks_and_the_result(tmp_path: Path) -> None:
     metrics = tiny_run(tmp_path, *SMALL, "logger=csv")
     rows = read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")
     steps = [int(row["step"]) for row in rows if row["fit/mse"]]
@@ -29,12 +26,12 @@ def test_csv_holds_the_course_of_all_stacks_and_the_result(tmp_path: Path) -> No
     assert steps == sorted(set(steps)), "the second stack must go on where the first ended"
     assert max(steps) == 2 * 40 - 1
     assert float(rows[-1]["result/accuracy.defended"]) == metrics["accuracy"]["defended"]
-    assert "defense.tau: 0.2" in (tmp_path / "logs" / "csv" / "session_0" / "hparams.yaml").read_text()
+    assert "defenses.paper.tau: 0.2" in (tmp_path / "logs" / "csv" / "session_0" / "hparams.yaml").read_text()
 
 
 def test_second_session_leaves_the_first_ones_log(tmp_path: Path) -> None:
     for _ in range(2):
-        tiny_run(tmp_path, "data.limit=1", "report.figures=0", "logger=csv")
+        tiny_run(tmp_path, "data.limit=1", "figures=0", "logger=csv")
     assert len(read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")) == 20 + 1
     assert len(read_rows(tmp_path / "logs" / "csv" / "session_1" / "metrics.csv")) == 1
 
@@ -52,32 +49,28 @@ def test_tensorboard_holds_scalars_table_and_pictures(tmp_path: Path) -> None:
 
 
 def test_no_log_is_no_log(tmp_path: Path) -> None:
-    with open_log(LoggerConfig(LoggerName.none), tmp_path, settings={}) as log:
+    with open_log({"name": "none"}, tmp_path, settings={}) as log:
         assert log is None
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_one_run_and_closes_it(
-    outcome: Outcome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wandb_offline_keeps_one_run_and_closes_it(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    (tmp_path / "traces").symlink_to(outcome.folder / "traces")
-    config = typed_config(*TINY, "logger=wandb")
-    with open_log(config.logger, tmp_path, settings=config.to_dict()) as log:
+    with open_log(WANDB, matrix.folder, settings=matrix.config.to_dict()) as log:
         assert log is not None
         for stack in range(2):
             trainers = log.starting_at(stack * 40)
             trainers.log_metrics({"fit/mse": 0.5}, step=39)
             trainers.finalize("success")
-        write_report(replace(outcome, folder=tmp_path), config, log=log)
+        metrics = write_train_report(matrix, log=log)
         run = log.inner.experiment
-        assert run.summary["result/accuracy.clean"] == outcome.metrics()["accuracy"]["clean"]
-    runs = list((tmp_path / "logs" / "wandb").glob("offline-run-*"))
+        assert run.summary["result/accuracy.clean"] == metrics["accuracy"]["clean"]
+    runs = list((matrix.folder / "logs" / "wandb").glob("offline-run-*"))
     assert len(runs) == 1
-    assert runs[0].name.endswith((tmp_path / "logs" / "wandb_id.txt").read_text())
+    assert runs[0].name.endswith((matrix.folder / "logs" / "wandb_id.txt").read_text())
     assert [path.name for path in runs[0].glob("*.wandb")]
     assert {path.name.split("_")[0] for path in runs[0].glob("files/media/images/figures/*.png")} == {"panel", "trace"}
     assert wandb.run is None, "the run must not stay open for the next job of the process"
@@ -88,10 +81,9 @@ def test_wandb_run_is_closed_when_the_job_fails(tmp_path: Path, monkeypatch: pyt
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    config = typed_config("logger=wandb")
 
     def fail() -> None:
-        with open_log(config.logger, tmp_path, settings={}):
+        with open_log(WANDB, tmp_path, settings={}):
             raise RuntimeError("the job failed")
 
     with pytest.raises(RuntimeError, match="the job failed"):

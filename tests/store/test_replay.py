@@ -238,15 +238,19 @@ def test_bad_options(options: dict[str, Any], error: type[Exception], message: s
 
 
 def test_traces_stay_in_memory_up_to_a_bound(store: Store, monkeypatch: pytest.MonkeyPatch):
-    for key in "abc":
-        store.write("traces", key, {"last": np.zeros(100, np.uint8)}, {})
-        store.file("traces", key).unlink()
-    assert [store.read("traces", key) is not None for key in "abc"] == [True, True, True]
-    store.read("traces", "a")
+    def read(layer: str, keys: str) -> list[bool]:
+        found = [store.read(layer, key) is not None for key in keys]
+        for key in keys:
+            store.file(layer, key).unlink(missing_ok=True)
+        return found
+
     monkeypatch.setattr("dipguard.store.folder.MEMORY", 250)
-    store.write("traces", "d", {"last": np.zeros(100, np.uint8)}, {})
-    store.file("traces", "d").unlink()
-    assert [store.read("traces", key) is not None for key in "abcd"] == [True, False, False, True]
-    store.write("fits", "e", {"images": np.zeros(100, np.uint8)}, {})
-    store.file("fits", "e").unlink()
-    assert store.read("fits", "e") is None
+    for layer, key in (("traces", "a"), ("traces", "b"), ("traces", "c"), ("fits", "d")):
+        store.write(layer, key, {"images": np.zeros(100, np.uint8)}, {})
+    assert read("traces", "ab") == [True, True]
+    assert read("traces", "ca") == [True, False]  # a was the least recently used
+    assert read("traces", "bc") == [True, True]
+    assert read("fits", "d") == [True]
+    assert read("fits", "d") == [False]
+    store.write("traces", "b", {"images": np.ones(100, np.uint8)}, {})
+    assert store.read("traces", "b").arrays["images"].all()

@@ -145,13 +145,16 @@ def test_a_failing_job_stops_no_other_and_is_tried_again(tmp_path: Path) -> None
 
 def test_jobs_over_groups_and_lists_of_settings(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
-    run_sweep(folder, *FAST, "~attacks.pgd_8", "attack@attacks.clean=none,fgsm", "defense={quality:30},{quality:75}")
+    fast = [override for override in FAST if override != "defense=jpeg"]
+    others = [f"~defenses.{name}" for name in ("none", "median", "dip_fixed", "paper", "mirror")]
+    grid = ("attack@attacks.clean=none,fgsm", "defenses.jpeg={quality:30},{quality:75}")
+    run_sweep(folder, *fast, *others, "~attacks.pgd_8", *grid)
     sweep = read_sweep(folder)
     assert set(sweep.labels.values()) == {"clean", "quality"}
     jobs = sweep.jobs.values()
     assert [job.state for job in jobs] == ["done"] * 4
     assert {job.values["attack@attacks.clean"] for job in jobs} == {"none", "fgsm"}
-    assert len({job.values["defense.quality"] for job in jobs}) == 2
+    assert len({job.values["defenses.jpeg.quality"] for job in jobs}) == 2
 
 
 def test_a_grid_as_one_would_type_it(tmp_path: Path) -> None:

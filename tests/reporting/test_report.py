@@ -1,0 +1,139 @@
+"""The reports of whole runs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from dipguard.evaluation import Matrix, prepare, run
+from dipguard.evaluation.results import IMAGE_FIELDS
+from dipguard.reporting import open_log, results_text, write_matrix_report, write_train_report
+from dipguard.reporting.results import COLUMNS
+from dipguard.reporting.sweep_report import MEAN
+from tests.reporting.stored_run import CHECK_FIELDS, RESULT_FIELDS
+from tests.tiny_matrix import tiny_matrix
+
+
+def test_train_report_holds_the_result(matrix: Matrix) -> None:
+    metrics = write_train_report(matrix)
+    (cell,) = matrix.cells
+    (result,) = matrix.results[cell.place]
+    labels = matrix.clean.labels
+    assert json.loads((matrix.folder / "metrics.json").read_text()) == metrics
+    assert metrics["n"] == 3
+    assert metrics["accuracy"] == {
+        "clean": float((matrix.decisions_clean == labels).double().mean()),
+        "undefended": float((result.decisions_given == labels).double().mean()),
+        "defended": float((result.decisions == labels).double().mean()),
+    }
+    assert metrics["ssim"]["defended"] == pytest.approx(float(result.ssim.mean()))
+    assert metrics["used"] == float(result.used.double().mean())
+    assert set(metrics["seconds"]) == {"attack", "start", "fit", "decide"}
+    assert metrics["settings"]["defenses"]["paper"]["tau"] == 0.2
+    with np.load(matrix.folder / "reconstructions.npz", allow_pickle=False) as saved:
+        assert np.array_equal(saved["images"], matrix.reconstructions(*cell.place).numpy())
+        assert saved["labels"].tolist() == labels.tolist()
+        assert saved["indices"].tolist() == matrix.clean.indices.tolist()
+
+
+def test_train_page_states_the_figures_and_links_the_pictures(matrix: Matrix) -> None:
+    right = write_train_report(matrix)["accuracy"]
+    text = (matrix.folder / "report.md").read_text()
+    assert f"| {right['clean']:.1%} | {right['undefended']:.1%} | {right['defended']:.1%} |" in text
+    assert "`pgd` at 8/255" in text
+    assert "Stitched on-boundary images" in text
+    assert "](figures/panel.png)" in text
+
+
+@pytest.mark.parametrize(("wanted", "drawn"), [(0, 0), (1, 2), (8, 4)])
+def test_as_many_figures_as_wanted(matrix: Matrix, wanted: int, drawn: int) -> None:
+    write_train_report(replace(matrix, config=replace(matrix.config, figures=wanted)))
+    paths = list((matrix.folder / "figures").glob("*.png"))
+    assert len(paths) == drawn
+    assert all(matplotlib.image.imread(path).shape[2] == 4 for path in paths)
+
+
+def test_rebuild_makes_the_tables_from_the_store(matrix: Matrix) -> None:
+    before = (matrix.folder / "results.csv").read_text()
+    for path in matrix.folder.glob("*.csv"):
+        path.unlink()
+    metrics = write_train_report(replace(matrix, config=replace(matrix.config, rebuild=True), results={}))
+    assert metrics["n"] == 3
+    assert (matrix.folder / "results.csv").read_text() == before
+
+
+def test_a_train_report_needs_a_result(finished: Matrix, tmp_path: Path) -> None:
+    matrix = prepare(replace(finished.config, rebuild=True), tmp_path)
+    with pytest.raises(RuntimeError, match="attack pgd on defence paper: not run yet"):
+        write_train_report(matrix)
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
+    matrix = tiny_matrix(
+        tmp_path_factory.mktemp("several"),
+        "data.limit=3", "~attacks.fgsm_8", "~defenses.median", "~defenses.dip_fixed", "~defenses.mirror", "figures=2",
+    )  # fmt: skip
+    assert run(matrix) == []
+    return matrix
+
+
+def test_matrix_report_has_tables_comparisons_and_a_log(several: Matrix) -> None:
+    with open_log({"name": "csv"}, several.folder, settings={}) as log:
+        made = write_matrix_report(several, log=log)
+    assert {path.name for path in made} == {
+        "report.md", "figure9_clean.png", "figure9_pgd_8.png",
+        *(f"table{n}.{kind}" for n in (1, 2) for kind in ("md", "csv", "tex")),
+    }  # fmt: skip
+    page = (several.folder / "report.md").read_text()
+    assert page.startswith("# Table 1: accuracy, %")
+    assert "![figure9 pgd 8](figure9_pgd_8.png)" in page
+    assert {path.name for path in (several.folder / "figures").iterdir()} == {
+        *(f"panel_paper_{attack}.png" for attack in ("clean", "pgd_8")),
+        *(f"trace_paper_{attack}_{i:06d}.png" for attack in ("clean", "pgd_8") for i in (0, 1)),
+    }
+    with (several.folder / "logs" / "csv" / "session_0" / "metrics.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len([line for line in lines if line["fit/paper.clean.accuracy"]]) == 10
+    results = [several.results[attack, "jpeg"][0] for attack in ("clean", "pgd_8")]
+    right = [float(result.right.double().mean()) for result in results]
+    assert float(lines[-1]["result/jpeg.pgd_8.accuracy"]) == pytest.approx(right[1], abs=1e-6)
+    assert float(lines[-1]["result/jpeg.mean_accuracy"]) == pytest.approx(sum(right) / 2, abs=1e-6)
+
+
+def test_text_for_the_terminal_has_both_tables(several: Matrix) -> None:
+    text = results_text(several.folder)
+    assert "Table 1: digits, victim digits_cnn, seed 0" in text
+    assert "Table 2" in text
+    assert "suite" not in text
+
+
+def test_a_matrix_without_a_finished_cell_says_so(several: Matrix, tmp_path: Path) -> None:
+    matrix = prepare(replace(several.config, rebuild=True), tmp_path)
+    assert [path.name for path in write_matrix_report(matrix)] == ["report.md"]
+    assert (tmp_path / "report.md").read_text() == "No cell is finished yet.\n"
+    assert results_text(tmp_path) == ""
+
+
+def test_all_columns_that_are_read_are_written(several: Matrix) -> None:
+    with (several.folder / "results.csv").open(newline="") as file:
+        head = next(csv.reader(file))
+    assert head == list(RESULT_FIELDS)
+    assert set(COLUMNS) < set(head)
+    assert "why" in IMAGE_FIELDS
+    assert CHECK_FIELDS == ("defense", "check", "verdict", "figures")
+    assert MEAN not in head
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    code = "import sys, dipguard.reporting; print([m for m in ('torch', 'pandas', 'matplotlib') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,217 @@
+"""Sweeps' reports, from job folders as a sweep leaves them; sweeps that really run are in tests/sweeps."""
+
+from __future__ import annotations
+
+import csv
+import json
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from dipguard.evaluation.metrics import wilson
+from dipguard.reporting.sweep_jobs import read_sweep, short_labels, text_of
+from dipguard.reporting.sweep_report import MEAN, Grid, draw_lines, draw_map, summary, write_sweep_report
+from tests.reporting.stored_run import cell, write_results
+
+N = 32
+
+
+def correct(T: int, network: str, beta: float, attack: str) -> int:
+    """Right of 32 by a rule: T and network matter, beta hardly."""
+    return 20 + T // 100 + 2 * ("small", "medium", "large").index(network) + (beta == 0.5) - 5 * (attack == "pgd_8")
+
+
+def job(folder: Path, *, T: int = 200, network: str = "small", beta: float = 0.5, state: str = "DONE") -> list[str]:
+    """Write a job's folder; return its overrides."""
+    values = {"T": T, "network": network, "beta": beta}
+    (folder / ".hydra").mkdir(parents=True)
+    overrides = [f"defenses.paper.{name}={value}" for name, value in values.items()] + ["logger=csv", "+sweep=grid"]
+    (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
+    (folder / "config.yaml").write_text(json.dumps({"defenses": {"paper": {"name": "paper", **values}}}))
+    if state:
+        (folder / state).write_text(json.dumps({"key": "k", "seconds": 1, "error": "ValueError", "message": "bad | T"}))
+    if state == "DONE":
+        write_results(folder, [cell(a, "paper", correct(T, network, beta, a), n=N) for a in ("clean", "pgd_8")])
+    return overrides
+
+
+def write_plan(folder: Path, jobs: dict[str, list[str]], **more: Any) -> Path:
+    planned = [{"folder": name, "overrides": overrides} for name, overrides in jobs.items()]
+    (folder / "sweep.json").write_text(json.dumps({"began": 0, "sweep": "grid", "jobs": planned, **more}))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A full grid of T and network, and beta varied alone."""
+    jobs = {}
+    for T, network in product((300, 100, 200), ("large", "small")):
+        jobs[f"{T}-{network}"] = job(tmp_path / f"{T}-{network}", T=T, network=network)
+    jobs["beta"] = job(tmp_path / "beta", beta=0.9)
+    return write_plan(tmp_path, jobs)
+
+
+T, NETWORK, BETA = (f"defenses.paper.{name}" for name in ("T", "network", "beta"))
+
+
+def test_parameters_are_what_differs_in_their_order(folder: Path) -> None:
+    sweep = read_sweep(folder)
+    assert dict(sweep.parameters) == {T: (100, 200, 300), NETWORK: ("small", "large"), BETA: (0.5, 0.9)}
+    assert dict(sweep.labels) == {T: "T", NETWORK: "network", BETA: "beta"}
+    assert (sweep.name, sweep.attacks, sweep.defenses) == ("grid", ["clean", "pgd_8"], ["paper"])
+    assert sweep.setting("beta") == "T = 200, network = small, beta = 0.9"
+
+
+def share(*settings: tuple[int, str, float], attacks: tuple[str, ...] = ("clean", "pgd_8")) -> float:
+    return float(np.mean([correct(*setting, attack) / N for setting in settings for attack in attacks]))
+
+
+def test_jobs_are_compared_only_where_all_else_is_equal(folder: Path) -> None:
+    grid = Grid(read_sweep(folder), "paper")
+    profile = grid.profile(T)
+    # The job with another beta is a setting of its own, with a single T.
+    assert len(grid.lines(T)) == 2
+    assert profile["value"].tolist() == pytest.approx(
+        [share(*((T, network, 0.5) for network in ("small", "large"))) for T in (100, 200, 300)]
+    )
+    assert grid.profile(T, "pgd_8")["value"].tolist() == pytest.approx(
+        [share(*((T, n, 0.5) for n in ("small", "large")), attacks=("pgd_8",)) for T in (100, 200, 300)]
+    )
+    assert grid.profile(BETA)["value"].tolist() == pytest.approx([share((200, "small", b)) for b in (0.5, 0.9)])
+    assert (profile["low"] < profile["value"]).all()
+    assert (profile["value"] < profile["high"]).all()
+
+
+def test_interval_of_a_mean_is_that_of_one_attacks_images(folder: Path) -> None:
+    scores = Grid(read_sweep(folder), "paper").of(MEAN).set_index("job")
+    right = share((100, "small", 0.5)) * N
+    assert right % 1 == 0.5
+    assert scores.loc["100-small", "low"] == pytest.approx(wilson(int(right), N)[0])
+    assert scores.loc["100-small", "high"] == pytest.approx(wilson(int(right) + 1, N)[1])
+
+
+def test_best_settings_and_sensitivities(folder: Path) -> None:
+    grid = Grid(read_sweep(folder), "paper")
+    ranked = grid.ranking()
+    assert ranked.iloc[0]["job"] == "300-large"
+    assert ranked["value"].is_monotonic_decreasing
+    table = grid.sensitivities().set_index("key")
+    assert list(table.index) == [NETWORK, T, BETA]
+    assert table.loc[NETWORK, "range"] == pytest.approx(4 / N)
+    assert table.loc[T, "range"] == pytest.approx(2 / N)
+    assert (table.loc[T, "best"], table.loc[T, "worst"], table.loc[T, "lines"]) == (2, 0, 2)
+
+
+def test_parameters_varied_together_make_a_map_and_a_cross_does_not(folder: Path) -> None:
+    grid = Grid(read_sweep(folder), "paper")
+    assert list(grid.pairs()) == [(T, NETWORK)]
+    cells = grid.map((T, NETWORK), "clean")
+    assert cells is not None
+    assert cells.attrs["tables"] == 1
+    for (i, j), line in cells.iterrows():
+        assert line["value"] == correct((100, 200, 300)[i], ("small", "large")[j], 0.5, "clean") / N
+    assert grid.map((T, BETA)) is None
+
+
+def test_report_has_all_files_and_figures(folder: Path) -> None:
+    made = write_sweep_report(folder)
+    names = ["report.md", "sweep.csv", "figure6_mean.png", "figure7_columns.png", "table3_T_network.png"]
+    assert [path.name for path in made] == names
+    for path in made[2:]:
+        assert (matplotlib.image.imread(path)[..., :3] < 0.95).any(axis=2).mean() > 0.05
+    report = (folder / "report.md").read_text()
+    assert "7 jobs: 7 done." in report
+    assert f"Best mean over 2 attacks: {100 * share((300, 'large', 0.5)):.1f} % at T = 300, network = large" in report
+    assert "The paper's Table 3" in report
+    assert f"| small | {100 * correct(100, 'small', 0.5, 'clean') / N:.1f} (" in " ".join(report.split())
+    with (folder / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert len(lines) == 7 * 2
+    assert {(line["T"], line["network"]) for line in lines} == {
+        (str(T), n) for T in (100, 200, 300) for n in ("small", "large")
+    }
+    assert "best mean accuracy of defence paper" in summary(folder)
+
+
+def test_lines_and_maps_show_the_figures(folder: Path) -> None:
+    grid = Grid(read_sweep(folder), "paper")
+    figure = draw_lines(grid, mean=True)
+    assert figure is not None
+    assert [ax.get_xlabel() for ax in figure.axes if ax.axison] == ["$T$", "network", r"$\beta$"]
+    thick = [line for line in figure.axes[0].get_lines() if line.get_linewidth() == 1.8]
+    assert list(thick[0].get_xdata()) == [100, 200, 300]
+    assert list(thick[0].get_ydata()) == pytest.approx((100 * grid.profile(T)["value"]).tolist())
+    by_attack = draw_lines(grid, mean=False)
+    assert by_attack is not None
+    assert [text.get_text() for text in by_attack.legends[0].get_texts()] == ["Clean", "PGD 8"]
+    shown = draw_map(grid, (T, NETWORK)).axes
+    assert [ax.get_title() for ax in shown] == ["mean", "Clean", "PGD 8"]
+    values = np.asarray(shown[1].images[0].get_array())
+    assert values[0, 0] == pytest.approx(100 * correct(100, "small", 0.5, "clean") / N)
+    assert values.shape == (2, 3)
+
+
+def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
+    plan = json.loads((folder / "sweep.json").read_text())
+    jobs = {entry["folder"]: entry["overrides"] for entry in plan["jobs"]}
+    jobs["failed"] = job(folder / "failed", T=400, state="FAILED")
+    jobs["killed"] = job(folder / "killed", T=500, state="")
+    jobs["gone"] = ["defenses.paper.T=600"]
+    write_plan(folder, jobs)
+    (folder / "100-small" / "results.csv").write_text("no,results\n1,2\n")
+    write_sweep_report(folder)
+    report = (folder / "report.md").read_text()
+    assert "10 jobs: 6 done, 2 failed, 1 unfinished, 1 missing." in report
+    assert "failed: T = 400, network = small, beta = 0.5 (failed): ValueError: bad \\| T" in report
+    assert "(100-small): its results are damaged" in report
+    assert "missing: T = 600 (gone): not begun" in report
+    with (folder / "sweep.csv").open(newline="") as file:
+        states = {line["job"]: (line["state"], line["problem"]) for line in csv.DictReader(file)}
+    assert states["killed"] == ("unfinished", "running, or killed before its end")
+    assert states["200-small"] == ("done", "")
+
+
+def test_jobs_of_an_earlier_grid_are_left_out_unless_asked_for(folder: Path) -> None:
+    plan = json.loads((folder / "sweep.json").read_text())
+    write_plan(folder, {entry["folder"]: entry["overrides"] for entry in plan["jobs"][:2]})
+    sweep = read_sweep(folder)
+    assert (len(sweep.jobs), sweep.others) == (2, 5)
+    assert "5 more of earlier starts" in summary(folder)
+    assert len(read_sweep(folder, everything=True).jobs) == 7
+    (folder / "sweep.json").unlink()
+    assert len(read_sweep(folder).jobs) == 7
+
+
+def test_groups_deletions_and_dicts_are_parameters(tmp_path: Path) -> None:
+    jobs = {
+        "a": ["attack@attacks.clean=none", "defenses.jpeg={quality:30}"],
+        "b": ["attack@attacks.clean=fgsm", "defenses.jpeg={quality:75}", "~defenses.none"],
+    }
+    sweep = read_sweep(write_plan(tmp_path, jobs))
+    assert dict(sweep.parameters) == {
+        "attack@attacks.clean": ("none", "fgsm"),
+        "defenses.jpeg.quality": (30, 75),
+        "~defenses.none": ("left out",),
+    }
+
+
+def test_a_sweep_without_results_has_a_report(tmp_path: Path) -> None:
+    write_plan(tmp_path, {"a": ["defenses.paper.T=1"], "b": ["defenses.paper.T=2"]})
+    assert [path.name for path in write_sweep_report(tmp_path)] == ["report.md", "sweep.csv"]
+    assert "2 jobs: 0 done, 2 missing." in (tmp_path / "report.md").read_text()
+
+
+def test_no_sweep_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no job of one"):
+        read_sweep(tmp_path)
+
+
+def test_labels_are_as_short_as_they_can_be() -> None:
+    assert short_labels(["a.x.tau", "b.x.tau", "attack@attacks.clean"]) == {
+        "a.x.tau": "a.x.tau", "b.x.tau": "b.x.tau", "attack@attacks.clean": "clean",
+    }  # fmt: skip
+    assert [text_of(value) for value in (None, True, 1.50, 3, "x")] == ["null", "True", "1.5", "3", "x"]
