@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dipguard.checks import check_bool, check_float, check_int
 from dipguard.registry import constant_of, did_you_mean, options_of, table_of
 
 if TYPE_CHECKING:
@@ -217,8 +218,7 @@ def explain(error: BaseException | None) -> str | None:
 def _checked(config: RunConfig) -> RunConfig:
     """``config`` if the values that belong to no node are possible."""
     for key in ("store_samples", "rebuild", "keep_traces"):
-        if not isinstance(getattr(config, key), bool):
-            raise TypeError(f"`{key}` must be true or false, got {getattr(config, key)!r}")
+        check_bool(getattr(config, key), name=key)
     logger, trainer = _mapping("logger", config.logger), _mapping("trainer", config.trainer)
     _check_keys("logger", logger, ("name", *_logger_options(logger)))
     own = _trainer_own()
@@ -231,8 +231,6 @@ def _checked(config: RunConfig) -> RunConfig:
     for label, node in _mapping("callbacks", config.callbacks).items():
         if "_target_" not in _mapping(f"callbacks.{label}", node):
             raise ValueError(f"`callbacks.{label}._target_` must name the class of a callback, got nothing")
-    from dipguard.checks import check_float, check_int  # torch: after the keys, so that a mistyped one is told at once
-
     check_int(config.seed, name="seed", low=0, high=2**32 - 1)
     check_float(config.eps_255, name="eps_255", low=0.0, high=255.0)
     check_int(config.processes, name="processes", low=1)

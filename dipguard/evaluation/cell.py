@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dipguard.attacks import Attack, Cost
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense
-from dipguard.store import Entry
+from dipguard.store import Entry, digest_of
 
 CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
 """Labels with a meaning of their own: the attack suite's clean images and worst case, and the undefended baseline."""
@@ -91,6 +91,10 @@ class Cell:
     def place(self) -> tuple[str, str]:
         """The labels of attack and defence."""
         return self.label, self.target.label
+
+    def sub_key(self, *parts: str | int) -> str:
+        """The key of a further entry that depends on what the cell depends on."""
+        return digest_of([self.key, *parts])
 
     @property
     def name(self) -> str:

@@ -29,7 +29,7 @@ from dipguard.defenses import Defense, DefenseResult
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
-from dipguard.store import Entry, Store, digest_of
+from dipguard.store import Entry, Store
 
 _log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class Matrix:
             callbacks: Callbacks for the fits, besides those of the config.
             logger: Lightning logger for the means over the fits.
         """
-        key = digest_of([cell.key, "chunk", snapshot, part.start, part.stop])
+        key = cell.sub_key("chunk", snapshot, part.start, part.stop)
         stored = self.store.read("cells", key)
         if stored is not None and not self._restore_traces(cell, stored, part):
             self.store.remove("cells", key)
@@ -209,13 +209,13 @@ class Matrix:
             "traces": {index: file for part in chunks[-1] for index, file in part.header["traces"].items()},
         }
         self.store.write("cells", cell.key, {**stacked, **given}, about)
-        self.store.remove("cells", failure_key(cell))
+        self.store.remove("cells", cell.sub_key("failure"))
         self.results[cell.place] = results_of(cell, Entry({**stacked, **given}, about))
 
     def fail(self, cell: Cell, error: str) -> None:
         """Note why a cell has no result; the next run tries it again."""
         what = f"{cell.label} x {cell.target.label}: failed"
-        self.store.write("cells", failure_key(cell), {}, {"what": what, "error": error})
+        self.store.write("cells", cell.sub_key("failure"), {}, {"what": what, "error": error})
         self.results[cell.place] = [CellResult(cell, f"failed: {error}", cell.eps_255)]
 
     def _known(self, cell: Cell) -> list[CellResult]:
@@ -224,7 +224,7 @@ class Matrix:
         summary = self.store.read("cells", cell.key)
         if summary is not None and self._restore_traces(cell, summary, slice(0, len(cell.clean))):
             return results_of(cell, summary)
-        note = self.store.read("cells", failure_key(cell))
+        note = self.store.read("cells", cell.sub_key("failure"))
         return [CellResult(cell, NOT_RUN if note is None else f"failed: {note.header['error']}", cell.eps_255)]
 
     def _attack(self, cell: Cell) -> Entry:
@@ -263,7 +263,7 @@ class Matrix:
                 path = trace.save(self.traces_path(*cell.place, trace.index))
                 content = {"safetensors": np.frombuffer(path.read_bytes(), dtype=np.uint8)}
                 what = f"{cell.label} x {cell.target.label}, trace of image {trace.index}"
-                self.store.write("traces", _trace_key(cell, trace.index), content, {"what": what})
+                self.store.write("traces", cell.sub_key("trace", trace.index), content, {"what": what})
                 saved[str(trace.index)] = file_digest(path)
         return saved
 
@@ -275,7 +275,7 @@ class Matrix:
         for index, digest in digests.items():
             path = self.traces_path(*cell.place, int(index))
             if not path.is_file() or file_digest(path) != digest:
-                kept = self.store.read("traces", _trace_key(cell, int(index)))
+                kept = self.store.read("traces", cell.sub_key("trace", int(index)))
                 if kept is None:
                     _log.warning("the trace %s is lost, so image %s is purified again", path, index)
                     return False
@@ -283,15 +283,6 @@ class Matrix:
         return True
 
 
-def _trace_key(cell: Cell, index: int) -> str:
-    return digest_of([cell.key, "trace", index])
-
-
 def parts_of(count: int, size: int) -> Iterator[slice]:
     """The chunks of ``count`` images."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
-
-
-def failure_key(cell: Cell) -> str:
-    """The key of the note on why a cell failed."""
-    return digest_of([cell.key, "failure"])

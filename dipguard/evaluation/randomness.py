@@ -19,7 +19,7 @@ from dipguard.data import ImageSet
 from dipguard.evaluation.cell import CLEAN, Target
 from dipguard.evaluation.matrix import Matrix
 from dipguard.fit import Decider
-from dipguard.store import Entry, digest_of
+from dipguard.store import Entry
 
 OTHER_DRAWS = 1_000_003
 """Added to an image's index to get draws that are not those of its evaluation."""
@@ -54,7 +54,7 @@ class Randomness:
     @classmethod
     def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
         """The stored result for a target of a matrix; None if there is none."""
-        entry = matrix.store.read("cells", _key(matrix, target))
+        entry = matrix.store.read("cells", matrix.cell(CLEAN, target.label).sub_key("randomness"))
         return None if entry is None else cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
 
     @classmethod
@@ -65,7 +65,7 @@ class Randomness:
             found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
             return Entry({}, {"what": f"randomness of {target.label}", **asdict(found)})
 
-        matrix.store.arrays("cells", _key(matrix, target), make)
+        matrix.store.arrays("cells", matrix.cell(CLEAN, target.label).sub_key("randomness"), make)
 
 
 def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Randomness:
@@ -106,7 +106,3 @@ def counting_backward() -> Iterator[list[int]]:
         yield count
     finally:
         sys.setprofile(before)
-
-
-def _key(matrix: Matrix, target: Target) -> str:
-    return digest_of([matrix.cell(CLEAN, target.label).key, "randomness"])
