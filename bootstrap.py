@@ -33,8 +33,8 @@ def install() -> None:
     outer_pip = [sys.executable, "-m", "pip", "--python", str(PYTHON), "install", "--quiet"]
     locked = ["--no-deps", "--require-hashes", "-r", str(ROOT / "requirements.lock")]
     editable = ["--no-deps", "--no-build-isolation", "-e", str(ROOT)]
-    # uv installs the same files in half a minute where pip takes minutes. It shall trust whom this machine trusts, as
-    # pip does (the setting's name changed with uv's versions).
+    # uv takes half a minute where pip takes minutes. It is told to trust the certificates of the operating system, as
+    # pip does (the name of that setting changed with the version of uv).
     os.environ.update({name: os.environ.get(name, "1") for name in ("UV_SYSTEM_CERTS", "UV_NATIVE_TLS")})
     os.environ.setdefault("UV_HTTP_TIMEOUT", "300")
     uv = [str(PYTHON), "-m", "uv", "pip", "install", "--quiet", "--python", str(PYTHON)]

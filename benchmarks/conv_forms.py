@@ -28,10 +28,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine ma
 
 from benchmarks.fit_speed import matmul_rate
 from benchmarks.profile_fit import copy_rate
+from dipguard.engines import PRECISIONS, precision
 from dipguard.engines.cuda_graph import CudaGraphEngine
-from dipguard.engines.kernel_choice import CONVOLUTIONS, NORMALISATIONS, ConvShape, LayerShape, available, layer_shapes
-from dipguard.engines.precision import PRECISIONS, precision
-from dipguard.engines.timing import median_seconds
+from dipguard.engines.kernel_choice import (
+    CONVOLUTIONS,
+    NORMALISATIONS,
+    ConvShape,
+    LayerShape,
+    available,
+    layer_shapes,
+    median_seconds,
+)
 from dipguard.networks import PRESETS, StackedSkipNet, build
 
 NAN = float("nan")

@@ -36,8 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine ma
 from benchmarks.plain_loop import PlainSkipNet
 from dipguard.engines.native_build import compiler, library
 from dipguard.fit import FitOptions, StackedDIP
-from dipguard.fit.memory import kept_memory
-from dipguard.fit.runner import make_trainer, quiet
+from dipguard.fit.runner import kept_memory, make_trainer, quiet
 from dipguard.networks import PRESETS, network_spec
 
 JITTER = 1 / 30

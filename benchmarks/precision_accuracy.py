@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.callbacks_share import pgd
 from dipguard import DIPGuard
 from dipguard.data.arrays import load_arrays
-from dipguard.engines.precision import PRECISIONS
+from dipguard.engines import PRECISIONS
 from dipguard.evaluation.metrics import psnr, wilson
 from dipguard.victims import build_victim
 

@@ -22,7 +22,7 @@ from benchmarks.fit_speed import matmul_rate, synchronise
 from dipguard.engines.native import NativeEngine
 from dipguard.engines.native_plan import Instruction, Operation
 from dipguard.fit import FitOptions, StackedDIP
-from dipguard.fit.memory import kept_memory
+from dipguard.fit.runner import kept_memory
 from dipguard.networks import PRESETS, build
 
 

@@ -89,6 +89,19 @@ def check_float(value: Any, *, name: str, low: float, high: float | None = None)
     return number
 
 
+def check_positive(value: Any, *, name: str, high: float | None = None) -> float:
+    """Return ``value`` as a float if it is a finite number above 0, and at most ``high`` where that is given.
+
+    Raises:
+        TypeError: not a number.
+        ValueError: NaN, infinite or out of range.
+    """
+    number = check_float(value, name=name, low=0, high=high)
+    if number == 0:
+        raise ValueError(f"`{name}` must be above 0{'' if high is None else f' and at most {high:g}'}, got {value}")
+    return number
+
+
 def check_bool(value: Any, *, name: str) -> bool:
     """Return ``value`` if it is True or False.
 

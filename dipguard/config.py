@@ -1,21 +1,19 @@
 """The settings of a run: what Hydra composes from ``conf/``, checked and turned into plain values.
 
-``train.py`` and ``evaluate.py`` have the same settings. The nodes of the config (``data``, ``victim``, each attack and
-each defence) are flat: ``name``, or ``_target_`` with the import path of a class, and beside it the options of that
-class. Options and defaults are read from the constructors (:func:`dipguard.registry.options_of`); :func:`register`
-gives them to Hydra. Keys are checked here. Values are checked where they are used: those of a node by its constructor.
-
-This module does not import torch, so that ``--help`` and a mistyped key are answered at once.
+A node of the config (``data``, ``victim``, each attack and each defence) holds ``name``, or ``_target_`` with the
+import path of a class, and the options of that class. Options and defaults are those of the constructors, read from
+their source (:func:`dipguard.registry.options_of`). Keys are checked here; the values of a node by its constructor.
+Torch is not imported, so that ``--help`` and a mistyped key are answered at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dipguard.checks import check_bool, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_float, check_int
 from dipguard.registry import constant_of, did_you_mean, options_of, table_of
 
 if TYPE_CHECKING:
@@ -24,6 +22,7 @@ if TYPE_CHECKING:
 NODE_KEYS = ("name", "_target_")
 ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "only", "note")
 """Keys of an attack's node beside its options: how it is numbered and run in a suite."""
+ATTACK_CHECKS = ("control", "large_eps")
 LOGGERS: dict[str, tuple[str, ...]] = {
     "none": (),
     "csv": (),
@@ -40,7 +39,7 @@ class Group(NamedTuple):
     """A config group whose options come from a table of names.
 
     Attributes:
-        table: The table, "package.module:NAME".
+        table: "package.module:NAME".
         entry_points: The group of entry points that adds to it, without ``dipguard.``.
         hidden: Arguments that the programs set themselves.
         own: Keys beside the arguments, with their defaults.
@@ -73,10 +72,9 @@ class RunConfig:
         victim: Node of the classifier that is attacked and defended.
         surrogate: Node of a classifier that the defences ask instead of the victim (appendix E of the paper).
         baseline: Node of a classifier that meets the attacks undefended, for comparison.
-        attacks: Label -> node. Besides their options they may have ``number`` (before the label in tables), ``check``
-            (``control`` or ``large_eps``: not part of the worst case), ``full`` (the options of an uncut run),
-            ``intermediate`` (names; the first that a defence has is attacked), ``limit`` (number of images), ``only``
-            (labels of defences) and ``note``.
+        attacks: Label -> node. Beside their options: ``number`` (before the label in tables), ``check`` (``control`` or
+            ``large_eps``: not part of the worst case), ``full`` (the options of an uncut run), ``intermediate`` (names;
+            the first that a defence has is attacked), ``limit`` (of images), ``only`` (labels of defences), ``note``.
         defenses: Label -> node.
         eps_255: Budget that an attack suite is judged at, in levels of 0 to 255.
         trainer: Keyword arguments of Lightning's Trainer.
@@ -113,15 +111,14 @@ class RunConfig:
     figures: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings as nested dicts of values that JSON and YAML can hold."""
+        """The settings as nested dicts."""
         return asdict(self)
 
 
 def register() -> None:
     """Give Hydra the options of every data set, victim, attack and defence; harmless when repeated.
 
-    The options of ``defense=paper`` are the config ``defense/options/paper``, which ``conf/defense/paper.yaml`` is
-    based on. What another package registers needs no YAML file: ``defense=<its name>`` is its options.
+    ``conf/defense/paper.yaml`` is based on ``defense/options/paper``. What another package registers needs no YAML.
     """
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
@@ -135,6 +132,14 @@ def register() -> None:
             store.store(group=f"{group}/options", name=name, node=node, provider="dipguard")
             if name not in own:
                 store.store(group=group, name=name, node={"name": name, **node}, provider="dipguard")
+    store.repo = _Shared(store.repo)
+
+
+class _Shared(dict[str, Any]):
+    """A dict that is never copied. Hydra copies its whole store for each group that ``--help`` lists."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
 
 
 def _groups_text() -> str:
@@ -163,11 +168,10 @@ def node_of(group: str, name: str) -> dict[str, Any]:
 def from_hydra(cfg: DictConfig) -> RunConfig:
     """Check a composed config and return its settings, with every interpolation resolved.
 
-    ``attack`` and ``defense`` are one attack and one defence, and take the place of ``attacks`` and ``defenses``.
+    ``attack`` and ``defense`` take the place of ``attacks`` and ``defenses``.
 
     Raises:
-        TypeError, ValueError: A key is unknown or missing, or a value is not possible. The message names the key as on
-            the command line, and the nearest known one.
+        TypeError, ValueError: A key is unknown or missing, or a value is not possible.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -177,14 +181,13 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
     except OmegaConfBaseException as error:
         raise ValueError(f"`{error.full_key}`: {error.msg}") from error
     assert isinstance(values, dict)
-    given = {str(key): value for key, value in values.items() if key != "hydra"}
-    keys = (*RunConfig.__dataclass_fields__, "attack", "defense")
-    _check_keys("", given, keys)
+    given: dict[str, Any] = {str(key): value for key, value in values.items() if key != "hydra"}
+    _check_keys("", given, (*RunConfig.__dataclass_fields__, "attack", "defense"))
     for single, many in (("attack", "attacks"), ("defense", "defenses")):
         node = given.pop(single, None)
         _check_node(single, single, node)
         if node is not None:
-            given[many] = {_label(node): node}
+            given[many] = {str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1]): node}
         else:
             for label, one in _mapping(many, given.get(many)).items():
                 _check_node(single, f"{many}.{label}", one)
@@ -219,26 +222,30 @@ def _checked(config: RunConfig) -> RunConfig:
     """``config`` if the values that belong to no node are possible."""
     for key in ("store_samples", "rebuild", "keep_traces"):
         check_bool(getattr(config, key), name=key)
-    logger, trainer = _mapping("logger", config.logger), _mapping("trainer", config.trainer)
-    _check_keys("logger", logger, ("name", *_logger_options(logger)))
-    own = _trainer_own()
+    logger, trainer, own = _mapping("logger", config.logger), _mapping("trainer", config.trainer), _trainer_own()
+    check_choice(logger.get("name"), LOGGERS, name="logger.name")
+    _check_keys("logger", logger, ("name", *LOGGERS[logger["name"]]))
     for name in trainer:
         if name in own:
             raise TypeError(f"`trainer.{name}` is set by dipguard itself, got {trainer[name]!r}")
     _check_keys("trainer", trainer, [name for name in options_of(TRAINER) if name not in own])
     if not isinstance(config.store_T, list):
         raise TypeError(f"`store_T` must be a list of numbers, got {config.store_T!r}")
+    check_choice(trainer.get("accelerator", "auto"), ("auto", "cpu", "gpu", "cuda"), name="trainer.accelerator")
+    defenses = [*config.defenses, *([] if config.baseline is None else ["baseline"])]
+    for label, node in config.attacks.items():
+        for defense in node.get("only") or ():
+            check_choice(defense, defenses, name=f"attacks.{label}.only")
     for label, node in _mapping("callbacks", config.callbacks).items():
         if "_target_" not in _mapping(f"callbacks.{label}", node):
             raise ValueError(f"`callbacks.{label}._target_` must name the class of a callback, got nothing")
     check_int(config.seed, name="seed", low=0, high=2**32 - 1)
     check_float(config.eps_255, name="eps_255", low=0.0, high=255.0)
-    check_int(config.processes, name="processes", low=1)
     check_int(config.figures, name="figures", low=0)
+    for key, value in [("processes", config.processes), *(("store_T", T) for T in config.store_T)]:
+        check_int(value, name=key, low=1)
     if config.chunk is not None:
         check_int(config.chunk, name="chunk", low=1)
-    for T in config.store_T:
-        check_int(T, name="store_T", low=1)
     return config
 
 
@@ -246,38 +253,27 @@ def _trainer_own() -> list[str]:
     return [name for name in constant_of(TRAINER_OWN) if name != "accelerator"]
 
 
-def _logger_options(logger: Mapping[str, Any]) -> tuple[str, ...]:
-    name = logger.get("name")
-    if name not in LOGGERS:
-        raise ValueError(f"`logger.name` must be one of {', '.join(LOGGERS)}, got {name!r}")
-    return LOGGERS[str(name)]
-
-
 def _check_node(group: str, key: str, node: Any) -> None:
     """Check the keys of a node of a config group; None is no node."""
     if node is None and key not in ("data", "victim"):
         return
-    path = _path_of(group, key, _mapping(key, node))
-    try:
-        known = options_of(path)
-    except ValueError:
-        if "_target_" in node:  # written in a way that cannot be read; its constructor refuses what it does not know
-            return
-        raise
-    source = GROUPS[group]
-    options = [name for name in (*known, *source.own) if name not in source.hidden]
-    _check_keys(key, node, (*NODE_KEYS, *options, *(ATTACK_KEYS if group == "attack" else ())))
-
-
-def _path_of(group: str, key: str, node: Mapping[str, Any]) -> str:
-    """The path "package.module:attribute" of the class or function that a node names."""
+    name, names, source = _mapping(key, node).get("name"), names_of(group), GROUPS[group]
     if "_target_" in node:
-        return ":".join(str(node["_target_"]).rsplit(".", 1))
-    name, names = node.get("name"), names_of(group)
-    if name not in names:
+        try:
+            known = options_of(":".join(str(node["_target_"]).rsplit(".", 1)))
+        except ValueError:  # its source cannot be read; its constructor refuses what it does not know
+            return
+    elif name in names:
+        known = options_of(names[name])
+    else:
         hint = did_you_mean(str(name), names)
         raise ValueError(f"`{key}.name` must be one of {', '.join(names)}, got {name!r}{hint}")
-    return names[str(name)]
+    options = [name for name in (*known, *source.own) if name not in source.hidden]
+    _check_keys(key, node, (*NODE_KEYS, *options, *(ATTACK_KEYS if group == "attack" else ())))
+    if group == "attack" and node.get("limit") is not None:
+        check_int(node["limit"], name=f"{key}.limit", low=1)
+    if group == "attack" and node.get("check") is not None:
+        check_choice(node["check"], ATTACK_CHECKS, name=f"{key}.check")
 
 
 def _check_keys(group: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -287,7 +283,7 @@ def _check_keys(group: str, given: Iterable[str], known: Iterable[str]) -> None:
             raise TypeError(_unknown(group, str(name), allowed))
 
 
-def _unknown(group: str, name: str, known: Sequence[str]) -> str:
+def _unknown(group: str, name: str, known: Iterable[str]) -> str:
     """What there is to say of an unknown key of a group (empty: of the whole config)."""
     prefix = f"{group}." if group else ""
     hint = did_you_mean(name, known, prefix=prefix)
@@ -305,13 +301,6 @@ def _mapping(key: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _label(node: Mapping[str, Any]) -> str:
-    """The label of a node that stands alone: its name."""
-    return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
-
-
 def _plain(value: Any) -> Any:
     """A default as a config holds it."""
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    return value
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value

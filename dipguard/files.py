@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import json
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
-    """Write ``content`` to ``path`` atomically: readers see the old file or the whole new one, even after a kill."""
+    """Write ``content`` to ``path`` atomically: even after a kill there is the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
@@ -52,6 +53,16 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path} must hold JSON, but it is damaged: {error}") from error
+
+
+def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]], *, head: bool = True) -> str:
+    """Rows as CSV; None and what is missing are empty fields."""
+    buffer = io.StringIO(newline="")
+    writer = csv.DictWriter(buffer, fields, lineterminator="\n")
+    if head:
+        writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue()
 
 
 def write_npz(path: Path, **arrays: Any) -> Path:

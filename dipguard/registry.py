@@ -1,7 +1,6 @@
 """Tables of names and the code behind them, and the options of that code, read without importing it.
 
-Data sets, victims, attacks and defences each have such a table. Other packages add to it through entry points. The
-config takes every option and its default from the source, since importing torch takes seconds.
+Other packages add to a table by entry points. Options are read from the source, since importing torch takes seconds.
 """
 
 from __future__ import annotations
@@ -15,13 +14,12 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
-from os.path import commonprefix
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, TypeAlias
 
 REQUIRED = "???"
 """Stands for the default of an option that has none; OmegaConf's own mark for a value that must be given."""
-
 FIT_OPTIONS = "dipguard.fit.options:FitOptions"
 """The dataclass whose fields a function with ``**fit`` takes."""
 FIT_HIDDEN = ("network", "seed")
@@ -35,7 +33,7 @@ def lookup(table: Mapping[str, str], name: str, *, argument: str) -> Callable[..
     """Import and return the function or class that ``table[name]`` ("package.module:attribute") points to.
 
     Raises:
-        ValueError: ``name`` is not in the table; the message lists what is.
+        ValueError: ``name`` is not in the table.
     """
     if name not in table:
         raise ValueError(f"`{argument}` must be one of {', '.join(table)}, got {name!r}{did_you_mean(name, table)}")
@@ -44,23 +42,32 @@ def lookup(table: Mapping[str, str], name: str, *, argument: str) -> Callable[..
 
 
 def table_of(group: str, own: Mapping[str, str]) -> dict[str, str]:
-    """Return ``own`` and, after it, what other installed packages register as entry points of ``dipguard.<group>``.
+    """Return ``own`` and, after it, what other packages register as entry points of ``dipguard.<group>``.
 
-    Args:
-        group: ``defenses``, ``attacks``, ``victims`` or ``data``.
-        own: The package's own table; its names cannot be replaced.
+    The groups are ``defenses``, ``attacks``, ``victims`` and ``data``. Names of ``own`` cannot be replaced.
     """
     found = {point.name: point.value for point in entry_points(group=f"dipguard.{group}")}
     return {**own, **{name: path for name, path in found.items() if name not in own}}
 
 
+def import_extra(module: str, *, owner: str, extra: str) -> Any:
+    """Import ``module``, which only ``owner`` needs.
+
+    Raises:
+        ImportError: It is not installed; the message names the extra (``dipguard[extra]``) that brings it.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{owner} needs {module}, which could not be imported ({error}): pip install 'dipguard[{extra}]'"
+        ) from error
+
+
 def check_options(
     function: Callable[..., Any], options: Mapping[str, Any], *, owner: str, hidden: Collection[str] = ()
 ) -> None:
-    """Check that ``function`` takes every one of ``options``.
-
-    A function with ``**fit`` also takes the fields of :class:`dipguard.fit.options.FitOptions`, except those that are
-    arguments of their own. A class with other ``**keywords`` also takes those of its base class.
+    """Check that ``function`` takes every one of ``options``, by the rules of `options_of`.
 
     Args:
         function: Takes its options as keyword-only arguments.
@@ -69,7 +76,7 @@ def check_options(
         hidden: Arguments of ``function`` that the caller sets itself.
 
     Raises:
-        TypeError: It takes no option of that name; the message names the nearest one, and all.
+        TypeError: It takes no option of that name.
     """
     allowed = [name for name in _keywords(function) if name not in hidden]
     unknown = sorted(set(options) - set(allowed))
@@ -81,22 +88,21 @@ def check_options(
 def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Return " (did you mean 'x'?)" for the name in ``known`` that is nearest to ``name``; empty if none is near."""
 
-    def likeness(other: str) -> float:  # a common beginning counts more: epss is eps_255 rather than steps
-        return difflib.SequenceMatcher(None, name, other).ratio() + 0.1 * len(commonprefix([name, other]))  # noqa: RUF071 - words, not paths
+    def likeness(other: str) -> float:
+        # A common beginning counts more: epss is eps_255 rather than steps.
+        start = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(name, other, strict=False)))
+        return difflib.SequenceMatcher(None, name, other).ratio() + 0.1 * start
 
     near = max(known, key=likeness, default="")
     return f" (did you mean '{prefix}{near}'?)" if likeness(near) >= 0.6 else ""
 
 
 def options_of(path: str) -> dict[str, Any]:
-    """Return the keyword-only arguments of a class or function with their defaults, without importing it.
+    """Return the keyword-only arguments of a class or function ("package.module:name") with their defaults.
 
-    The source is read instead. A class without an ``__init__`` has that of its base; with ``**fit`` it also has the
-    fields of ``FitOptions``, with the defaults that its attribute ``FIT`` changes; with other ``**keywords``, those of
-    its base. A dataclass has its fields.
-
-    Args:
-        path: "package.module:name".
+    The source is read, nothing is imported. With ``**fit`` the fields of ``FitOptions`` are options too, with the
+    defaults that the class attribute ``FIT`` changes; with other ``**keywords``, the options of the base class. The
+    options of a dataclass are its fields.
 
     Raises:
         ValueError: There is no such class or function, or a default is not a literal.
@@ -112,9 +118,9 @@ def constant_of(path: str) -> Any:
         ValueError: There is no such constant, or it is not a literal.
     """
     module, _, name = path.partition(":")
-    for key, value in _assignments(_tree(module).body):
-        if key == name:
-            return _literal(value, module)
+    values = dict(_assignments(_tree(module).body))
+    if name in values:
+        return _literal(values[name], module)
     home = _imported_from(module, name)
     if home is None:
         raise ValueError(f"{module} has no constant {name}")
@@ -134,7 +140,7 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
 
 
 def _source(module: str) -> Path:
-    """A module's file; only its top-level package is looked up, and nothing is imported."""
+    """A module's file. Only its top-level package is looked up, since that imports nothing."""
     package, *parts = module.split(".")
     found = importlib.util.find_spec(package)
     if not parts and found is not None and found.has_location:
@@ -154,14 +160,12 @@ def _tree(module: str) -> ast.Module:
 
 def _imported_from(module: str, name: str) -> tuple[str, str] | None:
     """The module and the name there that a from-import gives to ``name``."""
+    package = module if _source(module).name == "__init__.py" else module.rpartition(".")[0]
     for node in _tree(module).body:
         for alias in node.names if isinstance(node, ast.ImportFrom) else ():
             if (alias.asname or alias.name) == name and isinstance(node, ast.ImportFrom):
-                package = module.split(".")
-                if _source(module).name != "__init__.py":
-                    package.pop()
-                above = package[: len(package) + 1 - node.level] if node.level else []
-                return ".".join([*above, *filter(None, [node.module])]), alias.name
+                home = "." * node.level + (node.module or "")
+                return importlib.util.resolve_name(home, package), alias.name
     return None
 
 
@@ -182,27 +186,22 @@ def _options(module: str, name: str) -> dict[str, Any]:
     if isinstance(node, ast.FunctionDef):
         return _arguments(node, home)
     options: dict[str, Any] = {}
-    for place, kind in _lineage(home, node):
+    lineage = list(_lineage(home, node))
+    for place, kind in lineage:
         init = next((n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
-        if init is not None:
-            options = {**options, **{k: v for k, v in _arguments(init, place).items() if k not in options}}
-            rest = init.args.kwarg
-            if rest is not None and rest.arg == "fit":
-                fields = {**options_of(FIT_OPTIONS), **_fit_attribute(home, node)}
-                return {**options, **{k: v for k, v in fields.items() if k not in (*options, *FIT_HIDDEN)}}
-            if rest is None:
-                return options
-        elif any("dataclass" in ast.unparse(decorator) for decorator in kind.decorator_list):
-            return {key: _literal(value, place) for key, value in _assignments(kind.body)}
+        if init is None:
+            if any("dataclass" in ast.unparse(decorator) for decorator in kind.decorator_list):
+                return {key: _literal(value, place) for key, value in _assignments(kind.body)}
+            continue
+        options |= {key: value for key, value in _arguments(init, place).items() if key not in options}
+        rest = init.args.kwarg
+        if rest is None:
+            return options
+        if rest.arg == "fit":
+            changed = [(home, value) for home, k in lineage for key, value in _assignments(k.body) if key == "FIT"]
+            fields = {**options_of(FIT_OPTIONS), **(_literal(changed[0][1], changed[0][0]) if changed else {})}
+            return {**options, **{k: v for k, v in fields.items() if k not in (*options, *FIT_HIDDEN)}}
     return options
-
-
-def _fit_attribute(module: str, node: ast.ClassDef) -> dict[str, Any]:
-    for place, kind in _lineage(module, node):
-        for key, value in _assignments(kind.body):
-            if key == "FIT":
-                return dict(_literal(value, place))
-    return {}
 
 
 def _lineage(module: str, node: ast.ClassDef) -> Iterator[tuple[str, ast.ClassDef]]:
@@ -232,26 +231,19 @@ def _arguments(function: ast.FunctionDef, module: str) -> dict[str, Any]:
 
 
 def _literal(node: ast.expr, module: str) -> Any:
+    """The value of an expression of literals, module constants, products and quotients."""
     try:
-        return ast.literal_eval(_Folded(module).visit(node))
+        match node:
+            case ast.Name(name):
+                return constant_of(f"{module}:{name}")
+            case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](_literal(left, module), _literal(right, module))
+            case ast.Tuple(items):
+                return tuple(_literal(item, module) for item in items)
+            case ast.Dict(keys, values):
+                pairs = zip(keys, values, strict=True)
+                return {_literal(key, module): _literal(value, module) for key, value in pairs if key is not None}
+        return ast.literal_eval(node)
     except ValueError as error:
         place = f"{_source(module)}, line {node.lineno}"
         raise ValueError(f"{place}: `{ast.unparse(node)}` must be a literal: it is read without an import") from error
-
-
-class _Folded(ast.NodeTransformer):
-    """Replaces fractions such as ``1 / 30`` and constants of the module by their values."""
-
-    def __init__(self, module: str) -> None:
-        self.module = module
-
-    def visit_BinOp(self, node: ast.BinOp) -> ast.expr:
-        """A product or a quotient of literals."""
-        if type(node.op) not in _OPERATORS:
-            return node
-        left, right = (ast.literal_eval(self.visit(side)) for side in (node.left, node.right))
-        return ast.Constant(_OPERATORS[type(node.op)](left, right))
-
-    def visit_Name(self, node: ast.Name) -> ast.expr:
-        """A constant of the module."""
-        return ast.Constant(constant_of(f"{self.module}:{node.id}"))

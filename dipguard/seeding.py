@@ -1,17 +1,23 @@
-"""Random streams per image: they depend on (seed, index, purpose) and on nothing else."""
+"""Random streams per image: they depend on (seed, index, purpose), and on no other image, stack, T or device."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
+
+from dipguard.checks import check_float
+
+BLOCK = 8
+"""Steps of jitter drawn at once: fixed, since the numbers depend on it."""
 
 
 def image_generator(*, seed: int, index: int, purpose: str) -> torch.Generator:
-    """Return a CPU generator for one purpose of one image.
+    """Return a generator for one purpose of one image, on the CPU, so that draws do not depend on the fit's device.
 
-    The arguments are hashed, so that neighbouring seeds or indices do not give related streams. The generator is always
-    on the CPU, so that draws do not depend on the device of the fit.
+    The arguments are hashed, so that neighbouring seeds or indices do not give related streams.
 
     Args:
         seed: Seed of the run.
@@ -21,3 +27,49 @@ def image_generator(*, seed: int, index: int, purpose: str) -> torch.Generator:
     """
     digest = hashlib.sha256(f"{seed}:{index}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def draw_z(
+    shape: tuple[int, int, int], *, indices: Sequence[int], seed: int, kind: str = "uniform", scale: float
+) -> Tensor:
+    """z of each image, [B, channels, H, W] float32 on the CPU.
+
+    ``uniform`` draws from U(0, scale) (appendix B), ``gaussian`` from scale * N(0, 1) (section 3.1 calls z a Gaussian
+    noise). ``shape`` is (channels, H, W).
+    """
+    z = torch.empty(len(indices), *shape, dtype=torch.float32)
+    for b, index in enumerate(indices):
+        generator = image_generator(seed=seed, index=index, purpose="z")
+        if kind == "uniform":
+            z[b].uniform_(0, scale, generator=generator)
+        else:
+            z[b].normal_(0, scale, generator=generator)
+    return z
+
+
+class Jitter:
+    """Gaussian noise added to z at each step, as the official DIP implementation does for denoising.
+
+    Args:
+        shape: (channels, H, W) of z.
+        indices: The images' indices; the noise of image b depends only on (seed, indices[b], step).
+        seed: Seed of the fit.
+        std: Standard deviation, at least 0.
+    """
+
+    def __init__(self, shape: tuple[int, int, int], *, indices: Sequence[int], seed: int, std: float) -> None:
+        self.std = check_float(std, name="jitter", low=0.0)
+        self._generators = [image_generator(seed=seed, index=index, purpose="jitter") for index in indices]
+        self._ready = self._block = torch.empty(len(indices), BLOCK, *shape, dtype=torch.float32)
+        self._position = BLOCK
+
+    def next(self, z: Tensor) -> Tensor:
+        """Z plus the noise of the next step, [B, channels, H, W] of z's dtype and device."""
+        if self._position == BLOCK:
+            for b, generator in enumerate(self._generators):
+                self._block[b].normal_(generator=generator)
+            self._ready = self._block.to(device=z.device, dtype=z.dtype)
+            self._position = 0
+        noise = self._ready[:, self._position]
+        self._position += 1
+        return torch.add(z, noise, alpha=self.std)

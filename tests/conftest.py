@@ -48,8 +48,11 @@ def real_data() -> Path:
 @pytest.fixture(scope="session", autouse=True)
 def keep_out_of_the_home_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Cached victims go to a temporary folder; figures need no screen; W&B never calls its server."""
+    base = tmp_path_factory.getbasetemp()
+    # All workers of a run share the trained digits victim and the compiled engine.
+    cache = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DIPGUARD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("DIPGUARD_CACHE", str(cache / "cache"))
         patch.setenv("MPLBACKEND", "Agg")
         patch.setenv("WANDB_MODE", "offline")
         yield

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from dipguard import registry
 from dipguard.attacks import ATTACKS
@@ -27,7 +27,22 @@ CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml")
 TABLES = {"data": DATASETS, "victim": VICTIMS, "attack": ATTACKS, "defense": DEFENSES}
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
+@pytest.fixture(scope="module")
+def all_of_them() -> DictConfig:
+    """Every attack and every defence, under its name; the data say nothing about mirrors."""
+    many = [f"+{group}@{group}s.x_{choice}={choice}" for group, choice in CHOICES if group in ("attack", "defense")]
+    return compose_matrix("data=arrays", "data.path=x", *many)
+
+
+def test_every_attack_and_defence_composes_and_holds_its_options(all_of_them: DictConfig) -> None:
+    assert from_hydra(all_of_them)
+    for group in ("attack", "defense"):
+        for choice in TABLES[group]:
+            node = all_of_them[f"{group}s"][f"x_{choice}"]
+            assert (node["name"], set(node)) == (choice, {"name", *node_of(group, choice)})
+
+
+@pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] not in ("attack", "defense")])
 def test_every_config_composes_and_holds_its_options(group: str, choice: str) -> None:
     config = compose_config(f"{group}={choice}")
     assert from_hydra(config)
@@ -42,9 +57,9 @@ def test_every_name_of_a_table_has_its_config(group: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] in ("attack", "defense")])
-def test_a_config_changes_no_default_but_for_a_reason(group: str, choice: str) -> None:
+def test_a_config_changes_no_default_but_for_a_reason(all_of_them: DictConfig, group: str, choice: str) -> None:
     """Defaults are the constructors': an attack's batch size, and what depends on the data, are all that differs."""
-    node, own = dict(compose_config(f"{group}={choice}", "data=arrays", "data.path=x")[group]), node_of(group, choice)
+    node, own = dict(all_of_them[f"{group}s"][f"x_{choice}"]), node_of(group, choice)
     changed = {key: value for key, value in node.items() if key != "name" and value != own[key]}
     assert changed in ({}, {"batch_size": 64})
 
@@ -318,16 +333,15 @@ def modules_after(code: str) -> set[str]:
     return set(run.stdout.split())
 
 
-@pytest.mark.parametrize("program", ["train", "evaluate"])
-def test_keys_are_checked_without_torch(program: str) -> None:
+def test_keys_are_checked_without_torch() -> None:
     """So that --help, --cfg job and a mistyped key are answered at once."""
     code = (
-        f"import {program}\n"
+        "import evaluate, train\n"
         "from hydra import compose, initialize_config_dir\n"
         "from dipguard.config import from_hydra, register\n"
         "register()\n"
         f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
-        f"    cfg = compose({program!r}, ['+seeed=1'])\n"
+        "    cfg = compose('evaluate', ['+seeed=1'])\n"
         "try:\n"
         "    from_hydra(cfg)\n"
         "except TypeError as error:\n"

@@ -71,13 +71,14 @@ def test_tables_are_made_again_from_what_is_stored_alone(finished: Path) -> None
 
 
 def test_a_rebuild_of_nothing_says_so(tmp_path: Path) -> None:
-    tiny_evaluation(tmp_path, "rebuild=true")
+    tiny_evaluation(tmp_path, "rebuild=true", "figures=0")
     assert "No cell is finished yet" in (tmp_path / "report.md").read_text()
 
 
 def test_one_defence_instead_of_all(tmp_path: Path) -> None:
     short = [override for override in TINY if not override.startswith("defenses.")]
-    evaluate(compose_matrix(*short, "defense=jpeg", "defense.quality=30", "~attacks.fgsm_8"), tmp_path)
+    quick = ("figures=0", "data.limit=2")
+    evaluate(compose_matrix(*short, *quick, "defense=jpeg", "defense.quality=30", "~attacks.fgsm_8"), tmp_path)
     assert [(row["attack"], row["defense"]) for row in rows(tmp_path)] == [("clean", "jpeg"), ("pgd_8", "jpeg")]
 
 

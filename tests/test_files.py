@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from dipguard.files import (
+    csv_text,
     file_digest,
     read_json,
     tensor_digest,
@@ -70,3 +72,9 @@ def test_digest_sees_values_shapes_and_types() -> None:
 def test_file_digest_is_sha256(tmp_path: Path) -> None:
     path = write_bytes(tmp_path / "a", b"abc")
     assert file_digest(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_csv_keeps_commas_and_leaves_out_what_is_missing() -> None:
+    text = csv_text(("name", "n", "why"), [{"name": 'tench, "Tinca tinca"', "n": 1, "why": None}])
+    assert list(csv.DictReader(text.splitlines())) == [{"name": 'tench, "Tinca tinca"', "n": "1", "why": ""}]
+    assert csv_text(("name",), [{}], head=False) == '""\n'

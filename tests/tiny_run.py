@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
-from omegaconf import DictConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dipguard.cli.programs import train
 from dipguard.config import RunConfig, from_hydra, register
@@ -30,8 +35,27 @@ TINY = (
 """Overrides of a run of seconds. tau is low, so that some crossings count although the fit is so short."""
 
 
+PLAIN = re.compile(rf"\+?(?!hydra\.)([A-Za-z]\w*\.[\w.]+|{'|'.join(sorted(RunConfig.__dataclass_fields__))})=")
+"""An override of a value, rather than of the choice of a config group."""
+GROUPS = ("data=", "victim=", "surrogate=", "baseline=", "logger=")
+
+
 def compose_config(*overrides: str, program: str = "train") -> DictConfig:
-    """What Hydra makes of these overrides."""
+    """What Hydra makes of these overrides. Values are set, as Hydra does it, in a config that is composed once."""
+    plain = [text for text in overrides if PLAIN.match(text) and not text.startswith(GROUPS)]
+    config = copy.deepcopy(_composed(tuple(text for text in overrides if text not in plain), program))
+    try:
+        for override in OverridesParser.create().parse_overrides(plain):
+            key, value = override.key_or_group, override.value()
+            added = override.is_add() and OmegaConf.select(config, key) is None
+            OmegaConf.update(config, key, value, merge=True, force_add=added)
+    except OmegaConfBaseException:
+        return copy.deepcopy(_composed(overrides, program))  # its error is Hydra's own
+    return config
+
+
+@cache
+def _composed(overrides: tuple[str, ...], program: str) -> DictConfig:
     register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose(program, overrides=list(overrides))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 from dipguard.cli.programs import evaluate
@@ -38,11 +39,16 @@ DIP_DEFENSES = ("~defenses.dipdefend", "~defenses.mirror")
 """Left out if only feed-forward defences are needed."""
 
 
+@cache
+def attack_names() -> list[str]:
+    """The attacks of experiment=adaptive, without the clean images."""
+    return [name for name in typed_matrix("experiment=adaptive").attacks if name != "clean"]
+
+
 def suite_overrides(*overrides: str, attacks: tuple[str, ...] | None = None, dip: bool = True) -> list[str]:
     """experiment=adaptive, made small: only ``attacks`` (None: all), with the DIP defences or without."""
     defenses = [] if dip else [text for text in SMALL if text.startswith(("defenses.mirror", "defenses.dip"))]
-    names = [name for name in typed_matrix("experiment=adaptive").attacks if name != "clean"]
-    dropped = [] if attacks is None else [name for name in names if name not in attacks]
+    dropped = [] if attacks is None else [name for name in attack_names() if name not in attacks]
     # The steps of others are taken from identity: it is dropped last, by its own override.
     kept = [
         text

@@ -1,7 +1,6 @@
 """Attacks on a victim, and adaptive attacks on a victim behind a defence.
 
-An attack is a subclass of `Attack` in a module of its own, and a row of `ATTACKS`. A package outside this one adds its
-attacks as entry points of the group ``dipguard.attacks``.
+A new one is a subclass of `Attack` and a row of `ATTACKS`, or an entry point of the group ``dipguard.attacks``.
 """
 
 from __future__ import annotations
@@ -44,16 +43,12 @@ def build_attack(
 ) -> Attack:
     """Return the attack called ``name`` (a key of `ATTACKS` or an installed entry point) on ``target``.
 
-    Args:
-        name: attack.
-        target: classifier of images [B, 3, H, W] in [0, 1], logits [B, C]; for an adaptive attack a `DefendedVictim`.
-        seed: of the attack's random draws, at least 0.
-        batch_size: images attacked together, at least 1.
-        options: the attack's own options, such as ``eps_255``.
+    ``seed`` and ``batch_size`` are those of `Attack`; ``options`` are the attack's own, such as ``eps_255``. An
+    adaptive attack's target is a `DefendedVictim`.
 
     Raises:
-        TypeError, ValueError: an unknown name or option, a value out of range, or a target of the wrong kind.
-        ImportError: the attack's library is not installed.
+        TypeError, ValueError: An unknown name or option, a value out of range, or a target of the wrong kind.
+        ImportError: The attack's library is not installed.
     """
     make = lookup(table_of("attacks", ATTACKS), name, argument="attack")
     check_options(make, options, owner=f"the attack {name!r}", hidden=("seed", "batch_size"))

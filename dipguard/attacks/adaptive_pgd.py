@@ -21,20 +21,23 @@ from dipguard.seeding import image_generator
 
 
 class DefendedPGD(DefendedSearch):
-    """PGD (Madry et al. 2018) in L-inf on the gradients of a subclass, averaged over ``eot_iter`` draws.
+    """PGD (Madry et al. 2018) in L-inf on gradients averaged over ``eot_iter`` draws.
 
     Unlike the PGD of a library it looks at the last iterate too, and returns the best image that it saw. An image's
-    start depends on the seed and its index alone. A subclass implements `gradient`.
+    start depends on the seed and its index alone. A subclass implements `logits_of`.
 
     Args:
-        alpha_255: step size in levels of 0 to 255, above 0.
-        steps: number of steps, at least 1.
-        eot_iter: draws whose gradients are averaged at each step, at least 1 (expectation over transformation, Athalye
+        alpha_255: Step size in levels of 0 to 255, above 0.
+        steps: Number of steps, at least 1.
+        eot_iter: Draws whose gradients are averaged at each step, at least 1 (expectation over transformation, Athalye
             et al. 2018); with ``fixed`` draws more than 1 only adds cost.
-        random_start: start at a uniformly drawn point of the ball, not at the image.
-        loss: what rises: ``ce``, the negative logarithm of the true class's probability, mean over the views; or
-            ``margin``, the largest other logit minus that of the true class, mean over the views.
+        random_start: Start at a uniformly drawn point of the ball, not at the image.
+        loss: Loss that is maximised: ``ce``, the negative logarithm of the true class's probability, mean over the
+            views; or ``margin``, the largest other logit minus that of the true class, mean over the views.
     """
+
+    evaluate_every: int = 1
+    """Steps from one classification behind the defence to the next; iterates that `logits_of` classifies need none."""
 
     def __init__(
         self,
@@ -55,40 +58,44 @@ class DefendedPGD(DefendedSearch):
         self.loss = check_choice(loss, LOSSES, name="loss")
 
     @abstractmethod
-    def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor | None]:
-        """The loss's gradient by the iterate ``images`` [B, 3, H, W], and what was seen on the way.
+    def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits [V, B, C] of the views of ``x`` [B, 3, H, W] under one draw, differentiable by ``x``; cost is counted.
 
-        ``look`` is how many draws of each image were used before; ``eot_iter`` more are used here.
-
-        Returns:
-            The gradient, mean over the draws, [B, 3, H, W], and the victim's logits on the purified images,
-            [eot_iter, B, C], or None where the defence was not asked.
+        Also the victim's logits [B, C] on the purified images, or None if the defence was not asked.
         """
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether the defence is asked about the iterate after ``step`` steps even where `gradient` does not."""
-        return step == self.steps
+    def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor | None]:
+        """The loss's gradient by the iterate ``images`` [B, 3, H, W], mean over the draws, and what was seen.
+
+        ``look`` is how many draws of each image were used before; ``eot_iter`` more are used here. What was seen are
+        the victim's logits on the purified images, [eot_iter, B, C], or None if the defence was not asked.
+        """
+        total, answers = torch.zeros_like(images), []
+        for number in range(look, look + self.eot_iter):
+            x = images.detach().clone().requires_grad_()
+            logits, answer = self.logits_of(x, self.ask_indices(indices, number))
+            total += torch.autograd.grad(LOSSES[self.loss](logits, labels).sum(), x)[0]
+            if answer is not None:
+                answers.append(answer)
+        return total / self.eot_iter, torch.stack(answers) if answers else None
 
     def evaluate(self, images: Tensor, indices: Tensor, *, look: int) -> Tensor:
         """The victim's logits on the purified images under ``eot_iter`` draws, [eot_iter, B, C]."""
-        answers = []
-        for number in range(look, look + self.eot_iter):
-            with torch.no_grad():
-                answers.append(self.victim(self.purified(images, self.ask_indices(indices, number))))
-            self.spent += self.target.cost(purifications=len(images))
-        return torch.stack(answers)
+        self.spent += self.target.cost(purifications=len(images) * self.eot_iter)
+        draws = (self.ask_indices(indices, number) for number in range(look, look + self.eot_iter))
+        with torch.no_grad():
+            return torch.stack([self.victim(self.purified(images, asked)) for asked in draws])
 
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Climb, and show ``found`` every iterate that was looked at."""
-        x = self._start(found.given, indices)
-        look = 0
+        x, look = self._start(found.given, indices), 0
         for step in range(self.steps + 1):
             gradient, answers = torch.zeros_like(x), None
             if step < self.steps:
                 gradient, answers = self.gradient(x, found.labels, indices, look=look)
                 found.flat.append((gradient == 0).flatten(1).all(dim=1))
                 look += self.eot_iter
-            if answers is None and self.is_evaluated(step):
+            if answers is None and self._is_evaluated(step):
                 answers = self.evaluate(x, indices, look=look)
                 look += self.eot_iter
             if answers is None:
@@ -96,6 +103,9 @@ class DefendedPGD(DefendedSearch):
             else:
                 found.see(x, answers)
             x = self.into_ball(x + self.alpha_255 / 255 * gradient.sign(), found.given)
+
+    def _is_evaluated(self, step: int) -> bool:
+        return step % self.evaluate_every == 0 or step == self.steps
 
     def _start(self, given: Tensor, indices: Tensor) -> Tensor:
         if not self.random_start:
@@ -116,9 +126,9 @@ class AdaptivePGD(DefendedPGD):
     a batch influence each other by rounding alone, if they do so in the defence.
 
     Args:
-        backward: approximation of the defence's backward pass, a key of :data:`~dipguard.attacks.backward.BACKWARD`.
-        backward_options: its options.
-        intermediate: what the loss is computed on: ``stitched``, the purified image, or another of the defence's
+        backward: Approximation of the defence's backward pass, a key of :data:`~dipguard.attacks.backward.BACKWARD`.
+        backward_options: Its options.
+        intermediate: What the loss is computed on: ``stitched``, the purified image, or another of the defence's
             ``intermediates``.
     """
 
@@ -141,26 +151,19 @@ class AdaptivePGD(DefendedPGD):
         self.views = target.views(intermediate)
 
     def estimate(self, count: int) -> Cost:
-        """Cost of one call, at most; exact where each image has the full number of views."""
-        looks = count * self.eot_iter * self.steps
+        """Cost of one call, at most; exact if each image has the full number of views."""
         evaluated = self.target.cost(purifications=count * self.eot_iter)
-        return self._cost(looks, views=self.views) + evaluated
+        return self._cost(count * self.eot_iter * self.steps, views=self.views) + evaluated
 
-    def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor]:
-        """The gradient by the approximation, and the logits of the same purification."""
-        victim, total, answers = Unsaturated(self.victim), torch.zeros_like(images), []
-        for number in range(look, look + self.eot_iter):
-            asked = self.ask_indices(indices, number)
-            answer, made = self.target.intermediate(images, asked, name=self.intermediate, seed=self.seed)
-            x = images.detach().clone().requires_grad_()
-            replacement = self.approximation(x, asked)
-            views = torch.cat([straight_through(replacement, view) for view in made.views])
-            logits = victim(made.viewed(views)).unflatten(0, (len(made.views), len(images)))
-            total += torch.autograd.grad(LOSSES[self.loss](logits, labels).sum(), x)[0]
-            with torch.no_grad():
-                answers.append(logits[0].detach() if self.intermediate == STITCHED else self.victim(answer))
-            self.spent += self._cost(len(images), views=len(made.views))
-        return total / self.eot_iter, torch.stack(answers)
+    def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits of the intermediate's views, and those of the same purification."""
+        answer, made = self.target.intermediate(x, indices, name=self.intermediate, seed=self.seed)
+        replacement = self.approximation(x, indices)
+        views = torch.cat([straight_through(replacement, view) for view in made.views])
+        logits = Unsaturated(self.victim)(made.viewed(views)).unflatten(0, (len(made.views), len(x)))
+        self.spent += self._cost(len(x), views=len(made.views))
+        with torch.no_grad():
+            return logits, logits[0].detach() if self.intermediate == STITCHED else self.victim(answer)
 
     def _cost(self, looks: int, *, views: int) -> Cost:
         """Cost of purified images whose gradient is taken."""
@@ -179,10 +182,10 @@ class Unrolled(DefendedPGD):
     influence each other by rounding alone, which many steps of Adam amplify.
 
     Args:
-        T: optimiser steps that are unrolled, at least 2; memory and time grow with them.
-        floor: see :func:`~dipguard.fit.unrolled.unrolled_fit`; 0 for the exact gradient.
-        evaluate_every: steps from one classification behind the defence to the next, at least 1.
-        batch_size: images attacked together, at least 1; fewer where memory is short.
+        T: Optimiser steps that are unrolled, at least 2; memory and time grow with them.
+        floor: See :func:`~dipguard.fit.unrolled.unrolled_fit`; 0 for the exact gradient.
+        evaluate_every: Steps from one classification behind the defence to the next, at least 1.
+        batch_size: Images attacked together, at least 1; fewer if memory is short.
     """
 
     name: ClassVar[str] = "unrolled"
@@ -203,29 +206,20 @@ class Unrolled(DefendedPGD):
         self.evaluate_every = check_int(evaluate_every, name="evaluate_every", low=1)
         self.fits = fits_of(target.defense)
 
-    def is_evaluated(self, step: int) -> bool:
-        """Whether the step is the start, a ``evaluate_every``-th one or the last."""
-        return step % self.evaluate_every == 0 or step == self.steps
-
     def estimate(self, count: int) -> Cost:
         """Cost of one call, exact; the unrolled steps count as DIP steps, though each takes longer."""
-        evaluations = sum(self.is_evaluated(step) for step in range(self.steps + 1))
-        looks = count * self.eot_iter * evaluations
-        return self.target.cost(purifications=looks) + self._unrolled_cost(count * self.steps)
+        evaluations = sum(self._is_evaluated(step) for step in range(self.steps + 1))
+        looks = count * self.eot_iter
+        return self.target.cost(purifications=looks * evaluations) + self._unrolled_cost(looks * self.steps)
 
-    def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, None]:
-        """The gradient through the unrolled fits."""
-        victim, total = Unsaturated(self.victim), torch.zeros_like(images)
-        for number in range(look, look + self.eot_iter):
-            asked = self.ask_indices(indices, number).tolist()
-            x = images.detach().clone().requires_grad_()
-            views = [unrolled_fit(x, T=self.T, fit=fit, indices=asked, floor=self.floor) for fit in self.fits]
-            logits = victim(torch.cat(views)).unflatten(0, (len(views), len(images)))
-            total += torch.autograd.grad(LOSSES[self.loss](logits, labels).sum(), x)[0]
-        self.spent += self._unrolled_cost(len(images))
-        return total / self.eot_iter, None
+    def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, None]:
+        """Logits of the unrolled fits' reconstructions."""
+        asked = indices.tolist()
+        views = [unrolled_fit(x, T=self.T, fit=fit, indices=asked, floor=self.floor) for fit in self.fits]
+        self.spent += self._unrolled_cost(len(x))
+        return Unsaturated(self.victim)(torch.cat(views)).unflatten(0, (len(views), len(x))), None
 
-    def _unrolled_cost(self, steps: int) -> Cost:
-        """Cost of so many steps of one image."""
-        views = steps * self.eot_iter * len(self.fits)
+    def _unrolled_cost(self, looks: int) -> Cost:
+        """Cost of so many images under one draw."""
+        views = looks * len(self.fits)
         return Cost(0, views * self.T, views, views)

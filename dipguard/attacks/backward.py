@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dipguard.attacks.base import check_positive
-from dipguard.checks import check_choice, check_float, check_int
+from dipguard.checks import check_choice, check_float, check_int, check_positive
 from dipguard.fit.options import FitOptions
 from dipguard.fit.unrolled import unrolled_fit
 from dipguard.networks.presets import hourglass
@@ -20,6 +19,18 @@ DEFAULT_FIT = FitOptions(
     network=hourglass((4, 8, 16), skips=0, input_depth=1), padding="zeros", jitter=0.0, optimise_z=True
 )
 """The fit that approximates a defence that makes none: the smaller one of MirrorGuard."""
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Forward the purified image, backward the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, purified: Tensor) -> Tensor:
+        return purified.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0], None
 
 
 def straight_through(images: Tensor, purified: Tensor) -> Tensor:
@@ -38,13 +49,13 @@ def resized(images: Tensor, *, like: Tensor) -> Tensor:
 
 
 class Identity:
-    """The images themselves: the gradient by what the defence returned is taken for that by what it was given.
+    """The images themselves: the gradient by the purified image is taken for that by the given one.
 
-    The other approximations derive from it. Each is a differentiable map of images to images, whose gradient is used
-    and whose values are not, and keeps its options in attributes of the same names.
+    The other approximations derive from it. Each is a differentiable map of images to images, of which only the
+    gradient is used, and keeps its options in attributes of the same names.
 
     Args:
-        defense: whose backward pass is replaced.
+        defense: Whose backward pass is replaced.
     """
 
     steps_per_image: int = 0
@@ -59,10 +70,10 @@ class Identity:
 
 
 class GaussianBlur(Identity):
-    """A Gaussian blur: a purifier keeps the coarse part of an image, so fine steps are wasted on it.
+    """A Gaussian blur, mirrored at the border: a purifier keeps the coarse part of an image.
 
     Args:
-        sigma: standard deviation, pixels, above 0.
+        sigma: Standard deviation, pixels, above 0.
     """
 
     def __init__(self, defense: Any, *, sigma: float = 1.0) -> None:
@@ -70,7 +81,7 @@ class GaussianBlur(Identity):
         self.sigma = check_positive(sigma, name="sigma")
 
     def __call__(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Blur the images, mirrored at the border."""
+        """Blur the images."""
         from torchvision.transforms.functional import gaussian_blur
 
         reach = min(ceil(3 * self.sigma), min(images.shape[-2:]) - 1)  # a reflection needs more pixels than it adds
@@ -79,13 +90,13 @@ class GaussianBlur(Identity):
 
 
 class ShortDIP(Identity):
-    """The first steps of the defence's own DIP fit (the first one, where it makes several), differentiated.
+    """The first steps of the defence's own DIP fit (the first one, if it makes several), differentiated.
 
     It has the network and the draws of the defence. For a defence without a DIP it is `DEFAULT_FIT`.
 
     Args:
-        T: optimiser steps, at least 2: x(0) does not depend on the image.
-        floor: see :func:`~dipguard.fit.unrolled.unrolled_fit`.
+        T: Optimiser steps, at least 2: x(0) does not depend on the image.
+        floor: See :func:`~dipguard.fit.unrolled.unrolled_fit`.
     """
 
     def __init__(self, defense: Any, *, T: int = 20, floor: float = 1e-3) -> None:
@@ -111,17 +122,5 @@ def build_backward(name: str, defense: Any, **options: Any) -> Identity:
 
 
 def fits_of(defense: Any) -> tuple[FitOptions, ...]:
-    """The DIP fits that a defence makes of each image; `DEFAULT_FIT` where it makes none."""
+    """The DIP fits that a defence makes of each image; `DEFAULT_FIT` if it makes none."""
     return tuple(getattr(defense, "dip_fits", ())) or (DEFAULT_FIT,)
-
-
-class _StraightThrough(torch.autograd.Function):
-    """Forward the purified image, backward the identity."""
-
-    @staticmethod
-    def forward(ctx: Any, images: Tensor, purified: Tensor) -> Tensor:
-        return purified.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None

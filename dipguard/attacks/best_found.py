@@ -14,10 +14,9 @@ from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
-    """Largest other logit minus that of the true class, above 0 where misclassified: [..., C], int [...] -> [...]."""
-    true = labels.unsqueeze(-1)
-    others = logits.scatter(-1, true, -torch.inf)
-    return others.amax(dim=-1) - logits.gather(-1, true).squeeze(-1)
+    """Largest other logit minus that of the true class, above 0 where misclassified: [..., C], int [B] -> [...]."""
+    true = labels.expand(logits.shape[:-1]).unsqueeze(-1)
+    return logits.scatter(-1, true, -torch.inf).amax(dim=-1) - logits.gather(-1, true).squeeze(-1)
 
 
 def mean_probability_ce(logits: Tensor, labels: Tensor) -> Tensor:
@@ -28,7 +27,7 @@ def mean_probability_ce(logits: Tensor, labels: Tensor) -> Tensor:
 
 def mean_margin(logits: Tensor, labels: Tensor) -> Tensor:
     """`margins`, mean over the views: [V, B, C] and int [B] -> [B]."""
-    return margins(logits, labels.expand(len(logits), -1)).mean(dim=0)
+    return margins(logits, labels).mean(dim=0)
 
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": mean_probability_ce, "margin": mean_margin}
@@ -43,16 +42,14 @@ class BestFound:
     evaluation, and the margin guards it against rounding.
 
     Attributes:
-        images: the best so far, [B, 3, H, W]; before any look, the given ones.
-        history: images whose best version is classified correctly (under more than half of its draws), after each look.
-        last_history: images that were classified correctly when they were last looked at, after each look.
-        flat: bool [B] for each gradient that was taken, whether it was zero.
+        images: The best so far, [B, 3, H, W]; before any look, the given ones.
+        history: Images whose best version is classified correctly (under more than half of its draws), after each look.
+        last_history: Images that were classified correctly when they were last looked at, after each look.
+        flat: For each gradient that was taken, whether it was zero, bool [B].
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.given = images
-        self.labels = labels
-        self.images = images.clone()
+        self.given, self.labels, self.images = images, labels, images.clone()
         self.history: list[int] = []
         self.last_history: list[int] = []
         self.flat: list[Tensor] = []
@@ -73,7 +70,7 @@ class BestFound:
         at = torch.arange(len(self.labels), device=self.labels.device) if rows is None else rows
         labels, scores = self.labels[at], logits.detach().to(self._margin)
         misread = (scores.argmax(dim=-1) != labels).float().mean(dim=0)
-        margin = margins(scores, labels.expand(len(scores), -1)).mean(dim=0)
+        margin = mean_margin(scores, labels)
         ahead = (misread > self._misread[at]) | ((misread == self._misread[at]) & (margin > self._margin[at]))
         better = at[ahead]
         self.images[better] = attacked.detach()[ahead].to(self.images)
@@ -103,7 +100,7 @@ class DefendedSearch(AdaptiveAttack):
     A subclass sets ``name`` and implements `search`.
 
     Args:
-        eps_255: radius of the L-inf ball in levels of 0 to 255, above 0.
+        eps_255: Radius of the L-inf ball in levels of 0 to 255, above 0.
     """
 
     norm: str = "Linf"

@@ -2,40 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from dipguard.attacks.backward import straight_through
-from dipguard.attacks.base import Cost, Snapshot, check_budgets, check_levels, check_positive
+from dipguard.attacks.base import Cost, Snapshot, check_budgets, check_levels
 from dipguard.attacks.best_found import BestFound, DefendedSearch
 from dipguard.attacks.gradients import Unsaturated
 from dipguard.attacks.libraries import torchattacks
 from dipguard.attacks.static import SQUARE_LOSSES, check_classes
 from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
-from dipguard.checks import check_bool, check_choice, check_int
+from dipguard.checks import check_bool, check_choice, check_int, check_positive
 
 RAND = ("ce", "dlr")
 """The losses of AutoAttack's version ``rand``: one run of APGD each."""
 
 
 class BPDA(AdaptiveAttack):
-    """Backward pass differentiable approximation (Athalye et al., 2018) with PGD in L-inf; Figure 4 of the paper.
+    """Backward pass differentiable approximation (Athalye et al. 2018) with PGD in L-inf; Figure 4 of the paper.
 
     At each step the loss's gradient by the *purified* image is applied to the given one (Section 4.3.1). Where a
     defence changes the resolution, the gradient is brought back by the adjoint of a bilinear resize, where the paper
     down-samples (appendix A). The steps are those of torchattacks' EOTPGD; with ``eot_iter`` 1 that is PGD.
 
     Args:
-        eps_255: radius of the L-inf ball in levels of 0 to 255, above 0.
-        alpha_255: step size in levels of 0 to 255, above 0. The paper does not give it; 2 is that of its PGD.
-        steps: number of steps, at least 1.
-        budgets: numbers of steps, from 1 to ``steps``, after each of which `snapshots` returns the images; by default
+        eps_255: Radius of the L-inf ball in levels of 0 to 255, above 0.
+        alpha_255: Step size in levels of 0 to 255, above 0. The paper does not give it; 2 is that of its PGD.
+        steps: Number of steps, at least 1.
+        budgets: Numbers of steps, from 1 to ``steps``, after each of which `snapshots` returns the images; by default
             after the last.
-        random_start: start at a uniformly drawn point of the ball, not at the image.
-        eot_iter: purifications whose gradients are averaged at each step, at least 1 (expectation over transformation);
+        random_start: Start at a uniformly drawn point of the ball, not at the image.
+        eot_iter: Purifications whose gradients are averaged at each step, at least 1 (expectation over transformation);
             more than 1 only helps against random defences with ``fresh`` draws.
     """
 
@@ -74,19 +74,17 @@ class BPDA(AdaptiveAttack):
 
     def snapshot_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
         """Return the images after each of ``budgets`` steps."""
-        if not self.budgets:
-            return super().snapshot_batch(images, labels, indices)
         iterates = self._iterates(images, labels, indices)
-        return {Snapshot(self.eps_255, number): iterates[number] for number in self.budgets}
+        return {Snapshot(self.eps_255, number): iterates[number or -1] for number in self.budgets or (None,)}
 
     def _iterates(self, images: Tensor, labels: Tensor, indices: Tensor) -> list[Tensor]:
         """The start, and the images after each step."""
-        asked = DefendedModule(self, indices)
-        asked.images = []
+        asked: list[Tensor] = []
+        module = DefendedModule(self, indices, lambda images, logits, rows: asked.append(images.clone()))
         options = {"eps": self.eps, "alpha": self.alpha_255 / 255, "steps": self.steps, "eot_iter": self.eot_iter}
-        last: Tensor = torchattacks().EOTPGD(asked, **options, random_start=self.random_start)(images, labels)
+        last: Tensor = torchattacks().EOTPGD(module, **options, random_start=self.random_start)(images, labels)
         # What the attack looks at in step k + 1 is what step k made.
-        return [*asked.images[:: self.eot_iter], last]
+        return [*asked[:: self.eot_iter], last]
 
 
 class DefendedAutoAttack(DefendedSearch):
@@ -97,8 +95,8 @@ class DefendedAutoAttack(DefendedSearch):
     image, so the images of a batch influence each other. The victim needs at least 3 classes, for the DLR loss.
 
     Args:
-        steps: steps of each run, at least 1; each run has one look more.
-        eot_iter: draws averaged at each step, at least 1; with ``fixed`` draws more than 1 only adds cost.
+        steps: Steps of each run, at least 1; each run has one look more.
+        eot_iter: Draws averaged at each step, at least 1; with ``fixed`` draws more than 1 only adds cost.
     """
 
     name: ClassVar[str] = "defended_autoattack"
@@ -117,14 +115,21 @@ class DefendedAutoAttack(DefendedSearch):
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Run both losses."""
         check_classes(self.victim, found.given, least=3, needed_by=self.name)
-        shown = _Shown(self, found, indices, eot_iter=self.eot_iter)
+        answers: list[Tensor] = []
+
+        def see(images: Tensor, logits: Tensor, rows: Tensor) -> None:
+            answers.append(logits)
+            if len(answers) == self.eot_iter:  # questions about the same iterate
+                found.see(images, torch.stack(answers), rows=rows)
+                answers.clear()
+
+        module = DefendedModule(self, indices, see)
         for loss in RAND:
-            left = torch.nonzero(found.withstood).flatten()
+            module.at = left = torch.nonzero(found.withstood).flatten()
             if len(left) == 0:
                 return
-            shown.at = left
             options = {"eps": self.eps, "steps": self.steps, "loss": loss, "eot_iter": self.eot_iter}
-            run = torchattacks().APGD(shown, norm="Linf", **options)
+            run = torchattacks().APGD(module, norm="Linf", **options)
             # Not the object itself: it would leave out images by a look of its own.
             run.attack_single_run(found.given[left], found.labels[left])
 
@@ -138,9 +143,9 @@ class DefendedSquare(DefendedSearch):
     does not say which image it asks about.
 
     Args:
-        n_queries: most looks at an image, at least 2: stripes, then a square more each time.
-        p_init: share of the pixels in the first squares, above 0 and at most 1.
-        loss: ``margin`` or ``ce``, what is to fall.
+        n_queries: Most looks at an image, at least 2: stripes, then a square more each time.
+        p_init: Share of the pixels in the first squares, above 0 and at most 1.
+        loss: Loss that is minimised, ``margin`` or ``ce``.
     """
 
     name: ClassVar[str] = "defended_square"
@@ -160,15 +165,14 @@ class DefendedSquare(DefendedSearch):
 
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Try squares."""
+        module = DefendedModule(self, indices, lambda images, logits, at: found.see(images, logits[None], rows=at))
         for group in apart_by(2 * self.eps, found.given):
-            given = found.given[group]
-            shown = _Shown(self, found, indices)
-            shown.at, shown.nearest_of = group, given
+            module.at, module.nearest_of = group, found.given[group]
             options = {"n_queries": self.n_queries - 1, "p_init": self.p_init, "loss": self.loss}
-            run = torchattacks().Square(shown, norm="Linf", eps=self.eps, **options)
+            run = torchattacks().Square(module, norm="Linf", eps=self.eps, **options)
             # Not the object itself, which would look at the images before and after the search.
-            run.init_hyperparam(given)
-            run.attack_single_run(given, found.labels[group])
+            run.init_hyperparam(module.nearest_of)
+            run.attack_single_run(module.nearest_of, found.labels[group])
 
 
 class DefendedModule(Unsaturated):
@@ -178,65 +182,35 @@ class DefendedModule(Unsaturated):
     (BPDA's identity, Athalye et al. 2018).
 
     Args:
-        attack: whose target, draws and account of costs.
-        indices: the batch's positions in the whole data set, int [B].
+        attack: Whose target, draws and account of costs to use.
+        indices: The batch's positions in the whole data set, int [B].
+        seen: Called after each question with the images [n, 3, H, W], the logits [n, C] and the images' rows int [n].
+
+    Attributes:
+        at: Rows of the batch that are attacked, int [b]; at first all.
+        nearest_of: Given images of those rows, if a search may leave some out; each image asked about then belongs to
+            the nearest of them. None if all rows are asked about each time.
     """
 
-    images: list[Tensor] | None = None
-    """Where the images of each question are to be kept."""
-
-    def __init__(self, attack: AdaptiveAttack, indices: Tensor) -> None:
+    def __init__(self, attack: AdaptiveAttack, indices: Tensor, seen: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         super().__init__(attack.victim)
-        self.attack = attack
-        self.indices = indices
+        self.attack, self.indices, self.seen = attack, indices, seen
         self.looks = torch.zeros_like(indices)
-
-    def rows(self, images: Tensor) -> Tensor:
-        """Which images of the batch the given ones [n, 3, H, W] are attacked versions of, int [n]; here all."""
-        return torch.arange(len(images), device=images.device)
-
-    def seen(self, images: Tensor, logits: Tensor, rows: Tensor) -> None:
-        """Take note of what was asked, [n, 3, H, W], and of the answer [n, C]."""
-        if self.images is not None:
-            self.images.append(images.detach().clone())
+        self.at = torch.arange(len(indices), device=self.device_marker.device)
+        self.nearest_of: Tensor | None = None
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the defended victim's logits [n, C] on attacked images [n, 3, H, W]."""
-        attack, rows = self.attack, self.rows(images)
+        attack, given = self.attack, images.detach()
+        rows = self.at if self.nearest_of is None else self.at[nearest(given, self.nearest_of)]
         at = rows.to(self.indices.device)
         purified = attack.purified(images, attack.ask_indices(self.indices[at], self.looks[at]))
         self.looks[at] += 1
         gradients = len(images) if images.requires_grad and torch.is_grad_enabled() else 0
         attack.spent += attack.target.cost(purifications=len(images), gradients=gradients)
         logits = super().forward(straight_through(images, purified))
-        self.seen(images, logits, rows)
+        self.seen(given, logits.detach().clone(), rows)  # Square writes into the logits that it gets
         return logits
-
-
-class _Shown(DefendedModule):
-    """Shows ``found`` each look at the images ``at`` of its batch.
-
-    A search may leave out the images that it has fooled the victim on, and the draws of the others would be mixed up:
-    with ``nearest_of``, each image asked about is taken for the nearest of these. ``eot_iter`` questions that follow
-    each other are about the same iterate, and count as one look.
-    """
-
-    at: Tensor
-    nearest_of: Tensor | None = None
-
-    def __init__(self, attack: AdaptiveAttack, found: BestFound, indices: Tensor, *, eot_iter: int = 1) -> None:
-        super().__init__(attack, indices)
-        self._found, self._eot_iter = found, eot_iter
-        self._answers: list[Tensor] = []
-
-    def rows(self, images: Tensor) -> Tensor:
-        return self.at if self.nearest_of is None else self.at[nearest(images.detach(), self.nearest_of)]
-
-    def seen(self, images: Tensor, logits: Tensor, rows: Tensor) -> None:
-        self._answers.append(logits.detach().clone())  # Square writes into the logits that it gets
-        if len(self._answers) == self._eot_iter:
-            self._found.see(images, torch.stack(self._answers), rows=rows)
-            self._answers = []
 
 
 def nearest(images: Tensor, given: Tensor) -> Tensor:

@@ -11,9 +11,8 @@ from dipguard.attacks.libraries import VictimView
 class Unsaturated(VictimView):
     """The victim with a gradient where that of cross-entropy has underflowed.
 
-    At a margin of about 40 the loss is 0 in float32, and so is its gradient: its sign does not move the image, and the
-    victim seems robust because it is confident. There the gradient by the logits becomes the direction that it tends to
-    as the margin grows: up for the second class, down for the top class. All else stays as it is.
+    At a margin of about 40 the loss is 0 in float32, and so is its gradient. There the gradient by the logits becomes
+    the direction that it tends to as the margin grows: up for the second class, down for the top class.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -33,18 +32,17 @@ class NeverFlat(Unsaturated):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [B, C]."""
-        if not images.requires_grad:
-            return super().forward(images)
-        seen = images.view_as(images)
-        seen.register_hook(_noise_where_flat)
-        return super().forward(seen)
+        if images.requires_grad:
+            images = images.view_as(images)
+            images.register_hook(_noise_where_flat)
+        return super().forward(images)
 
 
 class LogitsAboveZero(VictimView):
     """The victim with a constant added to each image's logits, so that the lowest is 0; decisions and margins stay.
 
-    torchattacks' C&W finds the best other class as the maximum of logits with the true class's set to 0. Where all
-    others are negative it finds that 0, and pushes the true logit below 0 instead of below the other logits.
+    torchattacks' C&W takes the largest other logit as the maximum of logits with the true class's set to 0, which is
+    wrong where all others are negative.
     """
 
     def forward(self, images: Tensor) -> Tensor:
@@ -62,6 +60,4 @@ def _limit_where_underflown(gradient: Tensor, top: Tensor) -> Tensor:
 
 def _noise_where_flat(gradient: Tensor) -> Tensor:
     flat = (gradient == 0).flatten(1).all(dim=1)
-    if not bool(flat.any()):
-        return gradient
-    return torch.where(flat.view(-1, 1, 1, 1), torch.randn_like(gradient), gradient)
+    return torch.where(flat.view(-1, 1, 1, 1), torch.randn_like(gradient), gradient) if flat.any() else gradient

@@ -1,12 +1,11 @@
-"""HopSkipJump (Chen, Jordan and Wainwright, 2020) on a defended victim, with every query counted.
+"""HopSkipJump (Chen, Jordan and Wainwright 2020) on a defended victim, with every query counted.
 
-The walk of one image along the decision boundary (Algorithm 2) is a generator: it yields the images that it wants to
-ask about and is sent the answers. So the walks of many images can be asked about together, in one stacked fit of a DIP
-defence, and `QuerySearch` counts the queries and stops the walk when the budget is spent.
+The walk of one image along the decision boundary (Algorithm 2) is a generator that yields the images it wants to ask
+about and is sent the answers, so the questions of many images go through one stacked fit of a DIP defence together.
 
-The libraries' versions could not be used: ART's (1.20.1) draws its start unseeded and may search a step without end on
-a random defence; foolbox's (3.3.4) stops with an AssertionError when an answer changes. Constants and thresholds are
-those of ART, which the paper used (appendix A); the tests compare the two.
+ART's version (1.20.1) draws its start unseeded and may search a step without end on a random defence; foolbox's (3.3.4)
+stops with an AssertionError when an answer changes. Constants and thresholds are those of ART, which the paper used
+(appendix A); the tests compare the two.
 """
 
 from __future__ import annotations
@@ -27,8 +26,7 @@ from dipguard.checks import check_choice, check_float, check_int
 from dipguard.seeding import image_generator
 
 NORMS = ("Linf", "L2")
-
-HALVINGS = 30  # of the step; with answers that never repeat themselves there would be more without end
+HALVINGS = 30  # of the step; on a random defence there could be more without end
 
 _T = TypeVar("_T")
 Walk = Generator[Tensor, Tensor, _T]
@@ -39,25 +37,25 @@ class HopSkipJump(AdaptiveAttack):
     """HopSkipJump: needs nothing but decisions, and few of them; Figure 5 of the paper.
 
     An image that goes through defence and victim is one query, from the first look at the clean image on; a walk ends
-    when ``queries`` are spent, whatever the defence answers. All walks of a batch are asked about together; they do not
-    influence each other, and an image's draws depend on the seed and its index alone. The nearest image that was ever
-    *seen* to be adversarial counts, so on a random defence with ``fresh`` draws the evaluation may see less success.
+    when ``queries`` are spent. All walks of a batch are asked about together; they do not influence each other, and an
+    image's draws depend on the seed and its index alone. The nearest image that was ever *seen* to be adversarial
+    counts, so on a random defence with ``fresh`` draws the evaluation may see less success.
 
     The paper gives no norm for Figure 5; its eps up to 25 is read as L-inf in levels of 0 to 255, like its other ones.
 
     Args:
         norm: ``Linf`` or ``L2``, the distance that is made small.
-        queries: largest number of queries an image, at least 1.
-        eps_255: how far in levels of 0 to 255 an adversarial image may be from the clean one, above 0; beyond that the
+        queries: Largest number of queries per image, at least 1.
+        eps_255: How far in levels of 0 to 255 an adversarial image may be from the clean one, above 0; beyond that the
             clean image is returned. None: the nearest one, however far it is.
-        budgets: numbers of queries, from 1 to ``queries``: `snapshots` returns the images found within each.
-        radii_255: distances in levels of 0 to 255: `snapshots` takes each in the place of ``eps_255``.
-        init_size: noise images tried as a start, at least 1.
-        init_eval: probes of the first gradient, at least 2.
-        together: images that are purified and classified at once, at least 1.
+        budgets: Numbers of queries, from 1 to ``queries``: `snapshots` returns the images found within each.
+        radii_255: Distances in levels of 0 to 255: `snapshots` takes each in the place of ``eps_255``.
+        init_size: Noise images tried as a start, at least 1.
+        init_eval: Probes of the first gradient, at least 2.
+        together: Images that are purified and classified at once, at least 1.
 
     Attributes:
-        batches: after a call, the `QuerySearch` of each image.
+        batches: After a call, the `QuerySearch` of each image.
     """
 
     name: ClassVar[str] = "hopskipjump"
@@ -92,7 +90,7 @@ class HopSkipJump(AdaptiveAttack):
         return math.inf
 
     def estimate(self, count: int) -> Cost:
-        """Cost of one call, at most; less where a clean image is misclassified, or where no start is found."""
+        """Cost of one call, at most; less if a clean image is misclassified or no start is found."""
         return self.target.cost(purifications=count * self.queries)
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
@@ -137,11 +135,11 @@ class QuerySearch:
     While ``asked`` is not None, its images are to be shown to the defended victim and their classes given to `answer`.
 
     Attributes:
-        budgets: query budgets, rising; the walk ends with the last.
-        queries: number of images answered so far.
-        distance: of the nearest adversarial image, on the [0, 1] scale: 0 where the clean image itself was
-            misclassified, infinite where nothing was found.
-        asked: images [n, 3, H, W] of the open question, within the budget; None at the end.
+        budgets: Query budgets, rising; the walk ends with the last.
+        queries: Number of images answered so far.
+        distance: Of the nearest adversarial image, on the [0, 1] scale: 0 if the clean image itself was misclassified,
+            infinite if nothing was found.
+        asked: Images [n, 3, H, W] of the open question, within the budget; None at the end.
     """
 
     image: Tensor
@@ -152,7 +150,6 @@ class QuerySearch:
     queries: int = 0
     distance: float = math.inf
     asked: Tensor | None = None
-    _best: Tensor = field(init=False)
     _kept: dict[int, tuple[Tensor, float]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -170,28 +167,24 @@ class QuerySearch:
                 self._best, self.distance = candidate, distance
             if self.queries in self.budgets:
                 self._kept[self.queries] = (self._best, self.distance)
-        left = self.budgets[-1] - self.queries
-        if left == 0 or self.distance == 0:
-            self.asked = None
-            return
-        try:
-            self.asked = (next(self.walk) if first else self.walk.send(wrong))[:left]
-        except StopIteration:
-            self.asked = None
+        left, self.asked = self.budgets[-1] - self.queries, None
+        if left > 0 and self.distance > 0:
+            try:
+                self.asked = (next(self.walk) if first else self.walk.send(wrong))[:left]
+            except StopIteration:
+                return
 
-    def at(self, budget: int) -> tuple[Tensor, float]:
+    def at(self, budget: int | None) -> tuple[Tensor, float]:
         """The nearest adversarial image (or the clean one) and its distance after ``budget`` queries, or at the end."""
-        return self._kept.get(budget, (self._best, self.distance))
+        return self._kept.get(budget or self.budgets[-1], (self._best, self.distance))
 
 
 def _within(images: Tensor, searches: Sequence[QuerySearch], limit: Snapshot) -> Tensor:
-    """The images [B, 3, H, W] found within the budget, where they lie within eps; else the clean ``images``."""
-    made = [search.at(search.budgets[-1] if limit.budget is None else limit.budget) for search in searches]
-    found = torch.stack([image for image, _ in made]).to(images)
-    if limit.eps_255 is None:
-        return found
-    near = torch.tensor([distance for _, distance in made], device=images.device) <= limit.eps_255 / 255 + TOLERANCE
-    return torch.where(near.view(-1, 1, 1, 1), found, images)
+    """The images [B, 3, H, W] found within the budget, if they lie within eps; else the clean ``images``."""
+    found, distances = zip(*(search.at(limit.budget) for search in searches), strict=True)
+    far = math.inf if limit.eps_255 is None else limit.eps_255 / 255 + TOLERANCE
+    near = torch.tensor(distances, device=images.device) <= far
+    return torch.where(near.view(-1, 1, 1, 1), torch.stack(found).to(images), images)
 
 
 def walk(
@@ -206,9 +199,8 @@ def walk(
     if current is None:
         return
     for number in count(1):
-        distance = length(current - image, norm)
         # The first round probes 0.1 around, as the authors' own code does.
-        radius = 0.1 if number == 1 else 0.01 * distance
+        radius = 0.1 if number == 1 else 0.01 * length(current - image, norm)
         current = yield from _to_boundary(image, current, norm)
         if length(current - image, norm) == 0:
             return  # the image itself was misclassified, by a random defence
@@ -223,7 +215,7 @@ def length(change: Tensor, norm: str) -> float:
 
 
 def _start(image: Tensor, generator: torch.Generator, init_size: int) -> Walk[Tensor | None]:
-    """Uniform noise that is adversarial, drawn near to the image on a straight line; None where none was found."""
+    """Uniform noise that is adversarial, drawn near to the image on a straight line; None if none was found."""
     for _ in range(init_size):
         noise = torch.rand(image.shape, generator=generator, dtype=image.dtype)
         if (yield noise[None]).item():
@@ -238,12 +230,11 @@ def _to_boundary(image: Tensor, current: Tensor, norm: str) -> Walk[Tensor]:
         threshold = 0.01 / math.sqrt(values)
         return (yield from _bisect(partial(torch.lerp, image, current), high=1.0, threshold=threshold))
     high = length(current - image, norm)
-    threshold = 0.01 / values * min(high, 1.0)
 
     def at(radius: float) -> Tensor:
         return torch.clamp(current, image - radius, image + radius)
 
-    return (yield from _bisect(at, high=high, threshold=threshold))
+    return (yield from _bisect(at, high=high, threshold=0.01 / values * min(high, 1.0)))
 
 
 def _bisect(make: Callable[[float], Tensor], *, high: float, threshold: float) -> Walk[Tensor]:

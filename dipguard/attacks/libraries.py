@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -12,31 +13,26 @@ from torch import Tensor, nn
 from dipguard.classifier import device_of
 
 
-def load_library(name: str) -> Any:
-    """Return the library called ``name``; the ImportError where it is not installed says how to get it."""
-    # For its model zoo foolbox imports GitPython, which raises where there is no git program unless it is told not to.
+def load_library(name: str, *, user: str = "this attack", extra: str = "attacks") -> Any:
+    """Import the library called ``name``; the ImportError says what ``user`` needs it, and which extra brings it."""
+    # foolbox imports GitPython for its model zoo, which raises where there is no git program unless it is told not to.
     told = "GIT_PYTHON_REFRESH" in os.environ
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
     try:
         return import_module(name)
     except ImportError as error:
         raise ImportError(
-            f"this attack needs the library {name}, which could not be imported ({error}): "
-            "pip install 'dipguard[attacks]'"
+            f"{user} needs the library {name}, which could not be imported ({error}): pip install 'dipguard[{extra}]'"
         ) from error
     finally:
         if not told:
             del os.environ["GIT_PYTHON_REFRESH"]
 
 
-def torchattacks() -> Any:
-    """Return the library torchattacks (Kim, 2020)."""
-    return load_library("torchattacks")
-
-
-def foolbox() -> Any:
-    """Return the library foolbox (Rauber et al., 2020)."""
-    return load_library("foolbox")
+torchattacks = partial(load_library, "torchattacks")
+"""Imports torchattacks (Kim 2020)."""
+foolbox = partial(load_library, "foolbox")
+"""Imports foolbox (Rauber et al. 2020)."""
 
 
 class VictimView(nn.Module):

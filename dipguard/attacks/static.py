@@ -13,15 +13,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dipguard.attacks.base import Attack, check_levels, check_positive, kept_options
+from dipguard.attacks.base import Attack, check_levels, kept_options
 from dipguard.attacks.gradients import LogitsAboveZero, NeverFlat, Unsaturated
 from dipguard.attacks.libraries import VictimView, foolbox, torchattacks
-from dipguard.checks import check_bool, check_choice, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_float, check_int, check_positive
 from dipguard.victims.base import check_victim
 
 AUTOATTACK_VERSIONS = {"standard": 4, "rand": 3}
-"""AutoAttack's versions that are offered here, and the fewest classes that their losses are defined for."""
-
+"""AutoAttack's versions, and the fewest classes that their losses are defined for."""
 SQUARE_LOSSES = ("margin", "ce")
 
 
@@ -42,13 +41,7 @@ class NoAttack(Attack):
 
 
 class Noise(Attack):
-    """x + eps times random signs, clipped to [0, 1]: the control of an attack that goes as far in L-inf.
-
-    An attack that harms no more than this is none.
-
-    Args:
-        eps_255: size of every pixel's change in levels of 0 to 255, above 0; fractions are allowed.
-    """
+    """x + eps times random signs, clipped to [0, 1]: the control of attacks with the same ``eps_255``."""
 
     name: ClassVar[str] = "noise"
     norm: str = "Linf"
@@ -66,20 +59,23 @@ class Noise(Attack):
 class TorchAttack(Attack):
     """An attack of torchattacks; the library's object is made anew for each batch, on the victim's device.
 
-    A subclass sets ``made_by``, the name of the library's class. That class is called with the options of the subclass
-    under their own names; pixel distances are divided by 255, and lose the ending ``_255`` of their names.
+    The subclass, or a base of it, is called like the library's class, which gets the subclass's options under their own
+    names; pixel distances are divided by 255, and lose the ending ``_255`` of their names.
     """
 
     library: ClassVar[str] = "torchattacks"
-    made_by: ClassVar[str]
     view: ClassVar[type[VictimView]] = VictimView
 
     def make(self, victim: nn.Module, **further: Any) -> Any:
         """Return torchattacks' object on ``victim``, called with the attack's options and ``further`` ones."""
-        options = {name: value for name, value in kept_options(self).items() if name not in ("seed", "batch_size")}
-        for name in [name for name in options if name.endswith("_255")]:
-            options[name.removesuffix("_255")] = options.pop(name) / 255
-        return getattr(torchattacks(), self.made_by)(victim, **options, **further)
+        for name, value in kept_options(self).items():
+            if name.endswith("_255"):
+                further[name.removesuffix("_255")] = value / 255
+            elif name not in ("seed", "batch_size"):
+                further[name] = value
+        library = torchattacks()
+        kind = next(kind for kind in type(self).__mro__ if hasattr(library, kind.__name__))
+        return getattr(library, kind.__name__)(victim, **further)
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Run torchattacks on one batch."""
@@ -88,11 +84,7 @@ class TorchAttack(Attack):
 
 
 class LinfAttack(TorchAttack):
-    """An attack inside the L-inf ball of radius eps.
-
-    Args:
-        eps_255: radius of the ball in levels of 0 to 255, above 0; fractions are allowed.
-    """
+    """An attack inside the L-inf ball of radius ``eps_255``, in levels of 0 to 255, above 0."""
 
     norm: str = "Linf"
 
@@ -102,22 +94,21 @@ class LinfAttack(TorchAttack):
 
 
 class FGSM(LinfAttack):
-    """Fast gradient sign method (Goodfellow et al., 2015): one step of size eps. It draws nothing."""
+    """Fast gradient sign method (Goodfellow et al. 2015): one step of size eps. It draws nothing."""
 
     name: ClassVar[str] = "fgsm"
-    made_by: ClassVar[str] = "FGSM"
     view: ClassVar[type[VictimView]] = Unsaturated
 
 
-class IterativeAttack(LinfAttack):
-    """Several steps inside the ball: what BIM, PGD, MIFGSM and EOTPGD share.
+class BIM(FGSM):
+    """Basic iterative method (Kurakin et al. 2017): FGSM in small steps from the image itself. It draws nothing.
 
     Args:
-        alpha_255: step size in levels of 0 to 255, above 0.
-        steps: number of steps, at least 1.
+        alpha_255: Step size in levels of 0 to 255, above 0.
+        steps: Number of steps, at least 1.
     """
 
-    view: ClassVar[type[VictimView]] = Unsaturated
+    name: ClassVar[str] = "bim"
 
     def __init__(self, target: nn.Module, *, alpha_255: float = 2, steps: int = 10, **options: Any) -> None:
         super().__init__(target, **options)
@@ -125,22 +116,10 @@ class IterativeAttack(LinfAttack):
         self.steps = check_int(steps, name="steps", low=1)
 
 
-class BIM(IterativeAttack):
-    """Basic iterative method (Kurakin et al., 2017): FGSM in small steps from the image itself. It draws nothing."""
-
-    name: ClassVar[str] = "bim"
-    made_by: ClassVar[str] = "BIM"
-
-
-class PGD(IterativeAttack):
-    """Projected gradient descent (Madry et al., 2018), from a random start.
-
-    Args:
-        random_start: start at a uniformly drawn point of the ball, not at the image.
-    """
+class PGD(BIM):
+    """Projected gradient descent (Madry et al. 2018); by default from a uniformly drawn point of the ball."""
 
     name: ClassVar[str] = "pgd"
-    made_by: ClassVar[str] = "PGD"
 
     def __init__(self, target: nn.Module, *, random_start: bool = True, **options: Any) -> None:
         super().__init__(target, **options)
@@ -148,34 +127,26 @@ class PGD(IterativeAttack):
 
 
 class EOTPGD(PGD):
-    """PGD on a gradient averaged over several looks at a random victim (Athalye et al., 2018; Zimmermann, 2019).
+    """PGD on a gradient averaged over ``eot_iter`` looks (Athalye et al. 2018; Zimmermann 2019), at least 1.
 
     On a victim that draws nothing it is PGD at ``eot_iter`` times the cost.
-
-    Args:
-        eot_iter: gradients averaged at each step, at least 1.
     """
 
     name: ClassVar[str] = "eotpgd"
-    made_by: ClassVar[str] = "EOTPGD"
 
     def __init__(self, target: nn.Module, *, eot_iter: int = 2, **options: Any) -> None:
         super().__init__(target, **options)
         self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
 
 
-class MIFGSM(IterativeAttack):
-    """Momentum iterative FGSM (Dong et al., 2018), from the image itself. It draws noise only where the victim is flat.
+class MIFGSM(BIM):
+    """Momentum iterative FGSM (Dong et al. 2018), from the image itself. It draws noise only where the victim is flat.
 
-    torchattacks divides each gradient by its mean size. Where a confident victim's cross-entropy has underflowed that
-    is 0/0: the momentum would be NaN from then on, the sign of NaN 0, and the image would never move.
-
-    Args:
-        decay: share of the momentum that is kept from step to step, at least 0.
+    ``decay``, at least 0, is the share of the momentum that is kept. torchattacks divides each gradient by its mean
+    size: where a confident victim's cross-entropy has underflowed that is 0/0, and the image would never move.
     """
 
     name: ClassVar[str] = "mifgsm"
-    made_by: ClassVar[str] = "MIFGSM"
     view: ClassVar[type[VictimView]] = NeverFlat
 
     def __init__(self, target: nn.Module, *, decay: float = 1.0, **options: Any) -> None:
@@ -186,19 +157,17 @@ class MIFGSM(IterativeAttack):
 class CW(TorchAttack):
     """Carlini and Wagner's L2 attack (2017), in tanh space, with a fixed c (torchattacks has no binary search for it).
 
-    Images that it cannot fool the victim on come back unchanged; pixels at exactly 0 or 1 never move (tanh cannot leave
-    its limits). It stops when the summed cost of a batch rises, so an image's result depends on its batch: compare
-    results of one ``batch_size`` and order only. It draws nothing.
+    Images that it cannot fool the victim on come back unchanged; pixels at exactly 0 or 1 never move. It stops when the
+    summed cost of a batch rises, so an image's result depends on its batch. It draws nothing.
 
     Args:
-        c: weight of the misclassification term against the squared L2 distance, above 0.
-        kappa: confidence, the logit margin aimed at, at least 0.
-        steps: number of Adam steps, at least 1.
+        c: Weight of the misclassification term against the squared L2 distance, above 0.
+        kappa: Confidence, the logit margin aimed at, at least 0.
+        steps: Number of Adam steps, at least 1.
         lr: Adam's learning rate, above 0.
     """
 
     name: ClassVar[str] = "cw"
-    made_by: ClassVar[str] = "CW"
     norm: str = "L2"
     view: ClassVar[type[VictimView]] = LogitsAboveZero
 
@@ -213,19 +182,18 @@ class CW(TorchAttack):
 
 
 class Square(LinfAttack):
-    """Square attack (Andriushchenko et al., 2020): random search by squares of colour, no gradients.
+    """Square attack (Andriushchenko et al. 2020): random search by squares of colour, no gradients.
 
     torchattacks draws one square for all images of a batch, so they influence each other.
 
     Args:
-        n_queries: most victim queries an image (and restart), at least 1.
-        n_restarts: number of random restarts, at least 1.
-        p_init: share of the pixels in the first squares, above 0 and at most 1.
-        loss: ``margin`` or ``ce``, what is to fall.
+        n_queries: Most victim queries per image and restart, at least 1.
+        n_restarts: Number of random restarts, at least 1.
+        p_init: Share of the pixels in the first squares, above 0 and at most 1.
+        loss: Loss that is minimised, ``margin`` or ``ce``.
     """
 
     name: ClassVar[str] = "square"
-    made_by: ClassVar[str] = "Square"
 
     def __init__(
         self,
@@ -249,7 +217,7 @@ class Square(LinfAttack):
 
 
 class AutoAttack(LinfAttack):
-    """AutoAttack (Croce and Hein, 2020) in L-inf; an image goes on to the next part if one fails.
+    """AutoAttack (Croce and Hein 2020) in L-inf; an image goes on to the next part if one fails.
 
     ``standard`` is APGD-CE, targeted APGD, targeted FAB and Square; ``rand``, for random victims, APGD-CE and APGD-DLR
     on gradients averaged over 20 looks. torchattacks runs 10 steps where the authors run 100: set ``steps`` to 100 for
@@ -257,8 +225,8 @@ class AutoAttack(LinfAttack):
 
     Args:
         version: ``standard`` or ``rand``.
-        steps: steps of the parts that take gradients, at least 1.
-        targets: most classes that the targeted parts try, the likeliest first, at least 1; the authors' 9.
+        steps: Steps of the parts that take gradients, at least 1.
+        targets: Most classes that the targeted parts try, the likeliest first, at least 1; the authors' 9.
     """
 
     name: ClassVar[str] = "autoattack"
@@ -273,9 +241,9 @@ class AutoAttack(LinfAttack):
 
     def make(self, victim: nn.Module, *, num_classes: int = 10, **further: Any) -> Any:
         """Return torchattacks' AutoAttack on a victim of ``num_classes`` classes."""
-        options: dict[str, Any] = {"version": self.version, "n_classes": min(num_classes, self.targets + 1)}
+        further |= {"version": self.version, "n_classes": min(num_classes, self.targets + 1)}
         seed = torch.initial_seed()  # it would take the clock's
-        attack = torchattacks().AutoAttack(victim, norm="Linf", eps=self.eps, seed=seed, **options, **further)
+        attack = torchattacks().AutoAttack(victim, norm="Linf", eps=self.eps, seed=seed, **further)
         for part in attack._autoattack.attacks:
             if hasattr(part, "steps"):  # Square counts queries
                 part.steps = self.steps
@@ -290,15 +258,15 @@ class AutoAttack(LinfAttack):
 
 
 class DDN(Attack):
-    """Decoupled direction and norm (Rony et al., 2019): the smallest L2 change that it finds to fool the victim.
+    """Decoupled direction and norm (Rony et al. 2019): the smallest L2 change that it finds to fool the victim.
 
     Images that it cannot fool the victim on come back unchanged. It draws noise only in the place of a gradient of
-    zero; but for that, the images of a batch do not influence each other.
+    zero; otherwise the images of a batch do not influence each other.
 
     Args:
-        init_epsilon: first radius of the L2 ball, on the [0, 1] scale, above 0.
-        steps: number of steps, at least 1.
-        gamma: factor by which the radius shrinks and grows, above 0 and below 1.
+        init_epsilon: First radius of the L2 ball, on the [0, 1] scale, above 0.
+        steps: Number of steps, at least 1.
+        gamma: Factor by which the radius shrinks and grows, above 0 and below 1.
     """
 
     name: ClassVar[str] = "ddn"
@@ -325,7 +293,7 @@ class DDN(Attack):
 
 
 def check_classes(victim: nn.Module, images: Tensor, *, least: int, needed_by: str) -> int:
-    """Return the victim's number of classes; ValueError where its logits for the images have fewer than ``least``."""
+    """Return the victim's number of classes; ValueError if its logits for the images have fewer than ``least``."""
     num_classes = check_victim(victim, images[:1]).shape[1]
     if num_classes < least:
         raise ValueError(f"`victim` must have at least {least} classes for {needed_by!r}, got {num_classes}")

@@ -20,7 +20,7 @@ _WORD = 2**32  # data sets are smaller: no index of an attack is one of the eval
 class Purifies(Protocol):
     """What an attack needs of a defence; each `dipguard.defenses.Defense` has it.
 
-    Also used, where a defence has them: ``intermediates(images, *, indices)``, a dict of
+    Also used, if a defence has them: ``intermediates(images, *, indices)``, a dict of
     :class:`~dipguard.decision.intermediates.Intermediate`; ``intermediate_views``, its names with the number of views;
     ``steps_per_image``, the DIP steps of one image; and ``dip_fits``, the options of its DIP fits.
     """
@@ -34,8 +34,8 @@ class DefendedVictim:
     """A victim behind a defence, ``victim(defense.purify(images))``: the target of adaptive attacks.
 
     Args:
-        victim: classifier of images [B, 3, H, W] in [0, 1], logits [B, C].
-        defense: has ``purify(images, *, indices=None)``, and what else `Purifies` names.
+        victim: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C].
+        defense: Has ``purify(images, *, indices=None)``, and what else `Purifies` names.
     """
 
     def __init__(self, victim: nn.Module, defense: Purifies) -> None:
@@ -44,7 +44,7 @@ class DefendedVictim:
         self.steps_per_image = int(getattr(defense, "steps_per_image", 0))
 
     def views(self, intermediate: str) -> int:
-        """Return the largest number of views of an image in an intermediate; ValueError where there is none such."""
+        """Return the largest number of views of an image in an intermediate; ValueError for an unknown one."""
         counts: dict[str, int] = getattr(self.defense, "intermediate_views", {STITCHED: 1})
         return counts[check_choice(intermediate, counts, name="intermediate")]
 
@@ -79,10 +79,10 @@ class AdaptiveAttack(Attack):
     """An untargeted attack on a `DefendedVictim`.
 
     Args:
-        draws: what a random defence does while it is attacked. ``fresh``: each purification has draws of its own, none
-            of them those of the evaluation. That is the paper's setting (Section 4.3), where a DIP starts anew each
-            time. ``fixed``: an image gets the draws of its evaluation each time; the attacker knows the seed, and the
-            target is deterministic. That is the stronger attack: a defence must not rely on randomness.
+        draws: What a random defence does while it is attacked. ``fresh``: each purification has draws of its own, none
+            of them those of the evaluation: the paper's setting (Section 4.3), where a DIP starts anew each time.
+            ``fixed``: an image gets the draws of its evaluation each time; the attacker knows the seed, and the target
+            is deterministic. That is the stronger attack: a defence must not rely on randomness.
     """
 
     adaptive: ClassVar[bool] = True
@@ -116,7 +116,7 @@ class AdaptiveAttack(Attack):
 
 
 def check_defense(defense: Any) -> Any:
-    """Return ``defense`` if it has ``purify(images, *, indices=None)``; TypeError where it has not."""
+    """Return ``defense`` if it has ``purify(images, *, indices=None)``; TypeError if it has not."""
     purify, needed = getattr(defense, "purify", None), "`defense` must have purify(images, *, indices=None)"
     if not callable(purify):
         raise TypeError(f"{needed}, got {type(defense).__name__}")

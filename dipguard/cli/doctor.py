@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -19,7 +17,6 @@ from typing import TYPE_CHECKING
 from dipguard.version import __version__
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
 CORE = ("torch", "pytorch-lightning", "torchmetrics", "numpy", "safetensors", "tqdm")
@@ -30,83 +27,59 @@ OPTIONAL = {
     "app": ("hydra-core", "omegaconf", "matplotlib", "scikit-learn", "tensorboard", "wandb"),
     "timm": ("timm",),
     "huggingface": ("transformers",),
-    "integrations": ("adversarial-robustness-toolbox",),
+    "art": ("adversarial-robustness-toolbox",),
 }
 """Distributions by the extra of dipguard that brings them."""
 IMAGES, STEPS = 4, 200
 """Size of the self-test."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report.
-
-    Attributes:
-        state: ``ok``, ``note`` (something optional is missing) or ``BROKEN`` (something essential is).
-        subject: What it is about.
-        text: What was found.
-    """
-
-    state: str
-    subject: str
-    text: str
-
-    def __str__(self) -> str:
-        return f"{self.state:6}  {self.subject:17}  {self.text}"
+Finding = tuple[str, str, str]
+"""``ok``, ``note`` (something optional is missing) or ``BROKEN``; the subject; what was found."""
 
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; return 1 if something essential is broken, 0 otherwise."""
     checks = [versions, pair_of_builds, device, compiler, caches, optional_libraries, wandb]
-    if not args.no_self_test:
-        checks.append(self_test)
-    broken = 0
-    for check in checks:
-        for finding in _guarded(check):
-            broken += finding.state == "BROKEN"
-            print(finding, flush=True)
+    broken = False
+    for check in checks if args.no_self_test else [*checks, self_test]:
+        try:
+            found = list(check())
+        except Exception as error:  # the other checks must still run
+            text = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+            found = [("BROKEN", check.__name__.replace("_", " "), text)]
+        for state, subject, text in found:
+            broken |= state == "BROKEN"
+            print(f"{state:6}  {subject:17}  {text}", flush=True)
     print("something essential is broken" if broken else "all is well", file=sys.stderr)
-    return 1 if broken else 0
-
-
-def _guarded(check: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    # Any error is a finding: the other checks must still run.
-    try:
-        yield from check()
-    except Exception as error:
-        lines = str(error).strip().splitlines() or [""]
-        yield Finding("BROKEN", check.__name__.replace("_", " "), f"{type(error).__name__}: {lines[0]}")
+    return int(broken)
 
 
 def versions() -> Iterator[Finding]:
     """Versions of dipguard, Python and the required libraries."""
-    yield Finding("ok", "dipguard", f"{__version__}, {Path(__file__).parents[1]}")
-    yield Finding("ok", "python", f"{platform.python_version()}, {platform.platform()}")
+    yield "ok", "dipguard", f"{__version__}, {Path(__file__).parents[1]}"
+    yield "ok", "python", f"{platform.python_version()}, {platform.platform()}"
     for name in CORE:
         found = _version(name)
-        yield Finding("ok" if found else "BROKEN", name, found or "not installed")
+        yield "ok" if found else "BROKEN", name, found or "not installed"
 
 
 def pair_of_builds() -> Iterator[Finding]:
     """Whether torch and torchvision are of the same build; if not, torchvision cannot be imported."""
-    if _version("torchvision") is None:
-        return
-    import_module("torchvision")
-    yield Finding("ok", "torch's pair", f"torchvision {_version('torchvision')} is of the same build")
+    if _version("torchvision") is not None:
+        import_module("torchvision")
+        yield "ok", "torch's pair", f"torchvision {_version('torchvision')} is of the same build"
 
 
 def device() -> Iterator[Finding]:
     """GPUs, and threads of the CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        for number in range(torch.cuda.device_count()):
-            gpu = torch.cuda.get_device_properties(number)
-            yield Finding("ok", f"cuda:{number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB")
-    else:
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        yield "ok", f"cuda:{number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
+    if not torch.cuda.is_available():
         why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU, or no driver"
-        yield Finding("note", "gpu", f"none ({why})")
-    yield Finding("ok", "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} at once")
+        yield "note", "gpu", f"none ({why})"
+    yield "ok", "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} at once"
 
 
 def compiler() -> Iterator[Finding]:
@@ -117,9 +90,9 @@ def compiler() -> Iterator[Finding]:
     start = time.perf_counter()
     try:
         library("float32")
-        yield Finding("ok", "native engine", f"{find_compiler()}, ready in {time.perf_counter() - start:.1f} s")
+        yield "ok", "native engine", f"{find_compiler()}, ready in {time.perf_counter() - start:.1f} s"
     except BuildError as error:
-        yield Finding("note", "native engine", f"{error}; torch takes its place on a CPU, 2 to 3 times slower")
+        yield "note", "native engine", f"{error}; torch takes its place on a CPU, 2 to 3 times slower"
 
 
 def caches() -> Iterator[Finding]:
@@ -129,31 +102,30 @@ def caches() -> Iterator[Finding]:
     from dipguard.cache import cache_folder
 
     folder = cache_folder()
-    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     usable = parent.is_dir() and os.access(parent, os.W_OK)
     text = f"{folder}, {size / 2**20:.1f} MiB" + ("" if usable else "; cannot be written: set DIPGUARD_CACHE")
-    yield Finding("ok" if usable else "BROKEN", "cache", text)
-    yield Finding("ok", "torch's cache", torch.hub.get_dir())
+    yield "ok" if usable else "BROKEN", "cache", text
+    yield "ok", "torch's cache", torch.hub.get_dir()
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "huggingface"
-    yield Finding("ok", "the hub's cache", str(home))
+    yield "ok", "the hub's cache", str(home)
 
 
 def optional_libraries() -> Iterator[Finding]:
     """Libraries of the extras."""
     for extra, names in OPTIONAL.items():
         found = {name: _version(name) for name in names}
-        text = ", ".join(f"{name} {number}" if number else f"{name} missing" for name, number in found.items())
-        yield Finding("ok" if all(found.values()) else "note", f"[{extra}]", text)
+        text = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
+        yield "ok" if all(found.values()) else "note", f"[{extra}]", text
 
 
 def wandb() -> Iterator[Finding]:
     """How a run with ``logger=wandb`` would log; the key itself is never shown."""
-    if _version("wandb") is None:
-        return
-    mode, key = os.environ.get("WANDB_MODE"), "set" if os.environ.get("WANDB_API_KEY") else "not set"
-    effect = mode or ("online" if key == "set" else "offline")
-    yield Finding("ok", "W&B", f"WANDB_API_KEY is {key}, WANDB_MODE is {mode or 'not set'}: runs are {effect}")
+    if _version("wandb") is not None:
+        mode, key = os.environ.get("WANDB_MODE"), os.environ.get("WANDB_API_KEY")
+        text = f"WANDB_API_KEY is {'set' if key else 'not set'}, WANDB_MODE is {mode or 'not set'}"
+        yield "ok", "W&B", f"{text}: runs are {mode or ('online' if key else 'offline')}"
 
 
 def self_test() -> Iterator[Finding]:
@@ -171,39 +143,25 @@ def self_test() -> Iterator[Finding]:
         raise ArithmeticError("the reconstructions hold NaN or infinite values")
     first, last = (torch.stack([trace.quality[at] for trace in result.traces]).mean() for at in (0, -1))
     rise = float(last - first)
-    if not math.isfinite(rise) or rise < 0.1:
-        text = f"the fit did not approach its images (SSIM rose by {rise:.3f} in {STEPS} steps)"
-        yield Finding("BROKEN", "self-test", text)
+    if not rise >= 0.1:
+        yield "BROKEN", "self-test", f"the fit did not approach its images (SSIM rose by {rise:.3f} in {STEPS} steps)"
         return
-    engine, milliseconds = _engine(device), 1000 * result.seconds["fit"] / (STEPS * IMAGES)
-    yield Finding(
+    milliseconds = 1000 * result.seconds["fit"] / (STEPS * IMAGES)
+    yield (
         "ok",
         "self-test",
-        f"{IMAGES} images, {STEPS} steps, {engine} engine on {device}, victim {name}: {milliseconds:.2f} ms a step and "
-        f"image, SSIM +{rise:.2f}, {time.perf_counter() - start:.1f} s",
+        f"{IMAGES} images, {STEPS} steps on {device}, victim {name}: {milliseconds:.2f} ms a step and image, "
+        f"SSIM +{rise:.2f}, {time.perf_counter() - start:.1f} s",
     )
-
-
-def _engine(device: torch.device) -> str:
-    from dipguard.engines.native_build import BuildError, library
-
-    if device.type != "cpu":
-        return "torch"
-    try:
-        library("float32")
-    except BuildError:
-        return "torch"
-    return "native"
 
 
 def _victim_and_images() -> tuple[nn.Module, Tensor, str]:
     import torch
 
+    from dipguard.data import load_data
     from dipguard.victims import build_victim
 
     if find_spec("sklearn") is not None:
-        from dipguard.data import load_data
-
         return build_victim("digits_cnn", progress=False), load_data("digits", limit=IMAGES).images, "digits_cnn"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -26,11 +26,11 @@ from dipguard.victims import VICTIMS, build_victim, check_victim
 MARK = "dipguard.json"
 """The file that marks a folder as ours: the settings of its last run."""
 _PHOTOGRAPH = 128
+"""From this size on, a picture gets the papers' settings for ImageNet."""
 _FOR_PHOTOGRAPHS: dict[str, dict[str, Any]] = {
     "paper": {"network": "imagenet", "T": 3000},
     "dipdefend": {"preset": "imagenet"},
 }
-"""Defaults for images whose sides have at least ``_PHOTOGRAPH`` pixels: the papers' settings for ImageNet."""
 _PIXELS_AT_ONCE = 64 * 32 * 32
 
 
@@ -40,15 +40,10 @@ class Job:
 
     Attributes:
         sources: The given pictures.
-        out: Folder for the results.
-        store: Store of finished pictures, inside ``out``.
-        victim: The classifier, on its device.
-        defense: The defence.
+        out: Folder for the results; it holds the store of finished pictures.
         settings: Everything that a result depends on besides the picture; JSON values.
         batch: Number of pictures that are purified, and saved, together.
-        figures: Number of figures.
         redo: Whether finished pictures are purified again.
-        progress: Whether a progress bar is shown.
     """
 
     sources: Sequence[Source]
@@ -72,7 +67,7 @@ def prepare(args: argparse.Namespace) -> Job:
     """Check the whole command line, and build victim and defence.
 
     Raises:
-        CommandError: Something is wrong with it.
+        CommandError: Something is wrong with it. The functions below raise the same.
     """
     if find_spec("PIL") is None:
         raise CommandError("pictures need pillow, which is not installed: pip install 'dipguard[vision]'")
@@ -81,9 +76,14 @@ def prepare(args: argparse.Namespace) -> Job:
         if value is not None and value < low:
             raise CommandError(f"--{name} must be at least {low}, got {value}")
     given, out = Path(args.input).expanduser(), Path(args.output).expanduser()
-    check_out(out)
+    if out.suffix.lower() in EXTENSIONS or (out.exists() and not out.is_dir()):
+        raise CommandError(f"OUT must be a folder, got {out}")
+    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise CommandError(f"OUT: {out} holds files that this command did not write; take a new or an empty folder")
     sources = find_pictures(given, out)
-    device = choose_device(args.device)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: torch sees no GPU here; `dipguard doctor` says more")
+    device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
     options = parse_options(args.victim_option, argument="--victim-option")
     victim = make_victim(args.victim, weights=args.weights, options=options, device=device)
     size = choose_size(victim, args.size)
@@ -114,35 +114,8 @@ def prepare(args: argparse.Namespace) -> Job:
     )
 
 
-def check_out(out: Path) -> None:
-    """Check that ``out`` is a new or empty folder, or one that this command wrote.
-
-    Raises:
-        CommandError: It is not.
-    """
-    if out.suffix.lower() in EXTENSIONS or (out.exists() and not out.is_dir()):
-        raise CommandError(f"OUT must be a folder, got {out}")
-    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
-        raise CommandError(f"OUT: {out} holds files that this command did not write; take a new or an empty folder")
-
-
-def choose_device(name: str) -> torch.device:
-    """Return the device for ``auto``, ``cpu`` or ``cuda``; ``auto`` takes the GPU if there is one.
-
-    Raises:
-        CommandError: ``cuda`` without a GPU.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise CommandError("--device cuda: torch sees no GPU here; `dipguard doctor` says more")
-    return torch.device("cuda" if torch.cuda.is_available() and name != "cpu" else "cpu")
-
-
 def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
-    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON or else strings.
-
-    Raises:
-        CommandError: An item without ``=``, or a key given twice.
-    """
+    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON or else strings."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -157,11 +130,7 @@ def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
 
 
 def make_victim(name: str, *, weights: str | None, options: Mapping[str, Any], device: torch.device) -> nn.Module:
-    """Return the victim ``NAME`` or ``NAME:MODEL``; MODEL is its ``arch`` if it has that option, else its ``weights``.
-
-    Raises:
-        CommandError: Unknown name, bad options, no weights, or a missing library.
-    """
+    """Return the victim ``NAME`` or ``NAME:MODEL``; MODEL is its ``arch`` if it has that option, else ``weights``."""
     key, colon, model = name.partition(":")
     given = dict(options)
     with command_errors():
@@ -179,14 +148,10 @@ def make_victim(name: str, *, weights: str | None, options: Mapping[str, Any], d
 
 
 def choose_size(victim: nn.Module, size: int | None) -> tuple[int, int]:
-    """Return height and width of the victim's input, after a test with a grey image.
-
-    Raises:
-        CommandError: The size is unknown, or the victim cannot read it.
-    """
-    own: tuple[int, int] | None = getattr(victim, "size", None) if size is None else (size, size)
+    """Return height and width of the victim's input, after a test with a grey image."""
     if size is not None and size < 1:
         raise CommandError(f"--size must be at least 1, got {size}")
+    own: tuple[int, int] | None = getattr(victim, "size", None) if size is None else (size, size)
     if own is None:
         raise CommandError("--size: this victim does not say which size it reads, so it must be given")
     height, width = own
@@ -198,11 +163,7 @@ def choose_size(victim: nn.Module, size: int | None) -> tuple[int, int]:
 def make_defense(
     name: str, victim: nn.Module, *, seed: int, options: Mapping[str, Any], size: tuple[int, int]
 ) -> Defense:
-    """Return the defence for images of ``size``; large images change the defaults of some options.
-
-    Raises:
-        CommandError: Unknown name, bad options, a size that it cannot take, missing weights or a missing library.
-    """
+    """Return the defence for images of ``size``; large images change the defaults of some options."""
     with command_errors():
         table = table_of("defenses", DEFENSES)
         lookup(table, name, argument="--defense")

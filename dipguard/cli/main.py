@@ -25,11 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; None takes those of the process.
     """
     args = make_parser().parse_args(argv)
-    module, function = args.runs
     try:
         # Imported only now, so that --help does not load torch.
-        run = getattr(import_module(module), function)
-        code: int = run(args)
+        code: int = import_module(f"dipguard.cli.{args.module}").run(args)
     except CommandError as error:
         print(f"dipguard: error: {error}", file=sys.stderr)
         return 2
@@ -49,9 +47,9 @@ def make_parser() -> argparse.ArgumentParser:
     _add_purify(commands)
     doctor = commands.add_parser("doctor", help="check the installation, with a short self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the fit")
-    doctor.set_defaults(runs=("dipguard.cli.doctor", "run"))
+    doctor.set_defaults(module="doctor")
     listing = commands.add_parser("list", help="name the victims and the defences, with their options")
-    listing.set_defaults(runs=("dipguard.cli.listing", "run"))
+    listing.set_defaults(module="listing")
     return parser
 
 
@@ -62,7 +60,7 @@ def _add_purify(commands: Any) -> None:
         description="Purify pictures: OUT gets a PNG for each, figures/ and the table decisions.csv and .md. The same "
         "command, given again, resumes where it was stopped.",
     )
-    purify.set_defaults(runs=("dipguard.cli.purify", "run"))
+    purify.set_defaults(module="purify")
     purify.add_argument("input", metavar="IN", help="a picture, or a folder that is searched for pictures")
     purify.add_argument("output", metavar="OUT", help="a folder: a new or empty one, or one of an earlier run")
     which = purify.add_argument_group("victim and defence")

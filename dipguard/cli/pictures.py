@@ -5,31 +5,30 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from dipguard.cli import CommandError
-from dipguard.data.image_folder import EXTENSIONS, open_rgb
+from dipguard.data.image_folder import KINDS, open_rgb, pictures_in
 from dipguard.files import write_bytes
 
 
-@dataclass(frozen=True)
-class Source:
-    """A given picture: its file, its name (path inside the given folder), and the file for the purified picture."""
+class Source(NamedTuple):
+    """A given picture: its file, its path inside the given folder, and the path of the purified one inside ``OUT``."""
 
     path: Path
     name: str
-    target: Path
+    output: str
 
 
 def find_pictures(given: Path, out: Path) -> list[Source]:
     """Return the pictures of a file or folder, in alphabetical order, without those inside ``out``.
 
-    ``a/cat.jpg`` becomes ``out/a/cat.png``; if there is ``a/cat.bmp`` too, both keep their suffix: ``cat.jpg.png``.
+    ``a/cat.jpg`` becomes ``a/cat.png``; if there is ``a/cat.bmp`` too, both keep their suffix: ``cat.jpg.png``.
 
     Raises:
         CommandError: No such file or folder, no pictures, or a purified picture would overwrite a given one.
@@ -37,23 +36,22 @@ def find_pictures(given: Path, out: Path) -> list[Source]:
     if not given.exists():
         raise CommandError(f"IN: {given} does not exist")
     if given.is_dir():
-        found = (file for file in given.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-        inside = [(file.relative_to(given), file) for file in found if not file.resolve().is_relative_to(out.resolve())]
-        names = {path: file for path, file in sorted(inside) if not any(part.startswith(".") for part in path.parts)}
+        inside = out.resolve()
+        names = {f.relative_to(given): f for f in pictures_in(given) if not f.resolve().is_relative_to(inside)}
     else:
         names = {Path(given.name): given}
     if not names:
-        raise CommandError(f"IN: {given} holds no picture ({' '.join(sorted(EXTENSIONS))})")
+        raise CommandError(f"IN: {given} holds no picture ({KINDS})")
     stems = Counter(str(path.with_suffix("")).casefold() for path in names)
     sources = []
     for path, file in names.items():
         alone = stems[str(path.with_suffix("")).casefold()] == 1
-        target = out / (path.with_suffix(".png") if alone else path.with_name(f"{path.name}.png"))
-        sources.append(Source(file, path.as_posix(), target))
+        output = path.with_suffix(".png") if alone else path.with_name(f"{path.name}.png")
+        sources.append(Source(file, path.as_posix(), output.as_posix()))
     givens = {source.path.resolve() for source in sources}
     for source in sources:
-        if source.target.resolve() in givens:
-            raise CommandError(f"OUT: {source.target} is one of the given pictures; take another folder")
+        if (out / source.output).resolve() in givens:
+            raise CommandError(f"OUT: {out / source.output} is one of the given pictures; take another folder")
     return sources
 
 

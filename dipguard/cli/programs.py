@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
     from dipguard.evaluation import Matrix
 
 log = logging.getLogger("dipguard")
-
-
-class Program(Protocol):
-    """:func:`train` or :func:`evaluate`."""
-
-    def __call__(self, cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> Any:
-        """Run one configuration into ``folder``; ``sweep`` is the name of the sweep that it is a job of."""
-        ...
 
 
 def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[str, Any]:
@@ -63,14 +55,7 @@ def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[st
 def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list[Path]:
     """Run all attacks against all defences, into ``folder``; return the files of the report.
 
-    Args:
-        cfg: The composed config.
-        folder: The run folder.
-        sweep: Name of the sweep that this is a job of.
-
-    Raises:
-        CompactHydraException: A setting or a file is not as it must be; nothing was run.
-        RuntimeError: Cells failed; all others were run and reported.
+    Arguments and errors are those of `train`.
     """
     matrix = _prepare(cfg, folder, single=False)
     from dipguard.reporting import results_text, write_matrix_report
@@ -81,13 +66,10 @@ def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list
     return made
 
 
-def run_job(program: Program, cfg: DictConfig) -> None:
-    """Run a program in the folder that Hydra chose; as a job of a sweep, only if it is not done already.
+def run_job(program: Callable[..., Any], cfg: DictConfig) -> None:
+    """Run `train` or `evaluate` in the folder that Hydra chose; as a job of a sweep, only if it is not done already.
 
-    How a sweep's job ends is left in its folder (:mod:`dipguard.evaluation.sweep_job`).
-
-    Raises:
-        Exception: What the program raised. In a sweep, Hydra runs the other jobs and then raises it.
+    How a sweep's job ends is left in its folder (:mod:`dipguard.evaluation.sweep_job`), and its error is raised again.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
     if HydraConfig.get().mode != RunMode.MULTIRUN:
@@ -117,8 +99,7 @@ def start(main: Callable[[], None]) -> None:
     try:
         main()
     except SystemExit as end:
-        # Hydra has printed its own message, which does not know what was meant.
-        hint = explain(end.__context__)
+        hint = explain(end.__context__)  # Hydra's own message, already printed, does not say what was meant
         if hint is not None:
             print(hint, file=sys.stderr)
         raise
@@ -139,7 +120,7 @@ def _prepare(cfg: DictConfig, folder: Path, *, single: bool) -> Matrix:
     for many, one in (("attacks", "attack"), ("defenses", "defense")):
         if single and (len(getattr(config, many)) != 1 or (cfg.get(many) and cfg.get(one))):
             raise CompactHydraException(f"ValueError: train.py has one `{one}`, and no `{many}`; evaluate.py has many")
-    from dipguard.evaluation import prepare
+    from dipguard.evaluation.plan import prepare
 
     try:
         return prepare(config, folder)
@@ -152,16 +133,10 @@ def _prepare(cfg: DictConfig, folder: Path, *, single: bool) -> Matrix:
 
 
 def _run(
-    matrix: Matrix,
-    cfg: DictConfig,
-    folder: Path,
-    *,
-    job_type: str,
-    sweep: str | None,
-    report: Callable[..., Any],
+    matrix: Matrix, cfg: DictConfig, folder: Path, *, job_type: str, sweep: str | None, report: Callable[..., Any]
 ) -> Any:
     """Run what is missing, and write the report; return what ``report`` returns."""
-    from dipguard.evaluation import run
+    from dipguard.evaluation.runner import run
     from dipguard.files import write_json, write_text
     from dipguard.reporting import open_log
 
@@ -169,8 +144,8 @@ def _run(
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if config.rebuild:
         return report(matrix)
-    job_type = job_type if sweep is None else "sweep"
-    with open_log(config.logger, folder, settings=config.to_dict(), job_type=job_type, group=sweep) as run_log:
+    kind = job_type if sweep is None else "sweep"
+    with open_log(config.logger, folder, settings=config.to_dict(), job_type=kind, group=sweep) as run_log:
         before = Counter(matrix.store.counts)  # other jobs of this process share the store
         failed = run(matrix, log=run_log)
         if config.store is not None:

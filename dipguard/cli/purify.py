@@ -6,10 +6,9 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,30 +28,33 @@ WINDOW = 256
 """Number of pictures in memory at once."""
 LAYER = "cells"
 """Layer of the store for finished pictures, and for the files of ``OUT`` that this command has written."""
-_STORED = ("index", "before", "before_confidence", "after", "after_confidence", "changed", "used", "why")
 _Row = dict[str, Any]
 
 
-@dataclass(frozen=True, eq=False)
-class _Given:
+class _Given(NamedTuple):
     """A picture that was read: uint8 [3, H, W], its key in the store, and the index that seeds its draws."""
 
     source: Source
     pixels: Tensor
     key: str
-    index: int
+    draw: int
 
 
 def run(args: argparse.Namespace) -> int:
     """Carry out the command; return its exit code."""
     job = prepare(args)
-    _say(_introduction(job, args))
+    height, width = job.settings["size"]
+    steps = f", {job.defense.steps_per_image} steps" if job.defense.steps_per_image else ""
+    _say(
+        f"{len(job.sources)} pictures, brought to {height}x{width} ({args.resize}, {job.settings['interpolation']}); "
+        f"victim {args.victim}; defence {args.defense}{steps}, seed {args.seed}"
+    )
     can_draw = find_spec("matplotlib") is not None
     if job.figures and not can_draw:
         _say("no figures: matplotlib is not installed (pip install 'dipguard[app]')")
     write_json(job.out / MARK, job.settings)
     rows: dict[str, _Row] = {}
-    drawn = {source.name: source for source in job.sources[: job.figures]} if can_draw else {}
+    drawn = {source.name: _figure(job, source) for source in job.sources[: job.figures]} if can_draw else {}
     try:
         for first in range(0, len(job.sources), WINDOW):
             window = job.sources[first : first + WINDOW]
@@ -67,30 +69,24 @@ def run(args: argparse.Namespace) -> int:
     bad = [row for row in ordered if row.get("problem")]
     changed = sum(bool(row.get("changed")) for row in ordered)
     _say(f"{len(ordered) - len(bad)} pictures, {changed} decisions changed; {job.out / 'decisions.md'}")
-    missing = [
-        name
-        for name, source in drawn.items()
-        if "problem" not in rows[name] and not figure_path(job.out, source).is_file()
-    ]
+    missing = sum("problem" not in rows[name] and not figure.is_file() for name, figure in drawn.items())
     if missing:
-        _say(
-            f"{len(missing)} of the pictures that were done earlier have no figure; --redo makes them again, with "
-            "figures"
-        )
+        _say(f"{missing} of the pictures that were done earlier have no figure; --redo makes them again, with figures")
     for row in bad:
         _say(f"not purified: {row['picture']}: {row['problem']}")
     return 1 if bad else 0
 
 
-def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], drawn: dict[str, Source]) -> None:
+def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], drawn: dict[str, Path]) -> None:
     """Purify the pictures that are not done yet, and add a row for each picture."""
     pending: list[_Given] = []
     kept = restored = 0
     for source in window:
+        target = job.out / source.output
         try:
             given = _read(job, source)
-            if source.target.exists() and job.store.read(LAYER, _file_key(job, source)) is None:
-                raise ValueError(f"{source.target} was not written by this command, and is not overwritten")
+            if target.exists() and job.store.read(LAYER, _file_key(source)) is None:
+                raise ValueError(f"{target} was not written by this command, and is not overwritten")
         except ValueError as error:
             rows[source.name] = {"picture": source.name, "problem": str(error)}
             continue
@@ -101,81 +97,44 @@ def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], dra
         pixels = torch.from_numpy(entry.arrays["pixels"])
         whole = False
         with suppress(ValueError, OSError):
-            whole = torch.equal(read_png(source.target), pixels)
+            whole = torch.equal(read_png(target), pixels)
         kept, restored = kept + whole, restored + (not whole)
         if not whole:
             _write(job, source, pixels)
-        rows[source.name] = _row(job, source, entry.header)
+        rows[source.name] = {"picture": source.name, "output": source.output, **entry.header["row"]}
     for count, what in ((kept, "were done earlier"), (restored, "were done earlier, and written again")):
         if count:
             _say(f"{count} pictures {what}")
     if not pending:
         return
     before = _read_by_victim(job, torch.stack([given.pixels for given in pending]))
-    for given, first, made in zip(pending, before, _purified(job, pending), strict=True):
-        rows[given.source.name] = _keep(job, given, first, *made, draw=given.source.name in drawn)
-
-
-def _keep(
-    job: Job,
-    given: _Given,
-    before: tuple[int, float],
-    image: Tensor,
-    about: _Row,
-    trace: DecisionTrace | None,
-    *,
-    draw: bool,
-) -> _Row:
-    """Save the purified ``image`` [3, H, W] and draw its figure; return its row."""
-    # Decisions are made on the picture as it is saved, in 8 bits.
-    pixels = (image * 255).round().to(torch.uint8).cpu()
-    (after,) = _read_by_victim(job, pixels[None])
-    header = {
-        "index": given.index,
-        "before": class_name(before[0], job.classes),
-        "before_confidence": before[1],
-        "after": class_name(after[0], job.classes),
-        "after_confidence": after[1],
-        "changed": after[0] != before[0],
-        **about,
-    }
-    if draw:
-        draw_picture(
-            figure_path(job.out, given.source),
-            given.pixels / 255,
-            pixels / 255,
-            trace=trace,
-            defense=job.defense,
-            decisions=(before[0], after[0]),
-            classes=job.classes,
-            title=given.source.name,
-        )
-    job.store.write(LAYER, given.key, {"pixels": pixels.numpy()}, header)
-    _write(job, given.source, pixels)
-    return _row(job, given.source, header)
-
-
-def _write(job: Job, source: Source, pixels: Tensor) -> None:
-    # The file is registered first: a killed run must not take its own pictures for foreign ones.
-    job.store.write(LAYER, _file_key(job, source), {}, {"file": _relative(job, source)})
-    write_png(source.target, pixels)
-
-
-def _row(job: Job, source: Source, header: dict[str, Any]) -> _Row:
-    return {"picture": source.name, "output": _relative(job, source), **{name: header[name] for name in _STORED}}
-
-
-def _relative(job: Job, source: Source) -> str:
-    return source.target.relative_to(job.out).as_posix()
-
-
-def _file_key(job: Job, source: Source) -> str:
-    return digest_of(["file", _relative(job, source)])
-
-
-def figure_path(out: Path, source: Source) -> Path:
-    """Return the path of a picture's figure."""
-    return (out / "figures" / source.target.relative_to(out)).with_suffix(".figure.png")
+    for given, first, (image, about, trace) in zip(pending, before, _purified(job, pending), strict=True):
+        source = given.source
+        pixels = (image * 255).round().to(torch.uint8).cpu()
+        (after,) = _read_by_victim(job, pixels[None])  # on the picture as it is saved, in 8 bits
+        row = {
+            "index": given.draw,
+            "before": class_name(first[0], job.classes),
+            "before_confidence": first[1],
+            "after": class_name(after[0], job.classes),
+            "after_confidence": after[1],
+            "changed": after[0] != first[0],
+            **about,
+        }
+        if source.name in drawn:
+            draw_picture(
+                drawn[source.name],
+                given.pixels / 255,
+                pixels / 255,
+                trace=trace,
+                defense=job.defense,
+                decisions=(first[0], after[0]),
+                classes=job.classes,
+                title=source.name,
+            )
+        job.store.write(LAYER, given.key, {"pixels": pixels.numpy()}, {"row": row})
+        _write(job, source, pixels)
+        rows[source.name] = {"picture": source.name, "output": source.output, **row}
 
 
 def _read(job: Job, source: Source) -> _Given:
@@ -186,22 +145,31 @@ def _read(job: Job, source: Source) -> _Given:
     return _Given(source, pixels, digest_of([job.settings, digest]), int(digest[:8], 16) >> 1)
 
 
+def _write(job: Job, source: Source, pixels: Tensor) -> None:
+    # The file is registered first: a killed run must not take its own pictures for foreign ones.
+    job.store.write(LAYER, _file_key(source), {}, {"file": source.output})
+    write_png(job.out / source.output, pixels)
+
+
+def _file_key(source: Source) -> str:
+    return digest_of(["file", source.output])
+
+
+def _figure(job: Job, source: Source) -> Path:
+    return (job.out / "figures" / source.output).with_suffix(".figure.png")
+
+
 def _purified(job: Job, givens: Sequence[_Given]) -> Iterator[tuple[Tensor, _Row, DecisionTrace | None]]:
     """Yield each picture's purified image [3, H, W] in [0, 1], ``used`` and ``why``, and its trace if there is one."""
     steps = job.defense.steps_per_image
-    bar = tqdm(
-        total=len(givens) * max(1, steps),
-        desc="purify",
-        unit="step" if steps else "picture",
-        unit_scale=bool(steps),
-        disable=not job.progress,
-    )
-    with bar:
+    unit = "step" if steps else "picture"
+    total = len(givens) * max(1, steps)
+    with tqdm(total=total, desc="purify", unit=unit, unit_scale=bool(steps), disable=not job.progress) as bar:
         watch = [FitProgress(bar)] if steps else []
         for first in range(0, len(givens), job.batch):
             part = givens[first : first + job.batch]
             images = torch.stack([given.pixels for given in part]).float() / 255
-            made = job.defense.defend(images, indices=[given.index for given in part], callbacks=watch)
+            made = job.defense.defend(images, indices=[given.draw for given in part], callbacks=watch)
             if not steps:
                 bar.update(len(part))
             traces: Sequence[DecisionTrace | None] = made.traces or [None] * len(part)
@@ -216,15 +184,5 @@ def _read_by_victim(job: Job, pixels: Tensor) -> list[tuple[int, float]]:
     return list(zip(decision.tolist(), confidence.tolist(), strict=True))
 
 
-def _introduction(job: Job, args: argparse.Namespace) -> str:
-    height, width = job.settings["size"]
-    steps = f", {job.defense.steps_per_image} steps" if job.defense.steps_per_image else ""
-    return (
-        f"{len(job.sources)} pictures, brought to {height}x{width} ({args.resize}, {job.settings['interpolation']}); "
-        f"victim {args.victim}; defence {args.defense}{steps}, seed {args.seed}"
-    )
-
-
 def _say(text: str) -> None:
-    # To standard error: the table goes to standard output.
-    print(text, file=sys.stderr)
+    print(text, file=sys.stderr)  # the table goes to standard output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,14 +11,12 @@ from torch import Tensor
 
 from dipguard.decision import DecisionTrace
 from dipguard.defenses import Defense
-from dipguard.files import write_text
+from dipguard.files import csv_text, write_text
 from dipguard.reporting.canvas import DPI, Picture, class_name, save_figure, short, show
 from dipguard.reporting.image_figures import amplification
-from dipguard.reporting.mirror_figure import draw_mirror_trace
-from dipguard.reporting.tables import write_csv
-from dipguard.reporting.trace_figure import draw_trace
+from dipguard.reporting.trace_figure import draw_mirror_trace, draw_trace
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "picture",
     "output",
     "before",
@@ -27,9 +26,8 @@ COLUMNS = (
     "changed",
     "used",
     "why",
-    "index",
-    "problem",
 )
+COLUMNS += ("index", "problem")
 """Columns of decisions.csv. Decisions are class names with the victim's softmax confidence; ``used`` and ``why`` are
 those of :class:`~dipguard.DefenseResult`; ``index`` seeds the random draws; ``problem`` is that of a bad picture."""
 _HEADS = ("picture", "before", "after", "")
@@ -38,9 +36,9 @@ MOST_PRINTED = 40
 
 def write_decisions(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write decisions.csv and decisions.md; ``rows`` hold some of `COLUMNS`."""
-    write_csv(folder / "decisions.csv", [{column: row.get(column, "") for column in COLUMNS} for row in rows])
-    lines = [_bars((*_HEADS[:3], "changed")), _bars(["---"] * 4)]
-    lines += [_bars([cell.replace("|", "\\|") for cell in _cells(row)]) for row in rows]
+    write_text(folder / "decisions.csv", csv_text(COLUMNS, rows))
+    cells = [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows]
+    lines = [f"| {' | '.join(line)} |" for line in [(*_HEADS[:3], "changed"), ["---"] * 4, *cells]]
     write_text(folder / "decisions.md", "\n".join(lines) + "\n")
 
 
@@ -60,20 +58,13 @@ def _cells(row: Mapping[str, Any], *, most: int = 1000) -> tuple[str, str, str, 
     name = name if len(name) <= 40 or most >= 1000 else f"\N{HORIZONTAL ELLIPSIS}{name[-39:]}"
     if row.get("problem"):
         return name, "not read:", _plain(row["problem"]), ""
-    return name, _decision(row, "before", most), _decision(row, "after", most), "changed" if row["changed"] else ""
-
-
-def _decision(row: Mapping[str, Any], when: str, most: int) -> str:
-    return f"{short(_plain(row[when]), most)} {row[f'{when}_confidence']:.0%}"
+    before, after = (f"{short(_plain(row[w]), most)} {row[f'{w}_confidence']:.0%}" for w in ("before", "after"))
+    return name, before, after, "changed" if row["changed"] else ""
 
 
 def _plain(text: Any) -> str:
     # File names may hold anything, also characters that move a terminal's cursor or break a line.
     return "".join(c if c.isprintable() else "?" for c in str(text))
-
-
-def _bars(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def draw_picture(
@@ -99,22 +90,19 @@ def draw_picture(
         classes: Class names; empty shows their numbers.
         title: Title of the figure.
     """
+    names = [class_name(decision, classes) for decision in decisions]
     from matplotlib.figure import Figure
 
     if trace is not None:
         draw = draw_trace if trace.mirrored_logits is None else draw_mirror_trace
-        figure = draw(
-            trace,
-            defense.rebuild(trace),
-            decision=decisions[1],
-            name_of=lambda number: class_name(number, classes),
-        )
+        name_of = partial(class_name, classes=classes)
+        figure = draw(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of)
     else:
         figure = Figure(figsize=(8, 3.4), dpi=DPI, layout="constrained")
         # Another size leaves no difference to show.
         axes = figure.subplots(1, 3 if given.shape == purified.shape else 2)
-        for ax, image, decision, head in zip(axes, (given, purified), decisions, ("given", "purified"), strict=False):
-            Picture(image, class_name(decision, classes)).draw_on(ax)
+        for ax, image, name, head in zip(axes, (given, purified), names, ("given", "purified"), strict=False):
+            Picture(image, name).draw_on(ax)
             ax.set_xlabel(head, fontsize=9)
         if len(axes) == 3:
             factor = amplification(given - purified)

@@ -25,8 +25,7 @@ PLAN = "sweep.json"
 RESOLVER = "sweep_job"
 """``${sweep_job:${hydra.overrides.task}}`` is a job's folder."""
 RECENT = 5
-"""Number of last jobs that the time left is estimated from: the first jobs of a sweep make the fits, later ones reuse
-them."""
+"""Number of last jobs that the time left is estimated from: first jobs make the fits, later ones reuse them."""
 
 _open: list[Path] = []
 """Sweeps of this process that have no report yet."""
@@ -51,8 +50,7 @@ class SweepProgress(Callback):
         """Write the list of jobs."""
         from dipguard.files import write_json  # here and below: torch is not loaded for --help
 
-        folder = Path(config.hydra.sweep.dir)
-        jobs = planned_jobs(config)
+        folder, jobs = Path(config.hydra.sweep.dir), planned_jobs(config)
         began = {"began": time.time(), "sweep": config.hydra.runtime.choices.get("sweep"), "jobs": jobs}
         write_json(folder / PLAN, began)
         _open.append(folder)
@@ -88,9 +86,9 @@ def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    sweeper = OmegaConf.to_container(config.hydra.sweeper)
+    sweeper: Any = OmegaConf.to_container(config.hydra.sweeper)
     subdir = OmegaConf.to_container(config.hydra.sweep, resolve=False)["subdir"]  # type: ignore[index,call-overload]
-    if not isinstance(sweeper, dict) or not str(sweeper["_target_"]).endswith("BasicSweeper") or RESOLVER not in subdir:
+    if not str(sweeper["_target_"]).endswith("BasicSweeper") or RESOLVER not in subdir:
         return None
     given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     overrides = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
@@ -100,31 +98,25 @@ def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
 
 def progress_line(folder: Path) -> str:
     """How many jobs are done and failed, and the time left."""
-    plan = read_plan(folder)
+    from dipguard.files import read_json
+
+    try:
+        plan = dict(read_json(folder / PLAN))
+    except (FileNotFoundError, ValueError, TypeError):  # none, or damaged
+        plan = {}
     names = [job["folder"] for job in plan.get("jobs") or []]
     if not names:
         return f"{len(list(folder.glob(f'*/{DONE}')))} jobs done"
     began = float(plan["began"])
-    done = {name: path.stat().st_mtime for name in names if (path := folder / name / DONE).is_file()}
-    # A failure of an earlier start will be tried again.
-    ends = [path.stat().st_mtime for name in names if (path := folder / name / FAILED).is_file()]
-    failed = [end for end in ends if end >= began]
+    done, failed = (
+        [path.stat().st_mtime for name in names if (path := folder / name / mark).is_file()] for mark in (DONE, FAILED)
+    )
+    failed = [end for end in failed if end >= began]  # a failure of an earlier start will be tried again
     left = len(names) - len(done) - len(failed)
     text = f"{len(done)} of {len(names)} jobs done" + (f", {len(failed)} failed" if failed else "")
-    now = sorted([end for end in done.values() if end >= began] + failed)
-    if left and now:
-        since = now[-RECENT - 1] if len(now) > RECENT else began
-        rate = (time.time() - since) / min(len(now), RECENT)
+    ends = sorted([end for end in done if end >= began] + failed)
+    if left and ends:
+        since = ends[-RECENT - 1] if len(ends) > RECENT else began
+        rate = (time.time() - since) / min(len(ends), RECENT)
         text += f", {timedelta(seconds=round(rate * left))} left"
     return text
-
-
-def read_plan(folder: Path) -> dict[str, Any]:
-    """The sweep's plan; empty if there is none or it is damaged."""
-    from dipguard.files import read_json
-
-    try:
-        plan = read_json(folder / PLAN)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return plan if isinstance(plan, dict) else {}

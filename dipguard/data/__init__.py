@@ -1,7 +1,6 @@
 """Data sets: labelled images in [0, 1].
 
-To add one, write a loader in a new file and add a row to `DATASETS`; a package of your own registers one through the
-entry point group ``dipguard.data``.
+To add one, write a loader and add a row to `DATASETS`, or register it as an entry point of ``dipguard.data``.
 """
 
 from __future__ import annotations
@@ -9,10 +8,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from dipguard.data.base import ImageDataModule, ImageSet
+from dipguard.data.base import ImageSet
 from dipguard.registry import check_options, lookup, table_of
 
-__all__ = ["DATASETS", "ImageDataModule", "ImageSet", "load_data"]
+__all__ = ["DATASETS", "ImageSet", "load_data"]
 
 DATASETS: dict[str, str] = {
     "digits": "dipguard.data.digits:load_digits",

@@ -48,8 +48,6 @@ def load_arrays(
 def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     if not path.is_file():
         raise FileNotFoundError(f"`path` must name an existing .npz file, got {path}")
-    # OSError and ValueError: not an archive, or objects that need pickle; the others: damaged or truncated archives.
-    broken = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
     try:
         archive = np.load(path, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
@@ -57,7 +55,8 @@ def _read(path: Path) -> dict[str, np.ndarray[Any, Any]]:
         with archive:
             names = set(archive.files)
             arrays = {str(name): archive[name] for name in ("images", "labels", "test_index") if name in names}
-    except broken as error:
+    # OSError and ValueError: not an archive, or objects that need pickle; the others: damaged or truncated archives.
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"`path`: {path} is not a readable .npz file of plain arrays: {error}") from error
     missing = [name for name in ("images", "labels") if name not in arrays]
     if missing:

@@ -1,14 +1,12 @@
-"""A data set in dipguard: checked images with labels and fixed indices, and a Lightning DataModule over them."""
+"""A data set in dipguard: checked images with labels and fixed indices."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
 
 from dipguard.checks import check_images, check_int, check_labels
 
@@ -20,8 +18,8 @@ class ImageSet:
     Attributes:
         images: float32 [N, 3, H, W] in [0, 1], RGB (other float types are converted).
         labels: int64 [N], at least 0, and below ``len(classes)`` if classes are named.
-        indices: int64 [N], positions in the whole data set, all different. They do not depend on which part of the
-            set was loaded, so neither do the random draws that they seed.
+        indices: int64 [N], positions in the whole data set, all different. They seed the random draws, and do not
+            depend on which part of the set was loaded.
         classes: Class names in label order; empty if unknown.
         name: Name of the data set.
 
@@ -34,14 +32,13 @@ class ImageSet:
     labels: Tensor
     indices: Tensor
     classes: tuple[str, ...] = ()
-    name: str = field(default="images")
+    name: str = "images"
 
     def __post_init__(self) -> None:
         images = check_images(self.images).float()
-        count = len(images)
-        labels = check_labels(self.labels, count=count, num_classes=len(self.classes) or None)
-        indices = check_labels(self.indices, count=count, name="indices")
-        if len(torch.unique(indices)) != count:
+        labels = check_labels(self.labels, count=len(images), num_classes=len(self.classes) or None)
+        indices = check_labels(self.indices, count=len(images), name="indices")
+        if len(torch.unique(indices)) != len(images):
             raise ValueError("`indices` must all be different, got a repeated index")
         for attribute, value in (("images", images), ("labels", labels), ("indices", indices)):
             object.__setattr__(self, attribute, value)
@@ -65,9 +62,7 @@ def window(count: int, *, offset: int = 0, limit: int | None = None) -> slice:
     check_int(offset, name="offset", low=0)
     if offset >= count:
         raise ValueError(f"`offset` must be below the number of images, {count}, got {offset}")
-    if limit is None:
-        return slice(offset, count)
-    return slice(offset, min(count, offset + check_int(limit, name="limit", low=1)))
+    return slice(offset, count if limit is None else min(count, offset + check_int(limit, name="limit", low=1)))
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
@@ -77,10 +72,7 @@ def resize(images: Tensor, size: int | None) -> Tensor:
         TypeError: ``size`` is not an integer.
         ValueError: ``size`` is below 1.
     """
-    if size is None:
-        return images
-    check_int(size, name="size", low=1)
-    if tuple(images.shape[-2:]) == (size, size):
+    if size is None or tuple(images.shape[-2:]) == (check_int(size, name="size", low=1),) * 2:
         return images
     resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return resized.clamp(0, 1)
@@ -89,34 +81,3 @@ def resize(images: Tensor, size: int | None) -> Tensor:
 def from_bytes(pictures: Tensor) -> Tensor:
     """Convert uint8 [N, H, W, 3] to float32 images [N, 3, H, W] in [0, 1]."""
     return pictures.permute(0, 3, 1, 2).contiguous().float() / 255
-
-
-class ImageDataModule(pl.LightningDataModule):
-    """Loaders of an `ImageSet`, in its order, for ``Trainer.predict`` and ``Trainer.test``.
-
-    Batches are (images [B, 3, H, W], labels [B], indices [B]).
-
-    Args:
-        image_set: Images to load.
-        batch_size: Images per batch, at least 1.
-        num_workers: Worker processes of the loader, at least 0.
-
-    Raises:
-        TypeError: ``batch_size`` or ``num_workers`` is not an integer.
-        ValueError: One of them is out of range.
-    """
-
-    def __init__(self, image_set: ImageSet, *, batch_size: int = 32, num_workers: int = 0) -> None:
-        super().__init__()
-        self.image_set = image_set
-        self.batch_size = check_int(batch_size, name="batch_size", low=1)
-        self.num_workers = check_int(num_workers, name="num_workers", low=0)
-
-    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the loader."""
-        data = TensorDataset(self.image_set.images, self.image_set.labels, self.image_set.indices)
-        return DataLoader(data, batch_size=self.batch_size, shuffle=False, num_workers=self.num_workers)
-
-    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return the same loader."""
-        return self.predict_dataloader()

@@ -6,6 +6,9 @@ They come with scikit-learn, so nothing is downloaded.
 
 from __future__ import annotations
 
+from functools import cache
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,12 +37,17 @@ def load_digits(
 
 def digits_split(*, evaluation: bool, size: int = 32) -> tuple[Tensor, Tensor]:
     """Return images [N, 3, size, size] and labels [N] of the evaluation part (599) or the training part (1,198)."""
-    from sklearn.datasets import load_digits as load_pictures
-
     check_int(size, name="size", low=1)
-    pictures, labels = load_pictures(return_X_y=True)
+    pictures, labels = _pictures()
     images = torch.from_numpy(pictures).float().reshape(-1, 1, 8, 8) / 16
     chosen = (torch.arange(len(images)) % _EVERY == 0) == evaluation
     # Antialiasing matters only if `size` is below 8.
     images = F.interpolate(images[chosen], size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     return images.clamp(0, 1).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels).long()[chosen]
+
+
+@cache
+def _pictures() -> tuple[Any, Any]:
+    from sklearn.datasets import load_digits as load_pictures
+
+    return load_pictures(return_X_y=True)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+KINDS = " ".join(sorted(EXTENSIONS))
 _PIL_8_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 
 
@@ -32,13 +33,12 @@ def load_image_folder(
     label_column: str = "label",
     label_base: int = 0,
 ) -> ImageSet:
-    """Image files of a folder; only those from ``offset`` to ``offset + limit`` are read.
+    """Image files of a folder, labelled by a CSV or by sub-folders; only the part that is asked for is read.
 
-    With ``labels_csv``, the rows of the CSV are the data set. Without it, the sub-folders are the classes in
-    alphabetical order (torchvision's ``ImageFolder``). The index of an image is its position in that order. For the
-    NeurIPS 2017 development set: ``image_column="ImageId"``, ``label_column="TrueLabel"``, ``label_base=1``.
-
-    ``size`` ignores the aspect ratio; without it, all images must have the same size.
+    The data set is the rows of ``labels_csv`` or, without it, the sub-folders as classes in alphabetical order
+    (torchvision's ``ImageFolder``). The index of an image is its position in that order. For the NeurIPS 2017
+    development set: ``image_column="ImageId"``, ``label_column="TrueLabel"``, ``label_base=1``. ``size`` ignores the
+    aspect ratio; without it, all images must have the same size.
 
     Args:
         labels_csv: CSV file (UTF-8, with a header row) of labels.
@@ -60,14 +60,15 @@ def load_image_folder(
     if labels_csv is None:
         files, labels, classes = _from_subfolders(folder)
     else:
-        table = Path(labels_csv).expanduser()
-        files, labels = _from_csv(folder, table, image_column, label_column, label_base)
+        rows = _rows(Path(labels_csv).expanduser(), image_column, label_column)
+        files, labels = _from_csv(folder, rows, label_base, where=f"`labels_csv`: {labels_csv}, line")
     part = window(len(files), offset=offset, limit=limit)
     images = _read_all(files[part], size)
     return ImageSet(images, torch.tensor(labels[part]), torch.arange(len(files))[part], classes, folder.name)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
+    """Return the picture files of a folder and its sub-folders, in alphabetical order, without hidden ones."""
     found = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
     return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(folder).parts))
 
@@ -79,49 +80,48 @@ def _from_subfolders(folder: Path) -> tuple[list[Path], list[int], tuple[str, ..
             f"`path`: {folder} has no sub-folders to take classes from; put each class into a sub-folder, "
             "or give a CSV of labels (`labels_csv`, `image_column`, `label_column`)"
         )
-    files: list[Path] = []
-    labels: list[int] = []
+    files, labels = list[Path](), list[int]()
     for label, subfolder in enumerate(subfolders):
-        pictures = _pictures(subfolder)
+        pictures = pictures_in(subfolder)
         if not pictures:
-            raise FileNotFoundError(f"`path`: the class folder {subfolder} holds no picture ({_extensions()})")
+            raise FileNotFoundError(f"`path`: the class folder {subfolder} holds no picture ({KINDS})")
         files += pictures
         labels += [label] * len(pictures)
     return files, labels, tuple(subfolder.name for subfolder in subfolders)
 
 
 def _from_csv(
-    folder: Path, table: Path, image_column: str, label_column: str, label_base: int
+    folder: Path, rows: list[tuple[int, str, str]], label_base: int, *, where: str
 ) -> tuple[list[Path], list[int]]:
-    pictures = _pictures(folder)
+    pictures = pictures_in(folder)
     if not pictures:
-        raise FileNotFoundError(f"`path`: {folder} holds no picture ({_extensions()})")
+        raise FileNotFoundError(f"`path`: {folder} holds no picture ({KINDS})")
     # Rows are looked up among the files found, so no row can leave the folder.
     by_name = {file.relative_to(folder).as_posix(): [file] for file in pictures}
     by_id: dict[str, list[Path]] = {}
     for file in pictures:
         by_id.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
-    files: list[Path] = []
-    labels: list[int] = []
-    for line, name, label in _rows(table, image_column, label_column):
+    files, labels = list[Path](), list[int]()
+    for line, name, label in rows:
         matches = by_name.get(name) or by_id.get(name, [])
         if not matches:
-            raise FileNotFoundError(f"`labels_csv`: {table}, line {line}: no picture {name!r} in {folder}")
+            raise FileNotFoundError(f"{where} {line}: no picture {name!r} in {folder}")
         if len(matches) > 1:
             found = ", ".join(match.name for match in matches)
-            raise ValueError(f"`labels_csv`: {table}, line {line}: {name!r} may be any of {found}; name the file")
+            raise ValueError(f"{where} {line}: {name!r} may be any of {found}; name the file")
         try:
             number = int(label) - label_base
         except ValueError:
-            raise ValueError(f"`labels_csv`: {table}, line {line}: {label!r} is not an integer label") from None
+            raise ValueError(f"{where} {line}: {label!r} is not an integer label") from None
         if number < 0:
-            raise ValueError(f"`labels_csv`: {table}, line {line}: label {label} is below `label_base` {label_base}")
+            raise ValueError(f"{where} {line}: label {label} is below `label_base` {label_base}")
         files.append(matches[0])
         labels.append(number)
     return files, labels
 
 
 def _rows(table: Path, image_column: str, label_column: str) -> list[tuple[int, str, str]]:
+    """Line, image and label of each row of a CSV."""
     if not table.is_file():
         raise FileNotFoundError(f"`labels_csv` must name an existing CSV file, got {table}")
     try:
@@ -142,8 +142,7 @@ def _rows(table: Path, image_column: str, label_column: str) -> list[tuple[int, 
 def _read_all(files: Sequence[Path], size: int | None) -> Tensor:
     images: list[Tensor] = []
     for file in files:
-        pixels = np.array(open_rgb(file))
-        image = resize(from_bytes(torch.from_numpy(pixels)[None]), size)
+        image = resize(from_bytes(torch.from_numpy(np.array(open_rgb(file)))[None]), size)
         if images and image.shape != images[0].shape:
             first, here = tuple(images[0].shape[-2:]), tuple(image.shape[-2:])
             raise ValueError(f"{file} is {here} and {files[0]} is {first} (height, width); give `size` to resize them")
@@ -167,7 +166,3 @@ def open_rgb(file: Path, *, upright: bool = False) -> Image.Image:
     # Pillow raises OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ... on damaged files.
     except Exception as error:
         raise ValueError(f"the picture {file} cannot be read: {str(error) or type(error).__name__}") from error
-
-
-def _extensions() -> str:
-    return " ".join(sorted(EXTENSIONS))

@@ -24,12 +24,7 @@ def crosses(before: Tensor, after: Tensor) -> Tensor:
 
     .. math:: I = \lbrace t \mid y^{(t)} \neq y^{(t+1)} \wedge v^{(t)} > \tau \wedge t > t_0 \rbrace
 
-    Args:
-        before: Decisions y(t), integers of any shape.
-        after: Decisions of the next samples, the same shape.
-
-    Returns:
-        Booleans of that shape.
+    ``before`` and ``after`` are the decisions of neighbouring samples, of any shape.
     """
     return before != after
 
@@ -96,8 +91,7 @@ def localise(
     .. math:: x_{db}^{(t)} = \alpha x^{(t)} + (1 - \alpha) x^{(t+1)}, \quad
         \alpha = \arg\min_\alpha |f_{y^{(t)}}(x_{db}^{(t)}) - f_{y^{(t+1)}}(x_{db}^{(t)})|
 
-    x_db = alpha x(t) + (1 - alpha) x(t+1), where alpha in {0, 1/N, ..., 1} makes |f_y(t)(x_db) - f_y(t+1)(x_db)|
-    smallest; of equal ones the smallest alpha is taken. The ends of the grid are not classified again.
+    alpha is in {0, 1/N, ..., 1}; of equal differences the smallest alpha is taken. The ends are not classified again.
 
     Args:
         before: x(t), [M, 3, H, W].
@@ -108,8 +102,7 @@ def localise(
         N: Sections of the grid, at least 1; alpha is off by at most 1/(2N).
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
         search: ``grid`` classifies all N - 1 inner points. ``bisection`` classifies at most ceil(log2(N)) of them and
-            gives the same alpha if f_y(t) - f_y(t+1) is monotone along the segment. If it is not, it gives the better
-            side of one change of sign, which need not be the smallest difference.
+            gives the better side of one change of sign: the same alpha if f_y(t) - f_y(t+1) is monotone.
 
     Returns:
         alpha [M] and the on-boundary images [M, 3, H, W].
@@ -146,11 +139,10 @@ def localise(
 
 def _grid(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) -> Tensor:
     """The points of the smallest absolute difference; ``ends`` [M, 2] are those at 0 and N."""
-    M = len(ends)
-    found = ends.new_empty(M, N + 1)
-    found[:, 0], found[:, N] = ends[:, 0], ends[:, 1]
-    if N > 1 and M > 0:
-        found[:, 1:-1] = ask(torch.arange(1, N, device=ends.device).expand(M, -1), torch.arange(M, device=ends.device))
+    found = ends
+    if N > 1 and len(ends) > 0:
+        points, rows = torch.arange(1, N, device=ends.device), torch.arange(len(ends), device=ends.device)
+        found = torch.cat([ends[:, :1], ask(points.expand(len(ends), -1), rows), ends[:, 1:]], dim=1)
     return found.abs().argmin(dim=1)
 
 
@@ -174,18 +166,10 @@ def needed_for_replay(quality: Tensor, *, K_max: int) -> Tensor:
     """Which crossings of one image some (tau, t0, K <= K_max) can still select.
 
     I_K is the last K crossings among those with v >= tau. A crossing is among them for some tau only if fewer than
-    K_max later ones have a quality at least as high. All others can be dropped for good, since later crossings only
-    push them further back.
-
-    Args:
-        quality: v(t) of the crossings in the order of time, [M].
-        K_max: The largest K of a replay, at least 1.
-
-    Returns:
-        Booleans [M].
+    K_max later ones have a quality at least as high. All others can be dropped for good. ``quality`` is v(t) of the
+    crossings in the order of time, [M]; returns booleans [M].
     """
     check_int(K_max, name="K_max", low=1)
-    M = len(quality)
-    later = torch.ones(M, M, dtype=torch.bool, device=quality.device).triu(diagonal=1)
+    later = torch.ones(len(quality), len(quality), dtype=torch.bool, device=quality.device).triu(diagonal=1)
     dominating = (quality.unsqueeze(0) >= quality.unsqueeze(1)) & later
     return dominating.sum(dim=1) < K_max

@@ -23,19 +23,11 @@ SHIFTS = ((0, 2),)
 
 
 class Averaged(NamedTuple):
-    """What :func:`average_target_samples` made of one image's samples.
+    """What :func:`average_target_samples` made of one image's samples."""
 
-    Attributes:
-        image: [3, H, W] in [0, 1].
-        target: The class with the highest score.
-        used: Number of samples that the victim reads as that class.
-        beta: Size of the step away from the given image; 0 if none was needed, or none helped.
-    """
-
-    image: Tensor
-    target: int
-    used: int
-    beta: float
+    image: Tensor  # [3, H, W] in [0, 1]
+    used: int  # number of samples that the victim reads as the target
+    beta: float  # size of the step away from the given image; 0 if none was needed, or none helped
 
 
 def mirrored(images: Tensor, *, shift: tuple[int, int], flip: bool = True) -> Tensor:
@@ -43,14 +35,8 @@ def mirrored(images: Tensor, *, shift: tuple[int, int], flip: bool = True) -> Te
 
     Args:
         images: [n, 3, H, W].
-        shift: Towards the lower right if positive; each smaller than the side in size.
+        shift: Towards the lower right if positive; each smaller than the side in size, else ValueError.
         flip: Mirror them. False only moves them, for images that mean something else in a mirror.
-
-    Returns:
-        The same shape.
-
-    Raises:
-        ValueError: A shift as large as the image.
     """
     dy, dx = shift
     height, width = images.shape[-2:]
@@ -123,10 +109,10 @@ def average_target_samples(
     image = image.clamp(0, 1)
     # Nearly all means are read as the target at once: then the steps need not be classified.
     if int(classify(image[None]).argmax()) == target or not steps:
-        return Averaged(image, target, found, 0.0)
+        return Averaged(image, found, 0.0)
     tried = torch.cat([on_manifold(image[None], given, beta=beta) for beta in steps]).clamp(0, 1)
     right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
-    return Averaged(tried[right[0]], target, found, steps[right[0]]) if right else Averaged(image, target, found, 0.0)
+    return Averaged(tried[right[0]], found, steps[right[0]]) if right else Averaged(image, found, 0.0)
 
 
 def stitch_mirrored(
@@ -134,13 +120,7 @@ def stitch_mirrored(
 ) -> Reconstruction:
     """Rebuild one image from its trace, as the class that scores highest on the mirrored copies of its samples.
 
-    :func:`class_scores` chooses the class, :func:`average_target_samples` makes the image.
-
-    Args:
-        trace: It must hold ``samples`` and ``mirrored_logits``.
-        own_class_weight: Factor of the score of the given image's own class, in [0, 1].
-        classify: The victim: images [n, 3, H, W] to logits [n, C].
-        betas: Step sizes to try, increasing, each at least 0.
+    :func:`class_scores` with ``own_class_weight`` chooses the class, :func:`average_target_samples` makes the image.
 
     Returns:
         With the reason ``class_scores``, or ``no_sample_of_class`` if the victim reads no sample as the target, so that

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 STITCHED = "stitched"
@@ -24,18 +23,6 @@ class Intermediate:
 
     views: Tensor
     view: Callable[[Tensor], Tensor] | None = None
-
-    @classmethod
-    def join(cls, parts: Sequence[Intermediate]) -> Intermediate:
-        """Concatenate the intermediates of several stacks of images, in order.
-
-        Raises:
-            ValueError: No parts, or parts with different numbers of views.
-        """
-        counts = sorted({len(part.views) for part in parts})
-        if len(counts) != 1:
-            raise ValueError(f"`parts` must be at least one intermediate, all with the same V, got V of {counts}")
-        return cls(torch.cat([part.views for part in parts], dim=1), parts[0].view)
 
     def viewed(self, images: Tensor) -> Tensor:
         """Images [n, 3, H, W] as the victim gets to see them."""

@@ -16,8 +16,7 @@ def quality(reconstructions: Tensor, given: Tensor) -> Tensor:
     """v(t) ~ SSIM(x(t), x0), image by image.
 
     SSIM as in Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, data range 1, mean over channels and all
-    pixels, the image reflected at its border. The range is fixed, so that an image's figure does not depend on its
-    batch.
+    pixels, the image reflected at its border.
 
     Args:
         reconstructions: [B, 3, H, W] in [0, 1].
@@ -30,10 +29,8 @@ def quality(reconstructions: Tensor, given: Tensor) -> Tensor:
         ValueError: The shapes differ, or a side is too short to be reflected.
     """
     if reconstructions.shape != given.shape:
-        raise ValueError(
-            "`reconstructions` and `given` must have one shape, got "
-            f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"
-        )
+        shapes = f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"
+        raise ValueError(f"`reconstructions` and `given` must have one shape, got {shapes}")
     if min(given.shape[-2:]) < SMALLEST_SIDE:
         raise ValueError(
             f"`given` must be at least {SMALLEST_SIDE}x{SMALLEST_SIDE} pixels for SSIM, got {tuple(given.shape[-2:])}"

@@ -110,18 +110,11 @@ def stitch(
 ) -> Reconstruction:
     """Rebuild one image from its decision trace (Algorithm 1, lines 9-18), without fitting again.
 
-    Args:
-        trace: What the fit left.
-        tau: Quality threshold in [0, 1].
-        t0: Warm-up, at least 0.
-        K: Number of on-boundary images, from 1 to ``trace.K_max``.
-        beta: Step size of Eq. 6, at least 0.
-        rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3), for both thresholds.
-        t0_unit: What t0 counts, ``steps`` or ``samples``.
-        divide_by: What Eq. 7 divides by with fewer than K crossings, ``found`` or ``K``.
+    :func:`select` takes tau, t0, K, ``rule`` and ``t0_unit``, :func:`on_manifold` beta, :func:`stitch_images`
+    ``divide_by``. Without crossings the image is the mean of the last K samples.
 
     Raises:
-        ValueError: An option is out of range.
+        TypeError, ValueError: An option is out of range.
     """
     check_float(beta, name="beta", low=0.0)
     used = select(trace, tau=tau, t0=t0, K=K, rule=rule, t0_unit=t0_unit)

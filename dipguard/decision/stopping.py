@@ -19,19 +19,17 @@ LEAST_ERROR = 1e-20
 
 
 class Stopped(NamedTuple):
-    """What a rule chose.
+    """What a rule chose."""
 
-    Attributes:
-        images: x(t) at each image's own t, [B, 3, H, W].
-        steps: That t, [B] int64.
-    """
-
-    images: Tensor
-    steps: Tensor
+    images: Tensor  # x(t) at each image's own t, [B, 3, H, W]
+    steps: Tensor  # that t, [B] int64
 
 
 class StopRule(ABC):
-    """Chooses one step for each image of one stack during one fit; a second fit needs a new rule."""
+    """Chooses one step for each image of one stack during one fit; a second fit needs a new rule.
+
+    The constructors of the rules raise TypeError or ValueError for an argument that is out of range.
+    """
 
     def __init__(self) -> None:
         self._count = 0
@@ -52,10 +50,8 @@ class StopRule(ABC):
         if t != self._count:
             raise ValueError(f"`t` must be {self._count}, the next step of this rule's one fit, got {t}")
         if reconstructions.shape != given.shape or (self._images is not None and given.shape != self._images.shape):
-            raise ValueError(
-                "`reconstructions` and `given` must have one shape at all steps, got "
-                f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"
-            )
+            shapes = f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"
+            raise ValueError(f"`reconstructions` and `given` must have one shape at all steps, got {shapes}")
         # Tensors made in inference mode could not be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._watch(t, reconstructions.detach(), given.detach())
@@ -96,16 +92,8 @@ class StopRule(ABC):
 def tile_psnr(images: Tensor, given: Tensor, *, tile: int = TILE) -> Tensor:
     """Smallest PSNR over the tiles of an image, against the given one (Dai et al. 2020).
 
-    Tiles start at the upper left. What a side that is no multiple of ``tile`` leaves over counts for nothing, as in the
-    ports of the authors' script; a side shorter than ``tile`` is one tile.
-
-    Args:
-        images: [B, 3, H, W] in [0, 1].
-        given: The same shape.
-        tile: Side of a tile, pixels.
-
-    Returns:
-        [B] float64, in dB, at most 200.
+    Tiles of ``tile`` pixels a side start at the upper left; what is left over counts for nothing, as in the ports of
+    the authors' script, and a side shorter than ``tile`` is one tile. Returns [B] float64, in dB, at most 200.
     """
     height, width = (min(tile, side) for side in images.shape[-2:])
     rows, columns = images.shape[-2] // height, images.shape[-1] // width
@@ -119,17 +107,12 @@ class PeakOfSmoothedPSNR(StopRule):
     """DIPDefend's rule (Dai et al. 2020): the reconstruction at the peak of the smoothed PSNR to the given image.
 
     Double exponential smoothing of p(t), the smallest PSNR over tiles (`tile_psnr`): s(0) = p(0), b(1) = p(1) - p(0),
-    s(t) = l p(t) + (1 - l) (s(t-1) + b(t-1)), b(t) = l (s(t) - s(t-1)) + (1 - l) b(t-1). The trend b starts with the
-    rise of the very first step and forgets it over 1 / l steps: s overshoots p, then turns. The peak is the highest s
-    of the whole fit, the first among equals, so a longer fit can move it. Where s never rises above s(0), as in a short
-    fit whose first step made things worse, there is no peak: then the newest reconstruction is the choice.
+    s(t) = l p(t) + (1 - l) (s(t-1) + b(t-1)), b(t) = l (s(t) - s(t-1)) + (1 - l) b(t-1). The peak is the highest s of
+    the whole fit, the first among equals. Where s never rises above s(0), the newest reconstruction is the choice.
 
     Args:
         smoothing: l, in [0, 1]; the authors' is 0.002.
         tile: Side of a tile, pixels; the authors' is 32.
-
-    Raises:
-        TypeError, ValueError: An argument is out of range.
     """
 
     def __init__(self, *, smoothing: float = 0.002, tile: int = TILE) -> None:
@@ -155,14 +138,7 @@ class PeakOfSmoothedPSNR(StopRule):
 
 
 class FixedStep(StopRule):
-    """The same step for every image (Kattamis et al. 2019; Sutanto and Lee 2020).
-
-    Args:
-        step: t, at least 0.
-
-    Raises:
-        TypeError, ValueError: ``step`` is out of range.
-    """
+    """The same step, at least 0, for every image (Kattamis et al. 2019; Sutanto and Lee 2020)."""
 
     def __init__(self, step: int) -> None:
         super().__init__()
@@ -189,15 +165,12 @@ class WindowedVariance(StopRule):
     reconstruction of the window whose variance is the least so far; an image stops, for good, when P windows in a row
     brought none that is less. Before the first full window the newest reconstruction is the choice.
 
-    Sums over the window are float64 and run along: each step adds one image and takes one away. Memory: the window's W
-    images, [W, B, 3, H, W] of x's dtype, and one float64 image.
+    Sums over the window are float64 and run along: each step adds one image and takes one away. The memory holds the
+    window's W images.
 
     Args:
         window: W, at least 2; the authors' is 100.
         patience: P, at least 1; the authors' is 1000.
-
-    Raises:
-        TypeError, ValueError: An argument is out of range.
     """
 
     def __init__(self, *, window: int = 100, patience: int = 1000) -> None:

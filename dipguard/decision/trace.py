@@ -22,10 +22,9 @@ def sampled_steps(T: int, *, decisions: int | None = 200, every: int | None = No
     """The 0-based optimiser steps t, 0 <= t < T, whose reconstruction x(t) the victim classifies.
 
     Section 4.1 takes 200 steps at equal intervals. With ``decisions=S`` they are ceil((i+1) T/S) - 1 for
-    i = 0 ... S-1, which spreads S samples as evenly as whole steps allow, whether or not S divides T (T/200 is not
-    whole for T = 500, 750, 1250 and 1500 of Table 3); if S is larger than T, every step is sampled. With ``every=n``
-    they are n-1, 2n-1, ...: a shorter T then gives a prefix of a longer one. Both end on or near step T-1, because
-    the last reconstructions matter most: Algorithm 1 falls back on them when no boundary was crossed.
+    i = 0 ... S-1, which spreads S samples as evenly as whole steps allow; if S is larger than T, every step is sampled.
+    With ``every=n`` they are n-1, 2n-1, ...: a shorter T then gives a prefix of a longer one. Both end on or near step
+    T-1, since Algorithm 1 falls back on the last reconstructions when no boundary was crossed.
 
     Args:
         T: Number of optimiser steps, at least 1.

@@ -1,8 +1,4 @@
-"""Defences: images in, purified images out.
-
-A new one is one subclass of `Defense` in a file of its own and one row in `DEFENSES`; a package of your own registers
-one through the entry point group ``dipguard.defenses`` (docs/new_defense.md).
-"""
+"""Defences: images in, purified images out. docs/new_defense.md shows how to add one."""
 
 from __future__ import annotations
 
@@ -46,15 +42,10 @@ _HOMES = {"Defense": "base", "DefenseResult": "base", "DIPGuard": "paper", "Mirr
 def build_defense(
     name: str, victim: nn.Module, *, seed: int = 0, weights: str | Path | None = None, **options: Any
 ) -> Defense:
-    """Return the defence called ``name`` for ``victim``.
+    """Return the defence called ``name`` (a key of `DEFENSES` or an installed entry point) for ``victim``.
 
-    Args:
-        name: A key of `DEFENSES`, or a name that another package registers.
-        victim: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C].
-        seed: Seed of the defence's random draws, at least 0.
-        weights: Path or https address of the defence's own weights, only for defences that have any. Without them such
-            a defence can be built, but is `unavailable`.
-        options: The defence's own options.
+    ``seed`` is that of `Defense`, ``options`` are the defence's own. ``weights`` is the path or https address of its
+    weights, only for defences that have any; without them such a defence can be built, but is `unavailable`.
 
     Raises:
         TypeError: An option that the defence does not have (also ``weights`` where there is nothing to load).

@@ -7,7 +7,6 @@ import time
 from abc import ABC
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
-from importlib import import_module
 from typing import Any, ClassVar, Self, TypeAlias
 
 import pytorch_lightning as pl
@@ -15,17 +14,16 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
+from dipguard.attacks.libraries import load_library
 from dipguard.checks import check_images, check_int
-from dipguard.classifier import check_is_module
+from dipguard.classifier import Decider, check_is_module
 from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.intermediates import STITCHED, Intermediate
-from dipguard.fit import Decider, FitOptions
+from dipguard.fit import FitOptions
 
 Callbacks: TypeAlias = Sequence[pl.Callback]
 Indices: TypeAlias = Tensor | Sequence[int]
 """Positions of images in their data set: an integer tensor [N], or a list, range or array of N integers."""
-PURIFIED = "purified"
-"""The reason of a defence that leaves no trace."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -49,12 +47,21 @@ class Purified:
     seconds: dict[str, float] = field(default_factory=lambda: {"start": 0.0, "fit": 0.0, "decide": 0.0})
 
     @classmethod
-    def join(cls, parts: Sequence[Self]) -> Self:
-        """Concatenate the images of several results; seconds add up.
+    def plain(cls, images: Tensor, *, start: float) -> Purified:
+        """Images of a defence that leaves no trace; ``start`` is ``time.perf_counter()`` from before it."""
+        seconds = {"start": 0.0, "fit": time.perf_counter() - start, "decide": 0.0}
+        count = len(images)
+        return Purified(reconstructions=images, reasons=["purified"] * count, used=[0] * count, seconds=seconds)
 
-        Raises:
-            ValueError: No parts.
-        """
+    @classmethod
+    def stitched(cls, made: Sequence[Reconstruction], *, like: Tensor, **more: Any) -> Purified:
+        """Stitched images, of the dtype and on the device of ``like``; ``more`` are the traces and the seconds."""
+        images, reasons, used = zip(*((one.image, one.reason, len(one.used)) for one in made), strict=True)
+        return Purified(reconstructions=torch.stack(images).to(like), reasons=list(reasons), used=list(used), **more)
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """Concatenate the images of several results; seconds add up. ValueError if there are no parts."""
         if not parts:
             raise ValueError("`parts` must hold at least one result, got none")
         return cls(**{f.name: _joined([getattr(part, f.name) for part in parts]) for f in fields(cls)})
@@ -101,7 +108,8 @@ class Defense(nn.Module, ABC):
         self.seed = check_int(seed, name="seed", low=0)
         self.decide = Decider(victim)
         self.versions = {
-            project: str(library(module, defense=self.name).__version__) for project, module in self.LIBRARIES.items()
+            key: str(load_library(module, user=f"the defence {self.name!r}", extra="defenses").__version__)
+            for key, module in self.LIBRARIES.items()
         }
 
     @property
@@ -137,11 +145,7 @@ class Defense(nn.Module, ABC):
         return None
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels of the result for images of the given size.
-
-        Raises:
-            ValueError: Images of this size cannot be purified.
-        """
+        """Height and width in pixels of the result; ValueError if images of this size cannot be purified."""
         return height, width
 
     def defend(
@@ -154,10 +158,10 @@ class Defense(nn.Module, ABC):
 
         Args:
             images: Float [N, 3, H, W] in [0, 1].
-            indices: Positions of the images in their data set, [N], at least 0; 0 to N - 1 by default. Random draws
-                depend on them.
-            callbacks: Lightning callbacks for the fits of a deep image prior; other defences have no use for them.
-            logger: Lightning logger for the means over each fit; other defences have no use for it.
+            indices: Positions of the images in their data set, at least 0, on which random draws depend; 0 to N - 1 by
+                default.
+            callbacks: Lightning callbacks for the fits of a deep image prior.
+            logger: Lightning logger for the means over each fit.
 
         Raises:
             TypeError, ValueError: Bad images, indices or victim, or a size that the defence cannot take.
@@ -180,20 +184,16 @@ class Defense(nn.Module, ABC):
         Arguments and errors are those of `defend`.
         """
         with torch.inference_mode(False), torch.no_grad():
-            return self._checked_purify(images, indices, callbacks=(), logger=None).reconstructions
+            return self._checked_purify(images, indices).reconstructions
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [N, C] on the purified images."""
         return self.decide(self.purify(images))
 
     def intermediates(self, images: Tensor, *, indices: Indices | None = None) -> dict[str, Intermediate]:
-        """Return what the defence looked at on its way to its result, from one purification; for adaptive attacks.
+        """Return what the defence looked at in one purification, by the names of `intermediate_views`.
 
-        Arguments and errors are those of `defend`.
-
-        Returns:
-            One entry for each name of `intermediate_views`. ``stitched`` is always among them: one view, equal to what
-            `purify` returns for the same images and indices.
+        Arguments and errors are those of `defend`. ``stitched`` is always among them: what `purify` returns.
         """
         positions = self._check_given(images, indices)
         with torch.inference_mode(False), torch.no_grad():
@@ -202,11 +202,7 @@ class Defense(nn.Module, ABC):
             return made
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
-        """Stitch an image again from its decision trace, without another fit.
-
-        Raises:
-            TypeError: The defence leaves no traces.
-        """
+        """Stitch an image again from its decision trace; TypeError if the defence leaves no traces."""
         raise TypeError(f"the defence {self.name!r} leaves no decision traces, so none can be rebuilt")
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
@@ -216,9 +212,8 @@ class Defense(nn.Module, ABC):
     def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
         """Purify checked images [N, 3, H, W]; by default one at a time, since convolutions round by batch size."""
         start = time.perf_counter()
-        made = torch.stack([self.purify_image(image, index) for image, index in zip(images, indices, strict=True)])
-        seconds = {"start": 0.0, "fit": time.perf_counter() - start, "decide": 0.0}
-        return Purified(reconstructions=made, reasons=[PURIFIED] * len(made), used=[0] * len(made), seconds=seconds)
+        made = [self.purify_image(image, index) for image, index in zip(images, indices, strict=True)]
+        return Purified.plain(torch.stack(made), start=start)
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
         """Purify checked images [N, 3, H, W] once and return `intermediates`."""
@@ -226,10 +221,9 @@ class Defense(nn.Module, ABC):
         return {STITCHED: Intermediate(made.reconstructions[None])}
 
     def _checked_purify(
-        self, images: Tensor, indices: Indices | None, *, callbacks: Callbacks, logger: Logger | None
+        self, images: Tensor, indices: Indices | None, *, callbacks: Callbacks = (), logger: Logger | None = None
     ) -> Purified:
-        # Tensors made in inference mode could never again take part in autograd: neither the result nor, should they
-        # be moved to another device meanwhile, the weights of a network. The caller leaves that mode.
+        # The caller has left inference mode: tensors made in it could never again take part in autograd.
         positions = self._check_given(images, indices)
         made = self._purify(images.detach().clone(), positions, callbacks=callbacks, logger=logger)
         self._check_result(images, made.reconstructions)
@@ -258,12 +252,7 @@ class Defense(nn.Module, ABC):
 
 
 def check_indices(indices: Indices | None, *, count: int) -> list[int]:
-    """Return the indices of ``count`` images as integers; 0 to ``count`` - 1 for None.
-
-    Raises:
-        TypeError: They are not integers (floats and bools are none), or have more than one dimension.
-        ValueError: Not one per image, or a negative one.
-    """
+    """Return the indices of ``count`` images as integers, 0 to ``count`` - 1 for None; TypeError or ValueError else."""
     given = range(count) if indices is None else indices
     values = given.tolist() if isinstance(given, Tensor) and given.ndim else given
     try:
@@ -278,21 +267,6 @@ def check_indices(indices: Indices | None, *, count: int) -> list[int]:
     if min(order) < 0:
         raise ValueError(f"`indices` must be at least 0, got {min(order)}")
     return order
-
-
-def library(module: str, *, defense: str) -> Any:
-    """Import a library that only some defences need.
-
-    Raises:
-        ImportError: It is not installed; the message says how to get it.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"the defence {defense!r} needs {module}, which could not be imported ({error}): "
-            "pip install 'dipguard[defenses]'"
-        ) from error
 
 
 def _joined(values: list[Any]) -> Any:

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dipguard.checks import check_float
+from dipguard.checks import check_bool, check_float
 from dipguard.defenses.network_defense import NetworkDefense
 from dipguard.seeding import image_generator
 
-PATCH = 32
-"""Side of a patch in pixels: the size that the networks were trained on."""
-CODE = 12
-"""Bits per pixel of the code."""
+PATCH = 32  # side of a patch in pixels: the size that the networks were trained on
+CODE = 12  # bits per pixel
 _ENCODER = (3, 16, 32, 64, 128, 256, 128, 64, 32, CODE)
 _DECODER = (CODE, 32, 64, 128, 256, 128, 64, 32, 16, 3)
 
@@ -27,8 +24,10 @@ class ComDefendNetwork(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = _convolutions(_ENCODER)
-        self.decoder = _convolutions(_DECODER)
+        self.encoder, self.decoder = (
+            nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for inputs, outputs in pairwise(channels))
+            for channels in (_ENCODER, _DECODER)
+        )
 
     def forward(self, images: Tensor, noise: Tensor) -> Tensor:
         """Rebuild images [n, 3, H, W] in [0, 1] from their bits, given noise [n, 12, H, W] on the code.
@@ -37,10 +36,6 @@ class ComDefendNetwork(nn.Module):
         """
         bits = (_apply(self.encoder, images - 0.5) > noise).to(images.dtype)
         return torch.sigmoid(_apply(self.decoder, bits))
-
-
-def _convolutions(channels: tuple[int, ...]) -> nn.ModuleList:
-    return nn.ModuleList(nn.Conv2d(inputs, outputs, 3, padding=1) for inputs, outputs in pairwise(channels))
 
 
 def _apply(convolutions: nn.ModuleList, x: Tensor) -> Tensor:
@@ -74,19 +69,9 @@ class ComDefend(NetworkDefense):
         "decoder.8.bias"
     )
 
-    def __init__(
-        self,
-        victim: nn.Module,
-        *,
-        weights: str | Path | None = None,
-        patches: bool | None = None,
-        noise: float = 1.0,
-        seed: int = 0,
-    ) -> None:
-        super().__init__(victim, weights=weights, seed=seed)
-        if patches is not None and not isinstance(patches, bool):
-            raise TypeError(f"`patches` must be true, false or null, got {patches!r}")
-        self.patches = patches
+    def __init__(self, victim: nn.Module, *, patches: bool | None = None, noise: float = 1.0, **options: Any) -> None:
+        super().__init__(victim, **options)
+        self.patches = None if patches is None else check_bool(patches, name="patches")
         self.noise = check_float(noise, name="noise", low=0)
 
     def make_network(self) -> nn.Module:
@@ -109,9 +94,13 @@ class ComDefend(NetworkDefense):
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Encode, threshold against noise, decode."""
-        if not self._in_patches(*image.shape[-2:]):
+        _, height, width = image.shape
+        if not self._in_patches(height, width):
             return self._rebuild(image[None], index)[0].to(image)
-        rebuilt = _join(self._rebuild(_cut(image.flip(0)), index), *image.shape[-2:]).flip(0)
+        cells = image.flip(0).unfold(1, PATCH, PATCH).unfold(2, PATCH, PATCH)  # [3, H/32, W/32, 32, 32]
+        patches = self._rebuild(cells.permute(1, 2, 0, 3, 4).reshape(-1, 3, PATCH, PATCH), index)
+        cells = patches.unflatten(0, (height // PATCH, width // PATCH)).permute(2, 0, 3, 1, 4)
+        rebuilt = cells.reshape(3, height, width).flip(0)
         return ((rebuilt * 255).floor() / 255).to(image)
 
     def _rebuild(self, images: Tensor, index: int) -> Tensor:
@@ -123,16 +112,3 @@ class ComDefend(NetworkDefense):
 
     def _in_patches(self, height: int, width: int) -> bool:
         return max(height, width) > PATCH if self.patches is None else self.patches
-
-
-def _cut(image: Tensor) -> Tensor:
-    """[3, H, W] -> its patches [H/32 * W/32, 3, 32, 32], row by row."""
-    _, height, width = image.shape
-    cells = image.reshape(3, height // PATCH, PATCH, width // PATCH, PATCH)
-    return cells.permute(1, 3, 0, 2, 4).reshape(-1, 3, PATCH, PATCH)
-
-
-def _join(patches: Tensor, height: int, width: int) -> Tensor:
-    """Undo `_cut`."""
-    cells = patches.reshape(height // PATCH, width // PATCH, 3, PATCH, PATCH)
-    return cells.permute(2, 0, 3, 1, 4).reshape(3, height, width)

@@ -21,7 +21,7 @@ from dipguard.registry import check_options
 
 
 class StackRun(TypedDict):
-    """How one stack is run: these keyword arguments of :func:`~dipguard.fit.fit_stack`."""
+    """How one stack is run: keyword arguments of :func:`~dipguard.fit.fit_stack`."""
 
     device: torch.device
     callbacks: Sequence[pl.Callback]
@@ -93,9 +93,11 @@ class DIPDefense(Defense):
     def settings(self) -> dict[str, Any]:
         """The options, those of the fit (a list ``fit`` if there are several) and further ones of its Trainer."""
         made = [{name: v for name, v in fit.as_settings().items() if name != "seed"} for fit in self.dip_fits]
-        fits = made[0] if len(made) == 1 else {"fit": made}
-        trainer = {"trainer": {name: _plain(value) for name, value in self.trainer.items()}} if self.trainer else {}
-        return {**super().settings, **fits, **trainer}
+        fits: dict[str, Any] = made[0] if len(made) == 1 else {"fit": made}
+        if self.trainer:  # for JSON, an object is named by its class
+            plain = (str, int, float, type(None))
+            fits["trainer"] = {k: v if isinstance(v, plain) else type(v).__name__ for k, v in self.trainer.items()}
+        return {**super().settings, **fits}
 
     @property
     def dip_fits(self) -> tuple[FitOptions, ...]:
@@ -114,8 +116,7 @@ class DIPDefense(Defense):
 
     def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
         """Purify stack by stack."""
-        start = time.perf_counter()
-        count, height, width = len(images), images.shape[-2], images.shape[-1]
+        start, count, (height, width) = time.perf_counter(), len(images), images.shape[-2:]
         device = fit_device("auto", victim=self.victim, images=images)
         size = self.stack_size or min(
             stack_size_for(count, size=(height, width), fit=fit, kept=self.images_kept, device=device)
@@ -135,8 +136,3 @@ class DIPDefense(Defense):
         parts = list(in_stacks(count, size=size, T=self.longest_fit, work=work, device=device, progress=show))
         parts[0].seconds["start"] += choosing
         return Purified.join(parts)
-
-
-def _plain(value: Any) -> Any:
-    """The value as JSON can hold it: an object is named by its class."""
-    return value if value is None or isinstance(value, str | int | float) else type(value).__name__

@@ -30,24 +30,22 @@ NETWORKS: dict[str, NetworkSpec] = {
 """The network of DIPDefend (9,011 parameters), which strong perturbations survive least, and one twice as wide, which
 keeps more of a clean image."""
 MOST_MIRRORED = 8
-"""Most mirrored windows that `MirrorGuard.intermediates` returns: each costs an attack a call of the victim and a
-gradient."""
+"""Most mirrored windows of `MirrorGuard.intermediates`: each costs an attack a call of the victim and a gradient."""
 
 
 class MirrorGuard(DIPDefense):
     """The mean of the reconstructions that the victim assigns to the class with the highest scores on mirrored copies.
 
-    It keeps the frame of Ding et al. 2021: an untrained network is fitted to the given image alone, the victim's
-    decisions along the fit choose what is averaged (Eq. 7), and a step away from the given image (Eq. 6) is taken where
-    the victim assigns the mean to another class. What differs: two networks without skip connections (z is fitted with
-    them, no jitter, zero padding), and the class is not that of the last crossings. It is the one with the highest mean
-    probability on copies of x(t) that were mirrored and moved by two pixels; the given image's own class counts half.
+    As in Ding et al. 2021, an untrained network is fitted to the given image alone, the victim's decisions along the
+    fit choose what is averaged (Eq. 7), and a step away from the given image (Eq. 6) is taken if the victim assigns the
+    mean to another class. What differs: two networks without skip connections (z is fitted with them, no jitter, zero
+    padding), and the class is the one with the highest mean probability on copies of x(t) that were mirrored and moved
+    by two pixels; the given image's own class counts half.
 
-    How it was chosen, and its figures: docs/trials.md. An adaptive attack can attack the mirrored copies too. Purifiers
-    have fallen to such attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022); docs/limits.md says how
-    far this one was tested.
+    How it was chosen, and its figures: docs/trials.md. Purifiers have fallen to adaptive attacks (Athalye et al. 2018;
+    Tramer et al. 2020; Croce et al. 2022); docs/limits.md says how far this one was tested.
 
-    Each decision trace holds the means of x(t) over windows of all networks' fits, one network after the other, as
+    A decision trace holds the means of x(t) over windows of all networks' fits, one network after the other, as
     ``samples``, the victim's logits on them and on their mirrored copies, each network's last window as ``last``, and
     no crossings.
 
@@ -125,7 +123,7 @@ class MirrorGuard(DIPDefense):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options, those of each fit, and the shifts of the mirrored copies."""
+        """The options of defence and fits, and the shifts of the mirrored copies."""
         return {**super().settings, "shifts": [list(shift) for shift in SHIFTS]}
 
     @property
@@ -150,28 +148,20 @@ class MirrorGuard(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
-        start = time.perf_counter()
-        logs = [self._fit(images, indices, fit, run) for fit in self.fits]
-        asked = sum(log.seconds for log in logs)
-        fitted = time.perf_counter()
+        start, logs = time.perf_counter(), []
+        for fit in self.fits:
+            log = WindowLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows, flip=self.mirror)
+            with isolated_trainer(run["device"]):
+                trainer = make_trainer(self.steps, **(run | {"callbacks": [log, *run["callbacks"]]}))
+                trainer.fit(StackedDIP(images, indices=indices, options=fit))
+            logs.append(log)
+        asked, fitted = sum(log.seconds for log in logs), time.perf_counter()
         traces = self._traces(logs, images, indices)
         rebuilt = [self.rebuild(trace) for trace in traces]
         if run["logger"] is not None:
             _log_means(run["logger"], traces, first_step=first_step)
-        return Purified(
-            reconstructions=torch.stack([made.image for made in rebuilt]).to(images),
-            reasons=[made.reason for made in rebuilt],
-            used=[len(made.used) for made in rebuilt],
-            traces=traces,
-            seconds={"start": 0.0, "fit": fitted - start - asked, "decide": time.perf_counter() - fitted + asked},
-        )
-
-    def _fit(self, images: Tensor, indices: list[int], fit: FitOptions, run: StackRun) -> WindowLogger:
-        log = WindowLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows, flip=self.mirror)
-        with isolated_trainer(run["device"]):
-            trainer = make_trainer(self.steps, **(run | {"callbacks": [log, *run["callbacks"]]}))
-            trainer.fit(StackedDIP(images, indices=indices, options=fit))
-        return log
+        seconds = {"start": 0.0, "fit": fitted - start - asked, "decide": time.perf_counter() - fitted + asked}
+        return Purified.stitched(rebuilt, like=images, traces=traces, seconds=seconds)
 
     def _traces(self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int]) -> list[DecisionTrace]:
         """One decision trace per image of a stack [B, 3, H, W], on the CPU."""
@@ -184,9 +174,8 @@ class MirrorGuard(DIPDefense):
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
         steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
-        own = self.decide(images).cpu()
+        own, none = self.decide(images).cpu(), torch.empty(0)
         samples, errors, logits, mirrored_logits = (x.cpu() for x in (samples, errors, logits, mirrored_logits))
-        none = torch.empty(0)
         return [
             DecisionTrace(
                 index=index,
@@ -210,9 +199,8 @@ class MirrorGuard(DIPDefense):
     @property
     def _mirrored_windows(self) -> list[int]:
         """Which windows an attack sees mirrored: spread evenly, the last one included."""
-        windows = self.windows * len(self.fits)
-        count = min(MOST_MIRRORED, windows)
-        return [(number + 1) * windows // count - 1 for number in range(count)]
+        count = min(MOST_MIRRORED, self.images_kept)
+        return [(number + 1) * self.images_kept // count - 1 for number in range(count)]
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
         """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""

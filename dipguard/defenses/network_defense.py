@@ -18,7 +18,8 @@ from dipguard.victims.weights import load_state_dict_strict
 class NetworkDefense(Defense):
     """A defence with a trained network. Without its weights it can be built, but it is `unavailable`.
 
-    A subclass sets ``weights_source`` and implements `make_network`. The network runs in float32 and without autocast.
+    A subclass sets ``weights_source``, a sentence that says where weights can be found, and implements `make_network`.
+    The network runs in float32 and without autocast.
 
     Args:
         weights: Path or https address of the network's state dict; None if they are not supplied.
@@ -28,12 +29,15 @@ class NetworkDefense(Defense):
     """
 
     weights_source: str
-    """A sentence that says where weights can be found."""
 
     def __init__(self, victim: nn.Module, *, weights: str | Path | None = None, seed: int = 0) -> None:
         super().__init__(victim, seed=seed)
-        self.network = None if weights is None else self._load(weights)
-        self._digest = None if self.network is None else tensor_digest(self.network.state_dict().values())
+        self.network = self._digest = None
+        if weights is not None:
+            # Initial weights, soon overwritten, are drawn from the global generator.
+            with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
+                self.network = self.load_network(weights).eval().requires_grad_(False)
+            self._digest = tensor_digest(self.network.state_dict().values())
         self.versions["torch"] = torch.__version__
 
     @abstractmethod
@@ -63,8 +67,3 @@ class NetworkDefense(Defense):
         with torch.autocast(device.type, enabled=False), eval_mode(self.network.to(device)) as network:
             output: Tensor = network(*(tensor.to(device, torch.float32) for tensor in inputs))
         return output
-
-    def _load(self, weights: str | Path) -> nn.Module:
-        # Initial weights, soon overwritten, are drawn from the global generator.
-        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-            return self.load_network(weights).eval().requires_grad_(False)

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dipguard.checks import check_bool
 from dipguard.defenses.network_defense import NetworkDefense
 from dipguard.seeding import image_generator
 
 BLOCKS, FEATURES, GROWTH = 23, 64, 32
-NOISE = 0.05
-"""Standard deviation of the dynamic variant's noise, for values in [0, 1]."""
-NOISE_LIMIT = 16 / 255
-"""Largest change of a value that this noise may make."""
+NOISE, NOISE_LIMIT = 0.05, 16 / 255
+"""Standard deviation of the dynamic variant's noise, and the largest change that it may make."""
 
 
 class _DenseBlock(nn.Module):
@@ -47,10 +45,7 @@ class _ResidualInResidual(nn.Module):
 
 
 class NRPNetwork(nn.Module):
-    """The purifier of Naseer et al. 2020: 23 residual-in-residual dense blocks, no skip from input to output.
-
-    Its parts have the names that the authors' weights have.
-    """
+    """The purifier of Naseer et al. 2020: 23 residual-in-residual dense blocks, named like the weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,9 +62,8 @@ class NRPNetwork(nn.Module):
 class NRP(NetworkDefense):
     """Neural representation purifier (Naseer et al. 2020).
 
-    Its authors' own code by-passes it with a straight-through attack that knows the network, and they offer the dynamic
-    variant against that. Ding et al. 2021 (section 4.3.1, Figure 4) show its accuracy fall under BPDA with an identity
-    backward, already at eps 2/255.
+    Its authors' own code by-passes it with a straight-through attack; the dynamic variant is against that. Ding et al.
+    2021 (section 4.3.1, Figure 4) show its accuracy fall under BPDA with an identity backward, already at eps 2/255.
 
     Args:
         weights: The authors' file NRP.pth.
@@ -82,13 +76,9 @@ class NRP(NetworkDefense):
         "the authors link to theirs at https://github.com/Muzammal-Naseer/NRP (Pretrained Purifiers, NRP.pth)"
     )
 
-    def __init__(
-        self, victim: nn.Module, *, weights: str | Path | None = None, dynamic: bool = False, seed: int = 0
-    ) -> None:
-        super().__init__(victim, weights=weights, seed=seed)
-        if not isinstance(dynamic, bool):
-            raise TypeError(f"`dynamic` must be true or false, got {dynamic!r}")
-        self.dynamic = dynamic
+    def __init__(self, victim: nn.Module, *, dynamic: bool = False, **options: Any) -> None:
+        super().__init__(victim, **options)
+        self.dynamic = check_bool(dynamic, name="dynamic")
 
     def make_network(self) -> nn.Module:
         """Return the untrained network."""
@@ -102,15 +92,13 @@ class NRP(NetworkDefense):
     @property
     def settings(self) -> dict[str, Any]:
         """The variant, the weights' digest and the noise."""
-        noise = {"noise": NOISE, "noise_limit": NOISE_LIMIT} if self.dynamic else {}
-        return {**super().settings, **noise}
+        return super().settings | ({"noise": NOISE, "noise_limit": NOISE_LIMIT} if self.dynamic else {})
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Add the noise of the dynamic variant, run the network, limit to [0, 1]."""
-        given = self._disturb(image, index) if self.dynamic else image
+        given = image
+        if self.dynamic:
+            noise = torch.empty(image.shape)
+            noise.normal_(0, NOISE, generator=image_generator(seed=self.seed, index=index, purpose="nrp"))
+            given = (image + noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(image)).clamp(0, 1)
         return self.run(given[None])[0].clamp(0, 1).to(image)
-
-    def _disturb(self, image: Tensor, index: int) -> Tensor:
-        noise = torch.empty(image.shape)
-        noise.normal_(0, NOISE, generator=image_generator(seed=self.seed, index=index, purpose="nrp"))
-        return (image + noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(image)).clamp(0, 1)

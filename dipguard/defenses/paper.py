@@ -6,6 +6,7 @@ import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,8 +32,7 @@ class DIPGuard(DIPDefense):
     The defaults are the settings of section 4.1 for CIFAR-10; ImageNet takes ``network="imagenet", T=3000``.
 
     Ding et al. show accuracy under transferred and identity-BPDA attacks. Purifiers with no more evidence than that
-    have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022): do not take robustness
-    for granted.
+    have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022).
 
     Args:
         T: Optimiser steps.
@@ -52,7 +52,7 @@ class DIPGuard(DIPDefense):
         keep_samples: Keep all sampled reconstructions in the traces.
         store: Folder of fits made earlier (:mod:`dipguard.store`), which other values of tau, t0, K, beta and T, and
             other victims, use again. Traces in the result are then shared and must not be changed.
-        store_T: Other values of T that a fit made for the store is to serve; it is as long as the longest of them.
+        store_T: Other values of T that a fit made for the store is to serve.
         options: The options of `DIPDefense`.
     """
 
@@ -114,7 +114,7 @@ class DIPGuard(DIPDefense):
 
     @property
     def longest_fit(self) -> int:
-        """T, or more if a fit for the store is to serve longer ones."""
+        """T, or that of the longest fit that the store is to serve."""
         return max(options.T for options in (self.decide_options, *self.also))
 
     @property
@@ -143,35 +143,27 @@ class DIPGuard(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit one stack, or take it from the store, and stitch."""
-        options: dict[str, Any] = {
-            "victim": self.victim,
-            "indices": indices,
-            "fit": self.fit_options,
-            "decide": self.decide_options,
-            "stitch": self.stitch_options,
-            "first_step": first_step,
+        fit = fit_stack if self.store is None else partial(stored_stack, store=self.store, also=self.also)
+        made = fit(
+            images,
+            victim=self.victim,
+            indices=indices,
+            fit=self.fit_options,
+            decide=self.decide_options,
+            stitch=self.stitch_options,
+            first_step=first_step,
             **run,
-        }
-        if self.store is None:
-            made = fit_stack(images, **options)
-        else:
-            made = stored_stack(images, store=self.store, also=self.also, **options)
-        return Purified(
-            reconstructions=torch.stack([reconstruction.image for reconstruction in made.reconstructions]).to(images),
-            reasons=[reconstruction.reason for reconstruction in made.reconstructions],
-            used=[len(reconstruction.used) for reconstruction in made.reconstructions],
-            traces=made.traces,
-            seconds=made.seconds,
         )
+        return Purified.stitched(made.reconstructions, like=images, traces=made.traces, seconds=made.seconds)
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
         """Fit once; without a crossing, ``on_boundary`` is what is stitched in its place."""
         made = self._purify(images, indices, callbacks=(), logger=None)
-        last, boundary = [], []
+        boundary = []
         for trace in made.traces:
             stitched = self.rebuild(trace)
             crossed = len(stitched.used) > 0
             boundary.append(trace.on_boundary[stitched.used].mean(dim=0) if crossed else stitched.image)
-            last.append(trace.last[-1])
+        last = [trace.last[-1] for trace in made.traces]
         views = {"last": last, "on_boundary": boundary, STITCHED: list(made.reconstructions)}
         return {name: Intermediate(torch.stack(view)[None].to(images)) for name, view in views.items()}

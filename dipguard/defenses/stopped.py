@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_float, check_int
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule, WindowedVariance
-from dipguard.defenses.base import PURIFIED, Purified
+from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
 from dipguard.fit import fit_rule
 from dipguard.networks import NetworkSpec
@@ -20,13 +20,12 @@ from dipguard.networks.presets import hourglass
 class StoppedDIP(DIPDefense):
     """A fit of a deep image prior, and a rule that chooses one reconstruction of each image.
 
-    A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. By default it is fitted like the official DIP
-    code does for denoising: slowly and smoothly, so that a rule can find the turning point. DIPGuard's own fit, without
-    noise on z, is past it after some 100 steps (docs/readings.md).
+    A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. By default the fit is that of the official DIP
+    code for denoising: slow and smooth, so that a rule can find the turning point. DIPGuard's own fit, without noise on
+    z, is past it after some 100 steps (docs/readings.md).
 
     Args:
         T: Optimiser steps, at least 1; a fit ends earlier once the rule has chosen for all images of a stack.
-        options: The options of `DIPDefense`.
     """
 
     FIT: ClassVar[dict[str, Any]] = {"jitter": 0.03333333333333333, "padding": "reflect"}
@@ -58,27 +57,19 @@ class StoppedDIP(DIPDefense):
         """Fit one stack until the rule has chosen."""
         start = time.perf_counter()
         stopped = fit_rule(images, rule=self.make_rule(), indices=indices, fit=self.fit_options, T=self.T, **run)
-        return Purified(
-            reconstructions=stopped.images.to(images),
-            reasons=[PURIFIED] * len(images),
-            used=[0] * len(images),
-            seconds={"start": 0.0, "fit": time.perf_counter() - start, "decide": 0.0},
-        )
+        return Purified.plain(stopped.images.to(images), start=start)
 
 
 class FixedStepDIP(StoppedDIP):
     """DIP stopped at a fixed step (Kattamis et al. 2019; Sutanto and Lee 2020), like for denoising.
 
-    Both stop a DIP fit after so many steps, the same for every image; how many belongs to the fit. 500 is half of the
-    T of Ding et al. 2021 on CIFAR-10 and was not tuned: of 16 tuning images (CIFAR ResNet-56), steps from 500 to 999
-    kept 10 to 12 under PGD at 8/255 and 12 to 15 without an attack, so few images do not tell them apart. Later steps
-    favour clean images and cost more; no step is the right one for clean and attacked images alike, which is why the
-    other rules exist. It falls to attacks that differentiate through the fit, or step over it (BPDA, Athalye et al.
-    2018).
+    500 is half of the T of Ding et al. 2021 on CIFAR-10 and was not tuned: of 16 tuning images (CIFAR ResNet-56), steps
+    from 500 to 999 kept 10 to 12 under PGD at 8/255 and 12 to 15 without an attack. Later steps favour clean images and
+    cost more; no step is right for clean and attacked images alike. It falls to attacks that differentiate through the
+    fit, or step over it (BPDA, Athalye et al. 2018).
 
     Args:
         step: The step t that is taken, below T.
-        options: The options of `StoppedDIP`.
     """
 
     name: ClassVar[str] = "dip_fixed"
@@ -104,7 +95,6 @@ class WindowedVarianceDIP(StoppedDIP):
         window: Reconstructions W of a window, from 2 to T.
         patience: Windows P without a smaller variance after which an image stops, at least 1; with P of T or more, the
             rule looks at the whole fit.
-        options: The options of `StoppedDIP`.
     """
 
     name: ClassVar[str] = "dip_es_wmv"
@@ -128,14 +118,12 @@ class WindowedVarianceDIP(StoppedDIP):
 class SmoothedPSNRDIP(StoppedDIP):
     """DIPDefend's stopping rule (Dai et al. 2020) on the official DIP code's fit for denoising.
 
-    Ding et al. 2021 differ from DIPDefend in both fit and rule; this defence differs in the fit alone.
     The rule's trend starts from the rise of the first step, which jitter blurs: of 16 tuning CIFAR-10 images, most had
     their peak between steps 620 and 870, and two to four had none before T = 1000 (then the last step is taken).
 
     Args:
         smoothing: Smoothing of the PSNR curve, in [0, 1]; the authors' value is the default.
         tile: Side of the tiles whose smallest PSNR is taken, in pixels.
-        options: The options of `StoppedDIP`.
     """
 
     name: ClassVar[str] = "dipdefend_rule"
@@ -151,21 +139,11 @@ class SmoothedPSNRDIP(StoppedDIP):
         return PeakOfSmoothedPSNR(smoothing=self.smoothing, tile=self.tile)
 
 
+_SMALL = hourglass((4, 8, 16), skips=0, input_depth=1)
+_LARGE = hourglass((16, 32, 64, 128, 128), skips=4, input_depth=3, upsample="nearest")
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": {
-        "network": hourglass((4, 8, 16), skips=0, input_depth=1),
-        "T": 4000,
-        "padding": "zeros",
-        "jitter": 0.0,
-        "optimise_z": True,
-    },
-    "imagenet": {
-        "network": hourglass((16, 32, 64, 128, 128), skips=4, input_depth=3, upsample="nearest"),
-        "T": 2400,
-        "padding": "reflect",
-        "jitter": 1 / 30,
-        "optimise_z": True,
-    },
+    "cifar10": dict(network=_SMALL, T=4000, padding="zeros", jitter=0.0, optimise_z=True),
+    "imagenet": dict(network=_LARGE, T=2400, padding="reflect", jitter=1 / 30, optimise_z=True),
 }
 """The authors' configurations, as far as ports of their script tell; the rest is FitOptions' default."""
 
@@ -176,11 +154,10 @@ class DIPDefend(SmoothedPSNRDIP):
     A small untrained network is fitted to the image, network and z together (Adam, 0.01, mean squared error); the
     result is the reconstruction at the peak of a smoothed PSNR curve (`PeakOfSmoothedPSNR`).
 
-    No official code is public; the presets follow ports of the authors' script. ``cifar10``: z of 1 channel, U(0, 0.1),
-    channels 4-8-16, no skips, bilinear, zero padding (9,011 parameters), 4,000 steps, most peaks near 650.
-    ``imagenet``: z of 3 channels, 16-32-64-128-128, skips of 4, nearest, reflected borders, jitter 1/30, 2,400 steps.
-    Two points of ``imagenet`` are open: the ports end that network without a sigmoid, where ours always has one; and
-    with jitter on they feed a copy of z, so that the z that Adam holds never moves, which is ``optimise_z=False`` here.
+    No official code is public; `PRESETS` follow ports of the authors' script. On CIFAR-10 (9,011 parameters) most peaks
+    are near step 650. Two points of ``imagenet`` are open: the ports end that network without a sigmoid, where ours
+    always has one; and with jitter on they feed a copy of z, so that the z that Adam holds never moves, which is
+    ``optimise_z=False`` here.
 
     No paper is known to us that breaks it by name. Ding et al. 2021 show it losing to identity BPDA (their Figure 4)
     and to examples near the decision boundary (C&W); purifiers with no more evidence than this one have fallen to

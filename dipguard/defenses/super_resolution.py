@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_float, check_int
-from dipguard.defenses.base import library
 from dipguard.defenses.network_defense import NetworkDefense
 from dipguard.defenses.transforms import from_hwc, jpeg_round_trip, to_hwc
 from dipguard.victims.weights import load_state_dict_strict
@@ -28,7 +28,7 @@ DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
 FEATURES = 64
 
 
-def wavelet_denoise(pixels: np.ndarray, *, sigma: float, defense: str = "sr") -> np.ndarray:
+def wavelet_denoise(pixels: np.ndarray, *, sigma: float) -> np.ndarray:
     """Denoise [H, W, 3] in [0, 1] like Mustafa et al. 2019, with scikit-image and PyWavelets; the same range.
 
     In YCbCr each channel is scaled to [0, 1] by its own least and largest value, decomposed into Haar wavelets on three
@@ -39,18 +39,14 @@ def wavelet_denoise(pixels: np.ndarray, *, sigma: float, defense: str = "sr") ->
         pixels: The image.
         sigma: Standard deviation of the noise in the scaled channels, above 0. (That is what the authors' code of 2019
             did; since then the library scales sigma along with the channels, which is therefore done here.)
-        defense: Name of the defence in the message that says what to install.
     """
-    color = library("skimage.color", defense=defense)
-    restoration = library("skimage.restoration", defense=defense)
+    color, denoise = import_module("skimage.color"), import_module("skimage.restoration").denoise_wavelet
+    options = {"sigma": sigma, "wavelet": "haar", "method": "BayesShrink", "mode": "soft", "rescale_sigma": False}
     channels = color.rgb2ycbcr(pixels.astype(np.float64))
     for channel in np.moveaxis(channels, -1, 0):
         low, high = channel.min(), channel.max()
         if high > low:
-            scaled = (channel - low) / (high - low)
-            channel[:] = low + (high - low) * restoration.denoise_wavelet(
-                scaled, sigma=sigma, wavelet="haar", method="BayesShrink", mode="soft", rescale_sigma=False
-            )
+            channel[:] = low + (high - low) * denoise((channel - low) / (high - low), **options)
     return np.clip(color.ycbcr2rgb(channels), 0, 1)
 
 
@@ -79,16 +75,15 @@ class SuperResolution(NetworkDefense):
         self,
         victim: nn.Module,
         *,
-        weights: str | Path | None = None,
         upscaler: str = "imdn",
         sigma: float = 0.01,
         quality: int = 95,
         output: str = "bicubic",
-        seed: int = 0,
+        **options: Any,
     ) -> None:
         self.upscaler = check_choice(upscaler, SOURCES, name="upscaler")  # `make_network` needs it
         self.weights_source = SOURCES[upscaler]
-        super().__init__(victim, weights=weights, seed=seed)
+        super().__init__(victim, **options)
         self.sigma = check_float(sigma, name="sigma", low=0)
         self.quality = check_int(quality, name="quality", low=1, high=100)
         self.output = check_choice(output, OUTPUTS, name="output")
@@ -99,12 +94,12 @@ class SuperResolution(NetworkDefense):
 
     def load_network(self, weights: str | Path) -> nn.Module:
         """Return the upscaler with these weights; EDSR's two fixed convolutions may be missing."""
-        if self.upscaler == "edsr":
-            try:
-                return super().load_network(weights)
-            except ValueError:
-                return load_state_dict_strict(EDSR(stored_mean=False).float(), weights, argument="weights")
-        return super().load_network(weights)
+        try:
+            return super().load_network(weights)
+        except ValueError:
+            if self.upscaler != "edsr":
+                raise
+            return load_state_dict_strict(EDSR(stored_mean=False).float(), weights, argument="weights")
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return twice the given size if the doubled image is kept."""
@@ -113,41 +108,31 @@ class SuperResolution(NetworkDefense):
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Denoise, compress, double, scale down."""
         prepared = from_hwc(self.prepare(to_hwc(image)), image.float())
-        doubled = (self.run(prepared[None]).clamp(0, 1) * 255).round() / 255
-        return self._scale_down(doubled, (image.shape[-2], image.shape[-1]))[0].clamp(0, 1).to(image)
+        made = (self.run(prepared[None]).clamp(0, 1) * 255).round() / 255
+        if self.output != "doubled":
+            size, antialias = (image.shape[-2], image.shape[-1]), self.output == "bicubic"
+            made = F.interpolate(made, size=size, mode=self.output, antialias=antialias)
+        return made[0].clamp(0, 1).to(image)
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """Denoise and compress [H, W, 3] in [0, 1]: what the upscaler gets. Needs no weights."""
         if self.sigma > 0:
             # Cut down, not rounded, to 8 bits: only so is the file that the authors give met to 42.7 dB (else 40.6).
-            pixels = np.floor(wavelet_denoise(pixels, sigma=self.sigma, defense=self.name) * 255) / 255
-        return jpeg_round_trip(pixels, quality=self.quality, subsampling=self.subsampling, defense=self.name)
-
-    def _scale_down(self, doubled: Tensor, size: tuple[int, int]) -> Tensor:
-        if self.output == "bicubic":
-            return F.interpolate(doubled, size=size, mode="bicubic", antialias=True)
-        return F.interpolate(doubled, size=size, mode="area") if self.output == "area" else doubled
+            pixels = np.floor(wavelet_denoise(pixels, sigma=self.sigma) * 255) / 255
+        return jpeg_round_trip(pixels, quality=self.quality, subsampling=self.subsampling)
 
 
 class EDSR(nn.Module):
     """EDSR baseline x2 (Lim et al. 2017): 16 residual blocks without BatchNorm, one long skip, PixelShuffle.
 
-    Its parts have the names that its authors' weights have. Files may or may not hold the two fixed 1x1 convolutions
-    that take the mean colour away and add it again.
-
-    Args:
-        stored_mean: Whether the state dict has these two.
+    Its parts are named like its authors' weights. Files may or may not hold the two fixed 1x1 convolutions that take
+    the mean colour away and add it again: ``stored_mean`` says whether the state dict has them.
     """
-
-    mean: Tensor
 
     def __init__(self, *, stored_mean: bool = True) -> None:
         super().__init__()
-        self.stored_mean = stored_mean
         mean = 255 * torch.tensor(DIV2K_MEAN)
-        self.register_buffer("mean", mean.view(1, 3, 1, 1), persistent=False)
-        if stored_mean:
-            self.sub_mean, self.add_mean = _shift(-mean), _shift(mean)
+        self.sub_mean, self.add_mean = _Shift(-mean, stored=stored_mean), _Shift(mean, stored=stored_mean)
         self.head = nn.Sequential(_conv(3, FEATURES))
         self.body = nn.Sequential(*(_ResidualBlock() for _ in range(16)), _conv(FEATURES, FEATURES))
         grow = nn.Sequential(_conv(FEATURES, 4 * FEATURES), nn.PixelShuffle(2))
@@ -155,11 +140,21 @@ class EDSR(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Double images [n, 3, H, W] in [0, 1]; the result [n, 3, 2H, 2W] is not limited to [0, 1]."""
-        x = images * 255
-        first = self.head(self.sub_mean(x) if self.stored_mean else x - self.mean)
-        y = self.tail(first + self.body(first))
-        result: Tensor = (self.add_mean(y) if self.stored_mean else y + self.mean) / 255
+        first = self.head(self.sub_mean(images * 255))
+        result: Tensor = self.add_mean(self.tail(first + self.body(first))) / 255
         return result
+
+
+class _Shift(nn.Module):
+    """A fixed 1x1 convolution that adds a colour."""
+
+    def __init__(self, colour: Tensor, *, stored: bool) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.eye(3).view(3, 3, 1, 1), persistent=stored)
+        self.register_buffer("bias", colour, persistent=stored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.get_buffer("weight"), self.get_buffer("bias"))
 
 
 class _ResidualBlock(nn.Module):
@@ -176,19 +171,8 @@ def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
 
-def _shift(by: Tensor) -> nn.Conv2d:
-    convolution = nn.Conv2d(3, 3, 1)
-    with torch.no_grad():
-        convolution.weight.copy_(torch.eye(3).view(3, 3, 1, 1))
-        convolution.bias = nn.Parameter(by.clone())
-    return convolution
-
-
 class IMDN(nn.Module):
-    """IMDN x2 (Hui et al. 2019), information multi-distillation: a small network, 694,404 parameters.
-
-    Its parts have the names that its authors' weights have.
-    """
+    """IMDN x2 (Hui et al. 2019), information multi-distillation, 694,404 parameters, named like its weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,8 +189,7 @@ class IMDN(nn.Module):
         outputs = [first]
         for number in range(6):
             outputs.append(self.get_submodule(f"IMDB{number + 1}")(outputs[-1]))
-        together = self.LR_conv(self.c(torch.cat(outputs[1:], dim=1)))
-        result: Tensor = self.upsampler(first + together)
+        result: Tensor = self.upsampler(first + self.LR_conv(self.c(torch.cat(outputs[1:], dim=1))))
         return result
 
 

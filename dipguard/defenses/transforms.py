@@ -6,20 +6,21 @@ None has anything to learn, so none needs weights. All have fallen to adaptive a
 from __future__ import annotations
 
 import io
-from typing import ClassVar
+from importlib import import_module
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_choice, check_float, check_int
-from dipguard.defenses.base import Defense, library
+from dipguard.checks import check_choice, check_float, check_int, check_positive
+from dipguard.defenses.base import Defense
 
 SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 
 
 def to_hwc(image: Tensor) -> np.ndarray:
-    """Convert [3, H, W] of any float type to [H, W, 3] float32, as image libraries take it."""
+    """Convert [3, H, W] of any float type to [H, W, 3] float32."""
     return image.float().cpu().permute(1, 2, 0).contiguous().numpy()
 
 
@@ -28,10 +29,9 @@ def from_hwc(pixels: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).to(like).clamp(0, 1)
 
 
-def jpeg_round_trip(pixels: np.ndarray, *, quality: int, subsampling: str, defense: str) -> np.ndarray:
+def jpeg_round_trip(pixels: np.ndarray, *, quality: int, subsampling: str) -> np.ndarray:
     """Compress [H, W, 3] in [0, 1], rounded to 8 bits, with Pillow's JPEG; return what it decodes to, in [0, 1]."""
-    pil = library("PIL.Image", defense=defense)
-    file = io.BytesIO()
+    pil, file = import_module("PIL.Image"), io.BytesIO()
     levels = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
     pil.fromarray(levels).save(file, format="JPEG", quality=quality, subsampling=subsampling)
     return np.asarray(pil.open(file), dtype=np.float32) / 255
@@ -61,39 +61,37 @@ class JPEG(Defense):
     OPTIONS: ClassVar[tuple[str, ...]] = ("quality", "subsampling")
     LIBRARIES: ClassVar[dict[str, str]] = {"pillow": "PIL"}
 
-    def __init__(self, victim: nn.Module, *, quality: int = 75, subsampling: str = "4:2:0", seed: int = 0) -> None:
-        super().__init__(victim, seed=seed)
+    def __init__(self, victim: nn.Module, *, quality: int = 75, subsampling: str = "4:2:0", **options: Any) -> None:
+        super().__init__(victim, **options)
         self.quality = check_int(quality, name="quality", low=1, high=100)
         self.subsampling = check_choice(subsampling, SUBSAMPLINGS, name="subsampling")
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Compress and decode."""
-        pixels = jpeg_round_trip(to_hwc(image), quality=self.quality, subsampling=self.subsampling, defense=self.name)
+        pixels = jpeg_round_trip(to_hwc(image), quality=self.quality, subsampling=self.subsampling)
         return from_hwc(pixels, image)
 
 
 class Median(Defense):
     """Median filter, channel by channel (Xu et al. 2018, feature squeezing), with SciPy; mirrored at the border.
 
-    Broken by He et al. 2017, who attacked feature squeezing with an adaptive attack.
-
-    Args:
-        size: Side of the square window in pixels, at least 2. Xu et al. took 2 for CIFAR-10 and ImageNet. An even
-            window reaches one pixel further up and left, and takes the upper of the two middle values.
+    ``size`` is the side of the square window in pixels, at least 2 (that of Xu et al.). An even window reaches one
+    pixel further up and left, and takes the upper of the two middle values. Broken by He et al. 2017, who attacked
+    feature squeezing with an adaptive attack.
     """
 
     name: ClassVar[str] = "median"
     OPTIONS: ClassVar[tuple[str, ...]] = ("size",)
     LIBRARIES: ClassVar[dict[str, str]] = {"scipy": "scipy"}
 
-    def __init__(self, victim: nn.Module, *, size: int = 3, seed: int = 0) -> None:
-        super().__init__(victim, seed=seed)
+    def __init__(self, victim: nn.Module, *, size: int = 3, **options: Any) -> None:
+        super().__init__(victim, **options)
         self.size = check_int(size, name="size", low=2)
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Filter each channel."""
-        ndimage = library("scipy.ndimage", defense=self.name)
-        return from_hwc(ndimage.median_filter(to_hwc(image), size=(self.size, self.size, 1), mode="reflect"), image)
+        filtered = import_module("scipy.ndimage").median_filter(to_hwc(image), (self.size, self.size, 1))
+        return from_hwc(filtered, image)
 
 
 class TotalVariation(Defense):
@@ -104,7 +102,7 @@ class TotalVariation(Defense):
 
     Args:
         weight: Weight of the total variation against half the squared distance to the image, above 0; more is smoother.
-        eps: The iteration stops where the energy changes by less than this share of its first value. scikit-image's
+        eps: The iteration stops when the energy changes by less than this share of its first value. scikit-image's
             default, taken here, stops well before the minimum.
         steps: Largest number of iterations.
     """
@@ -114,36 +112,32 @@ class TotalVariation(Defense):
     LIBRARIES: ClassVar[dict[str, str]] = {"scikit-image": "skimage"}
 
     def __init__(
-        self, victim: nn.Module, *, weight: float = 0.1, eps: float = 2e-4, steps: int = 200, seed: int = 0
+        self, victim: nn.Module, *, weight: float = 0.1, eps: float = 2e-4, steps: int = 200, **options: Any
     ) -> None:
-        super().__init__(victim, seed=seed)
-        self.weight = _positive(weight, name="weight")
+        super().__init__(victim, **options)
+        self.weight = check_positive(weight, name="weight")
         self.eps = check_float(eps, name="eps", low=0)
         self.steps = check_int(steps, name="steps", low=1)
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Denoise each channel."""
-        restoration = library("skimage.restoration", defense=self.name)
-        pixels = restoration.denoise_tv_chambolle(
-            to_hwc(image), weight=self.weight, eps=self.eps, max_num_iter=self.steps, channel_axis=-1
-        )
-        return from_hwc(pixels, image)
+        denoise = import_module("skimage.restoration").denoise_tv_chambolle
+        options = {"weight": self.weight, "eps": self.eps, "max_num_iter": self.steps}
+        return from_hwc(denoise(to_hwc(image), **options, channel_axis=-1), image)
 
 
 class BitDepth(Defense):
-    """Fewer bits per colour (Xu et al. 2018; Guo et al. 2018, whose 3 bits are the default).
+    """Fewer ``bits`` per channel, 1 to 8 (Xu et al. 2018; Guo et al. 2018, whose 3 bits are the default).
 
-    Broken by He et al. 2017 (feature squeezing) and Athalye et al. 2018 (BPDA).
-
-    Args:
-        bits: Bits per channel, 1 to 8; values are rounded to the nearest of 2^bits levels that include 0 and 1.
+    Values are rounded to the nearest of 2^bits levels that include 0 and 1. Broken by He et al. 2017 (feature
+    squeezing) and Athalye et al. 2018 (BPDA).
     """
 
     name: ClassVar[str] = "bit_depth"
     OPTIONS: ClassVar[tuple[str, ...]] = ("bits",)
 
-    def __init__(self, victim: nn.Module, *, bits: int = 3, seed: int = 0) -> None:
-        super().__init__(victim, seed=seed)
+    def __init__(self, victim: nn.Module, *, bits: int = 3, **options: Any) -> None:
+        super().__init__(victim, **options)
         self.bits = check_int(bits, name="bits", low=1, high=8)
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
@@ -153,29 +147,20 @@ class BitDepth(Defense):
 
 
 class Blur(Defense):
-    """Gaussian blur with SciPy, channel by channel, mirrored at the border: the simplest low-pass filter.
+    """Gaussian blur with SciPy within each channel, mirrored at the border; ``sigma`` is in pixels, above 0.
 
     It is linear and differentiable, so an adaptive attack simply differentiates through it: a baseline, no more.
-
-    Args:
-        sigma: Standard deviation of the kernel in pixels, above 0.
     """
 
     name: ClassVar[str] = "blur"
     OPTIONS: ClassVar[tuple[str, ...]] = ("sigma",)
     LIBRARIES: ClassVar[dict[str, str]] = {"scipy": "scipy"}
 
-    def __init__(self, victim: nn.Module, *, sigma: float = 0.6, seed: int = 0) -> None:
-        super().__init__(victim, seed=seed)
-        self.sigma = _positive(sigma, name="sigma")
+    def __init__(self, victim: nn.Module, *, sigma: float = 0.6, **options: Any) -> None:
+        super().__init__(victim, **options)
+        self.sigma = check_positive(sigma, name="sigma")
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
-        """Blur within each channel, not across channels."""
-        ndimage = library("scipy.ndimage", defense=self.name)
-        return from_hwc(ndimage.gaussian_filter(to_hwc(image), (self.sigma, self.sigma, 0), mode="mirror"), image)
-
-
-def _positive(value: float, *, name: str) -> float:
-    if check_float(value, name=name, low=0) == 0:
-        raise ValueError(f"`{name}` must be above 0, got 0")
-    return float(value)
+        """Blur each channel."""
+        sigma = (self.sigma, self.sigma, 0)
+        return from_hwc(import_module("scipy.ndimage").gaussian_filter(to_hwc(image), sigma, mode="mirror"), image)

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from dipguard.engines.timing import median_seconds
+from dipguard.engines.kernel_choice import median_seconds
 
 
 def _bench(call: Any, quantiles: Any) -> list[float]:

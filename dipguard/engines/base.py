@@ -1,15 +1,20 @@
-"""The interface of an engine, and the engine on torch's own operations."""
+"""What an engine is, the engine on torch's own operations, the precision of products, and which engine a fit gets."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
+from dipguard.checks import check_choice
 from dipguard.networks import StackedSkipNet
 
 ENGINES = ("auto", "torch", "native", "cuda_graph")
+PRECISIONS = ("float32", "tf32", "bfloat16")
 SHORT = 100
 """Fits of fewer steps never compile the native engine under ``auto``: compiling takes seconds, once per machine."""
 
@@ -57,9 +62,7 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """Torch's operations and autograd, one grouped convolution per layer; runs every network on every device.
 
-    Args:
-        net: The stack.
-        given: x0, [B, 3, H, W], in the network's dtype.
+    ``given`` is x0, [B, 3, H, W], in the network's dtype.
     """
 
     name = "torch"
@@ -79,3 +82,148 @@ class TorchEngine(Engine):
         x = self.net(z)
         errors = (x - self.given).square().flatten(1).mean(dim=1)
         return Step(errors.sum(), x, errors.detach())
+
+
+class HandOver(torch.autograd.Function):
+    """The loss of a step whose gradients have been computed already: its backward pass hands them over.
+
+    A factor on the loss is ignored on a GPU, because reading it would make the host wait in every step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        handle: Tensor,
+        z: Tensor,
+        loss: Tensor,
+        parameters: Sequence[nn.Parameter],
+        gradients: Sequence[Tensor],
+        z_gradient: Tensor | None,
+    ) -> Tensor:
+        """A copy of the loss; ``handle`` is any scalar that requires a gradient."""
+        ctx.parameters, ctx.gradients, ctx.z_gradient = parameters, gradients, z_gradient
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        """Add to the parameters' gradients; returns z's."""
+        factor = 1.0 if upstream[0].is_cuda else float(upstream[0])
+        # Set, not returned: autograd would copy tensors that are referenced elsewhere.
+        for parameter, gradient in zip(ctx.parameters, ctx.gradients, strict=True):
+            scaled = gradient if factor == 1 else gradient * factor
+            parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
+        return None, None if ctx.z_gradient is None else ctx.z_gradient * factor, None, None, None, None
+
+
+def check_matmul_precision(matmul_precision: str, *, engine: str) -> None:
+    """Raise ValueError unless both names are known and the engine has this precision."""
+    check_choice(engine, ENGINES, name="engine")
+    check_choice(matmul_precision, PRECISIONS, name="matmul_precision")
+    if matmul_precision != "float32" and engine not in ("torch", "cuda_graph"):
+        raise ValueError(
+            f"`matmul_precision` {matmul_precision!r} needs `engine` 'torch' or 'cuda_graph', got {engine!r}"
+        )
+
+
+def make_engine(
+    name: str,
+    net: StackedSkipNet,
+    given: Tensor,
+    *,
+    steps: int,
+    z_gradient: bool = False,
+    matmul_precision: str = "float32",
+    differentiable: bool = False,
+) -> Engine:
+    """The engine of a fit.
+
+    Args:
+        name: ``torch``; ``native`` (C++, CPU only, compiled on first use); ``cuda_graph`` (NVIDIA GPUs); or ``auto``:
+            native where it can run, except for fits of fewer than 100 steps, else torch. The results of engines differ
+            by rounding, which Adam amplifies.
+        net: The stack, on the device of the fit.
+        given: x0, [B, 3, H, W], in the network's dtype.
+        steps: Length of the fit.
+        z_gradient: z is optimised too: the loss's ``backward()`` must give it a gradient.
+        matmul_precision: ``float32``, or ``tf32`` or ``bfloat16`` with the engines ``torch`` and ``cuda_graph``
+            (:func:`precision`).
+        differentiable: Gradients must flow through the reconstructions, because the caller adds a term to the loss
+            that depends on them. ``auto`` is then torch.
+
+    Raises:
+        ValueError: Unknown name or precision, or an engine that cannot run here or cannot do what is asked.
+    """
+    from dipguard.engines.native import NativeEngine
+    from dipguard.engines.native_build import BuildError
+    from dipguard.engines.native_plan import UnsupportedError
+
+    check_matmul_precision(matmul_precision, engine=name)
+    if differentiable:
+        wanted = (("engine", name, ("torch", "auto")), ("matmul_precision", matmul_precision, ("float32",)))
+        for option, value, able in wanted:
+            if value not in able:
+                raise ValueError(
+                    f"`{option}` {value!r} has no gradients through the reconstructions, which a loss with further "
+                    f"terms needs; use {' or '.join(map(repr, able))}"
+                )
+    graph = name == "cuda_graph"
+    if graph and given.device.type != "cuda":
+        raise ValueError(f"`engine` 'cuda_graph' needs an NVIDIA GPU, got a fit on {given.device.type}")
+    if graph or matmul_precision != "float32":
+        from dipguard.engines.cuda_graph import CudaGraphEngine
+
+        plain: dict[str, Any] = {"convolutions": ("grouped",), "normalisations": ("torch",), "capture": False}
+        options = {"z_gradient": z_gradient, "matmul_precision": matmul_precision, **({} if graph else plain)}
+        return CudaGraphEngine(net, given, **options)
+    short = name == "auto" and (given.device.type != "cpu" or steps < SHORT)
+    if name == "torch" or short or differentiable:
+        return TorchEngine(net, given)
+    try:
+        return NativeEngine(net, given, z_gradient=z_gradient)
+    except (BuildError, UnsupportedError) as problem:
+        if name == "native":
+            raise ValueError(f"`engine` 'native' cannot be used here: {problem}") from problem
+        return TorchEngine(net, given)
+
+
+@contextmanager
+def precision(name: str, device: torch.device) -> Iterator[None]:
+    """Multiply in the given precision inside the context; torch's switches are restored afterwards.
+
+    Forward and backward pass must both run inside, or be captured there. On a CPU ``float32`` and ``tf32`` are the
+    same.
+
+    Args:
+        name: ``float32``: exact float32, unlike torch's default on a GPU, where convolutions use TF32. ``tf32``:
+            factors are rounded to 10 bits of mantissa, sums stay in float32. ``bfloat16``: torch's autocast; weights
+            and optimiser stay in float32. The last two change results, DIP reconstructions visibly; their effect on
+            defended accuracy has not been checked.
+        device: Where the work runs.
+
+    Raises:
+        ValueError: Unknown name.
+    """
+    check_choice(name, PRECISIONS, name="matmul_precision")
+    kind = "tf32" if name == "tf32" else "ieee"
+    # Torch has an old and a new set of switches for one state, and reading an old one raises an error where the new
+    # ones hold a state that the old cannot express. So the old ones are set too, if they can be read at the start.
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    new: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined, unused-ignore]
+    before = [switch.fp32_precision for switch in new]
+    try:
+        old = matmul.allow_tf32, cudnn.allow_tf32
+    except RuntimeError:
+        old = None
+    try:
+        if old is not None:
+            matmul.allow_tf32 = cudnn.allow_tf32 = kind == "tf32"
+        for switch in new:
+            switch.fp32_precision = kind
+        # Each weight is used once per step: a cache of cast weights would only have to be kept out of CUDA graphs.
+        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False):
+            yield
+    finally:
+        if old is not None:
+            matmul.allow_tf32, cudnn.allow_tf32 = old
+        for switch, value in zip(new, before, strict=True):
+            switch.fp32_precision = value

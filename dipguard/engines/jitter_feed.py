@@ -1,8 +1,7 @@
 """The jitter on z for a GPU: drawn ahead on the CPU and copied without blocking the fit.
 
-The noise of an image must depend only on (seed, index, step), whatever the device, so it is drawn on the CPU with the
-generators and block sizes of :mod:`dipguard.fit.noise`. For 512 images of 32x32 that is 17 million normal numbers every
-eight steps, a tenth of a second on one core: several threads draw the next block while the GPU works on this one.
+For 512 images of 32x32 a block is 17 million normal numbers, a tenth of a second on one core: several threads draw the
+next block while the GPU works on this one.
 """
 
 from __future__ import annotations
@@ -15,25 +14,16 @@ import torch
 from torch import Tensor
 
 from dipguard.checks import check_float
-from dipguard.seeding import image_generator
+from dipguard.seeding import BLOCK, image_generator
 
-BLOCK = 8
-"""Steps drawn at once, the same number as in :mod:`dipguard.fit.noise`: an image's noise depends on it."""
 MAX_WORKERS = 8
 
 
 class JitterFeed:
-    """Gaussian noise for z: the same numbers as :class:`dipguard.fit.noise.Jitter`.
+    """Gaussian noise for z: the arguments and the numbers of :class:`dipguard.seeding.Jitter`, for a z on ``device``.
 
     Two blocks lie on the device, one in use and one arriving, and two in page-locked memory: 128 KiB per image and
     block for 32x32 pixels and input depth 4.
-
-    Args:
-        shape: (channels, H, W) of z.
-        indices: The images' indices; the noise of image b depends only on (seed, indices[b], step).
-        seed: The configuration's seed.
-        std: Standard deviation, at least 0.
-        device: Where z is.
     """
 
     def __init__(
@@ -41,15 +31,16 @@ class JitterFeed:
     ) -> None:
         self.std = check_float(std, name="jitter", low=0.0)
         self._generators = [image_generator(seed=seed, index=index, purpose="jitter") for index in indices]
-        self._workers = max(1, min(MAX_WORKERS, _granted_cores() - 1))
+        granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+        self._workers = max(1, min(MAX_WORKERS, granted - 1))
         self._threads = ThreadPoolExecutor(self._workers, "dipguard-jitter")
         self._coming: list[Future[None]] = []
         self._current = self._sent = -1  # block numbers
         self._position = BLOCK
         size, cuda = (len(indices), BLOCK, *shape), device.type == "cuda"
         with torch.inference_mode(False):
-            self._drawn = [torch.empty(size, pin_memory=cuda) for _ in range(2)]
-            self._ready = [torch.empty(size, device=device) for _ in range(2)]
+            self._drawn = [torch.empty(size, dtype=torch.float32, pin_memory=cuda) for _ in range(2)]
+            self._ready = [torch.empty(size, dtype=torch.float32, device=device) for _ in range(2)]
         self._transfer = _Transfer(self._ready, device) if cuda else None
         self._draw(0)
 
@@ -89,9 +80,8 @@ class JitterFeed:
     def _draw(self, number: int) -> None:
         count = len(self._generators)
         parts = min(self._workers, count)
-        self._coming = [
-            self._threads.submit(self._fill, number % 2, range(part, count, parts)) for part in range(parts)
-        ]
+        shares = [range(part, count, parts) for part in range(parts)]
+        self._coming = [self._threads.submit(self._fill, number % 2, share) for share in shares]
 
     def _fill(self, slot: int, images: range) -> None:
         if self._transfer is not None:
@@ -127,7 +117,3 @@ class _Transfer:
         stream = torch.cuda.current_stream(self.device)
         self.used[finished].record(stream)
         stream.wait_event(self.copied[begun])
-
-
-def _granted_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -1,30 +1,24 @@
 """Which kernel computes each layer of a stack on a GPU: the fastest one, measured once at the start.
 
-Stacked convolutions can be computed by
-
-``grouped``
-    Torch: one convolution of B groups. cuDNN's backward pass of it is slow.
-``matmul``
-    Torch: the neighbourhoods of all pixels (``unfold``), then one batched matrix product. It needs kernel ** 2 times
-    the input's memory, which is kept for the backward pass.
-``triton``
-    Our own kernels (:mod:`dipguard.engines.triton_ops`), for NVIDIA GPUs.
-
-and normalisations with LeakyReLU by ``torch`` (two operations) or ``triton`` (one). On a GPU every candidate is timed
-on each distinct layer shape and compared with the first of its list; one that fails or disagrees is left out.
-Measurements are kept for the rest of the process. On a CPU the first of each list is used.
+Stacked convolutions can be computed by torch as one convolution of B groups (``grouped``) or as one batched matrix
+product of all pixels' neighbourhoods (``matmul``, kernel ** 2 times the input's memory), or by our own kernels
+(``triton``, :mod:`dipguard.engines.triton_ops`); normalisations with LeakyReLU by ``torch`` or ``triton``. On a GPU
+every candidate is timed, once per process, on each distinct layer shape and compared with the first of its list; one
+that fails or disagrees is left out. On a CPU the first of each list is used.
 
 The choice depends on the stack size. Kernels differ only by rounding, but a DIP fit amplifies that: in float32 an image
-may be reconstructed visibly differently in a stack of another size. The same happens with torch's own kernels, which
-choose their algorithm by size. No image's data ever reaches another image. With a single candidate the choice is fixed.
+may be reconstructed visibly differently in a stack of another size, as with torch's own kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import statistics
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
+from itertools import pairwise
 from typing import TypeAlias
 
 import torch
@@ -32,12 +26,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard.checks import check_choice
-from dipguard.engines.timing import median_seconds
 from dipguard.engines.triton_ops import triton_conv2d, triton_norm_leaky_relu
 from dipguard.networks import StackedSkipNet
 from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu, pad_border
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
+AHEAD = 2_000_000
+"""Clock cycles, about a millisecond, for which the GPU waits while the host queues the work to be timed."""
 ROUGH = 3e-2
 """Largest relative difference from the first candidate in bfloat16 and TF32."""
 
@@ -90,16 +85,12 @@ class ConvShape:
         """All candidates, as functions of x, weight and bias."""
         return {n: partial(f, stride=self.stride, padding=self.padding) for n, f in CONVOLUTIONS.items()}
 
-    def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Random x, weight and bias; the global random state does not change."""
-        draw = torch.Generator(device).manual_seed(0)
-        sizes = (
-            (1, self.stack * self.inputs, self.height, self.width),
-            (self.stack, self.outputs, self.inputs, self.kernel, self.kernel),
-            (self.stack, self.outputs),
-        )
-        x, weight, bias = (torch.randn(size, generator=draw, device=device, dtype=dtype) for size in sizes)
-        return x.requires_grad_(self.gradient), weight.requires_grad_(), bias.requires_grad_()
+    def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Random x, weight and bias."""
+        weight = (self.stack, self.outputs, self.inputs, self.kernel, self.kernel)
+        sizes = (1, self.stack * self.inputs, self.height, self.width), weight, weight[:2]
+        x, *others = _random(sizes, (dtype,) * 3, device)
+        return x.requires_grad_(self.gradient), *(tensor.requires_grad_() for tensor in others)
 
 
 @dataclass(frozen=True)
@@ -117,16 +108,18 @@ class NormShape:
         """All candidates, as functions of x, weight and bias."""
         return {n: partial(f, slope=self.slope, eps=self.eps) for n, f in NORMALISATIONS.items()}
 
-    def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """Random x (in autocast's dtype where that is on), weight and bias; the global random state does not change."""
-        draw = torch.Generator(device).manual_seed(0)
+    def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Random x (in autocast's dtype where that is on), weight and bias."""
         cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-        sizes = (1, self.stack * self.channels, self.height, self.width)
-        x = torch.randn(sizes, generator=draw, device=device, dtype=cast)
-        weight, bias = (
-            torch.rand(self.stack, self.channels, generator=draw, device=device, dtype=dtype) for _ in range(2)
-        )
-        return x.requires_grad_(), weight.requires_grad_(), bias.requires_grad_()
+        own = (self.stack, self.channels)
+        sizes = (1, self.stack * self.channels, self.height, self.width), own, own
+        return tuple(tensor.requires_grad_() for tensor in _random(sizes, (cast, dtype, dtype), device))
+
+
+def _random(sizes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Tensor]:
+    """Normal numbers; the global random state does not change."""
+    draw = torch.Generator(device).manual_seed(0)
+    return [torch.randn(s, generator=draw, device=device, dtype=d) for s, d in zip(sizes, dtypes, strict=True)]
 
 
 LayerShape: TypeAlias = ConvShape | NormShape
@@ -135,13 +128,7 @@ _MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
 
 @dataclass(frozen=True)
 class KernelChoice:
-    """The chosen kernels.
-
-    Attributes:
-        names: Layer -> name of its kernel.
-        measured: Layer shape -> name -> seconds of one forward and backward pass; infinite if it cannot be used. Empty
-            with a single candidate.
-    """
+    """The name of each layer's kernel, and what was measured: layer shape -> name -> seconds (infinite: unusable)."""
 
     names: dict[str, str]
     measured: dict[LayerShape, dict[str, float]]
@@ -166,12 +153,12 @@ def choose_kernels(
     convolutions: Collection[str] | None = None,
     normalisations: Collection[str] | None = None,
 ) -> KernelChoice:
-    """The fastest kernel for each layer of a stack.
+    """The fastest kernel for each layer of a stack, which is not changed (see :meth:`KernelChoice.apply`).
 
-    Call it inside the :func:`~dipguard.engines.precision.precision` of the fit.
+    Call it inside the :func:`~dipguard.engines.precision` of the fit.
 
     Args:
-        net: The stack; not changed (see :meth:`KernelChoice.apply`).
+        net: The stack.
         device: Where it will be fitted.
         size: Height and width of the images.
         z_gradient: z is optimised too.
@@ -182,9 +169,14 @@ def choose_kernels(
         ValueError: Unknown name.
         RuntimeError: No candidate works for some layer.
     """
+
+    def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
+        default = available(table, device) if device.type == "cuda" else tuple(table)[:1]
+        return [check_choice(name, table, name=argument) for name in asked or default]
+
     candidates: dict[type[LayerShape], list[str]] = {
-        ConvShape: _candidates(CONVOLUTIONS, convolutions, device, argument="convolutions"),
-        NormShape: _candidates(NORMALISATIONS, normalisations, device, argument="normalisations"),
+        ConvShape: offer(CONVOLUTIONS, convolutions, "convolutions"),
+        NormShape: offer(NORMALISATIONS, normalisations, "normalisations"),
     }
     names: dict[str, str] = {}
     measured: dict[LayerShape, dict[str, float]] = {}
@@ -202,18 +194,11 @@ def choose_kernels(
     return KernelChoice(names, measured)
 
 
-def _candidates(
-    table: Mapping[str, Function], asked: Collection[str] | None, device: torch.device, *, argument: str
-) -> list[str]:
-    default = available(table, device) if device.type == "cuda" else tuple(table)[:1]
-    return [check_choice(name, table, name=argument) for name in asked or default]
-
-
 def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool = False) -> dict[str, LayerShape]:
     """Shapes of all convolutions and normalisations by layer name, in running order; computes nothing."""
     with torch.device("meta"):
         alone = StackedSkipNet(net.spec, stack_size=1, padding=net.padding)
-        z = torch.empty(1, net.spec.input_depth, *size, requires_grad=z_gradient)
+        z = torch.empty(1, net.spec.input_depth, *size, dtype=torch.float32, requires_grad=z_gradient)
     shapes: dict[str, LayerShape] = {}
 
     def note(layer: nn.Module, arguments: tuple[Tensor, ...], *, name: str) -> None:
@@ -221,9 +206,8 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
         height, width = x.shape[-2:]
         if isinstance(layer, StackedConv2d):
             _, outputs, inputs, kernel, _ = layer.weight.shape
-            shapes[name] = ConvShape(
-                1, inputs, outputs, kernel, layer.stride, layer.padding, height, width, x.requires_grad
-            )
+            own = (inputs, outputs, kernel, layer.stride, layer.padding)
+            shapes[name] = ConvShape(1, *own, height, width, x.requires_grad)
         else:
             assert isinstance(layer, StackedNorm2d)
             shapes[name] = NormShape(1, layer.weight.shape[1], height, width, layer.slope, layer.eps)
@@ -238,7 +222,8 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
 
 def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, names: Collection[str]) -> dict[str, float]:
     """Seconds of a forward and backward pass of each candidate; infinite if it fails or disagrees with the first."""
-    known = _MEASURED.setdefault((*_setting(device), shape, dtype), {})
+    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    known = _MEASURED.setdefault((card, *_precision(device), shape, dtype), {})
     missing = [name for name in names if name not in known]
     if missing:
         functions = shape.functions()
@@ -255,19 +240,13 @@ def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, name
 
             right = both(next(iter(functions)))
             for name in missing:
-                known[name] = _timed(partial(both, name), right, device=device)
+                known[name] = float("inf")
+                try:
+                    if all(_close(a, b) for a, b in zip(both(name), right, strict=True)):
+                        known[name] = median_seconds(partial(both, name), device=device)
+                except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
+                    pass
     return {name: known[name] for name in names}
-
-
-def _timed(work: Callable[[], tuple[Tensor, ...]], right: tuple[Tensor, ...], *, device: torch.device) -> float:
-    """Seconds of ``work``; infinite if it fails or its results are not ``right``."""
-    try:
-        ours = work()
-        if all(_close(a, b) for a, b in zip(ours, right, strict=True)):
-            return median_seconds(work, device=device)
-    except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
-        pass
-    return float("inf")
 
 
 def _close(ours: Tensor, right: Tensor) -> bool:
@@ -282,7 +261,21 @@ def _precision(device: torch.device) -> tuple[object, ...]:
     return torch.backends.cuda.matmul.fp32_precision, convolution, cast
 
 
-def _setting(device: torch.device) -> tuple[object, ...]:
-    """What times depend on besides the work: the device, torch, and the precision."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return name, torch.__version__, *_precision(device)
+def median_seconds(work: Callable[[], object], *, device: torch.device, runs: int = 5) -> float:
+    """The median of ``runs`` runs after a warm-up; on a GPU without the gaps between kernels, which a graph closes."""
+    work()
+    if device.type != "cuda":
+        times = [time.perf_counter()]
+        for _ in range(runs):
+            work()
+            times.append(time.perf_counter())
+        return statistics.median(after - before for before, after in pairwise(times))
+    with torch.cuda.device(device):
+        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
+        for start, end in pairs:
+            torch.cuda._sleep(AHEAD)
+            start.record()
+            work()
+            end.record()
+        torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3

@@ -1,10 +1,8 @@
 """The native engine: the whole step of one image in C++, one image per thread, or threads in teams for few images.
 
-A layer-by-layer stack moves every layer's activations of all images through memory. Here an image goes through the
-whole network, forward and backward, before the next one starts: its tensors stay in the core's cache, and the
-convolutions run from registers (native/convolution.h). Threads without an image of their own help with another one, row
-by row (native/team.h), where that is faster (:class:`TeamChoice`). Images share nothing, and no sum is split: results
-do not depend on the stack or on the number of threads, bit for bit.
+An image goes through the whole network, forward and backward, before the next one starts: its tensors stay in the
+core's cache. Threads without an image of their own help with another one, row by row (native/team.h). Images share
+nothing, and no sum is split: results do not depend on the stack or on the number of threads, bit for bit.
 """
 
 from __future__ import annotations
@@ -13,12 +11,11 @@ import ctypes
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dipguard.engines.base import Engine, Step
+from dipguard.engines.base import Engine, HandOver, Step
 from dipguard.engines.native_build import library
 from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError, make_plan
 from dipguard.networks import StackedSkipNet
@@ -40,21 +37,29 @@ class NativeEngine(Engine):
     Args:
         net: The stack.
         given: x0, [B, 3, H, W], in the network's dtype.
-        z_gradient: Whether the loss's backward pass also gives z a gradient.
+        z_gradient: The loss's backward pass also gives z a gradient.
 
     Raises:
-        UnsupportedError, BuildError: See :meth:`check`.
+        UnsupportedError: Not a CPU, a dtype or a network that the engine cannot run.
+        BuildError: The engine cannot be compiled here.
     """
 
     name = "native"
 
     def __init__(self, net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> None:
-        self.plan = self.check(net, given, z_gradient=z_gradient)
+        if given.device.type != "cpu" or given.dtype not in DTYPES:
+            raise UnsupportedError(f"it needs float32 or float64 on a CPU, got {given.dtype} on {given.device.type}")
+        height, width = given.shape[-2:]
+        self.plan = make_plan(net.spec, padding=net.padding, height=height, width=width, z_gradient=z_gradient)
         self.z_gradient = z_gradient
         self.library = library(DTYPES[given.dtype])
         self.given = given.contiguous()
         (self.eps,) = {module.eps for module in net.modules() if isinstance(module, StackedNorm2d)}
-        self.flat = nn.Parameter(_moved(net, self.plan, given))
+        flat = given.new_zeros(len(given), self.plan.parameters)
+        for parameter, view in _views(net, self.plan, flat):
+            view.copy_(parameter.data)
+            parameter.data = view
+        self.flat = nn.Parameter(flat)
         self.gradient = torch.zeros_like(self.flat.data)
         self.threads = torch.get_num_threads()
         self.workspaces = given.new_zeros(min(len(given), self.threads), self.plan.room)
@@ -62,21 +67,6 @@ class NativeEngine(Engine):
         self._frames = _integers(self.plan.frames)
         self.set_program(self.plan.program)
         self._handle = torch.zeros((), dtype=given.dtype, requires_grad=True)
-
-    @staticmethod
-    def check(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> Plan:
-        """The network's program, after checking that it can run here.
-
-        Raises:
-            UnsupportedError: Not a CPU, a dtype or a network that the engine cannot run.
-            BuildError: The engine cannot be compiled here.
-        """
-        if given.device.type != "cpu" or given.dtype not in DTYPES:
-            raise UnsupportedError(f"it needs float32 or float64 on a CPU, got {given.dtype} on {given.device.type}")
-        height, width = given.shape[-2:]
-        plan = make_plan(net.spec, padding=net.padding, height=height, width=width, z_gradient=z_gradient)
-        library(DTYPES[given.dtype])
-        return plan
 
     def set_program(self, program: Sequence[Instruction]) -> None:
         """Run this instead of the network's whole step (for profiling)."""
@@ -93,7 +83,6 @@ class NativeEngine(Engine):
         z_gradient = torch.empty_like(z, requires_grad=False) if self.z_gradient else None
         reconstructions = torch.empty_like(self.given)
         errors = self.given.new_empty(len(z))
-        plan = self.plan
         spare = len(z) % self.threads > 0
         start = time.perf_counter()
         self.library.stack_step(
@@ -109,31 +98,27 @@ class NativeEngine(Engine):
             ctypes.c_int64(self.given[0].numel()),
             _pointer(self.flat),
             _pointer(self.gradient),
-            ctypes.c_int64(plan.parameters),
+            ctypes.c_int64(self.plan.parameters),
             _pointer(reconstructions),
             _pointer(errors),
             None if z_gradient is None else _pointer(z_gradient),
             _pointer(self.workspaces),
-            ctypes.c_int64(plan.room),
+            ctypes.c_int64(self.plan.room),
             ctypes.c_double(SLOPE),
             ctypes.c_double(self.eps),
         )
         if spare:
             self.team_choice.record(time.perf_counter() - start)
-        loss: Tensor = _HandOver.apply(self._handle, errors.sum(), self, z, z_gradient)
+        loss: Tensor = HandOver.apply(self._handle, z, errors.sum(), [self.flat], [self.gradient], z_gradient)
         return Step(loss, reconstructions, errors)
 
 
 class TeamChoice:
-    """Whether threads without an image of their own help with another one: the way that was faster recently.
+    """Whether threads without an image of their own help with another one (``teams``): the way that was faster lately.
 
     On idle cores helping pays: a single 224x224 image on two cores takes 156 ms per step instead of 309. But a team
-    synchronises about a hundred times per step, and on busy cores it may wait each time for a thread that is not
-    running: 14 ms instead of 2.5 were measured on two cores with five other programs (32x32). This cannot be known in
-    advance, so both ways are tried, and the slower one again now and then. Results do not depend on the choice.
-
-    Attributes:
-        teams: Whether the next step uses teams.
+    synchronises about a hundred times per step: on busy cores 14 ms instead of 2.5 were measured (32x32). So both ways
+    are tried, and the slower one again now and then. Results do not depend on the choice.
     """
 
     def __init__(self) -> None:
@@ -165,42 +150,13 @@ class TeamChoice:
         self._left = self._interval
 
 
-class _HandOver(torch.autograd.Function):
-    """The loss, whose backward pass hands over the gradient that has been computed already."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, handle: Tensor, loss: Tensor, engine: NativeEngine, z: Tensor, z_gradient: Tensor | None
-    ) -> Tensor:
-        ctx.engine, ctx.z_gradient = engine, z_gradient
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *upstream: Tensor) -> tuple[None, None, None, Tensor | None, None]:
-        engine, factor = ctx.engine, float(upstream[0])
-        gradient = engine.gradient if factor == 1 else engine.gradient * factor
-        # Set, not returned: autograd would copy a tensor that is referenced elsewhere.
-        engine.flat.grad = gradient if engine.flat.grad is None else engine.flat.grad + gradient
-        z_gradient: Tensor | None = ctx.z_gradient
-        return None, None, None, None if z_gradient is None else z_gradient * upstream[0], None
-
-
-def _moved(net: StackedSkipNet, plan: Plan, given: Tensor) -> Tensor:
-    """A new flat parameter [B, P] with the network's numbers; the network's parameters become views of it."""
-    flat = given.new_zeros(len(given), plan.parameters)
-    for parameter, view in _views(net, plan, flat):
-        view.copy_(parameter.data)
-        parameter.data = view
-    return flat
-
-
 def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The network's parameters, each with its place in ``flat`` [B, P]."""
     modules = dict(net.named_modules())
-    for name, layer in plan.layers.items():
+    for name, slots in plan.layers.items():
         module = modules[name]
         assert isinstance(module, (StackedConv2d, StackedNorm2d))
-        for parameter, slot in ((module.weight, layer.weight), (module.bias, layer.bias)):
+        for parameter, slot in zip((module.weight, module.bias), slots, strict=True):
             count = torch.Size(slot.shape).numel()
             view = flat[:, slot.offset : slot.offset + count].view(len(flat), *slot.shape)[..., : slot.outputs]
             if len(slot.shape) == 4:  # [B, kernel, kernel, inputs, outputs]

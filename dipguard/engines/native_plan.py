@@ -1,13 +1,13 @@
 """The fit step of one image as a short program over frames in a workspace, for the native engine.
 
 A frame is a tensor of the network, [rows][columns][channels] with room for a border; channels are padded with zeros to
-a multiple of 4. The program lists the operations on frames, forward and backward. Backward passes work in place: a
-frame that held an activation then holds its gradient, so that the whole step of an image fits into a core's cache (1 MB
-for the medium network at 32x32).
+a multiple of 4. Backward passes work in place: a frame that held an activation then holds its gradient, so that the
+whole step of an image fits into a core's cache (1 MB for the medium network at 32x32).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple
@@ -20,7 +20,7 @@ ALIGN = 16  # numbers: 64 bytes of float32
 
 
 class UnsupportedError(ValueError):
-    """The native engine cannot run this network; the message says why."""
+    """The native engine cannot run this network here; the message says why."""
 
 
 class Border(IntEnum):
@@ -30,6 +30,9 @@ class Border(IntEnum):
     ZEROS = 1
     REFLECT = 2
     REPLICATE = 3
+
+
+BORDERS = {"constant": Border.ZEROS, "reflect": Border.REFLECT, "replicate": Border.REPLICATE}
 
 
 class Operation(IntEnum):
@@ -86,24 +89,11 @@ class Instruction(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Where a parameter of one network lies in its row of the flat parameter.
-
-    Attributes:
-        offset: Its first number.
-        shape: As stored: [kernel, kernel, inputs, padded outputs] for the weights of a convolution, else [padded].
-        outputs: Outputs without padding.
-    """
+    """Where a parameter of one network lies in its row of the flat parameter."""
 
     offset: int
-    shape: tuple[int, ...]
-    outputs: int
-
-
-class Layer(NamedTuple):
-    """Slots of a convolution's or normalisation's weight and bias."""
-
-    weight: Slot
-    bias: Slot
+    shape: tuple[int, ...]  # [kernel, kernel, inputs, padded outputs] for the weights of a convolution, else [padded]
+    outputs: int  # without padding
 
 
 class Block(NamedTuple):
@@ -120,25 +110,15 @@ def padded(channels: int) -> int:
 
 @dataclass
 class Plan:
-    """A network's program for images of one size.
-
-    Attributes:
-        spec: The network.
-        padding: ``zeros`` or ``reflect``.
-        frames: Tensors in the workspace.
-        program: Instructions, forward and then backward.
-        layers: Slots by the module's name in :class:`~dipguard.networks.StackedSkipNet`.
-        parameters: Numbers in one network's row of the flat parameter.
-        room: Numbers in one image's workspace.
-    """
+    """A network's program for images of one size."""
 
     spec: NetworkSpec
     padding: str
-    frames: list[Frame] = field(default_factory=list)
-    program: list[Instruction] = field(default_factory=list)
-    layers: dict[str, Layer] = field(default_factory=dict)
-    parameters: int = 0
-    room: int = 0
+    frames: list[Frame] = field(default_factory=list)  # tensors in the workspace
+    program: list[Instruction] = field(default_factory=list)  # forward, then backward
+    layers: dict[str, tuple[Slot, Slot]] = field(default_factory=dict)  # weight and bias, by the module's name
+    parameters: int = 0  # numbers in one network's row of the flat parameter
+    room: int = 0  # numbers in one image's workspace
 
     def reserve(self, count: int) -> int:
         """Reserve numbers in the workspace; returns their offset."""
@@ -148,10 +128,8 @@ class Plan:
 
     def slot(self, *shape: int, outputs: int) -> Slot:
         """Reserve a parameter in the flat one."""
-        offset, count = self.parameters, 1
-        for size in shape:
-            count *= size
-        self.parameters += -(-count // ALIGN) * ALIGN
+        offset = self.parameters
+        self.parameters += -(-math.prod(shape) // ALIGN) * ALIGN
         return Slot(offset, shape, outputs)
 
     def add(self, frame: Frame) -> int:
@@ -161,12 +139,11 @@ class Plan:
 
     def activation(self, height: int, width: int, channels: int, *, kernels: tuple[int, ...] = ()) -> int:
         """Add a frame with the border that convolutions of these kernels read."""
-        borders = {padding_mode(self.padding, kernel=k, side=min(height, width)) for k in kernels if k > 1}
+        borders = {BORDERS[padding_mode(self.padding, kernel=k, side=min(height, width))] for k in kernels if k > 1}
         if len(borders) > 1:
             raise UnsupportedError(f"kernels {kernels} on {height}x{width} pixels need borders of different kinds")
         before, after = (max((same_padding(k)[side] for k in kernels), default=0) for side in (0, 1))
-        names = {"constant": Border.ZEROS, "reflect": Border.REFLECT, "replicate": Border.REPLICATE}
-        border = names[borders.pop()] if borders else Border.NONE
+        border = borders.pop() if borders else Border.NONE
         return self._frame(height, width, channels, before, after, before, after, border)
 
     def raw(self, height: int, width: int, channels: int, *, kernel: int) -> int:
@@ -189,9 +166,8 @@ class Plan:
         lanes = padded(channels)
         row = (width + left + right) * lanes
         offset = self.reserve((height + top + bottom) * row)
-        return self.add(
-            Frame(offset, height, width, channels, lanes, lanes, row, top, left, bottom, right, int(border))
-        )
+        sides = (top, left, bottom, right, int(border))
+        return self.add(Frame(offset, height, width, channels, lanes, lanes, row, *sides))
 
 
 def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int, z_gradient: bool = False) -> Plan:
@@ -209,8 +185,9 @@ def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int, z_gra
     plan.program.append(Instruction(Operation.READ_Z, target=z))
     top, backward, readers = _scale(plan, 0, z, name="body")
     head = _convolution(plan, "head", top, 3, kernel=1)
-    plan.program += [head, Instruction(Operation.LOSS, source=head.target)]
     plan.program += [
+        head,
+        Instruction(Operation.LOSS, source=head.target),
         head._replace(operation=Operation.WEIGHT_GRADIENT),
         head._replace(operation=Operation.BIAS_GRADIENT),
         *_input_gradient(top, head),
@@ -233,7 +210,7 @@ def _convolution(plan: Plan, name: str, source: int, outputs: int, *, kernel: in
     lanes = plan.frames[target].padded
     weight = plan.slot(kernel, kernel, frame.channels, lanes, outputs=outputs)
     bias = plan.slot(lanes, outputs=outputs)
-    plan.layers[name] = Layer(weight, bias)
+    plan.layers[name] = (weight, bias)
     pad = same_padding(kernel)[0]
     return Instruction(Operation.CONVOLVE, source, target, weight.offset, bias.offset, kernel, stride, pad)
 
@@ -241,11 +218,9 @@ def _convolution(plan: Plan, name: str, source: int, outputs: int, *, kernel: in
 def _normalisation(plan: Plan, name: str, source: int, target: int, *, leaky: bool) -> Instruction:
     frame = plan.frames[source]
     weight, bias = (plan.slot(frame.padded, outputs=frame.channels) for _ in range(2))
-    plan.layers[name] = Layer(weight, bias)
-    statistics = plan.reserve(2 * frame.padded)
-    return Instruction(
-        Operation.NORMALISE, source, target, weight.offset, bias.offset, statistics=statistics, leaky=int(leaky)
-    )
+    plan.layers[name] = (weight, bias)
+    places = {"weight": weight.offset, "bias": bias.offset, "statistics": plan.reserve(2 * frame.padded)}
+    return Instruction(Operation.NORMALISE, source, target, leaky=int(leaky), **places)
 
 
 def _block(

@@ -2,9 +2,7 @@
 
 For NVIDIA GPUs; on a CPU they run only in Triton's interpreter. float32, bfloat16 and float64 are supported; sums run
 in float32 (float64 for float64), and backward passes are deterministic. In float32 products are exact, unless TF32 is
-switched on (:mod:`dipguard.engines.precision`). Torch's batch normalisation and LeakyReLU read and write the
-activations five times forward and eight times backward; the kernel here does it twice and three times, and keeps one
-tensor less for the backward pass. ``benchmarks/conv_forms.py`` measures all of this.
+switched on (:func:`dipguard.engines.precision`). ``benchmarks/conv_forms.py`` measures them.
 """
 
 from __future__ import annotations
@@ -67,11 +65,7 @@ def triton_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: fl
 
 
 def check_device(device: torch.device) -> None:
-    """Refuse a device on which Triton cannot run.
-
-    Raises:
-        RuntimeError: Triton is not installed, or the device is not CUDA and Triton does not interpret.
-    """
+    """Raise RuntimeError if Triton is not installed, or the device is not CUDA and Triton does not interpret."""
     try:
         import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
@@ -232,8 +226,7 @@ def _output_block(channels: int) -> int:
 
 
 def _strides(padded: Tensor, inputs: int) -> tuple[int, int, int, int]:
-    # From network to network, channel to channel, row to row, pixel to pixel. The first stride of [1, C, H, W] has no
-    # meaning.
+    # From network to network, channel to channel, row to row, pixel to pixel.
     channel, row, column = padded.stride()[1:]
     return inputs * channel, channel, row, column
 

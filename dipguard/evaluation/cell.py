@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,6 @@ from dipguard.store import Entry, digest_of
 CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
 """Labels with a meaning of their own: the attack suite's clean images and worst case, and the undefended baseline."""
 CONTROL, LARGE_EPS = "control", "large_eps"
-CHECKS = (CONTROL, LARGE_EPS)
 """Attacks of a suite that check the others: noise, and an attack that may change almost anything."""
 ASIDE = ("name", "_target_", "number", "check", "full", "intermediate", "limit", "only", "note")
 """Keys of an attack's node that are not options of the attack."""
@@ -65,8 +64,7 @@ class Cell:
         target: What it attacks.
         clean: The images that it starts from.
         options: The attack's options for this target.
-        attack: The attack; None if it does not apply.
-        why: Why it does not apply; None if it does.
+        attack: The attack; None if it does not apply, and ``why`` says why not.
         eps_255: Its budget in levels of 0 to 255; None if it has no L-infinity bound.
         suite: Whether it belongs to the attack suite.
         attack_key: Digest of everything that the attacked images depend on.
@@ -137,8 +135,11 @@ class Cell:
     @property
     def options_text(self) -> str:
         """The options in words, without the budget."""
-        own = {n: v for n, v in self.options.items() if n not in ("eps_255", "batch_size") and v is not None}
-        return ", ".join(f"{name} {_text(value)}" for name, value in own.items())
+        aside = ("eps_255", "batch_size")
+        return ", ".join(f"{n} {_text(v)}" for n, v in self.options.items() if n not in aside and v is not None)
+
+
+_NONE, _NO_DECISION = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,17 +170,17 @@ class CellResult:
     status: str
     eps_255: float | None = None
     budget: int | None = None
-    decisions_given: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    decisions: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    ssim_given: Tensor = field(default_factory=lambda: torch.zeros(0))
-    ssim: Tensor = field(default_factory=lambda: torch.zeros(0))
-    psnr: Tensor = field(default_factory=lambda: torch.zeros(0))
-    used: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    reasons: list[str] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
+    decisions_given: Tensor = _NO_DECISION
+    decisions: Tensor = _NO_DECISION
+    ssim_given: Tensor = _NONE
+    ssim: Tensor = _NONE
+    psnr: Tensor = _NONE
+    used: Tensor = _NO_DECISION
+    reasons: Sequence[str] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
     spent: Cost = field(default_factory=Cost)
-    history: list[float] = field(default_factory=list)
-    last_history: list[float] = field(default_factory=list)
+    history: Sequence[float] = ()
+    last_history: Sequence[float] = ()
     flat: float | None = None
 
     @property
@@ -201,33 +202,20 @@ class CellResult:
 def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
     """The results of a finished cell, one for each budget."""
     about, made = summary.header, []
+    attack: dict[str, Any] = {name: about["attack"][name] for name in ("history", "last_history", "flat")}
+    attack["spent"] = Cost(**about["attack"]["spent"])
     for number, (eps_255, budget) in enumerate(about["snapshots"]):
-        arrays = {name: torch.from_numpy(values[number]) for name, values in summary.arrays.items()}
-        made.append(
-            CellResult(
-                cell=cell,
-                status=DONE,
-                eps_255=eps_255,
-                budget=budget,
-                reasons=about["reasons"][number],
-                seconds={**about["attack"]["seconds"], **about["seconds"][number]},
-                spent=Cost(**about["attack"]["spent"]),
-                history=about["attack"]["history"],
-                last_history=about["attack"]["last_history"],
-                flat=about["attack"]["flat"],
-                **arrays,
-            )
-        )
+        own: dict[str, Any] = {name: torch.from_numpy(values[number]) for name, values in summary.arrays.items()}
+        own |= {"eps_255": eps_255, "budget": budget, "reasons": about["reasons"][number]}
+        own["seconds"] = {**about["attack"]["seconds"], **about["seconds"][number]}
+        made.append(CellResult(cell, DONE, **own, **attack))
     return made
 
 
 def fitting_options(node: Mapping[str, Any], target: Target, *, adaptive: bool) -> tuple[dict[str, Any], str | None]:
     """An attack's options for a target, and why the attack does not apply to it (None: it does).
 
-    Args:
-        node: The attack's settings.
-        target: What it would attack.
-        adaptive: Whether the attack knows the defence.
+    ``node`` holds the attack's settings; an adaptive attack knows the defence.
     """
     defense, name = target.defense, name_of(node)
     options = {key: value for key, value in node.items() if key not in ASIDE}

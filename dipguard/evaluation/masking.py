@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dipguard.evaluation.cell import BLACK_BOX, CONTROL, LARGE_EPS, CellResult
 from dipguard.evaluation.metrics import wilson
@@ -33,58 +34,45 @@ def masking_checks(results: Sequence[CellResult], randomness: Randomness | None)
         randomness: Whether it draws and optimises; None if that was not checked.
     """
     done = [result for result in results if result.done]
-    return [
-        more_steps(done),
-        large_eps(done),
-        black_box(done),
-        randomised(done, randomness),
-        dynamic(done, randomness),
-        gradients(done),
-        control(done),
-    ]
+    drawn = [randomised(done, randomness), dynamic(done, randomness)]
+    return [more_steps(done), large_eps(done), black_box(done), *drawn, gradients(done), control(done)]
 
 
 def more_steps(done: Sequence[CellResult]) -> Check:
     """More steps never weaken an attack: neither its best so far, nor (beyond what n images can tell) its last step."""
-    bad, seen = [], []
-    for result in done:
-        if not result.history:
-            continue
-        seen.append(result.cell.label)
-        if any(later > earlier + 1e-9 for earlier, later in zip(result.history, result.history[1:], strict=False)):
+    name, seen, bad = "more steps never weaken it", [r for r in done if r.history], []
+    if not seen:
+        return Check(name, NOT_CHECKED, "no attack kept its course")
+    for result in seen:
+        if any(later > earlier + 1e-9 for earlier, later in pairwise(result.history)):
             bad.append(f"{result.cell.label}: its best so far gets worse")
         # A search by questions looks at much that it does not keep.
         if result.last_history and result.cell.name not in BLACK_BOX:
             n, best, last = len(result.right), min(result.last_history), result.last_history[-1]
             if last > wilson(round(best * n), n)[1]:
                 bad.append(f"{result.cell.label}: {best:.0%} right at its best step, {last:.0%} at its last")
-    if not seen:
-        return Check("more steps never weaken it", NOT_CHECKED, "no attack kept its course")
-    figures = "; ".join(bad) or f"held by {', '.join(seen)}"
-    return Check("more steps never weaken it", WARNING if bad else OK, figures)
+    held = f"held by {', '.join(result.cell.label for result in seen)}"
+    return Check(name, WARNING if bad else OK, "; ".join(bad) or held)
 
 
 def large_eps(done: Sequence[CellResult]) -> Check:
     """An attack that may do almost anything must always succeed."""
-    name, found = "a large eps reaches 0 %", [c for c in done if c.cell.check == LARGE_EPS]
+    name, found = "a large eps reaches 0 %", [r for r in done if r.cell.check == LARGE_EPS]
     if not found:
         return Check(name, NOT_CHECKED, "no attack with check: large_eps was run")
-    figures = ", ".join(f"{_right(c)} of {len(c.right)} right at {c.eps_255:g}/255" for c in found)
-    return Check(name, WARNING if all(_right(result) for result in found) else OK, figures)
+    figures = ", ".join(f"{_right(r)} of {len(r.right)} right at {r.eps_255:g}/255" for r in found)
+    return Check(name, WARNING if all(_right(r) for r in found) else OK, figures)
 
 
 def black_box(done: Sequence[CellResult]) -> Check:
     """An attacker who knows less must not achieve more."""
-    name = "black box does not beat white box"
-    attacks = [result for result in done if result.attacks]
-    white = [c for c in attacks if c.cell.white_box]
-    black = [result for result in attacks if result not in white]
+    name, attacks = "black box does not beat white box", [result for result in done if result.attacks]
+    white, black = ([r for r in attacks if r.cell.white_box == side] for side in (True, False))
     if not white or not black:
         return Check(name, NOT_CHECKED, f"no {'black' if white else 'white'}-box attack was run")
-    # Attacks on fewer images are compared on those.
-    n = min(len(result.right) for result in (*white, *black))
-    best_white, best_black = (min(side, key=lambda c: _right(c, n)) for side in (white, black))
-    alone = sum(any(not c.right[i] for c in black) and all(c.right[i] for c in white) for i in range(n))
+    n = min(len(result.right) for result in attacks)  # attacks on fewer images are compared on those
+    best_white, best_black = (min(side, key=lambda r: _right(r, n)) for side in (white, black))
+    alone = sum(any(not r.right[i] for r in black) and all(r.right[i] for r in white) for i in range(n))
     figures = (
         f"black box at best {_right(best_black, n)} of {n} right ({best_black.cell.label}), white box "
         f"{_right(best_white, n)} ({best_white.cell.label}); {alone} broken by black box alone"
@@ -100,7 +88,8 @@ def randomised(done: Sequence[CellResult], randomness: Randomness | None) -> Che
     change = f"logits differ by {randomness.drawn:.3g} with other draws, {randomness.repeated:.3g} with the same"
     if not randomness.randomised:
         return Check(name, OK, f"not randomised: {change}")
-    over = [c.cell.label for c in done if c.attacks and _in_expectation(c)]
+    options = [(r.cell.label, r.cell.options) for r in done if r.attacks]
+    over = [label for label, o in options if o.get("eot_iter", 1) > 1 and o.get("draws") == "fresh"]
     figures = f"randomised: {change}; EOT with fresh draws in {', '.join(over) or 'no attack'}"
     return Check(name, OK if over else WARNING, figures)
 
@@ -112,7 +101,7 @@ def dynamic(done: Sequence[CellResult], randomness: Randomness | None) -> Check:
         return Check(name, NOT_CHECKED, "the clean images were not run")
     if not randomness.dynamic:
         return Check(name, OK, "not dynamic: no backward pass in a purification")
-    adaptive = [c.cell.label for c in done if c.attacks and c.cell.adaptive and c.cell.white_box]
+    adaptive = [r.cell.label for r in done if r.attacks and r.cell.adaptive and r.cell.white_box]
     by = ", ".join(adaptive) or "no attack"
     figures = f"dynamic: {randomness.backward:,} backward passes in a purification; attacked by {by}"
     return Check(name, OK if adaptive else WARNING, figures)
@@ -129,8 +118,7 @@ def gradients(done: Sequence[CellResult]) -> Check:
 
 def control(done: Sequence[CellResult]) -> Check:
     """Noise as large as an attack must harm less than the attack."""
-    name = "noise harms less than the attacks"
-    noise = [result for result in done if result.cell.check == CONTROL]
+    name, noise = "noise harms less than the attacks", [result for result in done if result.cell.check == CONTROL]
     attacks = [result for result in done if result.attacks]
     if not noise or not attacks:
         return Check(name, NOT_CHECKED, f"no {'attack' if noise else 'attack with check: control'} was run")
@@ -141,11 +129,6 @@ def control(done: Sequence[CellResult]) -> Check:
     figures = f"{least} of {n} right under noise, {_right(best, n)} under {best.cell.label}"
     figures += f"; no better than noise: {', '.join(weak)}" if weak else ""
     return Check(name, OK if _right(best, n) < least or not _right(best, n) else WARNING, figures)
-
-
-def _in_expectation(result: CellResult) -> bool:
-    options = result.cell.options
-    return options.get("eot_iter", 1) > 1 and options.get("draws") == "fresh"
 
 
 def _right(result: CellResult, n: int | None = None) -> int:

@@ -75,11 +75,6 @@ class Matrix:
         return next(iter(self.targets.values())).victim
 
     @property
-    def decisions_clean(self) -> Tensor:
-        """The victim's decisions on the clean images, [N] int64."""
-        return next(iter(self.targets.values())).decisions_clean
-
-    @property
     def chunk_size(self) -> int:
         """Images of a cell that are purified, and stored, together."""
         return self.config.chunk or (256 if self.device.type == "cuda" else 32)
@@ -121,14 +116,11 @@ class Matrix:
         """A cell's attacked images: ``images`` [S, n, 3, H, W] for S budgets, ``decisions`` and ``ssim`` [S, n]."""
         if cell.attack_key not in self._attacked:
             self._attacked.clear()  # the next cells have the same, or none that was before
-            made: list[str] = []
-
-            def make() -> Entry:
-                made.append(cell.label)
-                return self._attack(cell)
-
-            self._attacked[cell.attack_key] = self.store.arrays("attacks", cell.attack_key, make)
-            self.store.counts["attacked" if made else "attacks_found"] += len(cell.clean)
+            counts, key = self.store.counts, cell.attack_key
+            before = counts["attacked"]
+            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell))
+            if counts["attacked"] == before:
+                counts["attacks_found"] += len(cell.clean)
         return self._attacked[cell.attack_key]
 
     def has_attacked(self, cell: Cell) -> bool:
@@ -160,23 +152,23 @@ class Matrix:
 
         def make() -> Entry:
             attacked = self.attack_entry(cell)
-            images = torch.from_numpy(attacked.arrays["images"][snapshot][part])
             last = snapshot == len(attacked.header["snapshots"]) - 1  # a cell has the traces of one budget
             own = [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
-            indices = cell.clean.indices[part]
             result = cell.defense.defend(
-                images.to(self.device), indices=indices, callbacks=[*callbacks, *own], logger=logger
+                torch.from_numpy(attacked.arrays["images"][snapshot][part]).to(self.device),
+                indices=cell.clean.indices[part],
+                callbacks=[*callbacks, *own],
+                logger=logger,
             )
-            return Entry(
-                {"images": result.reconstructions.cpu().numpy(), "used": np.array(result.used, dtype=np.int64)},
-                {
-                    "what": f"{cell.label} x {cell.target.label}, images {part.start} to {part.stop - 1}",
-                    "reasons": result.reasons,
-                    "seconds": result.seconds,
-                    "traced": last and bool(result.traces),
-                    "traces": self._save_traces(cell, result, part) if last else {},
-                },
-            )
+            about = {
+                "what": f"{cell.label} x {cell.target.label}, images {part.start} to {part.stop - 1}",
+                "reasons": result.reasons,
+                "seconds": result.seconds,
+                "traced": last and bool(result.traces),
+                "traces": self._save_traces(cell, result, part) if last else {},
+            }
+            used = np.array(result.used, dtype=np.int64)
+            return Entry({"images": result.reconstructions.cpu().numpy(), "used": used}, about)
 
         return self.store.arrays("cells", key, make)
 
@@ -192,25 +184,24 @@ class Matrix:
             arrays["ssim"].append(similarity(comparable, clean).numpy())
             arrays["psnr"].append(psnr(comparable, clean).numpy())
             arrays["used"].append(np.concatenate([part.arrays["used"] for part in parts]))
-        stacked = {name: np.stack(values) for name, values in arrays.items()}
-        given = {"decisions_given": attacked.arrays["decisions"], "ssim_given": attacked.arrays["ssim"]}
-        seconds = [
-            {name: sum(part.header["seconds"][name] for part in parts) for name in parts[0].header["seconds"]}
-            for parts in chunks
-        ]
+        given = {f"{name}_given": attacked.arrays[name] for name in ("decisions", "ssim")}
+        made = {name: np.stack(values) for name, values in arrays.items()} | given
+        headers = [[part.header for part in parts] for parts in chunks]
         about = {
             "what": f"{cell.label} x {cell.target.label}: {len(clean)} images",
             "snapshots": attacked.header["snapshots"],
             "attack": {name: attacked.header[name] for name in ("seconds", "spent", "history", "last_history", "flat")},
-            "reasons": [[reason for part in parts for reason in part.header["reasons"]] for parts in chunks],
-            "seconds": seconds,
+            "reasons": [[reason for part in parts for reason in part["reasons"]] for parts in headers],
+            "seconds": [
+                {n: sum(part["seconds"][n] for part in parts) for n in parts[0]["seconds"]} for parts in headers
+            ],
             "chunk": self.chunk_size,
-            "traced": chunks[-1][0].header["traced"],
-            "traces": {index: file for part in chunks[-1] for index, file in part.header["traces"].items()},
+            "traced": headers[-1][0]["traced"],
+            "traces": {index: file for part in headers[-1] for index, file in part["traces"].items()},
         }
-        self.store.write("cells", cell.key, {**stacked, **given}, about)
+        self.store.write("cells", cell.key, made, about)
         self.store.remove("cells", cell.sub_key("failure"))
-        self.results[cell.place] = results_of(cell, Entry({**stacked, **given}, about))
+        self.results[cell.place] = results_of(cell, Entry(made, about))
 
     def fail(self, cell: Cell, error: str) -> None:
         """Note why a cell has no result; the next run tries it again."""
@@ -231,34 +222,32 @@ class Matrix:
         assert cell.attack is not None
         attack, clean = cell.attack, cell.clean
         _log.info("attack %s%s: %d images", cell.label, f" x {cell.target.label}" if cell.adaptive else "", len(clean))
-        before, start = attack.spent, time.perf_counter()
+        before, start = asdict(attack.spent), time.perf_counter()
         images, labels = clean.images.to(self.device), clean.labels.to(self.device)
         made = attack.snapshots(images, labels, indices=clean.indices)
-        seconds = time.perf_counter() - start
-        spent = {name: value - getattr(before, name) for name, value in asdict(attack.spent).items()}
+        about = {
+            "what": f"{cell.label}: {len(clean)} images of {clean.name}",
+            "settings": attack.settings,
+            "snapshots": [list(snapshot) for snapshot in made],
+            "seconds": {"attack": time.perf_counter() - start},
+            "spent": {name: value - before[name] for name, value in asdict(attack.spent).items()},
+            "history": attack.history,
+            "last_history": attack.last_history,
+            "flat": attack.flat,
+        }
+        self.store.counts["attacked"] += len(clean)
         attacked = [one.cpu() for one in made.values()]
-        return Entry(
-            {
-                "images": torch.stack(attacked).numpy(),
-                "decisions": torch.stack([decide(cell.target.victim, one) for one in attacked]).numpy(),
-                "ssim": torch.stack([similarity(one, clean.images) for one in attacked]).numpy(),
-            },
-            {
-                "what": f"{cell.label}: {len(clean)} images of {clean.name}",
-                "settings": attack.settings,
-                "snapshots": [list(snapshot) for snapshot in made],
-                "seconds": {"attack": seconds},
-                "spent": spent,
-                "history": attack.history,
-                "last_history": attack.last_history,
-                "flat": attack.flat,
-            },
-        )
+        arrays = {
+            "images": attacked,
+            "decisions": [decide(cell.target.victim, one) for one in attacked],
+            "ssim": [similarity(one, clean.images) for one in attacked],
+        }
+        return Entry({name: torch.stack(tensors).numpy() for name, tensors in arrays.items()}, about)
 
     def _save_traces(self, cell: Cell, result: DefenseResult, part: slice) -> dict[str, str]:
         """Write the traces of a chunk that are to be kept; digests of the files by index."""
         saved = {}
-        for position, trace in zip(range(part.start, part.stop), result.traces, strict=False):
+        for position, trace in enumerate(result.traces, start=part.start):
             if self.config.keep_traces or position < self.config.figures:
                 path = trace.save(self.traces_path(*cell.place, trace.index))
                 content = {"safetensors": np.frombuffer(path.read_bytes(), dtype=np.uint8)}

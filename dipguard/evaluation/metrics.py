@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,9 +42,7 @@ def similarity(images: Tensor, clean: Tensor) -> Tensor:
     Raises:
         ValueError: Different shapes, or a side too short for SSIM (:func:`dipguard.decision.quality`).
     """
-    _check_shapes(images, clean)
-    parts = zip(images.split(BATCH), clean.split(BATCH), strict=True)
-    return torch.cat([quality(one, other).cpu() for one, other in parts])
+    return _compare(quality, images, clean)
 
 
 def psnr(images: Tensor, clean: Tensor) -> Tensor:
@@ -52,10 +51,8 @@ def psnr(images: Tensor, clean: Tensor) -> Tensor:
     Raises:
         ValueError: Different shapes.
     """
-    _check_shapes(images, clean)
-    parts = zip(images.split(BATCH), clean.split(BATCH), strict=True)
     scale: dict[str, Any] = {"data_range": 1.0, "reduction": "none", "dim": (1, 2, 3)}
-    return torch.cat([peak_signal_noise_ratio(one.double(), other.double(), **scale) for one, other in parts])
+    return _compare(lambda one, other: peak_signal_noise_ratio(one.double(), other.double(), **scale), images, clean)
 
 
 def decide(victim: nn.Module, images: Tensor) -> Tensor:
@@ -63,8 +60,9 @@ def decide(victim: nn.Module, images: Tensor) -> Tensor:
     return Decider(victim, batch=BATCH)(images).argmax(dim=1).cpu()
 
 
-def _check_shapes(images: Tensor, clean: Tensor) -> None:
+def _compare(figure: Callable[[Tensor, Tensor], Tensor], images: Tensor, clean: Tensor) -> Tensor:
     if images.shape != clean.shape:
-        raise ValueError(
-            f"`images` and `clean` must have one shape, got {tuple(images.shape)} and {tuple(clean.shape)}"
-        )
+        shapes = f"{tuple(images.shape)} and {tuple(clean.shape)}"
+        raise ValueError(f"`images` and `clean` must have one shape, got {shapes}")
+    parts = zip(images.split(BATCH), clean.split(BATCH), strict=True)
+    return torch.cat([figure(one, other).cpu() for one, other in parts])

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, build_attack
-from dipguard.checks import check_choice, check_int, check_labels
+from dipguard.checks import check_labels
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet, load_data
 from dipguard.defenses import DEFENSES, Defense, build_defense
 from dipguard.defenses.dip import DIPDefense
-from dipguard.evaluation.cell import BASELINE, CHECKS, CLEAN, WORST, Cell, Target, fitting_options, name_of
+from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, name_of
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
@@ -44,7 +44,6 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
         TypeError, ValueError, FileNotFoundError, ImportError, RuntimeError: A setting or a file is not as it must be;
             the message names the key as on the command line.
     """
-    path = Path(folder)
     attacks = _checked_attacks(config)
     _check_labels("defenses", config.defenses)
     if config.baseline is not None and BASELINE in config.defenses:
@@ -55,39 +54,37 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     with keys_named("data", data):
         clean: ImageSet = _build(data, load_data)
     similarity(clean.images[:1], clean.images[:1])  # an image that is too small for SSIM
-    victims = {
-        key: _victim(key, node, clean, device)
-        for key in ("victim", "surrogate", "baseline")
-        if (node := getattr(config, key)) is not None
-    }
-    asked = victims.get("surrogate", victims["victim"])
+    nodes = {key: getattr(config, key) for key in ("victim", "surrogate", BASELINE)}
+    victims = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
+    digests = {key: victim_digest(one) for key, one in victims.items()}
+    decisions = {key: decide(one, clean.images) for key, one in victims.items() if key != "surrogate"}
     made_with = {
         "versions": numerics(),
         "device": device.type,
         "callbacks": config.callbacks,
-        "surrogate": victim_digest(asked) if "surrogate" in victims else None,
+        "surrogate": digests.get("surrogate"),
     }
     targets = {}
-    for label, node in {**config.defenses, **({BASELINE: {"name": "none"}} if "baseline" in victims else {})}.items():
-        key = "baseline" if "baseline" in victims and label == BASELINE else "victim"
-        bare = _defense(label, node, asked if key == "victim" else victims[key], config, clean)
-        defense = bare
+    for label, node in (config.defenses | ({BASELINE: {"name": "none"}} if BASELINE in victims else {})).items():
+        key = BASELINE if label == BASELINE and BASELINE in victims else "victim"
+        asked = "surrogate" if key == "victim" and "surrogate" in victims else key
+        bare = defense = _defense(label, node, victims[asked], config, clean)
         if shared is not None and hasattr(bare, "store") and not config.callbacks:  # callbacks may change a fit
-            defense = _defense(label, node, asked, config, clean, store=shared, store_T=tuple(config.store_T))
+            defense = _defense(label, node, victims[asked], config, clean, store=shared, store_T=tuple(config.store_T))
         targets[label] = Target(
             label=label,
             victim=victims[key],
-            victim_name=name_of(getattr(config, key)),
-            surrogate=name_of(config.surrogate) if config.surrogate is not None and key == "victim" else "",
+            victim_name=name_of(nodes[key]),
+            surrogate=name_of(nodes[asked]) if asked == "surrogate" else "",
             defense=defense,
             bare=bare,
-            depends={**made_with, "victim": victim_digest(victims[key]), "defense": bare.settings},
-            decisions_clean=decide(victims[key], clean.images),
+            depends={**made_with, "victim": digests[key], "defense": bare.settings},
+            decisions_clean=decisions[key],
             cut=_cut(node, bare),
         )
     cells = _cells(config, attacks, targets, clean)
-    own = Store(path / "store") if shared is None else shared
-    return Matrix(config, path, clean, device, own, targets, cells)
+    own = Store(Path(folder) / "store") if shared is None else shared
+    return Matrix(config, Path(folder), clean, device, own, targets, cells)
 
 
 def choose_device(accelerator: str) -> torch.device:
@@ -96,7 +93,6 @@ def choose_device(accelerator: str) -> torch.device:
     Raises:
         ValueError: Not ``auto``, ``cpu`` or ``gpu``, or ``gpu`` without one.
     """
-    check_choice(accelerator, ("auto", "cpu", "gpu", "cuda"), name="trainer.accelerator")
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"`trainer.accelerator` must be auto or cpu on a machine without a GPU, got {accelerator!r}")
     use_gpu = accelerator != "cpu" and torch.cuda.is_available()
@@ -107,9 +103,7 @@ def choose_device(accelerator: str) -> torch.device:
 def keys_named(group: str, names: Iterable[str]) -> Iterator[None]:
     """Give the arguments in an error's message the names that they have on the command line.
 
-    Args:
-        group: The config group, such as ``data``.
-        names: The arguments, such as ``path``, which is ``data.path`` on the command line.
+    In the group ``data``, the argument ``path`` is ``data.path`` on the command line.
     """
     try:
         yield
@@ -126,21 +120,11 @@ def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
     _check_labels("attacks", config.attacks)
     if WORST in config.attacks:
         raise ValueError(f"`attacks` must not name one {WORST!r}: the tables have a row of that name")
-    labels = {**config.defenses, **({} if config.baseline is None else {BASELINE: None})}
-    for label, node in config.attacks.items():
-        key = f"attacks.{label}"
-        if node.get("limit") is not None:
-            check_int(node["limit"], name=f"{key}.limit", low=1)
-        if node.get("check") is not None:
-            check_choice(node["check"], CHECKS, name=f"{key}.check")
-        for defense in node.get("only") or ():
-            check_choice(defense, labels, name=f"{key}.only")
-    attacks = dict(config.attacks)
-    if any(node.get("number") for node in attacks.values()):
-        if attacks.get(CLEAN, {"name": "none"}).get("name") != "none":
-            raise ValueError(f"`attacks.{CLEAN}` must be the attack 'none' beside attacks with a `number`")
-        attacks = {CLEAN: {"name": "none"}, **attacks}
-    return attacks
+    if not any(node.get("number") for node in config.attacks.values()):
+        return config.attacks
+    if config.attacks.get(CLEAN, {"name": "none"}).get("name") != "none":
+        raise ValueError(f"`attacks.{CLEAN}` must be the attack 'none' beside attacks with a `number`")
+    return {CLEAN: {"name": "none"}, **config.attacks}
 
 
 def _check_labels(group: str, labels: Mapping[str, Any]) -> None:
@@ -209,10 +193,14 @@ def _cells(
 ) -> list[Cell]:
     """All cells, attack by attack, each with its attack built and its keys."""
     cells = []
+    suite = any(node.get("number") for node in attacks.values())
+    limits = {node.get("limit") for node in attacks.values()}
+    parts = {limit: clean.select(limit=limit) if limit else clean for limit in limits}
+    digests = {limit: tensor_digest([part.images, part.labels, part.indices]) for limit, part in parts.items()}
     for label, node in attacks.items():
         adaptive = bool(_class_of(node, "attacks", ATTACKS).adaptive)
-        part = clean.select(limit=node.get("limit"))
-        data = tensor_digest([part.images, part.labels, part.indices])
+        limit = node.get("limit")
+        in_suite = suite and bool(label == CLEAN or node.get("number") or node.get("check"))
         for target in targets.values():
             options, why = fitting_options(node, target, adaptive=adaptive)
             attack: Attack | None = None
@@ -221,29 +209,19 @@ def _cells(
                     victim = DefendedVictim(target.victim, target.bare) if adaptive else target.victim
                     named = {key: node[key] for key in ("name", "_target_") if key in node}
                     attack = _build(named | options, build_attack, victim, seed=config.seed)
-            eps_255 = _budget(options, attack)
-            cell = Cell(label, node, target, part, options, attack, why, eps_255, _in_suite(label, node, config))
+            # The largest budget, if there are several.
+            own_eps = options.get("eps_255") if attack is None else attack.eps_255
+            eps_255 = max(options.get("radii_255") or [own_eps])
+            cell = Cell(label, node, target, parts[limit], options, attack, why, eps_255, in_suite)
             if attack is not None:
                 _check_suite(cell, config)
                 depends = target.depends
                 own = depends if adaptive else [depends[key] for key in ("versions", "device", "victim")]
-                attacked = digest_of([attack.settings, data, own])
-                cost = attack.estimate(len(part)) if adaptive else Cost()
+                attacked = digest_of([attack.settings, digests[limit], own])
+                cost = attack.estimate(len(cell.clean)) if adaptive else Cost()
                 cell = replace(cell, attack_key=attacked, key=digest_of([attacked, depends]), cost=cost)
             cells.append(cell)
     return cells
-
-
-def _budget(options: Mapping[str, Any], attack: Attack | None) -> float | None:
-    """The attack's L-infinity budget in levels of 0 to 255, the largest if there are several; None without one."""
-    own = options.get("eps_255") if attack is None else attack.eps_255
-    return max(options.get("radii_255") or [own])
-
-
-def _in_suite(label: str, node: Mapping[str, Any], config: RunConfig) -> bool:
-    """Whether an attack belongs to the suite: clean images, and attacks with a number or a check."""
-    suite = any(other.get("number") for other in config.attacks.values())
-    return suite and bool(label == CLEAN or node.get("number") or node.get("check"))
 
 
 def _check_suite(cell: Cell, config: RunConfig) -> None:

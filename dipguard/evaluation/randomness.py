@@ -6,7 +6,7 @@ AutoAttack asks the same before it trusts its own result (Croce et al. 2022).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -54,7 +54,7 @@ class Randomness:
     @classmethod
     def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
         """The stored result for a target of a matrix; None if there is none."""
-        entry = matrix.store.read("cells", matrix.cell(CLEAN, target.label).sub_key("randomness"))
+        entry = matrix.store.read("cells", _key(matrix, target))
         return None if entry is None else cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
 
     @classmethod
@@ -65,17 +65,15 @@ class Randomness:
             found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
             return Entry({}, {"what": f"randomness of {target.label}", **asdict(found)})
 
-        matrix.store.arrays("cells", matrix.cell(CLEAN, target.label).sub_key("randomness"), make)
+        matrix.store.arrays("cells", _key(matrix, target), make)
+
+
+def _key(matrix: Matrix, target: Target) -> str:
+    return matrix.cell(CLEAN, target.label).sub_key("randomness")
 
 
 def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Randomness:
-    """Purify one image three times: twice with its own draws, once with others.
-
-    Args:
-        target: The defended classifier.
-        one: The image.
-        device: Where it is purified.
-    """
+    """Purify the image of a set on a device three times: twice with its own draws, once with others."""
     images = one.images.to(device)
 
     def logits(indices: Tensor) -> Tensor:
@@ -97,10 +95,9 @@ def counting_backward() -> Iterator[list[int]]:
     count = [0]
 
     def watch(frame: FrameType, event: str, what: Any) -> None:
-        if event == "c_call" and getattr(what, "__name__", "") == "run_backward":
-            count[0] += 1
+        count[0] += event == "c_call" and getattr(what, "__name__", "") == "run_backward"
 
-    before: Callable[..., Any] | None = sys.getprofile()
+    before = sys.getprofile()
     sys.setprofile(watch)
     try:
         yield count

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
-import io
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -16,7 +14,7 @@ from dipguard.evaluation.masking import masking_checks
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.randomness import Randomness
-from dipguard.files import write_text
+from dipguard.files import csv_text, write_text
 
 FIELDS = (
     "data", "victim", "surrogate", "attack", "attack_name", "number", "check", "eps_255", "budget", "defense",
@@ -42,19 +40,19 @@ def write_results(matrix: Matrix) -> None:
 
 def write_table(matrix: Matrix) -> None:
     """Write results.csv and, for an attack suite, checks.csv."""
-    rows = [row for cell in matrix.cells for result in matrix.results[cell.place] for row in [_row(matrix, result)]]
-    targets = list(matrix.targets.values()) if any(cell.suite for cell in matrix.cells) else []
-    rows += [_worst_row(matrix, target) for target in targets]
+    rows = [_row(matrix, result) for cell in matrix.cells for result in matrix.results[cell.place]]
+    suite = any(cell.suite for cell in matrix.cells)
+    rows += [_worst_row(matrix, target) for target in matrix.targets.values() if suite]
     write_text(matrix.folder / "results.csv", csv_text(FIELDS, rows))
-    if not targets:
-        return
-    checks = []
-    for target in targets:
-        results = suite_results(matrix, target)
-        if any(result.done for result in results):
-            found = masking_checks(results, Randomness.read(matrix, target))
-            checks += [{"defense": target.label, **asdict(check)} for check in found]
-    write_text(matrix.folder / "checks.csv", csv_text(CHECK_FIELDS, checks))
+    if suite:
+        results = {target.label: suite_results(matrix, target) for target in matrix.targets.values()}
+        checks = [
+            {"defense": label, **asdict(check)}
+            for label, found in results.items()
+            if any(result.done for result in found)
+            for check in masking_checks(found, Randomness.read(matrix, matrix.targets[label]))
+        ]
+        write_text(matrix.folder / "checks.csv", csv_text(CHECK_FIELDS, checks))
 
 
 def append_images(matrix: Matrix, cell: Cell) -> None:
@@ -89,37 +87,24 @@ def worst_case(results: Iterable[CellResult], count: int, clean: Tensor | None =
     return right
 
 
-def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]], *, head: bool = True) -> str:
-    """Rows as CSV; None is an empty field."""
-    buffer = io.StringIO(newline="")
-    writer = csv.DictWriter(buffer, fields, lineterminator="\n")
-    if head:
-        writer.writeheader()
-    writer.writerows(rows)
-    return buffer.getvalue()
-
-
 def image_rows(results: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
     """The rows of images.csv."""
     for result in results:
         cell = result.cell
-        for number in range(len(result.decisions)):
-            yield {
-                "attack": cell.label,
-                "defense": cell.target.label,
-                "eps_255": result.eps_255,
-                "budget": result.budget,
-                "index": int(cell.clean.indices[number]),
-                "label": int(cell.clean.labels[number]),
-                "decision_clean": int(cell.target.decisions_clean[number]),
-                "decision_given": int(result.decisions_given[number]),
-                "decision_defended": int(result.decisions[number]),
-                "ssim_given": _short(result.ssim_given[number]),
-                "ssim": _short(result.ssim[number]),
-                "psnr": _short(result.psnr[number]),
-                "used": int(result.used[number]),
-                "why": result.reasons[number],
-            }
+        first = {"attack": cell.label, "defense": cell.target.label, "eps_255": result.eps_255, "budget": result.budget}
+        tensors = {
+            "index": cell.clean.indices,
+            "label": cell.clean.labels,
+            "decision_clean": cell.target.decisions_clean,
+            "decision_given": result.decisions_given,
+            "decision_defended": result.decisions,
+            "ssim_given": result.ssim_given,
+            "ssim": result.ssim,
+            "psnr": result.psnr,
+            "used": result.used,
+        }
+        for i, why in enumerate(result.reasons):
+            yield {**first, **{name: _short(values[i].item()) for name, values in tensors.items()}, "why": why}
 
 
 def _row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
@@ -142,15 +127,14 @@ def _row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         return row
     # An image that comes back unchanged has an infinite PSNR: the mean is over the others.
     finite = result.psnr[result.psnr.isfinite()]
-    seconds = dict(result.seconds)
-    attack_seconds = seconds.pop("attack")
+    spent = sum(value for name, value in result.seconds.items() if name != "attack")
     return {
         **row,
         **_share(result.right),
-        "ssim": _short(result.ssim.double().mean()),
-        "psnr": _short(finite.mean()) if len(finite) else None,
-        "seconds_per_image": _short(sum(seconds.values()) / len(result.right)),
-        "attack_seconds": _short(attack_seconds),
+        "ssim": _short(float(result.ssim.double().mean())),
+        "psnr": _short(float(finite.mean())) if len(finite) else None,
+        "seconds_per_image": _short(spent / len(result.right)),
+        "attack_seconds": _short(result.seconds["attack"]),
         **asdict(result.spent),
     }
 
@@ -161,7 +145,7 @@ def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
     right = worst_case(results, len(matrix.clean), clean.right if len(clean.right) == len(matrix.clean) else None)
     over = sum(result.attacks for result in results)
     row = {**_of_target(matrix, target), "attack": WORST, "eps_255": matrix.config.eps_255, "number": "9"}
-    return {**row, "status": NOT_RUN} if right is None else {**row, **_share(right), "note": f"over {over} attacks"}
+    return row | ({"status": NOT_RUN} if right is None else {**_share(right), "note": f"over {over} attacks"})
 
 
 def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
@@ -178,10 +162,9 @@ def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
 
 def _share(right: Tensor) -> dict[str, Any]:
     n, correct = len(right), int(right.sum())
-    low, high = wilson(correct, n)
-    shares = {"accuracy": correct / n, "low": low, "high": high}
-    return {"n": n, "correct": correct, "status": DONE, **{name: _short(value) for name, value in shares.items()}}
+    low, high = (_short(bound) for bound in wilson(correct, n))
+    return {"n": n, "correct": correct, "status": DONE, "accuracy": _short(correct / n), "low": low, "high": high}
 
 
-def _short(value: Any) -> float:
-    return round(float(value), 6)
+def _short(value: float) -> float:
+    return round(value, 6)  # integers stay integers

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import islice, product
 from typing import Any, Protocol
 
 import pytorch_lightning as pl
@@ -60,7 +61,8 @@ def run(matrix: Matrix, *, log: RunLogger | None = None) -> list[str]:
     total, reached, show = sum(units.values()), 0, bool(matrix.config.trainer.get("enable_progress_bar", True))
     with tqdm(total=total, desc="evaluate", unit_scale=True, disable=not show, dynamic_ncols=True) as bar:
         for cell in todo:
-            bar.set_postfix_str(f"{cell.label} x {cell.target.label}")
+            name = f"{cell.label} x {cell.target.label}"
+            bar.set_postfix_str(name)
             error = broken.get(cell.attack_key)
             try:
                 if error is None:
@@ -69,13 +71,13 @@ def run(matrix: Matrix, *, log: RunLogger | None = None) -> list[str]:
                 if single:
                     raise
                 # Whatever it is, hours of other cells must not be lost to it.
-                _log.exception("%s x %s failed", *cell.place)
+                _log.exception("%s failed", name)
                 error = " ".join(f"{type(problem).__name__}: {problem}".split())
                 if not matrix.has_attacked(cell):
                     broken[cell.attack_key] = error  # other defences would meet the same
             if error is not None:
                 matrix.fail(cell, error)
-                failed.append(f"{cell.label} x {cell.target.label}: {error}")
+                failed.append(f"{name}: {error}")
             append_images(matrix, cell)
             write_table(matrix)
             reached += units[cell.place]
@@ -89,12 +91,14 @@ def run(matrix: Matrix, *, log: RunLogger | None = None) -> list[str]:
 
 
 def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: RunLogger | None) -> None:
-    attacked = matrix.attack_entry(cell)
+    # Steps that the fits of a chunk take in the log, one stack after the other.
+    stack = getattr(cell.defense, "stack_size", None) or matrix.chunk_size
+    steps = -(-matrix.chunk_size // stack) * cell.defense.steps_per_image
     chunks: list[list[Entry]] = []
-    for snapshot in range(len(attacked.header["snapshots"])):
+    for snapshot in range(len(matrix.attack_entry(cell).header["snapshots"])):
         chunks.append([])
         for number, part in enumerate(parts_of(len(cell.clean), matrix.chunk_size)):
-            logger = None if log is None else log.starting_at(number * _logged_steps(matrix, cell))
+            logger = None if log is None else log.starting_at(number * steps)
             chunks[-1].append(matrix.chunk(cell, snapshot, part, callbacks=[progress], logger=logger))
     matrix.finish(cell, chunks)
     right = matrix.results[cell.place][-1].right
@@ -106,12 +110,6 @@ def _units(cell: Cell) -> int:
     snapshots = len(cell.options.get("budgets") or [0]) * len(cell.options.get("radii_255") or [0])
     looks = cell.cost.purifications + len(cell.clean) * (1 + snapshots)
     return looks * IMAGE + cell.cost.dip_steps + snapshots * len(cell.clean) * cell.defense.steps_per_image
-
-
-def _logged_steps(matrix: Matrix, cell: Cell) -> int:
-    """Steps that the fits of a chunk take in the log, one stack after the other."""
-    stack = getattr(cell.defense, "stack_size", None) or matrix.chunk_size
-    return -(-matrix.chunk_size // stack) * cell.defense.steps_per_image
 
 
 def _check_randomness(matrix: Matrix) -> list[str]:
@@ -155,15 +153,11 @@ class _Share(pl.LightningModule):
         """Every n-th chunk of n processes, starting at this one's rank."""
         with torch.inference_mode(False):
             matrix = prepare(self.settings, self.path)
-            for place in self.places:
-                for number, (snapshot, part) in enumerate(_chunks_of(matrix, matrix.cell(*place))):
-                    if number % self.trainer.world_size == self.global_rank:
-                        matrix.chunk(matrix.cell(*place), snapshot, part)
-
-
-def _chunks_of(matrix: Matrix, cell: Cell) -> Iterator[tuple[int, slice]]:
-    snapshots = len(matrix.attack_entry(cell).header["snapshots"])
-    return ((s, part) for s in range(snapshots) for part in parts_of(len(cell.clean), matrix.chunk_size))
+            for cell in (matrix.cell(*place) for place in self.places):
+                snapshots = range(len(matrix.attack_entry(cell).header["snapshots"]))
+                chunks = product(snapshots, parts_of(len(cell.clean), matrix.chunk_size))
+                for snapshot, part in islice(chunks, self.global_rank, None, self.trainer.world_size):
+                    matrix.chunk(cell, snapshot, part)
 
 
 def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:

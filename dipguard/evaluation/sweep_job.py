@@ -25,15 +25,9 @@ from dipguard.version import __version__
 
 DONE, FAILED = "DONE", "FAILED"
 ASIDE = (
-    "logger",
-    "trainer.accelerator",
-    "trainer.enable_progress_bar",
-    "store",
-    "store_T",
-    "store_samples",
-    "processes",
+    "logger", "trainer.accelerator", "trainer.enable_progress_bar", "store", "store_T", "store_samples", "processes",
     "rebuild",
-)
+)  # fmt: skip
 """Settings that no result depends on: a finished job stays finished when they change."""
 NAME_LENGTH = 100
 """Of the readable part of a folder's name; file systems allow 255 bytes."""

@@ -1,11 +1,19 @@
 """The stacked fit: a LightningModule and the callbacks that watch it."""
 
+from dipguard.classifier import Decider
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
-from dipguard.fit.decider import Decider
 from dipguard.fit.module import StackedDIP, StackTrace, init_networks
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions, trace_settings
 from dipguard.fit.replay import FitSamples, decide_samples, fit_samples, redecide
-from dipguard.fit.runner import ACCELERATORS, StackResult, fit_device, fit_stack, isolated_trainer, make_trainer
+from dipguard.fit.runner import (
+    ACCELERATORS,
+    StackResult,
+    fit_device,
+    fit_stack,
+    isolated_trainer,
+    make_trainer,
+    run_fit,
+)
 from dipguard.fit.stacks import FitProgress, in_stacks, stack_size_for
 from dipguard.fit.stop_rules import StopRuleCallback, fit_rule
 from dipguard.fit.unrolled import unrolled_fit
@@ -37,6 +45,7 @@ __all__ = [
     "isolated_trainer",
     "make_trainer",
     "redecide",
+    "run_fit",
     "stack_size_for",
     "trace_settings",
     "unrolled_fit",

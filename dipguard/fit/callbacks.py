@@ -2,25 +2,39 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_choice, check_int
+from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision import DecisionTrace, Reconstruction, crosses, localise, quality, sampled_steps, stitch
 from dipguard.decision.boundary import SCORES, SEARCHES
-from dipguard.fit.decider import Decider, ask_together, steps_together
 from dipguard.fit.module import Crossing, Sample, StackedDIP, StackTrace
 from dipguard.fit.options import StitchOptions
 
 DECIDED = {"fit/crossings", "fit/decision_changed"}
 """Metrics that need the victim's decisions."""
+Hook = TypeVar("Hook", bound=Callable[..., None])
+
+
+def counted(hook: Hook) -> Hook:
+    """A callback's hook whose time is added to its ``seconds``."""
+
+    @functools.wraps(hook)
+    def timed(self: Any, *args: Any) -> None:
+        start = time.perf_counter()
+        hook(self, *args)
+        self.seconds += time.perf_counter() - start
+
+    return timed  # type: ignore[return-value]
 
 
 class DecisionLogger(pl.Callback):
@@ -63,11 +77,9 @@ class DecisionLogger(pl.Callback):
         first_step: int = 0,
     ) -> None:
         self.decider = Decider(victim)
-        self.decisions = decisions
-        self.every = every
+        self.decisions, self.every = decisions, every
         self.K_max = check_int(K_max, name="K_max", low=1)
-        self.keep_samples = keep_samples
-        self.first_step = first_step
+        self.keep_samples, self.first_step = keep_samples, first_step
         self.seconds = 0.0
         self._steps: tuple[int, ...] = ()
         self._sampled: frozenset[int] = frozenset()
@@ -88,15 +100,11 @@ class DecisionLogger(pl.Callback):
         about = {**module.options.as_settings(), "dtype": str(module.given.dtype).removeprefix("torch."), "T": module.T}
         own = {name: getattr(self, name) for name in ("decisions", "every", "K_max", "keep_samples")}
         module.trace = StackTrace(
-            given=module.given,
-            given_scores=self.decider(module.given),
-            indices=module.indices,
-            K_max=self.K_max,
-            keep_samples=self.keep_samples,
-            settings={**about, **own},
+            module.given, self.decider(module.given), module.indices, self.K_max, self.keep_samples, {**about, **own}
         )
         trainer.callback_metrics["fit/crossings"] = self._crossings
 
+    @counted
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -106,7 +114,6 @@ class DecisionLogger(pl.Callback):
         sampled, last = step in self._sampled, step == module.T - 1
         if not (sampled or last or trainer.is_last_batch):
             return
-        start = time.perf_counter()
         value = quality(x, module.given)
         trainer.callback_metrics.update({"fit/mse": errors.mean(), "fit/quality": value.mean()})
         if sampled:
@@ -114,11 +121,10 @@ class DecisionLogger(pl.Callback):
             self._waiting.append(Sample(step, x.clone(), x.new_empty(0), value, errors.clone()))
         if last or len(self._waiting) >= self._together:
             self._ask(trainer, module)
-        self.seconds += time.perf_counter() - start
 
+    @counted
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ask about the samples that still wait."""
-        start = time.perf_counter()
         module = as_stacked_dip(pl_module)
         self._ask(trainer, module)
         if not opened(module).steps:
@@ -126,7 +132,6 @@ class DecisionLogger(pl.Callback):
                 f"the fit ended after {module.step} of {module.T} steps, before the first sample at step "
                 f"{self._steps[0]}: sample more often (`decisions`, `every`) or fit longer"
             )
-        self.seconds += time.perf_counter() - start
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """After Ctrl-C, log what has been sampled; other errors may be the victim's own, or a lack of memory."""
@@ -160,8 +165,8 @@ class BoundaryDetector(pl.Callback):
     """Finds cross-boundary pairs as they are sampled, and their on-boundary images (Algorithm 1, lines 11-14).
 
     The second of the three callbacks. A pair is kept when it is found, and localised when the fit is over: many pairs
-    are dropped before that, because no replay can select them, and each costs N - 1 readings of the victim. The
-    thresholds tau and t0 of Eq. 3 are not applied here but in the stitch, so that a trace serves all of them.
+    are dropped before that, because no replay can select them. The thresholds tau and t0 of Eq. 3 are not applied here
+    but in the stitch, so that a trace serves all of them.
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
@@ -190,30 +195,28 @@ class BoundaryDetector(pl.Callback):
         self._seen = 0
         opened(pl_module).settings |= {"N": self.N, "scores": self.scores, "search": self.search}
 
+    @counted
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Compare the samples that have become known with their predecessors."""
-        trace = opened(pl_module)
-        if len(trace.steps) > self._seen:
-            self._detect(trace)
+        self._detect(opened(pl_module))
 
+    @counted
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Detect the last pairs, and localise all pairs of all images."""
         trace = opened(pl_module)
-        if len(trace.steps) > self._seen:
-            self._detect(trace)
-        start = time.perf_counter()
+        self._detect(trace)
         found = [crossing for crossings in trace.crossings for crossing in crossings]
         # One batch of the victim at a time: the grid's images of all pairs would take some hundred megabytes.
         size = max(1, self.decider.batch // max(1, self.N - 1))
         parts = [self._localise(found[first : first + size]) for first in range(0, len(found), size)]
         if parts:
             trace.boundary = torch.cat([alpha for alpha, _ in parts]), torch.cat([images for _, images in parts])
-        self.seconds += time.perf_counter() - start
 
     def _detect(self, trace: StackTrace) -> None:
-        start = time.perf_counter()
+        if len(trace.steps) == self._seen:
+            return
         first, self._seen = len(trace.steps) - len(trace.recent), len(trace.steps)
         for i, (before, after) in enumerate(pairwise(trace.recent), first):
             pairs = crosses(before.scores.argmax(1), after.scores.argmax(1))
@@ -221,12 +224,11 @@ class BoundaryDetector(pl.Callback):
                 images = torch.stack([before.reconstructions[b], after.reconstructions[b]])
                 scores = torch.stack([before.scores[b], after.scores[b]])
                 trace.add_crossing(b, Crossing(i, float(before.quality[b]), images, scores))
-        self.seconds += time.perf_counter() - start
 
     def _localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
         images, scores = (torch.stack(part, dim=1) for part in ([c.images for c in found], [c.scores for c in found]))
-        ends = (images[0], images[1], scores[0], scores[1])
-        return localise(*ends, self.decider, N=self.N, scores=self.scores, search=self.search)
+        grid: dict[str, Any] = {"N": self.N, "scores": self.scores, "search": self.search}
+        return localise(images[0], images[1], scores[0], scores[1], self.decider, **grid)
 
 
 class Stitcher(pl.Callback):
@@ -277,35 +279,26 @@ class Stitcher(pl.Callback):
         check_int(self.options.K, name="K", low=1, high=trace.K_max)
         trace.settings |= asdict(self.options)
 
+    @counted
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the trace and stitch each image."""
-        start = time.perf_counter()
         module = as_stacked_dip(pl_module)
         trace = opened(module)
         if module.step < module.T:
             trace.settings["ended_after"] = module.step
         self.traces = trace.close()
         self.reconstructions = [stitch(one, **asdict(self.options)) for one in self.traces]
-        self.seconds += time.perf_counter() - start
 
 
 def as_stacked_dip(pl_module: pl.LightningModule) -> StackedDIP:
-    """Return the module if it is a StackedDIP.
-
-    Raises:
-        TypeError: It is something else.
-    """
+    """Return the module if it is a StackedDIP, else raise TypeError."""
     if not isinstance(pl_module, StackedDIP):
         raise TypeError(f"this callback works on a StackedDIP, got {type(pl_module).__name__}")
     return pl_module
 
 
 def step_output(outputs: Any) -> tuple[int, Tensor, Tensor]:
-    """The step t, x(t) and the errors of a training step, detached.
-
-    Raises:
-        TypeError: A subclass's ``training_step`` returned something else than StackedDIP's.
-    """
+    """The step t, x(t) and the errors of a training step, detached; TypeError if a subclass returned something else."""
     try:
         return int(outputs["step"]), outputs["reconstructions"].detach(), outputs["errors"].detach()
     except (KeyError, TypeError, IndexError) as error:
@@ -316,11 +309,7 @@ def step_output(outputs: Any) -> tuple[int, Tensor, Tensor]:
 
 
 def opened(pl_module: pl.LightningModule, *, detected: bool = False) -> StackTrace:
-    """The trace that a DecisionLogger has opened and, with ``detected``, a BoundaryDetector adds to.
-
-    Raises:
-        RuntimeError: The callbacks are missing or in the wrong order.
-    """
+    """The trace that a DecisionLogger has opened (``detected``: a BoundaryDetector adds to); RuntimeError without."""
     trace = as_stacked_dip(pl_module).trace
     if trace is None or (detected and "N" not in trace.settings):
         missing = "DecisionLogger" if trace is None else "BoundaryDetector"

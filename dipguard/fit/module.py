@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 import pytorch_lightning as pl
@@ -15,37 +16,30 @@ from dipguard.checks import check_images, check_int
 from dipguard.decision import DecisionTrace, needed_for_replay
 from dipguard.engines import Engine, make_engine
 from dipguard.engines.jitter_feed import JitterFeed
-from dipguard.fit.noise import Jitter, draw_z
 from dipguard.fit.options import FitOptions
 from dipguard.networks import StackedSkipNet, build
+from dipguard.seeding import Jitter, draw_z
 
 STEPS_PER_EPOCH = 50
 """An epoch costs a quarter of what Lightning itself costs per step: here below 1 % of any fit."""
 
 
 class StepOutput(TypedDict):
-    """What a training step gives to Lightning and to the callbacks.
+    """What a training step gives to Lightning and to the callbacks."""
 
-    Attributes:
-        loss: Sum over images of the mean squared error, so that no image's gradient depends on B.
-        reconstructions: x(t), before this step's update, [B, 3, H, W].
-        errors: Mean squared error of each image, [B], detached.
-        step: The optimiser step t, counted from 0.
-    """
-
-    loss: Tensor
-    reconstructions: Tensor
-    errors: Tensor
-    step: int
+    loss: Tensor  # sum over images of the mean squared error, so that no image's gradient depends on B
+    reconstructions: Tensor  # x(t), before this step's update, [B, 3, H, W]
+    errors: Tensor  # mean squared error of each image, [B], detached
+    step: int  # the optimiser step t, counted from 0
 
 
 class StackedDIP(pl.LightningModule):
     """B images, B independent DIP networks, one optimiser.
 
     Adam acts on each number separately, so one Adam over stacked parameters is B Adams. The module brings its own
-    data: the Trainer's ``max_steps`` is the paper's T, and its epochs have ``steps_per_epoch`` steps, so that callbacks
-    that act at the end of an epoch (``EarlyStopping``, ``ModelCheckpoint``) act during the fit. ``callback_metrics``
-    are filled by :class:`~dipguard.fit.DecisionLogger`.
+    data: the Trainer's ``max_steps`` is the paper's T, and its epochs have ``steps_per_epoch`` steps, so that
+    ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit. :class:`~dipguard.fit.DecisionLogger` fills
+    ``callback_metrics``.
 
     To change the loss, override ``training_step``::
 
@@ -110,11 +104,7 @@ class StackedDIP(pl.LightningModule):
 
     @property
     def T(self) -> int:
-        """Steps of the fit: the Trainer's ``max_steps``.
-
-        Raises:
-            ValueError: The Trainer has none.
-        """
+        """Steps of the fit: the Trainer's ``max_steps``; ValueError if it has none."""
         steps = int(self.trainer.max_steps)
         if steps < 1:
             raise ValueError(
@@ -191,23 +181,19 @@ class StackedDIP(pl.LightningModule):
     def _make_engine(self) -> Engine:
         options, name, steps = self.options, "torch", 1
         if self._trainer is not None:
-            name, steps = options.engine, self.T
-            if "mixed" in str(self.trainer.precision):
-                if name not in ("auto", "torch"):
+            name, steps, precision = options.engine, self.T, str(self.trainer.precision)
+            wanted = [("matmul_precision", options.matmul_precision, ["float32"])] if precision != "32-true" else []
+            if "mixed" in precision:
+                wanted.append(("engine", name, ["auto", "torch"]))
+            for option, value, able in wanted:
+                if value not in able:
                     raise ValueError(
-                        f"`precision` {self.trainer.precision!r} of the Trainer needs `engine` 'auto' or 'torch', got "
-                        f"{name!r}"
+                        f"`precision` {precision!r} of the Trainer needs `{option}` {' or '.join(map(repr, able))}, "
+                        f"got {value!r}"
                     )
-                name = "torch"
-        return make_engine(
-            name,
-            self.net,
-            self.given,
-            steps=steps,
-            z_gradient=options.optimise_z,
-            matmul_precision=options.matmul_precision,
-            differentiable=self._adds_to_the_loss,
-        )
+            name = "torch" if "mixed" in precision else name
+        how: dict[str, Any] = {"z_gradient": options.optimise_z, "matmul_precision": options.matmul_precision}
+        return make_engine(name, self.net, self.given, steps=steps, differentiable=self._adds_to_the_loss, **how)
 
     def _epoch_length(self) -> int:
         T, epochs = self.T, self.trainer.max_epochs
@@ -226,11 +212,8 @@ class StackedDIP(pl.LightningModule):
             )
         if trainer.world_size != 1:
             raise ValueError(f"`devices` of the Trainer must be a single one, got {trainer.world_size} processes")
-        if trainer.accumulate_grad_batches != 1:
-            raise ValueError(
-                f"`accumulate_grad_batches` of the Trainer must be 1, got {trainer.accumulate_grad_batches}: each step "
-                "sees all of the data"
-            )
+        if (batches := trainer.accumulate_grad_batches) != 1:
+            raise ValueError(f"`accumulate_grad_batches` of the Trainer must be 1, got {batches}: a step sees all data")
         if str(trainer.precision) in ("16-true", "bf16-true"):
             raise ValueError(
                 "`precision` of the Trainer must be one of 32-true, 64-true, 16-mixed, bf16-mixed, got "
@@ -251,27 +234,15 @@ def init_networks(
 ) -> tuple[StackedSkipNet, Tensor]:
     """The networks of some images before their first step, and z [B, input_depth, H, W], on the CPU.
 
-    Args:
-        indices: The images' indices in their data set.
-        options: How they are to be fitted.
-        size: Height and width of the images, pixels.
-
-    Raises:
-        ValueError: The images are too small for the network.
+    ``size`` is the images' height and width; ValueError if they are too small for the network.
     """
     options.spec.check_size(*size)
-    net = build(
-        options.network,
-        stack_size=len(indices),
-        seed=options.seed,
-        indices=indices,
-        init=options.init,
-        padding=options.padding,
-        dtype=getattr(torch, options.dtype),
-    )
-    shape = (net.spec.input_depth, *size)
-    z = draw_z(shape, indices=indices, seed=options.seed, kind=options.z, scale=options.scale_of_z)
-    return net, z.to(getattr(torch, options.dtype))
+    dtype = getattr(torch, options.dtype)
+    drawn: dict[str, Any] = {"indices": indices, "seed": options.seed}
+    made: dict[str, Any] = {"stack_size": len(indices), "init": options.init, "padding": options.padding}
+    net = build(options.network, dtype=dtype, **made, **drawn)
+    z = draw_z((net.spec.input_depth, *size), kind=options.z, scale=options.scale_of_z, **drawn)
+    return net, z.to(dtype)
 
 
 class Sample(NamedTuple):
@@ -293,21 +264,20 @@ class Crossing(NamedTuple):
     scores: Tensor
 
 
+@dataclass(eq=False)
 class StackTrace:
     """The growing trace of a stack of B images; :meth:`close` makes one ``DecisionTrace`` per image of it.
 
     Its memory does not grow with T: it keeps the scalars of the sampled steps, the last ``K_max`` reconstructions, and
     those crossings that some replay can still select (:func:`dipguard.decision.needed_for_replay`).
 
-    Args:
+    Attributes:
         given: x0, [B, 3, H, W].
         given_scores: The victim's logits on them, [B, C].
         indices: The images' indices.
         K_max: The largest K of a replay.
         keep_samples: Keep every sampled reconstruction.
         settings: JSON values that describe the fit. Each callback adds its own options.
-
-    Attributes:
         steps: The sampled optimiser steps so far.
         recent: The samples of the last :meth:`add`, after the one before them.
         crossings: Kept crossings of each image.
@@ -315,27 +285,20 @@ class StackTrace:
             are localised at the end of the fit.
     """
 
-    def __init__(
-        self,
-        *,
-        given: Tensor,
-        given_scores: Tensor,
-        indices: Sequence[int],
-        K_max: int,
-        keep_samples: bool = False,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
-        self.given = given
-        self.given_scores = given_scores
-        self.indices = tuple(indices)
-        self.K_max = K_max
-        self.settings = dict(settings or {})
+    given: Tensor
+    given_scores: Tensor
+    indices: tuple[int, ...]
+    K_max: int
+    keep_samples: bool
+    settings: dict[str, Any]
+
+    def __post_init__(self) -> None:
         self.steps: list[int] = []
         self.recent: list[Sample] = []
         self.crossings: list[list[Crossing]] = [[] for _ in self.indices]
         self.boundary: tuple[Tensor, Tensor] | None = None
-        self._last: deque[Tensor] = deque(maxlen=K_max)
-        self._samples: list[Tensor] | None = [] if keep_samples else None
+        self._last: deque[Tensor] = deque(maxlen=self.K_max)
+        self._samples: list[Tensor] = []
         self._scalars: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, samples: Sequence[Sample]) -> None:
@@ -345,7 +308,7 @@ class StackTrace:
             self._last.append(sample.reconstructions)
             self.steps.append(sample.step)
             self._scalars.append((sample.scores, sample.quality, sample.errors))
-            if self._samples is not None:
+            if self.keep_samples:
                 self._samples.append(sample.reconstructions.cpu())
 
     def add_crossing(self, b: int, crossing: Crossing) -> None:
@@ -359,7 +322,7 @@ class StackTrace:
         steps = torch.tensor(self.steps, dtype=torch.int64)
         scores, quality, errors = (_gather([scalars[i] for scalars in self._scalars]) for i in range(3))
         last = _gather(list(self._last))
-        samples = None if self._samples is None else _gather(self._samples)
+        samples = _gather(self._samples) if self.keep_samples else None
         given, given_scores = self.given.cpu(), self.given_scores.cpu()
         none = self.given.new_zeros(0), self.given.new_zeros(0, *self.given.shape[1:])
         alpha, on_boundary = (part.cpu() for part in (none if self.boundary is None else self.boundary))

@@ -1,11 +1,11 @@
-"""Options of a stacked fit, of its decisions and of the stitch. Importing this module needs no torch."""
+"""Options of a stacked fit, of its decisions and of the stitch; needs no torch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dipguard.checks import check_choice, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_float, check_int
 
 if TYPE_CHECKING:
     from dipguard.networks import NetworkSpec
@@ -32,7 +32,7 @@ class FitOptions:
             (:func:`dipguard.engines.make_engine`).
         optimise_z: Optimise z together with the weights, as Dai et al. 2020 (DIPDefend) do; Ding et al. keep z fixed.
         matmul_precision: ``float32``, or ``tf32`` or ``bfloat16`` for convolutions with the engines ``torch`` and
-            ``cuda_graph`` (:mod:`dipguard.engines.precision`). The last two change results.
+            ``cuda_graph`` (:func:`dipguard.engines.precision`). The last two change results.
 
     Raises:
         TypeError, ValueError: An option is out of range; the message names it.
@@ -70,8 +70,7 @@ class FitOptions:
             raise ValueError(
                 f"`matmul_precision` {self.matmul_precision!r} needs `dtype` 'float32', got {self.dtype!r}"
             )
-        if not isinstance(self.optimise_z, bool):
-            raise TypeError(f"`optimise_z` must be true or false, got {self.optimise_z!r}")
+        check_bool(self.optimise_z, name="optimise_z")
 
     @property
     def spec(self) -> NetworkSpec:

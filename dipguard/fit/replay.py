@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
+from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace, crosses, localise, needed_for_replay, quality
 from dipguard.fit.callbacks import as_stacked_dip, step_output
-from dipguard.fit.decider import Decider
-from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions, trace_settings
-from dipguard.fit.runner import isolated_trainer, make_trainer
+from dipguard.fit.runner import run_fit
 
 
 @dataclass(frozen=True, eq=False)
 class FitSamples:
-    """Sampled steps of one image's fit.
+    """Sampled steps of one image's fit."""
 
-    Attributes:
-        steps: Optimiser steps t, 0-based, increasing, [S] int64.
-        images: x(t), [S, 3, H, W] in (0, 1).
-        quality: v(t) = SSIM(x(t), x0), [S].
-        loss: The fit's mean squared error at t, [S].
-    """
-
-    steps: Tensor
-    images: Tensor
-    quality: Tensor
-    loss: Tensor
+    steps: Tensor  # optimiser steps t, 0-based, increasing, [S] int64
+    images: Tensor  # x(t), [S, 3, H, W] in (0, 1)
+    quality: Tensor  # v(t) = SSIM(x(t), x0), [S]
+    loss: Tensor  # the fit's mean squared error at t, [S]
 
     def covers(self, steps: Iterable[int]) -> bool:
         """Whether all these steps were sampled."""
@@ -95,45 +85,26 @@ class _SampleKeeper(pl.Callback):
 
 
 def fit_samples(
-    images: Tensor,
-    *,
-    steps: Iterable[int],
-    T: int,
-    indices: Sequence[int],
-    fit: FitOptions,
-    device: torch.device,
-    callbacks: Sequence[pl.Callback] = (),
-    logger: Logger | None = None,
-    trainer: Mapping[str, Any] | None = None,
+    images: Tensor, *, steps: Iterable[int], callbacks: Sequence[pl.Callback] = (), **run: Any
 ) -> tuple[list[FitSamples], dict[str, float]]:
     """Fit B networks to B images and keep x(t) at some steps; the fit is that of :func:`dipguard.fit.fit_stack`.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1].
         steps: Optimiser steps to keep, at least one, from 0 to T-1.
-        T: Optimiser steps.
-        indices: The images' indices.
-        fit: How to fit.
-        device: Where to fit.
         callbacks: Further callbacks, run after ours.
-        logger: A Lightning logger for them.
-        trainer: Further keyword arguments of ``pl.Trainer``; see :func:`dipguard.fit.make_trainer`.
+        run: The other arguments of :func:`dipguard.fit.run_fit`.
 
     Returns:
-        The samples of each image, on the CPU, and seconds: ``start`` (up to the Trainer's own start), ``fit``.
+        The samples of each image, on the CPU, and the seconds of ``run_fit``.
 
     Raises:
         TypeError, ValueError: Bad images or options.
         RuntimeError: The fit ended before the last of the steps.
     """
-    start = time.perf_counter()
     keeper = _SampleKeeper(steps)
-    with isolated_trainer(device):
-        module = StackedDIP(images, indices=indices, options=fit)
-        made = make_trainer(T, device=device, callbacks=[keeper, *callbacks], logger=logger, trainer=trainer)
-        began = time.perf_counter()
-        made.fit(module)
-    return keeper.samples(), {"start": began - start, "fit": time.perf_counter() - began}
+    seconds = run_fit(images, callbacks=[keeper, *callbacks], **run)
+    return keeper.samples(), seconds
 
 
 def redecide(trace: DecisionTrace, victim: nn.Module) -> DecisionTrace:
@@ -144,10 +115,7 @@ def redecide(trace: DecisionTrace, victim: nn.Module) -> DecisionTrace:
 
     Args:
         trace: Made with ``keep_samples``: all sampled reconstructions are classified again.
-        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C]. Never changed.
-
-    Returns:
-        A new trace with the same settings, among them N and the scores of Eq. 5.
+        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
 
     Raises:
         TypeError, ValueError: A bad victim, or a trace without its samples.
@@ -156,9 +124,7 @@ def redecide(trace: DecisionTrace, victim: nn.Module) -> DecisionTrace:
         raise ValueError(
             f"`trace` of image {trace.index} must hold its sampled reconstructions: fit with keep_samples=True"
         )
-    decided: dict[str, Any] = _decide(
-        trace.given, trace.samples, trace.quality, Decider(victim), trace.K_max, trace.settings
-    )
+    decided = _decide(trace.given, trace.samples, trace.quality, Decider(victim), trace.K_max, trace.settings)
     return replace(trace, **decided)
 
 
@@ -174,15 +140,15 @@ def decide_samples(
 ) -> DecisionTrace:
     """The trace that a fit with these decisions would have left, from a fit that was sampled at these steps at least.
 
-    The victim sees the samples of one image as a batch, so that its decisions depend on no other image. During a fit
-    its batches hold all images at one or a few steps, so its logits may differ by rounding. Everything else is equal
-    bit for bit, unless rounding changes a decision or the choice between two alphas.
+    The victim sees the samples of one image as a batch; during a fit its batches hold all images at one or a few steps,
+    so its logits may differ by rounding. Everything else is equal bit for bit, unless rounding changes a decision or
+    the choice between two alphas.
 
     Args:
         fitted: One image's fit, sampled at the steps of ``decide`` at least; a longer fit than its T serves too.
         given: The given image x0, [3, H, W] in [0, 1].
         index: Its index.
-        victim: The victim.
+        victim: The victim, as a :class:`dipguard.fit.Decider`.
         fit: How it was fitted.
         decide: What the victim classifies, and what is kept.
         stitch: For the trace's settings alone.
@@ -208,7 +174,7 @@ def decide_samples(
 
 def _decide(
     given: Tensor, samples: Tensor, quality: Tensor, decider: Decider, K_max: int, settings: Mapping[str, Any]
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """A trace's fields that depend on the victim."""
     scores = decider(samples).cpu()
     # Not alone: a batch of one takes other kernels, which round differently from those of a stack.
@@ -216,20 +182,7 @@ def _decide(
     decisions = scores.argmax(dim=1)
     at = torch.nonzero(crosses(decisions[:-1], decisions[1:])).flatten()
     at = at[needed_for_replay(quality[at].double(), K_max=K_max)]
-    alpha, on_boundary = localise(
-        samples[at],
-        samples[at + 1],
-        scores[at],
-        scores[at + 1],
-        decider,
-        N=int(settings.get("N", 10)),
-        scores=str(settings.get("scores", "logits")),
-        search=str(settings.get("search", "grid")),
-    )
-    return {
-        "scores": scores,
-        "given_scores": given_scores,
-        "crossing_at": at,
-        "alpha": alpha,
-        "on_boundary": on_boundary,
-    }
+    grid = {name: settings[name] for name in ("N", "scores", "search") if name in settings}
+    alpha, on_boundary = localise(samples[at], samples[at + 1], scores[at], scores[at + 1], decider, **grid)
+    found = {"crossing_at": at, "alpha": alpha, "on_boundary": on_boundary}
+    return {"scores": scores, "given_scores": given_scores, **found}

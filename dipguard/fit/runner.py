@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import logging
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -22,9 +25,8 @@ from torch import Tensor, nn
 
 from dipguard.classifier import check_is_module, device_of
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.engines.precision import precision
+from dipguard.engines import precision
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
-from dipguard.fit.memory import kept_memory
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 
@@ -35,17 +37,17 @@ OWNED = (
     "inference_mode",
 )  # fmt: skip
 """Arguments of ``pl.Trainer`` that :func:`make_trainer` sets itself."""
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them
+KEEP = 2**31 - 1
+# What the C library's own adaptation arrives at, at most, in a program that handles large blocks.
+ADAPTED_MMAP, ADAPTED_TRIM = 32 * 2**20, 64 * 2**20
 
 
 @dataclass(frozen=True)
 class StackResult:
-    """What one stacked fit gave.
+    """What one stacked fit gave: one trace and one reconstruction per image.
 
-    Attributes:
-        traces: One per image.
-        reconstructions: One per image.
-        seconds: ``start`` (up to the first step: choice of the engine, compilation, the Trainer's own start), ``fit``
-            and ``decide`` (victim, SSIM, localisation, stitching).
+    ``seconds`` are those of :func:`run_fit`, and ``decide`` (victim, SSIM, localisation, stitching) out of ``fit``.
     """
 
     traces: list[DecisionTrace]
@@ -56,13 +58,53 @@ class StackResult:
 class _FirstStep(pl.Callback):
     """When the first step began."""
 
-    at: float | None = None
+    at = 0.0
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        if self.at is None:
-            self.at = time.perf_counter()
+        self.at = self.at or time.perf_counter()
+
+
+def run_fit(
+    images: Tensor,
+    *,
+    T: int,
+    indices: Sequence[int],
+    fit: FitOptions,
+    device: torch.device,
+    callbacks: Sequence[pl.Callback] = (),
+    logger: Logger | None = None,
+    trainer: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Fit B networks to B images, for what the callbacks make of it.
+
+    May be called under no_grad or inference_mode and inside another Trainer's loop. The global random state and the
+    gradient mode are left as they were.
+
+    Args:
+        images: x0, [B, 3, H, W] in [0, 1].
+        T: Optimiser steps.
+        indices: The images' indices.
+        fit: How to fit.
+        device: Where to fit.
+        callbacks: The Trainer's callbacks.
+        logger: A Lightning logger, or None.
+        trainer: Further keyword arguments of ``pl.Trainer``; see :func:`make_trainer`.
+
+    Returns:
+        Seconds: ``start`` (up to the first step: choice of the engine, compilation, the Trainer's own start) and
+        ``fit``.
+
+    Raises:
+        TypeError, ValueError: Bad images or options.
+    """
+    start, first = time.perf_counter(), _FirstStep()
+    with isolated_trainer(device):
+        # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
+        module = StackedDIP(images, indices=indices, options=fit)
+        make_trainer(T, device=device, callbacks=[first, *callbacks], logger=logger, trainer=trainer).fit(module)
+    return {"start": first.at - start, "fit": time.perf_counter() - first.at}
 
 
 def fit_stack(
@@ -81,48 +123,27 @@ def fit_stack(
 ) -> StackResult:
     """Fit B networks to B images, and rebuild each image (Algorithm 1).
 
-    May be called under no_grad or inference_mode and inside another Trainer's loop. The global random state, the
-    gradient mode and the victim are left as they were.
+    The other arguments and the errors are those of :func:`run_fit`; the victim is left as it was.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1].
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        indices: The images' indices.
-        fit: How to fit.
         decide: What the victim classifies.
         stitch: How a trace becomes an image.
-        device: Where to fit.
-        logger: A Lightning logger for the means over the stack.
         first_step: Added to the logger's step numbers.
         callbacks: Further callbacks, run after ours.
-        trainer: Further keyword arguments of ``pl.Trainer``; see :func:`make_trainer`.
-
-    Raises:
-        TypeError, ValueError: Bad images, options or victim.
     """
-    start = time.perf_counter()
     check_is_module(victim)
-    first_step_at, stitcher = _FirstStep(), Stitcher(**asdict(stitch))
-    own: list[DecisionLogger | BoundaryDetector | Stitcher] = [
-        DecisionLogger(
-            victim,
-            decisions=decide.decisions,
-            every=decide.every,
-            K_max=decide.K_max,
-            keep_samples=decide.keep_samples,
-            first_step=first_step,
-        ),
-        BoundaryDetector(victim, N=decide.N, scores=decide.scores, search=decide.search),
-        stitcher,
-    ]
-    with isolated_trainer(device):
-        # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
-        module = StackedDIP(images, indices=indices, options=fit)
-        every = [first_step_at, *own, *callbacks]
-        make_trainer(decide.T, device=device, callbacks=every, logger=logger, trainer=trainer).fit(module)
-    assert first_step_at.at is not None
-    seconds = {"start": first_step_at.at - start, "decide": sum(callback.seconds for callback in own)}
-    seconds["fit"] = time.perf_counter() - first_step_at.at - seconds["decide"]
+    sampling = {name: getattr(decide, name) for name in ("decisions", "every", "K_max", "keep_samples")}
+    searching = {name: getattr(decide, name) for name in ("N", "scores", "search")}
+    sampler = DecisionLogger(victim, first_step=first_step, **sampling)
+    detector, stitcher = BoundaryDetector(victim, **searching), Stitcher(**asdict(stitch))
+    every = [sampler, detector, stitcher, *callbacks]
+    seconds = run_fit(
+        images, T=decide.T, indices=indices, fit=fit, device=device, callbacks=every, logger=logger, trainer=trainer
+    )
+    seconds["decide"] = sampler.seconds + detector.seconds + stitcher.seconds
+    seconds["fit"] -= seconds["decide"]
     return StackResult(stitcher.traces, stitcher.reconstructions, seconds)
 
 
@@ -136,14 +157,8 @@ def make_trainer(
 ) -> pl.Trainer:
     """A Trainer for T steps, never part of the caller's own process group.
 
-    It has no progress bar, no summary and, unless there is a checkpoint callback, no checkpoints.
-
-    Args:
-        T: Optimiser steps.
-        device: Where to fit.
-        callbacks: Its callbacks.
-        logger: A Lightning logger, or None.
-        trainer: Further keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; none of ``OWNED``.
+    It has no summary, and a progress bar or checkpoints only if there are callbacks for them. ``trainer`` holds further
+    keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; none of ``OWNED``.
 
     Raises:
         ValueError: ``trainer`` holds an argument that is set here.
@@ -199,6 +214,43 @@ def isolated_trainer(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
+def kept_memory(device: torch.device) -> Iterator[bool]:
+    """Let the C library hold on to freed blocks while a fit runs on the CPU; give them back at the end.
+
+    Otherwise it hands the blocks of each step back to the system, which maps and clears every page anew: a tenth to a
+    fifth of the fit's time (benchmarks/README.md). Only glibc has the switch, which is the whole process's; afterwards
+    it stands where glibc's own adaptation would have put it. Yields whether memory is kept.
+    """
+    libc = _glibc(device)
+    if libc is None:
+        yield False
+        return
+    libc.mallopt(M_MMAP_THRESHOLD, KEEP)
+    libc.mallopt(M_TRIM_THRESHOLD, KEEP)
+    try:
+        yield True
+    finally:
+        libc.mallopt(M_MMAP_THRESHOLD, ADAPTED_MMAP)
+        libc.mallopt(M_TRIM_THRESHOLD, ADAPTED_TRIM)
+        libc.malloc_trim(0)
+
+
+def free(device: torch.device) -> None:
+    """Return unused memory. A Trainer and its module refer to each other, so the garbage collector must run."""
+    gc.collect()
+    libc = _glibc(device)
+    if libc is not None:
+        libc.malloc_trim(0)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def _glibc(device: torch.device) -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
+    return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+
+
+@contextmanager
 def random_state_kept() -> Iterator[None]:
     """Put the global random states back afterwards: Lightning's own context leaves them changed after an error."""
     problem: BaseException | None = None
@@ -229,8 +281,7 @@ def interrupts() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence a Trainer's start-up messages."""
-    # One set of them for each stack would bury the progress bar.
+    """Silence a Trainer's start-up messages: one set of them for each stack would bury the progress bar."""
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():

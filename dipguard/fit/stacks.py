@@ -12,12 +12,13 @@ import pytorch_lightning as pl
 import torch
 from tqdm import tqdm
 
+from dipguard.classifier import is_out_of_memory
 from dipguard.engines import make_engine
 from dipguard.fit.callbacks import as_stacked_dip
-from dipguard.fit.memory import free, images_in_memory, is_out_of_memory
+from dipguard.fit.memory import images_in_memory
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import FitOptions
-from dipguard.fit.runner import isolated_trainer
+from dipguard.fit.runner import free, isolated_trainer
 
 _log = logging.getLogger(__name__)
 SIZES = {"cpu": 32, "cuda": 256}
@@ -25,19 +26,11 @@ SIZES = {"cpu": 32, "cuda": 256}
 
 
 class FitProgress(pl.Callback):
-    """Advances a progress bar by image-steps, so that stacks of different sizes count for what they cost.
-
-    Args:
-        bar: A tqdm bar whose total is images x T.
-        every: Steps between two updates, at least 1.
-    """
+    """Advances a tqdm bar, whose total is images x T, by image-steps, after each ``every`` steps and at the end."""
 
     def __init__(self, bar: tqdm[Any], *, every: int = 10) -> None:
-        self.bar = bar
-        self.every = every
-        self._pending = 0
-        self._reported = 0
-        self._skipped = 0
+        self.bar, self.every = bar, every
+        self._pending = self._reported = self._skipped = 0
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -96,11 +89,9 @@ def in_stacks(
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: A single image is too large; the message names remedies.
     """
-    first = calls = 0
-    warn = True
-    with tqdm(
-        total=count * T, desc="fit", unit="step", unit_scale=True, disable=not progress, dynamic_ncols=True
-    ) as bar:
+    first, calls, warned = 0, 0, False
+    look: dict[str, Any] = {"desc": "fit", "unit": "step", "unit_scale": True, "dynamic_ncols": True}
+    with tqdm(total=count * T, disable=not progress, **look) as bar:
         while first < count:
             part = slice(first, min(first + size, count))
             results, problem = _attempt(work, part, calls * T, bar)
@@ -112,11 +103,11 @@ def in_stacks(
             images = part.stop - part.start
             size = (images + 1) // 2
             text = f"out of memory with {images} images at once; going on with {size} (`stack_size`): {problem}"
-            if warn:
-                warnings.warn(text, UserWarning, stacklevel=3)
-            else:
+            if warned:
                 _log.warning("%s", text)
-            warn = False
+            else:
+                warnings.warn(text, UserWarning, stacklevel=3)
+            warned = True
             free(device)
 
 
@@ -149,7 +140,7 @@ def stack_size_for(
         fit: How they are fitted.
         kept: Images that are kept in memory for each image (``DecideOptions.images_kept``).
         device: Where.
-        T: Steps of the fit; with fewer than 100, ``auto`` is the torch engine, which needs more memory.
+        T: Steps of the fit, on which the engine depends, and with it the memory.
 
     Returns:
         ``count`` or a power of two, at least 1.
@@ -160,7 +151,7 @@ def stack_size_for(
     with isolated_trainer(device):
         engine = fit.engine
         if device.type == "cpu":
-            module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
+            module = StackedDIP(torch.full((1, 3, *size), 0.5, dtype=torch.float32), options=fit)
             further: dict[str, Any] = {"z_gradient": fit.optimise_z, "matmul_precision": fit.matmul_precision}
             engine = make_engine(fit.engine, module.net, module.given, steps=T, **further).name
         bound = images_in_memory(size, fit=fit, kept=kept, engine=engine, device=device)

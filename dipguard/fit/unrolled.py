@@ -9,11 +9,10 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dipguard.checks import check_float, check_images, check_int
-from dipguard.engines.precision import precision
+from dipguard.engines import precision
 from dipguard.fit.module import init_networks
-from dipguard.fit.noise import Jitter
 from dipguard.fit.options import FitOptions
-from dipguard.networks import StackedSkipNet
+from dipguard.seeding import Jitter
 
 BETAS = (0.9, 0.999)
 EPS = 1e-8
@@ -35,14 +34,11 @@ def unrolled_fit(
 ) -> Tensor:
     """Fit B networks to B images as :class:`~dipguard.fit.StackedDIP` does, in one graph that leads back to the images.
 
-    The values are those of the ordinary fit, up to rounding. Memory and time grow with T: each step stays in memory
-    with its backward pass (about 1.3 MB of float32 per step for a 32x32 image and MirrorGuard's smaller network), and a
-    step forward and backward costs several of an ordinary fit's. The exact gradient soon becomes chaotic: Adam divides
-    by a gradient's size, so a number whose gradient is nearly zero gets an enormous slope. A ``floor`` above 0 leaves
-    those slopes out; the values stay.
-
-    An image's result does not depend on the other images, up to rounding. Works under no_grad and inference_mode; the
-    global random state is left as it was.
+    The values are those of the ordinary fit, up to rounding, and depend on no other image. Each step stays in memory
+    with its backward pass (about 1.3 MB of float32 for a 32x32 image and MirrorGuard's smaller network). The exact
+    gradient soon becomes chaotic: Adam divides by a gradient's size, so a number whose gradient is nearly zero gets an
+    enormous slope. A ``floor`` above 0 leaves those slopes out; the values stay. Works under no_grad and
+    inference_mode; the global random state is left as it was.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1]; where they require a gradient, the result has one.
@@ -69,50 +65,30 @@ def unrolled_fit(
         raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
     fit.spec.check_size(images.shape[-2], images.shape[-1])
     differentiable = images.requires_grad and torch.is_grad_enabled()
+    tail: list[Tensor] = []
     with torch.inference_mode(False), torch.enable_grad(), precision("float32", images.device):
         given = (images if differentiable else images.detach().clone()).to(getattr(torch, fit.dtype))
         net, z = init_networks(order, options=fit, size=(images.shape[-2], images.shape[-1]))
         net, z = net.to(given.device), z.to(given)
-        tail = _descend(
-            net, z, given, T=T, fit=fit, indices=order, window=window, floor=floor, differentiable=differentiable
-        )
+        names = [name for name, _ in net.named_parameters()]
+        values = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
+        values += [z.clone().requires_grad_()] if fit.optimise_z else []
+        adam = _Adam(values, lr=fit.lr, floor=floor)
+        shape = (z.shape[1], z.shape[2], z.shape[3])
+        jitter = Jitter(shape, indices=order, seed=fit.seed, std=fit.jitter) if fit.jitter > 0 else None
+        for t in range(T):  # lines 3 and 7 of Algorithm 1
+            seed = values[-1] if fit.optimise_z else z
+            entered = seed if jitter is None else jitter.next(seed)
+            x: Tensor = functional_call(net, dict(zip(names, values, strict=False)), (entered,))
+            if t >= T - window:
+                tail.append(x)
+            if t < T - 1:
+                loss = (x - given).square().flatten(1).mean(dim=1).sum()
+                values = adam.step(torch.autograd.grad(loss, values, create_graph=differentiable))
+                if not differentiable:
+                    values = [value.detach().requires_grad_() for value in values]
         mean = torch.stack(tail).mean(dim=0).to(images.dtype)
     return mean if differentiable else mean.detach()
-
-
-def _descend(
-    net: StackedSkipNet,
-    z: Tensor,
-    given: Tensor,
-    *,
-    T: int,
-    fit: FitOptions,
-    indices: tuple[int, ...],
-    window: int,
-    floor: float,
-    differentiable: bool,
-) -> list[Tensor]:
-    """Lines 3 and 7 of Algorithm 1, T times; the last ``window`` reconstructions."""
-    names = [name for name, _ in net.named_parameters()]
-    values = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
-    values += [z.clone().requires_grad_()] if fit.optimise_z else []
-    adam = _Adam(values, lr=fit.lr, floor=floor)
-    shape = (z.shape[1], z.shape[2], z.shape[3])
-    jitter = Jitter(shape, indices=indices, seed=fit.seed, std=fit.jitter) if fit.jitter > 0 else None
-    tail: list[Tensor] = []
-    for t in range(T):
-        seed = values[-1] if fit.optimise_z else z
-        entered = seed if jitter is None else jitter.next(seed)
-        x: Tensor = functional_call(net, dict(zip(names, values, strict=False)), (entered,))
-        if t >= T - window:
-            tail.append(x)
-        if t < T - 1:
-            loss = (x - given).square().flatten(1).mean(dim=1).sum()
-            gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
-            values = adam.step(gradients)
-            if not differentiable:
-                values = [value.detach().requires_grad_() for value in values]
-    return tail
 
 
 class _Adam:

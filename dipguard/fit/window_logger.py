@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import pytorch_lightning as pl
@@ -10,17 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_int
+from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision.class_scores import SHIFTS, mirrored
-from dipguard.fit.callbacks import as_stacked_dip, step_output
-from dipguard.fit.decider import Decider, ask_together, steps_together
+from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
 
 
 class WindowLogger(pl.Callback):
     """Means of x(t) over windows of steps, and the victim's logits on each and on its mirrored, shifted copy.
 
     The victim is asked when enough windows for a good batch are full, and at the end of the fit about the rest.
-
-    Memory: ``windows`` images for each image, whatever T is.
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
@@ -56,10 +53,9 @@ class WindowLogger(pl.Callback):
         self.warm_up = check_int(warm_up, name="warm_up", low=0)
         self.every = check_int(every, name="every", low=1)
         self.windows = check_int(windows, name="windows", low=1)
-        self.shifts = shifts
-        self.flip = flip
+        self.shifts, self.flip = shifts, flip
         self.seconds = 0.0
-        self.samples = self.errors = torch.empty(0)
+        self.samples = self.errors = torch.empty(0, dtype=torch.float32)
         self._logits: list[Tensor] = []
         self._mirrored: list[Tensor] = []
         self._unread = range(0)
@@ -82,6 +78,7 @@ class WindowLogger(pl.Callback):
         self._logits, self._mirrored = [], []
         self._unread = range(0)
 
+    @counted
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -93,17 +90,15 @@ class WindowLogger(pl.Callback):
         self.samples[window] += x
         self.errors[window] += errors
         if place == self.every - 1:
-            start = time.perf_counter()
             self.samples[window] /= self.every
             self.errors[window] /= self.every
             self._unread = range(self._unread.start, window + 1)
             if len(self._unread) >= steps_together(2 * self.samples.shape[1]):
                 self._ask()
-            self.seconds += time.perf_counter() - start
 
+    @counted
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ask about the remaining windows."""
-        start = time.perf_counter()
         self._ask()
         if len(self._logits) < self.windows:
             needed = self.warm_up + self.windows * self.every
@@ -111,7 +106,6 @@ class WindowLogger(pl.Callback):
                 f"the fit ended after {as_stacked_dip(pl_module).step} steps, before the last of {self.windows} "
                 f"windows, which needs {needed}"
             )
-        self.seconds += time.perf_counter() - start
 
     def _ask(self) -> None:
         windows = self._unread

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 from dipguard.attacks.backward import resized, straight_through
 from dipguard.attacks.target import Purifies
 from dipguard.integrations.inputs import InputPurifier
+from dipguard.registry import import_extra
 
 
 def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_type: str = "cpu") -> Any:
@@ -23,8 +23,7 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
 
     Args:
         defense: The defence, for images [N, 3, H, W] in [0, 1].
-        draws: How a random defence draws: ``content``, ``position`` or ``fresh``
-            (:class:`~dipguard.integrations.inputs.IndexRule`).
+        draws: How a random defence draws (:class:`~dipguard.integrations.inputs.IndexRule`).
         device_type: ``cpu``, or ``gpu`` for torch's current one. A DIP is fitted on the device of the defence's victim.
 
     Raises:
@@ -32,17 +31,8 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
         TypeError, ValueError: A bad argument; the message names it.
     """
     purifier = InputPurifier(defense, draws=draws)
-    return _make_class(_base())(purifier, device_type=device_type)
-
-
-def _base() -> Any:
-    try:
-        return import_module("art.defences.preprocessor.preprocessor").PreprocessorPyTorch
-    except ImportError as error:
-        raise ImportError(
-            "purify_preprocessor needs the Adversarial Robustness Toolbox, which could not be imported "
-            f"({error}): pip install 'dipguard[art]'"
-        ) from error
+    art = import_extra("art.defences.preprocessor.preprocessor", owner="purify_preprocessor", extra="art")
+    return _make_class(art.PreprocessorPyTorch)(purifier, device_type=device_type)
 
 
 def _make_class(base: Any) -> Any:

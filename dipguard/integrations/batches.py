@@ -14,11 +14,7 @@ Place = Key | tuple[Key, ...]
 
 
 def check_place(place: Any, *, name: str) -> tuple[Key, ...]:
-    """Return a place as a tuple of keys.
-
-    Raises:
-        TypeError: It is not an int, a str or a tuple of those.
-    """
+    """Return a place as a tuple of keys; a TypeError if it is not an int, a str or a tuple of those."""
     keys = place if isinstance(place, tuple) else (place,)
     if any(isinstance(key, bool) or not isinstance(key, (int, str)) for key in keys):
         raise TypeError(f"`{name}` must be a position, a key, or a tuple of them, got {place!r}")
@@ -29,7 +25,7 @@ def default_images(batch: Any) -> tuple[Key, ...]:
     """Return the default place of the images: the batch itself if it is a tensor, else its first item.
 
     Raises:
-        TypeError: The batch is neither a tensor nor a tuple or list of tensors.
+        TypeError: Neither is a tensor.
     """
     if isinstance(batch, Tensor):
         return ()
@@ -56,9 +52,8 @@ def part_of(batch: Any, place: tuple[Key, ...], *, name: str) -> Tensor:
         try:
             part = _get(part, key)
         except (KeyError, IndexError, AttributeError, TypeError):
-            raise ValueError(
-                f"`{name}` must name a part of the batch, got {place!r}: there is {describe(part)}"
-            ) from None
+            here = describe(part)
+            raise ValueError(f"`{name}` must name a part of the batch, got {place!r}: there is {here}") from None
     if not isinstance(part, Tensor):
         raise TypeError(f"`{name}` must name a tensor, got {place!r}: there is {describe(part)}")
     return part

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,9 +36,10 @@ class Pixels:
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
         if (mean is None) != (std is None):
             raise ValueError(f"`mean` and `std` must be given together, got {mean!r} and {std!r}")
-        self._mean = None if mean is None else _channels(mean, name="mean")
-        self._std = None if std is None else _channels(std, name="std")
-        if self._std is not None and min(self._std) == 0:
+        self.normalised = mean is not None
+        self._mean = _channels((0, 0, 0) if mean is None else mean, name="mean")
+        self._std = _channels((1, 1, 1) if std is None else std, name="std")
+        if not bool(self._std.all()):
             raise ValueError(f"`std` must be above 0, got {std!r}")
 
     def restore(self, images: Tensor) -> Tensor:
@@ -47,31 +48,26 @@ class Pixels:
         Raises:
             TypeError, ValueError: Not images, or not in [0, 1] without the normalisation.
         """
-        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or images.shape[1] != 3:
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or 0 in images.shape:
             return check_images(images)  # raises an error that names the problem
         wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
-        if self._mean is None or self._std is None:
-            low, high = _range(wide)
-            if low < 0 or high > 1:
-                raise ValueError(
-                    f"`images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; if your pipeline "
-                    "normalises them, give its `mean` and `std`"
-                )
-            return check_images(wide.clone())
-        pixels = wide * _as(self._std, wide) + _as(self._mean, wide)
-        low, high = _range(pixels)
-        if low < -ROUNDING or high > 1 + ROUNDING:
+        pixels = wide * self._std.to(wide) + self._mean.to(wide)
+        low, high = map(float, torch.aminmax(pixels))
+        if self.normalised and (low < -ROUNDING or high > 1 + ROUNDING):
             raise ValueError(
                 f"`mean` and `std` must be those of the pipeline: with them, pixels go from {low:.4g} to {high:.4g}, "
                 "not from 0 to 1"
+            )
+        if not self.normalised and (low < 0 or high > 1):
+            raise ValueError(
+                f"`images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; if your pipeline normalises "
+                "them, give its `mean` and `std`"
             )
         return check_images(pixels.clamp(0, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels [N, 3, H, W] in [0, 1] with the normalisation applied."""
-        if self._mean is None or self._std is None:
-            return pixels
-        return (pixels - _as(self._mean, pixels)) / _as(self._std, pixels)
+        return (pixels - self._mean.to(pixels)) / self._std.to(pixels)
 
 
 class IndexRule:
@@ -89,13 +85,12 @@ class IndexRule:
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return indices int64 [N], on the CPU, for images [N, 3, H, W]."""
-        count = len(images)
         if self.draws == "content":
             return content_indices(images)
         if self.draws == "position":
-            return torch.arange(count)
-        self._given += count
-        return torch.arange(self._given - count, self._given) + _FRESH
+            return torch.arange(len(images))
+        self._given += len(images)
+        return torch.arange(self._given - len(images), self._given) + _FRESH
 
 
 def content_indices(images: Tensor) -> Tensor:
@@ -108,9 +103,9 @@ def content_indices(images: Tensor) -> Tensor:
 class LoaderPositions:
     """Positions in the data set of the images that a data loader yields.
 
-    The k-th image that a process loads has position k; if a `DistributedSampler` shares the data among R processes, the
-    k-th image of process r has position k R + r. Batch size and number of processes do not matter, as long as the
-    loader keeps the order of the data set, which Lightning's loaders for test, validate and predict do by default.
+    The k-th image that a process loads has position k, or k R + r if a `DistributedSampler` shares the data among R
+    processes and this is process r. The loader must keep the order of the data set, as Lightning's loaders for test,
+    validate and predict do by default.
 
     Args:
         loader: A data loader, or any other iterable, whose images are only counted.
@@ -129,11 +124,10 @@ class LoaderPositions:
         """
         order = torch.arange(self._seen, self._seen + count)
         self._seen += count
-        sampler = self._sampler
-        if sampler is None:
+        if self._sampler is None:
             return order, torch.zeros(count, dtype=torch.bool)
-        order = order * sampler.num_replicas + sampler.rank
-        size = len(sampler.dataset)  # type: ignore[arg-type]
+        order = order * self._sampler.num_replicas + self._sampler.rank
+        size = len(self._sampler.dataset)  # type: ignore[arg-type]
         return order % size, order >= size
 
 
@@ -145,7 +139,7 @@ class InputPurifier:
 
     Args:
         defense: The defence.
-        mean: Per-channel mean of the input's normalisation, three numbers; None for input in [0, 1].
+        mean: Per-channel mean of the input's normalisation; None for input in [0, 1].
         std: Per-channel standard deviation of the input's normalisation; None as for ``mean``.
         draws: How to choose indices for images that come without any; see `IndexRule`.
         quiet: Hide the progress bar of the defence.
@@ -178,56 +172,42 @@ class InputPurifier:
         Raises:
             TypeError, ValueError: Bad images or indices.
         """
-        with torch.inference_mode(False), torch.no_grad(), _default_precision(images), isolate_rng():
+        with torch.inference_mode(False), torch.no_grad(), _default_precision(images), isolate_rng(), self._silenced():
             pixels = self.pixels.restore(images)
             order = self.index_rule(pixels) if indices is None else indices.detach().cpu().clone()
-            with _silenced(self.defense) if self.quiet else nullcontext():
-                purified: Tensor = self.defense.purify(pixels, indices=order)
+            purified: Tensor = self.defense.purify(pixels, indices=order)
             return self.pixels.normalise(purified).to(images)
+
+    @contextmanager
+    def _silenced(self) -> Iterator[None]:
+        hidden = self.quiet and getattr(self.defense, "progress", False) is True
+        if hidden:
+            self.defense.progress = False
+        try:
+            yield
+        finally:
+            if hidden:
+                self.defense.progress = True
 
 
 @contextmanager
 def _default_precision(images: Any) -> Iterator[None]:
     # No autocast, and float32 as default dtype: what Lightning's precision plugins change around a step.
-    kinds = {"cpu", images.device.type if isinstance(images, Tensor) else "cpu"}
-    default = torch.get_default_dtype()
-    with ExitStack() as stack:
-        for kind in kinds:
-            stack.enter_context(torch.autocast(kind, enabled=False))
+    device, default = images.device.type if isinstance(images, Tensor) else "cpu", torch.get_default_dtype()
+    with torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
         torch.set_default_dtype(torch.float32)
-        stack.callback(torch.set_default_dtype, default)
-        yield
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
 
 
-@contextmanager
-def _silenced(defense: Any) -> Iterator[None]:
-    # The Trainer around it has a progress bar of its own.
-    shown = getattr(defense, "progress", False) is True
-    if shown:
-        defense.progress = False
-    try:
-        yield
-    finally:
-        if shown:
-            defense.progress = True
-
-
-def _range(values: Tensor) -> tuple[float, float]:
-    if not values.numel():
-        return 0.0, 0.0
-    low, high = torch.aminmax(values)
-    return float(low), float(high)
-
-
-def _as(channels: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(channels, dtype=like.dtype, device=like.device).view(3, 1, 1)
-
-
-def _channels(values: Sequence[float], *, name: str) -> tuple[float, ...]:
+def _channels(values: Sequence[float], *, name: str) -> Tensor:
     try:
         numbers = [float(number) for number in values]
     except (TypeError, ValueError):
         numbers = []
     if len(numbers) != 3:
         raise ValueError(f"`{name}` must hold three numbers, one per channel, got {values!r}")
-    return tuple(check_float(number, name=name, low=0.0) for number in numbers)
+    checked = [check_float(number, name=name, low=0.0) for number in numbers]
+    return torch.tensor(checked, dtype=torch.float64).view(3, 1, 1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import cache, wraps
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from dipguard.attacks.target import Purifies
-from dipguard.checks import check_choice, check_labels
+from dipguard.checks import check_bool, check_choice, check_labels
 from dipguard.classifier import check_is_module, check_logits
 from dipguard.integrations.batches import Place, check_place, default_images, default_labels, part_of, with_part
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions
@@ -39,8 +39,7 @@ class DefendedClassifier(nn.Module):
         defense: The defence.
         mean: Per-channel mean that the classifier's input is normalised with; None for input in [0, 1].
         std: Per-channel standard deviation; None as for ``mean``.
-        draws: How a random defence draws if no indices are given: ``content``, ``position`` or ``fresh``
-            (:class:`~dipguard.integrations.inputs.IndexRule`).
+        draws: How a random defence draws without indices (:class:`~dipguard.integrations.inputs.IndexRule`).
 
     Raises:
         TypeError, ValueError: A bad argument; the message names it.
@@ -65,9 +64,6 @@ class DefendedClassifier(nn.Module):
         Args:
             images: Float [N, 3, H, W], in [0, 1] or normalised with ``mean`` and ``std``.
             indices: Int [N], positions of the images in the whole data set.
-
-        Raises:
-            TypeError, ValueError: Bad images or indices.
         """
         output: Tensor = self.classifier(self.purifier(images, indices=indices))
         return output
@@ -76,10 +72,9 @@ class DefendedClassifier(nn.Module):
 class DefendedModule(_Module):
     """A LightningModule with the weights of ``module``, whose ``forward`` purifies its images first.
 
-    It is an instance of an extended class of the module: steps, hooks, loggers, hyper-parameters and state dict are the
-    module's. During ``trainer.fit``, validation included, it is not defended. ``module`` itself is not changed.
-
-    A step that does not call ``self(images)`` would not be defended, and raises an error.
+    It is an instance of a subclass of the module's class: steps, hooks, loggers, hyper-parameters and state dict are
+    the module's. During ``trainer.fit``, validation included, it is not defended. ``module`` itself is not changed. A
+    step that does not call ``self(images)`` would not be defended, and raises an error.
 
     Args:
         module: The LightningModule, or any other module.
@@ -87,8 +82,7 @@ class DefendedModule(_Module):
         images: The argument of ``forward`` that holds the images: a position or a keyword.
         mean: Per-channel mean that the images are normalised with; None for images in [0, 1].
         std: Per-channel standard deviation; None as for ``mean``.
-        draws: How a random defence draws: ``content``, ``position`` or ``fresh``
-            (:class:`~dipguard.integrations.inputs.IndexRule`).
+        draws: How a random defence draws (:class:`~dipguard.integrations.inputs.IndexRule`).
 
     Raises:
         TypeError, ValueError: A bad argument; the message names it.
@@ -96,10 +90,12 @@ class DefendedModule(_Module):
 
     def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> DefendedModule:
         """Return an instance of a class that extends both this one and that of the module."""
-        if isinstance(module, DefendedModule) or not _has_own_forward(check_is_module(module, name="module")):
+        patched = vars(check_is_module(module, name="module")).get("forward")
+        # After a fit in DDP, Lightning leaves the class's own forward as an attribute of the module.
+        own = patched is None or getattr(patched, "__func__", None) is type(module).forward
+        if isinstance(module, DefendedModule) or not own:
             raise ValueError("`module` must have its class's own forward, got one that is defended or patched already")
-        made: DefendedModule = object.__new__(_extended(type(module)))
-        return made
+        return _new(type(module))
 
     def __init__(
         self,
@@ -119,11 +115,7 @@ class DefendedModule(_Module):
         vars(self).update(_purifier=purifier, _images=images, _purified=0)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's forward on purified images.
-
-        Raises:
-            TypeError, ValueError: No images at ``images``, or images that are not in range.
-        """
+        """Call the module's forward on purified images."""
         if not self._is_fitted():
             args, kwargs = self._defend(args, kwargs)
             vars(self)["_purified"] += 1
@@ -132,7 +124,7 @@ class DefendedModule(_Module):
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle by the module's class, since the extended one has no importable name."""
         state: Any = self.__getstate__()  # type: ignore[no-untyped-call, unused-ignore]
-        return _rebuild, (type(self).__bases__[1],), state
+        return _new, (type(self).__bases__[1],), state
 
     def _defend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         key, purifier = vars(self)["_images"], vars(self)["_purifier"]
@@ -152,29 +144,19 @@ class DefendedModule(_Module):
         return state is not None and state.fn == "fit" and state.status == "running"
 
 
-def _has_own_forward(module: nn.Module) -> bool:
-    # After a fit in DDP, Lightning leaves the class's own forward as an attribute of the module.
-    patched = vars(module).get("forward")
-    return patched is None or getattr(patched, "__func__", None) is type(module).forward
+def _new(base: type) -> Any:
+    """An empty instance of the subclass of ``base``."""
+    return object.__new__(_extended(base))
 
 
-_CLASSES: dict[type, type] = {}
-
-
+@cache
 def _extended(base: type) -> type:
-    if base not in _CLASSES:
-        steps = {name: _watched(step) for name in STEPS.values() if (step := _own_step(base, name)) is not None}
-        _CLASSES[base] = type(f"Defended{base.__name__}", (DefendedModule, base), steps)
-    return _CLASSES[base]
-
-
-def _own_step(base: type, name: str) -> Callable[..., Any] | None:
-    # None for Lightning's defaults, whose predict_step is `self(batch)`.
-    owner = next((kind for kind in base.__mro__ if name in vars(kind)), None)
-    if owner is None or owner.__module__.startswith(("pytorch_lightning.", "lightning.")):
-        return None
-    step: Callable[..., Any] = getattr(base, name)
-    return step
+    # Steps that are not the class's own are Lightning's defaults, whose predict_step is `self(batch)`.
+    owners = {name: next((kind for kind in base.__mro__ if name in vars(kind)), object) for name in STEPS.values()}
+    foreign = ("pytorch_lightning.", "lightning.", "builtins")
+    steps = [name for name, owner in owners.items() if not owner.__module__.startswith(foreign)]
+    watched = {name: _watched(getattr(base, name)) for name in steps}
+    return type(f"Defended{base.__name__}", (DefendedModule, base), watched)
 
 
 def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,10 +174,6 @@ def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
     return watched
 
 
-def _rebuild(base: type) -> Any:
-    return object.__new__(_extended(base))
-
-
 Logits = Callable[[Any, Tensor], Tensor]
 """Takes a LightningModule and its input images, returns logits [N, C]."""
 
@@ -209,8 +187,7 @@ class PurifyCallback(pl.Callback):
     all processes, each image once. This calls the module twice per batch, in the Trainer's precision.
 
     The index of an image, which seeds its random draws, is its position in the data set
-    (:class:`~dipguard.integrations.inputs.LoaderPositions`); it depends on neither batch size nor number of processes.
-    If a loader shuffles, put the indices into the batch.
+    (:class:`~dipguard.integrations.inputs.LoaderPositions`). If a loader shuffles, put the indices into the batch.
 
     Args:
         defense: The defence. Its progress bar is hidden.
@@ -227,8 +204,7 @@ class PurifyCallback(pl.Callback):
         prefix: Prefix of the names that are logged.
 
     Raises:
-        TypeError, ValueError: A bad argument, or at a batch something missing at its place, images not in [0, 1], or
-            bad logits; the message names it.
+        TypeError, ValueError: A bad argument or a bad batch; the message names it.
     """
 
     def __init__(
@@ -246,30 +222,17 @@ class PurifyCallback(pl.Callback):
         prefix: str = "",
     ) -> None:
         self.purifier = InputPurifier(defense, mean=mean, std=std, quiet=True)
-        self._images = None if images is None else check_place(images, name="images")
-        self._labels = None if labels is None else check_place(labels, name="labels")
-        self._indices = None if indices is None else check_place(indices, name="indices")
+        self._images, self._labels, self._indices = (
+            None if place is None else check_place(place, name=name)
+            for name, place in (("images", images), ("labels", labels), ("indices", indices))
+        )
         names = (stages,) if isinstance(stages, str) else stages
         self.stages = tuple(check_choice(stage, STEPS, name="stages") for stage in names)
-        self.accuracy, self.prefix = accuracy, prefix
+        self.accuracy, self.prefix = check_bool(accuracy, name="accuracy"), prefix
         self._logits = ask if logits is None else logits
         self._positions: dict[int, LoaderPositions] = {}
         self._metrics: dict[int, tuple[MeanMetric, MeanMetric]] = {}
         self._given_back: Callable[[], None] | None = None
-
-    def on_test_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int = 0) -> None:
-        """Purify the batch of the next ``test_step``."""
-        self._start(trainer, pl_module, batch, batch_idx, loader)
-
-    def on_validation_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int = 0
-    ) -> None:
-        """Purify the batch of the next ``validation_step``, except in ``fit``."""
-        self._start(trainer, pl_module, batch, batch_idx, loader)
-
-    def on_predict_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int = 0) -> None:
-        """Purify the batch of the next ``predict_step``."""
-        self._start(trainer, pl_module, batch, batch_idx, loader)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the module's step."""
@@ -280,20 +243,25 @@ class PurifyCallback(pl.Callback):
         self._give_back()
         self._positions, self._metrics = {}, {}
 
-    def _start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, loader: int) -> None:
+    def on_test_batch_start(
+        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Purify the batch of the next step, except in ``fit``."""
         stage = str(trainer.state.fn.value)
         if stage not in self.stages:
             return
         place = default_images(batch) if self._images is None else self._images
         images = part_of(batch, place, name="images")
-        if batch_idx == 0 or loader not in self._positions:
-            self._positions[loader] = LoaderPositions(_loader(trainer, stage, loader))
-        positions, repeated = self._positions[loader].next(len(images))
+        if batch_idx == 0 or dataloader_idx not in self._positions:
+            self._positions[dataloader_idx] = LoaderPositions(_loader(trainer, stage, dataloader_idx))
+        positions, repeated = self._positions[dataloader_idx].next(len(images))
         if self._indices is not None:
             positions = part_of(batch, self._indices, name="indices")
         purified = self.purifier(images, indices=positions)
-        self._log_accuracy(trainer, pl_module, batch, (images, purified), repeated, stage, loader)
+        self._log_accuracy(trainer, pl_module, batch, (images, purified), repeated, dataloader_idx)
         self._hand_over(pl_module, STEPS[stage], with_part(batch, place, purified))
+
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
 
     def _hand_over(self, pl_module: Any, step: str, batch: Any) -> None:
         # Replaces the step for one call: a hook gets the batch, but cannot return another one.
@@ -318,15 +286,9 @@ class PurifyCallback(pl.Callback):
             self._given_back = None
 
     def _log_accuracy(
-        self,
-        trainer: Any,
-        pl_module: Any,
-        batch: Any,
-        both: tuple[Tensor, Tensor],
-        repeated: Tensor,
-        stage: str,
-        loader: int,
+        self, trainer: Any, pl_module: Any, batch: Any, both: tuple[Tensor, Tensor], repeated: Tensor, loader: int
     ) -> None:
+        stage = str(trainer.state.fn.value)
         place = default_labels(batch) if self._labels is None and self._images is None else self._labels
         if not self.accuracy or place is None or stage == "predict":
             return
@@ -337,14 +299,9 @@ class PurifyCallback(pl.Callback):
             with torch.no_grad(), trainer.precision_plugin.forward_context(), isolate_rng():
                 logits = check_logits(self._logits(pl_module, images), count=len(images), name="logits")
             metric.to(labels.device).update((logits.argmax(dim=1) == labels).float(), weights)
-            pl_module.log(
-                f"{self.prefix}{stage}_accuracy_{name}",
-                metric,
-                on_step=False,
-                on_epoch=True,
-                batch_size=len(images),
-                metric_attribute="dipguard",  # Lightning needs a name; no such attribute exists
-            )
+            options = {"on_step": False, "on_epoch": True, "batch_size": len(images)}
+            # Lightning needs the name of the metric's attribute; there is none.
+            pl_module.log(f"{self.prefix}{stage}_accuracy_{name}", metric, metric_attribute="dipguard", **options)
 
 
 def ask(module: Any, images: Tensor) -> Tensor:
@@ -355,6 +312,6 @@ def ask(module: Any, images: Tensor) -> Tensor:
 
 
 def _loader(trainer: Any, stage: str, position: int) -> Any:
-    name = {"test": "test_dataloaders", "validate": "val_dataloaders", "predict": "predict_dataloaders"}[stage]
-    loaders = CombinedLoader(getattr(trainer, name), "sequential").flattened
+    given = getattr(trainer, f"{'val' if stage == 'validate' else stage}_dataloaders")
+    loaders = CombinedLoader(given, "sequential").flattened
     return loaders[position] if position < len(loaders) else None

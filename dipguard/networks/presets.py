@@ -58,11 +58,7 @@ class NetworkSpec:
         return 2**self.scales + 1
 
     def check_size(self, height: int, width: int) -> None:
-        """Refuse images that the scales would shrink to a single pixel.
-
-        Raises:
-            ValueError: The image is too small.
-        """
+        """Raise ValueError for images that the scales would shrink to a single pixel."""
         if min(height, width) < self.smallest_side:
             raise ValueError(
                 f"`images` must be at least {self.smallest_side}x{self.smallest_side} pixels for a network of "
@@ -71,50 +67,35 @@ class NetworkSpec:
 
 
 def hourglass(
-    channels: tuple[int, ...], *, skips: int, input_depth: int, upsample: str = "bilinear", z_scale: float = 0.1
+    channels: tuple[int, ...],
+    *,
+    skips: int,
+    input_depth: int,
+    kernel: int = 3,
+    upsample: str = "bilinear",
+    z_scale: float = 0.1,
 ) -> NetworkSpec:
-    """A network of the kind used by Dai et al. 2020 (DIPDefend): 3x3 kernels, the same filters down and up.
+    """A network with the same filters down and up in each scale, and 1x1 kernels in the skip connections.
 
     Args:
         channels: Filters of each scale, finest first.
         skips: Filters of the skip connections, the same at each scale; 0 for none.
         input_depth: Channels of z.
+        kernel: Kernel size of the other convolutions; Dai et al. 2020 (DIPDefend) take 3.
         upsample: ``bilinear`` or ``nearest``.
         z_scale: Upper end of U(0, z_scale), from which z is drawn.
     """
-    scales = len(channels)
-    return NetworkSpec(
-        n_d=channels,
-        n_u=channels,
-        n_s=(skips,) * scales,
-        k_d=(3,) * scales,
-        k_u=(3,) * scales,
-        k_s=(1,) * scales,
-        input_depth=input_depth,
-        z_scale=z_scale,
-        upsample=upsample,
-    )
-
-
-def _uniform(*, scales: int, filters: int, skips: int, kernel: int, z_scale: float) -> NetworkSpec:
-    return NetworkSpec(
-        n_d=(filters,) * scales,
-        n_u=(filters,) * scales,
-        n_s=(skips,) * scales,
-        k_d=(kernel,) * scales,
-        k_u=(kernel,) * scales,
-        k_s=(1,) * scales,
-        z_scale=z_scale,
-    )
+    n_s, k, ones = ((value,) * len(channels) for value in (skips, kernel, 1))
+    return NetworkSpec(channels, channels, n_s, k, k, ones, input_depth, z_scale, upsample)
 
 
 PRESETS: dict[str, NetworkSpec] = {
-    "cifar10": _uniform(scales=3, filters=32, skips=3, kernel=3, z_scale=1 / 30),
-    "imagenet": _uniform(scales=5, filters=64, skips=4, kernel=3, z_scale=1 / 100),
+    "cifar10": hourglass((32,) * 3, skips=3, input_depth=4, z_scale=1 / 30),
+    "imagenet": hourglass((64,) * 5, skips=4, input_depth=4, z_scale=1 / 100),
     # The paper lists four k_s for the two scales of the small network; all are 1.
-    "small": _uniform(scales=2, filters=16, skips=4, kernel=2, z_scale=1 / 30),
-    "medium": _uniform(scales=3, filters=32, skips=3, kernel=3, z_scale=1 / 30),
-    "large": _uniform(scales=4, filters=48, skips=4, kernel=4, z_scale=1 / 30),
+    "small": hourglass((16,) * 2, skips=4, kernel=2, input_depth=4, z_scale=1 / 30),
+    "medium": hourglass((32,) * 3, skips=3, input_depth=4, z_scale=1 / 30),
+    "large": hourglass((48,) * 4, skips=4, kernel=4, input_depth=4, z_scale=1 / 30),
 }
 """Appendix B; ``cifar10`` and ``medium`` are the same network."""
 

@@ -9,14 +9,15 @@ convolution's backward pass where C is no multiple of 16 (benchmarks/README.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard.checks import check_choice, check_int
-from dipguard.networks.presets import NetworkSpec
+from dipguard.networks.presets import NetworkSpec, network_spec
+from dipguard.seeding import image_generator
 
 PADDINGS = ("zeros", "reflect")
 INITS = ("default", "xavier")
@@ -76,32 +77,15 @@ def grouped_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, 
 def norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1.0, eps: float = 1e-5) -> Tensor:
     """Batch normalisation in train mode of each network's channels (biased variance), then LeakyReLU.
 
-    Args:
-        x: [1, B * channels, H, W].
-        weight: [B, channels].
-        bias: [B, channels].
-        slope: LeakyReLU's for negative values; 1 for no activation.
-        eps: Added to the variance.
-
-    Returns:
-        The shape of x.
+    x is [1, B * channels, H, W], weight and bias are [B, channels]; ``eps`` is added to the variance, and a ``slope``
+    of 1 means no activation. Returns the shape of x.
     """
     y = F.batch_norm(x, None, None, weight.flatten(), bias.flatten(), training=True, eps=eps)
     return y if slope == 1 else F.leaky_relu_(y, slope)
 
 
 class StackedConv2d(nn.Module):
-    """B convolutions, each applied to its own network's channels only.
-
-    The size stays the same with stride 1 and is halved (rounding up) with stride 2.
-
-    Args:
-        stack: B.
-        inputs: Channels in.
-        outputs: Channels out.
-        kernel: Kernel size, odd or even.
-        stride: 1 or 2.
-        padding: ``zeros`` or ``reflect``.
+    """B convolutions, each applied to its own network's channels only; stride 2 halves the size, rounding up.
 
     Attributes:
         convolve: The function that computes it, with the arguments of :func:`grouped_conv2d`; an engine may set
@@ -112,12 +96,11 @@ class StackedConv2d(nn.Module):
         self, stack: int, inputs: int, outputs: int, *, kernel: int, stride: int = 1, padding: str = "zeros"
     ) -> None:
         super().__init__()
-        self.stride = stride
-        self.kernel = kernel
+        self.stride, self.kernel = stride, kernel
         self.padding = check_choice(padding, PADDINGS, name="padding")
         self.convolve: Callable[..., Tensor] = grouped_conv2d
-        self.weight = nn.Parameter(torch.empty(stack, outputs, inputs, kernel, kernel))
-        self.bias = nn.Parameter(torch.empty(stack, outputs))
+        self.weight = nn.Parameter(torch.empty(stack, outputs, inputs, kernel, kernel, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(stack, outputs, dtype=torch.float32))
 
     def set_layout(self, *, channels_last: bool) -> None:
         """Give the weights the memory layout of the activations; the numbers stay the same."""
@@ -143,12 +126,6 @@ class StackedNorm2d(nn.Module):
 
     There are no running statistics: a DIP network is never used outside its own fit, so ``eval()`` changes nothing.
 
-    Args:
-        stack: B.
-        channels: Channels of one network.
-        slope: LeakyReLU's for negative values; 1 for no activation.
-        eps: Added to the variance.
-
     Attributes:
         normalise: The function that computes it, with the arguments of :func:`norm_leaky_relu`; an engine may set
             another one, which changes only the rounding.
@@ -156,11 +133,10 @@ class StackedNorm2d(nn.Module):
 
     def __init__(self, stack: int, channels: int, *, slope: float = 1.0, eps: float = 1e-5) -> None:
         super().__init__()
-        self.slope = slope
-        self.eps = eps
+        self.slope, self.eps = slope, eps
         self.normalise: Callable[..., Tensor] = norm_leaky_relu
-        self.weight = nn.Parameter(torch.ones(stack, channels))
-        self.bias = nn.Parameter(torch.zeros(stack, channels))
+        self.weight = nn.Parameter(torch.ones(stack, channels, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(stack, channels, dtype=torch.float32))
 
     def init_one(self, b: int) -> None:
         """Set the weights of network b to 1 and its biases to 0."""
@@ -190,15 +166,9 @@ class ConvBlock(nn.Module):
 
 
 class Scale(nn.Module):
-    """One scale: skip branch and (down, down, deeper scale, up) concatenated, normalised, convolved twice.
+    """One scale: skip branch and (down, down, ``deeper`` scale, up) concatenated, normalised, convolved twice.
 
-    Args:
-        stack: B.
-        spec: Figure 8's hyper-parameters.
-        level: Which scale, 0 for the finest.
-        inputs: Channels in.
-        deeper: The next scale; None for the deepest.
-        padding: ``zeros`` or ``reflect``.
+    ``level`` counts the scales from 0, the finest.
     """
 
     def __init__(
@@ -250,9 +220,7 @@ class StackedSkipNet(nn.Module):
     def __init__(self, spec: NetworkSpec, *, stack_size: int, padding: str = "reflect") -> None:
         super().__init__()
         check_int(stack_size, name="stack_size", low=1)
-        self.spec = spec
-        self.stack_size = stack_size
-        self.padding = padding
+        self.spec, self.stack_size, self.padding = spec, stack_size, padding
         scale: Scale | None = None
         for level in reversed(range(spec.scales)):
             inputs = spec.n_d[level - 1] if level else spec.input_depth
@@ -263,16 +231,7 @@ class StackedSkipNet(nn.Module):
         self.channels_last = False
 
     def init_one(self, b: int, *, generator: torch.Generator, init: str = "default") -> None:
-        """Initialise network b.
-
-        Args:
-            b: Position in the stack.
-            generator: A CPU generator, the only source of randomness.
-            init: ``default`` (PyTorch's for convolutions) or ``xavier`` (Algorithm 1, line 1).
-
-        Raises:
-            ValueError: Unknown ``init``.
-        """
+        """Initialise network b with draws from a CPU generator: ``default`` (PyTorch's) or ``xavier`` (line 1)."""
         check_choice(init, INITS, name="init")
         for module in self.modules():
             if isinstance(module, StackedConv2d):
@@ -298,6 +257,40 @@ class StackedSkipNet(nn.Module):
         """One pass of all B networks, each on its own z."""
         x = self.head(self.body(_to_stack(z, channels_last=self.channels_last)))
         return _from_stack(torch.sigmoid(x), stack=self.stack_size)
+
+
+def build(
+    network: str | NetworkSpec,
+    *,
+    stack_size: int,
+    seed: int = 0,
+    indices: Sequence[int] | None = None,
+    init: str = "default",
+    padding: str = "reflect",
+    dtype: torch.dtype = torch.float32,
+) -> StackedSkipNet:
+    """A stack of B initialised networks.
+
+    Args:
+        network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``), or a spec.
+        stack_size: B, at least 1.
+        seed: The configuration's seed.
+        indices: The images' B indices in their data set; 0 ... B-1 by default. The weights of network b depend only on
+            (seed, indices[b]).
+        init: ``default`` (PyTorch's for convolutions) or ``xavier`` (Algorithm 1, line 1).
+        padding: ``zeros`` or ``reflect``.
+        dtype: float32 or float64; both start from the same float32 draws.
+
+    Raises:
+        ValueError: An option is out of range, or the number of indices is not B.
+    """
+    stack = StackedSkipNet(network_spec(network), stack_size=stack_size, padding=padding).to(dtype)
+    order = list(range(stack_size)) if indices is None else list(indices)
+    if len(order) != stack_size:
+        raise ValueError(f"`indices` must hold stack_size={stack_size} numbers, got {len(order)}")
+    for b, index in enumerate(order):
+        stack.init_one(b, generator=image_generator(seed=seed, index=index, purpose="weights"), init=init)
+    return stack
 
 
 def _to_stack(x: Tensor, *, channels_last: bool) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
 
@@ -39,8 +38,7 @@ def show(ax: Axes, image: Tensor) -> None:
     ax.set(xticks=[], yticks=[])
 
 
-@dataclass(frozen=True, eq=False)
-class Picture:
+class Picture(NamedTuple):
     """An image [3, H, W] and the victim's decision on it; ``right`` is None where the true class is unknown."""
 
     image: Tensor
@@ -50,9 +48,8 @@ class Picture:
     def draw_on(self, ax: Axes) -> None:
         """Draw the image under its decision, which is marked as right or wrong by sign and colour."""
         show(ax, self.image)
-        sign, colour = {None: ("", "black"), True: (" \N{CHECK MARK}", RIGHT), False: (" \N{BALLOT X}", WRONG)}[
-            self.right
-        ]
+        known = {None: ("", "black"), True: (" \N{CHECK MARK}", RIGHT), False: (" \N{BALLOT X}", WRONG)}
+        sign, colour = known[self.right]
         ax.set_title(short(self.decision) + sign, fontsize=9, color=colour)
 
 

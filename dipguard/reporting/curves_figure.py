@@ -6,15 +6,15 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import pandas as pd
+from matplotlib.artist import Artist
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from matplotlib.artist import Artist
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 PANEL_WIDTH, LEGEND_WIDTH, HEIGHT = 3.6, 1.8, 4.0
 """Inches: a panel, the legend beside the panels, and the figure's height."""
@@ -75,8 +75,6 @@ def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, Any]] | 
     Raises:
         ValueError: No points, or points of different attacks, victims or data sets.
     """
-    from matplotlib.figure import Figure
-
     kinds = points[["attack_name", "data", "victim"]].drop_duplicates().to_numpy().tolist()
     if len(kinds) != 1:
         raise ValueError(f"`points` must be of one attack, data set and victim, got {sorted(kinds) or 'none'}")
@@ -90,7 +88,11 @@ def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, Any]] | 
         members = points[points[kind.panel] == value]
         for defense, curve in members.groupby("defense", sort=False):
             drawn[defense] = _draw_curve(ax, curve.sort_values(kind.x), kind.x, style=styles[defense])
-        _finish(ax, kind, members[kind.x])
+        ax.set(xlabel=kind.x_label, ylim=(-3, 103))
+        if members[kind.x].nunique() == 1:
+            ax.set_xlim(members[kind.x].min() - 1, members[kind.x].max() + 1)
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        plain_axes(ax)
         ax.set_title(kind.panel_title.format(value), fontsize=10)
     axes[0].set_ylabel("accuracy, %")
     defenses = [defense for defense in styles if defense in drawn]
@@ -120,13 +122,3 @@ def _draw_curve(ax: Axes, curve: pd.DataFrame, x: str, *, style: Mapping[str, An
         ax.plot(at, end, color=style["color"], linewidth=0.6, alpha=0.5)
     (line,) = ax.plot(at, 100 * curve["accuracy"], linewidth=1.5, markersize=4.5, **style)
     return line
-
-
-def _finish(ax: Axes, kind: _Kind, x: pd.Series) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    ax.set(xlabel=kind.x_label, ylim=(-3, 103))
-    if x.nunique() == 1:
-        ax.set_xlim(x.min() - 1, x.max() + 1)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-    plain_axes(ax)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,12 +16,11 @@ if TYPE_CHECKING:
 
 FACTORS = (1, 2, 5, 10, 20, 50)
 """Factors by which a difference may be amplified."""
-SIDE, TOP, LEFT = 1.75, 0.75, 0.5
+SIDE, TOP, LEFT = 1.75, 0.85, 0.5
 """Inches of the comparison: a picture with its captions, the heads, and the names of the rows."""
 
 
-@dataclass(frozen=True, eq=False)
-class Scene:
+class Scene(NamedTuple):
     """The pictures of one column of the comparison.
 
     Attributes:
@@ -49,7 +47,7 @@ def draw_comparison(
     The figure is (``LEFT`` + ``SIDE`` per scene) x (``TOP`` + ``SIDE`` per image) inches.
 
     Args:
-        scenes: What to draw, each with its head.
+        scenes: What to draw, by head.
         count: Number of images, at most as many as each scene has.
         classes: Class names in label order; empty for numbers.
         labels: True classes, [N]; without them decisions are not marked as right or wrong.

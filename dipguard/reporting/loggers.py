@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+from matplotlib.image import imread
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
 from dipguard.reporting.results import flatten
@@ -60,11 +62,17 @@ class RunLog(Logger):
     ) -> None:
         """Enter the final metrics, the table of images and at most ``MOST_FIGURES`` figures."""
         final = flatten({f"result/{name}": value for name, value in metrics.items() if name != "settings"})
+        figures = figures[:MOST_FIGURES]
         if isinstance(self.inner, WandbLogger):
             with self._wandb_may_fail():
-                results_to_wandb(self.inner.experiment, final, rows, figures[:MOST_FIGURES])
+                results_to_wandb(self.inner.experiment, final, rows, figures)
         elif isinstance(self.inner, TensorBoardLogger):
-            _results_to_tensorboard(self.inner.experiment, final, rows, figures[:MOST_FIGURES])
+            writer: Any = self.inner.experiment
+            for name, value in final.items():
+                writer.add_scalar(name, value)
+            writer.add_text("images", pd.DataFrame(rows).to_markdown(index=False))
+            for path in figures:
+                writer.add_image(f"figures/{path.stem}", imread(path)[..., :3], dataformats="HWC")
         else:
             self.inner.log_metrics(final)
 
@@ -104,32 +112,18 @@ def open_log(
     name = config["name"]
     if name == "none":
         yield None
-        return
-    if name == "wandb":
+    elif name == "wandb":
         with wandb_run(config, folder, settings, job_type=job_type, group=group) as inner:
             yield RunLog(inner)
-        return
-    root = folder / "logs" / name
-    session = f"session_{len(list(root.glob('session_*'))) if root.is_dir() else 0}"
-    local = (CSVLogger if name == "csv" else TensorBoardLogger)(root, name="", version=session)
-    status = "failed"
-    try:
-        local.log_hyperparams(flatten(settings))
-        yield RunLog(local)
-        status = "success"
-    finally:
-        local.save()
-        local.finalize(status)
-
-
-def _results_to_tensorboard(
-    writer: Any, metrics: Mapping[str, float], rows: Sequence[Mapping[str, Any]], figures: Sequence[Path]
-) -> None:
-    import pandas as pd
-    from matplotlib.image import imread
-
-    for name, value in metrics.items():
-        writer.add_scalar(name, value)
-    writer.add_text("images", pd.DataFrame(rows).to_markdown(index=False))
-    for path in figures:
-        writer.add_image(f"figures/{path.stem}", imread(path)[..., :3], dataformats="HWC")
+    else:
+        root = folder / "logs" / name
+        session = f"session_{len(list(root.glob('session_*')))}"
+        local = (CSVLogger if name == "csv" else TensorBoardLogger)(root, name="", version=session)
+        status = "failed"
+        try:
+            local.log_hyperparams(flatten(settings))
+            yield RunLog(local)
+            status = "success"
+        finally:
+            local.save()
+            local.finalize(status)

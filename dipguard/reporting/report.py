@@ -20,12 +20,11 @@ from dipguard.reporting.canvas import Picture, class_name, save_figure
 from dipguard.reporting.curves_figure import write_curves
 from dipguard.reporting.image_figures import Scene, draw_comparison, draw_panel
 from dipguard.reporting.loggers import MOST_FIGURES, RunLog
-from dipguard.reporting.mirror_figure import draw_mirror_trace
 from dipguard.reporting.paper_figures import head_of
 from dipguard.reporting.results import DONE, WORST, in_suite, read_checks, read_results
 from dipguard.reporting.suite import suite_rows, suite_text, write_suite
 from dipguard.reporting.tables import tables_text, write_tables
-from dipguard.reporting.trace_figure import draw_trace
+from dipguard.reporting.trace_figure import draw_mirror_trace, draw_trace
 
 
 def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str, Any]:
@@ -120,11 +119,7 @@ def _links(folder: Path, figures: list[Path]) -> str:
 
 
 def _metrics(matrix: Matrix, result: CellResult) -> dict[str, Any]:
-    """The figures of metrics.json.
-
-    ``used`` is the mean number of images that a reconstruction was averaged from; ``images_per_second`` counts the time
-    of the defence, not that of the attack.
-    """
+    """The figures of metrics.json; ``used`` is a mean, and ``images_per_second`` does not count the attack's time."""
     cell, n = result.cell, len(result.decisions)
     spent = sum(value for name, value in result.seconds.items() if name != "attack")
     found = {"clean": cell.target.decisions_clean[:n], "undefended": result.decisions_given}
@@ -134,7 +129,7 @@ def _metrics(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         "ssim": {"given": float(result.ssim_given.mean()), "defended": float(result.ssim.mean())},
         "used": float(result.used.double().mean()),
         "seconds": dict(result.seconds),
-        "images_per_second": n / spent,
+        "images_per_second": n / spent if spent else None,
         "settings": {**matrix.config.to_dict(), "defense": cell.defense.settings},
     }
 
@@ -151,11 +146,12 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
             f"Windows averaged: {used}; for {reasons.count('no_sample_of_class')} of {n} images the victim classified "
             "none as the class with the highest scores (all windows were averaged).\n\n"
         )
-    if {"crossings", "no_crossing"} & set(reasons):
+    elif {"crossings", "no_crossing"} & set(reasons):
         averaged = (
             f"Stitched on-boundary images: {used}; {reasons.count('no_crossing')} of {n} images had none that counted "
             "(their reconstruction is the mean of the last K samples).\n\n"
         )
+    speed = f"; {metrics['images_per_second']:.3g} images a second" if metrics["images_per_second"] else ""
     return f"""# dipguard run
 
 {n} images of `{cell.clean.name}`, victim `{cell.target.victim_name}`, attack `{cell.name}`{eps}, defence \
@@ -166,7 +162,7 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
 | accuracy | {right["clean"]:.1%} | {right["undefended"]:.1%} | {right["defended"]:.1%} |
 | SSIM to the clean image | 1 | {ssim["given"]:.3f} | {ssim["defended"]:.3f} |
 
-{averaged}Time: {seconds}; {metrics["images_per_second"]:.3g} images a second.
+{averaged}Time: {seconds}{speed}.
 
 Files: `metrics.json` (figures and settings), `images.csv` (a row for each image), `reconstructions.npz`, `traces/` \
 (decision traces, which can be replayed without a new fit), `config.yaml`.
@@ -179,10 +175,10 @@ def _first(matrix: Matrix, result: CellResult) -> tuple[Tensor, Tensor]:
     return matrix.attacked(*place)[:count], matrix.reconstructions(*place)[:count]
 
 
-def _traces(matrix: Matrix, result: CellResult) -> dict[int, DecisionTrace]:
-    """The traces of a cell that are kept, by the position of the image."""
+def _trace_paths(matrix: Matrix, result: CellResult) -> dict[int, Path]:
+    """The files of a cell's traces that are kept, by the position of the image."""
     paths = [matrix.traces_path(*result.cell.place, index) for index in result.cell.clean.indices.tolist()]
-    return {i: DecisionTrace.load(path) for i, path in enumerate(paths) if result.done and path.is_file()}
+    return {i: path for i, path in enumerate(paths) if result.done and path.is_file()}
 
 
 def _draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
@@ -190,21 +186,20 @@ def _draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
     if not matrix.config.figures:
         return []
     cell, clean, folder = result.cell, result.cell.clean, matrix.folder / "figures"
-    rows, paths, traces = {}, [], _traces(matrix, result)
+    rows, paths, traces = {}, [], _trace_paths(matrix, result)
+    decisions = zip(cell.target.decisions_clean, result.decisions_given, result.decisions, strict=False)
     for i, (given, rebuilt) in enumerate(zip(*_first(matrix, result), strict=True)):
         index, label = int(clean.indices[i]), int(clean.labels[i])
-        seen = (clean.images[i], cell.target.decisions_clean[i]), (given, result.decisions_given[i])
-        clean_picture, given_picture, rebuilt_picture = (
+        row = [
             Picture(image, class_name(int(y), clean.classes), int(y) == label)
-            for image, y in (*seen, (rebuilt, result.decisions[i]))
-        )
-        title = f"image {index}\ntrue: {class_name(label, clean.classes)}"
-        rows[title] = (clean_picture, given_picture, rebuilt_picture)
+            for image, y in zip((clean.images[i], given, rebuilt), next(decisions), strict=True)
+        ]
+        rows[f"image {index}\ntrue: {class_name(label, clean.classes)}"] = (row[0], row[1], row[2])
         if i in traces:
-            draw = draw_trace if traces[i].mirrored_logits is None else draw_mirror_trace
-            figure = draw(
-                traces[i],
-                cell.defense.rebuild(traces[i]),
+            trace = DecisionTrace.load(traces[i])
+            figure = (draw_trace if trace.mirrored_logits is None else draw_mirror_trace)(
+                trace,
+                cell.defense.rebuild(trace),
                 decision=int(result.decisions[i]),
                 label=label,
                 clean=clean.images[i],
@@ -218,10 +213,11 @@ def _comparisons(matrix: Matrix) -> list[Path]:
     """figure9_<attack>.png for each attack that is the same for all defences."""
     made: list[Path] = []
     done = [results[-1] for results in matrix.results.values() if results[-1].done]
+    # The undefended victim would show the attacked image a second time.
     alike = [r for r in done if not (r.cell.adaptive or r.cell.node.get("number") or r.cell.check)]
-    for attack in matrix.attacks if matrix.config.figures else ():
-        # The undefended victim would show the attacked image a second time.
-        found = [r for r in alike if r.cell.label == attack and r.cell.target.defense.name != "none"]
+    alike = [r for r in alike if r.cell.target.defense.name != "none"] if matrix.config.figures else []
+    for attack in matrix.attacks:
+        found = [r for r in alike if r.cell.label == attack]
         if not found:
             continue
         first, clean = found[0], found[0].cell.clean
@@ -241,21 +237,18 @@ def _log_matrix(log: RunLog, matrix: Matrix, results: pd.DataFrame) -> None:
     by_step: dict[int, dict[str, float]] = {}
     figures = []
     for result in (cells[-1] for cells in matrix.results.values()):
-        traces = _traces(matrix, result)
-        if not traces:
+        found: dict[str, list[Tensor]] = {"quality": [], "accuracy": [], "changed": []}
+        for i, path in _trace_paths(matrix, result).items():
+            trace = DecisionTrace.load(path)  # one at a time: they are large
+            found["quality"].append(trace.quality)
+            found["accuracy"].append(trace.decisions == result.cell.clean.labels[i])
+            found["changed"].append(trace.decisions != trace.given_decision)
+        if not found["quality"]:
             continue
         attack, defense = result.cell.place
-        y = torch.stack([trace.decisions for trace in traces.values()])
-        given = torch.tensor([trace.given_decision for trace in traces.values()])
-        means = {
-            "quality": torch.stack([trace.quality for trace in traces.values()]),
-            "accuracy": y == result.cell.clean.labels[list(traces)][:, None],
-            "changed": y != given[:, None],
-        }
-        steps = next(iter(traces.values())).steps.tolist()
-        for name, values in means.items():
-            for step, value in zip(steps, values.double().mean(dim=0).tolist(), strict=True):
-                by_step.setdefault(step, {})[f"fit/{defense}.{attack}.{name}"] = value
+        for name, values in found.items():
+            for step, value in zip(trace.steps.tolist(), torch.stack(values).double().mean(dim=0), strict=True):
+                by_step.setdefault(step, {})[f"fit/{defense}.{attack}.{name}"] = float(value)
         figures.append(_draw_cell(matrix, result, f"_{defense}_{attack}"))
     for step, metrics in sorted(by_step.items()):
         log.log_metrics(metrics, step=step)

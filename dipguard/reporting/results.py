@@ -6,23 +6,21 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import pandas as pd
+import pandas as pd
 
 DONE = "done"
 CLEAN, WORST = "clean", "worst_case"
 
-_ANY = (0, float("inf"))
+_COUNTS = ("budget", "seed", "correct", "gradients", "purifications", "dip_steps", "victim_queries")
 NUMBERS: dict[str, tuple[float, float]] = {
-    "eps_255": (0, 255),
-    **dict.fromkeys(("budget", "seed", "correct", "gradients"), _ANY),
-    "n": (1, float("inf")),
+    **dict.fromkeys((*_COUNTS, "seconds_per_image", "attack_seconds"), (0, float("inf"))),
     **dict.fromkeys(("accuracy", "low", "high"), (0, 1)),
+    "n": (1, float("inf")),
+    "eps_255": (0, 255),
     "ssim": (-1, 1),
     "psnr": (-1000, float("inf")),
-    **dict.fromkeys(("seconds_per_image", "purifications", "dip_steps", "victim_queries", "attack_seconds"), _ANY),
 }
 """The columns of results.csv that are read as numbers, with their ranges."""
 FILLED = ("data", "victim", "attack", "defense", "seed", "status")
@@ -43,20 +41,23 @@ def read_results(path: str | Path) -> pd.DataFrame:
         ValueError: It is damaged: not CSV, a column is missing, a value is out of range, or a row occurs twice. The
             message names the file and the line.
     """
-    import pandas as pd
-
     path = Path(path)
     text = _read_text(path, COLUMNS, KEY)
     table, done = text.copy(), text["status"] == DONE
+
+    def refuse(bad: pd.Series, name: str, expected: str) -> None:
+        if bad.any():
+            line = bad.idxmax()
+            raise ValueError(f"{path}, line {line}: `{name}` must be {expected}, got {text.loc[line, name]!r}")
+
     for name in (*FILLED, "n", "correct", "accuracy", "low", "high"):
-        _refuse(path, text, (text[name] == "") & (done | (name in FILLED)), name, "filled in")
+        refuse((text[name] == "") & (done | (name in FILLED)), name, "filled in")
     for name, (low, high) in NUMBERS.items():
         table[name] = pd.to_numeric(text[name], errors="coerce")
         bad = (text[name] != "") & ~table[name].between(low, high)
-        _refuse(path, text, bad, name, f"a number from {low:g} to {high:g}")
-    rate = table["correct"] / table["n"]
-    off = (table["accuracy"] - rate).abs() > 1e-3  # stored shares are rounded
-    _refuse(path, text, off, "accuracy", "the share of `correct` in `n`")
+        refuse(bad, name, f"a number from {low:g} to {high:g}")
+    off = (table["accuracy"] - table["correct"] / table["n"]).abs() > 1e-3  # stored shares are rounded
+    refuse(off, "accuracy", "the share of `correct` in `n`")
     return table
 
 
@@ -85,8 +86,6 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _read_text(path: Path, columns: Sequence[str], key: list[str]) -> pd.DataFrame:
     """The file's rows as text, indexed by their lines."""
-    import pandas as pd
-
     try:
         reader = csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)
         lines = [(reader.line_num, [value.strip() for value in row]) for row in reader]
@@ -105,9 +104,3 @@ def _read_text(path: Path, columns: Sequence[str], key: list[str]) -> pd.DataFra
         what = ", ".join(f"{name} {value}" for name, value in twins.iloc[0][key].items() if value)
         raise ValueError(f"{path}, line {twins.index[0]}: the same as an earlier line: {what}")
     return table
-
-
-def _refuse(path: Path, text: pd.DataFrame, bad: pd.Series, name: str, expected: str) -> None:
-    if bad.any():
-        line = bad.idxmax()
-        raise ValueError(f"{path}, line {line}: `{name}` must be {expected}, got {text.loc[line, name]!r}")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from dipguard.files import write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
 from dipguard.reporting.results import CLEAN, DONE, WORST, in_suite
 from dipguard.reporting.tables import NONE, escaped, in_short, markdown
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6
 """Inches: the figure's width, the height of an attack, and title with legend."""
@@ -40,20 +38,15 @@ def suite_rows(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_suite(folder: str | Path, rows: pd.DataFrame, checks: pd.DataFrame) -> list[Path]:
-    """Write suite.md and suite.png; returns their paths.
-
-    Args:
-        folder: Where to write.
-        rows: See `suite_rows`.
-        checks: See `dipguard.reporting.results.read_checks`.
-    """
+    """Write suite.md and suite.png, from `suite_rows` and `read_checks`; returns their paths."""
     page = write_text(Path(folder) / "suite.md", suite_page(rows, checks))
     return [page, save_figure(draw_suite(rows), page.with_suffix(".png"))]
 
 
 def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     """The whole page as Markdown."""
-    parts = ["# The attack suite: accuracy under attack, %", escaped(_head(rows)), _accuracies(rows)]
+    accuracies = markdown(*_table(rows, [_accuracy(row) for row in rows.itertuples()]))
+    parts = ["# The attack suite: accuracy under attack, %", escaped(_head(rows)), accuracies]
     parts.append("\n".join(f"- {escaped(text)}" for text in _reasons(rows)))
     parts += ["## Masking checks", _verdicts(checks)]
     for defense, found in checks.groupby("defense", sort=False):
@@ -68,20 +61,18 @@ def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
 
 def suite_text(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     """Accuracies and verdicts alone, for a terminal."""
-    return "\n\n".join([_head(rows), _accuracies(rows), _verdicts(checks)])
+    accuracies = markdown(*_table(rows, [_accuracy(row) for row in rows.itertuples()]))
+    return "\n\n".join([_head(rows), accuracies, _verdicts(checks)])
 
 
 def draw_suite(rows: pd.DataFrame) -> Figure:
     """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals.
 
-    Args:
-        rows: See `suite_rows`; those without figures leave a gap.
+    Rows without figures leave a gap.
 
     Raises:
         ValueError: No rows.
     """
-    from matplotlib.figure import Figure
-
     if not len(rows):
         raise ValueError("`rows` must hold at least one row, got none")
     attacks, defenses = list(dict.fromkeys(rows["attack"])), list(dict.fromkeys(rows["defense"]))
@@ -133,13 +124,9 @@ def _table(rows: pd.DataFrame, texts: Sequence[str]) -> tuple[list[str], list[li
     return ["attack", *heads], [[title, *line] for title, line in wide.T.items()]
 
 
-def _accuracies(rows: pd.DataFrame) -> str:
-    return markdown(
-        *_table(rows, [_accuracy(row) if row.status == DONE else _brief(row.status) for row in rows.itertuples()])
-    )
-
-
 def _accuracy(row: Any) -> str:
+    if row.status != DONE:
+        return _brief(row.status)
     return f"{100 * row.accuracy:.1f} ({100 * row.low:.0f}{NONE}{100 * row.high:.0f})"
 
 

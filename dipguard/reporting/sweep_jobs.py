@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import yaml  # type: ignore[import-untyped]
@@ -25,19 +25,20 @@ SIZES = ("small", "medium", "large")
 """Names that have an order; others keep the order of their first appearance."""
 
 
-@dataclass(frozen=True, eq=False)
-class Job:
+class Job(NamedTuple):
     """One job.
 
     Attributes:
         state: One of ``STATES``.
         values: The parameters' values by key; of a job that has not begun only those that were overridden.
         problem: Why there are no results.
+        store: What its store of fits counted (``fitted``, ``replayed``, ...), if it had one.
     """
 
     state: str
     values: Mapping[str, Value]
     problem: str
+    store: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,12 +64,12 @@ class Sweep:
     @property
     def defenses(self) -> list[str]:
         """The defences that have results."""
-        return list(dict.fromkeys(self.results["defense"]))
+        return list(self.results["defense"].unique())
 
     @property
     def attacks(self) -> list[str]:
         """The attacks that have results."""
-        return list(dict.fromkeys(self.results["attack"]))
+        return list(self.results["attack"].unique())
 
     def setting(self, job: str) -> str:
         """A job's values, as far as they are known, as text."""
@@ -77,11 +78,7 @@ class Sweep:
 
 
 def read_sweep(folder: str | Path, *, everything: bool = False) -> Sweep:
-    """Read a sweep's folder, also while its jobs run.
-
-    Args:
-        folder: The folder.
-        everything: Include jobs of earlier starts that the last start's grid does not have.
+    """Read a sweep's folder, also while its jobs run; ``everything``: with jobs of earlier starts with another grid.
 
     Raises:
         FileNotFoundError: It holds no job, and no plan of any.
@@ -104,7 +101,8 @@ def read_sweep(folder: str | Path, *, everything: bool = False) -> Sweep:
     tables = []
     for name in overrides:
         state, problem, table = _outcome(folder / name)
-        jobs[name] = Job(state, {key: values[name][key] for key in parameters}, problem)
+        store = _yaml(folder / name / "store.json") or {}
+        jobs[name] = Job(state, {key: values[name][key] for key in parameters}, problem, store)
         if table is not None:
             tables.append(table.assign(job=name))
     results = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["job", "attack", "defense"])
@@ -112,16 +110,14 @@ def read_sweep(folder: str | Path, *, everything: bool = False) -> Sweep:
     return Sweep(name, jobs, parameters, short_labels(parameters), results, len(others))
 
 
-def text_of(value: Value) -> str:
-    """A value as text; numbers without trailing zeros."""
-    if value is None:
-        return "null"
-    return f"{value:g}" if isinstance(value, int | float) and not isinstance(value, bool) else str(value)
-
-
 def is_numeric(values: Sequence[Value]) -> bool:
     """Whether all values are numbers."""
     return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def text_of(value: Value) -> str:
+    """A value as text; numbers without trailing zeros."""
+    return "null" if value is None else f"{value:g}" if is_numeric([value]) else str(value)
 
 
 def short_labels(keys: Iterable[str]) -> dict[str, str]:
@@ -147,8 +143,7 @@ def _yaml(path: Path) -> Any:
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Value]:
     """Settings with dotted keys and plain values."""
-    plain = str | int | float | bool | None
-    return {key: value if isinstance(value, plain) else str(value) for key, value in flatten(settings).items()}
+    return {key: value if isinstance(value, Value) else str(value) for key, value in flatten(settings).items()}
 
 
 @lru_cache(maxsize=4096)

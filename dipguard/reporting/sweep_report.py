@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import ceil, floor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from dipguard.evaluation.metrics import wilson
 from dipguard.files import write_text
@@ -23,14 +25,11 @@ from dipguard.reporting.paper_figures import SOURCE, TABLE_3, head_of
 from dipguard.reporting.sweep_jobs import STATES, Sweep, is_numeric, read_sweep, text_of
 from dipguard.reporting.tables import NONE, escaped, markdown
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 MEAN = "mean"
 """Stands for the mean over all attacks, the paper's averaged accuracy."""
 BEST = 5
 """Number of settings that the report lists."""
+TABLE_3_LABELS = {"T", "network"}
 SYMBOLS = {"tau": r"$\tau$", "t0": "$t_0$", "beta": r"$\beta$", "K": "$K$", "T": "$T$"}
 PANEL, TALL, LEGEND = 3.0, 2.9, 1.5
 """Inches: width and height of a panel, and width of the legend."""
@@ -77,12 +76,7 @@ def summary(folder: str | Path, *, everything: bool = False) -> str:
 
 
 class Grid:
-    """What the jobs of a sweep say about its parameters, for one defence.
-
-    Args:
-        sweep: The sweep.
-        defense: The defence.
-    """
+    """What the jobs of a sweep say about its parameters, for one defence."""
 
     def __init__(self, sweep: Sweep, defense: str) -> None:
         self.sweep = sweep
@@ -90,9 +84,10 @@ class Grid:
         results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
         results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget
         values = results.rename(columns={"accuracy": "value"})[["job", "attack", "value", "low", "high", "n"]]
+        jobs = list(sweep.jobs.items())
         # A parameter's value is known by its position, which sorts as the values do.
         places = {
-            key: {name: _position(known, job.values[key]) for name, job in sweep.jobs.items()}
+            key: {name: known.index(value) if (value := job.values[key]) in known else -1 for name, job in jobs}
             for key, known in sweep.parameters.items()
         }
         self.scores = pd.concat([values, _means(values, len(self.attacks))]).join(pd.DataFrame(places), on="job")
@@ -172,10 +167,6 @@ class Grid:
         return self.of(attack).assign(_="").pivot_table(["value", "low", "high"], ["_", *others], keys, aggfunc="first")
 
 
-def _position(values: Sequence[object], value: object) -> int:
-    return values.index(value) if value in values else -1
-
-
 def _means(values: pd.DataFrame, attacks: int) -> pd.DataFrame:
     """The mean over the attacks, for jobs that have all of them.
 
@@ -210,6 +201,9 @@ def state_section(sweep: Sweep) -> str:
     rest = {name: job for name, job in sweep.jobs.items() if job.state != "done"}
     texts = [f"{job.state}: {sweep.setting(name)} ({name}): {job.problem}" for name, job in rest.items()]
     lines += ["", *(f"- {escaped(text)}" for text in texts)] if texts else []
+    counts = [sum(job.store.get(name, 0) for job in sweep.jobs.values()) for name in ("fitted", "replayed", "decided")]
+    if any(counts):
+        lines += ["", f"Fits, in images: {counts[0]} made, {sum(counts[1:])} taken from the store."]
     if sweep.others:
         lines += ["", f"{sweep.others} more of earlier starts, not in this grid, are left out (sweeps.collect --all)."]
     return "\n".join(lines)
@@ -269,17 +263,13 @@ def pair_section(grid: Grid, pair: tuple[str, str]) -> str:
         tables = cells.attrs["tables"]
         over = f", mean over {tables} settings of the others" if tables > 1 else ""
         parts.append(f"Accuracy, %, {title}{over}:\n\n{markdown(head, rows)}")
-    if _is_table_3(grid, pair):
+    if {grid.sweep.labels[key] for key in pair} == TABLE_3_LABELS:
         printed = [[name, *map(str, line.values())] for name, line in TABLE_3.items()]
         parts.append(
             f"The paper's Table 3 ({SOURCE}; CIFAR-10, PGD at 8/255, its own ResNet-50, other images):\n\n"
             f"{markdown(['network / T', *map(str, TABLE_3['small'])], printed)}"
         )
     return "\n\n".join(parts)
-
-
-def _is_table_3(grid: Grid, pair: tuple[str, str]) -> bool:
-    return {grid.sweep.labels[key] for key in pair} == {"T", "network"}
 
 
 def _count(grid: Grid) -> str:
@@ -298,7 +288,7 @@ def _figures(grid: Grid) -> Iterator[tuple[str, str, str, Figure]]:
         yield "Accuracy by attack (Figure 7)", "", "figure7_columns", figure
     for pair in grid.pairs():
         labels = [grid.sweep.labels[key] for key in pair]
-        kind, suffix = ("table3", " (Table 3)") if _is_table_3(grid, pair) else ("map", "")
+        kind, suffix = ("table3", " (Table 3)") if set(labels) == TABLE_3_LABELS else ("map", "")
         name = "_".join("".join(c if c.isalnum() else "_" for c in label) for label in labels)
         yield " x ".join(labels) + suffix, pair_section(grid, pair), f"{kind}_{name}", draw_map(grid, pair)
 
@@ -306,12 +296,8 @@ def _figures(grid: Grid) -> Iterator[tuple[str, str, str, Figure]]:
 def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
     """Accuracy against each parameter with 95 % bands, a panel for each parameter; None without lines.
 
-    Args:
-        grid: The grid.
-        mean: Draw the mean over the attacks (Figure 6); otherwise a line for each attack (Figure 7).
+    ``mean`` draws the mean over the attacks (Figure 6); without it each attack has a line (Figure 7).
     """
-    from matplotlib.figure import Figure
-
     attacks = [MEAN] if mean else grid.attacks
     keys = [key for key in grid.sweep.parameters if any(len(grid.profile(key, attack)) > 1 for attack in attacks)]
     if not keys:
@@ -319,10 +305,9 @@ def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
     across = min(ACROSS, len(keys))
     down = ceil(len(keys) / across)
     size = (max(5.0, PANEL * across + LEGEND * (not mean)), 0.7 + TALL * down)
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.subplots(down, across, sharey=True, squeeze=False)
+    figure, axes = _panels(size, down, across, len(keys), sharey=True)
     drawn, thin = {}, False
-    for ax, key in zip(axes.ravel(), keys, strict=False):
+    for ax, key in zip(axes, keys, strict=True):
         lines = grid.lines(key)
         if mean and 1 < len(lines) <= MOST_LINES:
             thin = True
@@ -337,15 +322,12 @@ def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
                 width, marker = (1.8, 5) if mean else (1.5, 4.5)
                 (drawn[attack],) = ax.plot(x, shares["value"], linewidth=width, markersize=marker, **style)
         _finish(ax, grid, key)
-    for ax in axes.ravel()[len(keys) :]:
-        ax.set_axis_off()
-    for ax in axes[:, 0]:
+    for ax in axes[::across]:
         ax.set_ylabel("accuracy, %")
     title = f"mean accuracy over {_count(grid)}" if mean else "accuracy by attack"
     title = f"accuracy, {head_of(grid.attacks[0])}" if len(grid.attacks) == 1 else title
-    figure.suptitle(f"{grid.sweep.name}: {title}", fontsize=11, fontweight="bold")
     note = f"bands: 95 % Wilson intervals, {_images(grid)}" + "; thin: at each value of the other parameters" * thin
-    figure.supxlabel(note, fontsize=8)
+    _caption(figure, f"{grid.sweep.name}: {title}", note)
     if not mean:
         names = [short(head_of(attack), 18) for attack in drawn]
         figure.legend(list(drawn.values()), names, loc="outside right center", frameon=False, fontsize=9)
@@ -354,8 +336,6 @@ def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
 
 def draw_map(grid: Grid, pair: tuple[str, str]) -> Figure:
     """A map of two parameters: a panel for the mean and one for each attack."""
-    from matplotlib.figure import Figure
-
     attacks = [MEAN, *grid.attacks] if len(grid.attacks) > 1 else grid.attacks
     maps = {attack: cells for attack in attacks if (cells := grid.map(pair, attack)) is not None}
     places = [sorted({i for cells in maps.values() for i in cells.index.get_level_values(key)}) for key in pair]
@@ -363,10 +343,9 @@ def draw_map(grid: Grid, pair: tuple[str, str]) -> Figure:
     down = ceil(len(attacks) / across)
     wide, tall = 1.3 + 0.62 * len(places[0]), 1.1 + 0.42 * len(places[1])
     size = (max(4.6, across * max(wide, 2.3)), 1.0 + down * max(tall, 1.8))
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = figure.subplots(down, across, squeeze=False).ravel()
+    figure, axes = _panels(size, down, across, len(attacks))
     texts = [[text_of(grid.sweep.parameters[key][i]) for i in at] for key, at in zip(pair, places, strict=True)]
-    for ax, attack in zip(axes, attacks, strict=False):
+    for ax, attack in zip(axes, attacks, strict=True):
         values = maps[attack]["value"].unstack(0) if attack in maps and len(maps[attack]) else pd.DataFrame()
         _draw_map(ax, 100 * values.reindex(index=places[1], columns=places[0]).to_numpy(dtype=float))
         ax.set_xticks(range(len(texts[0])), texts[0], fontsize=8)
@@ -375,13 +354,23 @@ def draw_map(grid: Grid, pair: tuple[str, str]) -> Figure:
             ax.invert_yaxis()
         ax.set_title("mean" if attack == MEAN else head_of(attack), fontsize=10)
         ax.set(xlabel=_symbol(grid, pair[0]), ylabel=_symbol(grid, pair[1]))
-    for ax in axes[len(attacks) :]:
-        ax.set_axis_off()
-    figure.suptitle(f"{grid.sweep.name}: accuracy, %", fontsize=11, fontweight="bold")
     tables = max(cells.attrs["tables"] for cells in maps.values())
     over = f"; means over {tables} settings of the others" if tables > 1 else ""
-    figure.supxlabel(f"{_images(grid)}; dark is a panel's highest{over}", fontsize=8)
+    _caption(figure, f"{grid.sweep.name}: accuracy, %", f"{_images(grid)}; dark is a panel's highest{over}")
     return figure
+
+
+def _panels(size: tuple[float, float], down: int, across: int, count: int, **options: Any) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False, **options).ravel())
+    for ax in axes[count:]:
+        ax.set_axis_off()
+    return figure, axes[:count]
+
+
+def _caption(figure: Figure, title: str, note: str) -> None:
+    figure.suptitle(title, fontsize=11, fontweight="bold")
+    figure.supxlabel(note, fontsize=8)
 
 
 def _draw_map(ax: Axes, values: np.ndarray) -> None:
@@ -401,13 +390,8 @@ def _finish(ax: Axes, grid: Grid, key: str) -> None:
     if is_numeric(values) and isinstance(paper, int | float) and values[0] <= paper <= values[-1]:
         ax.axvline(paper, color="#bbbbbb", linewidth=1, linestyle=":", zorder=0)
         side, align = (-2, "right") if paper == values[-1] else (2, "left")
-        place: dict[str, Any] = {
-            "xycoords": ("data", "axes fraction"),
-            "textcoords": "offset points",
-            "ha": align,
-            "va": "top",
-        }
-        ax.annotate("paper", (paper, 1), (side, -2), fontsize=7, color="#888888", **place)
+        text: dict[str, Any] = {"ha": align, "va": "top", "fontsize": 7, "color": "#888888"}
+        ax.annotate("paper", (paper, 1), (side, -2), ("data", "axes fraction"), "offset points", **text)
     texts = [text_of(value) for value in values]
     ax.set_xticks(_places(grid, key, range(len(values))), texts, fontsize=8)
     if not is_numeric(values):

@@ -2,38 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
+
+import pandas as pd
 
 from dipguard.files import write_text
+from dipguard.reporting import paper_figures as published
 from dipguard.reporting.canvas import short
-from dipguard.reporting.paper_figures import (
-    ATTACKS,
-    DEFENSES,
-    SETTINGS,
-    SOURCE,
-    TABLE_1,
-    TABLE_2,
-    PaperRow,
-    head_of,
-    paper_data,
-)
+from dipguard.reporting.paper_figures import ATTACKS, DEFENSES, head_of
 from dipguard.reporting.results import DONE
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 NONE = "\N{EN DASH}"
 """Stands for a missing figure; the reason is given below the table."""
 FIRST = ("data", "victim", "surrogate", "seed", "defense", "defense_name", "figure")
-LAST = ("mean", "mean_of")
-"""The first and the last columns of a table's CSV, before and after the attacks."""
-MEANS = ("ours", "paper", "difference")
-"""The figures that have a mean."""
+"""The columns of a table's CSV before the attacks."""
 
 
 class Measure(NamedTuple):
@@ -44,12 +29,12 @@ class Measure(NamedTuple):
     field: str
     scale: float
     digits: int
-    paper: Mapping[str, Mapping[str, PaperRow]]
+    paper: Mapping[str, Mapping[str, published.PaperRow]]
 
 
 MEASURES = (
-    Measure(1, "accuracy, %", "accuracy", 100.0, 1, TABLE_1),
-    Measure(2, "SSIM to the clean image", "ssim", 1.0, 3, TABLE_2),
+    Measure(1, "accuracy, %", "accuracy", 100.0, 1, published.TABLE_1),
+    Measure(2, "SSIM to the clean image", "ssim", 1.0, 3, published.TABLE_2),
 )
 
 
@@ -66,8 +51,6 @@ def write_tables(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     Raises:
         ValueError: No rows.
     """
-    import pandas as pd
-
     if not len(results):
         raise ValueError("`results` must hold at least one cell, got none")
     paths = []
@@ -91,25 +74,8 @@ def tables_text(results: pd.DataFrame) -> str:
     return "\n\n".join(f"Table {table.measure.number}: {table.title}\n\n{table.section()}" for table in tables)
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
-    """Write rows with the same keys as a CSV file with a header.
-
-    Raises:
-        ValueError: No rows.
-    """
-    if not rows:
-        raise ValueError("`rows` must hold at least one row, got none")
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return write_text(path, text.getvalue())
-
-
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
     """A Markdown table of text: the first column to the left, the others to the right, or ``words`` to the left too."""
-    import pandas as pd
-
     frame = pd.DataFrame([[escaped(text) for text in row] for row in rows], columns=[escaped(text) for text in head])
     align = ("left", *["left" if words else "right"] * (len(head) - 1))
     return str(frame.to_markdown(index=False, disable_numparse=True, colalign=align))
@@ -125,17 +91,9 @@ def in_short(status: str, most: int = 40) -> str:
     return short(" ".join(status.split()).split(". ")[0], most)
 
 
-_SPECIAL = {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    NONE: "--",
-    "\N{HORIZONTAL ELLIPSIS}": r"\dots{}",
-    **{character: f"\\{character}" for character in "&%$#_{}"},
-}
+_SPECIAL = {NONE: "--", "\N{HORIZONTAL ELLIPSIS}": r"\dots{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
+_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
+_SPECIAL |= {c: rf"\text{name}{{}}" for c, name in _NAMES.items()}
 
 
 def escape_latex(text: str) -> str:
@@ -158,8 +116,6 @@ class _Table:
     """
 
     def __init__(self, cells: pd.DataFrame, measure: Measure) -> None:
-        import pandas as pd
-
         self.cells, self.measure, first = cells, measure, cells.iloc[0]
         labels = list(dict.fromkeys(cells["attack"]))
         self.attacks = [a for a in ATTACKS if a in labels] + [a for a in labels if a not in ATTACKS]
@@ -168,7 +124,7 @@ class _Table:
         self.title = f"{first['data']}, victim {first['victim']}{surrogate}, seed {first['seed']:.0f}"
         known = {row.attack: (row.attack_name, row.eps_255) for row in cells.fillna({"eps_255": -1}).itertuples()}
         same = [a for a in self.attacks if a in ATTACKS and known[a] == (ATTACKS[a].name, ATTACKS[a].eps_255 or -1)]
-        self.data = None if surrogate or not same else paper_data(first["data"], first["victim"])
+        self.data = None if surrogate or not same else published.paper_data(first["data"], first["victim"])
         found = measure.paper.get(self.data or "", {})
         self.paper = {d: found[DEFENSES[name]] for d, name in self.names.items() if DEFENSES.get(name) in found}
         self.shared = same if self.paper else []
@@ -226,8 +182,8 @@ class _Table:
         """Why figures are missing: a sentence for each defence and reason."""
         reasons: dict[tuple[str, str], list[str]] = {}
         for defense, attack in product(self.names, self.attacks):
-            status = self.status.loc[defense, attack]
-            if (value := self.figures.loc[(defense, "ours"), attack]) != value:
+            if pd.isna(self.figures.loc[(defense, "ours"), attack]):
+                status = self.status.loc[defense, attack]
                 why = {"": "not run yet", DONE: f"no {self.measure.field.upper()} stored"}.get(status, status)
                 reasons.setdefault((defense, why), []).append(head_of(attack))
         where = {key: "" if len(a) == len(self.attacks) else f" {', '.join(a)}:" for key, a in reasons.items()}
@@ -246,10 +202,10 @@ class _Table:
 
     def note(self) -> str:
         """What our figures and the paper's have in common and what not."""
-        first, setting = self.cells.iloc[0], SETTINGS[str(self.data)]
+        first, setting = self.cells.iloc[0], published.SETTINGS[str(self.data)]
         other = "other images" if first["victim"] == setting.victim else "another victim and other images"
         text = (
-            f"The paper's figures ({SOURCE}, Table {self.measure.number}, {self.data}) were measured on "
+            f"The paper's figures ({published.SOURCE}, Table {self.measure.number}, {self.data}) were measured on "
             f"{setting.described}; ours on {first['data']} with {first['victim']}: {other}, and settings of the "
             "defences and attacks that may differ too. A difference is ours minus the paper's. Means are over the "
             "attacks that have figures of both."
@@ -284,19 +240,20 @@ class _Table:
 
     def lines(self) -> pd.DataFrame:
         """All figures and their means, ready for CSV."""
-        frame, first = self.figures.round(self.measure.digits + 1), self.cells.iloc[0]
+        digits, first = self.measure.digits + 1, self.cells.iloc[0]
+        frame = self.figures.round(digits)
         frame = frame[frame.notna().any(axis=1) | (frame.index.get_level_values("figure") == "ours")]
-        over = [self.mean(defense, kind, self.attacks if kind in MEANS else []) for defense, kind in frame.index]
-        means = [round(values.mean(), self.measure.digits + 1) if len(values) else None for values in over]
-        frame = frame.rename(columns=lambda attack: f"attack {attack}" if attack in (*FIRST, *LAST) else attack)
+        with_mean = ("ours", "paper", "difference")
+        over = [self.mean(defense, kind, self.attacks if kind in with_mean else []) for defense, kind in frame.index]
+        means = [round(values.mean(), digits) if len(values) else None for values in over]
+        taken = (*FIRST, "mean", "mean_of")
+        frame = frame.rename(columns=lambda attack: f"attack {attack}" if attack in taken else attack)
         frame = frame.assign(mean=means, mean_of=[len(values) or None for values in over]).reset_index()
         own = {name: first[name] for name in FIRST[:3]} | {"defense_name": frame["defense"].map(self.names)}
         return frame.assign(**own, seed=int(first["seed"]))[[*FIRST, *frame.columns[2:]]]
 
     def latex(self, number: int) -> str:
         """The figures, 95 % intervals and the comparison with the paper as a LaTeX ``table*``."""
-        import pandas as pd
-
         rows: list[list[str]] = []
         for defense in self.names:
             rows.append([self.label(defense), *self.texts(defense, "ours", self.attacks)])
@@ -309,6 +266,7 @@ class _Table:
         style = style.format(escape_latex).format_index(escape_latex, axis="columns")
         brackets = "In brackets: 95 % Wilson intervals." if self.measure.number == 1 else ""
         notes = [f"{self.title}.", self.describe(), brackets, self.note() if self.paper else ""]
+        notes += [f"{gap.rstrip('.')}." for gap in self.gaps()]
         return str(
             style.set_table_styles([{"selector": "scriptsize", "props": ":;"}]).to_latex(
                 environment="table*",
@@ -317,6 +275,6 @@ class _Table:
                 hrules=True,
                 multicol_align="c",
                 label=f"tab:dipguard-{self.measure.field}" + (f"-{number + 1}" if number else ""),
-                caption=escape_latex(" ".join(filter(None, [*notes, *(f"{gap.rstrip('.')}." for gap in self.gaps())]))),
+                caption=escape_latex(" ".join(filter(None, notes))),
             )
         )

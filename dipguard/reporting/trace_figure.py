@@ -1,9 +1,9 @@
-"""The decision trace of one image, drawn like Figure 10 of Ding et al. 2021."""
+"""The decision trace of one image, drawn like Figure 10 of Ding et al. 2021, and that of `MirrorGuard`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -52,8 +52,8 @@ def draw_trace(
         pair = " | ".join(short(name_of(int(y)), 10) for y in trace.decisions[at : at + 2])
         shown = {f"on the boundary, t = {int(trace.steps[at])}": (trace.on_boundary[used], pair)}
     shown["reconstruction"] = (reconstruction.image, decision)
-    figure, (_, top, bottom) = open_figure(trace, shown, (0.16, 2, 1), label=label, clean=clean, name_of=name_of)
-    draw_classes(top, trace, trace.scores, label=label, name_of=name_of)
+    figure, (_, top, bottom) = _open_figure(trace, shown, (0.16, 2, 1), label=label, clean=clean, name_of=name_of)
+    _draw_classes(top, trace, trace.scores, label=label, name_of=name_of)
     top.set(ylim=(-0.03, 1.1), ylabel="class confidence")
     _draw_quality(bottom, trace)
     _mark_crossings(top, bottom, trace, reconstruction)
@@ -61,7 +61,54 @@ def draw_trace(
     return figure
 
 
-def open_figure(
+def draw_mirror_trace(
+    trace: DecisionTrace,
+    reconstruction: Reconstruction,
+    *,
+    decision: int,
+    label: int | None = None,
+    clean: Tensor | None = None,
+    name_of: Callable[[int], str] = str,
+) -> Figure:
+    """How one image was defended: decisions, confidences on plain and mirrored windows, and quality, by window.
+
+    The arguments are those of :func:`draw_trace`.
+
+    Raises:
+        ValueError: The trace has no samples or no mirrored readings.
+    """
+    if trace.mirrored_logits is None or trace.samples is None:
+        raise ValueError("`trace` must hold samples and their mirrored readings, got one without")
+    networks = len(trace.last)
+    windows = len(trace.steps) // networks
+    lasts = [(n + 1) * windows - 1 for n in range(networks)]
+    shown: dict[str, tuple[Tensor, int | str]] = {
+        f"network {n}, last window": (trace.samples[i], int(trace.decisions[i])) for n, i in enumerate(lasts, start=1)
+    }
+    shown["reconstruction"] = (reconstruction.image, decision)
+    figure, axes = _open_figure(trace, shown, (0.16, 1, 1, 0.8), label=label, clean=clean, name_of=name_of)
+    # Without the mirror the second reading is of a shifted copy.
+    second = "mirrored reading" if trace.settings.get("mirror", True) else "shifted reading"
+    for ax, logits, kind in zip(axes[1:], (trace.scores, trace.mirrored_logits), ("reading", second), strict=False):
+        _draw_classes(ax, trace, logits, label=label, name_of=name_of, means=True)
+        ax.set(ylim=(-0.03, 1.03), ylabel=f"confidence,\n{kind}")
+        _finish_axes(ax)
+    ax, steps, quality = axes[3], trace.steps.numpy(), trace.quality.numpy()
+    ax.plot(steps, quality, color="black", linewidth=1.3, label="quality v(t)")
+    used = sorted(set(reconstruction.used.tolist()))
+    if used:
+        ax.plot(steps[used], quality[used], "o", color=STITCHED, markersize=4, label=f"averaged ({len(used)})")
+    low = min(0.5, float(quality.min()))
+    ax.set(ylim=(low - 0.03, 1.02), xlabel="optimiser step, of all networks", ylabel="SSIM to given")
+    _finish_axes(ax)
+    for at in lasts[:-1]:
+        for ax in axes:
+            ax.axvline(float(trace.steps[at] + trace.steps[at + 1]) / 2, color="black", linewidth=0.8)
+    figure.suptitle(f"{second.capitalize()} of image {trace.index}", fontsize=12, fontweight="bold")
+    return figure
+
+
+def _open_figure(
     trace: DecisionTrace,
     shown: Mapping[str, tuple[Tensor, int | str]],
     heights: Sequence[float],
@@ -72,13 +119,8 @@ def open_figure(
 ) -> tuple[Figure, list[Axes]]:
     """A figure with pictures in a row and axes below, the first of them with the decisions y(t) as a band of colours.
 
-    Args:
-        trace: The image's trace.
-        shown: The pictures besides the clean and the given image: caption -> image and decision.
-        heights: Relative heights of the axes.
-        label: The true class, if known.
-        clean: The clean image, if known.
-        name_of: Gives a class's name by its number.
+    ``shown`` holds the pictures besides the clean and the given image: image and decision by caption; ``heights`` are
+    relative.
     """
     from matplotlib.figure import Figure
 
@@ -105,17 +147,14 @@ def class_colours(trace: DecisionTrace, label: int | None) -> dict[int, str]:
 
     These are the true class, that of the given image, and the three others that x(t) was most often classified as.
     """
-    colours: dict[int, str] = {}
-    if label is not None:
-        colours[label] = TRUE
+    colours = {trace.given_decision: GIVEN} if label is None else {label: TRUE}
     colours.setdefault(trace.given_decision, GIVEN)
     values, counts = trace.decisions.unique(return_counts=True)
-    often = [int(values[i]) for i in counts.argsort(descending=True, stable=True)]
-    rest = [c for c in often if c not in colours]
-    return colours | dict(zip(rest, OTHERS, strict=False))
+    often = values[counts.argsort(descending=True, stable=True)].tolist()
+    return colours | dict(zip([c for c in often if c not in colours], OTHERS, strict=False))
 
 
-def draw_classes(
+def _draw_classes(
     ax: Axes,
     trace: DecisionTrace,
     logits: Tensor,
@@ -126,20 +165,21 @@ def draw_classes(
 ) -> None:
     """Draw the confidences of the classes, with the mean of each in the legend if asked for."""
     confidence, colours = logits.double().softmax(dim=1), class_colours(trace, label)
-    lines: list[tuple[str, str, float, float, Tensor]] = []
-    for c, colour in colours.items():
-        roles = [name for name, is_it in (("true", c == label), ("of given", c == trace.given_decision)) if is_it]
-        name = short(name_of(c)) + (f" ({', '.join(roles)})" if roles else "")
-        lines.append((name, colour, 1.4, 3 - 0.1 * len(lines), confidence[:, c]))
-    others = [c for c in range(confidence.shape[1]) if c not in colours]
-    if others:
-        lines.append(("all others", REST, 1.0, 1.0, confidence[:, others].sum(dim=1)))
-    for name, colour, width, order, values in lines:
+
+    def line(name: str, colour: str, width: float, order: float, values: Tensor) -> None:
         text = f"{name}: {values.mean():.2f}" if means else name
         ax.plot(trace.steps.numpy(), values.numpy(), color=colour, linewidth=width, zorder=order, label=text)
 
+    for i, (c, colour) in enumerate(colours.items()):
+        roles = [name for name, is_it in (("true", c == label), ("of given", c == trace.given_decision)) if is_it]
+        name = short(name_of(c)) + (f" ({', '.join(roles)})" if roles else "")
+        line(name, colour, 1.4, 3 - 0.1 * i, confidence[:, c])
+    others = [c for c in range(confidence.shape[1]) if c not in colours]
+    if others:
+        line("all others", REST, 1.0, 1.0, confidence[:, others].sum(dim=1))
 
-def finish_axes(ax: Axes) -> None:
+
+def _finish_axes(ax: Axes) -> None:
     """Plain axes with the legend at their right."""
     ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False)
     plain_axes(ax)
@@ -174,16 +214,14 @@ def _mark_crossings(top: Axes, bottom: Axes, trace: DecisionTrace, reconstructio
     stitched = trace.crossing_at[reconstruction.used]
     other = trace.decisions.diff() != 0
     other[stitched] = False
-    for at, name, colour, size, alpha in (
-        (between[other].numpy(), "not stitched", UNUSED, 4, 0.35),
-        (between[stitched].numpy(), "stitched", STITCHED, 6, 0.8),
-    ):
+    kinds = (other, "not stitched", UNUSED, 4, 0.35), (stitched, "stitched", STITCHED, 6, 0.8)
+    for chosen, name, colour, size, alpha in kinds:
+        at = between[chosen].numpy()
         if len(at) == 0:
             continue
         for ax in (top, bottom):
             ax.vlines(at, *ax.get_ylim(), color=colour, linewidth=0.12 * size, alpha=alpha, zorder=0.5)
-        label = f"crossing, {name} ({len(at)})"
-        marks = [1.06] * len(at)
-        top.plot(at, marks, "v", label=label, color=colour, markersize=size, markeredgewidth=0, clip_on=False)
+        style: dict[str, Any] = {"color": colour, "markersize": size, "markeredgewidth": 0, "clip_on": False}
+        top.plot(at, [1.06] * len(at), "v", label=f"crossing, {name} ({len(at)})", **style)
     for ax in (top, bottom):
-        finish_axes(ax)
+        _finish_axes(ax)

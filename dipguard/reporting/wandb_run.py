@@ -18,8 +18,9 @@ from dipguard.files import write_text
 
 _log = logging.getLogger(__name__)
 
-INIT_SECONDS, FINISH_SECONDS = 30.0, 120.0
-"""Time limits for W&B's server; after them the run, or the rest of it, is kept offline."""
+SETTINGS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 120.0, "console": "off", "silent": True}
+"""After these seconds without W&B's server, the run or the rest of it is kept offline. The terminal is not captured:
+that would outlive the job in a process with several jobs."""
 AGENT = "WANDB_SWEEP_ID"
 """Set by ``wandb agent``, which has chosen the run's id and reads its summary."""
 MODES = ("online", "offline", "disabled", "shared")
@@ -50,7 +51,7 @@ def wandb_run(
         "job_type": "sweep" if AGENT in os.environ else job_type,
         "name": folder.name,
         "config": dict(settings),
-        "settings": wandb.Settings(**{name: value for name, value in _settings().items() if name in fields}),
+        "settings": wandb.Settings(**{name: value for name, value in SETTINGS.items() if name in fields}),
     }
     if AGENT not in os.environ:
         known["id"] = _run_id(folder)
@@ -100,12 +101,6 @@ def _start(mode: str, known: dict[str, Any]) -> Any:
             mode = "offline"
             known["id"] = secrets.token_hex(4)  # W&B considers the other to be in use
     return wandb.init(mode=mode, **known)  # type: ignore[arg-type]
-
-
-def _settings() -> dict[str, Any]:
-    # No capture of the terminal: it would outlive the job in a process with several jobs.
-    times = {"init_timeout": INIT_SECONDS, "finish_timeout": FINISH_SECONDS}
-    return {**times, "console": "off", "silent": True}
 
 
 def _logged_in() -> bool:

@@ -4,7 +4,7 @@ from dipguard.store.entry import DamagedEntryError, Entry
 from dipguard.store.folder import LAYERS, Store, open_store
 from dipguard.store.keys import StackKeys, digest_of, numerics, victim_digest
 from dipguard.store.manage import EntryInfo, list_entries, prune, store_size, verify
-from dipguard.store.stack import StoredResult, stored_stack
+from dipguard.store.stack import stored_stack
 
 __all__ = [
     "LAYERS",
@@ -13,7 +13,6 @@ __all__ = [
     "EntryInfo",
     "StackKeys",
     "Store",
-    "StoredResult",
     "digest_of",
     "list_entries",
     "numerics",

@@ -17,13 +17,67 @@ UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit code: 1 if ``verify`` found damage, 2 for a bad argument."""
-    parser = _parser()
+    parser = argparse.ArgumentParser(prog="python -m dipguard.store", description="Look after a store of results.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,size,prune,verify}")
+    shown = commands.add_parser("list", help="every entry: layer, last use, size, key, what it is")
+    shown.add_argument("--json", action="store_true", help="one JSON object a line, with the whole header")
+    commands.add_parser("size", help="entries and bytes of each layer")
+    cut = commands.add_parser("prune", help="remove entries, and what killed processes left behind")
+    cut.add_argument("--older-than", type=float, metavar="DAYS", help="last used longer ago than this")
+    cut.add_argument("--max-size", type=bytes_of, metavar="SIZE", help="cut to this size, such as 20G")
+    cut.add_argument("--other-versions", action="store_true", help="made by programs other than those in use")
+    cut.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    looked = commands.add_parser("verify", help="read every entry; exit code 1 if one is damaged")
+    looked.add_argument("--remove", action="store_true", help="remove the damaged ones")
+    for command in (shown, cut):
+        command.add_argument(
+            "--layer", action="append", dest="layers", choices=LAYERS, help="this layer alone; may be repeated"
+        )
+    for command in commands.choices.values():
+        command.add_argument("folder", metavar="FOLDER")
     asked = parser.parse_args(arguments)
     try:
         return _run(asked)
     except (FileNotFoundError, ValueError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
+
+
+def _run(asked: argparse.Namespace) -> int:
+    folder, damaged = asked.folder, []
+    if asked.command == "list":
+        for info in list_entries(folder, layers=asked.layers or LAYERS):
+            values = {"path": str(info.path), "bytes": info.bytes, "used": info.used, **info.header}
+            print(json.dumps(values, sort_keys=True) if asked.json else _line(info))
+    elif asked.command == "size":
+        sizes = store_size(folder)
+        sizes["all"] = (sum(count for count, _ in sizes.values()), sum(total for _, total in sizes.values()))
+        for layer, (count, total) in sizes.items():
+            print(f"{layer:8} {count:7d} entries {size_text(total):>10}")
+    elif asked.command == "prune":
+        gone = prune(
+            folder,
+            older_than=asked.older_than,
+            max_bytes=asked.max_size,
+            other_versions=asked.other_versions,
+            layers=asked.layers or LAYERS,
+            dry_run=asked.dry_run,
+        )
+        verb = "would be removed" if asked.dry_run else "removed"
+        print(f"{len(gone)} entries {verb}, {size_text(sum(info.bytes for info in gone))}")
+    else:
+        damaged = verify(folder, remove=asked.remove)
+        for info in damaged:
+            print(f"damaged: {info.path}")
+        print(f"{len(damaged)} damaged entries{' removed' if asked.remove else ''}")
+    return 1 if damaged else 0
+
+
+def _line(info: EntryInfo) -> str:
+    when, about = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used)), info.header
+    image = f"image {about['index']} {about['network']} " if "network" in about else ""
+    what = f"{image}{about.get('what', '')}" if about else "damaged"
+    return f"{info.layer:8} {when} {size_text(info.bytes):>10} {info.key} {what}"
 
 
 def bytes_of(text: str) -> int:
@@ -45,59 +99,6 @@ def size_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m dipguard.store", description="Look after a store of results.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,size,prune,verify}")
-    shown = commands.add_parser("list", help="every entry: layer, last use, size, key, what it is")
-    shown.add_argument("--json", action="store_true", help="one JSON object a line, with the whole header")
-    commands.add_parser("size", help="entries and bytes of each layer")
-    cut = commands.add_parser("prune", help="remove entries, and what killed processes left behind")
-    cut.add_argument("--older-than", type=float, metavar="DAYS", help="last used longer ago than this")
-    cut.add_argument(
-        "--max-size", dest="max_bytes", type=bytes_of, metavar="SIZE", help="cut to this size, such as 20G"
-    )
-    cut.add_argument("--other-versions", action="store_true", help="made by programs other than those in use")
-    cut.add_argument("--dry-run", action="store_true", help="only say what would be removed")
-    looked = commands.add_parser("verify", help="read every entry; exit code 1 if one is damaged")
-    looked.add_argument("--remove", action="store_true", help="remove the damaged ones")
-    for command in (shown, cut):
-        command.add_argument("--layer", action="append", choices=LAYERS, help="this layer alone; may be repeated")
-    for command in commands.choices.values():
-        command.add_argument("folder", metavar="FOLDER")
-    return parser
-
-
-def _run(asked: argparse.Namespace) -> int:
-    folder, damaged = asked.folder, []
-    if asked.command == "list":
-        for info in list_entries(folder, layers=asked.layer or LAYERS):
-            values = {"path": str(info.path), "bytes": info.bytes, "used": info.used, **info.header}
-            print(json.dumps(values, sort_keys=True) if asked.json else _line(info))
-    elif asked.command == "size":
-        sizes = store_size(folder)
-        sizes["all"] = (sum(count for count, _ in sizes.values()), sum(total for _, total in sizes.values()))
-        for layer, (count, total) in sizes.items():
-            print(f"{layer:8} {count:7d} entries {size_text(total):>10}")
-    elif asked.command == "prune":
-        options = {name: getattr(asked, name) for name in ("older_than", "max_bytes", "other_versions", "dry_run")}
-        gone = prune(folder, layers=asked.layer or LAYERS, **options)
-        verb = "would be removed" if asked.dry_run else "removed"
-        print(f"{len(gone)} entries {verb}, {size_text(sum(info.bytes for info in gone))}")
-    else:
-        damaged = verify(folder, remove=asked.remove)
-        print(*(f"damaged: {info.path}" for info in damaged), sep="\n", end="\n" if damaged else "")
-        print(f"{len(damaged)} damaged entries{' removed' if asked.remove else ''}")
-    return 1 if damaged else 0
-
-
-def _line(info: EntryInfo) -> str:
-    when = time.strftime("%Y-%m-%d %H:%M", time.localtime(info.used))
-    about = info.header
-    image = f"image {about['index']} {about['network']} " if "network" in about else ""
-    what = "damaged" if info.damaged else f"{image}{about.get('what', '')}"
-    return f"{info.layer:8} {when} {size_text(info.bytes):>10} {info.key} {what}"
 
 
 if __name__ == "__main__":

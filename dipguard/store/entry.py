@@ -1,8 +1,7 @@
-"""One file of the store: a NumPy archive with a JSON header and a checksum.
+"""One file of the store: an uncompressed NumPy archive with a JSON header and a checksum.
 
-An entry is an uncompressed npz that ``numpy.load`` reads. Its member ``header`` is JSON text that says what the entry
-was made from; the archive's comment is the SHA-256 of all bytes before it. Images keep the float type of the fit: with
-half the bits a decision close to the boundary could change. Their mantissas look like noise and do not compress.
+The member ``header`` is JSON text that says what the entry was made from; the archive's comment is the SHA-256 of all
+bytes before it. Images keep the float type of the fit: with half the bits, a decision near the boundary could change.
 """
 
 from __future__ import annotations
@@ -47,15 +46,14 @@ class Entry:
         return sum(int(array.nbytes) for array in self.arrays.values())
 
 
-def write_entry(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> int:
-    """Write an entry atomically; return its size in bytes."""
+def write_entry(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Write an entry atomically."""
     buffer = io.BytesIO()
     members: dict[str, Any] = {**arrays, HEADER: np.str_(json.dumps({**header, "format": FORMAT}, sort_keys=True))}
     np.savez(buffer, **members)
     # The last two bytes of a zip archive are the length of the comment that follows.
     body = buffer.getvalue()[:-2] + DIGEST_LENGTH.to_bytes(2, "little")
     write_bytes(path, body + hashlib.sha256(body).hexdigest().encode())
-    return len(body) + DIGEST_LENGTH
 
 
 def read_entry(path: Path) -> Entry:
@@ -71,16 +69,11 @@ def read_entry(path: Path) -> Entry:
         raise DamagedEntryError(f"{path} is damaged: its content is not what was written")
     with np.load(io.BytesIO(content), allow_pickle=False) as saved:
         arrays = {name: saved[name] for name in saved.files}
-    return Entry(arrays, _header(arrays.pop(HEADER, np.str_("{}")), path))
+    return Entry(arrays, _header(arrays.pop(HEADER), path))
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """Read an entry's header alone, without verifying the checksum.
-
-    Raises:
-        FileNotFoundError: No such file.
-        DamagedEntryError: The file is damaged, or is not an entry.
-    """
+    """Read an entry's header alone, without verifying the checksum. Errors are those of :func:`read_entry`."""
     try:
         with np.load(path, allow_pickle=False) as saved:
             return _header(saved[HEADER], path)
@@ -92,8 +85,7 @@ def read_header(path: Path) -> dict[str, Any]:
 
 
 def _header(text: Any, path: Path) -> dict[str, Any]:
-    header = json.loads(str(text))
-    if not isinstance(header, dict) or header.get("format") != FORMAT:
-        got = header.get("format") if isinstance(header, dict) else header
-        raise DamagedEntryError(f"{path} must be an entry of a store ({FORMAT}), got {got!r}")
+    header: dict[str, Any] = json.loads(str(text))
+    if header.get("format") != FORMAT:
+        raise DamagedEntryError(f"{path} must be an entry of a store ({FORMAT}), got {header.get('format')!r}")
     return header

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from dipguard.store.entry import DamagedEntryError, Entry, read_entry, write_entry
@@ -38,7 +36,6 @@ MEMORY = 512 * 2**20
 """Bytes of traces that a process keeps in memory: a sweep over tau, K and beta reads the same ones for each setting."""
 
 _opened: dict[tuple[Path, bool], Store] = {}
-_opening = threading.Lock()
 
 
 class Store:
@@ -63,7 +60,7 @@ class Store:
             raise ValueError(f"`store` must be a folder, got {self.path}, which is a file")
         self.keep_samples = keep_samples
         self.counts: Counter[str] = Counter()
-        self._recent: OrderedDict[str, Entry] = OrderedDict()
+        self._recent: dict[str, Entry] = {}
         self._recent_bytes = 0
 
     def file(self, layer: str, key: str) -> Path:
@@ -72,10 +69,17 @@ class Store:
 
     def read(self, layer: str, key: str) -> Entry | None:
         """An entry, or None if it is missing or (with a warning) damaged. Its arrays must not be changed."""
-        if layer == "traces" and key in self._recent:
-            self._recent.move_to_end(key)
-            return self._recent[key]
-        path = self.file(layer, key)
+        entry = self._forget(key) if layer == "traces" else None
+        if entry is None:
+            entry = self._read(self.file(layer, key), key)
+        if entry is not None and layer == "traces":
+            self._recent[key] = entry
+            self._recent_bytes += entry.bytes
+            while self._recent_bytes > MEMORY:
+                self._forget(next(iter(self._recent)))
+        return entry
+
+    def _read(self, path: Path, key: str) -> Entry | None:
         try:
             entry = read_entry(path)
             if entry.header.get("key") != key:
@@ -91,8 +95,11 @@ class Store:
         with suppress(OSError):  # a store that this user may only read
             if time.time() - path.stat().st_mtime > TOUCH:
                 os.utime(path)  # prune counts an entry's age from its last use
-        if layer == "traces":
-            self._remember(key, entry)
+        return entry
+
+    def _forget(self, key: str) -> Entry | None:
+        entry = self._recent.pop(key, None)
+        self._recent_bytes -= 0 if entry is None else entry.bytes
         return entry
 
     def write(self, layer: str, key: str, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
@@ -112,14 +119,12 @@ class Store:
     def arrays(self, layer: str, key: str, make: Callable[[], Entry]) -> Entry:
         """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone."""
         entry = self.read(layer, key)
-        if entry is not None:
-            return entry
-        with self.claim([key]):
-            entry = self.read(layer, key)
-            if entry is None:
-                entry = make()
-                entry = Entry({name: np.asarray(value) for name, value in entry.arrays.items()}, entry.header)
-                self.write(layer, key, entry.arrays, entry.header)
+        if entry is None:
+            with self.claim([key]):
+                entry = self.read(layer, key)
+                if entry is None:
+                    entry = make()
+                    self.write(layer, key, entry.arrays, entry.header)
         return entry
 
     @contextmanager
@@ -127,19 +132,18 @@ class Store:
         """Hold the locks of those entries that no other process is making; at least one of them.
 
         If other processes hold all of them, wait for the first one. No lock is held while waiting, so two processes
-        cannot wait for each other. The operating system frees the locks of a killed process.
+        cannot wait for each other.
         """
-        folder = self.path / "locks"
         with ExitStack() as held:
-            mine = {key for key in dict.fromkeys(keys) if self._lock(held, folder / f"{key}.lock", timeout=0)}
+            mine = {key for key in dict.fromkeys(keys) if self._lock(held, key, timeout=0)}
             if not mine:
                 _log.info("waiting for another process that makes the entry %s", keys[0])
-                self._lock(held, folder / f"{keys[0]}.lock", timeout=-1)
+                self._lock(held, keys[0], timeout=-1)
                 mine = {keys[0]}
             yield mine
 
-    @staticmethod
-    def _lock(held: ExitStack, path: Path, *, timeout: float) -> bool:
+    def _lock(self, held: ExitStack, key: str, *, timeout: float) -> bool:
+        path = self.path / "locks" / f"{key}.lock"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             held.enter_context(FileLock(path).acquire(timeout=timeout, poll_interval=POLL))
@@ -148,16 +152,6 @@ class Store:
         except OSError as error:  # no permission; then the entry cannot be written either
             _log.warning("no lock could be taken in the store, so the same work may be done twice: %s", error)
         return True
-
-    def _remember(self, key: str, entry: Entry) -> None:
-        self._recent[key] = entry
-        self._recent_bytes += entry.bytes
-        while self._recent_bytes > MEMORY:
-            self._forget(next(iter(self._recent)))
-
-    def _forget(self, key: str) -> None:
-        entry = self._recent.pop(key, None)
-        self._recent_bytes -= 0 if entry is None else entry.bytes
 
 
 def open_store(store: str | Path | Store | None, *, keep_samples: bool = True) -> Store | None:
@@ -171,5 +165,4 @@ def open_store(store: str | Path | Store | None, *, keep_samples: bool = True) -
     if not isinstance(store, str | Path) or not str(store):
         raise TypeError(f"`store` must be the path of a folder or null, got {store!r}")
     made = Store(store, keep_samples=keep_samples)
-    with _opening:
-        return _opened.setdefault((made.path, keep_samples), made)
+    return _opened.setdefault((made.path, keep_samples), made)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
 from typing import Any
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_int
 from dipguard.classifier import device_of
 from dipguard.engines import SHORT, make_engine
 from dipguard.engines.native_build import FLAGS, SOURCES
@@ -24,8 +23,6 @@ from dipguard.version import __version__
 
 NUMERICS = 1
 """To be raised with every change of dipguard that changes the numbers of a fit, of SSIM or of a decision."""
-
-_engines: dict[Any, str] = {}
 
 
 def digest_of(parts: Any) -> str:
@@ -100,13 +97,12 @@ class StackKeys:
         self.indices = [int(i) for i in indices]
         self._size, self._fit, self._device = (images.shape[-2], images.shape[-1]), fit, device
         self.engine = self.engine_at(T)
-        made_with = {**numerics(), "native": _native_sources()} if self.engine == "native" else numerics()
         self._parts: dict[str, Any] = {
             **fit.as_settings(),
             "network": asdict(fit.spec),
             "engine": self.engine,
             "device": device.type,
-            "versions": made_with,
+            "versions": {**numerics(), "native": _native_sources()} if self.engine == "native" else numerics(),
         }
         if trainer:
             self._parts["trainer"] = {name: str(value) for name, value in trainer.items()}
@@ -117,17 +113,9 @@ class StackKeys:
 
     def engine_at(self, T: int) -> str:
         """The engine of a fit of T steps; may compile the native one."""
-        fit = self._fit
-        if self._device.type != "cpu" or fit.engine != "auto":
-            return fit.engine
-        check_int(T, name="T", low=1)
-        key = (fit.spec, fit.padding, fit.dtype, fit.optimise_z, self._size, T < SHORT)
-        if key not in _engines:
-            with isolated_trainer(self._device):
-                module = StackedDIP(torch.full((1, 3, *self._size), 0.5), options=fit)
-                made = make_engine(fit.engine, module.net, module.given, steps=T, z_gradient=fit.optimise_z)
-                _engines[key] = made.name
-        return _engines[key]
+        if self._device.type != "cpu" or self._fit.engine != "auto":
+            return self._fit.engine
+        return _auto_engine(replace(self._fit, seed=0), self._size, min(T, SHORT))
 
     def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:
         """The key of each image's trace: its fit's, the victim, the sampled steps, N and the scores of Eq. 5.
@@ -141,13 +129,17 @@ class StackKeys:
 
     def about(self, b: int) -> dict[str, Any]:
         """The header of image b's entries."""
-        return {
-            "network": self._fit.network if isinstance(self._fit.network, str) else "own",
-            "parts": self._parts,
-            "image": self._digests[b],
-            "index": self.indices[b],
-            "fit": self.fits[b],
-        }
+        network = self._fit.network if isinstance(self._fit.network, str) else "own"
+        own = {"image": self._digests[b], "index": self.indices[b], "fit": self.fits[b]}
+        return {"network": network, "parts": self._parts, **own}
+
+
+@cache
+def _auto_engine(fit: FitOptions, size: tuple[int, int], T: int) -> str:
+    """What the engine ``auto`` is on the CPU."""
+    with isolated_trainer(torch.device("cpu")):
+        module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
+        return make_engine(fit.engine, module.net, module.given, steps=T, z_gradient=fit.optimise_z).name
 
 
 @cache

@@ -30,7 +30,7 @@ class EntryInfo:
         key: The digest of everything that it depends on.
         bytes: Size of the file.
         used: When it was written or last read from its file, seconds since 1970.
-        header: What it was made from; empty if the file is damaged.
+        header: What it was made from; empty if it is damaged. :func:`verify` reads the rest of the file too.
     """
 
     path: Path
@@ -40,17 +40,6 @@ class EntryInfo:
     used: float
     header: dict[str, Any]
 
-    @property
-    def damaged(self) -> bool:
-        """Whether not even the header can be read; :func:`verify` reads the rest."""
-        return not self.header
-
-    @property
-    def is_current(self) -> bool:
-        """Whether the installed versions are those that it was made with."""
-        made = self.header.get("versions", {})
-        return all(made.get(name) == now for name, now in numerics().items())
-
 
 def list_entries(folder: str | Path, *, layers: Sequence[str] = LAYERS) -> list[EntryInfo]:
     """All entries of a store, layer by layer, the least recently used first.
@@ -59,19 +48,17 @@ def list_entries(folder: str | Path, *, layers: Sequence[str] = LAYERS) -> list[
         FileNotFoundError: No such folder.
         ValueError: An unknown layer, or a file instead of a folder.
     """
-    root = _root(folder)
     found = []
     for layer in layers:
         check_choice(layer, LAYERS, name="layers")
-        infos = [info for path in (root / layer).glob("??/*.npz") if (info := _info(path, layer)) is not None]
+        infos = [info for path in _files(folder, layer) if (info := _info(path, layer)) is not None]
         found += sorted(infos, key=lambda info: (info.used, info.key))
     return found
 
 
 def store_size(folder: str | Path) -> dict[str, tuple[int, int]]:
     """Number of entries and bytes of each layer; errors are those of :func:`list_entries`."""
-    root = _root(folder)
-    sizes = {layer: [path.stat().st_size for path in (root / layer).glob("??/*.npz")] for layer in LAYERS}
+    sizes = {layer: [path.stat().st_size for path in _files(folder, layer)] for layer in LAYERS}
     return {layer: (len(files), sum(files)) for layer, files in sizes.items()}
 
 
@@ -102,27 +89,21 @@ def prune(
     Raises:
         FileNotFoundError, TypeError, ValueError: See :func:`list_entries`, or an argument is out of range.
     """
-    if older_than is not None:
-        check_float(older_than, name="older_than", low=0.0)
-    if max_bytes is not None:
-        check_int(max_bytes, name="max_bytes", low=0)
-    before = None if older_than is None else time.time() - older_than * DAY
-    gone: list[EntryInfo] = []
-    rest: list[EntryInfo] = []
-    for info in sorted(list_entries(folder, layers=layers), key=lambda info: info.used):
-        old = (before is not None and info.used < before) or (other_versions and not info.is_current)
-        (gone if old else rest).append(info)
-    if max_bytes is not None:
-        excess = sum(info.bytes for info in rest) - max_bytes
-        for info in rest:
-            if excess <= 0:
-                break
+    days = float("inf") if older_than is None else check_float(older_than, name="older_than", low=0.0)
+    most = float("inf") if max_bytes is None else check_int(max_bytes, name="max_bytes", low=0)
+    gone, total, before = [], 0, time.time() - days * DAY
+    for info in sorted(list_entries(folder, layers=layers), key=lambda info: info.used, reverse=True):
+        made = info.header.get("versions", {})
+        if info.used < before or (other_versions and any(made.get(name) != now for name, now in numerics().items())):
             gone.append(info)
-            excess -= info.bytes
+            continue
+        total += info.bytes
+        if total > most:
+            gone.append(info)
     if not dry_run:
         for info in gone:
             info.path.unlink(missing_ok=True)
-        _sweep(_root(folder))
+        _remove_left_overs(folder)
     return gone
 
 
@@ -131,25 +112,24 @@ def verify(folder: str | Path, *, remove: bool = False) -> list[EntryInfo]:
     damaged = []
     for info in list_entries(folder):
         try:
-            if read_entry(info.path).header.get("key") == info.key:
-                continue
+            whole = read_entry(info.path).header.get("key") == info.key
         except FileNotFoundError:  # removed in the meantime
             continue
         except (DamagedEntryError, OSError):
-            pass
-        damaged.append(info)
-        if remove:
-            info.path.unlink(missing_ok=True)
+            whole = False
+        if not whole:
+            damaged.append(info)
+            if remove:
+                info.path.unlink(missing_ok=True)
     return damaged
 
 
-def _root(folder: str | Path) -> Path:
+def _files(folder: str | Path, layer: str, pattern: str = "*.npz") -> list[Path]:
     root = Path(folder).expanduser()
-    if not root.exists():
-        raise FileNotFoundError(f"`folder` must be a store, got {root}, which does not exist")
     if not root.is_dir():
-        raise ValueError(f"`folder` must be a store, got {root}, which is a file")
-    return root
+        what = "which is a file" if root.exists() else "which does not exist"
+        raise (ValueError if root.exists() else FileNotFoundError)(f"`folder` must be a store, got {root}, {what}")
+    return list((root / layer).glob(f"??/{pattern}"))
 
 
 def _info(path: Path, layer: str) -> EntryInfo | None:
@@ -163,11 +143,11 @@ def _info(path: Path, layer: str) -> EntryInfo | None:
     return EntryInfo(path, layer, path.stem, stat.st_size, stat.st_mtime, header)
 
 
-def _sweep(root: Path) -> None:
-    for path in (path for layer in LAYERS for path in (root / layer).glob("??/.*.npz.*")):
+def _remove_left_overs(folder: str | Path) -> None:
+    for path in (path for layer in LAYERS for path in _files(folder, layer, ".*.npz.*")):
         if time.time() - path.stat().st_mtime > LEFT_OVER:
             path.unlink(missing_ok=True)
-    for path in (root / "locks").glob("*.lock"):
+    for path in Path(folder).expanduser().glob("locks/*.lock"):
         try:
             with FileLock(path).acquire(timeout=0):
                 # A process that waits for this lock notices that the file is gone, and takes a new one.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import InitVar, asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,17 +35,6 @@ SAME_LOGITS = 0.01
 """Largest difference, relative to the largest logit, that rounding may make between two calls of one victim."""
 
 
-@dataclass(frozen=True)
-class StoredResult(StackResult):
-    """The result of a stack; ``seconds`` are those of the fits and decisions when they were made.
-
-    Attributes:
-        spared: How many of them were not spent now, because the store held a fit or a trace.
-    """
-
-    spared: float
-
-
 def stored_stack(
     images: Tensor,
     *,
@@ -61,10 +50,11 @@ def stored_stack(
     first_step: int = 0,
     callbacks: Sequence[pl.Callback] = (),
     trainer: Mapping[str, Any] | None = None,
-) -> StoredResult:
+) -> StackResult:
     """Defend B images (Algorithm 1), fitting those that the store does not hold.
 
-    The traces share memory with later calls in this process and must not be changed.
+    The traces share memory with later calls in this process and must not be changed. The seconds are those that fits
+    and decisions took when they were made.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1].
@@ -90,72 +80,67 @@ def stored_stack(
         # A tensor made under inference_mode cannot be saved for backward.
         given = images.detach().clone() if images.is_inference() else images.detach()
         keys = StackKeys(given, indices=indices, fit=fit, T=decide.T, device=device, trainer=trainer)
-        work = _Stack(
-            images=given, store=store, victim=victim, keys=keys, fit=fit, decide=decide, also=also, device=device
-        )
-        found = work.find_or_fit(callbacks, trainer)
+        work = _Stack(given, store, Decider(victim), keys, fit, decide, also)
+        found = work.find_or_fit(device=device, callbacks=callbacks, trainer=trainer)
         traces = [_as_asked(one.trace, trace_settings(fit, decide, stitch)) for one in found]
         if logger is not None:
             _log_means(logger, traces, first_step)
         begun = time.perf_counter()
         reconstructions = [stitch_trace(trace, **asdict(stitch)) for trace in traces]
     store.counts.update(one.made for one in found)
-    spared = sum(one.spared for one in found)
     seconds = {**work.seconds, "decide": work.seconds["decide"] + time.perf_counter() - begun}
     seconds["start"] = time.perf_counter() - start - seconds["fit"] - seconds["decide"]
-    seconds["fit"] += spared
-    return StoredResult(traces, reconstructions, seconds, spared)
+    seconds["fit"] += sum(one.spared for one in found)
+    return StackResult(traces, reconstructions, seconds)
 
 
 class _Found(NamedTuple):
-    """An image's trace, what its fit took earlier, and how the trace came about: the name of a count."""
+    """An image's trace, the seconds that its fit took earlier, and how it came about: the name of a count."""
 
     trace: DecisionTrace
     spared: float
     made: str
 
 
-@dataclass(eq=False, kw_only=True)
+@dataclass(eq=False)
 class _Stack:
     """B images on their way from key to trace."""
 
     images: Tensor
     store: Store
-    victim: InitVar[nn.Module]
+    victim: Decider
     keys: StackKeys
     fit: FitOptions
     decide: DecideOptions
     also: Sequence[DecideOptions]
-    device: torch.device
-    seconds: dict[str, float] = field(default_factory=lambda: {"start": 0.0, "fit": 0.0, "decide": 0.0})
 
-    def __post_init__(self, victim: nn.Module) -> None:
-        self.decider = Decider(victim)
+    def __post_init__(self) -> None:
         # A longer fit serves a shorter one only if both have the same engine.
-        self.also = [options for options in self.also if self.keys.engine_at(options.T) == self.keys.engine]
-        self.trace_keys = {options: self.keys.traces(victim, options) for options in (self.decide, *self.also)}
+        served = [self.decide, *(o for o in self.also if self.keys.engine_at(o.T) == self.keys.engine)]
+        self.trace_keys = {options: self.keys.traces(self.victim.victim, options) for options in served}
+        self.seconds = {"start": 0.0, "fit": 0.0, "decide": 0.0}
         self._same_victim: bool | None = None
 
-    def find_or_fit(self, callbacks: Sequence[pl.Callback], trainer: Mapping[str, Any] | None) -> list[_Found]:
+    def find_or_fit(self, **run: Any) -> list[_Found]:
         """Every image; those that another process is fitting are waited for."""
         fits = self.keys.fits
-        found = {b: self.find(b) for b in range(len(fits))}
+        found = {b: self._find(b) for b in range(len(fits))}
         while missing := [b for b in found if found[b] is None]:
             with self.store.claim([fits[b] for b in missing]) as mine:
                 first = {fits[b]: b for b in reversed(missing)}  # an image that comes twice is fitted once
                 rows = sorted(b for key, b in first.items() if key in mine)
-                found |= {b: self.find(b) for b in rows}  # another process may have made it in the meantime
+                found |= {b: self._find(b) for b in rows}  # another process may have made it in the meantime
                 rows = [b for b in rows if found[b] is None]
                 if rows:
-                    found |= self.fit_rows(rows, callbacks, trainer)
-            found |= {b: self.find(b) for b in missing if found[b] is None}
+                    found |= self._fit(rows, **run)
+            found |= {b: self._find(b) for b in missing if found[b] is None}
         return [one for one in found.values() if one is not None]
 
-    def find(self, b: int) -> _Found | None:
+    def _find(self, b: int) -> _Found | None:
         """Image b without a fit, or None."""
         stored = self._read_trace(b)
         if stored is not None and not self.decide.keep_samples:
-            return _Found(stored[0], stored[1], "replayed")
+            return _Found(*stored, "replayed")
         fitted = self._read_samples(b)
         if fitted is None or not fitted[0].covers(self.decide.steps):
             return None
@@ -165,24 +150,19 @@ class _Stack:
         trace = self._decide(b, samples, self.decide, seconds=seconds)
         return _Found(self._with_samples(trace, samples), seconds, "decided")
 
-    def fit_rows(
-        self, rows: list[int], callbacks: Sequence[pl.Callback], trainer: Mapping[str, Any] | None
-    ) -> dict[int, _Found]:
+    def _fit(self, rows: list[int], **run: Any) -> dict[int, _Found]:
         """Fit these images in one stack, and store their fits and traces."""
         steps = {step for options in self.trace_keys for step in options.steps}
         for b in rows:  # the new fit replaces the old one and must serve what that served
             old = self._read_samples(b)
-            if old is not None:
-                steps |= set(old[0].steps.tolist())
+            steps |= set() if old is None else set(old[0].steps.tolist())
         fits, seconds = fit_samples(
             self.images[rows],
             steps=steps,
             T=max(*(options.T for options in self.trace_keys), max(steps) + 1),
             indices=[self.keys.indices[b] for b in rows],
             fit=replace(self.fit, engine=self.keys.engine),
-            device=self.device,
-            callbacks=callbacks,
-            trainer=trainer,
+            **run,
         )
         for part, value in seconds.items():
             self.seconds[part] += value
@@ -196,16 +176,15 @@ class _Stack:
             arrays = {name: getattr(samples, name).numpy() for name in SAMPLED}
             about = {**self.keys.about(b), "what": what, "seconds": seconds}
             self.store.write("fits", self.keys.fits[b], arrays, about)
-        trace = self._decide(b, samples, self.decide, seconds=seconds)
-        if not keep_samples:  # then nothing else could serve the other T
-            for options in self.also:
-                self._decide(b, samples, options, seconds=seconds)
-        return self._with_samples(trace, samples)
+        # Without samples nothing else could serve the other T.
+        kept = (self.decide,) if keep_samples else self.trace_keys
+        traces = [self._decide(b, samples, options, seconds=seconds) for options in kept]
+        return self._with_samples(traces[0], samples)
 
     def _decide(self, b: int, samples: FitSamples, decide: DecideOptions, *, seconds: float) -> DecisionTrace:
         """The trace of a fit; stored without the given image, which every reader has, and without all samples."""
         start = time.perf_counter()
-        own: dict[str, Any] = {"given": self.images[b], "index": self.keys.indices[b], "victim": self.decider}
+        own: dict[str, Any] = {"given": self.images[b], "index": self.keys.indices[b], "victim": self.victim}
         trace = decide_samples(samples, fit=self.fit, decide=replace(decide, keep_samples=False), **own)
         spent = time.perf_counter() - start
         self.seconds["decide"] += spent
@@ -222,15 +201,14 @@ class _Stack:
             return None
         tensors = {name: torch.from_numpy(np.atleast_1d(array)) for name, array in entry.arrays.items()}
         given = self.images[b].to(device="cpu", dtype=tensors["last"].dtype, copy=True)
-        settings = entry.header["settings"]
-        trace = DecisionTrace(index=self.keys.indices[b], given=given, settings=settings, **tensors)
+        trace = DecisionTrace(self.keys.indices[b], given, settings=entry.header["settings"], **tensors)
         if self._same_victim is None:
             self._same_victim = self._answers_as(trace)
         return (trace, float(entry.header["seconds"])) if self._same_victim else None
 
     def _answers_as(self, trace: DecisionTrace) -> bool:
         """Whether the victim gives the logits of the trace, which no digest of a module can guarantee."""
-        logits = self.decider(trace.given[None])[0].cpu()
+        logits = self.victim(trace.given[None])[0].cpu()
         stored = trace.given_scores
         limit = SAME_LOGITS * max(1.0, float(stored.abs().max()))
         same = logits.shape == stored.shape and bool((logits - stored).abs().max() <= limit)
@@ -242,12 +220,10 @@ class _Stack:
         entry = self.store.read("fits", self.keys.fits[b])
         if entry is None:
             return None
-        return FitSamples(**{n: torch.from_numpy(entry.arrays[n]) for n in SAMPLED}), float(entry.header["seconds"])
+        return FitSamples(*(torch.from_numpy(entry.arrays[n]) for n in SAMPLED)), float(entry.header["seconds"])
 
     def _with_samples(self, trace: DecisionTrace, samples: FitSamples) -> DecisionTrace:
-        if not self.decide.keep_samples:
-            return trace
-        return replace(trace, samples=samples.at(self.decide.steps).images)
+        return replace(trace, samples=samples.at(self.decide.steps).images) if self.decide.keep_samples else trace
 
 
 def _as_asked(trace: DecisionTrace, settings: dict[str, Any]) -> DecisionTrace:
@@ -264,12 +240,11 @@ def _as_asked(trace: DecisionTrace, settings: dict[str, Any]) -> DecisionTrace:
 
 def _log_means(logger: Logger, traces: Sequence[DecisionTrace], first_step: int) -> None:
     """The curves of :class:`dipguard.fit.DecisionLogger`, whether or not the fit was made now."""
-    steps = traces[0].steps.tolist()
     loss, quality = (torch.stack([getattr(t, name) for t in traces]).double().mean(0) for name in ("loss", "quality"))
-    changed = torch.stack([t.decisions != t.given_decision for t in traces]).double().mean(0)
     decisions = torch.stack([trace.decisions for trace in traces])
+    changed = (decisions != torch.tensor([trace.given_decision for trace in traces])[:, None]).double().mean(0)
     crossed = crosses(decisions[:, :-1], decisions[:, 1:]).double().mean(0).cumsum(0)
-    columns = (loss, quality, changed, torch.cat([crossed.new_zeros(1), crossed]))
     names = ("fit/mse", "fit/quality", "fit/decision_changed", "fit/crossings")
-    for i, t in enumerate(steps):
-        logger.log_metrics({n: float(c[i]) for n, c in zip(names, columns, strict=True)}, step=first_step + t)
+    rows = torch.stack([loss, quality, changed, torch.cat([crossed.new_zeros(1), crossed])], dim=1)
+    for step, row in zip(traces[0].steps.tolist(), rows.tolist(), strict=True):
+        logger.log_metrics(dict(zip(names, row, strict=True)), step=first_step + step)

@@ -1,7 +1,7 @@
 """Victims: the classifiers that are attacked and defended. They take images in [0, 1] and return logits.
 
-To add one, write a ``build`` function in a new file and add a row to `VICTIMS`; a package of your own registers one
-through the entry point group ``dipguard.victims``.
+To add one, write a ``build`` function and add a row to `VICTIMS`, or register it as an entry point of
+``dipguard.victims``.
 """
 
 from __future__ import annotations
@@ -31,23 +31,17 @@ VICTIMS: dict[str, str] = {
     "timm": "dipguard.victims.timm_models:build",
     "huggingface": "dipguard.victims.huggingface_models:build",
 }
-"""Name -> function that builds the victim. It takes ``weights`` and its own options, all keyword-only.
-
-Errors about ``weights`` are those that `build_victim` documents.
-"""
+"""Name -> function that builds the victim. It takes ``weights`` and its own options, all keyword-only."""
 
 
 def build_victim(name: str, *, weights: str | Path | None = None, **options: Any) -> nn.Module:
-    """Return a victim by name, in eval mode, on the CPU.
-
-    It takes images [B, 3, H, W] in [0, 1] and returns logits [B, C]; normalisation is inside. The global random state
-    is restored afterwards.
+    """Return a victim by name, in eval mode, on the CPU; it maps images [B, 3, H, W] in [0, 1] to logits [B, C].
 
     Args:
         name: A key of `VICTIMS`, or a name that another package registers.
         weights: Path or https address of a state dict. ``torchvision`` also takes the name of its weights,
-            ``huggingface`` a hub id or a folder. None takes the victim's default: weights trained on first use
-            (``digits_cnn``), a download, or an error that says where to find them.
+            ``huggingface`` a hub id or a folder. None takes the victim's default: weights that are trained on first
+            use (``digits_cnn``) or downloaded, or an error that says where to find them.
         options: Options of the victim.
 
     Raises:
@@ -59,8 +53,7 @@ def build_victim(name: str, *, weights: str | Path | None = None, **options: Any
     """
     build = lookup(table_of("victims", VICTIMS), name, argument="victim")
     check_options(build, options, owner=f"the victim {name!r}", hidden=("weights",))
-    # Constructors draw initial weights from the global generator, although they are overwritten. Weights created in
-    # inference mode could never take part in autograd.
+    # Constructors draw from the global generator. Weights made in inference mode could not take part in autograd.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         victim: nn.Module = build(weights=weights, **options)
     return victim.eval()

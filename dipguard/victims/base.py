@@ -1,11 +1,9 @@
-"""Shared by all victims: input normalisation, a check of the output, and imports of optional libraries."""
+"""Shared by all victims: input normalisation, and a check of the output."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from importlib import import_module
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +20,7 @@ class Normalised(nn.Module):
 
     Args:
         network: Classifier of normalised images.
-        mean: Per-channel mean, three numbers. Registered as a buffer, like ``std``.
+        mean: Per-channel mean, three numbers.
         std: Per-channel standard deviation, three positive numbers.
         classes: Class names in the order of the logits; empty if unknown.
         size: Height and width in pixels of the images that the network was made for; None if unknown.
@@ -46,9 +44,7 @@ class Normalised(nn.Module):
         interpolation: str = "bilinear",
     ) -> None:
         super().__init__()
-        self.classes = tuple(classes)
-        self.size = size
-        self.interpolation = interpolation
+        self.classes, self.size, self.interpolation = tuple(classes), size, interpolation
         for name, values in (("mean", mean), ("std", std)):
             if len(values) != 3:
                 raise ValueError(f"`{name}` must have three numbers, one per channel, got {list(values)}")
@@ -65,20 +61,16 @@ class Normalised(nn.Module):
 
 
 def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
-    """Run ``victim`` on a batch and return its logits [B, C], on the victim's device.
+    """Run ``victim`` on images [B, 3, H, W] in [0, 1] and return its logits [B, C], on the victim's device.
 
-    The victim runs in eval mode without gradients; its modes and flags are restored afterwards.
-
-    Args:
-        victim: Classifier of images [B, 3, H, W] in [0, 1].
-        images: Batch of images.
+    It runs in eval mode without gradients; its modes and flags are restored afterwards.
 
     Raises:
         TypeError: ``victim`` is not a module, or its output is not a floating-point tensor.
         ValueError: Bad ``images``, or an output that is not [B, C] with C >= 2, or not finite.
 
     Warns:
-        UserWarning: The outputs look like probabilities (all in [0, 1], each row sums to 1). Logits are expected.
+        UserWarning: The outputs look like probabilities (all in [0, 1], each row sums to 1).
     """
     check_is_module(victim)
     check_images(images)
@@ -90,21 +82,6 @@ def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
     if text is not None:
         warnings.warn(text, UserWarning, stacklevel=2)
     return scores
-
-
-def library(module: str, *, victim: str, extra: str) -> Any:
-    """Import ``module``, which only the victim called ``victim`` needs.
-
-    Raises:
-        ImportError: The module is not installed; the message names the extra (``dipguard[extra]``) that brings it.
-    """
-    try:
-        return import_module(module)
-    except ImportError as error:
-        raise ImportError(
-            f"the victim {victim!r} needs {module}, which could not be imported ({error}): "
-            f"pip install 'dipguard[{extra}]'"
-        ) from error
 
 
 def first_line(error: BaseException) -> str:

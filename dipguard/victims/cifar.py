@@ -18,12 +18,9 @@ from dipguard.victims.weights import load_state_dict_strict
 
 CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
-_FOLDER = "https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/"
-WEIGHTS_URL: dict[int, str] = {
-    20: _FOLDER + "resnet20-12fca82f.th",
-    32: _FOLDER + "resnet32-d509ac18.th",
-    44: _FOLDER + "resnet44-014dd654.th",
-    56: _FOLDER + "resnet56-4bfd9763.th",
+WEIGHTS_URL = {
+    depth: f"https://github.com/akamaster/pytorch_resnet_cifar10/raw/master/pretrained_models/resnet{depth}-{digest}.th"
+    for depth, digest in ((20, "12fca82f"), (32, "d509ac18"), (44, "014dd654"), (56, "4bfd9763"))
 }
 """Number of layers -> address of the public weights."""
 
@@ -35,8 +32,7 @@ class _Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(outputs)
         self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(outputs)
-        self.stride = stride
-        self.padding = (outputs - inputs) // 2
+        self.stride, self.padding = stride, (outputs - inputs) // 2
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
@@ -50,8 +46,7 @@ class _Block(nn.Module):
 class CifarResNet(nn.Module):
     """The CIFAR-10 ResNet of He et al. (2016), section 4.2, with parameter-free shortcuts (option A).
 
-    It has ``6 * blocks + 2`` layers: three stages of ``blocks`` basic blocks with 16, 32 and 64 channels, global
-    average pooling, and a linear layer.
+    It has ``6 * blocks + 2`` layers, in three stages of 16, 32 and 64 channels.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -112,18 +107,14 @@ def resnet50(
     This is the network of huyvnphan/PyTorch_CIFAR10; its max-pooling stays (23,520,842 parameters).
 
     Args:
-        weights: Path or https address of its state dict.
+        weights: Path or https address of its state dict; required.
         mean: Per-channel mean that the weights were trained with.
         std: Per-channel standard deviation. The repository's first weights (2019) used 0.2023, 0.1994, 0.2010.
-
-    Raises:
-        ValueError: No ``weights``.
     """
     if not weights:
         raise ValueError(
-            "`victim.weights` must name a state dict for cifar10_resnet50, got none: the public weights come only "
-            "in one archive with others; its address is in the README of https://github.com/huyvnphan/PyTorch_CIFAR10, "
-            "unpack state_dicts/resnet50.pt from it"
+            "`victim.weights` must name a state dict for cifar10_resnet50, got none: the README of "
+            "https://github.com/huyvnphan/PyTorch_CIFAR10 links to an archive with state_dicts/resnet50.pt"
         )
     from torchvision import models
 
@@ -137,12 +128,6 @@ def cnn_a(*, weights: str | Path | None = None) -> Normalised:
     """A small adversarially trained CNN: a robust classifier to compare a defended victim with.
 
     Papers on neural network verification call it CNN-A; its weights are files ``cifar_cnn_a_adv*.pth``.
-
-    Args:
-        weights: Path or https address of its state dict (keys ``0.weight`` to ``7.bias``).
-
-    Raises:
-        ValueError: No ``weights``.
     """
     if not weights:
         raise ValueError(

@@ -17,17 +17,15 @@ from dipguard.victims.weights import load_state_dict_strict
 
 _MEAN, _STD = (0.31,) * 3, (0.32,) * 3  # of the training digits
 _EPOCHS, _BATCH, _RATE = 12, 64, 3e-3
-# A little noise in training: the CNN would otherwise see only smooth, enlarged images and fail on rough ones.
-# PGD at 8/255 still fools it on all images.
-_NOISE = 0.04
+_NOISE = 0.04  # in training, since the CNN would otherwise see only smooth, enlarged images and fail on rough ones
 _FILE = "digits_cnn-1.safetensors"  # raise the number when the training changes
 
 
 def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = True) -> Normalised:
     """A CNN for the digits [B, 3, 32, 32] in [0, 1]: three strided convolutions with BatchNorm, one linear layer.
 
-    It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained on
-    the training digits and saved in the cache folder; a damaged cache file is replaced.
+    It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained and
+    saved in the cache folder; a damaged cache file is replaced.
 
     Args:
         weights: Path of a state dict to load instead.
@@ -49,7 +47,7 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
             return victim
         except (OSError, ValueError) as error:
             warnings.warn(f"the cached digits victim is damaged and is trained again: {error}", stacklevel=2)
-    # More threads gain nothing on convolutions this small, and make them ten times slower on a busy machine.
+    # More threads make convolutions this small slower, ten times so on a busy machine.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.victims.base import Normalised, first_line, library
+from dipguard.registry import import_extra
+from dipguard.victims.base import Normalised, first_line
 
 _PROBE_SIDE = 512
 _COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
@@ -19,15 +20,12 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 class Unwrapped(nn.Module):
     """A classifier of transformers as a plain module: normalised images [B, 3, H, W] in, logits [B, C] out.
 
-    Args:
-        model: Model of transformers.
-        order: Channel order that the model expects: (2, 1, 0) for BGR.
+    ``order`` is the channel order that the model expects: (2, 1, 0) for BGR.
     """
 
     def __init__(self, model: nn.Module, *, order: Sequence[int] = (0, 1, 2)) -> None:
         super().__init__()
-        self.model = model
-        self.order = list(order)
+        self.model, self.order = model, list(order)
         self.input_name = str(getattr(model, "main_input_name", "pixel_values"))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -47,8 +45,8 @@ def build(
 ) -> Normalised:
     """Any image classifier of transformers (``AutoModelForImageClassification``), by hub id or folder.
 
-    Normalisation, channel order and size are measured: solid black, red, green and blue images go through the model's
-    ``AutoImageProcessor``, so that the names of its settings do not matter. Code from the hub is never run.
+    Normalisation, channel order and size are measured on what the model's ``AutoImageProcessor`` makes of solid black,
+    red, green and blue images. Code from the hub is never run.
 
     Args:
         weights: Hub id such as ``google/vit-base-patch16-224``, or a folder written by ``save_pretrained`` that
@@ -68,22 +66,39 @@ def build(
             "`victim.weights` must be the hub id of an image classifier, or a local folder of one, got none"
         )
     source = _source(weights)
-    transformers = library("transformers", victim="huggingface", extra="huggingface")
-    where: dict[str, Any] = {"local_files_only": Path(source).is_dir(), "revision": revision or "main"}
-    network = _load_model(transformers, source, where)
-    classes = _classes(network)
+    transformers = import_extra("transformers", owner="the victim 'huggingface'", extra="huggingface")
+    local = Path(source).is_dir()
+
+    def load(kind: Any, problem: str, **options: Any) -> Any:
+        where = {"local_files_only": local, "revision": revision or "main", "trust_remote_code": False}
+        try:
+            return kind.from_pretrained(source, **where, **options)
+        except Exception as error:  # OSError, ValueError, KeyError, and the errors of safetensors and the transport
+            raise RuntimeError(f"`victim.weights`: {problem}: {first_line(error)}") from error
+
+    problem = f"no image classifier could be loaded from {source}"
+    network, found = load(transformers.AutoModelForImageClassification, problem, output_loading_info=True)
+    lacking = sorted({str(key) for name in ("missing_keys", "mismatched_keys") for key in found[name]})
+    if lacking:
+        raise ValueError(
+            f"`victim.weights`: {source} lacks {', '.join(lacking[:3])} of its {type(network).__name__}, which would "
+            "stay as random as they were drawn; it is no finished image classifier"
+        )
+    network = network.float()
+    names = dict(getattr(network.config, "id2label", None) or {})
+    classes = tuple(str(names[i]) for i in range(len(names))) if set(names) == set(range(len(names))) else ()
     if mean is not None and std is not None and size is not None:
         return Normalised(Unwrapped(network), mean=mean, std=std, classes=classes, size=(size, size))
-    processor = _load_processor(transformers, source, where)
-    output = _probe(processor, source)
-    order, own_mean, own_std = _affine(output, source)
-    height, width = output.shape[-2:]
+    problem = f"{source} has no image processor; give `mean`, `std` and `size` as options of the victim"
+    processor = load(transformers.AutoImageProcessor, problem)
+    pictures = _processed(processor, source)
+    order, own_mean, own_std = _affine(pictures, source)
     return Normalised(
         Unwrapped(network, order=order),
-        mean=own_mean if mean is None else mean,
-        std=own_std if std is None else std,
+        mean=mean or own_mean,
+        std=std or own_std,
         classes=classes,
-        size=(height, width) if size is None else (size, size),
+        size=(pictures.shape[2], pictures.shape[3]) if size is None else (size, size),
         interpolation=_INTERPOLATIONS[int(getattr(processor, "resample", 2) or 0)],
     )
 
@@ -98,37 +113,8 @@ def _source(weights: str | Path) -> str:
     return weights
 
 
-def _load_model(transformers: Any, source: str, where: dict[str, Any]) -> nn.Module:
-    try:
-        network, found = transformers.AutoModelForImageClassification.from_pretrained(
-            source, output_loading_info=True, **where
-        )
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, safetensors' and transport errors
-        raise RuntimeError(
-            f"`victim.weights`: no image classifier could be loaded from {source}: {first_line(error)}"
-        ) from error
-    lacking = sorted({str(key) for name in ("missing_keys", "mismatched_keys") for key in found[name]})
-    if lacking:
-        raise ValueError(
-            f"`victim.weights`: {source} lacks {', '.join(lacking[:3])} of its {type(network).__name__}, which would "
-            "stay as random as they were drawn; it is no finished image classifier"
-        )
-    model: nn.Module = network.float()
-    return model
-
-
-def _load_processor(transformers: Any, source: str, where: dict[str, Any]) -> Any:
-    try:
-        return transformers.AutoImageProcessor.from_pretrained(source, **where)
-    except Exception as error:
-        raise RuntimeError(
-            f"`victim.weights`: {source} has no image processor that could be loaded ({first_line(error)}); give "
-            "`mean`, `std` and `size` as options of the victim"
-        ) from error
-
-
-def _probe(processor: Any, source: str) -> Tensor:
-    # The processor's output [4, 3, H, W] for solid black, red, green and blue images.
+def _processed(processor: Any, source: str) -> Tensor:
+    """The processor's output [4, 3, H, W] for solid black, red, green and blue images."""
     from PIL import Image
 
     pictures = [Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
@@ -139,9 +125,11 @@ def _probe(processor: Any, source: str) -> Tensor:
 
 
 def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[float]]:
-    # Channel order, mean and std of a processor that maps black and the primary colours to `output`: its channel c is
-    # (x[order[c]] - mean) / std. mean and std are returned in the order of the input channels.
-    # Look at the middle, since some processors pad images with a border.
+    """Channel order, mean and std of a processor, in the order of the input channels.
+
+    Channel c of its ``output`` for black and the primary colours is (x[order[c]] - mean) / std.
+    """
+    # The middle, since some processors pad images with a border.
     middle = output[:, :, output.shape[2] // 2, output.shape[3] // 2].double()
     black, slope = middle[0], (middle[1:] - middle[0]).T  # slope[c, i]: output channel c over input channel i
     order = slope.abs().argmax(dim=1)
@@ -158,8 +146,3 @@ def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[f
     mean = -black * std
     back = order.argsort()
     return order.tolist(), mean[back].tolist(), std[back].tolist()
-
-
-def _classes(network: nn.Module) -> tuple[str, ...]:
-    names = dict(getattr(network.config, "id2label", None) or {})
-    return tuple(str(names[i]) for i in range(len(names))) if set(names) == set(range(len(names))) else ()

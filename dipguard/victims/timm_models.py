@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from dipguard.checks import check_int
-from dipguard.victims.base import Normalised, first_line, library
+from dipguard.registry import import_extra
+from dipguard.victims.base import Normalised, first_line
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -39,8 +40,12 @@ def build(
         ValueError: Unknown ``arch``, ``model`` arguments that it does not take, a model without classifier or
             without weights.
     """
-    timm = library("timm", victim="timm", extra="timm")
-    _check_arch(timm, arch)
+    timm = import_extra("timm", owner="the victim 'timm'", extra="timm")
+    name = arch.split(".")[0]
+    if ":" not in arch and not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
+        hint = f"near it: {near}" if near else "timm.list_models() names them"
+        raise ValueError(f"`victim.arch` must be one of timm's models, got {arch!r}; {hint}")
     if model is not None and not isinstance(model, Mapping):
         raise TypeError(f"`victim.model` must map names to values, such as pad_type: same, got {model!r}")
     options = dict(model or {})
@@ -59,21 +64,12 @@ def build(
     own = timm.data.resolve_data_config(args={"img_size": options.get("img_size")}, model=network)
     return Normalised(
         network,
-        mean=own["mean"] if mean is None else mean,
-        std=own["std"] if std is None else std,
+        mean=mean or own["mean"],
+        std=std or own["std"],
         classes=_classes(timm, network),
         size=tuple(own["input_size"][1:]),
         interpolation=own["interpolation"],
     )
-
-
-def _check_arch(timm: Any, arch: str) -> None:
-    name = arch.split(".")[0]
-    if ":" in arch or timm.is_model(name):
-        return
-    near = difflib.get_close_matches(name, timm.list_models(), n=5)
-    hint = f"; near it: {', '.join(near)}" if near else "; timm.list_models() names them"
-    raise ValueError(f"`victim.arch` must be one of timm's models, got {arch!r}{hint}")
 
 
 def _create(timm: Any, arch: str, *, pretrained: bool, options: Mapping[str, Any]) -> Any:
@@ -96,13 +92,11 @@ def _create(timm: Any, arch: str, *, pretrained: bool, options: Mapping[str, Any
 def _classes(timm: Any, network: nn.Module) -> tuple[str, ...]:
     # From the model's cfg; else ImageNet's, which timm recognises by the number of classes.
     cfg: dict[str, Any] = getattr(network, "pretrained_cfg", {}) or {}
-    count = int(network.num_classes)  # type: ignore[arg-type]
-    names = list(cfg.get("label_descriptions") or cfg.get("label_names") or ())
-    if isinstance(cfg.get("label_descriptions"), Mapping):
-        described = cfg["label_descriptions"]
+    described, subset = cfg.get("label_descriptions"), timm.data.infer_imagenet_subset(network)
+    names = list(described or cfg.get("label_names") or ())
+    if isinstance(described, Mapping):
         names = [described.get(name, name) for name in cfg.get("label_names") or described]
-    subset = timm.data.infer_imagenet_subset(network)
-    if not names and subset is not None:
+    elif not names and subset is not None:
         names = timm.data.ImageNetInfo(subset).label_descriptions()
     # WordNet's lemmas: "tench, Tinca tinca".
-    return tuple(str(name).split(",")[0] for name in names) if len(names) == count else ()
+    return tuple(str(name).split(",")[0] for name in names) if len(names) == network.num_classes else ()

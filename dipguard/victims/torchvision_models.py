@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from dipguard.checks import check_choice, check_int
 from dipguard.victims.base import Normalised
 from dipguard.victims.weights import load_state_dict_strict
@@ -26,10 +24,10 @@ def build(
     Args:
         arch: Name of the architecture in torchvision.
         weights: Name of torchvision's weights for ``arch`` (``DEFAULT``, ``IMAGENET1K_V1``, ...), downloaded once, or
-            path or https address of a state dict. None means ``DEFAULT``.
+            path or https address of a state dict, which gets transforms and class names of ``DEFAULT``. None means
+            ``DEFAULT``.
         num_classes: Number of classes of your own state dict; torchvision's weights have 1000.
-        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms. For your own state
-            dict, the ``DEFAULT`` weights of ``arch`` provide the transforms and, for 1000 classes, the class names.
+        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms.
         std: Per-channel standard deviation; None as for ``mean``.
 
     Raises:
@@ -46,38 +44,28 @@ def build(
     if chosen in names:
         if num_classes != 1000:
             raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
-        network = _download(arch, known)
+        try:
+            network = models.get_model(arch, weights=known)
+        except (OSError, RuntimeError) as error:
+            raise RuntimeError(
+                f"`victim.weights`: {arch}'s weights {chosen} could not be fetched from {known.url}: {error}. "
+                "Download the file in another way and give its path as `victim.weights`"
+            ) from error
     else:
-        _check_looks_like_file(chosen, arch=arch, names=list(names))
+        if "." not in chosen and "/" not in chosen and not Path(chosen).is_file():
+            raise ValueError(
+                f"`victim.weights` for {arch} must be one of {', '.join(names)}, or the path of a state dict, "
+                f"got {chosen!r}"
+            )
         # Inception and GoogLeNet otherwise warn about their slow initialisation, which is overwritten at once.
         extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
         load_state_dict_strict(network, chosen)
     return Normalised(
         network,
-        mean=preset.mean if mean is None else mean,
-        std=preset.std if std is None else std,
+        mean=mean or preset.mean,
+        std=std or preset.std,
         classes=categories if num_classes == len(categories) else (),
         size=(preset.crop_size[0], preset.crop_size[0]),
         interpolation=preset.interpolation.value,
     )
-
-
-def _download(arch: str, weights: Any) -> nn.Module:
-    from torchvision import models
-
-    try:
-        return models.get_model(arch, weights=weights)
-    except (OSError, RuntimeError) as error:
-        raise RuntimeError(
-            f"`victim.weights`: {arch}'s weights {weights.name} could not be fetched from {weights.url}: {error}. "
-            "Download the file in another way and give its path as `victim.weights`"
-        ) from error
-
-
-def _check_looks_like_file(chosen: str, *, arch: str, names: list[str]) -> None:
-    if "." not in chosen and "/" not in chosen and not Path(chosen).is_file():
-        raise ValueError(
-            f"`victim.weights` for {arch} must be one of {', '.join(names)}, or the path of a state dict, "
-            f"got {chosen!r}"
-        )

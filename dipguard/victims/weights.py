@@ -20,8 +20,8 @@ def load_state_dict_strict(
 ) -> nn.Module:
     """Load a state dict into ``module`` and return the module; it is unchanged if anything is wrong.
 
-    Reads files of ``torch.save`` (with ``weights_only=True``) and ``.safetensors`` files. A checkpoint may be a dict
-    with the entry ``state_dict``; the prefix ``module.`` (DataParallel) is dropped; half precision becomes float32.
+    Reads files of ``torch.save`` (with ``weights_only=True``) and ``.safetensors`` files. The state dict may be the
+    entry ``state_dict`` of a checkpoint; the prefix ``module.`` is dropped; half precision becomes float32.
 
     Args:
         module: Network that the weights are for.
@@ -35,13 +35,16 @@ def load_state_dict_strict(
         ValueError: The file is damaged, or does not hold the weights of this network.
     """
     source = str(path_or_url)
-    if source.startswith("https://"):
-        state = _download(source, argument=argument)
-    else:
-        state = _read(Path(source).expanduser(), argument=argument)
-    weights = _unwrap(state, source=source, argument=argument)
-    _check_fit(module, weights, source=source, argument=argument)
-    module.load_state_dict(weights, strict=True)
+    read = _download if source.startswith("https://") else _read
+    weights = _unwrap(read(source, argument=argument), source=source, argument=argument)
+    problems = _problems(module.state_dict(), weights)
+    if problems:
+        count = sum(parameter.numel() for parameter in module.parameters())
+        raise ValueError(
+            f"`{argument}`: {source} does not hold the weights of this {type(module).__name__} "
+            f"({len(module.state_dict())} tensors, {count:,} parameters): {'; '.join(problems)}"
+        )
+    module.load_state_dict(weights)
     return module
 
 
@@ -57,7 +60,8 @@ def _download(url: str, *, argument: str) -> Any:
         ) from error
 
 
-def _read(path: Path, *, argument: str) -> Any:
+def _read(source: str, *, argument: str) -> Any:
+    path = Path(source).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"`{argument}` must name an existing weights file, got {path}")
     try:
@@ -68,8 +72,7 @@ def _read(path: Path, *, argument: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files surface as pickle, zip, runtime, end-of-file or key errors
         raise ValueError(
-            f"`{argument}`: {path} is damaged or is no state dict saved by torch.save or safetensors: "
-            f"{first_line(error)}"
+            f"`{argument}`: {path} is damaged or is no state dict of torch.save or safetensors: {first_line(error)}"
         ) from error
 
 
@@ -81,15 +84,12 @@ def _unwrap(state: Any, *, source: str, argument: str) -> dict[str, Tensor]:
             f"`{argument}`: {source} must hold a state dict (names -> tensors), or a dict with the entry 'state_dict'"
         )
     prefix = "module." if all(str(key).startswith("module.") for key in state) else ""
-    return {
-        str(key).removeprefix(prefix): value.float() if value.is_floating_point() else value
-        for key, value in state.items()
-    }
+    floats = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+    return {str(key).removeprefix(prefix): value for key, value in floats.items()}
 
 
-def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, source: str, argument: str) -> None:
-    expected = module.state_dict()
-    problems: list[str] = []
+def _problems(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
+    """What keeps ``weights`` from being those of a network with the state dict ``expected``."""
     # BatchNorm's step counters came with torch 0.4.1: older files lack them, and evaluation does not use them.
     absent = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     extra = [key for key in weights if key not in expected]
@@ -98,13 +98,8 @@ def _check_fit(module: nn.Module, weights: Mapping[str, Tensor], *, source: str,
         for key, value in expected.items()
         if key in weights and weights[key].shape != value.shape
     ]
-    for what, keys in (("missing", absent), ("unexpected", extra), ("of another shape", wrong)):
-        if keys:
-            more = f", and {len(keys) - 3} more" if len(keys) > 3 else ""
-            problems.append(f"{what}: {', '.join(keys[:3])}{more}")
-    if problems:
-        count = sum(parameter.numel() for parameter in module.parameters())
-        raise ValueError(
-            f"`{argument}`: {source} does not hold the weights of this {type(module).__name__} "
-            f"({len(expected)} tensors, {count:,} parameters): " + "; ".join(problems)
-        )
+    return [
+        f"{what}: {', '.join(keys[:3])}" + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
+        for what, keys in (("missing", absent), ("unexpected", extra), ("of another shape", wrong))
+        if keys
+    ]

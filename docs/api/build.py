@@ -41,6 +41,9 @@ def build(out: Path) -> None:
         chosen: list[str] = []
         covered: set[str] = set()
         for name in modules():
+            module = import_module(name)
+            for public in getattr(module, "__all__", ()):  # pdoc does not see what is imported on first use
+                setattr(module, public, getattr(module, public))
             if name not in covered:
                 chosen.append(name)
                 covered |= set(pdoc.extract.walk_specs([name]))

@@ -165,9 +165,9 @@ def distances(attack, budget):
 @pytest.mark.parametrize("defense", [NoDefense, Median])
 def test_what_it_found_is_adversarial_and_as_far_away_as_it_says(digits_cnn, digits, norm, defense):
     part = digits.select(0, 4)
-    attack = hsj(digits_cnn, defense(), norm=norm, queries=300, budgets=(60, 300))
+    attack = hsj(digits_cnn, defense(), norm=norm, queries=200, budgets=(60, 200))
     made = attack.snapshots(part.images, part.labels)
-    assert list(made) == [Snapshot(None, 60), Snapshot(None, 300)]
+    assert list(made) == [Snapshot(None, 60), Snapshot(None, 200)]
     for (_, budget), images in made.items():
         found = distances(attack, budget).isfinite()
         assert found.sum() >= 3
@@ -176,7 +176,7 @@ def test_what_it_found_is_adversarial_and_as_far_away_as_it_says(digits_cnn, dig
         change = torch.linalg.vector_norm((images - part.images).flatten(1), ord=order, dim=1)
         assert torch.allclose(change[found], distances(attack, budget)[found], atol=1e-6)
         assert torch.equal(images[~found], part.images[~found])
-    assert (distances(attack, 300) <= distances(attack, 60)).all()
+    assert (distances(attack, 200) <= distances(attack, 60)).all()
     assert attack.norm == norm
 
 
@@ -222,10 +222,10 @@ def test_a_random_defence_does_not_hang_it(digits_cnn, digits):
             return torch.where(swap.view(-1, 1, 1, 1), images.flip(3), images)
 
     for draws in ("fresh", "fixed"):
-        attack = hsj(digits_cnn, Coin(), draws=draws, queries=400, budgets=(100, 400))
+        attack = hsj(digits_cnn, Coin(), draws=draws, queries=250, budgets=(100, 250))
         attack(part.images, part.labels)
         assert len(attack.batches) == 6
-        assert max(one.queries for one in attack.batches) <= 400
+        assert max(one.queries for one in attack.batches) <= 250
 
 
 def test_each_budget_and_radius_has_its_images_and_the_call_those_of_all_queries(digits_cnn, digits):
@@ -245,27 +245,28 @@ def test_each_budget_and_radius_has_its_images_and_the_call_those_of_all_queries
 
 def test_beyond_eps_the_clean_image_comes_back(digits_cnn, digits):
     part = digits.select(0, 6)
-    free = hsj(digits_cnn, Median(), queries=200)
+    free = hsj(digits_cnn, Median(), queries=120)
     found = free(part.images, part.labels)
-    far = distances(free, 200)
+    far = distances(free, 120)
     eps = float(far.median()) * 255
-    attack = hsj(digits_cnn, Median(), queries=200, eps_255=eps)
+    attack = hsj(digits_cnn, Median(), queries=120, eps_255=eps)
     attacked = attack(part.images, part.labels)
     near = far <= eps / 255 + 1e-6
     assert 0 < int(near.sum()) < 6
     assert torch.equal(attacked, torch.where(near.view(-1, 1, 1, 1), found, part.images))
-    assert list(attack.snapshots(part.images, part.labels)) == [Snapshot(eps, None)]
+    alone = attack.snapshots(part.images[:1], part.labels[:1])
+    assert list(alone) == [Snapshot(eps, None)]
 
 
 def test_on_a_real_victim_accuracy_falls_with_queries_and_radius(real_victim):
     victim, data = real_victim
-    part, budgets, radii = data.select(0, 3), (100, 300), (0, 8, 25, 100)
-    attack = hsj(victim, NoDefense(), queries=300, budgets=budgets, radii_255=radii)
+    part, budgets, radii = data.select(0, 2), (100, 250), (0, 8, 25, 100)
+    attack = hsj(victim, NoDefense(), queries=250, budgets=budgets, radii_255=radii)
     made = attack.snapshots(part.images, part.labels)
     at = {limit: 1 - float(attack.fooled(images, part.labels).float().mean()) for limit, images in made.items()}
-    assert all(at[eps, 300] <= at[eps, 100] for eps in radii)
-    assert at[0, 300] >= 0.6
-    assert at[100, 300] == 0
+    assert all(at[eps, 250] <= at[eps, 100] for eps in radii)
+    assert at[0, 250] >= 0.6
+    assert at[100, 250] == 0
 
 
 @pytest.mark.slow

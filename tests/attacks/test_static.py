@@ -18,9 +18,8 @@ THEIRS = {"fgsm": "FGSM", "pgd": "PGD", "bim": "BIM", "mifgsm": "MIFGSM", "eotpg
 
 
 @FAMILY
-@pytest.mark.parametrize("options", [{}, {"eps_255": 16}])
-def test_gradient_signs_fool_the_digits_victim(digits_cnn, digits, name, options):
-    attacked = build_attack(name, digits_cnn, **options)(digits.images, digits.labels)
+def test_gradient_signs_fool_the_digits_victim(digits_cnn, digits, name):
+    attacked = build_attack(name, digits_cnn)(digits.images, digits.labels)
     assert right(digits_cnn, digits.images, digits.labels) >= 0.9
     assert right(digits_cnn, attacked, digits.labels) <= 0.15
 
@@ -239,8 +238,9 @@ def test_autoattack_and_square_fool_the_digits_victim(digits_cnn, digits, name, 
 
 def test_the_weakest_budget_goes_through_all_four_parts(digits_cnn, digits):
     part = digits.select(0, 2)
-    attack = build_attack("autoattack", digits_cnn, eps_255=0.25, steps=1, targets=1)
-    made = attack.make(attack.view(digits_cnn))
+    victim = copy.deepcopy(digits_cnn)  # FAB leaves gradients behind, where it is not called by `attack_batch`
+    attack = build_attack("autoattack", victim, eps_255=0.25, steps=1, targets=1)
+    made = attack.make(attack.view(victim))
     assert [type(each).__name__ for each in made._autoattack.attacks] == ["APGD", "APGDT", "FAB", "Square"]
     made._autoattack.attacks[-1].n_queries = 5  # all else is as `attack_batch` runs it
     with torch.no_grad():
@@ -264,7 +264,7 @@ def test_the_library_takes_ten_classes_for_granted(digits_cnn, digits):
     part = digits.select(0, 40)
     images, labels = (values[part.labels < 5][:4] for values in (part.images, part.labels))
     with pytest.raises(IndexError):
-        torchattacks.AutoAttack(_FewClasses(digits_cnn, 5), eps=0.5 / 255, seed=0)(images, labels)
+        torchattacks.AutoAttack(_FewClasses(copy.deepcopy(digits_cnn), 5), eps=0.5 / 255, seed=0)(images, labels)
     attack = build_attack("autoattack", _FewClasses(digits_cnn, 5), eps_255=0.5)
     targeted = attack.make(attack.view(attack.victim), num_classes=5)._autoattack.attacks[1:3]
     assert [part.n_target_classes for part in targeted] == [4, 4]

@@ -41,11 +41,12 @@ def pictures(tmp_path, victim) -> Path:
 
 @pytest.fixture
 def purify(capsys, victim, tmp_path):
-    """Run ``dipguard purify`` on the digits victim; returns exit code, standard output and standard error."""
+    """Run ``dipguard purify`` on the digits victim, without figures; returns exit code, standard output and error."""
 
     def run(given: Path, *words: str, out: Path | None = None, defense: str = "jpeg") -> tuple[int, str, str]:
         target = tmp_path / "out" if out is None else out
-        named = () if "--victim" in words else ("--victim", "digits_cnn")
+        usual = {"--victim": "digits_cnn", "--figures": "0"}
+        named = [word for option, value in usual.items() if option not in words for word in (option, value)]
         code = main(["purify", str(given), str(target), *named, "--defense", defense, "--no-progress", *words])
         return code, *capsys.readouterr()
 

@@ -29,6 +29,7 @@ def test_a_sound_installation(capsys, victim):
 
 def test_without_scikit_learn_the_self_test_takes_another_victim(capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setattr("dipguard.cli.doctor.STEPS", 100)
     assert main(["doctor"]) == 0
     assert "victim an untrained network" in _findings(capsys)["self-test"][1]
 

@@ -78,8 +78,7 @@ def test_names_of_results(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     found = find_pictures(tmp_path / "in", tmp_path / "out")
-    results = {source.name: source.target.relative_to(tmp_path / "out").as_posix() for source in found}
-    assert results == {
+    assert {source.name: source.output for source in found} == {
         "cat.bmp": "cat.bmp.png",
         "cat.jpg": "cat.jpg.png",
         "deep/cat.png": "deep/cat.png",

@@ -7,7 +7,7 @@ from dipguard.cli.results import MOST_PRINTED, format_decisions, write_decisions
 
 def _row(name="a.png", before="cat", after="dog", **more):
     row = {"picture": name, "output": name, "before": before, "after": after, "changed": before != after}
-    return {**row, "before_confidence": 0.997, "after_confidence": 0.5, "key": "k", "index": 3, **more}
+    return {**row, "before_confidence": 0.997, "after_confidence": 0.5, "index": 3, **more}
 
 
 def test_printed_columns_stand_below_each_other():

@@ -1,8 +1,7 @@
 import pytest
 import torch
-from pytorch_lightning import LightningModule, Trainer
 
-from dipguard.data import ImageDataModule, ImageSet
+from dipguard.data import ImageSet
 from dipguard.data.base import resize
 
 
@@ -89,24 +88,3 @@ def test_halving_averages_because_it_is_antialiased():
 def test_resize_refuses(size, error):
     with pytest.raises(error, match="`size`"):
         resize(torch.zeros(1, 3, 4, 4), size)
-
-
-class _Echo(LightningModule):
-    def predict_step(self, batch):
-        return batch
-
-
-def test_trainer_predict_sees_every_image_once_in_order(five):
-    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    batches = trainer.predict(_Echo(), datamodule=ImageDataModule(five, batch_size=2))
-    images, labels, indices = (torch.cat(parts) for parts in zip(*batches, strict=True))
-    assert [len(batch[0]) for batch in batches] == [2, 2, 1]
-    assert torch.equal(images, five.images)
-    assert torch.equal(labels, five.labels)
-    assert torch.equal(indices, five.indices)
-
-
-@pytest.mark.parametrize("options", [{"batch_size": 0}, {"num_workers": -1}])
-def test_data_module_refuses(five, options):
-    with pytest.raises(ValueError, match=f"`{next(iter(options))}`"):
-        ImageDataModule(five, **options)

@@ -81,7 +81,7 @@ def test_samples_of_the_target_are_averaged_and_pushed_if_they_must_be(levels, t
     made = average_target_samples(
         samples, victim(samples).argmax(1), grey(0.2)[0], target=target, classify=victim, betas=[0.1, 0.2, 0.3, 0.4]
     )
-    assert (made.target, made.used, made.beta) == (target, used, beta)
+    assert (made.used, made.beta) == (used, beta)
     assert torch.allclose(made.image, grey(level)[0])
 
 

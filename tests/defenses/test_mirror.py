@@ -70,12 +70,11 @@ def test_the_image_is_what_its_trace_says(images, victim):
         assert torch.allclose(result.reconstructions[i].double(), tried[chosen[0] if chosen else 0], atol=1e-6)
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_an_image_does_not_depend_on_its_neighbours_or_on_the_callers_mode(images, victim, mode):
+def test_an_image_does_not_depend_on_its_neighbours_or_on_the_callers_mode(images, victim):
     defense = guard(victim, stack_size=2)
     alone = torch.cat([defense.purify(images[i : i + 1], indices=torch.tensor([i])) for i in range(3)])
     state = torch.get_rng_state()
-    with mode():
+    with torch.inference_mode():
         together = defense.purify(images[:3])
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.allclose(together, alone, atol=1e-5)
@@ -122,14 +121,14 @@ def test_the_constructor_takes_no_network(victim):
 
 @pytest.mark.parametrize("mirror", [True, False])
 def test_traces_say_why_and_give_the_image_again(images, victim, tmp_path, mirror):
-    options = {"T": 24, "t0": 6, "every": 6, "engine": "torch", "stack_size": 2, "mirror": mirror}
+    options = {"T": 8, "t0": 2, "every": 2, "engine": "torch", "stack_size": 2, "mirror": mirror}
     defense, order = guard(victim, networks=("narrow", "wide"), **options), [4, 0, 7]
     result = defense.defend(images[:3], indices=order)
     assert torch.equal(result.reconstructions, defense.purify(images[:3], indices=torch.tensor(order)))
     decide = Decider(victim)
     for i, trace in enumerate(result.traces):
         assert trace.index == order[i]
-        assert trace.steps.tolist() == [11, 17, 23, 35, 41, 47]
+        assert trace.steps.tolist() == [3, 5, 7, 11, 13, 15]
         loaded = DecisionTrace.load(trace.save(tmp_path / f"{i}.safetensors"))
         assert loaded.equals(trace)
         assert torch.equal(defense.rebuild(loaded).image.to(images), result.reconstructions[i])

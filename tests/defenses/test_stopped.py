@@ -27,7 +27,7 @@ from dipguard.fit import FitOptions, fit_rule
 from dipguard.networks import build
 from dipguard.victims import build_victim
 
-T = 20
+T = 10
 SMALL = {"network": "small", "engine": "torch"}
 DEFENSES: dict[str, tuple[type[StoppedDIP], dict[str, Any]]] = {
     "dip_fixed": (FixedStepDIP, {"step": 9, **SMALL}),
@@ -78,14 +78,13 @@ def test_images_come_back_chosen_and_in_their_dtype(images: Tensor, victim: nn.M
 @EVERY
 def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(images: Tensor, victim: nn.Module, name: str) -> None:
     defense = build_stopped(name, victim, exact=True)
-    order = torch.tensor([5, 0, 9])
-    whole = defense.purify(images[:3], indices=order)
-    parts = build_stopped(name, victim, exact=True, stack_size=2).purify(images[:3], indices=order)
+    order = torch.tensor([5, 0])
+    whole = defense.purify(images[:2], indices=order)
+    parts = build_stopped(name, victim, exact=True, stack_size=1).purify(images[:2], indices=order)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
-    assert torch.equal(defense.purify(images[:3], indices=order), whole)
     for other in (
-        defense.purify(images[:3]),
-        build_stopped(name, victim, exact=True, seed=1).purify(images[:3], indices=order),
+        defense.purify(images[:1]),
+        build_stopped(name, victim, exact=True, seed=1).purify(images[:1], indices=order[:1]),
     ):
         assert not torch.equal(other[0], whole[0])
 
@@ -117,8 +116,9 @@ def test_settings_are_json_and_hold_each_option(victim: nn.Module, name: str) ->
     assert build_stopped(name, victim, stack_size=7).settings == defense.settings
 
 
-@EVERY
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("name", "around"), [*((name, torch.inference_mode) for name in DEFENSES), ("dip_fixed", torch.no_grad)]
+)
 def test_the_caller_finds_all_as_it_was(images: Tensor, victim: nn.Module, name: str, around: Any) -> None:
     expected = build_stopped(name, victim).purify(images[:1])
     modes = [part.training for part in victim.modules()]
@@ -180,7 +180,7 @@ def test_dipdefend_fits_z_and_its_imagenet_network_runs(images: Tensor, victim: 
     larger = F.interpolate(images[:1], size=(40, 50))
     defense = DIPDefend(victim, preset="imagenet", T=3, progress=False)
     assert defense.purify(larger).shape == (1, 3, 40, 50)
-    options = {"T": 12, "smoothing": 1.0, "progress": False}
+    options = {"T": 6, "smoothing": 1.0, "progress": False}
     both, network = (DIPDefend(victim, optimise_z=z, **options).purify(images[:1]) for z in (True, False))
     assert not torch.equal(both, network)
 

@@ -7,10 +7,8 @@ import time
 import pytest
 import torch
 
-from dipguard.engines import jitter_feed
 from dipguard.engines.jitter_feed import JitterFeed
-from dipguard.fit import noise
-from dipguard.fit.noise import Jitter
+from dipguard.seeding import BLOCK, Jitter
 
 SHAPE = (4, 5, 6)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
@@ -23,9 +21,9 @@ def test_the_numbers_are_those_of_the_fit(waits: float, dtype: torch.dtype, devi
     options = {"indices": [5, 2, 9], "seed": 3, "std": 0.1}
     z = torch.rand(3, *SHAPE, dtype=dtype, device=device)
     theirs, ours = Jitter(SHAPE, **options), JitterFeed(SHAPE, device=torch.device(device), **options)
-    for t in range(5 * noise.BLOCK + 3):
+    for t in range(5 * BLOCK + 3):
         # With a wait the next block has long been drawn and is copied early; without, the threads are behind.
-        time.sleep(waits if t % noise.BLOCK == 2 else 0)
+        time.sleep(waits if t % BLOCK == 2 else 0)
         right = theirs.next(z)
         seen = ours.next(z)
         assert seen.dtype == dtype
@@ -37,7 +35,7 @@ def test_a_stack_of_one_gets_its_own_stream() -> None:
     z = torch.zeros(3, *SHAPE)
     together = JitterFeed(SHAPE, indices=[0, 1, 2], seed=0, std=1.0, device=z.device)
     alone = JitterFeed(SHAPE, indices=[1], seed=0, std=1.0, device=z.device)
-    for _ in range(noise.BLOCK + 1):
+    for _ in range(BLOCK + 1):
         assert torch.equal(together.next(z)[1:2], alone.next(z[:1]))
 
 
@@ -45,12 +43,8 @@ def test_it_works_when_made_under_inference_mode_and_used_outside() -> None:
     with torch.inference_mode():
         feed = JitterFeed(SHAPE, indices=[0], seed=0, std=1.0, device=torch.device("cpu"))
     z = torch.zeros(1, *SHAPE, requires_grad=True)
-    for _ in range(2 * noise.BLOCK + 1):
+    for _ in range(2 * BLOCK + 1):
         assert feed.next(z).requires_grad
-
-
-def test_both_draw_blocks_of_one_length() -> None:
-    assert jitter_feed.BLOCK == noise.BLOCK
 
 
 def test_a_negative_deviation_is_refused() -> None:

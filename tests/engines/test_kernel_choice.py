@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from dipguard.engines import precision
 from dipguard.engines.kernel_choice import (
     CONVOLUTIONS,
     NORMALISATIONS,
@@ -21,7 +22,6 @@ from dipguard.engines.kernel_choice import (
     layer_shapes,
     measure,
 )
-from dipguard.engines.precision import precision
 from dipguard.networks import build
 from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu
 
@@ -92,7 +92,7 @@ def test_a_network_does_not_see_its_neighbours(name: str) -> None:
         assert float(rest.abs().max()) == 0
 
 
-@pytest.mark.parametrize("network", ["small", "medium", "large"])
+@pytest.mark.parametrize("network", ["small", "large"])
 @pytest.mark.parametrize("name", [name for name in ON_CPU if name != "grouped"])
 def test_a_whole_network_gives_the_same_with_every_convolution(network: str, name: str) -> None:
     net = build(network, stack_size=2, dtype=torch.float64)
@@ -121,7 +121,7 @@ def test_triton_is_offered_on_cuda_alone() -> None:
     assert set(available(CONVOLUTIONS, torch.device("cuda"))) <= set(CONVOLUTIONS) == {"grouped", "matmul", "triton"}
 
 
-@pytest.mark.parametrize(("network", "side"), [("small", 17), ("medium", 32), ("large", 32), ("imagenet", 64)])
+@pytest.mark.parametrize(("network", "side"), [("small", 17), ("large", 32)])
 def test_layer_shapes_account_for_every_flop(network: str, side: int) -> None:
     net = build(network, stack_size=2)
     shapes = {n: s for n, s in layer_shapes(net, size=(side, side + 1)).items() if isinstance(s, ConvShape)}

@@ -27,7 +27,7 @@ NETWORKS: dict[str, tuple[str | NetworkSpec, tuple[int, int]]] = {
     "medium, odd sides": ("medium", (21, 35)),
     "large": ("large", (32, 32)),
     "large, deepest borders repeated": ("large", (20, 40)),
-    "imagenet": ("imagenet", (40, 50)),
+    "imagenet": ("imagenet", (33, 36)),
     "uneven": (UNEVEN, (17, 12)),
     "one scale": (SINGLE, (9, 16)),
 }
@@ -90,8 +90,7 @@ def test_reconstruction_loss_and_gradients_are_those_of_torch(row: str, padding:
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10 * largest, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("padding", ["zeros", "reflect"])
-@pytest.mark.parametrize("row", ["small", "medium", "uneven"])
+@pytest.mark.parametrize(("row", "padding"), [("small", "zeros"), ("uneven", "zeros"), ("medium", "reflect")])
 def test_a_fit_stays_with_torch(row: str, padding: str) -> None:
     network, size = NETWORKS[row]
     pair = [engine_on(network, name, size, stack=2, padding=padding) for name in ("torch", "native")]
@@ -181,11 +180,11 @@ def test_what_native_cannot_run_is_named_and_auto_goes_without() -> None:
     assert make_engine("auto", net, given, steps=1000).name == "torch"
     nearest = build(dataclasses.replace(PRESETS["small"], upsample="nearest"), stack_size=1)
     with pytest.raises(UnsupportedError, match="upsampling is bilinear, got 'nearest'"):
-        NativeEngine.check(nearest, given)
+        NativeEngine(nearest, given)
     assert make_engine("auto", nearest, given, steps=1000).name == "torch"
     half = build("small", stack_size=1).to(torch.float16)
     with pytest.raises(UnsupportedError, match=r"it needs float32 or float64 on a CPU, got torch.float16"):
-        NativeEngine.check(half, given.half())
+        NativeEngine(half, given.half())
     with pytest.raises(ValueError, match=r"`engine` must be one of auto, torch, native.*, got 'cuda'"):
         make_engine("cuda", net, given, steps=1)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from dipguard.engines.precision import precision
+from dipguard.engines import precision
 
 CPU = torch.device("cpu")
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn

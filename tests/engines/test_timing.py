@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-from dipguard.engines.timing import median_seconds
+from dipguard.engines.kernel_choice import median_seconds
 
 
 @pytest.mark.parametrize("runs", [1, 5])

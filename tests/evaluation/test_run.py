@@ -11,11 +11,14 @@ from pytorch_lightning.loggers import Logger
 
 from dipguard.defenses import build_defense
 from dipguard.evaluation import prepare, run, runner
-from tests.tiny_run import TINY, typed_config
+from tests import tiny_run
+from tests.tiny_run import typed_config
+
+TINY = (*tiny_run.TINY, "defense.network=small")
 
 
 def test_the_result_is_what_the_defence_gives_by_itself(tmp_path: Path) -> None:
-    config = typed_config(*TINY, "defense.dtype=float64")
+    config = typed_config(*TINY, "defense.dtype=float64", "data.limit=3")
     matrix = prepare(config, tmp_path)
     assert run(matrix) == []
     (result,) = matrix.results["pgd", "paper"]
@@ -33,7 +36,7 @@ def test_the_result_is_what_the_defence_gives_by_itself(tmp_path: Path) -> None:
 
 def test_the_callers_random_numbers_are_left_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    run(prepare(typed_config(*TINY, "data.limit=1"), tmp_path))
+    run(prepare(typed_config(*TINY, "data.limit=1", "defense.T=10", "defense.decisions=5"), tmp_path))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -72,6 +75,6 @@ def test_the_bar_reaches_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             bars.append(self)
 
     monkeypatch.setattr(runner, "tqdm", Bar)
-    run(prepare(typed_config(*TINY), tmp_path))
+    run(prepare(typed_config(*TINY, "data.limit=3", "defense.T=20", "defense.decisions=10"), tmp_path))
     (bar,) = bars
-    assert bar.n == bar.total == 4 * (2 * runner.IMAGE + 40)
+    assert bar.n == bar.total == 3 * (2 * runner.IMAGE + 20)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dipguard.classifier import ask_together, steps_together
 from dipguard.fit import Decider
-from dipguard.fit.decider import ask_together, steps_together
 
 
 class Viewer(nn.Module):

@@ -12,14 +12,15 @@ import pytest
 import torch
 
 from dipguard.fit import DecideOptions, FitOptions
-from dipguard.fit.memory import available_memory, cgroup_memory, free_memory, kept_memory, memory_need
+from dipguard.fit.memory import available_memory, cgroup_memory, free_memory, memory_need
+from dipguard.fit.runner import kept_memory
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="the free memory is not known")
 COUNT = """
 import json, resource, torch
-from dipguard.fit.memory import kept_memory
+from dipguard.fit.runner import kept_memory
 
 def page_faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

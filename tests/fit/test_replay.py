@@ -21,7 +21,7 @@ from dipguard.fit import (
 from dipguard.victims import build_victim
 
 CPU = torch.device("cpu")
-FIT = FitOptions()
+FIT = FitOptions(network="small")
 DECIDE = DecideOptions(T=40, decisions=20, keep_samples=True)
 STITCH = StitchOptions(tau=0.1, t0=2, K=15, beta=0.5)
 

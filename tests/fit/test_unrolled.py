@@ -27,7 +27,7 @@ def ordinary(images, *, T, fit, indices, steps=None):
 @FITS
 def test_its_values_are_the_ordinary_fits(images, fit):
     given, indices = images[:3].double(), [7, 0, 2**35]
-    for T in (1, 2, 10):
+    for T in (1, 2, 6):
         mine = unrolled_fit(given.clone().requires_grad_(), T=T, fit=fit, indices=indices)
         assert torch.allclose(mine, ordinary(given, T=T, fit=fit, indices=indices)[0], atol=1e-9)
 

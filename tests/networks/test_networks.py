@@ -28,14 +28,11 @@ def test_parameter_counts_of_appendix_b(preset: str, count: int) -> None:
 @pytest.mark.parametrize(
     ("network", "side"),
     [
-        ("small", 32),
-        ("medium", 32),
-        ("medium", 27),
+        ("small", 16),
+        ("medium", 19),
         ("large", 32),
-        ("large", 64),
-        ("imagenet", 64),
-        (ODD, 21),
-        (NEAREST, 21),
+        (ODD, 13),
+        (NEAREST, 13),
     ],
 )
 def test_a_stack_is_its_networks_one_by_one(
@@ -85,8 +82,7 @@ def test_initial_weights_have_the_moments_of_their_recipe(init: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", range(1, 8))
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("side", [7, 8])
+@pytest.mark.parametrize(("stride", "side"), [(1, 7), (2, 7), (2, 8)])
 def test_every_kernel_keeps_or_halves_the_size(kernel: int, stride: int, side: int) -> None:
     assert sum(same_padding(kernel)) == kernel - 1
     layer = StackedConv2d(2, 3, 4, kernel=kernel, stride=stride)

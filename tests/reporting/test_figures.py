@@ -12,8 +12,7 @@ from dipguard.decision import DecisionTrace, Reconstruction, stitch
 from dipguard.evaluation import Matrix
 from dipguard.reporting.canvas import DPI, Picture, class_name, save_figure, short
 from dipguard.reporting.image_figures import FACTORS, amplification, draw_panel
-from dipguard.reporting.mirror_figure import draw_mirror_trace
-from dipguard.reporting.trace_figure import GIVEN, TRUE, class_colours, draw_trace
+from dipguard.reporting.trace_figure import GIVEN, TRUE, class_colours, draw_mirror_trace, draw_trace
 
 
 def traces_of(matrix: Matrix) -> list[DecisionTrace]:

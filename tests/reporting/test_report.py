@@ -30,7 +30,7 @@ def test_train_report_holds_the_result(matrix: Matrix) -> None:
     assert json.loads((matrix.folder / "metrics.json").read_text()) == metrics
     assert metrics["n"] == 3
     assert metrics["accuracy"] == {
-        "clean": float((matrix.decisions_clean == labels).double().mean()),
+        "clean": float((cell.target.decisions_clean == labels).double().mean()),
         "undefended": float((result.decisions_given == labels).double().mean()),
         "defended": float((result.decisions == labels).double().mean()),
     }

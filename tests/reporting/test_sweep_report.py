@@ -175,6 +175,12 @@ def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
     assert states["200-small"] == ("done", "")
 
 
+def test_what_the_store_saved_is_told(folder: Path) -> None:
+    (folder / "beta" / "store.json").write_text(json.dumps({"fitted": 3, "replayed": 5, "decided": 2, "attacked": 9}))
+    write_sweep_report(folder)
+    assert "Fits, in images: 3 made, 7 taken from the store." in (folder / "report.md").read_text()
+
+
 def test_jobs_of_an_earlier_grid_are_left_out_unless_asked_for(folder: Path) -> None:
     plan = json.loads((folder / "sweep.json").read_text())
     write_plan(folder, {entry["folder"]: entry["overrides"] for entry in plan["jobs"][:2]})

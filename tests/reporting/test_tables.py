@@ -11,7 +11,7 @@ import pytest
 
 from dipguard.reporting import tables
 from dipguard.reporting.results import read_results
-from dipguard.reporting.tables import escape_latex, tables_text, write_csv
+from dipguard.reporting.tables import escape_latex, tables_text
 from tests.reporting.stored_run import PAPER_ATTACKS, cell, write_results
 
 ROWS = {"none": "none", "jpeg": "jpeg", "dipdefend": "dipdefend", "paper": "paper", "best": "mirror"}
@@ -326,14 +326,3 @@ def test_two_victims_are_two_latex_tables_of_different_names(tmp_path: Path) -> 
     write_tables(tmp_path)
     tex = (tmp_path / "table1.tex").read_text()
     assert re.findall(r"\\label\{(.*)\}", tex) == ["tab:dipguard-accuracy", "tab:dipguard-accuracy-2"]
-
-
-def test_names_with_commas_survive(tmp_path: Path) -> None:
-    path = write_csv(tmp_path / "a.csv", [{"name": 'tench, "Tinca tinca"', "n": 1}])
-    with path.open(newline="") as file:
-        assert list(csv.DictReader(file)) == [{"name": 'tench, "Tinca tinca"', "n": "1"}]
-
-
-def test_no_rows_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`rows` must hold at least one row"):
-        write_csv(tmp_path / "a.csv", [])

@@ -13,6 +13,7 @@ import pytest
 
 from dipguard.store import Store, list_entries, prune, store_size, verify
 from dipguard.store.__main__ import bytes_of, main, size_text
+from dipguard.store.keys import versions
 
 DAY = 24 * 3600
 
@@ -37,7 +38,7 @@ def test_list_and_size(store: Store):
     assert [(info.layer, info.key) for info in entries] == [
         ("attacks", "dd4"), ("cells", "cc3"), ("fits", "aa1"), ("traces", "bb2"),
     ]  # fmt: skip
-    assert all(info.is_current and not info.damaged for info in entries)
+    assert all(info.header["versions"] == versions() for info in entries)
     assert entries[1].header["index"] == 2
     sizes = store_size(store.path)
     assert sizes["fits"] == (1, entries[2].bytes)

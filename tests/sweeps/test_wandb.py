@@ -76,7 +76,7 @@ def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(wandb_run, "INIT_SECONDS", 3.0)
+    monkeypatch.setitem(wandb_run.SETTINGS, "init_timeout", 3.0)
     start = time.monotonic()
     tiny_evaluation(tmp_path, *ONE_DEFENSE, "data.limit=2", "figures=0", "logger=wandb")
     assert time.monotonic() - start < 120

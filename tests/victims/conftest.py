@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -19,3 +21,12 @@ def digits_cnn() -> nn.Module:
 @pytest.fixture
 def images() -> Tensor:
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
+
+
+@pytest.fixture(scope="session")
+def photographs(real_data: Path) -> ImageSet:
+    """Thirty photographs of the NeurIPS 2017 set."""
+    root = real_data / "nips2017"
+    columns = {"image_column": "ImageId", "label_column": "TrueLabel", "label_base": 1}
+    labels = root / "images.csv"
+    return load_data("image_folder", path=root / "images", labels_csv=labels, limit=30, size=224, **columns)

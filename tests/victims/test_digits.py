@@ -24,10 +24,9 @@ def test_it_is_sturdy_against_noise_that_is_no_attack(digits_cnn, digits):
     assert _right(digits_cnn, (digits.images + noise).clamp(0, 1), digits.labels) >= 0.93
 
 
-@pytest.mark.parametrize("eps_255", [8, 16])
-def test_pgd_leaves_under_ten_percent_right(digits_cnn, digits, eps_255):
+def test_pgd_leaves_under_ten_percent_right(digits_cnn, digits):
     part = digits.select(0, 200)
-    attacked = build_attack("pgd", digits_cnn, eps_255=eps_255)(part.images, part.labels)
+    attacked = build_attack("pgd", digits_cnn, eps_255=8)(part.images, part.labels)
     assert _right(digits_cnn, attacked, part.labels) < 0.10
 
 
@@ -68,6 +67,7 @@ def test_a_damaged_cache_is_trained_again_alike_with_a_warning(digits_cnn, tmp_p
 def test_a_cache_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys):
     (tmp_path / "file").write_text("no folder")
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "file"))
+    monkeypatch.setattr("dipguard.victims.digits._EPOCHS", 1)
     with pytest.warns(UserWarning, match="could not be kept.*DIPGUARD_CACHE"):
         build_victim("digits_cnn", progress=True)
     assert "training digits_cnn" in capsys.readouterr().err

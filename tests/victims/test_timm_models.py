@@ -1,7 +1,6 @@
 import pytest
 import torch
 
-from dipguard.data import load_data
 from dipguard.victims import build_victim
 
 timm = pytest.importorskip("timm", reason="the victim timm needs the extra timm")
@@ -13,18 +12,7 @@ def _saved(tmp_path, arch, **options):
     return network, tmp_path / "own.pt"
 
 
-def test_real_mobilenet_reads_real_photographs(real_data):
-    root = real_data / "nips2017"
-    data = load_data(
-        "image_folder",
-        path=root / "images",
-        labels_csv=root / "images.csv",
-        image_column="ImageId",
-        label_column="TrueLabel",
-        label_base=1,
-        limit=30,
-        size=224,
-    )
+def test_real_mobilenet_reads_real_photographs(real_data, photographs):
     victim = build_victim(
         "timm",
         arch="mobilenetv2_100",
@@ -34,12 +22,12 @@ def test_real_mobilenet_reads_real_photographs(real_data):
         std=(128 / 255,) * 3,
     )
     with torch.no_grad():
-        decisions = victim(data.images).argmax(1)
-    right = int((decisions == data.labels).sum())
+        decisions = victim(photographs.images).argmax(1)
+    right = int((decisions == photographs.labels).sum())
     assert 22 <= right <= 29  # 84.3 % on all 1,000 pictures of the set: two standard deviations for 30
     assert victim.size == (224, 224)
     assert len(victim.classes) == 1000
-    assert victim.classes[int(data.labels[0])] == "dung beetle"
+    assert victim.classes[int(photographs.labels[0])] == "dung beetle"
 
 
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "test_vit.r160_in1k", "test_efficientnet"])

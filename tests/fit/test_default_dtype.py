@@ -1,0 +1,69 @@
+"""Under another default dtype the same seed gives the same numbers: every draw and every buffer names its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dipguard.decision.stopping import WindowedVariance
+from dipguard.engines.jitter_feed import JitterFeed
+from dipguard.engines.native_build import compiler
+from dipguard.fit import (
+    DecideOptions,
+    FitOptions,
+    StackedDIP,
+    StitchOptions,
+    WindowLogger,
+    fit_rule,
+    fit_stack,
+    isolated_trainer,
+    make_trainer,
+    unrolled_fit,
+)
+
+CPU = torch.device("cpu")
+ENGINES = ["torch", pytest.param("native", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
+
+
+def in_both(work: Callable[[], list[Tensor]]) -> None:
+    usual = work()
+    torch.set_default_dtype(torch.float64)  # put back after each test
+    for mine, other in zip(usual, work(), strict=True):
+        assert mine.dtype == other.dtype
+        assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("z", ["uniform", "gaussian"])
+def test_a_fit_and_what_the_callbacks_make_of_it(images: Tensor, undecided: nn.Module, engine: str, z: str) -> None:
+    fit = FitOptions(network="small", engine=engine, jitter=0.05, z=z, optimise_z=z == "gaussian")
+
+    def work() -> list[Tensor]:
+        stitch, decide = StitchOptions(tau=0.0, t0=0, K=3, beta=0.5), DecideOptions(T=12, decisions=12)
+        done = fit_stack(images[:1], victim=undecided, indices=[3], fit=fit, decide=decide, stitch=stitch, device=CPU)
+        log = WindowLogger(undecided, warm_up=2, every=2, windows=2)
+        with isolated_trainer(CPU):
+            make_trainer(6, device=CPU, callbacks=[log]).fit(StackedDIP(images[:1], options=fit))
+        rule = WindowedVariance(window=3, patience=3)
+        stopped = fit_rule(images[:1], rule=rule, T=8, indices=[0], fit=fit, device=CPU)
+        seen = [log.samples, log.logits, log.mirrored_logits, log.errors, *stopped]
+        return [*done.traces[0].tensors().values(), done.reconstructions[0].image, *seen]
+
+    in_both(work)
+
+
+def test_a_differentiable_fit(images: Tensor) -> None:
+    in_both(lambda: [unrolled_fit(images[:1], T=3, fit=FitOptions(network="small", jitter=0.05))])
+
+
+def test_the_jitter_of_a_gpu() -> None:
+    def work() -> list[Tensor]:
+        feed = JitterFeed((2, 4, 4), indices=[1, 2], seed=0, std=0.5, device=CPU)
+        seen = [feed.next(torch.zeros(2, 2, 4, 4, dtype=torch.float32)) for _ in range(10)]
+        feed.close()
+        return seen
+
+    in_both(work)
