@@ -3,23 +3,20 @@
 from dipguard.store.entry import DamagedEntryError, Entry
 from dipguard.store.folder import LAYERS, Store, open_store
 from dipguard.store.keys import StackKeys, digest_of, numerics, victim_digest
-from dipguard.store.manage import EntryInfo, list_entries, prune, store_size, verify
+from dipguard.store.manage import prune, store_size
 from dipguard.store.stack import stored_stack
 
 __all__ = [
     "LAYERS",
     "DamagedEntryError",
     "Entry",
-    "EntryInfo",
     "StackKeys",
     "Store",
     "digest_of",
-    "list_entries",
     "numerics",
     "open_store",
     "prune",
     "store_size",
     "stored_stack",
-    "verify",
     "victim_digest",
 ]

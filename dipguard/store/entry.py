@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,18 +69,6 @@ def read_entry(path: Path) -> Entry:
     with np.load(io.BytesIO(content), allow_pickle=False) as saved:
         arrays = {name: saved[name] for name in saved.files}
     return Entry(arrays, _header(arrays.pop(HEADER), path))
-
-
-def read_header(path: Path) -> dict[str, Any]:
-    """Read an entry's header alone, without verifying the checksum. Errors are those of :func:`read_entry`."""
-    try:
-        with np.load(path, allow_pickle=False) as saved:
-            return _header(saved[HEADER], path)
-    except FileNotFoundError:
-        raise
-    # The errors of a damaged archive have no common base: bad offsets, flags and lengths, a bad array header.
-    except (OSError, EOFError, KeyError, ValueError, RuntimeError, MemoryError, SyntaxError, zipfile.BadZipFile) as e:
-        raise DamagedEntryError(f"{path} is damaged: {e}") from e
 
 
 def _header(text: Any, path: Path) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class Store:
             return None
         with suppress(OSError):  # a store that this user may only read
             if time.time() - path.stat().st_mtime > TOUCH:
-                os.utime(path)  # prune counts an entry's age from its last use
+                os.utime(path)  # an entry's age counts from its last use
         return entry
 
     def _forget(self, key: str) -> Entry | None:

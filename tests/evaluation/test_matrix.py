@@ -18,7 +18,7 @@ from dipguard.defenses import Defense
 from dipguard.evaluation import Matrix, prepare, run, write_results
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.runner import _share_out
-from dipguard.store import list_entries
+from tests.store.parts import list_entries
 from tests.tiny_matrix import TINY, tiny_matrix, typed_matrix
 
 STATIC = ("clean", "fgsm_8", "pgd_8")

@@ -15,8 +15,8 @@ from dipguard.evaluation import Matrix, prepare, run, write_results
 from dipguard.evaluation.cell import fitting_options
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.results import suite_results, worst_case
-from dipguard.store import list_entries
 from dipguard.victims import build_victim
+from tests.store.parts import list_entries
 from tests.tiny_matrix import typed_matrix
 from tests.tiny_suite import run_tiny_suite, suite_overrides, tiny_suite
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard import DIPGuard
-from dipguard.store import Store
+from dipguard.store import LAYERS, Store
+from dipguard.store.entry import read_entry
 
 FIT: dict[str, Any] = {
     "network": "small", "engine": "native", "jitter": 0.1, "padding": "reflect", "stack_size": 4, "progress": False
@@ -40,3 +42,15 @@ def random_victim(seed: int = 1) -> nn.Module:
 def guard(store: Path | Store | None = None, *, victim: nn.Module | None = None, **options: Any) -> DIPGuard:
     """A defence with the short fit."""
     return DIPGuard(random_victim() if victim is None else victim, store=store, **{**SHORT, **options})
+
+
+class Listed(NamedTuple):
+    path: Path
+    key: str
+    header: dict[str, Any]
+
+
+def list_entries(folder: Path, *, layers: Sequence[str] = LAYERS) -> list[Listed]:
+    """All entries of a store; reading one verifies its checksum."""
+    paths = [path for layer in layers for path in sorted(folder.glob(f"{layer}/??/*.npz"))]
+    return [Listed(path, path.stem, read_entry(path).header) for path in paths]

@@ -15,8 +15,8 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from dipguard.defenses import DefenseResult
-from dipguard.store import Store, list_entries, open_store, store_size
-from tests.store.parts import guard, random_victim, smooth_images
+from dipguard.store import Store, open_store, store_size
+from tests.store.parts import guard, list_entries, random_victim, smooth_images
 
 
 @pytest.fixture
