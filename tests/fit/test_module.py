@@ -52,21 +52,30 @@ def fit(images: Tensor, indices: list[int], steps: int, **options: Any) -> tuple
 
 
 @pytest.mark.parametrize("engine", WORKING)
-@pytest.mark.parametrize(("padding", "jitter"), [("zeros", 0.0), ("reflect", 0.0), ("reflect", 1 / 30)])
-@pytest.mark.parametrize("network", ["small", "medium", "large"])
-def test_a_stack_equals_the_plain_loop_for_20_steps(
-    images: Tensor, network: str, padding: str, jitter: float, engine: str
+@pytest.mark.parametrize(
+    ("network", "padding", "jitter", "steps"),
+    [
+        ("small", "reflect", 1 / 30, 20),
+        ("medium", "zeros", 0.0, 20),
+        ("medium", "reflect", 0.0, 20),
+        ("medium", "reflect", 1 / 30, 20),
+        ("large", "zeros", 0.0, 6),
+        ("large", "reflect", 1 / 30, 6),
+    ],
+)
+def test_a_stack_equals_the_plain_loop(
+    images: Tensor, network: str, padding: str, jitter: float, steps: int, engine: str
 ) -> None:
     indices = [5, 2]
     options = {"network": network, "padding": padding, "seed": 3, "engine": engine}
-    seen, _ = fit(images[:2], indices, 20, jitter=jitter, **options)
+    seen, _ = fit(images[:2], indices, steps, jitter=jitter, **options)
     fresh = StackedDIP(images[:2], indices=indices, options=FitOptions(dtype="float64", **options))
     for b, index in enumerate(indices):
         plain = PlainSkipNet(fresh.net.spec, padding=padding).double()
         plain.copy_from(fresh.net, b)
         stream = image_generator(seed=3, index=index, purpose="jitter")
-        noise = [torch.empty(1, 4, 32, 32).normal_(generator=stream).double() * jitter for _ in range(20)]
-        trace = plain_fit(plain, images[b : b + 1].double(), fresh.z[b : b + 1], steps=20, noise=noise)
+        noise = [torch.empty(1, 4, 32, 32).normal_(generator=stream).double() * jitter for _ in range(steps)]
+        trace = plain_fit(plain, images[b : b + 1].double(), fresh.z[b : b + 1], steps=steps, noise=noise)
         # A stack rounds its sums in another order than torch.nn's layers do, and Adam amplifies that; with reflected
         # borders, where more gradients are zero but for rounding, by more.
         tolerance = 1e-10 if padding == "zeros" else 1e-6
@@ -76,13 +85,16 @@ def test_a_stack_equals_the_plain_loop_for_20_steps(
 
 
 @pytest.mark.parametrize("engine", WORKING)
-@pytest.mark.parametrize("network", ["medium", UNSKIPPED, NEAREST], ids=["medium", "no skips", "nearest"])
-@pytest.mark.parametrize(("padding", "jitter"), [("zeros", 0.0), ("zeros", 1 / 30), ("reflect", 1 / 30)])
+@pytest.mark.parametrize(
+    ("network", "padding", "jitter"),
+    [("medium", "zeros", 0.0), ("medium", "reflect", 1 / 30), (UNSKIPPED, "zeros", 1 / 30), (NEAREST, "reflect", 0.0)],
+    ids=["medium", "jitter", "no skips", "nearest"],
+)
 def test_a_stack_that_fits_z_too_equals_the_plain_loop(
     images: Tensor, network: str | NetworkSpec, engine: str, padding: str, jitter: float
 ) -> None:
-    if network == NEAREST:
-        engine = "auto"  # torch is then the only one
+    if network == NEAREST and engine == "native":
+        pytest.skip("torch's engine is the only one for it")
     options = {"network": network, "padding": padding, "engine": engine, "optimise_z": True, "jitter": jitter}
     seen, module = fit(images[:2], [5, 2], 15, **options)
     fresh = StackedDIP(images[:2], indices=[5, 2], options=FitOptions(dtype="float64", **options))
@@ -111,15 +123,14 @@ def test_a_stack_that_fits_z_too_equals_the_plain_loop(
         {"padding": "zeros", "jitter": 0.0},
         {"network": "small"},
         {"network": "large"},
-        {"network": "large", "padding": "zeros"},
         {"engine": "native"},
         {"engine": "native", "optimise_z": True},
     ],
 )
 def test_an_image_does_not_depend_on_its_neighbours(images: Tensor, options: dict) -> None:
-    together, _ = fit(images[:4], [0, 1, 2, 3], 20, **options)
-    alone, _ = fit(images[2:3], [2], 20, **options)
-    others, _ = fit(images[[6, 2]], [40, 2], 20, **options)
+    together, _ = fit(images[:4], [0, 1, 2, 3], 10, **options)
+    alone, _ = fit(images[2:3], [2], 10, **options)
+    others, _ = fit(images[[6, 2]], [40, 2], 10, **options)
     torch.testing.assert_close(together[:, 2], alone[:, 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(others[:, 1], alone[:, 0], rtol=0, atol=1e-10)
 

@@ -317,7 +317,7 @@ def test_further_arguments_of_our_own_trainer(images: Tensor, tmp_path: Path) ->
 
 def test_the_example_runs_and_both_losses_do_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "own_trainer.py"))
-    found = example["main"](["--steps", "60", "--images", "2", "--folder", str(tmp_path)])
+    found = example["main"](["--steps", "40", "--images", "1", "--folder", str(tmp_path)])
     assert found["SmoothDIP"]["roughness"] < found["StackedDIP"]["roughness"]
     assert all(0 < kind["fit/mse"] < 0.2 for kind in found.values())
     assert capsys.readouterr().out.count("accuracy") == 2

@@ -137,6 +137,7 @@ def test_a_failing_job_stops_no_other_and_is_tried_again(tmp_path: Path) -> None
     assert done_times(folder) == before
 
 
+@pytest.mark.slow
 def test_jobs_over_groups_and_lists_of_settings(tmp_path: Path) -> None:
     folder = tmp_path / "sweep"
     fast = [override for override in FAST if override != "defense=jpeg"]
@@ -174,6 +175,7 @@ def test_train_sweeps_end_with_the_same_summary(tmp_path: Path) -> None:
     assert {row["attack"] for row in lines(folder)} == {"pgd"}
 
 
+@pytest.mark.slow
 def test_jobs_of_an_earlier_grid_are_left_out_unless_asked_for(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
     run_sweep(folder, *FAST, GRID[0], "attacks.pgd_8.steps=1")

@@ -103,6 +103,7 @@ def test_a_csv_log_holds_the_curves_and_the_result(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_the_file_for_wandb_sweep_makes_commands_that_compose(monkeypatch: pytest.MonkeyPatch) -> None:
     from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
