@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from dipguard.decision.stopping import WindowedVariance
 from dipguard.engines.jitter_feed import JitterFeed
-from dipguard.engines.native_build import compiler
 from dipguard.fit import (
     DecideOptions,
     FitOptions,
@@ -23,9 +22,9 @@ from dipguard.fit import (
     make_trainer,
     unrolled_fit,
 )
+from tests.fit.engines import WORKING
 
 CPU = torch.device("cpu")
-ENGINES = ["torch", pytest.param("native", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
 
 
 def in_both(work: Callable[[], list[Tensor]]) -> None:
@@ -36,7 +35,7 @@ def in_both(work: Callable[[], list[Tensor]]) -> None:
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", WORKING)
 @pytest.mark.parametrize("z", ["uniform", "gaussian"])
 def test_a_fit_and_what_the_callbacks_make_of_it(images: Tensor, undecided: nn.Module, engine: str, z: str) -> None:
     fit = FitOptions(network="small", engine=engine, jitter=0.05, z=z, optimise_z=z == "gaussian")

@@ -11,13 +11,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_loop import PlainSkipNet, plain_fit
-from dipguard.engines.native_build import compiler
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.networks import PRESETS, NetworkSpec
 from dipguard.seeding import image_generator
+from tests.fit.engines import WORKING
 
-WORKING = ["torch", pytest.param("native", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
-"""Engines that a CPU may have."""
 UNSKIPPED = NetworkSpec(
     n_d=(4, 8, 16), n_u=(4, 8, 16), n_s=(0, 0, 0), k_d=(3, 3, 3), k_u=(3, 3, 3), k_s=(1, 1, 1), input_depth=1,
     z_scale=0.1,
@@ -93,8 +91,8 @@ def test_a_stack_equals_the_plain_loop(
 def test_a_stack_that_fits_z_too_equals_the_plain_loop(
     images: Tensor, network: str | NetworkSpec, engine: str, padding: str, jitter: float
 ) -> None:
-    if network == NEAREST and engine == "native":
-        pytest.skip("torch's engine is the only one for it")
+    if network == NEAREST:
+        engine = "auto"  # torch is then the only one
     options = {"network": network, "padding": padding, "engine": engine, "optimise_z": True, "jitter": jitter}
     seen, module = fit(images[:2], [5, 2], 15, **options)
     fresh = StackedDIP(images[:2], indices=[5, 2], options=FitOptions(dtype="float64", **options))

@@ -12,13 +12,12 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule, WindowedVariance
-from dipguard.engines.native_build import compiler
 from dipguard.fit import DecideOptions, FitOptions, StitchOptions, StopRuleCallback, fit_rule, fit_stack
+from tests.fit.engines import WORKING
 
 CPU = torch.device("cpu")
 T = 40
 FIT = FitOptions(network="small", dtype="float64", seed=2, engine="torch")
-WORKING = ["torch", pytest.param("native", marks=pytest.mark.skipif(compiler() is None, reason="no C++ compiler"))]
 
 
 def rules() -> dict[str, StopRule]:
