@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -122,3 +123,26 @@ def check_choice(value: Any, choices: Collection[str], *, name: str) -> str:
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
     return str(value)
+
+
+_worker: int | None = None
+"""The process whose torch threads have worked."""
+
+
+def check_not_forked() -> None:
+    """Raise RuntimeError in a forked process whose parent's torch threads have worked: there torch would hang for ever.
+
+    With a single thread, as in the workers of a ``DataLoader``, it does not hang.
+    """
+    global _worker
+    import torch
+
+    if torch.get_num_threads() == 1:
+        return
+    _worker = _worker or os.getpid()
+    if _worker != os.getpid():
+        raise RuntimeError(
+            "this process was forked from one that has used torch in several threads, and torch would hang here: start "
+            "it with 'spawn' or 'forkserver' (multiprocessing, DataLoader's `multiprocessing_context`), or call "
+            "torch.set_num_threads(1) in it first"
+        )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_int
+from dipguard.checks import check_int, check_not_forked
 
 GOOD_BATCH = 64
 """Above so many images, a larger batch is no faster per image (ResNet-56 on two cores: 12 ms alone, 3.5 ms in 64)."""
@@ -116,7 +116,9 @@ class Decider:
 
         Raises:
             TypeError, ValueError: The victim returns something other than logits [n, C].
+            RuntimeError: A forked process that would hang.
         """
+        check_not_forked()
         with torch.inference_mode(False), torch.no_grad(), eval_mode(self.victim):
             parts = [self._logits(chunk) for chunk in images.detach().split(self.batch)]
         return torch.cat(parts)

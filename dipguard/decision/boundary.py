@@ -15,8 +15,6 @@ T0_UNITS = ("steps", "samples")
 """What t0 counts: optimiser steps (section 3.2, "iteration number") or sampled reconstructions."""
 SCORES = ("logits", "probabilities")
 """The scores f_c that Eq. 5 compares."""
-SEARCHES = ("grid", "bisection")
-"""Where alpha is searched: at every point of the grid, or by bisection for a change of sign."""
 
 
 def crosses(before: Tensor, after: Tensor) -> Tensor:
@@ -29,50 +27,31 @@ def crosses(before: Tensor, after: Tensor) -> Tensor:
     return before != after
 
 
-def check_thresholds(*, tau: float, t0: int, rule: str, t0_unit: str) -> None:
-    """Raise TypeError or ValueError unless the thresholds of Eq. 3 are in range and the choices are known."""
+def check_thresholds(*, tau: float, t0: int, rule: str) -> None:
+    """Raise TypeError or ValueError unless the thresholds of Eq. 3 are in range and the rule is known."""
     check_float(tau, name="tau", low=0.0, high=1.0)
     check_int(t0, name="t0", low=0)
     check_choice(rule, RULES, name="rule")
-    check_choice(t0_unit, T0_UNITS, name="t0_unit")
 
 
-def passes(
-    quality: Tensor,
-    steps: Tensor,
-    *,
-    tau: float,
-    t0: int,
-    rule: str = "at_least",
-    t0_unit: str = "steps",
-    position: Tensor | None = None,
-) -> Tensor:
-    """The other two conditions of Eq. 3: v(t) over tau, and t past the warm-up.
+def passes(quality: Tensor, t: Tensor, *, tau: float, t0: int, rule: str = "at_least") -> Tensor:
+    """The other two conditions of Eq. 3: v(t) over tau, and t past the warm-up; booleans [M].
 
     Args:
         quality: v(t) of the pairs' first images, [M].
-        steps: Their optimiser steps t, [M].
+        t: Their optimiser steps or sample numbers, [M].
         tau: Threshold of the quality, in [0, 1].
-        t0: Warm-up, at least 0, in the unit ``t0_unit``.
+        t0: Warm-up, at least 0, in the unit of ``t``.
         rule: ``at_least`` (>=, Algorithm 1 lines 9 and 11) or ``above`` (>, Eq. 3), for both thresholds.
-        t0_unit: ``steps`` or ``samples``.
-        position: Number of the pairs' first samples, [M]; needed for ``samples`` only.
-
-    Returns:
-        Booleans [M].
 
     Raises:
-        ValueError: A threshold is out of range, or a choice is unknown.
+        TypeError, ValueError: A threshold is out of range, or the rule is unknown.
     """
-    check_thresholds(tau=tau, t0=t0, rule=rule, t0_unit=t0_unit)
-    if t0_unit == "samples":
-        if position is None:
-            raise ValueError("`position` must be given when `t0_unit` is 'samples', got None")
-        steps = position
+    check_thresholds(tau=tau, t0=t0, rule=rule)
     # In float64: a threshold rounded to float32 could decide ties differently.
     if rule == "at_least":
-        return (quality.double() >= tau) & (steps >= t0)
-    return (quality.double() > tau) & (steps > t0)
+        return (quality.double() >= tau) & (t >= t0)
+    return (quality.double() > tau) & (t > t0)
 
 
 def localise(
@@ -84,7 +63,6 @@ def localise(
     *,
     N: int = 10,
     scores: str = "logits",
-    search: str = "grid",
 ) -> tuple[Tensor, Tensor]:
     r"""On-boundary images of M cross-boundary pairs: Eq. 4, with alpha by the grid search of Eq. 5.
 
@@ -101,65 +79,29 @@ def localise(
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         N: Sections of the grid, at least 1; alpha is off by at most 1/(2N).
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
-        search: ``grid`` classifies all N - 1 inner points. ``bisection`` classifies at most ceil(log2(N)) of them and
-            gives the better side of one change of sign: the same alpha if f_y(t) - f_y(t+1) is monotone.
 
     Returns:
         alpha [M] and the on-boundary images [M, 3, H, W].
 
     Raises:
-        ValueError: N, ``scores`` or ``search`` is out of range.
+        ValueError: N or ``scores`` is out of range.
     """
     check_int(N, name="N", low=1)
     check_choice(scores, SCORES, name="scores")
-    check_choice(search, SEARCHES, name="search")
     y = torch.stack([scores_before.argmax(-1), scores_after.argmax(-1)], dim=-1)
-
-    def difference(logits: Tensor, classes: Tensor) -> Tensor:
-        """f_y(t) - f_y(t+1) of logits [m, n, C]."""
-        f = logits.softmax(-1) if scores == "probabilities" else logits
-        pair = f.gather(-1, classes.unsqueeze(1).expand(*logits.shape[:2], 2))
-        return pair[..., 0] - pair[..., 1]
-
     alphas = torch.arange(N + 1, device=before.device, dtype=before.dtype) / N
-
-    def ask(points: Tensor, rows: Tensor) -> Tensor:
-        """The differences at n points of the grid for each of m pairs, [m, n] -> [m, n]."""
-        weight = alphas[points].view(*points.shape, 1, 1, 1)
-        mixed = weight * before[rows].unsqueeze(1) + (1 - weight) * after[rows].unsqueeze(1)
-        logits = classify(mixed.flatten(0, 1)).to(scores_before.dtype)
-        return difference(logits.view(*points.shape, -1), y[rows])
-
-    ends = difference(torch.stack([scores_after, scores_before], dim=1), y)
-    best = (_grid if search == "grid" else _bisect)(ends, ask, N=N)
-    alpha = alphas[best]
+    f = torch.stack([scores_after, scores_before], dim=1)  # at alpha 0 and 1; [M, N + 1, C] in the end
+    if N > 1 and len(before) > 0:
+        weight = alphas[1:-1].view(1, -1, 1, 1, 1)
+        mixed = weight * before.unsqueeze(1) + (1 - weight) * after.unsqueeze(1)
+        inner = classify(mixed.flatten(0, 1)).to(scores_before.dtype).view(len(before), N - 1, -1)
+        f = torch.cat([f[:, :1], inner, f[:, 1:]], dim=1)
+    if scores == "probabilities":
+        f = f.softmax(-1)
+    pair = f.gather(-1, y.unsqueeze(1).expand(-1, f.shape[1], -1))
+    alpha = alphas[(pair[..., 0] - pair[..., 1]).abs().argmin(dim=1)]
     weight = alpha.view(-1, 1, 1, 1)
     return alpha, weight * before + (1 - weight) * after
-
-
-def _grid(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) -> Tensor:
-    """The points of the smallest absolute difference; ``ends`` [M, 2] are those at 0 and N."""
-    found = ends
-    if N > 1 and len(ends) > 0:
-        points, rows = torch.arange(1, N, device=ends.device), torch.arange(len(ends), device=ends.device)
-        found = torch.cat([ends[:, :1], ask(points.expand(len(ends), -1), rows), ends[:, 1:]], dim=1)
-    return found.abs().argmin(dim=1)
-
-
-def _bisect(ends: Tensor, ask: Callable[[Tensor, Tensor], Tensor], *, N: int) -> Tensor:
-    """The better of two neighbouring points between which the difference changes its sign, the first if both are equal.
-
-    The difference is never above zero at 0 and never below zero at N, since each end is decided for its own class.
-    """
-    low, high = (torch.full((len(ends),), end, device=ends.device, dtype=torch.int64) for end in (0, N))
-    at_low, at_high = (end.clone() for end in ends.unbind(1))
-    while len(rows := torch.nonzero(high - low > 1).flatten()):
-        middle = (low[rows] + high[rows]) // 2
-        here = ask(middle.unsqueeze(1), rows).squeeze(1)
-        below, above = here < 0, here >= 0
-        low[rows[below]], at_low[rows[below]] = middle[below], here[below]
-        high[rows[above]], at_high[rows[above]] = middle[above], here[above]
-    return torch.where(at_low.abs() <= at_high.abs(), low, high)
 
 
 def needed_for_replay(quality: Tensor, *, K_max: int) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dipguard.checks import check_choice, check_float, check_int
-from dipguard.decision.boundary import passes
+from dipguard.decision.boundary import T0_UNITS, passes
 from dipguard.decision.trace import DecisionTrace
 
 DIVISORS = ("found", "K")
@@ -17,14 +17,13 @@ DIVISORS = ("found", "K")
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """What one image was rebuilt from.
+    """What one image was rebuilt from, by :func:`stitch` or :func:`dipguard.decision.class_scores.stitch_mirrored`.
 
     Attributes:
         image: The stitched image of Eq. 7, [3, H, W], clamped to [0, 1].
-        reason: ``crossings`` (Eq. 6-7), or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0);
-            from :func:`dipguard.decision.class_scores.stitch_mirrored`, ``class_scores`` or ``no_sample_of_class``.
-        used: Positions of the stitched on-boundary images in ``trace.on_boundary``, [k]; empty for ``no_crossing``.
-            From ``stitch_mirrored``, positions in ``trace.samples``.
+        reason: ``crossings`` (Eq. 6-7) or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0);
+            ``class_scores`` or ``no_sample_of_class``.
+        used: Positions of the stitched images in ``trace.on_boundary`` or ``trace.samples``, [k].
     """
 
     image: Tensor
@@ -83,41 +82,34 @@ def select(
         t0: Warm-up, at least 0.
         K: Largest number of crossings, from 1 to ``trace.K_max``.
         rule: ``at_least`` or ``above`` (:func:`dipguard.decision.boundary.passes`).
-        t0_unit: ``steps`` or ``samples``.
+        t0_unit: What t0 counts, ``steps`` or ``samples``.
 
     Returns:
         [k] int64 in the order of time, k <= K.
 
     Raises:
-        ValueError: K is below 1 or above the trace's ``K_max``, or a threshold is out of range.
+        TypeError, ValueError: K is below 1 or above the trace's ``K_max``, or another option is out of range.
     """
     check_int(K, name="K", low=1, high=trace.K_max)
+    check_choice(t0_unit, T0_UNITS, name="t0_unit")
     at = trace.crossing_at
-    kept = passes(trace.quality[at], trace.steps[at], tau=tau, t0=t0, rule=rule, t0_unit=t0_unit, position=at)
-    return torch.nonzero(kept).flatten()[-K:]
+    t = trace.steps[at] if t0_unit == "steps" else at
+    return torch.nonzero(passes(trace.quality[at], t, tau=tau, t0=t0, rule=rule)).flatten()[-K:]
 
 
 def stitch(
-    trace: DecisionTrace,
-    *,
-    tau: float,
-    t0: int,
-    K: int,
-    beta: float,
-    rule: str = "at_least",
-    t0_unit: str = "steps",
-    divide_by: str = "found",
+    trace: DecisionTrace, *, tau: float, t0: int, K: int, beta: float, divide_by: str = "found", **which: str
 ) -> Reconstruction:
     """Rebuild one image from its decision trace (Algorithm 1, lines 9-18), without fitting again.
 
-    :func:`select` takes tau, t0, K, ``rule`` and ``t0_unit``, :func:`on_manifold` beta, :func:`stitch_images`
-    ``divide_by``. Without crossings the image is the mean of the last K samples.
+    :func:`select` takes tau, t0, K and ``which`` (``rule``, ``t0_unit``), :func:`on_manifold` beta,
+    :func:`stitch_images` ``divide_by``. Without crossings the image is the mean of the last K samples.
 
     Raises:
         TypeError, ValueError: An option is out of range.
     """
     check_float(beta, name="beta", low=0.0)
-    used = select(trace, tau=tau, t0=t0, K=K, rule=rule, t0_unit=t0_unit)
+    used = select(trace, tau=tau, t0=t0, K=K, **which)
     if len(used) == 0:
         last = trace.last[-K:]
         return Reconstruction(stitch_images(last, K=len(last)), "no_crossing", used)

@@ -37,12 +37,7 @@ class StopRule(ABC):
         self._steps: Tensor | None = None
 
     def update(self, t: int, reconstructions: Tensor, given: Tensor) -> None:
-        """See the reconstructions of step t.
-
-        Args:
-            t: 0, 1, 2, ...: every step, in order.
-            reconstructions: x(t), [B, 3, H, W] in [0, 1]; copied where it is kept.
-            given: x0, of the same shape, the same at each step.
+        """See x(t), [B, 3, H, W] in [0, 1], of the images ``given``; t is 0, 1, 2, ... What is kept is copied.
 
         Raises:
             ValueError: A step was left out or repeated, or the shapes differ.
@@ -58,11 +53,7 @@ class StopRule(ABC):
         self._count += 1
 
     def result(self) -> Stopped:
-        """The choice so far: after the fit, the choice.
-
-        Raises:
-            RuntimeError: No step was seen, or not the one that the rule waits for.
-        """
+        """The choice so far; RuntimeError if there is none yet."""
         if self._images is None or self._steps is None:
             raise RuntimeError(f"{type(self).__name__} chose none of the {self._count} steps that it saw")
         return Stopped(self._images, self._steps)
@@ -144,11 +135,6 @@ class FixedStep(StopRule):
         super().__init__()
         self.step = check_int(step, name="step", low=0)
 
-    @property
-    def done(self) -> bool:
-        """Whether the step was seen."""
-        return self._count > self.step
-
     def steps_needed(self, T: int) -> int:
         """All up to the step itself."""
         return min(T, self.step + 1)
@@ -190,18 +176,6 @@ class WindowedVariance(StopRule):
             self._squares = self._sum.new_zeros(len(x))
             self._least = torch.full_like(self._squares, torch.inf)
             self._waited = torch.zeros_like(self._squares, dtype=torch.int64)
-        variance = self._variance(t, x, given)
-        running = self._waited < self.patience
-        if variance is None:
-            self._take(running, t, x)
-            return
-        better = running & (variance < self._least)
-        self._take(better, t, x)
-        self._least = torch.where(better, variance, self._least)
-        self._waited = torch.where(better, 0, self._waited + running)
-
-    def _variance(self, t: int, x: Tensor, given: Tensor) -> Tensor | None:
-        """Put x(t) in the place of x(t - W); the window's variance, [B], or None while it is not full."""
         # Distances from the given image are small numbers: squares of the images themselves would cost digits.
         place = self._kept[t % self.window]
         added = x.double() - given
@@ -212,7 +186,13 @@ class WindowedVariance(StopRule):
             self._sum -= gone
             self._squares -= gone.square().flatten(1).sum(dim=1)
         place.copy_(x)
+        running = self._waited < self.patience
         if t + 1 < self.window:
-            return None
+            self._take(running, t, x)
+            return
         mean_square = (self._sum / self.window).square().flatten(1).sum(dim=1)
-        return (self._squares / self.window - mean_square) / x[0].numel()
+        variance = (self._squares / self.window - mean_square) / x[0].numel()
+        better = running & (variance < self._least)
+        self._take(better, t, x)
+        self._least = torch.where(better, variance, self._least)
+        self._waited = torch.where(better, 0, self._waited + running)

@@ -21,15 +21,10 @@ FORMAT = "dipguard.trace/2"
 def sampled_steps(T: int, *, decisions: int | None = 200, every: int | None = None) -> tuple[int, ...]:
     """The 0-based optimiser steps t, 0 <= t < T, whose reconstruction x(t) the victim classifies.
 
-    Section 4.1 takes 200 steps at equal intervals. With ``decisions=S`` they are ceil((i+1) T/S) - 1 for
+    Section 4.1 takes 200 steps at equal intervals. With ``decisions=S``, at least 2, they are ceil((i+1) T/S) - 1 for
     i = 0 ... S-1, which spreads S samples as evenly as whole steps allow; if S is larger than T, every step is sampled.
-    With ``every=n`` they are n-1, 2n-1, ...: a shorter T then gives a prefix of a longer one. Both end on or near step
-    T-1, since Algorithm 1 falls back on the last reconstructions when no boundary was crossed.
-
-    Args:
-        T: Number of optimiser steps, at least 1.
-        decisions: Number of samples S, at least 2. Ignored if ``every`` is given.
-        every: Distance of two samples in steps, from 1 to T // 2.
+    With ``every=n``, from 1 to T // 2, they are n-1, 2n-1, ...: a shorter T then gives a prefix of a longer one. Both
+    end on or near step T-1, since Algorithm 1 falls back on the last reconstructions when no boundary was crossed.
 
     Raises:
         TypeError: An argument is not an integer, or neither ``decisions`` nor ``every`` is given.

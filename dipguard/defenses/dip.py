@@ -117,7 +117,7 @@ class DIPDefense(Defense):
     def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
         """Purify stack by stack."""
         start, count, (height, width) = time.perf_counter(), len(images), images.shape[-2:]
-        device = fit_device("auto", victim=self.victim, images=images)
+        device = fit_device(self.victim, images)
         size = self.stack_size or min(
             stack_size_for(count, size=(height, width), fit=fit, kept=self.images_kept, device=device)
             for fit in self.dip_fits

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, quality
-from dipguard.decision.class_scores import SHIFTS, mirrored, stitch_mirrored
+from dipguard.decision.class_scores import SHIFT, mirrored, stitch_mirrored
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
-from dipguard.fit import FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
+from dipguard.fit import FitOptions, WindowLogger, run_fit
 from dipguard.networks import NetworkSpec
 from dipguard.networks.presets import hourglass
 from dipguard.registry import check_options
@@ -123,8 +123,8 @@ class MirrorGuard(DIPDefense):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The options of defence and fits, and the shifts of the mirrored copies."""
-        return {**super().settings, "shifts": [list(shift) for shift in SHIFTS]}
+        """The options of defence and fits, and the shift of the mirrored copies."""
+        return {**super().settings, "shift": list(SHIFT)}
 
     @property
     def steps_per_image(self) -> int:
@@ -148,19 +148,20 @@ class MirrorGuard(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
-        start, logs = time.perf_counter(), []
+        seconds, logs = {"start": 0.0, "fit": 0.0}, []
         for fit in self.fits:
             log = WindowLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows, flip=self.mirror)
-            with isolated_trainer(run["device"]):
-                trainer = make_trainer(self.steps, **(run | {"callbacks": [log, *run["callbacks"]]}))
-                trainer.fit(StackedDIP(images, indices=indices, options=fit))
+            own: Any = run | {"callbacks": [log, *run["callbacks"]]}
+            spent = run_fit(images, T=self.steps, indices=indices, fit=fit, **own)
+            seconds = {part: seconds[part] + spent[part] for part in seconds}
             logs.append(log)
         asked, fitted = sum(log.seconds for log in logs), time.perf_counter()
         traces = self._traces(logs, images, indices)
         rebuilt = [self.rebuild(trace) for trace in traces]
         if run["logger"] is not None:
             _log_means(run["logger"], traces, first_step=first_step)
-        seconds = {"start": 0.0, "fit": fitted - start - asked, "decide": time.perf_counter() - fitted + asked}
+        seconds["fit"] -= asked
+        seconds["decide"] = time.perf_counter() - fitted + asked
         return Purified.stitched(rebuilt, like=images, traces=traces, seconds=seconds)
 
     def _traces(self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int]) -> list[DecisionTrace]:
@@ -174,7 +175,7 @@ class MirrorGuard(DIPDefense):
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
         steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
-        own, none = self.decide(images).cpu(), torch.empty(0)
+        own, none = self.decide(images).cpu(), torch.empty(0, dtype=samples.dtype)
         samples, errors, logits, mirrored_logits = (x.cpu() for x in (samples, errors, logits, mirrored_logits))
         return [
             DecisionTrace(
@@ -206,7 +207,7 @@ class MirrorGuard(DIPDefense):
         """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""
         made = self._purify(images, indices, callbacks=(), logger=None)
         samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
-        view = partial(mirrored, shift=SHIFTS[0], flip=self.mirror)
+        view = partial(mirrored, flip=self.mirror)
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),

@@ -43,7 +43,6 @@ class DIPGuard(DIPDefense):
         decisions: Number of reconstructions along the fit that the victim classifies; more than T means every step.
         every: Distance between those in steps, instead of their number.
         N: Sections of the grid of Eq. 5.
-        search: ``grid``, or ``bisection``: a third of the victim's calls (:func:`dipguard.decision.boundary.localise`).
         K_max: Largest K that the traces can be stitched with, at least K; None takes the larger of K and 25.
         scores: ``logits`` or ``probabilities`` (Eq. 5).
         rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).
@@ -70,7 +69,6 @@ class DIPGuard(DIPDefense):
         decisions: int | None = 200,
         every: int | None = None,
         N: int = 10,
-        search: str = "grid",
         K_max: int | None = None,
         scores: str = "logits",
         rule: str = "at_least",
@@ -91,7 +89,6 @@ class DIPGuard(DIPDefense):
             every=every,
             N=N,
             scores=scores,
-            search=search,
             K_max=max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K),
             keep_samples=check_bool(keep_samples, name="keep_samples"),
         )

@@ -204,6 +204,15 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
         ValueError: Unknown name.
     """
     check_choice(name, PRECISIONS, name="matmul_precision")
+    # Each weight is used once per step: a cache of cast weights would only have to be kept out of CUDA graphs.
+    cast = torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False)
+    with product_switches(name), cast:
+        yield
+
+
+@contextmanager
+def product_switches(name: str) -> Iterator[None]:
+    """The part of :func:`precision` that is the whole process's: torch's switches of TF32."""
     kind = "tf32" if name == "tf32" else "ieee"
     # Torch has an old and a new set of switches for one state, and reading an old one raises an error where the new
     # ones hold a state that the old cannot express. So the old ones are set too, if they can be read at the start.
@@ -219,9 +228,7 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
             matmul.allow_tf32 = cudnn.allow_tf32 = kind == "tf32"
         for switch in new:
             switch.fp32_precision = kind
-        # Each weight is used once per step: a cache of cast weights would only have to be kept out of CUDA graphs.
-        with torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False):
-            yield
+        yield
     finally:
         if old is not None:
             matmul.allow_tf32, cudnn.allow_tf32 = old

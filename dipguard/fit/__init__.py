@@ -4,9 +4,8 @@ from dipguard.classifier import Decider
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
 from dipguard.fit.module import StackedDIP, StackTrace, init_networks
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions, trace_settings
-from dipguard.fit.replay import FitSamples, decide_samples, fit_samples, redecide
+from dipguard.fit.replay import FitSamples, decide_samples, fit_samples
 from dipguard.fit.runner import (
-    ACCELERATORS,
     StackResult,
     fit_device,
     fit_stack,
@@ -20,7 +19,6 @@ from dipguard.fit.unrolled import unrolled_fit
 from dipguard.fit.window_logger import WindowLogger
 
 __all__ = [
-    "ACCELERATORS",
     "BoundaryDetector",
     "DecideOptions",
     "Decider",
@@ -44,7 +42,6 @@ __all__ = [
     "init_networks",
     "isolated_trainer",
     "make_trainer",
-    "redecide",
     "run_fit",
     "stack_size_for",
     "trace_settings",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_choice, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision import DecisionTrace, Reconstruction, crosses, localise, quality, sampled_steps, stitch
-from dipguard.decision.boundary import SCORES, SEARCHES
+from dipguard.decision.boundary import SCORES
 from dipguard.fit.module import Crossing, Sample, StackedDIP, StackTrace
 from dipguard.fit.options import StitchOptions
 
@@ -52,10 +52,7 @@ class DecisionLogger(pl.Callback):
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        decisions: Number of sampled steps (section 4.1: 200), at least 2; more than T samples every step.
-        every: Distance of two sampled steps, instead of their number.
-        K_max: The largest K that the traces can be replayed with.
-        keep_samples: Keep all sampled reconstructions in the traces.
+        decisions: See :class:`~dipguard.fit.DecideOptions`, as for ``every``, ``K_max`` and ``keep_samples``.
         first_step: Added to the step numbers of log entries, for several fits in one log.
 
     Attributes:
@@ -172,7 +169,6 @@ class BoundaryDetector(pl.Callback):
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
         N: Sections of the grid of Eq. 5, at least 1.
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
-        search: Of that grid, ``grid`` or ``bisection`` (:func:`dipguard.decision.localise`).
 
     Attributes:
         seconds: Time spent here.
@@ -182,18 +178,17 @@ class BoundaryDetector(pl.Callback):
         RuntimeError: No DecisionLogger before this callback.
     """
 
-    def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits", search: str = "grid") -> None:
+    def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits") -> None:
         self.decider = Decider(victim)
         self.N = check_int(N, name="N", low=1)
         self.scores = check_choice(scores, SCORES, name="scores")
-        self.search = check_choice(search, SEARCHES, name="search")
         self.seconds = 0.0
         self._seen = 0
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the options in the trace."""
         self._seen = 0
-        opened(pl_module).settings |= {"N": self.N, "scores": self.scores, "search": self.search}
+        opened(pl_module).settings |= {"N": self.N, "scores": self.scores}
 
     @counted
     def on_train_batch_end(
@@ -227,26 +222,15 @@ class BoundaryDetector(pl.Callback):
 
     def _localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
         images, scores = (torch.stack(part, dim=1) for part in ([c.images for c in found], [c.scores for c in found]))
-        grid: dict[str, Any] = {"N": self.N, "scores": self.scores, "search": self.search}
-        return localise(images[0], images[1], scores[0], scores[1], self.decider, **grid)
+        return localise(*images, *scores, self.decider, N=self.N, scores=self.scores)
 
 
 class Stitcher(pl.Callback):
     """Makes one decision trace and the final reconstruction of each image (Algorithm 1, lines 17-19).
 
-    The last of the three callbacks.
-
-    Args:
-        tau: Quality threshold of Eq. 3, in [0, 1].
-        t0: Warm-up of Eq. 3, at least 0.
-        K: Number of on-boundary images that are stitched, at least 1.
-        beta: Step size of Eq. 6, at least 0.
-        rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3), for tau and t0.
-        t0_unit: What t0 counts, ``steps`` or ``samples``.
-        divide_by: What Eq. 7 divides by with fewer than K crossings, ``found`` or ``K``.
+    The last of the three callbacks. Its arguments are those of :class:`~dipguard.fit.StitchOptions`.
 
     Attributes:
-        options: The arguments.
         traces: One decision trace per image, after the fit.
         reconstructions: What each image was rebuilt from, after the fit.
         seconds: Time spent here.
@@ -256,18 +240,8 @@ class Stitcher(pl.Callback):
         RuntimeError: No DecisionLogger and BoundaryDetector before this callback.
     """
 
-    def __init__(
-        self,
-        *,
-        tau: float,
-        t0: int,
-        K: int,
-        beta: float,
-        rule: str = "at_least",
-        t0_unit: str = "steps",
-        divide_by: str = "found",
-    ) -> None:
-        self.options = StitchOptions(tau=tau, t0=t0, K=K, beta=beta, rule=rule, t0_unit=t0_unit, divide_by=divide_by)
+    def __init__(self, *, tau: float, t0: int, K: int, beta: float, **choices: str) -> None:
+        self.options = StitchOptions(tau=tau, t0=t0, K=K, beta=beta, **choices)
         self.traces: list[DecisionTrace] = []
         self.reconstructions: list[Reconstruction] = []
         self.seconds = 0.0

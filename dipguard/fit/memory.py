@@ -13,20 +13,7 @@ from dipguard.engines.native_plan import make_plan
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import FitOptions
 
-OURS = 0.5
-"""Share of the free memory that a fit may take: the victim and other programs need some too."""
 COPIES = 4  # weights, their gradient, and Adam's two moments
-
-
-def images_in_memory(
-    size: tuple[int, int], *, fit: FitOptions, kept: int, engine: str, device: torch.device
-) -> int | None:
-    """How many such images can be fitted at once, at least 1; None if the free memory is not known."""
-    free = free_memory(device)
-    if free is None:
-        return None
-    shared, each = memory_need(size, fit=fit, kept=kept, engine=engine)
-    return max(1, int(OURS * free - shared) // each)
 
 
 def memory_need(size: tuple[int, int], *, fit: FitOptions, kept: int, engine: str) -> tuple[int, int]:

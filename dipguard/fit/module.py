@@ -41,15 +41,8 @@ class StackedDIP(pl.LightningModule):
     ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit. :class:`~dipguard.fit.DecisionLogger` fills
     ``callback_metrics``.
 
-    To change the loss, override ``training_step``::
-
-        class Smooth(StackedDIP):
-            def training_step(self, batch, batch_idx):
-                out = super().training_step(batch, batch_idx)
-                out["loss"] = out["loss"] + 0.1 * total_variation(out["reconstructions"])
-                return out
-
-    The reconstructions of such a subclass are part of the autograd graph, which the torch engine alone provides.
+    A subclass that overrides ``training_step`` may add to the ``loss`` (docs/own_trainer.md): its reconstructions are
+    part of the autograd graph, which the torch engine alone provides.
 
     Args:
         images: The given images x0, [B, 3, H, W] in [0, 1].
@@ -66,8 +59,8 @@ class StackedDIP(pl.LightningModule):
 
     Raises:
         TypeError, ValueError: Bad images or options, or images too small for the network. At the start of a fit: a
-            Trainer that cannot run it (without ``max_steps``, with several devices, accumulated gradients or weights in
-            half precision), or an engine that cannot.
+            Trainer without ``max_steps``, with several devices, accumulated gradients or weights in half precision; an
+            engine that cannot run it.
         RuntimeError: At the start of a fit, a Trainer that has done steps already, or that resumes a checkpoint.
     """
 
@@ -85,13 +78,10 @@ class StackedDIP(pl.LightningModule):
         super().__init__()
         check_images(images)
         self.options = options = FitOptions() if options is None else options
-        self.indices = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
-        if len(self.indices) != len(images):
-            raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(self.indices)}")
         if steps_per_epoch is not None:
             check_int(steps_per_epoch, name="steps_per_epoch", low=1)
         self.steps_per_epoch = steps_per_epoch
-        self.net, z = init_networks(self.indices, options=options, size=(images.shape[-2], images.shape[-1]))
+        self.indices, self.net, z = init_networks(images, indices, options=options)
         if options.optimise_z:
             self.z = torch.nn.Parameter(z)
         else:
@@ -159,10 +149,10 @@ class StackedDIP(pl.LightningModule):
         self.step = 0
         self._jitter = None
         if self.options.jitter > 0:
-            shape = (self.z.shape[1], self.z.shape[2], self.z.shape[3])
             draw: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
             # A CUDA graph's step is over before one thread has drawn its noise; other engines gain nothing by threads.
             graph = self.engine.name == "cuda_graph"
+            shape: Any = self.z.shape[1:]
             self._jitter = JitterFeed(shape, **draw, device=self.device) if graph else Jitter(shape, **draw)
 
     def on_train_start(self) -> None:
@@ -182,16 +172,13 @@ class StackedDIP(pl.LightningModule):
         options, name, steps = self.options, "torch", 1
         if self._trainer is not None:
             name, steps, precision = options.engine, self.T, str(self.trainer.precision)
-            wanted = [("matmul_precision", options.matmul_precision, ["float32"])] if precision != "32-true" else []
+            needs = f"`precision` {precision!r} of the Trainer needs"
+            if precision != "32-true" and options.matmul_precision != "float32":
+                raise ValueError(f"{needs} `matmul_precision` 'float32', got {options.matmul_precision!r}")
             if "mixed" in precision:
-                wanted.append(("engine", name, ["auto", "torch"]))
-            for option, value, able in wanted:
-                if value not in able:
-                    raise ValueError(
-                        f"`precision` {precision!r} of the Trainer needs `{option}` {' or '.join(map(repr, able))}, "
-                        f"got {value!r}"
-                    )
-            name = "torch" if "mixed" in precision else name
+                if name not in ("auto", "torch"):
+                    raise ValueError(f"{needs} `engine` 'auto' or 'torch', got {name!r}")
+                name = "torch"
         how: dict[str, Any] = {"z_gradient": options.optimise_z, "matmul_precision": options.matmul_precision}
         return make_engine(name, self.net, self.given, steps=steps, differentiable=self._adds_to_the_loss, **how)
 
@@ -230,19 +217,23 @@ class StackedDIP(pl.LightningModule):
 
 
 def init_networks(
-    indices: Sequence[int], *, options: FitOptions, size: tuple[int, int]
-) -> tuple[StackedSkipNet, Tensor]:
-    """The networks of some images before their first step, and z [B, input_depth, H, W], on the CPU.
+    images: Tensor, indices: Sequence[int] | None, *, options: FitOptions
+) -> tuple[tuple[int, ...], StackedSkipNet, Tensor]:
+    """The indices of B images, and their networks and z [B, input_depth, H, W] before the first step, on the CPU.
 
-    ``size`` is the images' height and width; ValueError if they are too small for the network.
+    ValueError if the images are too small for the network, or their number is not that of the indices.
     """
-    options.spec.check_size(*size)
+    order = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
+    if len(order) != len(images):
+        raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
+    height, width = images.shape[-2:]
+    options.spec.check_size(height, width)
     dtype = getattr(torch, options.dtype)
-    drawn: dict[str, Any] = {"indices": indices, "seed": options.seed}
-    made: dict[str, Any] = {"stack_size": len(indices), "init": options.init, "padding": options.padding}
-    net = build(options.network, dtype=dtype, **made, **drawn)
-    z = draw_z((net.spec.input_depth, *size), kind=options.z, scale=options.scale_of_z, **drawn)
-    return net, z.to(dtype)
+    made: dict[str, Any] = {"stack_size": len(order), "init": options.init, "padding": options.padding}
+    net = build(options.spec, indices=order, seed=options.seed, dtype=dtype, **made)
+    shape = (net.spec.input_depth, height, width)
+    z = draw_z(shape, indices=order, seed=options.seed, kind=options.z, scale=options.scale_of_z)
+    return order, net, z.to(dtype)
 
 
 class Sample(NamedTuple):
@@ -270,33 +261,21 @@ class StackTrace:
 
     Its memory does not grow with T: it keeps the scalars of the sampled steps, the last ``K_max`` reconstructions, and
     those crossings that some replay can still select (:func:`dipguard.decision.needed_for_replay`).
-
-    Attributes:
-        given: x0, [B, 3, H, W].
-        given_scores: The victim's logits on them, [B, C].
-        indices: The images' indices.
-        K_max: The largest K of a replay.
-        keep_samples: Keep every sampled reconstruction.
-        settings: JSON values that describe the fit. Each callback adds its own options.
-        steps: The sampled optimiser steps so far.
-        recent: The samples of the last :meth:`add`, after the one before them.
-        crossings: Kept crossings of each image.
-        boundary: alpha [M] and on-boundary images [M, 3, H, W] of all kept crossings, image by image; None until they
-            are localised at the end of the fit.
     """
 
-    given: Tensor
-    given_scores: Tensor
+    given: Tensor  # x0, [B, 3, H, W]
+    given_scores: Tensor  # the victim's logits on them, [B, C]
     indices: tuple[int, ...]
-    K_max: int
-    keep_samples: bool
-    settings: dict[str, Any]
+    K_max: int  # the largest K of a replay
+    keep_samples: bool  # all of them
+    settings: dict[str, Any]  # JSON values that describe the fit; each callback adds its own options
 
     def __post_init__(self) -> None:
-        self.steps: list[int] = []
-        self.recent: list[Sample] = []
+        self.steps: list[int] = []  # sampled so far
+        self.recent: list[Sample] = []  # those of the last `add`, after the one before them
         self.crossings: list[list[Crossing]] = [[] for _ in self.indices]
-        self.boundary: tuple[Tensor, Tensor] | None = None
+        # alpha [M] and on-boundary images [M, 3, H, W] of all kept crossings, localised at the end of the fit
+        self.boundary = self.given.new_zeros(0), self.given.new_zeros(0, *self.given.shape[1:])
         self._last: deque[Tensor] = deque(maxlen=self.K_max)
         self._samples: list[Tensor] = []
         self._scalars: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -319,31 +298,24 @@ class StackTrace:
 
     def close(self) -> list[DecisionTrace]:
         """One trace per image, on the CPU."""
+        scores, quality, loss = (_gather([scalars[i] for scalars in self._scalars]) for i in range(3))
+        stacked = {"given": self.given.cpu(), "given_scores": self.given_scores.cpu(), "scores": scores}
+        stacked |= {"quality": quality, "loss": loss, "last": _gather(list(self._last))}
+        stacked |= {"samples": _gather(self._samples)} if self.keep_samples else {}
+        alpha, on_boundary = (part.cpu() for part in self.boundary)
         steps = torch.tensor(self.steps, dtype=torch.int64)
-        scores, quality, errors = (_gather([scalars[i] for scalars in self._scalars]) for i in range(3))
-        last = _gather(list(self._last))
-        samples = _gather(self._samples) if self.keep_samples else None
-        given, given_scores = self.given.cpu(), self.given_scores.cpu()
-        none = self.given.new_zeros(0), self.given.new_zeros(0, *self.given.shape[1:])
-        alpha, on_boundary = (part.cpu() for part in (none if self.boundary is None else self.boundary))
         traces, end = [], 0
         for b, found in enumerate(self.crossings):
             own = slice(end, end := end + len(found))
             traces.append(
                 DecisionTrace(
                     index=self.indices[b],
-                    given=given[b].clone(),
-                    given_scores=given_scores[b].clone(),
                     steps=steps,
-                    scores=scores[b].clone(),
-                    quality=quality[b].clone(),
-                    loss=errors[b].clone(),
                     crossing_at=torch.tensor([c.at for c in found], dtype=torch.int64),
                     alpha=alpha[own].clone(),
                     on_boundary=on_boundary[own].clone(),
-                    last=last[b].clone(),
-                    samples=None if samples is None else samples[b].clone(),
                     settings=dict(self.settings),
+                    **{name: tensor[b].clone() for name, tensor in stacked.items()},
                 )
             )
         return traces

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from dipguard.checks import check_bool, check_choice, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_float, check_int, check_positive
 
 if TYPE_CHECKING:
     from dipguard.networks import NetworkSpec
@@ -58,12 +58,11 @@ class FitOptions:
         network_spec(self.network)
         check_float(self.jitter, name="jitter", low=0.0)
         check_choice(self.z, Z_KINDS, name="z")
-        if self.z_scale is not None and check_float(self.z_scale, name="z_scale", low=0.0) == 0:
-            raise ValueError("`z_scale` must be above 0, got 0")
+        if self.z_scale is not None:
+            check_positive(self.z_scale, name="z_scale")
         check_choice(self.init, INITS, name="init")
         check_choice(self.padding, PADDINGS, name="padding")
-        if check_float(self.lr, name="lr", low=0.0) == 0:
-            raise ValueError("`lr` must be above 0, got 0")
+        check_positive(self.lr, name="lr")
         check_choice(self.dtype, DTYPES, name="dtype")
         check_matmul_precision(self.matmul_precision, engine=self.engine)
         if self.matmul_precision != "float32" and self.dtype != "float32":
@@ -105,7 +104,6 @@ class DecideOptions:
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
         K_max: The largest K that a trace can be replayed with.
         keep_samples: Keep all sampled reconstructions.
-        search: Of that grid, ``grid`` or ``bisection`` (:func:`dipguard.decision.localise`).
 
     Raises:
         TypeError, ValueError: An option is out of range; the message names it.
@@ -118,16 +116,14 @@ class DecideOptions:
     scores: str = "logits"
     K_max: int = 25
     keep_samples: bool = False
-    search: str = "grid"
 
     def __post_init__(self) -> None:
-        from dipguard.decision.boundary import SCORES, SEARCHES
+        from dipguard.decision.boundary import SCORES
 
         assert self.steps  # checks T, decisions and every
         check_int(self.N, name="N", low=1)
         check_choice(self.scores, SCORES, name="scores")
         check_int(self.K_max, name="K_max", low=1)
-        check_choice(self.search, SEARCHES, name="search")
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -169,12 +165,13 @@ class StitchOptions:
     divide_by: str = "found"
 
     def __post_init__(self) -> None:
-        from dipguard.decision.boundary import check_thresholds
+        from dipguard.decision.boundary import T0_UNITS, check_thresholds
         from dipguard.decision.stitching import DIVISORS
 
-        check_thresholds(tau=self.tau, t0=self.t0, rule=self.rule, t0_unit=self.t0_unit)
+        check_thresholds(tau=self.tau, t0=self.t0, rule=self.rule)
         check_int(self.K, name="K", low=1)
         check_float(self.beta, name="beta", low=0.0)
+        check_choice(self.t0_unit, T0_UNITS, name="t0_unit")
         check_choice(self.divide_by, DIVISORS, name="divide_by")
 
 

@@ -1,19 +1,19 @@
-"""Fits that are sampled without a victim, and the traces that any victim makes of them without another fit."""
+"""Fits that are sampled without a victim, and the traces that a victim makes of them without another fit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace, crosses, localise, needed_for_replay, quality
 from dipguard.fit.callbacks import as_stacked_dip, step_output
-from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions, trace_settings
+from dipguard.fit.options import DecideOptions, FitOptions, trace_settings
 from dipguard.fit.runner import run_fit
 
 
@@ -31,13 +31,10 @@ class FitSamples:
         return set(steps) <= set(self.steps.tolist())
 
     def at(self, steps: Sequence[int]) -> FitSamples:
-        """The samples at these steps, which must be increasing.
+        """The samples at these steps, which must be increasing; ValueError if one was not sampled.
 
         x(t) depends neither on T nor on what else was sampled, so these are bit for bit the samples of a fit that was
         sampled at these steps only.
-
-        Raises:
-            ValueError: A step was not sampled.
         """
         wanted = torch.tensor(list(steps), dtype=torch.int64)
         if len(wanted) == len(self.steps) and torch.equal(wanted, self.steps):
@@ -55,7 +52,7 @@ class _SampleKeeper(pl.Callback):
     def __init__(self, steps: Iterable[int]) -> None:
         self.steps = sorted(set(steps))
         self._place = {step: i for i, step in enumerate(self.steps)}
-        self._images = torch.empty(0)
+        self._images = torch.empty(0, dtype=torch.float32)
         self._scalars: list[tuple[Tensor, Tensor]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -107,36 +104,8 @@ def fit_samples(
     return keeper.samples(), seconds
 
 
-def redecide(trace: DecisionTrace, victim: nn.Module) -> DecisionTrace:
-    """The trace that the same fit would have left with another victim (appendix E).
-
-    The fit does not depend on the victim, so the reconstructions, their quality and their loss stay; decisions,
-    crossings and on-boundary images are the new victim's.
-
-    Args:
-        trace: Made with ``keep_samples``: all sampled reconstructions are classified again.
-        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-
-    Raises:
-        TypeError, ValueError: A bad victim, or a trace without its samples.
-    """
-    if trace.samples is None:
-        raise ValueError(
-            f"`trace` of image {trace.index} must hold its sampled reconstructions: fit with keep_samples=True"
-        )
-    decided = _decide(trace.given, trace.samples, trace.quality, Decider(victim), trace.K_max, trace.settings)
-    return replace(trace, **decided)
-
-
 def decide_samples(
-    fitted: FitSamples,
-    *,
-    given: Tensor,
-    index: int,
-    victim: Decider,
-    fit: FitOptions,
-    decide: DecideOptions,
-    stitch: StitchOptions | None = None,
+    fitted: FitSamples, *, given: Tensor, index: int, victim: Decider, fit: FitOptions, decide: DecideOptions
 ) -> DecisionTrace:
     """The trace that a fit with these decisions would have left, from a fit that was sampled at these steps at least.
 
@@ -145,44 +114,38 @@ def decide_samples(
     the choice between two alphas.
 
     Args:
-        fitted: One image's fit, sampled at the steps of ``decide`` at least; a longer fit than its T serves too.
+        fitted: One image's fit; a longer one than the T of ``decide`` serves too.
         given: The given image x0, [3, H, W] in [0, 1].
         index: Its index.
-        victim: The victim, as a :class:`dipguard.fit.Decider`.
+        victim: The victim.
         fit: How it was fitted.
         decide: What the victim classifies, and what is kept.
-        stitch: For the trace's settings alone.
 
     Raises:
         TypeError, ValueError: A bad victim, or steps that were not sampled.
     """
     seen = fitted.at(decide.steps)
     given = given.detach().to(device="cpu", dtype=seen.images.dtype, copy=True)
-    settings = trace_settings(fit, decide, stitch)
+    scores = victim(seen.images).cpu()
+    # Not alone: a batch of one takes other kernels, which round differently from those of a stack.
+    given_scores = victim(torch.stack([given, seen.images[0]]))[0].cpu()
+    decisions = scores.argmax(dim=1)
+    at = torch.nonzero(crosses(decisions[:-1], decisions[1:])).flatten()
+    at = at[needed_for_replay(seen.quality[at].double(), K_max=decide.K_max)]
+    pairs = seen.images[at], seen.images[at + 1], scores[at], scores[at + 1]
+    alpha, on_boundary = localise(*pairs, victim, N=decide.N, scores=decide.scores)
     return DecisionTrace(
         index=index,
         given=given,
+        given_scores=given_scores,
         steps=seen.steps,
+        scores=scores,
         quality=seen.quality,
         loss=seen.loss,
+        crossing_at=at,
+        alpha=alpha,
+        on_boundary=on_boundary,
         last=seen.images[-decide.K_max :].clone(),
         samples=seen.images if decide.keep_samples else None,
-        settings=settings,
-        **_decide(given, seen.images, seen.quality, victim, decide.K_max, settings),
+        settings=trace_settings(fit, decide),
     )
-
-
-def _decide(
-    given: Tensor, samples: Tensor, quality: Tensor, decider: Decider, K_max: int, settings: Mapping[str, Any]
-) -> dict[str, Any]:
-    """A trace's fields that depend on the victim."""
-    scores = decider(samples).cpu()
-    # Not alone: a batch of one takes other kernels, which round differently from those of a stack.
-    given_scores = decider(torch.stack([given, samples[0]]))[0].cpu()
-    decisions = scores.argmax(dim=1)
-    at = torch.nonzero(crosses(decisions[:-1], decisions[1:])).flatten()
-    at = at[needed_for_replay(quality[at].double(), K_max=K_max)]
-    grid = {name: settings[name] for name in ("N", "scores", "search") if name in settings}
-    alpha, on_boundary = localise(samples[at], samples[at + 1], scores[at], scores[at + 1], decider, **grid)
-    found = {"crossing_at": at, "alpha": alpha, "on_boundary": on_boundary}
-    return {"scores": scores, "given_scores": given_scores, **found}

@@ -11,27 +11,26 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning.callbacks import Checkpoint, ProgressBar
 from pytorch_lightning.loggers import Logger
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 
+from dipguard.checks import check_not_forked
 from dipguard.classifier import check_is_module, device_of
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.engines import precision
+from dipguard.engines.base import product_switches
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 
-ACCELERATORS = ("auto", "cpu", "gpu")
-"""``auto`` is the victim's device."""
 OWNED = (
     "max_steps", "max_epochs", "accelerator", "devices", "plugins", "callbacks", "logger", "num_sanity_val_steps",
     "inference_mode",
@@ -98,12 +97,18 @@ def run_fit(
 
     Raises:
         TypeError, ValueError: Bad images or options.
+        RuntimeError: A forked process that would hang.
     """
     start, first = time.perf_counter(), _FirstStep()
     with isolated_trainer(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
-        make_trainer(T, device=device, callbacks=[first, *callbacks], logger=logger, trainer=trainer).fit(module)
+        made = make_trainer(T, device=device, callbacks=[first, *callbacks], logger=logger, trainer=trainer)
+        try:
+            made.fit(module)
+        finally:
+            # A Trainer is a part of reference cycles, which would keep networks, optimiser and callbacks in memory.
+            vars(made).clear()
     return {"start": first.at - start, "fit": time.perf_counter() - first.at}
 
 
@@ -135,9 +140,8 @@ def fit_stack(
     """
     check_is_module(victim)
     sampling = {name: getattr(decide, name) for name in ("decisions", "every", "K_max", "keep_samples")}
-    searching = {name: getattr(decide, name) for name in ("N", "scores", "search")}
     sampler = DecisionLogger(victim, first_step=first_step, **sampling)
-    detector, stitcher = BoundaryDetector(victim, **searching), Stitcher(**asdict(stitch))
+    detector, stitcher = BoundaryDetector(victim, N=decide.N, scores=decide.scores), Stitcher(**asdict(stitch))
     every = [sampler, detector, stitcher, *callbacks]
     seconds = run_fit(
         images, T=decide.T, indices=indices, fit=fit, device=device, callbacks=every, logger=logger, trainer=trainer
@@ -188,29 +192,50 @@ def make_trainer(
     return pl.Trainer(**own)
 
 
-def fit_device(accelerator: str, *, victim: nn.Module, images: Tensor) -> torch.device:
-    """The device of a fit, by one of ``ACCELERATORS``.
-
-    Raises:
-        ValueError: ``gpu`` on a machine without one.
-    """
-    if accelerator == "cpu":
-        return torch.device("cpu")
-    if accelerator == "gpu":
-        if not torch.cuda.is_available():
-            raise ValueError("`accelerator` must be 'cpu' or 'auto' on a machine without a GPU, got 'gpu'")
-        return images.device if images.device.type == "cuda" else torch.device("cuda", torch.cuda.current_device())
+def fit_device(victim: nn.Module, images: Tensor) -> torch.device:
+    """The device of a fit: the victim's (the images', if it has no tensors), or the CPU if that is no CUDA device."""
     device = device_of(victim, images.device)
     return device if device.type in ("cpu", "cuda") else torch.device("cpu")
 
 
 @contextmanager
 def isolated_trainer(device: torch.device) -> Iterator[None]:
-    """Isolate a Trainer from its surroundings: random state, gradient mode, TF32, Ctrl-C, warnings, freed memory."""
-    # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
-    exact, gradients = precision("float32", device), torch.enable_grad()
-    with torch.inference_mode(False), gradients, random_state_kept(), quiet(), kept_memory(device), interrupts(), exact:
+    """Isolate a Trainer from its surroundings: random state, gradient mode, TF32, Ctrl-C, warnings, freed memory.
+
+    Raises:
+        RuntimeError: A forked process that would hang.
+    """
+    check_not_forked()
+    own = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), interrupts()
+    with ExitStack() as stack:
+        for context in own:
+            stack.enter_context(context)
+        stack.enter_context(_process_wide(device))
         yield
+
+
+_lock = threading.Lock()
+_running = 0
+_state = ExitStack()
+
+
+@contextmanager
+def _process_wide(device: torch.device) -> Iterator[None]:
+    """What threads share is set by the first of several that fit at a time, and put back by the last."""
+    global _running
+    with _lock:
+        if _running == 0:
+            # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
+            for context in (random_state_kept(), quiet(), kept_memory(device), product_switches("float32")):
+                _state.enter_context(context)
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if _running == 0:
+                _state.close()
 
 
 @contextmanager
@@ -236,7 +261,7 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
 
 
 def free(device: torch.device) -> None:
-    """Return unused memory. A Trainer and its module refer to each other, so the garbage collector must run."""
+    """Return unused memory, also what an error's traceback and Lightning's reference cycles have held."""
     gc.collect()
     libc = _glibc(device)
     if libc is not None:
@@ -252,15 +277,12 @@ def _glibc(device: torch.device) -> ctypes.CDLL | None:
 
 @contextmanager
 def random_state_kept() -> Iterator[None]:
-    """Put the global random states back afterwards: Lightning's own context leaves them changed after an error."""
-    problem: BaseException | None = None
-    with isolate_rng():
-        try:
-            yield
-        except BaseException as error:
-            problem = error
-    if problem is not None:
-        raise problem
+    """Put the global random states back afterwards, also after an error (unlike Lightning's ``isolate_rng``)."""
+    states = _collect_rng_states()
+    try:
+        yield
+    finally:
+        _set_rng_states(states)
 
 
 @contextmanager

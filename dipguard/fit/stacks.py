@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,21 +14,22 @@ from tqdm import tqdm
 from dipguard.classifier import is_out_of_memory
 from dipguard.engines import make_engine
 from dipguard.fit.callbacks import as_stacked_dip
-from dipguard.fit.memory import images_in_memory
+from dipguard.fit.memory import free_memory, memory_need
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import FitOptions
 from dipguard.fit.runner import free, isolated_trainer
 
-_log = logging.getLogger(__name__)
 SIZES = {"cpu": 32, "cuda": 256}
 """Images at once, if memory allows."""
+OURS = 0.5
+"""Share of the free memory that a fit may take: the victim and other programs need some too."""
 
 
 class FitProgress(pl.Callback):
-    """Advances a tqdm bar, whose total is images x T, by image-steps, after each ``every`` steps and at the end."""
+    """Advances a tqdm bar, whose total is images x T, by image-steps, every ten steps and at the end."""
 
-    def __init__(self, bar: tqdm[Any], *, every: int = 10) -> None:
-        self.bar, self.every = bar, every
+    def __init__(self, bar: tqdm[Any]) -> None:
+        self.bar = bar
         self._pending = self._reported = self._skipped = 0
 
     def on_train_batch_end(
@@ -38,7 +38,7 @@ class FitProgress(pl.Callback):
         """Count this step."""
         module = as_stacked_dip(pl_module)
         self._pending += len(module.indices)
-        if module.step % self.every == 0:
+        if module.step % 10 == 0:
             self._report()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -74,17 +74,9 @@ Work = Callable[[slice, int, FitProgress], Result]
 def in_stacks(
     count: int, *, size: int, T: int, work: Work[Result], device: torch.device, progress: bool
 ) -> Iterator[Result]:
-    """Yield the results of ``work`` on one stack of images after the other.
+    """Yield the results of ``work`` on one stack of images after the other, each of ``size`` images and T steps.
 
     If memory runs out, the stack is halved and begun again; later ones stay as small. One warning says so.
-
-    Args:
-        count: Number of images.
-        size: Images in a stack, at least 1.
-        T: Steps of a stack.
-        work: See :data:`Work`.
-        device: Where it runs.
-        progress: Show a progress bar.
 
     Raises:
         torch.OutOfMemoryError, MemoryError, RuntimeError: A single image is too large; the message names remedies.
@@ -102,10 +94,8 @@ def in_stacks(
                 continue
             images = part.stop - part.start
             size = (images + 1) // 2
-            text = f"out of memory with {images} images at once; going on with {size} (`stack_size`): {problem}"
-            if warned:
-                _log.warning("%s", text)
-            else:
+            if not warned:
+                text = f"out of memory with {images} images at once; going on with {size} (`stack_size`): {problem}"
                 warnings.warn(text, UserWarning, stacklevel=3)
             warned = True
             free(device)
@@ -146,13 +136,15 @@ def stack_size_for(
         ``count`` or a power of two, at least 1.
     """
     wanted = min(count, SIZES["cuda" if device.type == "cuda" else "cpu"])
-    if wanted <= 1:
-        return 1
+    free_bytes = free_memory(device)
+    if wanted <= 1 or free_bytes is None:
+        return wanted
     with isolated_trainer(device):
         engine = fit.engine
         if device.type == "cpu":
             module = StackedDIP(torch.full((1, 3, *size), 0.5, dtype=torch.float32), options=fit)
             further: dict[str, Any] = {"z_gradient": fit.optimise_z, "matmul_precision": fit.matmul_precision}
             engine = make_engine(fit.engine, module.net, module.given, steps=T, **further).name
-        bound = images_in_memory(size, fit=fit, kept=kept, engine=engine, device=device)
-    return wanted if bound is None or bound >= wanted else 2 ** int(math.log2(bound))
+        shared, each = memory_need(size, fit=fit, kept=kept, engine=engine)
+    bound = max(1, int(OURS * free_bytes - shared) // each)
+    return wanted if bound >= wanted else 2 ** int(math.log2(bound))

@@ -9,7 +9,7 @@ import pytorch_lightning as pl
 from torch import Tensor
 
 from dipguard.decision.stopping import Stopped, StopRule
-from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
+from dipguard.fit.callbacks import as_stacked_dip, step_output
 from dipguard.fit.runner import run_fit
 
 ASK_EVERY = 50
@@ -17,35 +17,24 @@ ASK_EVERY = 50
 
 
 class StopRuleCallback(pl.Callback):
-    """Shows every step of a fit to a stopping rule; the fit stays the same, except that the rule may end it.
-
-    Args:
-        rule: A fresh rule.
-        end_fit: End the fit when the rule is done.
+    """Shows every step of a fit to a fresh stopping rule, which may end the fit but changes nothing else.
 
     Attributes:
         stopped: What the rule chose, after the fit; None before.
-        seconds: Time spent here.
     """
 
-    def __init__(self, rule: StopRule, *, end_fit: bool = True) -> None:
+    def __init__(self, rule: StopRule) -> None:
         self.rule = rule
-        self.end_fit = end_fit
         self.stopped: Stopped | None = None
-        self.seconds = 0.0
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuse any module but a StackedDIP."""
-        as_stacked_dip(pl_module)
-
-    @counted
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Show x(t), which was made before this step's update, to the rule."""
+        given = as_stacked_dip(pl_module).given
         step, x, _ = step_output(outputs)
-        self.rule.update(step, x, as_stacked_dip(pl_module).given)
-        if self.end_fit and (step + 1) % ASK_EVERY == 0 and self.rule.done:
+        self.rule.update(step, x, given)
+        if (step + 1) % ASK_EVERY == 0 and self.rule.done:
             trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

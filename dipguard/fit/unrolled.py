@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dipguard.checks import check_float, check_images, check_int
-from dipguard.engines import precision
 from dipguard.fit.module import init_networks
 from dipguard.fit.options import FitOptions
+from dipguard.fit.runner import isolated_trainer
 from dipguard.seeding import Jitter
 
 BETAS = (0.9, 0.999)
@@ -34,11 +34,10 @@ def unrolled_fit(
 ) -> Tensor:
     """Fit B networks to B images as :class:`~dipguard.fit.StackedDIP` does, in one graph that leads back to the images.
 
-    The values are those of the ordinary fit, up to rounding, and depend on no other image. Each step stays in memory
-    with its backward pass (about 1.3 MB of float32 for a 32x32 image and MirrorGuard's smaller network). The exact
-    gradient soon becomes chaotic: Adam divides by a gradient's size, so a number whose gradient is nearly zero gets an
-    enormous slope. A ``floor`` above 0 leaves those slopes out; the values stay. Works under no_grad and
-    inference_mode; the global random state is left as it was.
+    The values are those of the ordinary fit, up to rounding. Each step stays in memory with its backward pass (about
+    1.3 MB of float32 for a 32x32 image and MirrorGuard's smaller network). The exact gradient soon becomes chaotic:
+    Adam divides by a gradient's size, so a number whose gradient is nearly zero gets an enormous slope. A ``floor``
+    above 0 leaves those slopes out; the values stay. Works under no_grad and inference_mode.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1]; where they require a gradient, the result has one.
@@ -60,20 +59,16 @@ def unrolled_fit(
     check_int(T, name="T", low=1)
     check_int(window, name="window", low=1, high=T)
     check_float(floor, name="floor", low=0.0)
-    order = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
-    if len(order) != len(images):
-        raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
-    fit.spec.check_size(images.shape[-2], images.shape[-1])
     differentiable = images.requires_grad and torch.is_grad_enabled()
     tail: list[Tensor] = []
-    with torch.inference_mode(False), torch.enable_grad(), precision("float32", images.device):
+    with isolated_trainer(images.device):
         given = (images if differentiable else images.detach().clone()).to(getattr(torch, fit.dtype))
-        net, z = init_networks(order, options=fit, size=(images.shape[-2], images.shape[-1]))
+        order, net, z = init_networks(given, indices, options=fit)
         net, z = net.to(given.device), z.to(given)
         names = [name for name, _ in net.named_parameters()]
         values = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
         values += [z.clone().requires_grad_()] if fit.optimise_z else []
-        adam = _Adam(values, lr=fit.lr, floor=floor)
+        moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in values]
         shape = (z.shape[1], z.shape[2], z.shape[3])
         jitter = Jitter(shape, indices=order, seed=fit.seed, std=fit.jitter) if fit.jitter > 0 else None
         for t in range(T):  # lines 3 and 7 of Algorithm 1
@@ -84,41 +79,27 @@ def unrolled_fit(
                 tail.append(x)
             if t < T - 1:
                 loss = (x - given).square().flatten(1).mean(dim=1).sum()
-                values = adam.step(torch.autograd.grad(loss, values, create_graph=differentiable))
+                gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
+                for i, gradient in enumerate(gradients):
+                    moments[i] = _moved(*moments[i], gradient)
+                    values[i] = values[i] - _change(*moments[i], count=t + 1, lr=fit.lr, floor=floor)
                 if not differentiable:
                     values = [value.detach().requires_grad_() for value in values]
         mean = torch.stack(tail).mean(dim=0).to(images.dtype)
     return mean if differentiable else mean.detach()
 
 
-class _Adam:
-    """Adam (Kingma and Ba 2015) whose steps are part of the graph."""
-
-    def __init__(self, values: Sequence[Tensor], *, lr: float, floor: float) -> None:
-        self.values = list(values)
-        self.floor = floor
-        self.lr = lr
-        self._count = 0
-        self._first = [torch.zeros_like(value) for value in values]
-        self._second = [torch.zeros_like(value) for value in values]
-
-    def step(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        """The values after one more step."""
-        self._count += 1
-        first, second = (1 - beta**self._count for beta in BETAS)
-        rate = self.lr / first
-        for i, gradient in enumerate(gradients):
-            self._first[i] = torch.lerp(self._first[i], gradient, 1 - BETAS[0])
-            self._second[i] = BETAS[1] * self._second[i] + (1 - BETAS[1]) * gradient.square()
-            size = _root(self._second[i]) / second**0.5 + EPS
-            change = rate * self._first[i] / size
-            # The bias before a normalisation has no gradient but rounding: its slope is noise, and a large one.
-            change = torch.where(size > self.floor, change, change.detach()) if self.floor > 0 else change
-            self.values[i] = self.values[i] - change
-        return list(self.values)
+def _moved(first: Tensor, second: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Adam's running means of a gradient and of its square, after one more step."""
+    return torch.lerp(first, gradient, 1 - BETAS[0]), BETAS[1] * second + (1 - BETAS[1]) * gradient.square()
 
 
-def _root(values: Tensor) -> Tensor:
-    """The square root, with the slope 0 at 0, where its own is infinite and would turn the gradient into NaN."""
-    positive = values > 0
-    return torch.where(positive, values, 1).sqrt() * positive
+def _change(first: Tensor, second: Tensor, *, count: int, lr: float, floor: float) -> Tensor:
+    """What Adam's step number ``count`` takes off (Kingma and Ba 2015), as a part of the graph."""
+    corrections = [1 - beta**count for beta in BETAS]
+    # The square root, with the slope 0 at 0, where its own is infinite and would turn the gradient into NaN.
+    positive = second > 0
+    size = torch.where(positive, second, 1).sqrt() * positive / corrections[1] ** 0.5 + EPS
+    change = lr / corrections[0] * first / size
+    # The bias before a normalisation has no gradient but rounding: its slope is noise, and a large one.
+    return torch.where(size > floor, change, change.detach()) if floor > 0 else change

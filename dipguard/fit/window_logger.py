@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_int
 from dipguard.classifier import Decider, ask_together, steps_together
-from dipguard.decision.class_scores import SHIFTS, mirrored
+from dipguard.decision.class_scores import mirrored
 from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
 
 
@@ -24,13 +24,10 @@ class WindowLogger(pl.Callback):
         warm_up: First step that counts, at least 0 (section 3.2's t0).
         every: Steps of a window, at least 1.
         windows: Number of windows S, at least 1.
-        shifts: Of the mirrored copies, (dy, dx) in pixels, taken in turn.
         flip: Mirror the copies; False only moves them.
 
     Attributes:
         samples: Means over the windows, [S, B, 3, H, W], after the fit.
-        logits: The victim's logits on them, [S, B, C].
-        mirrored_logits: Its logits on their mirrored copies, [S, B, C].
         errors: Mean squared error to the given image, mean over each window, [S, B].
         seconds: Time spent here.
 
@@ -39,44 +36,33 @@ class WindowLogger(pl.Callback):
         RuntimeError: The fit ended before the last window.
     """
 
-    def __init__(
-        self,
-        victim: nn.Module,
-        *,
-        warm_up: int,
-        every: int,
-        windows: int,
-        shifts: tuple[tuple[int, int], ...] = SHIFTS,
-        flip: bool = True,
-    ) -> None:
+    def __init__(self, victim: nn.Module, *, warm_up: int, every: int, windows: int, flip: bool = True) -> None:
         self._decide = Decider(victim)
         self.warm_up = check_int(warm_up, name="warm_up", low=0)
         self.every = check_int(every, name="every", low=1)
         self.windows = check_int(windows, name="windows", low=1)
-        self.shifts, self.flip = shifts, flip
+        self.flip = flip
         self.seconds = 0.0
         self.samples = self.errors = torch.empty(0, dtype=torch.float32)
-        self._logits: list[Tensor] = []
-        self._mirrored: list[Tensor] = []
-        self._unread = range(0)
+        self._logits: list[tuple[Tensor, Tensor]] = []  # of each window that was read, and of its mirrored copy
+        self._full = 0
 
     @property
     def logits(self) -> Tensor:
-        """Logits on the windows, [S, B, C]."""
-        return torch.stack(self._logits)
+        """The victim's logits on the windows, [S, B, C]."""
+        return torch.stack([logits for logits, _ in self._logits])
 
     @property
     def mirrored_logits(self) -> Tensor:
-        """Logits on their mirrored, shifted copies, [S, B, C]."""
-        return torch.stack(self._mirrored)
+        """The victim's logits on their mirrored copies, [S, B, C]."""
+        return torch.stack([logits for _, logits in self._logits])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Allocate the windows."""
         given = as_stacked_dip(pl_module).given
         self.samples = given.new_zeros(self.windows, *given.shape)
         self.errors = given.new_zeros(self.windows, len(given))
-        self._logits, self._mirrored = [], []
-        self._unread = range(0)
+        self._logits, self._full = [], 0
 
     @counted
     def on_train_batch_end(
@@ -92,15 +78,15 @@ class WindowLogger(pl.Callback):
         if place == self.every - 1:
             self.samples[window] /= self.every
             self.errors[window] /= self.every
-            self._unread = range(self._unread.start, window + 1)
-            if len(self._unread) >= steps_together(2 * self.samples.shape[1]):
+            self._full = window + 1
+            if self._full - len(self._logits) >= steps_together(2 * self.samples.shape[1]):
                 self._ask()
 
     @counted
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ask about the remaining windows."""
         self._ask()
-        if len(self._logits) < self.windows:
+        if self._full < self.windows:
             needed = self.warm_up + self.windows * self.every
             raise RuntimeError(
                 f"the fit ended after {as_stacked_dip(pl_module).step} steps, before the last of {self.windows} "
@@ -108,15 +94,8 @@ class WindowLogger(pl.Callback):
             )
 
     def _ask(self) -> None:
-        windows = self._unread
-        if not windows:
-            return
-        for both in ask_together(self._decide, [self._with_mirrored(window) for window in windows]):
+        unread = self.samples[len(self._logits) : self._full]
+        parts = [torch.cat([window, mirrored(window, flip=self.flip)]) for window in unread]
+        for both in ask_together(self._decide, parts) if parts else ():
             logits, mirrored_logits = both.chunk(2)
-            self._logits.append(logits)
-            self._mirrored.append(mirrored_logits)
-        self._unread = range(windows.stop, windows.stop)
-
-    def _with_mirrored(self, window: int) -> Tensor:
-        shift = self.shifts[window % len(self.shifts)]
-        return torch.cat([self.samples[window], mirrored(self.samples[window], shift=shift, flip=self.flip)])
+            self._logits.append((logits, mirrored_logits))

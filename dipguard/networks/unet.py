@@ -9,7 +9,7 @@ convolution's backward pass where C is no multiple of 16 (benchmarks/README.md).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -138,12 +138,6 @@ class StackedNorm2d(nn.Module):
         self.weight = nn.Parameter(torch.ones(stack, channels, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(stack, channels, dtype=torch.float32))
 
-    def init_one(self, b: int) -> None:
-        """Set the weights of network b to 1 and its biases to 0."""
-        with torch.no_grad():
-            self.weight[b].fill_(1)
-            self.bias[b].zero_()
-
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * channels, H, W] -> the same shape."""
         return self.normalise(x, self.weight, self.bias, slope=self.slope, eps=self.eps)
@@ -208,13 +202,7 @@ class Scale(nn.Module):
 class StackedSkipNet(nn.Module):
     """B independent DIP networks: z [B, input_depth, H, W] -> reconstructions [B, 3, H, W] in (0, 1).
 
-    Args:
-        spec: Figure 8's hyper-parameters.
-        stack_size: B, at least 1.
-        padding: ``zeros`` or ``reflect`` at the image's border.
-
-    Raises:
-        ValueError: An option is out of range.
+    ``padding`` at the image's border is ``zeros`` or ``reflect``.
     """
 
     def __init__(self, spec: NetworkSpec, *, stack_size: int, padding: str = "reflect") -> None:
@@ -230,14 +218,9 @@ class StackedSkipNet(nn.Module):
         self.head = StackedConv2d(stack_size, spec.n_u[0], 3, kernel=1)
         self.channels_last = False
 
-    def init_one(self, b: int, *, generator: torch.Generator, init: str = "default") -> None:
-        """Initialise network b with draws from a CPU generator: ``default`` (PyTorch's) or ``xavier`` (line 1)."""
-        check_choice(init, INITS, name="init")
-        for module in self.modules():
-            if isinstance(module, StackedConv2d):
-                module.init_one(b, generator=generator, init=init)
-            elif isinstance(module, StackedNorm2d):
-                module.init_one(b)
+    def convolutions(self) -> Iterator[StackedConv2d]:
+        """All convolutions, in the order of their draws."""
+        return (module for module in self.modules() if isinstance(module, StackedConv2d))
 
     def set_layout(self, *, channels_last: bool) -> None:
         """Choose the memory layout of activations and weights: this changes the speed, not the numbers.
@@ -245,9 +228,8 @@ class StackedSkipNet(nn.Module):
         Call it before creating an optimiser, because its moments copy the layout of the weights.
         """
         self.channels_last = channels_last
-        for module in self.modules():
-            if isinstance(module, StackedConv2d):
-                module.set_layout(channels_last=channels_last)
+        for convolution in self.convolutions():
+            convolution.set_layout(channels_last=channels_last)
 
     def parameters_per_image(self) -> int:
         """Number of parameters of one network."""
@@ -288,8 +270,11 @@ def build(
     order = list(range(stack_size)) if indices is None else list(indices)
     if len(order) != stack_size:
         raise ValueError(f"`indices` must hold stack_size={stack_size} numbers, got {len(order)}")
+    check_choice(init, INITS, name="init")
     for b, index in enumerate(order):
-        stack.init_one(b, generator=image_generator(seed=seed, index=index, purpose="weights"), init=init)
+        generator = image_generator(seed=seed, index=index, purpose="weights")
+        for convolution in stack.convolutions():
+            convolution.init_one(b, generator=generator, init=init)
     return stack
 
 
@@ -318,7 +303,7 @@ def _join(first: Tensor, second: Tensor, *, stack: int) -> Tensor:
 
 
 def _uniform_(target: Tensor, bound: float, generator: torch.Generator) -> None:
-    # Drawn in float32 on the CPU for every dtype and device, so that all of them start from the same weights.
+    """Draw in float32 on the CPU for every dtype and device, so that all of them start from the same weights."""
     draw = torch.empty(target.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
     with torch.no_grad():
         target.copy_(draw)
