@@ -131,7 +131,9 @@ class DecisionTrace:
     def save(self, path: str | Path) -> Path:
         """Write one safetensors file, atomically."""
         header = {"format": FORMAT, "index": str(self.index), "settings": json.dumps(self.settings, sort_keys=True)}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
+        # Copies: the format has no place for two tensors that share memory.
+        copies = {name: tensor.detach().cpu() for name, tensor in self.tensors().items()}
+        tensors = {name: copy.clone(memory_format=torch.contiguous_format) for name, copy in copies.items()}
         return write_bytes(Path(path), serialise(tensors, metadata=header))
 
     @classmethod

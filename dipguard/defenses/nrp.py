@@ -98,7 +98,7 @@ class NRP(NetworkDefense):
         """Add the noise of the dynamic variant, run the network, limit to [0, 1]."""
         given = image
         if self.dynamic:
-            noise = torch.empty(image.shape)
+            noise = torch.empty(image.shape, dtype=torch.float32)
             noise.normal_(0, NOISE, generator=image_generator(seed=self.seed, index=index, purpose="nrp"))
             given = (image + noise.clamp(-NOISE_LIMIT, NOISE_LIMIT).to(image)).clamp(0, 1)
         return self.run(given[None])[0].clamp(0, 1).to(image)

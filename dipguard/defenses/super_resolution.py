@@ -131,7 +131,7 @@ class EDSR(nn.Module):
 
     def __init__(self, *, stored_mean: bool = True) -> None:
         super().__init__()
-        mean = 255 * torch.tensor(DIV2K_MEAN)
+        mean = 255 * torch.tensor(DIV2K_MEAN, dtype=torch.float32)
         self.sub_mean, self.add_mean = _Shift(-mean, stored=stored_mean), _Shift(mean, stored=stored_mean)
         self.head = nn.Sequential(_conv(3, FEATURES))
         self.body = nn.Sequential(*(_ResidualBlock() for _ in range(16)), _conv(FEATURES, FEATURES))
@@ -150,7 +150,7 @@ class _Shift(nn.Module):
 
     def __init__(self, colour: Tensor, *, stored: bool) -> None:
         super().__init__()
-        self.register_buffer("weight", torch.eye(3).view(3, 3, 1, 1), persistent=stored)
+        self.register_buffer("weight", torch.eye(3, dtype=torch.float32).view(3, 3, 1, 1), persistent=stored)
         self.register_buffer("bias", colour, persistent=stored)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -2,9 +2,8 @@
 
 from dipguard.classifier import Decider
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
-from dipguard.fit.module import StackedDIP, StackTrace, init_networks
-from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions, trace_settings
-from dipguard.fit.replay import FitSamples, decide_samples, fit_samples
+from dipguard.fit.module import StackedDIP
+from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 from dipguard.fit.runner import (
     StackResult,
     fit_device,
@@ -25,25 +24,19 @@ __all__ = [
     "DecisionLogger",
     "FitOptions",
     "FitProgress",
-    "FitSamples",
     "StackResult",
-    "StackTrace",
     "StackedDIP",
     "StitchOptions",
     "Stitcher",
     "StopRuleCallback",
     "WindowLogger",
-    "decide_samples",
     "fit_device",
     "fit_rule",
-    "fit_samples",
     "fit_stack",
     "in_stacks",
-    "init_networks",
     "isolated_trainer",
     "make_trainer",
     "run_fit",
     "stack_size_for",
-    "trace_settings",
     "unrolled_fit",
 ]

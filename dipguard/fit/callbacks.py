@@ -82,7 +82,7 @@ class DecisionLogger(pl.Callback):
         self._sampled: frozenset[int] = frozenset()
         self._together = 1
         self._waiting: list[Sample] = []
-        self._crossings = torch.zeros(())
+        self._crossings = torch.zeros((), dtype=torch.float32)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the trace with the victim's decisions on the given images."""

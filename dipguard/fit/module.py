@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ def init_networks(
 
     ValueError if the images are too small for the network, or their number is not that of the indices.
     """
-    order = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
+    order = tuple(range(len(images)) if indices is None else (operator.index(i) for i in indices))
     if len(order) != len(images):
         raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
     height, width = images.shape[-2:]

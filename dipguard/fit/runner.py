@@ -44,14 +44,11 @@ ADAPTED_MMAP, ADAPTED_TRIM = 32 * 2**20, 64 * 2**20
 
 @dataclass(frozen=True)
 class StackResult:
-    """What one stacked fit gave: one trace and one reconstruction per image.
-
-    ``seconds`` are those of :func:`run_fit`, and ``decide`` (victim, SSIM, localisation, stitching) out of ``fit``.
-    """
+    """What one stacked fit gave: one trace and one reconstruction per image."""
 
     traces: list[DecisionTrace]
     reconstructions: list[Reconstruction]
-    seconds: dict[str, float]
+    seconds: dict[str, float]  # of `run_fit`, and "decide" (victim, SSIM, localisation, stitching) out of "fit"
 
 
 class _FirstStep(pl.Callback):
@@ -78,8 +75,8 @@ def run_fit(
 ) -> dict[str, float]:
     """Fit B networks to B images, for what the callbacks make of it.
 
-    May be called under no_grad or inference_mode and inside another Trainer's loop. The global random state and the
-    gradient mode are left as they were.
+    May be called under no_grad or inference_mode, inside another Trainer's loop, and in several threads at once. The
+    global random state and the gradient mode are left as they were.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1].
@@ -107,7 +104,11 @@ def run_fit(
         try:
             made.fit(module)
         finally:
-            # A Trainer is a part of reference cycles, which would keep networks, optimiser and callbacks in memory.
+            # A Trainer's reference cycles, and the methods of the module that it sets on callbacks, would keep all of
+            # the fit in memory.
+            for callback in made.callbacks:
+                vars(callback).pop("log", None)
+                vars(callback).pop("log_dict", None)
             vars(made).clear()
     return {"start": first.at - start, "fit": time.perf_counter() - first.at}
 
@@ -128,15 +129,8 @@ def fit_stack(
 ) -> StackResult:
     """Fit B networks to B images, and rebuild each image (Algorithm 1).
 
-    The other arguments and the errors are those of :func:`run_fit`; the victim is left as it was.
-
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        decide: What the victim classifies.
-        stitch: How a trace becomes an image.
-        first_step: Added to the logger's step numbers.
-        callbacks: Further callbacks, run after ours.
+    ``victim`` takes [n, 3, H, W] in [0, 1] and returns logits [n, C]; it is left as it was. ``first_step`` is added to
+    the logger's step numbers; ``callbacks`` run after ours. Other arguments and errors are those of :func:`run_fit`.
     """
     check_is_module(victim)
     sampling = {name: getattr(decide, name) for name in ("decisions", "every", "K_max", "keep_samples")}
@@ -200,17 +194,10 @@ def fit_device(victim: nn.Module, images: Tensor) -> torch.device:
 
 @contextmanager
 def isolated_trainer(device: torch.device) -> Iterator[None]:
-    """Isolate a Trainer from its surroundings: random state, gradient mode, TF32, Ctrl-C, warnings, freed memory.
-
-    Raises:
-        RuntimeError: A forked process that would hang.
-    """
+    """Isolate a Trainer from its surroundings: random state, gradient mode, TF32, Ctrl-C, warnings, freed memory."""
     check_not_forked()
-    own = torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False), interrupts()
-    with ExitStack() as stack:
-        for context in own:
-            stack.enter_context(context)
-        stack.enter_context(_process_wide(device))
+    exact = torch.autocast(device.type, enabled=False)
+    with torch.inference_mode(False), torch.enable_grad(), exact, interrupts(), _process_wide(device):
         yield
 
 

@@ -43,17 +43,10 @@ class StopRuleCallback(pl.Callback):
 
 
 def fit_rule(images: Tensor, *, rule: StopRule, T: int, callbacks: Sequence[pl.Callback] = (), **run: Any) -> Stopped:
-    """Fit B networks to B images for a stopping rule alone, and no longer than it needs.
+    """Fit B networks to B images for a fresh stopping rule alone, and no longer than it needs.
 
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        rule: A fresh rule.
-        T: Optimiser steps.
-        callbacks: Further callbacks, run after the rule's.
-        run: The other arguments of :func:`dipguard.fit.run_fit`.
-
-    Returns:
-        What the rule chose, on the fit's device and in its dtype.
+    ``callbacks`` run after the rule's; the other arguments are those of :func:`dipguard.fit.run_fit`. Returns what the
+    rule chose, on the fit's device and in its dtype.
 
     Raises:
         TypeError, ValueError: Bad images or options.

@@ -49,20 +49,13 @@ class NetworkSpec:
         """Number of scales."""
         return len(self.n_d)
 
-    @property
-    def smallest_side(self) -> int:
-        """Shortest image side in pixels: the deepest scale needs 2x2 pixels.
-
-        Normalising a single pixel always gives 0, so a scale of 1x1 pixels would carry no information.
-        """
-        return 2**self.scales + 1
-
     def check_size(self, height: int, width: int) -> None:
-        """Raise ValueError for images that the scales would shrink to a single pixel."""
-        if min(height, width) < self.smallest_side:
+        """Raise ValueError for images that the scales would shrink to a single pixel, which normalises to 0."""
+        least = 2**self.scales + 1
+        if min(height, width) < least:
             raise ValueError(
-                f"`images` must be at least {self.smallest_side}x{self.smallest_side} pixels for a network of "
-                f"{self.scales} scales (2x2 at the deepest), got {height}x{width}"
+                f"`images` must be at least {least}x{least} pixels for a network of {self.scales} scales (2x2 at the "
+                f"deepest), got {height}x{width}"
             )
 
 
@@ -75,15 +68,10 @@ def hourglass(
     upsample: str = "bilinear",
     z_scale: float = 0.1,
 ) -> NetworkSpec:
-    """A network with the same filters down and up in each scale, and 1x1 kernels in the skip connections.
+    """A network with the same filters ``channels``, finest scale first, down and up in each scale.
 
-    Args:
-        channels: Filters of each scale, finest first.
-        skips: Filters of the skip connections, the same at each scale; 0 for none.
-        input_depth: Channels of z.
-        kernel: Kernel size of the other convolutions; Dai et al. 2020 (DIPDefend) take 3.
-        upsample: ``bilinear`` or ``nearest``.
-        z_scale: Upper end of U(0, z_scale), from which z is drawn.
+    The skip connections have ``skips`` filters (0: there are none) and 1x1 kernels, all other kernels are of one size;
+    Dai et al. 2020 (DIPDefend) take 3.
     """
     n_s, k, ones = ((value,) * len(channels) for value in (skips, kernel, 1))
     return NetworkSpec(channels, channels, n_s, k, k, ones, input_depth, z_scale, upsample)
@@ -101,11 +89,7 @@ PRESETS: dict[str, NetworkSpec] = {
 
 
 def network_spec(network: str | NetworkSpec) -> NetworkSpec:
-    """The spec of a preset; a spec is returned unchanged.
-
-    Raises:
-        ValueError: Unknown name.
-    """
+    """The spec of a preset (ValueError for an unknown name); a spec is returned unchanged."""
     if isinstance(network, NetworkSpec):
         return network
     return PRESETS[check_choice(network, PRESETS, name="network")]

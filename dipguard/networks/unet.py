@@ -26,18 +26,14 @@ SLOPE = 0.2
 
 
 def same_padding(kernel: int) -> tuple[int, int]:
-    """Pixels to add before and after a side to keep its size: kernel - 1 in total, the odd one after.
-
-    The usual (kernel - 1) // 2 on both sides shrinks the image for the even kernels of the small and large networks.
-    """
+    """Pixels to add before and after a side to keep its size, also for even kernels: the odd one after."""
     return (kernel - 1) // 2, kernel // 2
 
 
 def padding_mode(padding: str, *, kernel: int, side: int) -> str:
     """The mode of torch's ``pad`` for a side of this many pixels.
 
-    A reflection needs more pixels than it adds. A smaller side (the 2x2 pixels and 4x4 kernels of the large network on
-    32x32 images) repeats its border instead.
+    A side too small to be reflected (2x2 pixels in the large network on 32x32 images) repeats its border instead.
     """
     if padding == "zeros":
         return "constant"
@@ -56,15 +52,8 @@ def pad_border(x: Tensor, *, kernel: int, padding: str) -> Tensor:
 def grouped_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:
     """B convolutions as one of B groups; network b's is applied to its own channels only.
 
-    Args:
-        x: [1, B * inputs, H, W], any strides.
-        weight: [B, outputs, inputs, kernel, kernel].
-        bias: [B, outputs].
-        stride: 1 keeps the size, 2 halves it (rounding up), also for even kernels.
-        padding: ``zeros`` or ``reflect``.
-
-    Returns:
-        [1, B * outputs, ceil(H / stride), ceil(W / stride)].
+    x is [1, B * inputs, H, W] with any strides, weight [B, outputs, inputs, kernel, kernel], bias [B, outputs].
+    Returns [1, B * outputs, ceil(H / stride), ceil(W / stride)], also for even kernels.
     """
     kernel = weight.shape[-1]
     before, after = same_padding(kernel)
@@ -87,9 +76,7 @@ def norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1
 class StackedConv2d(nn.Module):
     """B convolutions, each applied to its own network's channels only; stride 2 halves the size, rounding up.
 
-    Attributes:
-        convolve: The function that computes it, with the arguments of :func:`grouped_conv2d`; an engine may set
-            another one, which changes only the rounding.
+    An engine may set another ``convolve``, with the arguments of :func:`grouped_conv2d`.
     """
 
     def __init__(
@@ -125,10 +112,7 @@ class StackedNorm2d(nn.Module):
     """B batch normalisations in train mode, each over its own network's image (biased variance), then LeakyReLU.
 
     There are no running statistics: a DIP network is never used outside its own fit, so ``eval()`` changes nothing.
-
-    Attributes:
-        normalise: The function that computes it, with the arguments of :func:`norm_leaky_relu`; an engine may set
-            another one, which changes only the rounding.
+    An engine may set another ``normalise``, with the arguments of :func:`norm_leaky_relu`.
     """
 
     def __init__(self, stack: int, channels: int, *, slope: float = 1.0, eps: float = 1e-5) -> None:
@@ -251,14 +235,13 @@ def build(
     padding: str = "reflect",
     dtype: torch.dtype = torch.float32,
 ) -> StackedSkipNet:
-    """A stack of B initialised networks.
+    """A stack of B initialised networks; the weights of network b depend only on (seed, indices[b]).
 
     Args:
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``), or a spec.
         stack_size: B, at least 1.
         seed: The configuration's seed.
-        indices: The images' B indices in their data set; 0 ... B-1 by default. The weights of network b depend only on
-            (seed, indices[b]).
+        indices: The images' B indices in their data set; 0 ... B-1 by default.
         init: ``default`` (PyTorch's for convolutions) or ``xavier`` (Algorithm 1, line 1).
         padding: ``zeros`` or ``reflect``.
         dtype: float32 or float64; both start from the same float32 draws.

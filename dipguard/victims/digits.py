@@ -63,7 +63,7 @@ def _network() -> nn.Sequential:
     for inputs, outputs in ((3, 16), (16, 32), (32, 64)):
         convolution = nn.utils.skip_init(nn.Conv2d, inputs, outputs, 3, stride=2, padding=1)
         layers += [convolution, nn.BatchNorm2d(outputs), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.utils.skip_init(nn.Linear, 64 * 4 * 4, 10))
+    return nn.Sequential(*layers, nn.Flatten(), nn.utils.skip_init(nn.Linear, 64 * 4 * 4, 10)).float()
 
 
 def _train(victim: Normalised, *, seed: int, progress: bool) -> None:
@@ -84,7 +84,7 @@ def _train(victim: Normalised, *, seed: int, progress: bool) -> None:
         for _ in range(_EPOCHS):
             order = torch.randperm(len(images), generator=draws)
             for batch in order[: steps * _BATCH].split(_BATCH):
-                noise = torch.randn(images[batch].shape, generator=draws)
+                noise = torch.randn(images[batch].shape, generator=draws, dtype=torch.float32)
                 noisy = (images[batch] + _NOISE * noise).clamp(0, 1)
                 optimiser.zero_grad()
                 F.cross_entropy(victim(noisy), labels[batch]).backward()

@@ -42,6 +42,12 @@ def test_saved_and_loaded_is_equal(tmp_path: Path, samples: bool, crossings: int
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["trace.safetensors"]
 
 
+def test_tensors_that_share_memory_are_saved(tmp_path: Path) -> None:
+    samples = torch.rand(3, 3, 4, 4)
+    trace = replace(a_trace(), samples=samples, last=samples, on_boundary=samples[1:])
+    assert DecisionTrace.load(trace.save(tmp_path / "trace.safetensors")).equals(trace)
+
+
 def test_equality_sees_every_field() -> None:
     trace = a_trace(samples=True)
     for name, value in trace.tensors().items():

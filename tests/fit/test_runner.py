@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import signal
 import threading
 import time
+import warnings
+import weakref
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,7 +19,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dipguard.fit import DecideOptions, FitOptions, StackResult, StitchOptions, fit_stack
+from dipguard.fit import (
+    DecideOptions,
+    Decider,
+    FitOptions,
+    StackResult,
+    StitchOptions,
+    fit_stack,
+    isolated_trainer,
+    run_fit,
+)
+from tests.fit.engines import WORKING
+
+CPU = torch.device("cpu")
 
 
 class At(pl.Callback):
@@ -93,6 +110,78 @@ def test_runs_in_a_thread(images: Tensor, victim: nn.Module) -> None:
     thread.join()
     expected = run(images, victim)
     assert torch.equal(results[0].reconstructions[0].image, expected.reconstructions[0].image)
+
+
+def test_what_threads_share_is_put_back_by_the_last_of_them() -> None:
+    def state() -> list[Any]:
+        levels = [logging.getLogger(name).level for name in ("pytorch_lightning", "lightning.fabric")]
+        return [
+            levels,
+            list(warnings.filters),
+            torch.get_rng_state().tolist(),
+            torch.backends.cudnn.conv.fp32_precision,
+        ]
+
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with isolated_trainer(CPU):
+            inside.set()
+            leave.wait(10)
+
+    logging.getLogger("pytorch_lightning").setLevel(logging.DEBUG)
+    before, thread = state(), threading.Thread(target=other)
+    with isolated_trainer(CPU):
+        thread.start()
+        assert inside.wait(10)
+        torch.rand(1)
+    assert logging.getLogger("pytorch_lightning").level == logging.ERROR, "the other fit goes on"
+    leave.set()
+    thread.join()
+    assert state() == before
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.parametrize(("threads", "expected"), [(2, 7), (1, 0)])
+def test_a_forked_process_that_would_hang_is_told_so(victim: nn.Module, threads: int, expected: int) -> None:
+    torch.set_num_threads(2)
+    with isolated_trainer(CPU):
+        pass
+    if (child := os.fork()) == 0:
+        torch.set_num_threads(threads)
+        told = 0
+        for ask in (lambda: isolated_trainer(CPU).__enter__(), lambda: Decider(victim)(torch.zeros(1, 3, 32, 32))):
+            try:
+                ask()
+            except RuntimeError as error:
+                told += "'spawn' or 'forkserver'" in str(error) and "torch.set_num_threads(1)" in str(error)
+        os._exit({0: 0, 2: 7}.get(told, 1))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == expected
+
+
+class Remember(pl.Callback):
+    """Weak references to the parts of a fit."""
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.parts = [weakref.ref(part) for part in (trainer, pl_module, pl_module.engine, trainer.optimizers[0])]
+
+
+@pytest.mark.parametrize("engine", WORKING)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_fit_leaves_nothing_to_the_garbage_collector(images: Tensor, engine: str, fails: bool) -> None:
+    def fail() -> None:
+        raise KeyError
+
+    remember = Remember()
+    fit = FitOptions(network="small", engine=engine, jitter=0.1)
+    callbacks = [remember, At(fail)] if fails else [remember]
+    gc.disable()
+    try:
+        with pytest.raises(KeyError) if fails else nullcontext():
+            run_fit(images[:1], T=5, indices=[0], fit=fit, device=CPU, callbacks=callbacks)
+        assert [part() for part in remember.parts] == [None] * 4
+    finally:
+        gc.enable()
 
 
 def test_seconds_are_counted_by_part(images: Tensor, victim: nn.Module) -> None:
