@@ -12,7 +12,20 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("0.5", 0.5), ("true", True), ("null", None), ("above", "above"), ("[1, 2]", [1, 2]), ("a=b", "a=b")],
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("above", "above"),
+        ("[1, 2]", [1, 2]),
+        ("a=b", "a=b"),
+        ("1e-3", 0.001),
+        ("False", False),
+        ("no", False),
+        ("{pad_type: same}", {"pad_type": "same"}),
+        ("@x", "@x"),
+    ],
 )
 def test_values_are_json_where_they_can_be(text, value):
     assert parse_options([f"key={text}"], argument="--option") == {"key": value}

@@ -62,7 +62,7 @@ class Log(Logger):
 
 def test_the_fits_of_one_cell_are_logged_one_after_the_other(tmp_path: Path) -> None:
     steps: list[int] = []
-    run(prepare(typed_config(*TINY, "defense.stack_size=1", "defense.every=20"), tmp_path), log=Log(steps))
+    run(prepare(typed_config(*TINY, "defense.stack_size=1", "defense.every=20"), tmp_path), log=Log(steps).starting_at)
     assert steps == list(range(19, 160, 20))  # two chunks of two stacks of 40 steps
 
 
