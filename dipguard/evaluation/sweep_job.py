@@ -81,13 +81,12 @@ def _files(value: Any) -> Iterator[tuple[str, str]]:
     elif isinstance(value, str) and value and (path := Path(value).expanduser()).exists():
         for file in [path] if path.is_file() else path.rglob("*"):
             if file.is_file():
-                state = file.stat()
-                yield str(file), _content(file, state.st_size, state.st_mtime_ns)
+                yield str(file), _content(file, file.stat().st_ctime_ns)
 
 
 @cache
-def _content(file: Path, size: int, changed: int) -> str:
-    """A digest of a file, read once by a process as long as its size and time of change stay."""
+def _content(file: Path, changed: int) -> str:
+    """A digest of a file, which a process reads once unless it changes."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -78,8 +80,10 @@ def test_list_names_every_victim_and_defence_with_its_options(capsys):
     printed = capsys.readouterr().out
     for name in (*VICTIMS, *DEFENSES):
         assert f"\n  {name}: " in printed
-    assert "quality=" in printed
-    assert "arch=" in printed
+    assert "quality=75" in printed
+    assert "arch=ARCH" in printed
+    assert not set(printed) & set("`'~") - set("'")
+    assert not re.search(r":class:|\?\?\?|None|True|='", printed), "markup or Python's own notation"
 
 
 def test_help_and_version(capsys):

@@ -1,4 +1,5 @@
 import csv
+import errno
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 
 from dipguard import DIPGuard
+from dipguard.cli import locked
 from dipguard.files import file_digest
 from tests.cli.conftest import load, save
 
@@ -269,6 +271,54 @@ def test_it_refuses_folders_that_are_none(pictures, purify, tmp_path):
     assert os.listdir(tmp_path / "full") == ["thesis.txt"]
 
 
+def test_the_default_defence_says_that_it_does_not_fit_photographs(pictures, purify, monkeypatch):
+    words = ("--option", "T=8", "t0=2", "every=2")
+    assert "photographs" not in purify(pictures / "a.png", *words, defense="mirror")[2]
+    monkeypatch.setattr("dipguard.cli.purify.PHOTOGRAPH", 32)
+    assert "too small for photographs" in purify(pictures / "a.png", *words, defense="mirror")[2]
+    assert "photographs" not in purify(pictures / "a.png")[2]
+
+
+def test_odd_names_of_pictures_do_not_stop_the_others(pictures, purify, tmp_path):
+    odd = [os.fsdecode(b"\xff\xfe.png"), "x" * 251 + ".png", "y" * 251 + ".bmp", "y" * 251 + ".png"]
+    for name in odd:
+        Image.open(pictures / "a.png").save(pictures / name)
+    for _ in range(2):
+        code, printed, _ = purify(pictures, "--figures", "8")
+        assert code == 1
+        assert printed.count("not purified") == 2, "the two of the same stem have no name that is short enough"
+        assert len(printed.splitlines()) == len(_rows(tmp_path / "out")) == 7
+    assert (tmp_path / "out" / odd[0]).is_file()
+    assert (tmp_path / "out" / odd[1]).is_file()
+
+
+def test_a_full_disk_and_a_folder_that_cannot_be_written_are_named(pictures, purify, monkeypatch, tmp_path):
+    code, _, said = purify(pictures, out=Path("/proc/dipguard"))
+    assert code == 2
+    assert "/proc/dipguard" in said
+
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dipguard.files.os.fsync", full)
+    code, _, said = purify(pictures)
+    assert code == 2
+    assert f"No space left on device: '{tmp_path / 'out'}" in said
+
+
+def test_one_command_at_a_time_works_in_a_folder(pictures, purify, tmp_path):
+    out = tmp_path / "out"
+    with locked(out):
+        code, _, said = purify(pictures)
+    assert code == 2
+    assert "another process works in" in said
+    left = out / "deep" / ".0123456789abcdef.part"
+    left.parent.mkdir()
+    left.touch()
+    assert purify(pictures)[0] == 0
+    assert not left.exists()
+
+
 def _run(*words, prefix="", **options):
     run = "import runpy; runpy.run_module('dipguard', alter_sys=True, run_name='__main__')"
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); {prefix}{run}"
@@ -292,16 +342,19 @@ def test_it_needs_neither_hydra_nor_wandb_nor_matplotlib(pictures, tmp_path):
 
 
 @pytest.mark.slow
-def test_after_ctrl_c_it_goes_on_where_it_was(pictures, tmp_path):
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_after_a_signal_it_goes_on_where_it_was(pictures, tmp_path, number, expected):
     out = tmp_path / "out"
     words = ("purify", str(pictures), str(out), "--victim", "digits_cnn", "--defense", "paper")
     words += ("--option", "T=1500", "--batch", "1", "--figures", "0", "--no-progress")
     with _run(*words) as process:
         while process.poll() is None and not (out / "a.png").exists():
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, said = process.communicate()
-    assert process.returncode == 130, said
+    assert process.returncode == expected, said
+    assert "finished work is kept" in said
+    assert "Traceback" not in said
     done = set(_rows(out))
     assert "a.png" in done
     assert done < ALL

@@ -18,6 +18,7 @@ from dipguard.defenses import Defense
 from dipguard.evaluation import Matrix, prepare, run, write_results
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.runner import _share_out
+from dipguard.store.keys import versions
 from tests.store.parts import list_entries
 from tests.tiny_matrix import TINY, tiny_matrix, typed_matrix
 
@@ -174,6 +175,27 @@ def test_a_killed_run_goes_on_from_its_chunks(
     assert torch.equal(matrix.reconstructions("pgd_8", "paper"), finished.reconstructions("pgd_8", "paper"))
 
 
+def test_a_killed_run_goes_on_with_other_chunks(
+    tmp_path: Path, finished: Matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_after(prepare(typed_matrix(*few("jpeg")), tmp_path), 1, monkeypatch)
+    for chunk in (2, 4):
+        matrix = prepare(typed_matrix(*few("jpeg"), f"chunk={chunk}"), tmp_path)
+        assert run(matrix) == []
+        assert torch.equal(matrix.reconstructions("pgd_8", "jpeg"), finished.reconstructions("pgd_8", "jpeg"))
+
+
+def test_the_keys_hold_the_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = typed_matrix(*few("jpeg"))
+    (old,) = prepare(settings, tmp_path).cells
+    for name in versions():
+        with monkeypatch.context() as patch:
+            patch.setattr("dipguard.evaluation.plan.versions", lambda name=name: {**versions(), name: "other"})
+            (new,) = prepare(settings, tmp_path).cells
+        assert old.attack_key != new.attack_key
+        assert old.key != new.key
+
+
 @pytest.mark.parametrize("layer", ["attacks", "cells"])
 def test_a_damaged_entry_is_made_again(
     tmp_path: Path, layer: str, finished: Matrix, caplog: pytest.LogCaptureFixture
@@ -281,7 +303,12 @@ def test_a_matrix_of_one_cell_raises_its_error(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_chunks(tmp_path: Path, finished: Matrix) -> None:
+def test_two_processes_share_the_chunks_also_inside_a_slurm_job(
+    tmp_path: Path, finished: Matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = {"JOB_ID": "1", "NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "NODELIST": "localhost"}
+    for name, value in slurm.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
     matrix = prepare(typed_matrix(*few("none", "paper"), "processes=2"), tmp_path)
     write_results(matrix)
     _share_out(matrix, matrix.cells)
