@@ -27,9 +27,14 @@ DIPGuard(victim, T=10, progress=False).defend(torch.rand(1, 3, 32, 32), callback
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_program_with_its_code_and_a_message(number, code, capsys):
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as stopped, exit_codes("program"):
-        os.kill(os.getpid(), number)
-        time.sleep(1)
+
+    def program():
+        with exit_codes("program"):
+            os.kill(os.getpid(), number)
+            time.sleep(1)
+
+    with pytest.raises(SystemExit) as stopped:
+        program()
     assert stopped.value.code == code
     assert capsys.readouterr().err.startswith("program: ")
     assert signal.getsignal(signal.SIGTERM) is before
@@ -38,9 +43,15 @@ def test_a_signal_ends_a_program_with_its_code_and_a_message(number, code, capsy
 def test_a_pipe_that_nothing_reads_ends_a_program_in_silence(monkeypatch, capsys):
     read, write = os.pipe()
     os.close(read)
-    with open(write, "w") as stream, pytest.raises(SystemExit) as stopped, exit_codes("program"):
-        monkeypatch.setattr(sys, "stdout", stream)
-        print("something")
+
+    def program():
+        with os.fdopen(write, "w") as stream, monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stream)
+            with exit_codes("program"):
+                print("something")
+
+    with pytest.raises(SystemExit) as stopped:
+        program()
     assert stopped.value.code == 141
     assert capsys.readouterr().err == ""
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -62,10 +63,24 @@ def test_others_do_not(override: str) -> None:
     assert job_key(typed_matrix(override)) != job_key(typed_matrix())
 
 
-def test_a_file_that_changed_makes_its_jobs_run_again(tmp_path: Path) -> None:
-    path = tmp_path / "images.npz"
+@pytest.mark.parametrize("given", ["images", "{}/images", "images/deep/1.png"])
+def test_what_a_named_file_or_folder_holds_is_a_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "images" / "deep" / "1.png"
+    path.parent.mkdir(parents=True)
     keys = []
-    for content in (b"one", b"other"):
+    for content in (b"one", b"two", b"one"):
         path.write_bytes(content)
-        keys.append(job_key(typed_matrix("data=arrays", f"data.path={path}")))
-    assert keys[0] != keys[1]
+        os.utime(path, (0, 0))
+        keys.append(job_key(typed_matrix("data=image_folder", f"data.path={given.format(tmp_path)}")))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_the_versions_are_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = job_key(typed_matrix())
+    for name, value in (("version", lambda name: "0"), ("constant_of", lambda path: 0), ("__version__", "0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dipguard.evaluation.sweep_job.{name}", value)
+            assert job_key(typed_matrix()) != key
