@@ -34,10 +34,13 @@ ADAPTIVE = (
 )
 
 
+FEWER = ("~attacks.fgsm_8", "~defenses.median", "~defenses.dip_fixed", "~defenses.mirror", "data.limit=3", "figures=1")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("evaluate")
-    tiny_evaluation(folder)
+    tiny_evaluation(folder, *FEWER)
     return folder
 
 
@@ -53,8 +56,8 @@ def entries(folder: Path) -> dict[Path, bytes]:
 def test_the_run_folder_holds_what_is_promised(finished: Path) -> None:
     names = {path.name for path in finished.iterdir() if path.is_file()}
     assert names >= FILES
-    assert {f"figure9_{attack}.png" for attack in ("clean", "fgsm_8", "pgd_8")} <= names
-    assert len(rows(finished)) == 3 * 6
+    assert {f"figure9_{attack}.png" for attack in ("clean", "pgd_8")} <= names
+    assert len(rows(finished)) == 2 * 3
     text = (finished / "report.md").read_text()
     assert "PGD 8" in text
     assert "figure9_pgd_8.png" in text
@@ -65,13 +68,13 @@ def test_tables_are_made_again_from_what_is_stored_alone(finished: Path) -> None
     stored = entries(finished)
     for name in before:
         (finished / name).unlink()
-    tiny_evaluation(finished, "rebuild=true")
+    tiny_evaluation(finished, *FEWER, "rebuild=true")
     assert {name: (finished / name).read_bytes() for name in before} == before
     assert entries(finished) == stored
 
 
 def test_a_rebuild_of_nothing_says_so(tmp_path: Path) -> None:
-    tiny_evaluation(tmp_path, "rebuild=true", "figures=0")
+    tiny_evaluation(tmp_path, *FEWER, "rebuild=true", "figures=0")
     assert "No cell is finished yet" in (tmp_path / "report.md").read_text()
 
 
@@ -117,10 +120,7 @@ def test_adaptive_curves(tmp_path: Path) -> None:
     [
         (["defenses.jpeg.quality=0"], "`defenses.jpeg.quality`"),
         (["+defenses.jpeg.qualty=5"], "`defenses.jpeg.qualty` is unknown"),
-        (["attacks.pgd_8.steps=0"], "`attacks.pgd_8.steps` must be at least 1"),
         (["+attack@attacks.bpda=bpda", "attacks.bpda.budgets=[0]"], "`attacks.bpda.budgets` must be"),
-        (["+attacks.pgd_8.only=[nothing]"], "`attacks.pgd_8.only` must be one of"),
-        (["+attacks.pgd_8.check=x"], "`attacks.pgd_8.check` must be one of"),
         (["attacks=null"], "`attacks` must hold keys and values, got None"),
         (["data=arrays"], "`data.path`"),
     ],

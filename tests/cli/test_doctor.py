@@ -15,7 +15,7 @@ def _findings(capsys):
     }
 
 
-def test_a_sound_installation(capsys, victim):
+def test_a_sound_installation(capsys):
     assert main(["doctor"]) == 0
     found = _findings(capsys)
     assert found["dipguard"][1].startswith(dipguard.__version__)

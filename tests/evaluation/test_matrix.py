@@ -159,6 +159,7 @@ def killed_after(matrix: Matrix, chunks: int, monkeypatch: pytest.MonkeyPatch) -
             run(matrix)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_chunks(
     tmp_path: Path, finished: Matrix, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -263,6 +264,7 @@ def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> Non
         assert ours.equals(theirs)
 
 
+@pytest.mark.slow
 def test_keeping_traces_later_purifies_again(tmp_path: Path) -> None:
     cut = ("data.limit=3", "chunk=3", "figures=1")
     run(prepare(typed_matrix(*few("paper"), *cut), tmp_path))
@@ -322,6 +324,7 @@ def test_two_processes_share_the_chunks_also_inside_a_slurm_job(
         np.testing.assert_allclose(made, whole, rtol=0, atol=1e-5 if label == "none" else 0.1)
 
 
+@pytest.mark.slow
 def test_a_surrogate_guides_the_defence_and_the_victim_decides(tmp_path: Path, finished: Matrix) -> None:
     settings = (*few("jpeg", "paper"), "victim@surrogate=digits_cnn", "surrogate.seed=5")
     matrix = prepare(typed_matrix(*settings), tmp_path)
