@@ -6,11 +6,13 @@ import csv
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from hydra.errors import CompactHydraException
 
+from dipguard.cli import locked
 from dipguard.cli.programs import evaluate
 from tests.tiny_matrix import TINY, compose_matrix, tiny_evaluation, tiny_matrix
 from tests.tiny_run import ROOT
@@ -147,3 +149,43 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert [row["status"] for row in rows(tmp_path)] == ["done"] * 12  # six defences, two attacks
     after = entries(tmp_path)
     assert {path: after[path] for path in times} == times
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_process_works_in_is_refused(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"hydra.run.dir={tmp_path}", *TINY]
+    with locked(tmp_path):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "another process works in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="looks for processes in /proc")
+def test_the_processes_of_a_killed_run_end(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"hydra.run.dir={tmp_path}", *TINY]
+    run = subprocess.Popen([*command, "processes=2", "defenses.paper.T=20000", "defenses.dip_fixed.T=20000"])
+    kept: list[str] = []
+    for _ in range(1200):  # both workers, and the tracker of their resources
+        kept = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+        if len(kept) >= 3 or run.poll() is not None:
+            break
+        time.sleep(0.1)
+    time.sleep(10)
+    run.kill()
+    run.wait()
+    assert len(kept) >= 3
+    for _ in range(600):
+        kept = [pid for pid in kept if alive(pid)]
+        if not kept:
+            break
+        time.sleep(0.1)
+    assert not kept
+
+
+def alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
