@@ -56,7 +56,7 @@ def exit_codes(program: str) -> Iterator[None]:
         raise SystemExit(141) from None
     finally:
         if main:
-            signal.signal(signal.SIGTERM, before)
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextmanager

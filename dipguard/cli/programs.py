@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
 from dipguard.config import RunConfig, explain, from_hydra, register
-from dipguard.evaluation.sweep_job import is_done, job_key, mark_begun, mark_done, mark_failed
+from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key
 
 if TYPE_CHECKING:
     from dipguard.evaluation import Matrix
@@ -30,9 +31,7 @@ log = logging.getLogger("dipguard")
 
 
 def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[str, Any]:
-    """Run one attack and one defence, with pictures, into ``folder``; return the metrics.
-
-    ``cfg`` is the composed config, and ``sweep`` the name of the sweep that this is a job of.
+    """Run one attack and one defence, with pictures, as a job of ``sweep`` if there is one; return the metrics.
 
     Raises:
         CompactHydraException: A setting or a file is not as it must be; nothing was run.
@@ -76,19 +75,23 @@ def run_job(program: Callable[..., Any], cfg: DictConfig) -> None:
 
 def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path) -> None:
     """Leave in the folder how the job ended (:mod:`dipguard.evaluation.sweep_job`); its error is raised again."""
+    from dipguard.files import write_json
+
     try:
         config = _config(cfg)
         key = job_key(config)
         if is_done(folder, key) and not config.rebuild:
             log.info("%s is done already", folder.name)
             return
-        mark_begun(folder)
+        for name in (DONE, FAILED):
+            (folder / name).unlink(missing_ok=True)
         start = time.perf_counter()
         program(cfg, folder, sweep=folder.resolve().parent.name)
-        mark_done(folder, key, seconds=time.perf_counter() - start)
+        write_json(folder / DONE, {"key": key, "seconds": round(time.perf_counter() - start, 3)})
     except Exception as error:
         log.exception("this job failed")  # into its own log; the sweep's report names it too
-        mark_failed(folder, error)
+        text = "".join(traceback.format_exception(error))
+        write_json(folder / FAILED, {"error": type(error).__name__, "message": str(error), "traceback": text})
         raise
 
 

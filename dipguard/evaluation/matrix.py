@@ -19,7 +19,6 @@ from typing import Any
 
 import hydra.utils
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense, DefenseResult
+from dipguard.defenses.base import Callbacks
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
@@ -112,13 +112,7 @@ class Matrix:
         return self._attacked[cell.attack_key]
 
     def chunk(
-        self,
-        cell: Cell,
-        snapshot: int,
-        part: slice,
-        *,
-        callbacks: Sequence[pl.Callback] = (),
-        logger: Logger | None = None,
+        self, cell: Cell, snapshot: int, part: slice, *, callbacks: Callbacks = (), logger: Logger | None = None
     ) -> Entry:
         """Some images of a cell, purified: ``images`` [B, 3, H', W'] and ``used`` [B]; stored, or made now.
 

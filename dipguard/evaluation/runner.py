@@ -150,8 +150,11 @@ def _work_share(rank: int, count: int, config: RunConfig, folder: Path, places: 
     for cell in (matrix.cell(*place) for place in places):
         snapshots = range(len(matrix.attack_entry(cell).header["snapshots"]))
         chunks = product(snapshots, parts_of(len(cell.clean), matrix.chunk_size))
-        for snapshot, part in islice(chunks, rank, None, count):
-            matrix.chunk(cell, snapshot, part)
+        try:
+            for snapshot, part in islice(chunks, rank, None, count):
+                matrix.chunk(cell, snapshot, part)
+        except Exception:  # the parent will meet the same, and note it
+            _log.exception("%s x %s failed in process %d", *cell.place, rank)
 
 
 def _end_with_parent() -> None:

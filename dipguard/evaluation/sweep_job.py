@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-import traceback
 from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib.metadata import version
@@ -76,10 +76,12 @@ def job_key(config: RunConfig) -> str:
 def _files(value: Any) -> Iterator[tuple[str, str]]:
     """The files that settings name, or that are in a folder that they name, each with a digest of its content."""
     if isinstance(value, dict):
-        for key, one in value.items():
-            yield from _files(one) if key not in ("name", "_target_") else ()
-    elif isinstance(value, str) and value and (path := Path(value).expanduser()).exists():
-        for file in [path] if path.is_file() else path.rglob("*"):
+        value = [one for key, one in value.items() if key not in ("name", "_target_")]
+    if isinstance(value, list):
+        for one in value:
+            yield from _files(one)
+    elif isinstance(value, str) and value and os.path.exists(path := os.path.expanduser(value)):
+        for file in [Path(path), *Path(path).rglob("*")]:
             if file.is_file():
                 yield str(file), _content(file, file.stat().st_ctime_ns)
 
@@ -93,30 +95,9 @@ def _content(file: Path, changed: int) -> str:
 
 def is_done(folder: Path, key: str) -> bool:
     """Whether the job with this key is finished in this folder."""
-    from dipguard.files import read_json  # here and below: torch is not loaded for --help
+    from dipguard.files import read_json  # only now: it loads torch
 
     try:
         return bool(read_json(folder / DONE)["key"] == key) and (folder / "results.csv").is_file()
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-
-
-def mark_begun(folder: Path) -> None:
-    """The job begins: remove the marks of an earlier one."""
-    for name in (DONE, FAILED):
-        (folder / name).unlink(missing_ok=True)
-
-
-def mark_done(folder: Path, key: str, *, seconds: float) -> None:
-    """The job is finished; this is the last file of its folder."""
-    from dipguard.files import write_json
-
-    write_json(folder / DONE, {"key": key, "seconds": round(seconds, 3)})
-
-
-def mark_failed(folder: Path, error: BaseException) -> None:
-    """The job ended in an error."""
-    from dipguard.files import write_json
-
-    lines = traceback.format_exception(error)
-    write_json(folder / FAILED, {"error": type(error).__name__, "message": str(error), "traceback": "".join(lines)})
