@@ -25,8 +25,8 @@ from dipguard.reporting.canvas import class_name
 from dipguard.store.keys import digest_of
 from dipguard.victims import check_victim
 
-WINDOW = 256
-"""Number of pictures in memory at once."""
+WINDOW = 256  # pictures in memory at once
+MOST_PRINTED = 40
 LAYER = "cells"
 """Layer of the store for finished pictures, and for the files of ``OUT`` that this command has written."""
 _Row = dict[str, Any]
@@ -69,12 +69,12 @@ def run(args: argparse.Namespace) -> int:
             ordered = [rows[source.name] for source in job.sources if source.name in rows]
             if ordered:
                 write_decisions(job.out, ordered)
-    print(*map(decision_line, ordered), sep="\n")
-    bad = sum("problem" in row for row in ordered)
+    print(*map(decision_line, ordered[:MOST_PRINTED]), sep="\n")
+    bad = [row for row in ordered if row.get("problem")]
     changed = sum(bool(row.get("changed")) for row in ordered)
-    _say(f"{len(ordered) - bad} pictures, {changed} decisions changed; {job.out / 'decisions.csv'}")
-    if bad:
-        _say(f"{bad} pictures were not purified")
+    _say(f"{len(ordered) - len(bad)} pictures, {changed} decisions changed; all in {job.out / 'decisions.csv'}")
+    for row in bad:
+        _say(decision_line(row))
     return 1 if bad else 0
 
 

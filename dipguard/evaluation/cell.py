@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.attacks import Attack, Cost
+from dipguard.config import ATTACK_KEYS, NODE_KEYS
 from dipguard.data import ImageSet
 from dipguard.defenses import DEFENSES, Defense
 from dipguard.registry import options_of, table_of
@@ -19,7 +20,7 @@ CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
 """Labels with a meaning of their own: the attack suite's clean images and worst case, and the undefended baseline."""
 CONTROL, LARGE_EPS = "control", "large_eps"
 """Attacks of a suite that check the others: noise, and an attack that may change almost anything."""
-ASIDE = ("name", "_target_", "number", "check", "full", "intermediate", "limit", "only", "note")
+ASIDE = (*NODE_KEYS, *ATTACK_KEYS)
 """Keys of an attack's node that are not options of the attack."""
 BLACK_BOX = ("defended_square", "hopskipjump")
 """Adaptive attacks that only query the defended classifier."""
