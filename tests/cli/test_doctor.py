@@ -1,5 +1,6 @@
 import re
 from importlib.metadata import metadata
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -54,8 +55,8 @@ def test_a_cache_that_cannot_be_written_is_broken(capsys, monkeypatch, tmp_path)
     ],
 )
 def test_what_wandb_would_do_is_told_and_the_key_never_shown(capsys, monkeypatch, tmp_path, key, mode, login, runs):
-    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.org")
-    (tmp_path / "netrc").write_text("machine wandb.example.org login user password 0123abcd\n" if login else "")
+    server = urlsplit(pytest.importorskip("wandb").Settings().base_url).hostname
+    (tmp_path / "netrc").write_text(f"machine {server} login user password 0123abcd\n" if login else "")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name, value in (("WANDB_API_KEY", key), ("WANDB_MODE", mode)):
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
