@@ -137,7 +137,7 @@ def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:
         matrix.attack_entry(cell)
     count = matrix.config.processes
     arguments = (count, matrix.config, matrix.folder, [cell.place for cell in shared])
-    spawn(_work_share, arguments, nprocs=count, daemon=True)  # type: ignore[no-untyped-call]
+    spawn(_work_share, arguments, nprocs=count, daemon=True)
 
 
 def _work_share(rank: int, count: int, config: RunConfig, folder: Path, places: Sequence[tuple[str, str]]) -> None:
