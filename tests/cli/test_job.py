@@ -81,7 +81,7 @@ def test_list_names_every_victim_and_defence_with_its_options(capsys):
     for name in (*VICTIMS, *DEFENSES):
         assert f"\n  {name}: " in printed
     assert "quality=75" in printed
-    assert "arch=ARCH" in printed
+    assert "arch=resnet50 " in printed
     assert not set(printed) & set("`'~") - set("'")
     assert not re.search(r":class:|\?\?\?|None|True|='", printed), "markup or Python's own notation"
 

@@ -312,8 +312,8 @@ def test_one_command_at_a_time_works_in_a_folder(pictures, purify, tmp_path):
         code, _, said = purify(pictures)
     assert code == 2
     assert "another process works in" in said
+    assert purify(pictures)[0] == 0
     left = out / "deep" / ".0123456789abcdef.part"
-    left.parent.mkdir()
     left.touch()
     assert purify(pictures)[0] == 0
     assert not left.exists()
