@@ -19,14 +19,16 @@ from torch import Tensor
 def write_bytes(path: Path, content: bytes) -> Path:
     """Write ``content`` to ``path`` atomically: even after a kill there is the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # not longer than a long name
     try:
         with temporary.open("xb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and not error.filename:
+            error.filename = str(path)  # a full disk names no file
         temporary.unlink(missing_ok=True)
         raise
     return path

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dipguard.cli import exit_codes
 from dipguard.reporting.sweep_report import summary, write_sweep_report
 
 
@@ -15,13 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", nargs="+", help="a sweep's folder, such as outputs/sweeps/smoke")
     parser.add_argument("--all", action="store_true", help="include jobs that the grid of the last start does not have")
     given = parser.parse_args(arguments)
-    for folder in given.folder:
-        try:
-            write_sweep_report(folder, everything=given.all)
-            print(summary(folder, everything=given.all))
-        except (OSError, ValueError) as error:
-            print(f"{folder}: {error}", file=sys.stderr)
-            return 1
+    with exit_codes("sweeps.collect"):
+        for folder in given.folder:
+            try:
+                write_sweep_report(folder, everything=given.all)
+                text = summary(folder, everything=given.all)
+            except (OSError, ValueError) as error:
+                print(f"{folder}: {error}", file=sys.stderr)
+                return 1
+            print(text)
     return 0
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import csv
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,20 @@ def test_failed_write_leaves_no_remains(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"a\.bin"):
         write_bytes(tmp_path / "a.bin", b"new")
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("dipguard.files.os.fsync", full)
+    with pytest.raises(OSError, match=r"a\.bin"):
+        write_bytes(tmp_path / "a.bin", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_name_may_be_as_long_as_the_file_system_allows(tmp_path: Path) -> None:
+    assert write_bytes(tmp_path / ("x" * 255), b"new").is_file()
 
 
 def test_json_goes_there_and_back(tmp_path: Path) -> None:

@@ -136,16 +136,22 @@ def test_attack_fools_the_victim_within_its_bound(finished: tuple[Path, dict[str
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str
+)
 def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(
-    tmp_path: Path, finished: tuple[Path, dict[str, Any]]
+    tmp_path: Path, finished: tuple[Path, dict[str, Any]], number: int, code: int
 ) -> None:
     folder = tmp_path / "killed"
     process = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     end = time.monotonic() + 600
     while not entries(folder, "cells") and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process.send_signal(number)
     text = process.communicate()[0].decode()
+    assert process.returncode == code, text
+    assert "Traceback" not in text
+    assert ("finished work is kept" in text) == (code > 0)
     (first,) = entries(folder, "cells")  # the first chunk of two, or else the kill came too late
     assert [path.stem for path in traces(folder)][:2] == ["000000", "000001"], text
     before, made = times(traces(folder)[:2]), first.stat().st_mtime_ns
@@ -251,9 +257,9 @@ def test_settings_that_no_result_depends_on_may_change(finished: tuple[Path, dic
     assert (copied / "figures" / "trace_000000.png").exists()
 
 
-@pytest.mark.parametrize("attack", ["none", "cw"])
+@pytest.mark.parametrize("attack", ["none", pytest.param("cw", marks=pytest.mark.slow)])
 def test_other_attacks(tmp_path: Path, attack: str) -> None:
-    metrics = tiny_run(tmp_path / "run", f"attack={attack}", "data.limit=2", "figures=0")
+    metrics = tiny_run(tmp_path / "run", f"attack={attack}", *ONE)
     assert list(metrics["settings"]["attacks"]) == [attack]
     assert (metrics["ssim"]["given"] == pytest.approx(1)) == (attack == "none")
 
@@ -279,9 +285,9 @@ def test_an_adaptive_attack_is_an_attack(tmp_path: Path) -> None:
 
 
 def test_more_decisions_than_steps_means_every_step(tmp_path: Path) -> None:
-    tiny_run(tmp_path / "run", "defense.decisions=200", "data.limit=1")
+    tiny_run(tmp_path / "run", *ONE, "defense.decisions=200")
     (trace,) = traces(tmp_path / "run")
-    assert DecisionTrace.load(trace).steps.tolist() == list(range(40))
+    assert DecisionTrace.load(trace).steps.tolist() == list(range(20))
 
 
 def test_train_has_one_attack_and_one_defence(tmp_path: Path) -> None:
@@ -299,10 +305,11 @@ def digits_file(path: Path, **changes: Any) -> Path:
 
 def test_own_arrays(tmp_path: Path) -> None:
     path = digits_file(tmp_path / "own.npz")
-    metrics = tiny_run(tmp_path / "run", "data=arrays", f"data.path={path}", "data.limit=2", "figures=0")
+    metrics = tiny_run(tmp_path / "run", "data=arrays", f"data.path={path}", *ONE, "data.limit=2")
     assert metrics["n"] == 2
 
 
+@pytest.mark.slow
 def test_own_pictures(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -467,6 +474,7 @@ def test_command_line_refuses_in_one_line_and_says_what_is_allowed(tmp_path: Pat
         assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_real_images_and_weights(real_data: Path, tmp_path: Path) -> None:
     overrides = ("data=arrays", f"data.path={real_data / 'cifar10' / 'tune.npz'}", "data.limit=4", "figures=0")
     weights = f"victim.weights={real_data / 'weights' / 'resnet20-12fca82f.th'}"

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+"""The file in a run folder that is locked while a process works there."""
 
 
 class CommandError(Exception):
     """The command cannot be carried out as given. The message is shown to the user without a traceback."""
 
 
+class _TerminatedError(BaseException):
+    """SIGTERM."""
+
+
 @contextmanager
 def command_errors(prefix: str = "") -> Iterator[None]:
-    """Turn errors of arguments, files and missing libraries into a `CommandError`.
-
-    Args:
-        prefix: Put before the message, to name the part of the command line that it is about.
-    """
+    """Turn errors of arguments, files and missing libraries into a `CommandError`, whose message ``prefix`` begins."""
     try:
         yield
     except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
         raise CommandError(f"{prefix}{error}") from error
+
+
+@contextmanager
+def exit_codes(program: str) -> Iterator[None]:
+    """End without a traceback, as a shell expects: 130 after Ctrl-C, 143 after SIGTERM, 141 for a closed pipe."""
+
+    def terminate(number: int, frame: object) -> None:
+        raise _TerminatedError
+
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if main else None
+    try:
+        yield
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; finished work is kept", file=sys.stderr)
+        raise SystemExit(130) from None
+    except _TerminatedError:
+        print(f"{program}: terminated by SIGTERM; finished work is kept", file=sys.stderr)
+        raise SystemExit(143) from None
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+        raise SystemExit(141) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Work in a run folder as its only process; half-written files that a killed one left there are removed.
+
+    Raises:
+        CommandError: Another process works in it.
+        OSError: It cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise CommandError(f"another process works in {folder}; wait for its end, or take another folder") from None
+    try:
+        for path in folder.rglob(".*.part"):
+            path.unlink(missing_ok=True)
+        yield
+    finally:
+        lock.release()

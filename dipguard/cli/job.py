@@ -5,27 +5,28 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped]
 from torch import nn
 
-from dipguard.cli import CommandError, command_errors
+from dipguard.cli import LOCK, CommandError, command_errors
 from dipguard.cli.pictures import Source, find_pictures
 from dipguard.data.image_folder import EXTENSIONS
 from dipguard.defenses import DEFENSES, Defense, build_defense
 from dipguard.registry import lookup, options_of, table_of
 from dipguard.store import Store
-from dipguard.store.keys import victim_digest
-from dipguard.version import __version__
+from dipguard.store.keys import versions, victim_digest
 from dipguard.victims import VICTIMS, build_victim, check_victim
 
 MARK = "dipguard.json"
 """The file that marks a folder as ours: the settings of its last run."""
-_PHOTOGRAPH = 128
+PHOTOGRAPH = 128
 """From this size on, a picture gets the papers' settings for ImageNet."""
 _FOR_PHOTOGRAPHS: dict[str, dict[str, Any]] = {
     "paper": {"network": "imagenet", "T": 3000},
@@ -38,12 +39,8 @@ _PIXELS_AT_ONCE = 64 * 32 * 32
 class Job:
     """A run of ``dipguard purify`` that has passed all checks.
 
-    Attributes:
-        sources: The given pictures.
-        out: Folder for the results; it holds the store of finished pictures.
-        settings: Everything that a result depends on besides the picture; JSON values.
-        batch: Number of pictures that are purified, and saved, together.
-        redo: Whether finished pictures are purified again.
+    ``settings`` are everything that a result depends on besides the picture, as JSON values; ``batch`` is the number of
+    pictures that are purified, and saved, together.
     """
 
     sources: Sequence[Source]
@@ -54,7 +51,6 @@ class Job:
     settings: dict[str, Any]
     batch: int
     figures: int
-    redo: bool
     progress: bool
 
     @property
@@ -64,11 +60,7 @@ class Job:
 
 
 def prepare(args: argparse.Namespace) -> Job:
-    """Check the whole command line, and build victim and defence.
-
-    Raises:
-        CommandError: Something is wrong with it. The functions below raise the same.
-    """
+    """Check the whole command line, and build victim and defence; CommandError if something is wrong with it."""
     if find_spec("PIL") is None:
         raise CommandError("pictures need pillow, which is not installed: pip install 'dipguard[vision]'")
     for name, low in (("seed", 0), ("figures", 0), ("batch", 1)):
@@ -78,7 +70,7 @@ def prepare(args: argparse.Namespace) -> Job:
     given, out = Path(args.input).expanduser(), Path(args.output).expanduser()
     if out.suffix.lower() in EXTENSIONS or (out.exists() and not out.is_dir()):
         raise CommandError(f"OUT must be a folder, got {out}")
-    if out.is_dir() and any(out.iterdir()) and not (out / MARK).is_file():
+    if out.is_dir() and {path.name for path in out.iterdir()} - {LOCK} and not (out / MARK).is_file():
         raise CommandError(f"OUT: {out} holds files that this command did not write; take a new or an empty folder")
     sources = find_pictures(given, out)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -100,7 +92,7 @@ def prepare(args: argparse.Namespace) -> Job:
         victim=victim,
         defense=defense,
         settings={
-            "dipguard": __version__,
+            "versions": versions(),
             "victim": {"name": args.victim, "digest": victim_digest(victim)},
             "defense": defense.settings,
             "size": list(size),
@@ -109,23 +101,22 @@ def prepare(args: argparse.Namespace) -> Job:
         },
         batch=batch if args.batch is None else args.batch,
         figures=args.figures,
-        redo=args.redo,
         progress=not args.no_progress,
     )
 
 
 def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
-    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON or else strings."""
+    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON, YAML or else strings."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key or key in options:
             problem = "given twice" if key in options else "not of the form KEY=VALUE"
             raise CommandError(f"{argument}: {pair!r} is {problem}")
-        try:
-            options[key] = json.loads(text)
-        except json.JSONDecodeError:
-            options[key] = text
+        options[key] = text
+        for read in (yaml.safe_load, json.loads):  # JSON's 1e-3 is text in YAML
+            with suppress(ValueError, yaml.YAMLError):
+                options[key] = read(text)
     return options
 
 
@@ -167,7 +158,7 @@ def make_defense(
     with command_errors():
         table = table_of("defenses", DEFENSES)
         lookup(table, name, argument="--defense")
-        defaults: dict[str, Any] = _FOR_PHOTOGRAPHS.get(name, {}) if min(size) >= _PHOTOGRAPH else {}
+        defaults: dict[str, Any] = _FOR_PHOTOGRAPHS.get(name, {}) if min(size) >= PHOTOGRAPH else {}
         # The command has a progress bar of its own.
         quiet = {"progress": False} if "progress" in options_of(table[name]) else {}
         defense = build_defense(name, victim, seed=seed, **{**defaults, **quiet, **options})

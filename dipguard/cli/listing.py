@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import json
+import re
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from dipguard.defenses import DEFENSES
-from dipguard.registry import lookup, options_of, table_of
+from dipguard.registry import REQUIRED, lookup, options_of, table_of
 from dipguard.victims import VICTIMS
 
 
@@ -16,12 +19,24 @@ def run(args: argparse.Namespace) -> int:
     print("victims (--victim NAME, --victim-option KEY=VALUE):")
     _print_table(table_of("victims", VICTIMS), hidden=("weights",))
     print("\ndefences (--defense NAME, --option KEY=VALUE):")
-    _print_table(table_of("defenses", DEFENSES), hidden=("seed", "progress"))
+    _print_table(table_of("defenses", DEFENSES), hidden=("seed", "progress", "store", "store_T", "trainer"))
     return 0
 
 
 def _print_table(table: Mapping[str, str], *, hidden: Collection[str]) -> None:
     for name, path in table.items():
         summary = (inspect.getdoc(lookup(table, name, argument="name")) or "").partition("\n")[0]
-        options = [f"{key}={default!r}" for key, default in options_of(path).items() if key not in hidden]
-        print(f"  {name}: {summary}\n" + (f"      {' '.join(options)}\n" if options else ""))
+        options = [_option(key, default) for key, default in options_of(path).items() if key not in hidden]
+        print(f"  {name}: {_plain(summary)}\n" + (f"      {' '.join(options)}\n" if options else ""))
+
+
+def _plain(text: str) -> str:
+    """A docstring without its markup."""
+    return re.sub(r"(?::\w+:)?`+~?([^`]*)`+", lambda found: found[1].rpartition(".")[2] or found[1], text)
+
+
+def _option(key: str, default: Any) -> str:
+    """An option as it is typed, with its default."""
+    if default == REQUIRED:
+        return f"{key}={key.upper()}"
+    return f"{key}={default if isinstance(default, str) else json.dumps(default, separators=(',', ':'))}"

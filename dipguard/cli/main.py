@@ -1,7 +1,7 @@
 """The commands, their arguments, and their exit codes.
 
 Exit codes: 0 success; 1 some pictures could not be purified, or the installation is broken; 2 the command cannot be
-carried out as given, and nothing was changed; 130 interrupted.
+carried out as given, or a file cannot be written; 130 Ctrl-C, 143 SIGTERM, 141 the output was not read to its end.
 """
 
 from __future__ import annotations
@@ -12,28 +12,24 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from dipguard.cli import CommandError
+from dipguard.cli import CommandError, exit_codes
 from dipguard.version import __version__
 
 _SEE = "`dipguard list` names them and their options"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Carry out one command; return its exit code.
-
-    Args:
-        argv: Arguments without the program's name; None takes those of the process.
-    """
+    """Carry out one command; return its exit code. ``argv`` are arguments without the program's name."""
     args = make_parser().parse_args(argv)
-    try:
-        # Imported only now, so that --help does not load torch.
-        code: int = import_module(f"dipguard.cli.{args.module}").run(args)
-    except CommandError as error:
-        print(f"dipguard: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("dipguard: interrupted", file=sys.stderr)
-        return 130
+    with exit_codes("dipguard"):
+        try:
+            # Imported only now, so that --help does not load torch.
+            code: int = import_module(f"dipguard.cli.{args.module}").run(args)
+        except BrokenPipeError:
+            raise
+        except (CommandError, OSError) as error:
+            print(f"dipguard: error: {error}", file=sys.stderr)
+            return 2
     return code
 
 
@@ -57,7 +53,7 @@ def _add_purify(commands: Any) -> None:
     purify = commands.add_parser(
         "purify",
         help="purify a picture or a folder of pictures",
-        description="Purify pictures: OUT gets a PNG for each, figures/ and the table decisions.csv and .md. The same "
+        description="Purify pictures: OUT gets a PNG for each, figures/ and the table decisions.csv. The same "
         "command, given again, resumes where it was stopped.",
     )
     purify.set_defaults(module="purify")
@@ -75,10 +71,8 @@ def _add_purify(commands: Any) -> None:
     pictures.add_argument("--size", type=int, metavar="N", help=size)
     resize = "crop: keep the shape and cut out the middle (default); stretch: keep all of it, change the shape"
     pictures.add_argument("--resize", choices=("crop", "stretch"), default="crop", help=resize)
-    pictures.add_argument(
-        "--figures", type=int, default=8, metavar="N", help="draw figures of the first N pictures (8)"
-    )
-    pictures.add_argument("--redo", action="store_true", help="purify again what was done with the same settings")
+    figures = "draw figures of the first N pictures (8) when they are purified"
+    pictures.add_argument("--figures", type=int, default=8, metavar="N", help=figures)
     work = purify.add_argument_group("work")
     work.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random draws (0)")
     work.add_argument("--batch", type=int, metavar="N", help="pictures that are purified, and saved, together")

@@ -28,7 +28,7 @@ class Source(NamedTuple):
 def find_pictures(given: Path, out: Path) -> list[Source]:
     """Return the pictures of a file or folder, in alphabetical order, without those inside ``out``.
 
-    ``a/cat.jpg`` becomes ``a/cat.png``; if there is ``a/cat.bmp`` too, both keep their suffix: ``cat.jpg.png``.
+    ``a/cat.jpg`` becomes ``a/cat.png``, or ``a/cat.jpg.png`` where that would be the output of another picture too.
 
     Raises:
         CommandError: No such file or folder, no pictures, or a purified picture would overwrite a given one.
@@ -42,12 +42,8 @@ def find_pictures(given: Path, out: Path) -> list[Source]:
         names = {Path(given.name): given}
     if not names:
         raise CommandError(f"IN: {given} holds no picture ({KINDS})")
-    stems = Counter(str(path.with_suffix("")).casefold() for path in names)
-    sources = []
-    for path, file in names.items():
-        alone = stems[str(path.with_suffix("")).casefold()] == 1
-        output = path.with_suffix(".png") if alone else path.with_name(f"{path.name}.png")
-        sources.append(Source(file, path.as_posix(), output.as_posix()))
+    outputs = _outputs(list(names))
+    sources = [Source(file, path.as_posix(), outputs[path]) for path, file in names.items()]
     givens = {source.path.resolve() for source in sources}
     for source in sources:
         if (out / source.output).resolve() in givens:
@@ -55,17 +51,21 @@ def find_pictures(given: Path, out: Path) -> list[Source]:
     return sources
 
 
+def _outputs(names: Sequence[Path]) -> dict[Path, str]:
+    """A different output for each picture, also where file names ignore case."""
+    long = {path: path.with_name(f"{path.name}.png").as_posix() for path in names}
+    short = {path: path.with_suffix(".png").as_posix() for path in names}
+    taken = Counter(name.casefold() for name in (*long.values(), *short.values()))
+    # figures/a.figure.png is the figure of a.png.
+    free = {path for path in names if taken[short[path].casefold()] == 1 and not short[path].endswith(".figure.png")}
+    return {path: short[path] if path in free else long[path] for path in names}
+
+
 def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation: str) -> Tensor:
-    """Read a picture as uint8 [3, *size], RGB, turned upright by its EXIF orientation.
+    """Read a picture as uint8 [3, *size] (height, width), RGB, turned upright by its EXIF orientation.
 
-    Args:
-        path: The file.
-        size: Height and width, pixels.
-        resize: ``crop`` (keep the aspect ratio and cut out the centre) or ``stretch``.
-        interpolation: Name of a ``PIL.Image.Resampling`` in lower case.
-
-    Raises:
-        ValueError: It cannot be read.
+    ``resize`` is ``crop`` (keep the aspect ratio, cut out the centre) or ``stretch``, ``interpolation`` the name of a
+    ``PIL.Image.Resampling`` in lower case. ValueError if the file cannot be read.
     """
     from PIL import Image, ImageOps
 
@@ -79,11 +79,7 @@ def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation:
 
 
 def read_png(path: Path) -> Tensor:
-    """Read a purified picture as uint8 [3, H, W].
-
-    Raises:
-        ValueError: It is missing or cannot be read.
-    """
+    """Read a purified picture as uint8 [3, H, W]; ValueError if it is missing or cannot be read."""
     return torch.from_numpy(np.array(open_rgb(path))).permute(2, 0, 1)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -18,9 +19,10 @@ from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
 from dipguard.config import RunConfig, explain, from_hydra, register
-from dipguard.evaluation.sweep_job import is_done, isolated, job_key, mark_begun, mark_done, mark_failed
+from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key
 
 if TYPE_CHECKING:
     from dipguard.evaluation import Matrix
@@ -29,12 +31,7 @@ log = logging.getLogger("dipguard")
 
 
 def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[str, Any]:
-    """Run one attack and one defence, with pictures, into ``folder``; return the metrics.
-
-    Args:
-        cfg: The composed config.
-        folder: The run folder.
-        sweep: Name of the sweep that this is a job of.
+    """Run one attack and one defence, with pictures, as a job of ``sweep`` if there is one; return the metrics.
 
     Raises:
         CompactHydraException: A setting or a file is not as it must be; nothing was run.
@@ -53,10 +50,7 @@ def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[st
 
 
 def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list[Path]:
-    """Run all attacks against all defences, into ``folder``; return the files of the report.
-
-    Arguments and errors are those of `train`.
-    """
+    """Run all attacks against all defences; return the files of the report. Arguments and errors as in `train`."""
     matrix = _prepare(cfg, folder, single=False)
     from dipguard.reporting import results_text, write_matrix_report
 
@@ -67,28 +61,37 @@ def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list
 
 
 def run_job(program: Callable[..., Any], cfg: DictConfig) -> None:
-    """Run `train` or `evaluate` in the folder that Hydra chose; as a job of a sweep, only if it is not done already.
-
-    How a sweep's job ends is left in its folder (:mod:`dipguard.evaluation.sweep_job`), and its error is raised again.
-    """
+    """Run `train` or `evaluate` in the folder that Hydra chose; as a job of a sweep, only if it is not done already."""
     folder = Path(HydraConfig.get().runtime.output_dir)
-    if HydraConfig.get().mode != RunMode.MULTIRUN:
-        program(cfg, folder)
-        return
+    try:
+        with locked(folder):
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                _sweep_job(program, cfg, folder)
+            else:
+                program(cfg, folder)
+    except (CommandError, OSError) as error:
+        raise CompactHydraException(str(error)) from error
+
+
+def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path) -> None:
+    """Leave in the folder how the job ended (:mod:`dipguard.evaluation.sweep_job`); its error is raised again."""
+    from dipguard.files import write_json
+
     try:
         config = _config(cfg)
         key = job_key(config)
         if is_done(folder, key) and not config.rebuild:
             log.info("%s is done already", folder.name)
             return
-        mark_begun(folder)
+        for name in (DONE, FAILED):
+            (folder / name).unlink(missing_ok=True)
         start = time.perf_counter()
-        with isolated():
-            program(cfg, folder, sweep=folder.resolve().parent.name)
-        mark_done(folder, key, seconds=time.perf_counter() - start)
+        program(cfg, folder, sweep=folder.resolve().parent.name)
+        write_json(folder / DONE, {"key": key, "seconds": round(time.perf_counter() - start, 3)})
     except Exception as error:
         log.exception("this job failed")  # into its own log; the sweep's report names it too
-        mark_failed(folder, error)
+        text = "".join(traceback.format_exception(error))
+        write_json(folder / FAILED, {"error": type(error).__name__, "message": str(error), "traceback": text})
         raise
 
 
@@ -96,15 +99,16 @@ def start(main: Callable[[], None]) -> None:
     """Run a Hydra main from the command line: explain mistyped keys, and report sweeps however they end."""
     register()
     register_resolver()
-    try:
-        main()
-    except SystemExit as end:
-        hint = explain(end.__context__)  # Hydra's own message, already printed, does not say what was meant
-        if hint is not None:
-            print(hint, file=sys.stderr)
-        raise
-    finally:
-        report_open_sweeps()
+    with exit_codes(Path(sys.argv[0]).name):
+        try:
+            main()
+        except SystemExit as end:
+            hint = explain(end.__context__)  # Hydra's own message, already printed, does not say what was meant
+            if hint is not None:
+                print(hint, file=sys.stderr)
+            raise
+        finally:
+            report_open_sweeps()
 
 
 def _config(cfg: DictConfig) -> RunConfig:
@@ -147,7 +151,7 @@ def _run(
     kind = job_type if sweep is None else "sweep"
     with open_log(config.logger, folder, settings=config.to_dict(), job_type=kind, group=sweep) as run_log:
         before = Counter(matrix.store.counts)  # other jobs of this process share the store
-        failed = run(matrix, log=run_log)
+        failed = run(matrix, log=None if run_log is None else run_log.starting_at)
         if config.store is not None:
             write_json(folder / "store.json", dict(matrix.store.counts - before))
         made = report(matrix, log=run_log)

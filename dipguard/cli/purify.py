@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from dipguard.cli.job import MARK, Job, prepare
+from dipguard.cli import locked
+from dipguard.cli.job import MARK, PHOTOGRAPH, Job, prepare
 from dipguard.cli.pictures import Source, read_picture, read_png, write_png
-from dipguard.cli.results import draw_picture, format_decisions, write_decisions
+from dipguard.cli.results import decision_line, draw_picture, plain, write_decisions
 from dipguard.decision import DecisionTrace
 from dipguard.files import tensor_digest, write_json
 from dipguard.fit import FitProgress
@@ -24,8 +25,8 @@ from dipguard.reporting.canvas import class_name
 from dipguard.store.keys import digest_of
 from dipguard.victims import check_victim
 
-WINDOW = 256
-"""Number of pictures in memory at once."""
+WINDOW = 256  # pictures in memory at once
+MOST_PRINTED = 40
 LAYER = "cells"
 """Layer of the store for finished pictures, and for the files of ``OUT`` that this command has written."""
 _Row = dict[str, Any]
@@ -49,31 +50,31 @@ def run(args: argparse.Namespace) -> int:
         f"{len(job.sources)} pictures, brought to {height}x{width} ({args.resize}, {job.settings['interpolation']}); "
         f"victim {args.victim}; defence {args.defense}{steps}, seed {args.seed}"
     )
+    if args.defense == "mirror" and min(height, width) >= PHOTOGRAPH:
+        _say(
+            "warning: the networks of the defence mirror are too small for photographs: the victim misreads most "
+            "clean ones; --defense dipdefend keeps more of them"
+        )
     can_draw = find_spec("matplotlib") is not None
     if job.figures and not can_draw:
         _say("no figures: matplotlib is not installed (pip install 'dipguard[app]')")
-    write_json(job.out / MARK, job.settings)
     rows: dict[str, _Row] = {}
     drawn = {source.name: _figure(job, source) for source in job.sources[: job.figures]} if can_draw else {}
-    try:
-        for first in range(0, len(job.sources), WINDOW):
-            window = job.sources[first : first + WINDOW]
-            if len(job.sources) > WINDOW:
-                _say(f"pictures {first + 1} to {first + len(window)} of {len(job.sources)}")
-            _work_through(job, window, rows, drawn)
-    finally:
-        ordered = [rows[source.name] for source in job.sources if source.name in rows]
-        if ordered:
-            write_decisions(job.out, ordered)
-    print(format_decisions(ordered))
+    with locked(job.out):
+        write_json(job.out / MARK, job.settings)
+        try:
+            for first in range(0, len(job.sources), WINDOW):
+                _work_through(job, job.sources[first : first + WINDOW], rows, drawn)
+        finally:
+            ordered = [rows[source.name] for source in job.sources if source.name in rows]
+            if ordered:
+                write_decisions(job.out, ordered)
+    print(*map(decision_line, ordered[:MOST_PRINTED]), sep="\n")
     bad = [row for row in ordered if row.get("problem")]
     changed = sum(bool(row.get("changed")) for row in ordered)
-    _say(f"{len(ordered) - len(bad)} pictures, {changed} decisions changed; {job.out / 'decisions.md'}")
-    missing = sum("problem" not in rows[name] and not figure.is_file() for name, figure in drawn.items())
-    if missing:
-        _say(f"{missing} of the pictures that were done earlier have no figure; --redo makes them again, with figures")
+    _say(f"{len(ordered) - len(bad)} pictures, {changed} decisions changed; all in {job.out / 'decisions.csv'}")
     for row in bad:
-        _say(f"not purified: {row['picture']}: {row['problem']}")
+        _say(decision_line(row))
     return 1 if bad else 0
 
 
@@ -87,10 +88,10 @@ def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], dra
             given = _read(job, source)
             if target.exists() and job.store.read(LAYER, _file_key(source)) is None:
                 raise ValueError(f"{target} was not written by this command, and is not overwritten")
-        except ValueError as error:
+        except (ValueError, OSError) as error:  # such as a name that is too long for the output's
             rows[source.name] = {"picture": source.name, "problem": str(error)}
             continue
-        entry = None if job.redo else job.store.read(LAYER, given.key)
+        entry = job.store.read(LAYER, given.key)
         if entry is None:
             pending.append(given)
             continue
@@ -122,16 +123,11 @@ def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], dra
             **about,
         }
         if source.name in drawn:
-            draw_picture(
-                drawn[source.name],
-                given.pixels / 255,
-                pixels / 255,
-                trace=trace,
-                defense=job.defense,
-                decisions=(first[0], after[0]),
-                classes=job.classes,
-                title=source.name,
-            )
+            how: dict[str, Any] = {"trace": trace, "defense": job.defense, "classes": job.classes, "title": source.name}
+            try:
+                draw_picture(drawn[source.name], given.pixels / 255, pixels / 255, (first[0], after[0]), **how)
+            except OSError as error:
+                _say(f"no figure of {plain(source.name)}: {error}")
         job.store.write(LAYER, given.key, {"pixels": pixels.numpy()}, {"row": row})
         _write(job, source, pixels)
         rows[source.name] = {"picture": source.name, "output": source.output, **row}

@@ -1,7 +1,7 @@
 """A sweep as Hydra runs it: its jobs, how many are done, how long the rest will take, and the report at its end.
 
-Everything is read from the sweep's folder, so jobs may run in other processes or on other machines: ``sweep.json``
-lists the jobs, and each job's folder says how it ended (:mod:`dipguard.evaluation.sweep_job`).
+All is read from the sweep's folder, so jobs may run elsewhere: ``sweep.json`` lists them, and the folder of each says
+how it ended.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ _log = logging.getLogger("dipguard")
 PLAN = "sweep.json"
 RESOLVER = "sweep_job"
 """``${sweep_job:${hydra.overrides.task}}`` is a job's folder."""
-RECENT = 5
-"""Number of last jobs that the time left is estimated from: first jobs make the fits, later ones reuse them."""
 
 _open: list[Path] = []
 """Sweeps of this process that have no report yet."""
@@ -108,15 +106,11 @@ def progress_line(folder: Path) -> str:
     if not names:
         return f"{len(list(folder.glob(f'*/{DONE}')))} jobs done"
     began = float(plan["began"])
-    done, failed = (
-        [path.stat().st_mtime for name in names if (path := folder / name / mark).is_file()] for mark in (DONE, FAILED)
-    )
-    failed = [end for end in failed if end >= began]  # a failure of an earlier start will be tried again
-    left = len(names) - len(done) - len(failed)
-    text = f"{len(done)} of {len(names)} jobs done" + (f", {len(failed)} failed" if failed else "")
-    ends = sorted([end for end in done if end >= began] + failed)
-    if left and ends:
-        since = ends[-RECENT - 1] if len(ends) > RECENT else began
-        rate = (time.time() - since) / min(len(ends), RECENT)
-        text += f", {timedelta(seconds=round(rate * left))} left"
+    marks = {m: [p.stat().st_mtime for n in names if (p := folder / n / m).is_file()] for m in (DONE, FAILED)}
+    # A failure of an earlier start will be tried again.
+    done, failed = len(marks[DONE]), sum(end >= began for end in marks[FAILED])
+    left, ended = len(names) - done - failed, sum(end >= began for end in marks[DONE]) + failed
+    text = f"{done} of {len(names)} jobs done" + (f", {failed} failed" if failed else "")
+    if left and ended:
+        text += f", {timedelta(seconds=round((time.time() - began) * left / ended))} left"
     return text

@@ -10,15 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.attacks import Attack, Cost
+from dipguard.config import ATTACK_KEYS, NODE_KEYS
 from dipguard.data import ImageSet
-from dipguard.defenses import Defense
+from dipguard.defenses import DEFENSES, Defense
+from dipguard.registry import options_of, table_of
 from dipguard.store import Entry, digest_of
 
 CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
 """Labels with a meaning of their own: the attack suite's clean images and worst case, and the undefended baseline."""
 CONTROL, LARGE_EPS = "control", "large_eps"
 """Attacks of a suite that check the others: noise, and an attack that may change almost anything."""
-ASIDE = ("name", "_target_", "number", "check", "full", "intermediate", "limit", "only", "note")
+ASIDE = (*NODE_KEYS, *ATTACK_KEYS)
 """Keys of an attack's node that are not options of the attack."""
 BLACK_BOX = ("defended_square", "hopskipjump")
 """Adaptive attacks that only query the defended classifier."""
@@ -32,18 +34,16 @@ class Target:
     """A classifier behind a defence.
 
     Attributes:
-        label: Label of the defence.
+        node: The defence's settings; None for the baseline, which has no defence.
         victim: The classifier. It is attacked, and decides on the purified images.
-        victim_name: Its name.
         surrogate: Name of the classifier that the defence asks instead, empty if it asks the victim.
-        defense: The defence.
-        bare: The same without a store, for adaptive attacks: their many fits are used once.
+        bare: The defence without a store, for adaptive attacks: their many fits are used once.
         depends: Everything that the purified images depend on besides the given ones: JSON values.
         decisions_clean: The victim's decisions on all clean images, [N] int64.
-        cut: What the defence falls short of its own defaults, in words; mostly empty.
     """
 
     label: str
+    node: Mapping[str, Any] | None
     victim: nn.Module
     victim_name: str
     surrogate: str
@@ -51,7 +51,15 @@ class Target:
     bare: Defense
     depends: dict[str, Any]
     decisions_clean: Tensor
-    cut: str = ""
+
+    @property
+    def cut(self) -> str:
+        """Whether a fit is shorter than its defence's default, in words; mostly empty."""
+        node, steps = self.node or {}, self.defense.steps_per_image
+        default = options_of(table_of("defenses", DEFENSES)[node["name"]]).get("T") if "name" in node else None
+        if not steps or not isinstance(default, int) or node.get("T", default) >= default:
+            return ""
+        return f"{steps:,} of {steps * default // node['T']:,} DIP steps an image"
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,9 +67,7 @@ class Cell:
     """One attack on one target.
 
     Attributes:
-        label: Label of the attack.
-        node: Its settings.
-        target: What it attacks.
+        node: The attack's settings.
         clean: The images that it starts from.
         options: The attack's options for this target.
         attack: The attack; None if it does not apply, and ``why`` says why not.
@@ -69,7 +75,7 @@ class Cell:
         suite: Whether it belongs to the attack suite.
         attack_key: Digest of everything that the attacked images depend on.
         key: Digest of everything that the result depends on.
-        cost: What the attack will cost, at most.
+        cost: What an adaptive attack will cost, at most.
     """
 
     label: str
@@ -144,23 +150,16 @@ _NONE, _NO_DECISION = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
 
 @dataclass(frozen=True, eq=False)
 class CellResult:
-    """The result of a cell; an attack that gives images for several budgets has one for each.
+    """The result of a cell, or one of them for an attack that gives images for several budgets. All is on the CPU.
 
     Attributes:
-        cell: The cell.
-        status: ``done``, or why there are no figures.
-        eps_255: Budget in levels of 0 to 255, if there is one.
+        status: ``done``, or why there are no figures; then all tensors are empty.
         budget: Iterations or queries, if the attack gives images for several.
-        decisions_given: The victim's decisions on the attacked images, [n] int64. Empty, like all that follow, if there
-            are no figures.
-        decisions: Its decisions on the purified images, [n] int64.
-        ssim_given: SSIM of the attacked images to the clean ones, [n].
-        ssim: SSIM of the purified images to the clean ones, [n].
-        psnr: PSNR of the purified images to the clean ones in dB, [n]; infinite where they are equal.
-        used: Number of images that each purified image was averaged from, [n] int64.
+        decisions_given, ssim_given: The victim's decisions on the attacked images, and their SSIM to the clean ones.
+        decisions, ssim, psnr: The same of the purified images, and their PSNR in dB, infinite for equal images.
+        used: Number of images that each purified image was averaged from.
         reasons: Why each purified image looks as it does.
         seconds: Wall time by part: ``attack``, and those of the defence, ``start``, ``fit`` and ``decide``.
-        spent: What the attack cost.
         history: Share of images that withstand after each step of the attack, the best step so far counting.
         last_history: The same, each step on its own.
         flat: Share of the gradients that were exactly zero; None if the attack does not tell.
@@ -213,10 +212,7 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
 
 
 def fitting_options(node: Mapping[str, Any], target: Target, *, adaptive: bool) -> tuple[dict[str, Any], str | None]:
-    """An attack's options for a target, and why the attack does not apply to it (None: it does).
-
-    ``node`` holds the attack's settings; an adaptive attack knows the defence.
-    """
+    """The options of an attack (settings ``node``) for a target, and why it does not apply to it (None: it does)."""
     defense, name = target.defense, name_of(node)
     options = {key: value for key, value in node.items() if key not in ASIDE}
     if options.get("eps_255", 0) is None:

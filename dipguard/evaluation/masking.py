@@ -27,12 +27,7 @@ class Check:
 
 
 def masking_checks(results: Sequence[CellResult], randomness: Randomness | None) -> list[Check]:
-    """All checks of one defence.
-
-    Args:
-        results: The results of the suite's attacks on it, also those without figures.
-        randomness: Whether it draws and optimises; None if that was not checked.
-    """
+    """All checks of one defence from the suite's attacks on it; ``randomness`` is None if it was not checked."""
     done = [result for result in results if result.done]
     drawn = [randomised(done, randomness), dynamic(done, randomness)]
     return [more_steps(done), large_eps(done), black_box(done), *drawn, gradients(done), control(done)]
@@ -85,7 +80,7 @@ def randomised(done: Sequence[CellResult], randomness: Randomness | None) -> Che
     name = "randomised: attacked in expectation"
     if randomness is None:
         return Check(name, NOT_CHECKED, "the clean images were not run")
-    change = f"logits differ by {randomness.drawn:.3g} with other draws, {randomness.repeated:.3g} with the same"
+    change = f"logits differ by {randomness.drawn:.3g} with other draws"
     if not randomness.randomised:
         return Check(name, OK, f"not randomised: {change}")
     options = [(r.cell.label, r.cell.options) for r in done if r.attacks]

@@ -3,8 +3,9 @@
 Entries of the store, each under the digest of everything that it depends on:
 
     attacks   attacked images of an attack: once for all defences, or once per defence if the attack is adaptive
-    cells     the purified images of a chunk of a cell; the figures of a finished cell; why a cell failed
-    traces    the file of a decision trace; the run folder has a copy, ``traces/<attack>/<defense>/<index>.safetensors``
+    cells     the purified images and decision traces of a chunk of a cell; the figures of a finished cell
+
+The run folder has a copy of each trace that is kept, ``traces/<attack>/<defense>/<index>.safetensors``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import hydra.utils
 import numpy as np
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense, DefenseResult
+from dipguard.defenses.base import Callbacks
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
@@ -38,15 +39,8 @@ _log = logging.getLogger(__name__)
 class Matrix:
     """A checked matrix, ready to run.
 
-    Attributes:
-        config: Its settings.
-        folder: The run folder.
-        clean: The images.
-        device: Where attacks and fits run.
-        store: Where attacked images and cells are kept.
-        targets: The classifier behind each defence, by the defence's label; ``baseline`` is another one without any.
-        cells: All cells, attack by attack.
-        results: What is known of each cell, by the labels of attack and defence: one result for each budget.
+    ``targets`` are by the defence's label (``baseline`` is another victim without any), ``cells`` attack by attack, and
+    ``results`` by the labels of attack and defence, one for each budget.
     """
 
     config: RunConfig
@@ -84,17 +78,11 @@ class Matrix:
         return next(cell for cell in self.cells if cell.place == (attack, defense))
 
     def attacked(self, attack: str, defense: str, *, snapshot: int = -1) -> Tensor:
-        """The attacked images [n, 3, H, W] of a cell; stored, or made now.
-
-        Args:
-            attack: Label of the attack.
-            defense: Label of the defence.
-            snapshot: Number of the budget, for attacks with several; the last by default.
-        """
+        """The attacked images [n, 3, H, W] of a cell, stored or made now, for the budget of this number."""
         return torch.from_numpy(self.attack_entry(self.cell(attack, defense)).arrays["images"][snapshot])
 
     def reconstructions(self, attack: str, defense: str, *, snapshot: int = -1) -> Tensor:
-        """The purified images [n, 3, H', W'] of a cell; stored, or made now. Arguments as in :meth:`attacked`."""
+        """The purified images [n, 3, H', W'] of a cell, stored or made now, for the budget of this number."""
         cell = self.cell(attack, defense)
         summary = self.store.read("cells", cell.key)
         known = self.attack_entry(cell) if summary is None else summary
@@ -109,7 +97,7 @@ class Matrix:
     def load(self) -> None:
         """Read what is known of each cell from the store."""
         for cell in self.cells:
-            if cell.place not in self.results or not self.results[cell.place][0].done:
+            if cell.place not in self.results or self.results[cell.place][0].status == NOT_RUN:
                 self.results[cell.place] = self._known(cell)
 
     def attack_entry(self, cell: Cell) -> Entry:
@@ -123,32 +111,14 @@ class Matrix:
                 counts["attacks_found"] += len(cell.clean)
         return self._attacked[cell.attack_key]
 
-    def has_attacked(self, cell: Cell) -> bool:
-        """Whether a cell's attacked images are at hand."""
-        return cell.attack_key in self._attacked
-
     def chunk(
-        self,
-        cell: Cell,
-        snapshot: int,
-        part: slice,
-        *,
-        callbacks: Sequence[pl.Callback] = (),
-        logger: Logger | None = None,
+        self, cell: Cell, snapshot: int, part: slice, *, callbacks: Callbacks = (), logger: Logger | None = None
     ) -> Entry:
         """Some images of a cell, purified: ``images`` [B, 3, H', W'] and ``used`` [B]; stored, or made now.
 
-        Args:
-            cell: The cell.
-            snapshot: Number of the budget.
-            part: Which images.
-            callbacks: Callbacks for the fits, besides those of the config.
-            logger: Lightning logger for the means over the fits.
+        ``snapshot`` is the number of the budget. ``callbacks`` for the fits come before those of the config.
         """
         key = cell.sub_key("chunk", snapshot, part.start, part.stop)
-        stored = self.store.read("cells", key)
-        if stored is not None and not self._restore_traces(cell, stored, part):
-            self.store.remove("cells", key)
 
         def make() -> Entry:
             attacked = self.attack_entry(cell)
@@ -160,17 +130,25 @@ class Matrix:
                 callbacks=[*callbacks, *own],
                 logger=logger,
             )
+            files = self._save_traces(cell, result, part) if last else {}
             about = {
                 "what": f"{cell.label} x {cell.target.label}, images {part.start} to {part.stop - 1}",
                 "reasons": result.reasons,
                 "seconds": result.seconds,
                 "traced": last and bool(result.traces),
-                "traces": self._save_traces(cell, result, part) if last else {},
+                "traces": {index: file_digest(path) for index, path in files.items()},
             }
-            used = np.array(result.used, dtype=np.int64)
-            return Entry({"images": result.reconstructions.cpu().numpy(), "used": used}, about)
+            arrays = {"images": result.reconstructions.cpu().numpy(), "used": np.array(result.used, dtype=np.int64)}
+            content = {f"trace {index}": np.fromfile(path, dtype=np.uint8) for index, path in files.items()}
+            return Entry({**arrays, **content}, about)
 
-        return self.store.arrays("cells", key, make)
+        entry = self.store.arrays("cells", key, make)
+        if self._lacks_traces(entry, part.stop - part.start):
+            self.store.remove("cells", key)
+            entry = self.store.arrays("cells", key, make)
+        for index in self._lost_traces(cell, entry):
+            write_bytes(self.traces_path(*cell.place, int(index)), entry.arrays[f"trace {index}"].tobytes())
+        return Entry({name: entry.arrays[name] for name in ("images", "used")}, entry.header)
 
     def finish(self, cell: Cell, chunks: Sequence[Sequence[Entry]]) -> None:
         """Compute the figures of a cell from its chunks (one sequence for each budget), and store them."""
@@ -200,23 +178,13 @@ class Matrix:
             "traces": {index: file for part in headers[-1] for index, file in part["traces"].items()},
         }
         self.store.write("cells", cell.key, made, about)
-        self.store.remove("cells", cell.sub_key("failure"))
         self.results[cell.place] = results_of(cell, Entry(made, about))
 
-    def fail(self, cell: Cell, error: str) -> None:
-        """Note why a cell has no result; the next run tries it again."""
-        what = f"{cell.label} x {cell.target.label}: failed"
-        self.store.write("cells", cell.sub_key("failure"), {}, {"what": what, "error": error})
-        self.results[cell.place] = [CellResult(cell, f"failed: {error}", cell.eps_255)]
-
     def _known(self, cell: Cell) -> list[CellResult]:
-        if cell.why is not None:
-            return [CellResult(cell, cell.why, cell.eps_255)]
-        summary = self.store.read("cells", cell.key)
-        if summary is not None and self._restore_traces(cell, summary, slice(0, len(cell.clean))):
-            return results_of(cell, summary)
-        note = self.store.read("cells", cell.sub_key("failure"))
-        return [CellResult(cell, NOT_RUN if note is None else f"failed: {note.header['error']}", cell.eps_255)]
+        summary = None if cell.why is not None else self.store.read("cells", cell.key)
+        if summary is None or self._lacks_traces(summary, len(cell.clean)) or self._lost_traces(cell, summary):
+            return [CellResult(cell, cell.why or NOT_RUN, cell.eps_255)]
+        return results_of(cell, summary)
 
     def _attack(self, cell: Cell) -> Entry:
         assert cell.attack is not None
@@ -244,32 +212,21 @@ class Matrix:
         }
         return Entry({name: torch.stack(tensors).numpy() for name, tensors in arrays.items()}, about)
 
-    def _save_traces(self, cell: Cell, result: DefenseResult, part: slice) -> dict[str, str]:
-        """Write the traces of a chunk that are to be kept; digests of the files by index."""
-        saved = {}
-        for position, trace in enumerate(result.traces, start=part.start):
-            if self.config.keep_traces or position < self.config.figures:
-                path = trace.save(self.traces_path(*cell.place, trace.index))
-                content = {"safetensors": np.frombuffer(path.read_bytes(), dtype=np.uint8)}
-                what = f"{cell.label} x {cell.target.label}, trace of image {trace.index}"
-                self.store.write("traces", cell.sub_key("trace", trace.index), content, {"what": what})
-                saved[str(trace.index)] = file_digest(path)
-        return saved
+    def _save_traces(self, cell: Cell, result: DefenseResult, part: slice) -> dict[str, Path]:
+        """Write the traces of a chunk that are to be kept; the files by index."""
+        traces = enumerate(result.traces, start=part.start)
+        kept = [trace for i, trace in traces if self.config.keep_traces or i < self.config.figures]
+        return {str(trace.index): trace.save(self.traces_path(*cell.place, trace.index)) for trace in kept}
 
-    def _restore_traces(self, cell: Cell, entry: Entry, part: slice) -> bool:
-        """Whether the traces of an entry's images are in the run folder, copied from the store if need be."""
+    def _lacks_traces(self, entry: Entry, count: int) -> bool:
+        """Whether the traces of ``count`` images are to be kept, and the entry has fewer."""
+        return self.config.keep_traces and entry.header["traced"] and len(entry.header["traces"]) < count
+
+    def _lost_traces(self, cell: Cell, entry: Entry) -> list[str]:
+        """The indices of an entry's traces whose files are not in the run folder as they were written."""
+        paths = {index: self.traces_path(*cell.place, int(index)) for index in entry.header["traces"]}
         digests = entry.header["traces"]
-        if self.config.keep_traces and entry.header["traced"] and len(digests) < part.stop - part.start:
-            return False
-        for index, digest in digests.items():
-            path = self.traces_path(*cell.place, int(index))
-            if not path.is_file() or file_digest(path) != digest:
-                kept = self.store.read("traces", cell.sub_key("trace", int(index)))
-                if kept is None:
-                    _log.warning("the trace %s is lost, so image %s is purified again", path, index)
-                    return False
-                write_bytes(path, kept.arrays["safetensors"].tobytes())
-        return True
+        return [i for i, path in paths.items() if not path.is_file() or file_digest(path) != digests[i]]
 
 
 def parts_of(count: int, size: int) -> Iterator[slice]:

@@ -10,7 +10,6 @@ from scipy.stats import binomtest  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
-from dipguard.checks import check_int
 from dipguard.decision import quality
 from dipguard.fit import Decider
 
@@ -29,9 +28,7 @@ def accuracy(decisions: Tensor, labels: Tensor) -> float:
 
 
 def wilson(correct: int, count: int) -> tuple[float, float]:
-    """The 95 % Wilson score interval of ``correct`` out of ``count``, in [0, 1]; ValueError for impossible counts."""
-    check_int(count, name="count", low=1)
-    check_int(correct, name="correct", low=0, high=count)
+    """The 95 % Wilson score interval of ``correct`` out of ``count``, in [0, 1]."""
     interval = binomtest(correct, count).proportion_ci(confidence_level=0.95, method="wilson")
     return float(interval.low), float(interval.high)
 
@@ -39,18 +36,13 @@ def wilson(correct: int, count: int) -> tuple[float, float]:
 def similarity(images: Tensor, clean: Tensor) -> Tensor:
     """SSIM of each image to its clean original, both [N, 3, H, W] in [0, 1]: [N] on the CPU.
 
-    Raises:
-        ValueError: Different shapes, or a side too short for SSIM (:func:`dipguard.decision.quality`).
+    ValueError for different shapes, or a side too short for SSIM (:func:`dipguard.decision.quality`).
     """
     return _compare(quality, images, clean)
 
 
 def psnr(images: Tensor, clean: Tensor) -> Tensor:
-    """PSNR in dB of each image to its clean original, both [N, 3, H, W] in [0, 1]: [N] float64; infinite if equal.
-
-    Raises:
-        ValueError: Different shapes.
-    """
+    """PSNR in dB of each image to its clean original, shapes as in `similarity`: [N] float64; infinite if equal."""
     scale: dict[str, Any] = {"data_range": 1.0, "reduction": "none", "dim": (1, 2, 3)}
     return _compare(lambda one, other: peak_signal_noise_ratio(one.double(), other.double(), **scale), images, clean)
 

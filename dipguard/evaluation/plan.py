@@ -17,18 +17,18 @@ from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, build_attack
 from dipguard.checks import check_labels
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet, load_data
-from dipguard.defenses import DEFENSES, Defense, build_defense
+from dipguard.defenses import Defense, build_defense
 from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, name_of
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
-from dipguard.registry import lookup, options_of, table_of
-from dipguard.store import Store, digest_of, numerics, open_store, victim_digest
+from dipguard.registry import table_of
+from dipguard.store import Store, digest_of, open_store, victim_digest
+from dipguard.store.keys import versions
 from dipguard.victims import build_victim, check_victim
 
-LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
-"""A label of an attack or a defence becomes the name of a folder."""
+LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # it becomes the name of a folder
 PROGRAM_KEYS = ("accelerator", "enable_progress_bar")
 """Keys of ``trainer`` that concern the whole run; the others go to the Trainers of the fits."""
 
@@ -36,9 +36,7 @@ PROGRAM_KEYS = ("accelerator", "enable_progress_bar")
 def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     """Check the settings and build data, victim, defences and attacks. Nothing is written.
 
-    Args:
-        config: The settings.
-        folder: The run folder. What an earlier run left in its store is not done again.
+    What an earlier run left in the store of the run folder ``folder`` is not done again.
 
     Raises:
         TypeError, ValueError, FileNotFoundError, ImportError, RuntimeError: A setting or a file is not as it must be;
@@ -59,7 +57,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     digests = {key: victim_digest(one) for key, one in victims.items()}
     decisions = {key: decide(one, clean.images) for key, one in victims.items() if key != "surrogate"}
     made_with = {
-        "versions": numerics(),
+        "versions": versions(),
         "device": device.type,
         "callbacks": config.callbacks,
         "surrogate": digests.get("surrogate"),
@@ -73,6 +71,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
             defense = _defense(label, node, victims[asked], config, clean, store=shared, store_T=tuple(config.store_T))
         targets[label] = Target(
             label=label,
+            node=config.defenses.get(label),
             victim=victims[key],
             victim_name=name_of(nodes[key]),
             surrogate=name_of(nodes[asked]) if asked == "surrogate" else "",
@@ -80,7 +79,6 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
             bare=bare,
             depends={**made_with, "victim": digests[key], "defense": bare.settings},
             decisions_clean=decisions[key],
-            cut=_cut(node, bare),
         )
     cells = _cells(config, attacks, targets, clean)
     own = Store(Path(folder) / "store") if shared is None else shared
@@ -88,11 +86,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
 
 
 def choose_device(accelerator: str) -> torch.device:
-    """The device of ``trainer.accelerator``; ``auto`` is the GPU if there is one.
-
-    Raises:
-        ValueError: Not ``auto``, ``cpu`` or ``gpu``, or ``gpu`` without one.
-    """
+    """The device of ``trainer.accelerator``; ``auto`` is the GPU if there is one. ValueError for a GPU without one."""
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
         raise ValueError(f"`trainer.accelerator` must be auto or cpu on a machine without a GPU, got {accelerator!r}")
     use_gpu = accelerator != "cpu" and torch.cuda.is_available()
@@ -101,10 +95,7 @@ def choose_device(accelerator: str) -> torch.device:
 
 @contextmanager
 def keys_named(group: str, names: Iterable[str]) -> Iterator[None]:
-    """Give the arguments in an error's message the names that they have on the command line.
-
-    In the group ``data``, the argument ``path`` is ``data.path`` on the command line.
-    """
+    """Give the arguments in an error's message their names on the command line: ``data.path`` for ``path``."""
     try:
         yield
     except (TypeError, ValueError, OSError) as error:
@@ -161,31 +152,14 @@ def _defense(
     label: str, node: Mapping[str, Any], victim: nn.Module, config: RunConfig, clean: ImageSet, **own: Any
 ) -> Defense:
     with keys_named(f"defenses.{label}", node):
-        kind = _class_of(node, "defenses", DEFENSES)
-        if isinstance(kind, type) and issubclass(kind, DIPDefense):
-            trainer = {key: value for key, value in config.trainer.items() if key not in PROGRAM_KEYS}
-            own |= {"progress": False, "trainer": hydra.utils.instantiate(trainer, _convert_="all") or None}
         defense: Defense = _build(node, build_defense, victim, seed=config.seed, **own)
+        if isinstance(defense, DIPDefense):
+            trainer = {key: value for key, value in config.trainer.items() if key not in PROGRAM_KEYS}
+            defense.trainer = hydra.utils.instantiate(trainer, _convert_="all")
+            defense.progress = False  # the run has a bar of its own
         if defense.unavailable is None:
             defense.output_size(*clean.images.shape[-2:])
     return defense
-
-
-def _class_of(node: Mapping[str, Any], group: str, table: Mapping[str, str]) -> Any:
-    if "_target_" in node:
-        return hydra.utils.get_object(str(node["_target_"]))
-    return lookup(table_of(group, table), str(node.get("name")), argument="name")
-
-
-def _cut(node: Mapping[str, Any], defense: Defense) -> str:
-    """Whether a fit is shorter than its defence's default, in words."""
-    T, steps = node.get("T"), defense.steps_per_image
-    if "name" not in node or T is None or not steps:
-        return ""
-    default = options_of(table_of("defenses", DEFENSES)[str(node["name"])]).get("T")
-    if not isinstance(default, int) or T >= default:
-        return ""
-    return f"{steps:,} of {steps * default // T:,} DIP steps an image"
 
 
 def _cells(
@@ -198,7 +172,8 @@ def _cells(
     parts = {limit: clean.select(limit=limit) if limit else clean for limit in limits}
     digests = {limit: tensor_digest([part.images, part.labels, part.indices]) for limit, part in parts.items()}
     for label, node in attacks.items():
-        adaptive = bool(_class_of(node, "attacks", ATTACKS).adaptive)
+        path = node.get("_target_") or table_of("attacks", ATTACKS)[node["name"]].replace(":", ".")
+        adaptive = bool(hydra.utils.get_object(path).adaptive)
         limit = node.get("limit")
         in_suite = suite and bool(label == CLEAN or node.get("number") or node.get("check"))
         for target in targets.values():

@@ -21,24 +21,15 @@ from dipguard.evaluation.matrix import Matrix
 from dipguard.fit import Decider
 from dipguard.store import Entry
 
-OTHER_DRAWS = 1_000_003
-"""Added to an image's index to get draws that are not those of its evaluation."""
-SAME = 1e-4
-"""Logits that differ by at most this differ by rounding."""
+OTHER_DRAWS = 1_000_003  # added to an image's index to get draws that are not those of its evaluation
+SAME = 1e-4  # logits that differ by at most this differ by rounding
 
 
 @dataclass(frozen=True)
 class Randomness:
-    """What purifying one image three times tells about a defence.
-
-    Attributes:
-        drawn: Largest change of a logit with other draws.
-        repeated: The same with the same draws: 0 if seed and index determine everything.
-        backward: Calls of autograd's engine during one purification.
-    """
+    """The largest change of a logit with other draws, and the calls of autograd's engine in one purification."""
 
     drawn: float
-    repeated: float
     backward: int
 
     @property
@@ -73,7 +64,7 @@ def _key(matrix: Matrix, target: Target) -> str:
 
 
 def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Randomness:
-    """Purify the image of a set on a device three times: twice with its own draws, once with others."""
+    """Purify the image of a set on a device twice: with its own draws and with others."""
     images = one.images.to(device)
 
     def logits(indices: Tensor) -> Tensor:
@@ -81,16 +72,14 @@ def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Ran
 
     with counting_backward() as calls:
         first = logits(one.indices)
-    again, other = logits(one.indices), logits(one.indices + OTHER_DRAWS)
-    return Randomness(float((other - first).abs().max()), float((again - first).abs().max()), calls[0])
+    return Randomness(float((logits(one.indices + OTHER_DRAWS) - first).abs().max()), calls[0])
 
 
 @contextmanager
 def counting_backward() -> Iterator[list[int]]:
     """Count the calls of autograd's engine on this thread; yields a list that holds the count so far.
 
-    Like AutoAttack, it watches the interpreter: whatever a defence calls its optimiser, gradients come from autograd's
-    engine. A running profiler is restored afterwards, but sees nothing in the meantime.
+    Like AutoAttack, it watches the interpreter; a running profiler is restored afterwards.
     """
     count = [0]
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dipguard.evaluation.cell import CLEAN, DONE, NOT_RUN, WORST, Cell, CellResult, Target, name_of
+from dipguard.evaluation.cell import CLEAN, DONE, NOT_RUN, WORST, CellResult, Target, name_of
 from dipguard.evaluation.masking import masking_checks
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
@@ -30,35 +31,20 @@ IMAGE_FIELDS = (
 CHECK_FIELDS = ("defense", "check", "verdict", "figures")
 
 
-def write_results(matrix: Matrix) -> None:
-    """Write all tables from what is stored; nothing is run."""
+def write_results(matrix: Matrix, *, images: bool = True) -> None:
+    """Write all tables from what is stored, or all but images.csv; nothing is run."""
     matrix.load()
-    write_table(matrix)
-    lines = [line for cell in matrix.cells for line in image_rows(matrix.results[cell.place])]
-    write_text(matrix.folder / "images.csv", csv_text(IMAGE_FIELDS, lines))
-
-
-def write_table(matrix: Matrix) -> None:
-    """Write results.csv and, for an attack suite, checks.csv."""
     rows = [_row(matrix, result) for cell in matrix.cells for result in matrix.results[cell.place]]
-    suite = any(cell.suite for cell in matrix.cells)
-    rows += [_worst_row(matrix, target) for target in matrix.targets.values() if suite]
-    write_text(matrix.folder / "results.csv", csv_text(FIELDS, rows))
-    if suite:
-        results = {target.label: suite_results(matrix, target) for target in matrix.targets.values()}
-        checks = [
-            {"defense": label, **asdict(check)}
-            for label, found in results.items()
-            if any(result.done for result in found)
-            for check in masking_checks(found, Randomness.read(matrix, matrix.targets[label]))
-        ]
-        write_text(matrix.folder / "checks.csv", csv_text(CHECK_FIELDS, checks))
-
-
-def append_images(matrix: Matrix, cell: Cell) -> None:
-    """Append a cell's images to images.csv."""
-    with (matrix.folder / "images.csv").open("a", newline="", encoding="utf-8") as file:
-        file.write(csv_text(IMAGE_FIELDS, image_rows(matrix.results[cell.place]), head=False))
+    tables: dict[str, tuple[Sequence[str], list[dict[str, Any]]]] = {"results.csv": (FIELDS, rows)}
+    if any(cell.suite for cell in matrix.cells):
+        rows += [_worst_row(matrix, target) for target in matrix.targets.values()]
+        checks = [row for target in matrix.targets.values() for row in _checks(matrix, target)]
+        tables["checks.csv"] = CHECK_FIELDS, checks
+    if images:
+        lines = [line for cell in matrix.cells for line in _image_rows(matrix.results[cell.place])]
+        tables["images.csv"] = IMAGE_FIELDS, lines
+    for name, (fields, lines) in tables.items():
+        write_text(matrix.folder / name, csv_text(fields, lines))
 
 
 def suite_results(matrix: Matrix, target: Target) -> list[CellResult]:
@@ -71,12 +57,7 @@ def worst_case(results: Iterable[CellResult], count: int, clean: Tensor | None =
     """Whether each of ``count`` images is classified correctly under every attack, bool [count]; None without one.
 
     An attack on fewer images counts for those alone. Checks do not count. Not to attack is within every budget, so an
-    image that is misclassified without an attack does not withstand.
-
-    Args:
-        results: The results of a target.
-        count: Number of images.
-        clean: Whether each clean image is classified correctly, bool [count], if that is known.
+    image that is misclassified without an attack (``clean``, bool [count]) does not withstand.
     """
     attacks = [result.right for result in results if result.attacks]
     if not attacks:
@@ -87,24 +68,21 @@ def worst_case(results: Iterable[CellResult], count: int, clean: Tensor | None =
     return right
 
 
-def image_rows(results: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
-    """The rows of images.csv."""
+def _checks(matrix: Matrix, target: Target) -> list[dict[str, Any]]:
+    found = suite_results(matrix, target)
+    checks = masking_checks(found, Randomness.read(matrix, target)) if any(result.done for result in found) else []
+    return [{"defense": target.label, **asdict(check)} for check in checks]
+
+
+def _image_rows(results: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
     for result in results:
         cell = result.cell
         first = {"attack": cell.label, "defense": cell.target.label, "eps_255": result.eps_255, "budget": result.budget}
-        tensors = {
-            "index": cell.clean.indices,
-            "label": cell.clean.labels,
-            "decision_clean": cell.target.decisions_clean,
-            "decision_given": result.decisions_given,
-            "decision_defended": result.decisions,
-            "ssim_given": result.ssim_given,
-            "ssim": result.ssim,
-            "psnr": result.psnr,
-            "used": result.used,
-        }
-        for i, why in enumerate(result.reasons):
-            yield {**first, **{name: _short(values[i].item()) for name, values in tensors.items()}, "why": why}
+        own = ("decisions_given", "decisions", "ssim_given", "ssim", "psnr", "used")
+        columns = [cell.clean.indices, cell.clean.labels, cell.target.decisions_clean]
+        columns += [getattr(result, name) for name in own]
+        for *values, why in zip(*(column.tolist() for column in columns), result.reasons, strict=False):
+            yield {**first, **dict(zip(IMAGE_FIELDS[4:-1], map(_short, values), strict=True)), "why": why}
 
 
 def _row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
@@ -132,7 +110,7 @@ def _row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         **row,
         **_share(result.right),
         "ssim": _short(float(result.ssim.double().mean())),
-        "psnr": _short(float(finite.mean())) if len(finite) else None,
+        "psnr": _short(float(finite.mean())),
         "seconds_per_image": _short(spent / len(result.right)),
         "attack_seconds": _short(result.seconds["attack"]),
         **asdict(result.spent),
@@ -149,13 +127,12 @@ def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
 
 
 def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
-    node = matrix.config.defenses.get(target.label)
     return {
         "data": name_of(matrix.config.data),
         "victim": target.victim_name,
         "surrogate": target.surrogate,
         "defense": target.label,
-        "defense_name": target.defense.name if node is None else name_of(node),
+        "defense_name": target.defense.name if target.node is None else name_of(target.node),
         "seed": matrix.config.seed,
     }
 
@@ -166,5 +143,5 @@ def _share(right: Tensor) -> dict[str, Any]:
     return {"n": n, "correct": correct, "status": DONE, "accuracy": _short(correct / n), "low": low, "high": high}
 
 
-def _short(value: float) -> float:
-    return round(value, 6)  # integers stay integers
+def _short(value: float) -> float | None:
+    return round(value, 6) if math.isfinite(value) else None  # integers stay integers

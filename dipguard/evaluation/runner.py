@@ -3,51 +3,43 @@
 from __future__ import annotations
 
 import logging
+import os
+import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice, product
-from typing import Any, Protocol
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import TypeAlias
 
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
-from torch.utils.data import DataLoader
+from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from dipguard.attacks import Cost
-from dipguard.evaluation.cell import CLEAN, Cell
+from dipguard.config import RunConfig
+from dipguard.evaluation.cell import CLEAN, Cell, CellResult
 from dipguard.evaluation.matrix import Matrix, parts_of
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.randomness import Randomness
-from dipguard.evaluation.results import append_images, write_results, write_table
+from dipguard.evaluation.results import write_results
 from dipguard.fit import FitProgress
 from dipguard.store import Entry
 
 _log = logging.getLogger(__name__)
 
+LogAt: TypeAlias = Callable[[int], Logger]
+"""The logger for a fit whose step 0 is this step of the run."""
 IMAGE = 25
 """Steps of a fit that take about as long as an attack on one image, or a feed-forward defence of one."""
 
 
-class RunLogger(Protocol):
-    """The log of a run, into which many short fits write."""
-
-    def starting_at(self, first_step: int) -> Logger:
-        """A Lightning logger for a fit whose step 0 is the run's ``first_step``."""
-        ...
-
-
-def run(matrix: Matrix, *, log: RunLogger | None = None) -> list[str]:
-    """Attack, purify and evaluate what is not stored yet. The tables are brought up to date after each cell.
+def run(matrix: Matrix, *, log: LogAt | None = None) -> list[str]:
+    """Attack, purify and evaluate what is not stored yet. results.csv is brought up to date after each cell.
 
     A cell that fails is logged and noted, and the others are run all the same; a matrix of one cell raises its error.
-
-    Args:
-        matrix: See :func:`~dipguard.evaluation.prepare`.
-        log: Log of the run; the curves of the fits go there if the matrix has one cell.
-
-    Returns:
-        The cells that failed, ``attack x defence: error``.
+    The curves of the fits go to ``log`` if there is one cell. Returns the cells that failed, in words.
     """
     write_results(matrix)
     todo = [cell for cell in matrix.cells if cell.why is None and not matrix.results[cell.place][0].done]
@@ -56,41 +48,34 @@ def run(matrix: Matrix, *, log: RunLogger | None = None) -> list[str]:
         _share_out(matrix, todo)
     single, before = len(matrix.cells) == 1, Counter(matrix.store.counts)
     failed: list[str] = []
-    broken: dict[str, str] = {}
     units = {cell.place: _units(cell) for cell in todo}
     total, reached, show = sum(units.values()), 0, bool(matrix.config.trainer.get("enable_progress_bar", True))
     with tqdm(total=total, desc="evaluate", unit_scale=True, disable=not show, dynamic_ncols=True) as bar:
         for cell in todo:
             name = f"{cell.label} x {cell.target.label}"
             bar.set_postfix_str(name)
-            error = broken.get(cell.attack_key)
             try:
-                if error is None:
-                    _run_cell(matrix, cell, FitProgress(bar), log if single else None)
+                _run_cell(matrix, cell, FitProgress(bar), log if single else None)
             except Exception as problem:
                 if single:
                     raise
                 # Whatever it is, hours of other cells must not be lost to it.
                 _log.exception("%s failed", name)
                 error = " ".join(f"{type(problem).__name__}: {problem}".split())
-                if not matrix.has_attacked(cell):
-                    broken[cell.attack_key] = error  # other defences would meet the same
-            if error is not None:
-                matrix.fail(cell, error)
+                matrix.results[cell.place] = [CellResult(cell, f"failed: {error}", cell.eps_255)]
                 failed.append(f"{name}: {error}")
-            append_images(matrix, cell)
-            write_table(matrix)
+            write_results(matrix, images=False)
             reached += units[cell.place]
             bar.total = total  # fits take off what they were spared
             bar.update(reached - bar.n)
     failed += _check_randomness(matrix)
-    write_results(matrix)  # in the order of the matrix
+    write_results(matrix)
     counts = matrix.store.counts - before
     _log.info("store: %s", ", ".join(f"{name} {count}" for name, count in counts.items()) or "nothing was needed")
     return failed
 
 
-def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: RunLogger | None) -> None:
+def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: LogAt | None) -> None:
     # Steps that the fits of a chunk take in the log, one stack after the other.
     stack = getattr(cell.defense, "stack_size", None) or matrix.chunk_size
     steps = -(-matrix.chunk_size // stack) * cell.defense.steps_per_image
@@ -98,7 +83,7 @@ def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: RunLogger 
     for snapshot in range(len(matrix.attack_entry(cell).header["snapshots"])):
         chunks.append([])
         for number, part in enumerate(parts_of(len(cell.clean), matrix.chunk_size)):
-            logger = None if log is None else log.starting_at(number * steps)
+            logger = None if log is None else log(number * steps)
             chunks[-1].append(matrix.chunk(cell, snapshot, part, callbacks=[progress], logger=logger))
     matrix.finish(cell, chunks)
     right = matrix.results[cell.place][-1].right
@@ -142,41 +127,38 @@ def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
         _log.info("together at most %s", sum(costs.values(), Cost()))
 
 
-class _Share(pl.LightningModule):
-    """Purifies one process's share of the chunks; made from the settings, since not every defence can be pickled."""
-
-    def __init__(self, matrix: Matrix, places: Sequence[tuple[str, str]]) -> None:
-        super().__init__()
-        self.settings, self.path, self.places = matrix.config, matrix.folder, list(places)
-
-    def predict_step(self, batch: Any, batch_idx: int) -> None:
-        """Every n-th chunk of n processes, starting at this one's rank."""
-        with torch.inference_mode(False):
-            matrix = prepare(self.settings, self.path)
-            for cell in (matrix.cell(*place) for place in self.places):
-                snapshots = range(len(matrix.attack_entry(cell).header["snapshots"]))
-                chunks = product(snapshots, parts_of(len(cell.clean), matrix.chunk_size))
-                for snapshot, part in islice(chunks, self.global_rank, None, self.trainer.world_size):
-                    matrix.chunk(cell, snapshot, part)
-
-
 def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:
-    """Purify the chunks of static attacks in several processes through Lightning's own DDP.
+    """Purify the chunks of static attacks in several processes; adaptive attacks are left to the caller.
 
-    Chunks are entries of the store, so nothing travels between the processes. A chunk's result does not depend on the
-    process that made it. Adaptive attacks are left to the caller.
+    Chunks are entries of the store, so nothing travels between the processes, and none depends on who made it.
     """
     shared = [cell for cell in todo if not cell.adaptive]
     for cell in shared:  # once, before they are shared out
         matrix.attack_entry(cell)
-    trainer = pl.Trainer(
-        accelerator="gpu" if matrix.device.type == "cuda" else "cpu",
-        devices=matrix.config.processes,
-        strategy="ddp_spawn",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    ranks: DataLoader[int] = DataLoader(range(matrix.config.processes), batch_size=1)  # type: ignore[arg-type]
-    trainer.predict(_Share(matrix, [cell.place for cell in shared]), ranks, return_predictions=False)
+    count = matrix.config.processes
+    arguments = (count, matrix.config, matrix.folder, [cell.place for cell in shared])
+    spawn(_work_share, arguments, nprocs=count, daemon=True)
+
+
+def _work_share(rank: int, count: int, config: RunConfig, folder: Path, places: Sequence[tuple[str, str]]) -> None:
+    """Purify every ``count``-th chunk, from ``rank`` on; the matrix is made anew: not every defence is picklable."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    matrix = prepare(config, folder)
+    for cell in (matrix.cell(*place) for place in places):
+        snapshots = range(len(matrix.attack_entry(cell).header["snapshots"]))
+        chunks = product(snapshots, parts_of(len(cell.clean), matrix.chunk_size))
+        try:
+            for snapshot, part in islice(chunks, rank, None, count):
+                matrix.chunk(cell, snapshot, part)
+        except Exception:  # the parent will meet the same, and note it
+            _log.exception("%s x %s failed in process %d", *cell.place, rank)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, even if that is killed."""
+    parent = parent_process()
+    connection.wait([] if parent is None else [parent.sentinel])
+    os._exit(1)

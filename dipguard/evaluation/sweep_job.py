@@ -12,15 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import random
 import re
-import traceback
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from dipguard.config import RunConfig
+from dipguard.registry import constant_of
 from dipguard.version import __version__
 
 DONE, FAILED = "DONE", "FAILED"
@@ -29,18 +29,13 @@ ASIDE = (
     "rebuild",
 )  # fmt: skip
 """Settings that no result depends on: a finished job stays finished when they change."""
-NAME_LENGTH = 100
-"""Of the readable part of a folder's name; file systems allow 255 bytes."""
+NAME_LENGTH = 100  # of the readable part of a folder's name; file systems allow 255 bytes
 
 
 def job_folder(overrides: Sequence[str]) -> str:
-    """The name of a job's folder: its overrides in a readable form, and a digest of them.
+    """The name of a job's folder: its overrides (``tau=0.5`` for ``defense.tau=0.5``), and a digest of them.
 
-    ``defense.tau=0.5`` and ``defense={tau:0.5}`` both read ``tau=0.5``. The sweep's own name and settings that no
-    result depends on are left out, so that a sweep can be continued with another logger.
-
-    Args:
-        overrides: The job's overrides, as on the command line.
+    The sweep's own name and settings that no result depends on are left out, so that another logger continues a sweep.
     """
     kept = [text.lstrip("+") for text in overrides]
     kept = [text for text in kept if not _is_aside(text) and not text.startswith("sweep=")]
@@ -67,81 +62,42 @@ def _readable(override: str) -> str:
 
 
 def job_key(config: RunConfig) -> str:
-    """A digest of a job's settings, of the files that they name, and of dipguard's version.
-
-    A file counts by its size and time of change, since nothing is read here. After a touched file its jobs run again,
-    but not their cells, whose keys depend on what the files hold.
-    """
+    """A digest of a job's settings, of the content of the files and folders that they name, and of the versions."""
     values = config.to_dict()
     for name in ASIDE:
         group, _, key = name.rpartition(".")
         (values[group] if group else values).pop(key, None)
-    state = {"settings": values, "files": sorted(_files(values)), "version": __version__}
+    numerics = constant_of("dipguard.store.keys:NUMERICS")
+    versions = [__version__, numerics, version("torch"), version("torchmetrics")]
+    state = {"settings": values, "files": sorted(_files(values)), "versions": versions}
     return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _files(values: Any) -> Iterator[tuple[str, int, int]]:
-    if isinstance(values, dict):
-        for value in values.values():
-            yield from _files(value)
-    elif isinstance(values, str) and ("/" in values or "\\" in values or "." in values) and Path(values).exists():
-        state = Path(values).stat()
-        yield values, state.st_size, state.st_mtime_ns
+def _files(value: Any) -> Iterator[tuple[str, str]]:
+    """The files that settings name, or that are in a folder that they name, each with a digest of its content."""
+    if isinstance(value, dict):
+        value = [one for key, one in value.items() if key not in ("name", "_target_")]
+    if isinstance(value, list):
+        for one in value:
+            yield from _files(one)
+    elif isinstance(value, str) and value and os.path.exists(path := os.path.expanduser(value)):
+        for file in [Path(path), *Path(path).rglob("*")]:
+            if file.is_file():
+                yield str(file), _content(file, file.stat().st_ctime_ns)
+
+
+@cache
+def _content(file: Path, changed: int) -> str:
+    """A digest of a file, which a process reads once unless it changes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def is_done(folder: Path, key: str) -> bool:
     """Whether the job with this key is finished in this folder."""
-    from dipguard.files import read_json  # here and below: torch is not loaded for --help
+    from dipguard.files import read_json  # only now: it loads torch
 
     try:
         return bool(read_json(folder / DONE)["key"] == key) and (folder / "results.csv").is_file()
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
-
-
-def mark_begun(folder: Path) -> None:
-    """The job begins: remove the marks of an earlier one."""
-    for name in (DONE, FAILED):
-        (folder / name).unlink(missing_ok=True)
-
-
-def mark_done(folder: Path, key: str, *, seconds: float) -> None:
-    """The job is finished; this is the last file of its folder."""
-    from dipguard.files import write_json
-
-    write_json(folder / DONE, {"key": key, "seconds": round(seconds, 3)})
-
-
-def mark_failed(folder: Path, error: BaseException) -> None:
-    """The job ended in an error."""
-    from dipguard.files import write_json
-
-    lines = traceback.format_exception(error)
-    write_json(folder / FAILED, {"error": type(error).__name__, "message": str(error), "traceback": "".join(lines)})
-
-
-@contextmanager
-def isolated() -> Iterator[None]:
-    """Restore the process for the next job: random states, environment, threads, gradient mode, number format."""
-    import numpy as np
-    import torch
-
-    environment, threads, dtype = dict(os.environ), torch.get_num_threads(), torch.get_default_dtype()
-    gradients, deterministic = torch.is_grad_enabled(), torch.are_deterministic_algorithms_enabled()
-    # Not Lightning's isolate_rng, which restores nothing after an exception.
-    states = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng():
-            yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        # W&B's helper process serves all jobs: without its address the next job would start another.
-        kept = {name: value for name, value in os.environ.items() if name == "WANDB_SERVICE"}
-        for name in os.environ.keys() - environment.keys() - kept.keys():
-            del os.environ[name]
-        os.environ.update(environment | kept)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.set_grad_enabled(gradients)
-        torch.use_deterministic_algorithms(deterministic)

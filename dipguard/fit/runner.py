@@ -183,7 +183,10 @@ def make_trainer(
         "num_sanity_val_steps": 0,
         "inference_mode": False,
     }
-    return pl.Trainer(**own)
+    made = pl.Trainer(**own)
+    # SIGTERM stays the caller's. A Trainer would end the program with exit code 0.
+    made._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return made
 
 
 def fit_device(victim: nn.Module, images: Tensor) -> torch.device:

@@ -36,6 +36,6 @@ def test_the_line_that_builds_the_reference():
 def test_every_option_of_purify_stands_in_its_help_and_the_usual_ones_in_the_page():
     parser = make_parser()
     parsed = vars(parser.parse_args(["purify", "a", "b", "--victim", "digits_cnn"]))
-    for name in ("weights", "defense", "option", "victim_option", "size", "resize", "figures", "redo", "seed", "batch"):
+    for name in ("weights", "defense", "option", "victim_option", "size", "resize", "figures", "seed", "batch"):
         assert name in parsed
         assert f"--{name.replace('_', '-')}" in TEXT

@@ -1,9 +1,11 @@
 import re
-import sys
+from importlib.metadata import metadata
+from urllib.parse import urlsplit
 
 import pytest
 
 import dipguard
+from dipguard.cli import doctor
 from dipguard.cli.main import main
 
 
@@ -14,24 +16,23 @@ def _findings(capsys):
     }
 
 
-def test_a_sound_installation(capsys, victim):
+def test_a_sound_installation(capsys):
     assert main(["doctor"]) == 0
     found = _findings(capsys)
     assert found["dipguard"][1].startswith(dipguard.__version__)
-    assert found["torch"][0] == "ok"
+    assert found["libraries"][0] == "ok"
+    assert "torch 2" in found["libraries"][1]
     assert found["cache"][0] == "ok"
     state, text = found["self-test"]
     assert state == "ok"
     step = float(re.search(r"([\d.]+) ms a step and image", text).group(1))
     assert 0.01 < step < 1000
-    assert "victim digits_cnn" in text
 
 
-def test_without_scikit_learn_the_self_test_takes_another_victim(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
-    monkeypatch.setattr("dipguard.cli.doctor.STEPS", 100)
-    assert main(["doctor"]) == 0
-    assert "victim an untrained network" in _findings(capsys)["self-test"][1]
+def test_extras_are_those_of_the_package(capsys):
+    main(["doctor", "--no-self-test"])
+    extras = set(metadata("dipguard").get_all("Provides-Extra")) - {"dev"}
+    assert {subject.strip("[]") for subject in _findings(capsys) if subject.startswith("[")} == extras
 
 
 def test_a_cache_that_cannot_be_written_is_broken(capsys, monkeypatch, tmp_path):
@@ -45,16 +46,22 @@ def test_a_cache_that_cannot_be_written_is_broken(capsys, monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("key", "mode", "runs"), [("", "", "offline"), ("0123abcd", "", "online"), ("0123abcd", "disabled", "disabled")]
+    ("key", "mode", "login", "runs"),
+    [
+        ("", "", False, "offline"),
+        ("", "", True, "online"),
+        ("0123abcd", "", False, "online"),
+        ("0123abcd", "disabled", False, "disabled"),
+    ],
 )
-def test_the_key_is_told_of_and_never_shown(capsys, monkeypatch, key, mode, runs):
-    monkeypatch.setenv("WANDB_API_KEY", key)
-    monkeypatch.setenv("WANDB_MODE", mode)
-    main(["doctor", "--no-self-test"])
-    _, text = _findings(capsys)["W&B"]
-    assert text.endswith(f"runs are {runs}")
-    assert ("is set" in text) == bool(key)
-    assert "0123abcd" not in text
+def test_what_wandb_would_do_is_told_and_the_key_never_shown(capsys, monkeypatch, tmp_path, key, mode, login, runs):
+    server = urlsplit(pytest.importorskip("wandb").Settings().base_url).hostname
+    (tmp_path / "netrc").write_text(f"machine {server} login user password 0123abcd\n" if login else "")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    for name, value in (("WANDB_API_KEY", key), ("WANDB_MODE", mode)):
+        monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    assert [text.partition(",")[0] for _, _, text in doctor.wandb()] == [f"runs are {runs}"]
+    assert "0123abcd" not in str(list(doctor.wandb()))
 
 
 def test_a_missing_compiler_is_a_note(capsys, monkeypatch, tmp_path):

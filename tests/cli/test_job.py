@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -12,7 +14,20 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize(
     ("text", "value"),
-    [("3", 3), ("0.5", 0.5), ("true", True), ("null", None), ("above", "above"), ("[1, 2]", [1, 2]), ("a=b", "a=b")],
+    [
+        ("3", 3),
+        ("0.5", 0.5),
+        ("true", True),
+        ("null", None),
+        ("above", "above"),
+        ("[1, 2]", [1, 2]),
+        ("a=b", "a=b"),
+        ("1e-3", 0.001),
+        ("False", False),
+        ("no", False),
+        ("{pad_type: same}", {"pad_type": "same"}),
+        ("@x", "@x"),
+    ],
 )
 def test_values_are_json_where_they_can_be(text, value):
     assert parse_options([f"key={text}"], argument="--option") == {"key": value}
@@ -65,8 +80,10 @@ def test_list_names_every_victim_and_defence_with_its_options(capsys):
     printed = capsys.readouterr().out
     for name in (*VICTIMS, *DEFENSES):
         assert f"\n  {name}: " in printed
-    assert "quality=" in printed
-    assert "arch=" in printed
+    assert "quality=75" in printed
+    assert "arch=resnet50 " in printed
+    assert not set(printed) & set("`'~") - set("'")
+    assert not re.search(r":class:|\?\?\?|None|True|='", printed), "markup or Python's own notation"
 
 
 def test_help_and_version(capsys):

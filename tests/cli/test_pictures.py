@@ -86,6 +86,24 @@ def test_names_of_results(tmp_path):
     }
 
 
+@pytest.mark.parametrize(
+    ("names", "outputs"),
+    [
+        (("cat.jpg", "cat.png", "cat.jpg.png"), {"cat.jpg.png", "cat.png.png", "cat.jpg.png.png"}),
+        (("Cat.jpg", "cat.bmp"), {"Cat.jpg.png", "cat.bmp.png"}),
+        (("a.jpg", "figures/a.figure.jpg"), {"a.png", "figures/a.figure.jpg.png"}),
+    ],
+)
+def test_no_two_pictures_have_one_result(tmp_path, names, outputs):
+    for name in names:
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = [source.output for source in find_pictures(tmp_path / "in", tmp_path / "out")]
+    assert len(found) == len(names)
+    assert set(found) == outputs
+
+
 def test_a_result_in_the_place_of_a_given_picture_is_refused(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x.png").touch()

@@ -2,7 +2,7 @@ import csv
 
 import pytest
 
-from dipguard.cli.results import MOST_PRINTED, format_decisions, write_decisions
+from dipguard.cli.results import decision_line, write_decisions
 
 
 def _row(name="a.png", before="cat", after="dog", **more):
@@ -10,36 +10,32 @@ def _row(name="a.png", before="cat", after="dog", **more):
     return {**row, "before_confidence": 0.997, "after_confidence": 0.5, "index": 3, **more}
 
 
-def test_printed_columns_stand_below_each_other():
-    text = format_decisions([_row(), _row("much_longer.png", before="hippopotamus", after="hippopotamus")])
-    head, first, second = text.splitlines()
-    assert head.index("before") == first.index("cat 100%") == second.index("hippopotamus 100%")
-    assert head.index("after") == first.index("dog 50%")
-    assert first.endswith("changed")
-    assert not second.endswith("changed")
+def _written(folder, *rows):
+    write_decisions(folder, rows)
+    with (folder / "decisions.csv").open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
-@pytest.mark.parametrize("name", ["\x1b[31mred.png", "two\nlines.png", "a\rb.png"])
+def test_a_printed_line_says_what_changed():
+    assert decision_line(_row()) == "a.png: cat 100% -> dog 50%, changed"
+    assert decision_line(_row(after="cat")) == "a.png: cat 100% -> cat 50%"
+
+
+@pytest.mark.parametrize("name", ["\x1b[31mred.png", "two\nlines.png", "a\rb.png", "not utf-8 \udcff.png"])
 def test_names_cannot_write_to_the_terminal(name, tmp_path):
-    assert len(format_decisions([_row(name)]).splitlines()) == 2
-    assert format_decisions([_row(name)]).replace("\n", "").isprintable()
-    write_decisions(tmp_path, [_row(name)])
-    assert len((tmp_path / "decisions.md").read_text().splitlines()) == 3
+    assert decision_line(_row(name)).isprintable()
+    assert decision_line({"picture": name, "problem": f"{name} is cut off"}).isprintable()
+    (row,) = _written(tmp_path, _row(name))
+    assert row["picture"].isprintable()
 
 
-def test_a_long_table_is_cut_on_the_screen_alone(tmp_path):
-    rows = [_row(f"{i}.png") for i in range(MOST_PRINTED + 5)]
-    assert format_decisions(rows).splitlines()[-1] == "... and 5 more in decisions.csv"
-    write_decisions(tmp_path, rows)
-    assert len((tmp_path / "decisions.md").read_text().splitlines()) == len(rows) + 2
+@pytest.mark.parametrize("name", ["=cmd|' calc'!A0.png", "+1.png", "-2.png", "@SUM(A1).png"])
+def test_a_name_is_no_formula_for_a_spreadsheet(name, tmp_path):
+    (row,) = _written(tmp_path, _row(name, before=name))
+    assert row["picture"] == row["before"] == f"'{name}"
 
 
-def test_files_hold_bad_pictures_too_and_no_cell_breaks_the_table(tmp_path):
-    write_decisions(tmp_path, [_row("a|b.png"), {"picture": "bad.png", "problem": "cut off"}])
-    with (tmp_path / "decisions.csv").open(newline="", encoding="utf-8") as stream:
-        good, bad = csv.DictReader(stream)
+def test_files_hold_bad_pictures_too(tmp_path):
+    good, bad = _written(tmp_path, _row("a|b.png"), {"picture": "bad.png", "problem": "cut off"})
     assert (good["picture"], good["before"], good["index"]) == ("a|b.png", "cat", "3")
     assert (bad["problem"], bad["before"]) == ("cut off", "")
-    lines = (tmp_path / "decisions.md").read_text().splitlines()
-    assert "a\\|b.png" in lines[2]
-    assert "cut off" in lines[3]

@@ -155,7 +155,7 @@ def test_gradients(honest: Matrix, flat: float | None, verdict: str) -> None:
 
 
 def test_flags_ask_for_attacks_that_know_of_them(honest: Matrix) -> None:
-    still, moving = Randomness(0.0, 0.0, 0), Randomness(2.0, 0.0, 40)
+    still, moving = Randomness(0.0, 0), Randomness(2.0, 40)
     transfer, adaptive = result(honest, "transfer"), result(honest, "identity")
     eot = replace(adaptive, cell=replace(adaptive.cell, options={"eot_iter": 4, "draws": "fresh"}))
     assert [randomised([adaptive], p).verdict for p in (still, moving, None)] == [OK, WARNING, NOT_CHECKED]
@@ -176,7 +176,6 @@ def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
         "dipdefend": (True, True),
     }
     assert found["mirror"].backward == matrix.defenses["mirror"].steps_per_image
-    assert all(p.repeated < 1e-4 for p in found.values())
 
 
 def test_backward_passes_are_counted_and_the_profiler_is_put_back() -> None:

@@ -18,7 +18,8 @@ TINY = (*tiny_run.TINY, "defense.network=small")
 
 
 def test_the_result_is_what_the_defence_gives_by_itself(tmp_path: Path) -> None:
-    config = typed_config(*TINY, "defense.dtype=float64", "data.limit=3")
+    short = ("data.limit=2", "defense.T=20", "defense.decisions=10", "chunk=1")
+    config = typed_config(*TINY, "defense.dtype=float64", *short)
     matrix = prepare(config, tmp_path)
     assert run(matrix) == []
     (result,) = matrix.results["pgd", "paper"]
@@ -62,8 +63,9 @@ class Log(Logger):
 
 def test_the_fits_of_one_cell_are_logged_one_after_the_other(tmp_path: Path) -> None:
     steps: list[int] = []
-    run(prepare(typed_config(*TINY, "defense.stack_size=1", "defense.every=20"), tmp_path), log=Log(steps))
-    assert steps == list(range(19, 160, 20))  # two chunks of two stacks of 40 steps
+    short = ("defense.stack_size=1", "defense.T=10", "defense.every=5", "defense.decisions=5")
+    run(prepare(typed_config(*TINY, *short), tmp_path), log=Log(steps).starting_at)
+    assert steps == list(range(4, 40, 5))  # two chunks of two stacks of 10 steps
 
 
 def test_the_bar_reaches_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,14 +1,11 @@
 from __future__ import annotations
 
 import os
-import random
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 
-from dipguard.evaluation.sweep_job import isolated, job_folder, job_key
+from dipguard.evaluation.sweep_job import job_folder, job_key
 from tests.tiny_matrix import typed_matrix
 
 LONG = [f"defense.{name}=0.123456789" for name in ("tau", "beta", "lr", "jitter", "z_scale", "K", "t0")]
@@ -66,35 +63,24 @@ def test_others_do_not(override: str) -> None:
     assert job_key(typed_matrix(override)) != job_key(typed_matrix())
 
 
-def test_a_file_that_changed_makes_its_jobs_run_again(tmp_path: Path) -> None:
-    path = tmp_path / "images.npz"
+@pytest.mark.parametrize("given", ["images", "{}/images", "images/deep/1.png"])
+def test_what_a_named_file_or_folder_holds_is_a_part_of_the_key(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "images" / "deep" / "1.png"
+    path.parent.mkdir(parents=True)
     keys = []
-    for content in (b"one", b"other"):
+    for content in (b"one", b"two", b"one"):
         path.write_bytes(content)
-        keys.append(job_key(typed_matrix("data=arrays", f"data.path={path}")))
-    assert keys[0] != keys[1]
+        os.utime(path, (0, 0))
+        keys.append(job_key(typed_matrix("data=image_folder", f"data.path={given.format(tmp_path)}")))
+    assert keys[0] == keys[2] != keys[1]
 
 
-def job_that_leaves_things_behind() -> None:
-    random.random(), np.random.rand(), torch.rand(1)
-    os.environ["DIPGUARD_LEFT_BEHIND"] = "x"
-    os.environ.pop("HOME", None)
-    torch.set_num_threads(torch.get_num_threads() + 1)
-    torch.set_default_dtype(torch.float64)
-    torch.set_grad_enabled(False)
-    torch.use_deterministic_algorithms(True)
-    raise RuntimeError("the job failed")
-
-
-def test_a_job_leaves_the_process_as_it_was() -> None:
-    threads = torch.get_num_threads()
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), dict(os.environ)
-    with pytest.raises(RuntimeError, match="the job failed"), isolated():
-        job_that_leaves_things_behind()
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state(), dict(os.environ)
-    assert before[:2] == after[:2]
-    assert torch.equal(before[2], after[2])
-    assert before[3] == after[3]
-    assert (torch.get_num_threads(), torch.get_default_dtype()) == (threads, torch.float32)
-    assert torch.is_grad_enabled()
-    assert not torch.are_deterministic_algorithms_enabled()
+def test_the_versions_are_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    key = job_key(typed_matrix())
+    for name, value in (("version", lambda name: "0"), ("constant_of", lambda path: 0), ("__version__", "0")):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"dipguard.evaluation.sweep_job.{name}", value)
+            assert job_key(typed_matrix()) != key
