@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dipguard.classifier import device_of
 from dipguard.engines import SHORT, make_engine
-from dipguard.engines.native_build import FLAGS, SOURCES
+from dipguard.engines.native_build import FLAGS, sources_digest
 from dipguard.files import tensor_digest
 from dipguard.fit import DecideOptions, FitOptions, StackedDIP
 from dipguard.fit.runner import isolated_trainer
@@ -31,15 +31,13 @@ def digest_of(parts: Any) -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """The programs that an entry is made with. The same dict each time; it must not be changed."""
-    return {"dipguard": __version__, **numerics()}
-
-
-@cache
 def numerics() -> dict[str, str]:
-    """Those of :func:`versions` that numbers depend on: a part of every key."""
-    return {"numerics": str(NUMERICS), "torch": torch.__version__, "torchmetrics": version("torchmetrics")}
+    """The programs that numbers depend on, a part of every key. The same dict each time; it must not be changed."""
+    return {
+        "dipguard": f"{__version__}, {NUMERICS}",
+        "torch": torch.__version__,
+        "torchmetrics": version("torchmetrics"),
+    }
 
 
 def victim_digest(victim: nn.Module) -> str:
@@ -76,7 +74,6 @@ class StackKeys:
         trainer: More keyword arguments of ``pl.Trainer``, which may change the numbers.
 
     Attributes:
-        indices: The indices.
         engine: The engine's name.
         fits: The key of each image's fit.
 
@@ -94,22 +91,16 @@ class StackKeys:
         device: torch.device,
         trainer: Mapping[str, Any] | None = None,
     ) -> None:
-        self.indices = [int(i) for i in indices]
         self._size, self._fit, self._device = (images.shape[-2], images.shape[-1]), fit, device
         self.engine = self.engine_at(T)
-        self._parts: dict[str, Any] = {
-            **fit.as_settings(),
-            "network": asdict(fit.spec),
-            "engine": self.engine,
-            "device": device.type,
-            "versions": {**numerics(), "native": _native_sources()} if self.engine == "native" else numerics(),
-        }
-        if trainer:
-            self._parts["trainer"] = {name: str(value) for name, value in trainer.items()}
-        common = digest_of(self._parts)
+        common = digest_of([
+            {**fit.as_settings(), "network": asdict(fit.spec), "engine": self.engine},
+            [device.type, numerics(), sources_digest(*FLAGS) if self.engine == "native" else ""],
+            {name: str(value) for name, value in (trainer or {}).items()},
+        ])  # fmt: skip
         values = images.detach().to(device="cpu", dtype=getattr(torch, fit.dtype))
-        self._digests = [tensor_digest([image]) for image in values]
-        self.fits = [digest_of([common, *one]) for one in zip(self._digests, self.indices, strict=True)]
+        each = zip(values, indices, strict=True)
+        self.fits = [digest_of([common, tensor_digest([image]), int(index)]) for image, index in each]
 
     def engine_at(self, T: int) -> str:
         """The engine of a fit of T steps; may compile the native one."""
@@ -127,12 +118,6 @@ class StackKeys:
         decided = digest_of([own, list(decide.steps), victim_digest(victim), device_of(victim).type])
         return [digest_of([key, decided]) for key in self.fits]
 
-    def about(self, b: int) -> dict[str, Any]:
-        """The header of image b's entries."""
-        network = self._fit.network if isinstance(self._fit.network, str) else "own"
-        own = {"image": self._digests[b], "index": self.indices[b], "fit": self.fits[b]}
-        return {"network": network, "parts": self._parts, **own}
-
 
 @cache
 def _auto_engine(fit: FitOptions, size: tuple[int, int], T: int) -> str:
@@ -140,11 +125,3 @@ def _auto_engine(fit: FitOptions, size: tuple[int, int], T: int) -> str:
     with isolated_trainer(torch.device("cpu")):
         module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
         return make_engine(fit.engine, module.net, module.given, steps=T, z_gradient=fit.optimise_z).name
-
-
-@cache
-def _native_sources() -> str:
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]

@@ -58,7 +58,7 @@ def test_the_key_is_told_of_and_never_shown(capsys, monkeypatch, key, mode, runs
 
 
 def test_a_missing_compiler_is_a_note(capsys, monkeypatch, tmp_path):
-    from dipguard.engines.native_build import library
+    from dipguard.engines.native_build import _library as library
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dipguard.engines import Engine, TorchEngine, make_engine
 from dipguard.engines.native import NativeEngine
-from dipguard.engines.native_build import BuildError, compiler, library
+from dipguard.engines.native_build import BuildError, _library, compiler, library
 from dipguard.engines.native_plan import UnsupportedError, make_plan
 from dipguard.networks import PRESETS, NetworkSpec, StackedSkipNet, build
 
@@ -200,7 +200,7 @@ def test_without_a_working_compiler_auto_takes_torch(
         fake = tmp_path / "g++"
         fake.write_text("#!/bin/sh\necho 'cannot do that' >&2\nexit 1\n")
         fake.chmod(0o755)
-    library.cache_clear()
+    _library.cache_clear()
     try:
         with pytest.raises(BuildError, match=message):
             library("float32")
@@ -210,18 +210,18 @@ def test_without_a_working_compiler_auto_takes_torch(
             make_engine("native", net, given, steps=1000)
         assert not list((tmp_path / "cache").rglob("*.so"))
     finally:
-        library.cache_clear()
+        _library.cache_clear()
 
 
 def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path))
-    library.cache_clear()
+    _library.cache_clear()
     try:
         library("float32")
         (made,) = tmp_path.rglob("*.so")
         written = made.stat().st_mtime_ns
-        library.cache_clear()
+        _library.cache_clear()
         library("float32")
         assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [written]
     finally:
-        library.cache_clear()
+        _library.cache_clear()
