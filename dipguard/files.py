@@ -43,12 +43,7 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file does not hold JSON.
-    """
+    """Return the content of a JSON file; FileNotFoundError, or ValueError if it does not hold JSON."""
     try:
         return json.loads(path.read_bytes())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:

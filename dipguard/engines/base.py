@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
@@ -26,13 +26,9 @@ SHORT = 100
 class Step(NamedTuple):
     """One pass of all B networks (Eq. 2)."""
 
-    loss: Tensor
-    """Sum over images of the mean squared error, so that no image's gradient depends on B; its ``backward()`` gives the
-    engine's parameters their gradients."""
-    reconstructions: Tensor
-    """[B, 3, H, W]; part of the autograd graph where the engine is differentiable: detach them before keeping them."""
-    errors: Tensor
-    """Mean squared error of each image, [B], detached."""
+    loss: Tensor  # sum of the images' mean squared errors; its backward() gives the engine's parameters their gradients
+    reconstructions: Tensor  # [B, 3, H, W]; part of the autograd graph where the engine is differentiable
+    errors: Tensor  # mean squared error of each image, [B], detached
 
 
 class Engine(ABC):
@@ -42,11 +38,9 @@ class Engine(ABC):
     parameters follow them.
     """
 
-    name: str
-    """``torch``, ``native`` or ``cuda_graph``."""
+    name: str  # ``torch``, ``native`` or ``cuda_graph``
     net: StackedSkipNet
-    differentiable: ClassVar[bool] = False
-    """Whether gradients flow through a step's reconstructions. If not, only ``loss`` may be differentiated."""
+    differentiable: ClassVar[bool] = False  # whether gradients flow through a step's reconstructions, not only the loss
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser updates."""
@@ -86,17 +80,9 @@ class HandOver(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        handle: Tensor,
-        z: Tensor,
-        loss: Tensor,
-        parameters: Sequence[nn.Parameter],
-        gradients: Sequence[Tensor],
-        z_gradient: Tensor | None,
-    ) -> Tensor:
-        """A copy of the loss."""
-        ctx.parameters, ctx.gradients, ctx.z_gradient = parameters, gradients, z_gradient
+    def forward(ctx: Any, handle: Tensor, z: Tensor, loss: Tensor, *made: Any) -> Tensor:
+        """A copy of the loss; ``made`` are parameters, their gradients, and z's gradient or None."""
+        ctx.parameters, ctx.gradients, ctx.z_gradient = made
         return loss.clone()
 
     @staticmethod
@@ -188,8 +174,8 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     """Multiply in the given precision inside the context; torch's switches are restored afterwards.
 
     Forward and backward pass must both run inside, or be captured there. ``float32`` is exact, unlike torch's default
-    on a GPU, where convolutions use TF32. ``tf32`` rounds factors to 10 bits of mantissa and sums in float32; on a CPU it
-    is float32. ``bfloat16`` is torch's autocast; weights and optimiser stay in float32. The last two change results,
+    on a GPU, where convolutions use TF32. ``tf32`` rounds factors to 10 bits of mantissa and sums in float32; on a CPU
+    it is float32. ``bfloat16`` is torch's autocast; weights and optimiser stay in float32. The last two change results,
     DIP reconstructions visibly; their effect on defended accuracy has not been checked.
 
     Raises:

@@ -105,13 +105,8 @@ def choose_kernels(
 
     Call it inside the :func:`~dipguard.engines.precision` of the fit.
 
-    Args:
-        net: The stack.
-        device: Where it will be fitted.
-        size: Height and width of the images.
-        z_gradient: z is optimised too.
-        convolutions: The candidates; by default all that can run on a GPU, and ``grouped`` on a CPU.
-        normalisations: The candidates; by default all that can run on a GPU, and ``torch`` on a CPU.
+    ``size`` is the height and width of the images. The candidates are by default all that can run on a GPU, and torch's
+    ``grouped`` and ``torch`` on a CPU.
 
     Raises:
         ValueError: Unknown name.

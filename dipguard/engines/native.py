@@ -11,6 +11,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,28 +83,13 @@ class NativeEngine(Engine):
         errors = self.given.new_empty(len(z))
         spare = len(z) % self.threads > 0
         start = time.perf_counter()
-        self.library.stack_step(
-            _pointer(self._frames),
-            _pointer(self._program),
-            ctypes.c_int64(self._length),
-            ctypes.c_int64(len(z)),
-            ctypes.c_int64(self.threads),
-            ctypes.c_int64(spare and self.team_choice.teams),
-            _pointer(z),
-            ctypes.c_int64(z[0].numel()),
-            _pointer(self.given),
-            ctypes.c_int64(self.given[0].numel()),
-            _pointer(self.flat),
-            _pointer(self.gradient),
-            ctypes.c_int64(self.plan.parameters),
-            _pointer(reconstructions),
-            _pointer(errors),
-            None if z_gradient is None else _pointer(z_gradient),
-            _pointer(self.workspaces),
-            ctypes.c_int64(self.plan.room),
-            ctypes.c_double(SLOPE),
-            ctypes.c_double(self.eps),
-        )
+        program = self._frames, self._program, self._length
+        images = z, z[0].numel(), self.given, self.given[0].numel()
+        weights = self.flat, self.gradient, self.plan.parameters
+        made = reconstructions, errors, z_gradient, self.workspaces, self.plan.room
+        how = len(z), self.threads, int(spare and self.team_choice.teams)
+        arguments: tuple[Any, ...] = (*program, *how, *images, *weights, *made, SLOPE, self.eps)
+        self.library.stack_step(*map(_as_c, arguments))
         if spare:
             self.team_choice.record(time.perf_counter() - start)
         loss: Tensor = HandOver.apply(self._handle, z, errors.sum(), [self.flat], [self.gradient], z_gradient)
@@ -152,5 +138,7 @@ def _integers(rows: Iterable[tuple[int, ...]]) -> Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.int64)
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _as_c(value: Tensor | int | float | None) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else None if value is None else ctypes.c_int64(value)

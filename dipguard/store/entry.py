@@ -47,12 +47,7 @@ def write_entry(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]
 
 
 def read_entry(path: Path) -> Entry:
-    """Read an entry; the checksum is verified before anything is parsed.
-
-    Raises:
-        FileNotFoundError: No such file.
-        DamagedEntryError: The file is damaged, or is not an entry.
-    """
+    """Read an entry, whose checksum is verified before anything is parsed; FileNotFoundError or DamagedEntryError."""
     content = path.read_bytes()
     body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
     if hashlib.sha256(body).hexdigest().encode() != digest:

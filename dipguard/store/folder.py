@@ -38,14 +38,10 @@ T = TypeVar("T")
 class Store:
     """Results that are computed once, for all processes that share a folder.
 
-    Args:
-        path: The folder. It is created with the first entry.
-        keep_samples: Keep x(t) of all sampled steps (float32, 12 KiB for a sample of 32x32 pixels). Without them a
-            stored fit serves other values of tau, t0, K and beta, but not another victim or other decisions.
-
-    Attributes:
-        counts: What this process did, in images: ``fitted``, ``decided`` (from stored samples), ``replayed`` (stitched
-            from a stored trace), ``attacked``, ``attacks_found``, and ``damaged`` entries.
+    ``path`` is created with the first entry. With ``keep_samples`` x(t) is kept at all sampled steps (float32, 12 KiB
+    for a sample of 32x32 pixels); else a stored fit serves other tau, t0, K and beta, but no other victim or decisions.
+    ``counts`` is what this process did, in images: ``fitted``, ``decided`` (from stored samples), ``replayed``
+    (stitched from a stored trace), ``attacked``, ``attacks_found``, and ``damaged`` entries.
 
     Raises:
         ValueError: ``path`` exists and is not a folder.
@@ -113,10 +109,9 @@ class Store:
 
     @contextmanager
     def claim(self, keys: Sequence[str]) -> Iterator[set[str]]:
-        """Hold the locks of those entries that no other process is making; at least one of them.
+        """Hold the locks of those entries that no other process is making; if there is none, wait for the first.
 
-        If other processes hold all of them, wait for the first one. No lock is held while waiting, so two processes
-        cannot wait for each other.
+        No lock is held while waiting, so two processes cannot wait for each other.
         """
         with ExitStack() as held:
             mine = {key for key in dict.fromkeys(keys) if self._lock(held, key, timeout=0)}
@@ -139,11 +134,7 @@ class Store:
 
 
 def open_store(store: str | Path | Store | None, *, keep_samples: bool = True) -> Store | None:
-    """The store of a folder.
-
-    Raises:
-        TypeError, ValueError: Neither a folder nor a path at which one can be created.
-    """
+    """The store of a folder; TypeError or ValueError if there can be none."""
     if store is None or isinstance(store, Store):
         return store
     if not isinstance(store, str | Path) or not str(store):

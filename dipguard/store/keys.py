@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.classifier import device_of
-from dipguard.engines import SHORT, make_engine
+from dipguard.engines.base import SHORT, make_engine
 from dipguard.engines.native_build import FLAGS, sources_digest
 from dipguard.files import tensor_digest
 from dipguard.fit import DecideOptions, FitOptions, StackedDIP
@@ -61,21 +61,10 @@ def victim_digest(victim: nn.Module) -> str:
 class StackKeys:
     """The keys of the fits and traces of B images.
 
-    A fit depends on the image, its index and the options, but neither on T, since x(t) is the same in every fit of at
-    least t steps, nor on the victim, which the fit never asks. The keys do not distinguish what only changes rounding:
-    another processor or GPU and, except for the native engine, the number of images in a stack.
-
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        indices: Their indices, which determine their random draws.
-        fit: How they are fitted.
-        T: Length of the fit, which decides what the engine ``auto`` is.
-        device: Where they are fitted.
-        trainer: More keyword arguments of ``pl.Trainer``, which may change the numbers.
-
-    Attributes:
-        engine: The engine's name.
-        fits: The key of each image's fit.
+    ``engine`` is the engine's name, ``fits`` the key of each image's fit. A fit depends on the image x0, its index and
+    the options, but neither on T, since x(t) is the same in every fit of at least t steps, nor on the victim, which the
+    fit never asks. The keys do not distinguish what only changes rounding: another processor or GPU and, except for the
+    native engine, the number of images in a stack.
 
     Raises:
         ValueError: An engine that cannot run here, or images too small for the network.
@@ -109,10 +98,7 @@ class StackKeys:
         return _auto_engine(replace(self._fit, seed=0), self._size, min(T, SHORT))
 
     def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:
-        """The key of each image's trace: its fit's, the victim, the sampled steps, N and the scores of Eq. 5.
-
-        ``K_max`` is not a part: a trace serves every smaller one.
-        """
+        """The key of each image's trace, of all that it depends on but ``K_max``: a trace serves every smaller one."""
         aside = ("T", "decisions", "every", "K_max", "keep_samples")
         own = {name: value for name, value in asdict(decide).items() if name not in aside}
         decided = digest_of([own, list(decide.steps), victim_digest(victim), device_of(victim).type])

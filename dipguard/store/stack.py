@@ -53,13 +53,9 @@ def stored_stack(
 ) -> StackResult:
     """Defend B images (Algorithm 1), fitting those that the store does not hold.
 
-    The arguments are those of :func:`dipguard.fit.fit_stack`; a fit made now may have fewer than B images and more than
-    T steps. The seconds are those that fits and decisions took when they were made.
-
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        store: Where fits are kept.
-        also: Further decisions that a fit made now is to serve, such as those of other T.
+    The arguments are those of :func:`dipguard.fit.fit_stack`, and ``also``: further decisions that a fit made now is to
+    serve, such as those of other T. Such a fit may have fewer than B images and more than T steps. The seconds are
+    those that fits and decisions took when they were made.
 
     Raises:
         TypeError, ValueError: Bad images, options or victim.
