@@ -9,8 +9,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ROUNDING = 1e-6
+"""What rounding may add to [0, 1], as when images are normalised and brought back."""
+
+
 def check_images(images: Tensor, *, name: str = "images") -> Tensor:
-    """Return ``images`` if it is a float tensor [B, 3, H, W] with B >= 1 and finite values in [0, 1].
+    """Return ``images``, a float tensor [B, 3, H, W] with B >= 1, clamped where it is within 1e-6 of [0, 1].
 
     Raises:
         TypeError: not a tensor, or not a floating-point one (uint8 images must be divided by 255 first).
@@ -32,9 +36,9 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
     low, high = (float(v) for v in torch.aminmax(images.detach()))
     if not (low == low and high == high) or not bool(torch.isfinite(images).all()):
         raise ValueError(f"`{name}` must be finite, got NaN or infinite values")
-    if low < 0 or high > 1:
-        raise ValueError(f"`{name}` must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
-    return images
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ValueError(f"`{name}` must lie in [0, 1], got values from {low:.8g} to {high:.8g}")
+    return images.clamp(0, 1) if low < 0 or high > 1 else images
 
 
 def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, name: str = "labels") -> Tensor:

@@ -83,7 +83,7 @@ class StackedDIP(pl.LightningModule):
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
-        check_images(images)
+        images = check_images(images)
         self.options = options = FitOptions() if options is None else options
         self.indices = tuple(range(len(images)) if indices is None else (int(i) for i in indices))
         if len(self.indices) != len(images):

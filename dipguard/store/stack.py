@@ -61,7 +61,7 @@ def stored_stack(
         TypeError, ValueError: Bad images, options or victim.
     """
     start = time.perf_counter()
-    check_images(images)
+    images = check_images(images)
     with torch.inference_mode(False), torch.no_grad():
         # A tensor made under inference_mode cannot be saved for backward.
         given = images.detach().clone() if images.is_inference() else images.detach()
