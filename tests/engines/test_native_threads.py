@@ -67,12 +67,12 @@ def seen(
 @pytest.mark.parametrize(
     ("row", "dtype", "padding", "z_gradient"),
     [
-        ("medium", torch.float32, "zeros", False),
-        ("medium", torch.float64, "reflect", True),
-        ("medium, odd sides", torch.float32, "reflect", True),
-        ("uneven, odd sides", torch.float32, "zeros", True),
+        pytest.param("medium", torch.float32, "zeros", False, marks=pytest.mark.slow),
+        pytest.param("medium", torch.float64, "reflect", True, marks=pytest.mark.slow),
+        pytest.param("medium, odd sides", torch.float32, "reflect", True, marks=pytest.mark.slow),
+        pytest.param("uneven, odd sides", torch.float32, "zeros", True, marks=pytest.mark.slow),
         ("uneven, odd sides", torch.float64, "reflect", False),
-        ("imagenet", torch.float32, "reflect", True),
+        pytest.param("imagenet", torch.float32, "reflect", True, marks=pytest.mark.slow),
     ],
 )
 def test_threads_teams_and_stacks_move_no_bit(row: str, dtype: torch.dtype, padding: str, z_gradient: bool) -> None:
@@ -88,6 +88,7 @@ def test_threads_teams_and_stacks_move_no_bit(row: str, dtype: torch.dtype, padd
                     assert torch.equal(got, expected), (threads, indices, index)
 
 
+@pytest.mark.slow
 def test_more_threads_than_the_deepest_scales_have_rows() -> None:
     def of(threads: int, *, teams: bool) -> list[Tensor]:
         row, dtype = "medium, odd sides", torch.float32

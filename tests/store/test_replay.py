@@ -15,7 +15,7 @@ from pytorch_lightning.loggers import Logger
 
 from dipguard.defenses import DefenseResult
 from dipguard.store import Store, open_store, store_size
-from dipguard.store.entry import read_entry
+from dipguard.store.entry import read_entry, write_entry
 from tests.store.parts import guard, list_entries, random_victim, smooth_images
 
 
@@ -58,7 +58,7 @@ def check_as_direct(store: Store, *, count: int = 3, **options: Any) -> None:
 
 
 def test_settings_of_the_stitch_replay_one_fit(store: Store):
-    settings: list[dict[str, Any]] = [{}, {"tau": 0.1, "t0": 9}, {"K": 1, "beta": 0.1}]
+    settings: list[dict[str, Any]] = [{}, {"tau": 0.1, "t0": 9, "K": 1, "beta": 0.1}]
     settings += [{"tau": 1.0}, {"t0": 3, "t0_unit": "samples", "rule": "above", "divide_by": "K"}]
     for setting in settings:
         check_as_direct(store, **setting)
@@ -66,7 +66,7 @@ def test_settings_of_the_stitch_replay_one_fit(store: Store):
     assert sum(len(trace.crossing_at) for trace in guard(store).defend(smooth_images()).traces) > 9
 
 
-@pytest.mark.parametrize("seen", [{"decisions": 12}, {"every": 2}], ids=str)
+@pytest.mark.parametrize("seen", [{"decisions": 12}, pytest.param({"every": 2}, marks=pytest.mark.slow)], ids=str)
 def test_one_long_fit_serves_every_T(store: Store, seen: dict[str, Any]):
     lengths = (18, 14, 24)  # not all are multiples of the 12 decisions
     for T in lengths:
@@ -79,6 +79,7 @@ def test_one_long_fit_serves_every_T(store: Store, seen: dict[str, Any]):
     assert last == {23}
 
 
+@pytest.mark.slow
 def test_what_was_not_sampled_is_fitted_again_and_serves_both(store: Store):
     check_as_direct(store, T=18)
     check_as_direct(store)  # T=24
@@ -126,7 +127,7 @@ def test_the_same_image_twice_is_fitted_once(store: Store):
     assert store.counts["fitted"] == 1
 
 
-@pytest.mark.parametrize("options", [{"dtype": "float64", "engine": "torch"}, {"network": "medium"}], ids=str)
+@pytest.mark.parametrize("options", [{"network": "medium"}, {"lr": 0.02}], ids=str)
 def test_other_fits_are_other_entries(filled: Store, options: dict[str, Any]):
     check_as_direct(filled, **options)
     assert filled.counts == {"fitted": 3}
@@ -150,6 +151,32 @@ def test_a_damaged_entry_is_reported_and_made_again(filled: Store, layer: str, c
     assert filled.counts["fitted"] == (1 if layer == "fits" else 0)
     assert [r.message for r in caplog.records if "damaged" in r.message and str(path) in r.message]
     check_as_direct(Store(filled.path))
+
+
+BAD_HEADERS: dict[str, Any] = {"seconds": None, "settings": {"K_max": "many"}}
+
+
+@pytest.mark.parametrize("layer", ["traces", "fits"])
+@pytest.mark.parametrize("change", ["an array less", "a shorter array", "another array", *BAD_HEADERS])
+def test_an_entry_with_other_content_is_reported_and_made_again(
+    filled: Store, layer: str, change: str, caplog: pytest.LogCaptureFixture
+):
+    if (layer, change) == ("fits", "settings"):
+        return
+    path = sorted((filled.path / layer).glob("??/*.npz"))[0]
+    entry = read_entry(path)
+    arrays, header = dict(entry.arrays), dict(entry.header)
+    if change in BAD_HEADERS:
+        header[change] = BAD_HEADERS[change]
+    elif change == "an array less":
+        del arrays["loss"]
+    else:
+        arrays["loss" if change == "a shorter array" else "new"] = arrays["loss"][:-1]
+    write_entry(path, arrays, header)
+    with caplog.at_level(logging.WARNING, logger="dipguard.store"):
+        check_as_direct(filled, **({} if layer == "traces" else {"N": 4}))
+    assert filled.counts["damaged"] == 1
+    assert str(path) in caplog.text
 
 
 def test_without_samples_it_serves_every_T_but_no_other_victim(tmp_path: Path):
@@ -210,6 +237,7 @@ class Curves(Logger):
         self.rows[step] = dict(metrics)
 
 
+@pytest.mark.slow
 def test_curves_are_logged_of_fits_and_replays_alike(store: Store):
     logs = []
     for one in (None, store, store):
