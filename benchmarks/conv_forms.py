@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -32,8 +33,6 @@ from dipguard.engines import PRECISIONS, precision
 from dipguard.engines.cuda_graph import CudaGraphEngine
 from dipguard.engines.kernel_choice import (
     CONVOLUTIONS,
-    NORMALISATIONS,
-    ConvShape,
     LayerShape,
     available,
     layer_shapes,
@@ -114,17 +113,23 @@ def compared(
 def layer_rows(shape: LayerShape, device: torch.device) -> Iterator[Row]:
     """All kernels on one layer shape; a normalisation's rates count every tensor once."""
     inputs = shape.example(device=device, dtype=torch.float32)
-    convolves = isinstance(shape, ConvShape)
-    names = available(CONVOLUTIONS if convolves else NORMALISATIONS, device)
-    ways = {name: partial(shape.functions()[name], *inputs) for name in names}
-    if isinstance(shape, ConvShape):
-        work = shape.flops / 1e12
-        kind = f"{shape.kernel}x{shape.kernel}/{shape.stride} {shape.height}x{shape.width} {shape.padding}"
-        yield from compared(f"{shape.inputs}->{shape.outputs} {kind}", ways, inputs, work, work * (1 + shape.gradient))
+    options, (height, width) = dict(shape.options), shape.x[-2:]
+    ways = {name: partial(shape.kernel(name), *inputs) for name in available(shape.table, device)}
+    if shape.table is CONVOLUTIONS:
+        work = flops(shape) / 1e12
+        _, outputs, inner, kernel, _ = shape.weight
+        kind = f"{kernel}x{kernel}/{options['stride']} {height}x{width} {options['padding']}"
+        yield from compared(f"{inner}->{outputs} {kind}", ways, inputs, work, work * (1 + shape.gradient))
     else:
         size = inputs[0].numel() * inputs[0].element_size() / 1e9
-        name = f"norm, slope {shape.slope}, {shape.channels} {shape.height}x{shape.width}"
+        name = f"norm, slope {options['slope']}, {shape.weight[1]} {height}x{width}"
         yield from compared(name, ways, inputs, 2 * size, 3 * size)
+
+
+def flops(shape: LayerShape) -> int:
+    """Operations of a convolution's forward pass; a multiplication and an addition count as two."""
+    stride = dict(shape.options)["stride"]
+    return 2 * math.prod(shape.weight) * math.prod(-(-side // stride) for side in shape.x[-2:])
 
 
 def step_rows(args: argparse.Namespace, device: torch.device, clock: Clock) -> Iterator[Row]:
@@ -141,7 +146,7 @@ def step_rows(args: argparse.Namespace, device: torch.device, clock: Clock) -> I
         net, given, z = problem(args, device)
         engine = CudaGraphEngine(net, given, matmul_precision=args.precision, capture=capture, **options)
         if not capture and not options:
-            print(f"chosen in {time.perf_counter() - start:.1f} s: {engine.choice.names}")
+            print(f"chosen in {time.perf_counter() - start:.1f} s: {engine.choice}")
         yield _step_row(name, net, partial(engine.compute, z), start)
     if args.compile and clock.say("whole step, torch.compile"):
         start = time.perf_counter()
@@ -171,7 +176,7 @@ def _step_row(
 ) -> Row:
     x = work()[0]
     shapes = layer_shapes(net, size=(x.shape[-2], x.shape[-1])).values()
-    flops = 3 * sum(shape.flops for shape in shapes if isinstance(shape, ConvShape)) / 1e12
+    work_done = 3 * sum(flops(shape) for shape in shapes if shape.table is CONVOLUTIONS) / 1e12
     optimiser = torch.optim.Adam(net.parameters(), lr=0.01, fused=True)
 
     def step() -> None:
@@ -184,7 +189,7 @@ def _step_row(
     seconds = median_seconds(step, device=net.head.weight.device)
     each = seconds / net.stack_size
     note = f"{each * 1e6:.2f} us an image-step; 1,000 images of 1,000 steps {each * 1e6:.0f} s; start-up {begun:.1f} s"
-    return Row("whole step (both passes, Adam)", name, seconds * 1e3, NAN, flops / seconds, NAN, 0, note)
+    return Row("whole step (both passes, Adam)", name, seconds * 1e3, NAN, work_done / seconds, NAN, 0, note)
 
 
 def main() -> None:

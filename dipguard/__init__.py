@@ -12,31 +12,14 @@ if TYPE_CHECKING:
     from dipguard.networks import NetworkSpec
 
 __all__ = [
-    "DIPGuard",
-    "DecisionTrace",
-    "Defense",
-    "DefenseResult",
-    "MirrorGuard",
-    "NetworkSpec",
-    "Reconstruction",
-    "StackedDIP",
-    "__version__",
-    "build_defense",
-    "stitch",
-]
-
+    "DIPGuard", "DecisionTrace", "Defense", "DefenseResult", "MirrorGuard", "NetworkSpec", "Reconstruction",
+    "StackedDIP", "__version__", "build_defense", "stitch",
+]  # fmt: skip
 _HOMES = {
-    "DIPGuard": "defenses",
-    "DecisionTrace": "decision",
-    "Defense": "defenses",
-    "DefenseResult": "defenses",
-    "MirrorGuard": "defenses",
-    "NetworkSpec": "networks",
-    "Reconstruction": "decision",
-    "StackedDIP": "fit",
-    "build_defense": "defenses",
-    "stitch": "decision",
-}
+    "DIPGuard": "defenses", "DecisionTrace": "decision", "Defense": "defenses", "DefenseResult": "defenses",
+    "MirrorGuard": "defenses", "NetworkSpec": "networks", "Reconstruction": "decision", "StackedDIP": "fit",
+    "build_defense": "defenses", "stitch": "decision",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

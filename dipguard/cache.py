@@ -9,13 +9,12 @@ from pathlib import Path
 def cache_folder(*parts: str) -> Path:
     """Return the cache folder, or its sub-folder ``parts``, without creating it.
 
-    It is ``$DIPGUARD_CACHE``, else ``$XDG_CACHE_HOME/dipguard``, else ``~/.cache/dipguard``.
+    It is ``$DIPGUARD_CACHE``, else ``$XDG_CACHE_HOME/dipguard``, else ``~/.cache/dipguard``; without a home folder, a
+    path at which nothing can be written.
     """
     own, xdg = os.environ.get("DIPGUARD_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    if own:
-        root = Path(own).expanduser()
-    elif xdg:
-        root = Path(xdg).expanduser() / "dipguard"
-    else:
-        root = Path.home() / ".cache" / "dipguard"
+    try:
+        root = Path(own or Path(xdg or "~/.cache", "dipguard")).expanduser()
+    except RuntimeError:
+        root = Path(os.devnull, "no home folder, set DIPGUARD_CACHE")
     return root.joinpath(*parts)

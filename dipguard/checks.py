@@ -10,8 +10,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+ROUNDING = 1e-6
+"""What rounding may add to [0, 1], as when images are normalised and brought back."""
+
+
 def check_images(images: Tensor, *, name: str = "images") -> Tensor:
-    """Return ``images`` if it is a float tensor [B, 3, H, W] with B >= 1 and finite values in [0, 1].
+    """Return ``images``, a float tensor [B, 3, H, W] with B >= 1, clamped where it is within 1e-6 of [0, 1].
 
     Raises:
         TypeError: not a tensor, or not a floating-point one (uint8 images must be divided by 255 first).
@@ -33,18 +37,13 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
     low, high = (float(v) for v in torch.aminmax(images.detach()))
     if not (low == low and high == high) or not bool(torch.isfinite(images).all()):
         raise ValueError(f"`{name}` must be finite, got NaN or infinite values")
-    if low < 0 or high > 1:
-        raise ValueError(f"`{name}` must lie in [0, 1], got values from {low:.4g} to {high:.4g}")
-    return images
+    if low < -ROUNDING or high > 1 + ROUNDING:
+        raise ValueError(f"`{name}` must lie in [0, 1], got values from {low:.8g} to {high:.8g}")
+    return images.clamp(0, 1) if low < 0 or high > 1 else images
 
 
 def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, name: str = "labels") -> Tensor:
-    """Return ``labels`` as int64 if it is [count] integers in [0, num_classes).
-
-    Raises:
-        TypeError: not an integer tensor.
-        ValueError: wrong length, or a label out of range.
-    """
+    """Return ``labels`` as int64 if it is [count] integers in [0, num_classes), else raise TypeError or ValueError."""
     import torch
 
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
@@ -60,12 +59,7 @@ def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, 
 
 
 def check_int(value: Any, *, name: str, low: int, high: int | None = None) -> int:
-    """Return ``value`` if it is an int with low <= value <= high (no upper bound when ``high`` is None).
-
-    Raises:
-        TypeError: not an int (bool does not count).
-        ValueError: out of range.
-    """
+    """Return ``value`` if it is an int from ``low`` to ``high``; TypeError (also for a bool) or ValueError else."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer, got {value!r}")
     if value < low or (high is not None and value > high):
@@ -75,12 +69,7 @@ def check_int(value: Any, *, name: str, low: int, high: int | None = None) -> in
 
 
 def check_float(value: Any, *, name: str, low: float, high: float | None = None) -> float:
-    """Return ``value`` as a float if it is a finite number with low <= value <= high.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: NaN, infinite or out of range.
-    """
+    """Return ``value`` as a float if it is a finite number from ``low`` to ``high``, else TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"`{name}` must be a number, got {value!r}")
     number = float(value)
@@ -91,12 +80,7 @@ def check_float(value: Any, *, name: str, low: float, high: float | None = None)
 
 
 def check_positive(value: Any, *, name: str, high: float | None = None) -> float:
-    """Return ``value`` as a float if it is a finite number above 0, and at most ``high`` where that is given.
-
-    Raises:
-        TypeError: not a number.
-        ValueError: NaN, infinite or out of range.
-    """
+    """Return ``value`` as a float if it is finite, above 0 and at most ``high``; TypeError or ValueError else."""
     number = check_float(value, name=name, low=0, high=high)
     if number == 0:
         raise ValueError(f"`{name}` must be above 0{'' if high is None else f' and at most {high:g}'}, got {value}")
@@ -104,22 +88,14 @@ def check_positive(value: Any, *, name: str, high: float | None = None) -> float
 
 
 def check_bool(value: Any, *, name: str) -> bool:
-    """Return ``value`` if it is True or False.
-
-    Raises:
-        TypeError: anything else, such as a string.
-    """
+    """Return ``value`` if it is True or False, else raise TypeError."""
     if not isinstance(value, bool):
         raise TypeError(f"`{name}` must be true or false, got {value!r}")
     return value
 
 
 def check_choice(value: Any, choices: Collection[str], *, name: str) -> str:
-    """Return ``value`` if it is one of ``choices``.
-
-    Raises:
-        ValueError: anything else; the message lists what is allowed.
-    """
+    """Return ``value`` if it is one of ``choices``, else raise a ValueError that lists them."""
     if value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
     return str(value)

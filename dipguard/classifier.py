@@ -15,14 +15,9 @@ from dipguard.checks import check_int, check_not_forked
 GOOD_BATCH = 64
 """Above so many images, a larger batch is no faster per image (ResNet-56 on two cores: 12 ms alone, 3.5 ms in 64)."""
 OUT_OF_MEMORY = (
-    "DefaultCPUAllocator",  # torch's on a CPU
-    "could not create a primitive",  # oneDNN's convolutions
-    "not enough memory",
-    "Cannot allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
+    "DefaultCPUAllocator", "could not create a primitive", "not enough memory", "Cannot allocate memory",
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+)  # fmt: skip
 """What errors of other types than torch.OutOfMemoryError say."""
 
 
@@ -67,20 +62,13 @@ def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
 
 
 def check_logits(output: Any, *, count: int, name: str = "victim") -> Tensor:
-    """Return a classifier's output if it has the type and shape of logits for ``count`` images.
-
-    Raises:
-        TypeError: It is not a floating-point tensor.
-        ValueError: Its shape is not [count, C] with C >= 2.
-    """
+    """Return a classifier's output if it is floats [count, C] with C >= 2, else raise TypeError or ValueError."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"`{name}` must return a floating-point tensor [B, C] of logits, got {kind}")
     if output.ndim != 2 or len(output) != count or output.shape[1] < 2:
-        raise ValueError(
-            f"`{name}` must return logits [B, C] with C of at least 2, got shape {tuple(output.shape)} for {count} "
-            "images"
-        )
+        got = f"shape {tuple(output.shape)} for {count} images"
+        raise ValueError(f"`{name}` must return logits [B, C] with C of at least 2, got {got}")
     return output
 
 
@@ -96,14 +84,10 @@ def probability_warning(logits: Tensor, *, name: str = "victim") -> str | None:
 
 
 class Decider:
-    """Images to logits. The victim stays on its device and is not changed.
-
-    Args:
-        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        batch: Largest batch, at least 1.
+    """Images to logits, at most ``batch`` at a time. The victim stays on its device and is not changed.
 
     Raises:
-        TypeError, ValueError: An argument is out of range.
+        TypeError, ValueError: An argument is out of range, or the victim returns something other than logits [n, C].
     """
 
     def __init__(self, victim: nn.Module, *, batch: int = 512) -> None:
@@ -112,10 +96,10 @@ class Decider:
         self._channels_last = True
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits [n, C] of ``images``, float32 at least, on the images' device.
+        """Logits [n, C] of ``images`` [n, 3, H, W] in [0, 1], float32 at least, on the images' device.
 
         Raises:
-            TypeError, ValueError: The victim returns something other than logits [n, C].
+            TypeError, ValueError: The victim returns something other than finite logits [n, C].
             RuntimeError: A forked process that would hang.
         """
         check_not_forked()

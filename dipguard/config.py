@@ -21,14 +21,10 @@ if TYPE_CHECKING:
 
 NODE_KEYS = ("name", "_target_")
 ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "only", "note")
-"""Keys of an attack's node beside its options: how it is numbered and run in a suite."""
+"""Keys of an attack's node beside its options."""
 ATTACK_CHECKS = ("control", "large_eps")
-LOGGERS: dict[str, tuple[str, ...]] = {
-    "none": (),
-    "csv": (),
-    "tensorboard": (),
-    "wandb": ("project", "entity", "group", "offline"),
-}
+LOGGERS: dict[str, tuple[str, ...]] = dict.fromkeys(("none", "csv", "tensorboard"), ())
+LOGGERS["wandb"] = ("project", "entity", "group", "offline")
 """Name of a logger -> its options."""
 TRAINER = "pytorch_lightning.trainer.trainer:Trainer"
 TRAINER_OWN = "dipguard.fit.runner:OWNED"
@@ -36,58 +32,31 @@ TRAINER_OWN = "dipguard.fit.runner:OWNED"
 
 
 class Group(NamedTuple):
-    """A config group whose options come from a table of names.
+    """A config group whose options come from a table of names."""
 
-    Attributes:
-        table: "package.module:NAME".
-        entry_points: The group of entry points that adds to it, without ``dipguard.``.
-        hidden: Arguments that the programs set themselves.
-        own: Keys beside the arguments, with their defaults.
-    """
-
-    table: str
-    entry_points: str
-    hidden: tuple[str, ...] = ()
-    own: Mapping[str, Any] = {}
+    table: str  # "package.module:NAME"
+    entry_points: str  # the group of entry points that adds to it, without ``dipguard.``
+    hidden: tuple[str, ...] = ()  # arguments that the programs set themselves
+    own: Mapping[str, Any] = {}  # keys beside the arguments, with their defaults
 
 
 GROUPS: dict[str, Group] = {
     "data": Group("dipguard.data:DATASETS", "data", own={"mirrors": True}),
     "victim": Group("dipguard.victims:VICTIMS", "victims", hidden=("progress",)),
     "attack": Group("dipguard.attacks:ATTACKS", "attacks", hidden=("seed",)),
-    "defense": Group(
-        "dipguard.defenses:DEFENSES", "defenses", hidden=("seed", "progress", "store", "store_T", "trainer")
-    ),
+    "defense": Group("dipguard.defenses:DEFENSES", "defenses", ("seed", "progress", "store", "store_T", "trainer")),
 }
-"""Config group -> where its names and options come from."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """All settings of a run as plain values: numbers, strings, lists and dicts.
+    """All settings of a run as plain values: numbers, strings, lists and dicts. conf/base.yaml says what they mean.
 
-    Attributes:
-        seed: Seed of every random draw of attacks and defences.
-        data: Node of the data set. Besides its options, ``mirrors`` says whether an image means the same in a mirror.
-        victim: Node of the classifier that is attacked and defended.
-        surrogate: Node of a classifier that the defences ask instead of the victim (appendix E of the paper).
-        baseline: Node of a classifier that meets the attacks undefended, for comparison.
-        attacks: Label -> node. Beside their options: ``number`` (before the label in tables), ``check`` (``control`` or
-            ``large_eps``: not part of the worst case), ``full`` (the options of an uncut run), ``intermediate`` (names;
-            the first that a defence has is attacked), ``limit`` (of images), ``only`` (labels of defences), ``note``.
-        defenses: Label -> node.
-        eps_255: Budget that an attack suite is judged at, in levels of 0 to 255.
-        trainer: Keyword arguments of Lightning's Trainer.
-        callbacks: Label -> node with ``_target_``: further callbacks of each fit.
-        logger: ``name`` and the options of that logger.
-        chunk: Images of a cell that are purified, and stored, together; None for 32 on a CPU, 256 on a GPU.
-        processes: Number of processes that share the chunks.
-        store: Folder of fits and attacked images that many runs share; None for the run's own.
-        store_T: Further numbers of steps that a stored fit must serve.
-        store_samples: Whether stored fits keep all sampled reconstructions.
-        rebuild: Whether to write tables and figures from stored results only.
-        keep_traces: Whether to write the decision traces of all images.
-        figures: Number of images that are drawn.
+    ``data``, ``victim``, ``surrogate`` and ``baseline`` are nodes, ``attacks`` and ``defenses`` nodes by label. With
+    ``mirrors``, ``data`` says whether an image means the same in a mirror. An attack may have, beside its options,
+    ``number`` (before the label in tables), ``check`` (``control`` or ``large_eps``: not part of the worst case),
+    ``full`` (the options of an uncut run), ``intermediate`` (names; the first that a defence has is attacked),
+    ``limit`` (of images), ``only`` (labels of defences) and ``note``.
     """
 
     seed: int

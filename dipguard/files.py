@@ -45,16 +45,15 @@ def write_json(path: Path, value: Any) -> Path:
 
 
 def read_json(path: Path) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: The file does not hold JSON.
-    """
+    """Return the content of a JSON file; FileNotFoundError, or ValueError if it does not hold JSON."""
     try:
-        return json.loads(path.read_bytes())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(path.read_bytes(), parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must hold JSON, but it is damaged: {error}") from error
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]], *, head: bool = True) -> str:

@@ -9,7 +9,6 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import operator
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -26,15 +25,10 @@ FIT_HIDDEN = ("network", "seed")
 """Fields of it that are arguments of their own wherever there is ``**fit``."""
 
 _Definition: TypeAlias = ast.ClassDef | ast.FunctionDef
-_OPERATORS: dict[type[ast.operator], Callable[[Any, Any], Any]] = {ast.Div: operator.truediv, ast.Mult: operator.mul}
 
 
 def lookup(table: Mapping[str, str], name: str, *, argument: str) -> Callable[..., Any]:
-    """Import and return the function or class that ``table[name]`` ("package.module:attribute") points to.
-
-    Raises:
-        ValueError: ``name`` is not in the table.
-    """
+    """Import what ``table[name]`` ("package.module:attribute") points to; ValueError if it is not in the table."""
     if name not in table:
         raise ValueError(f"`{argument}` must be one of {', '.join(table)}, got {name!r}{did_you_mean(name, table)}")
     module, attribute = table[name].split(":")
@@ -51,11 +45,7 @@ def table_of(group: str, own: Mapping[str, str]) -> dict[str, str]:
 
 
 def import_extra(module: str, *, owner: str, extra: str) -> Any:
-    """Import ``module``, which only ``owner`` needs.
-
-    Raises:
-        ImportError: It is not installed; the message names the extra (``dipguard[extra]``) that brings it.
-    """
+    """Import ``module``, which only ``owner`` needs; the ImportError names the extra (``dipguard[extra]``)."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -67,16 +57,9 @@ def import_extra(module: str, *, owner: str, extra: str) -> Any:
 def check_options(
     function: Callable[..., Any], options: Mapping[str, Any], *, owner: str, hidden: Collection[str] = ()
 ) -> None:
-    """Check that ``function`` takes every one of ``options``, by the rules of `options_of`.
+    """Raise TypeError unless ``function`` takes every one of ``options``, by the rules of `options_of`.
 
-    Args:
-        function: Takes its options as keyword-only arguments.
-        options: The options that were given, by name.
-        owner: What they were given for; the message begins with it.
-        hidden: Arguments of ``function`` that the caller sets itself.
-
-    Raises:
-        TypeError: It takes no option of that name.
+    The message begins with ``owner``, what the options were given for; the caller sets ``hidden`` arguments itself.
     """
     allowed = [name for name in _keywords(function) if name not in hidden]
     unknown = sorted(set(options) - set(allowed))
@@ -112,11 +95,7 @@ def options_of(path: str) -> dict[str, Any]:
 
 
 def constant_of(path: str) -> Any:
-    """Return the literal value of a module's constant ("package.module:NAME") without importing the module.
-
-    Raises:
-        ValueError: There is no such constant, or it is not a literal.
-    """
+    """Return the literal value of a module's constant ("package.module:NAME") without importing it, or ValueError."""
     module, _, name = path.partition(":")
     values = dict(_assignments(_tree(module).body))
     if name in values:
@@ -231,19 +210,11 @@ def _arguments(function: ast.FunctionDef, module: str) -> dict[str, Any]:
 
 
 def _literal(node: ast.expr, module: str) -> Any:
-    """The value of an expression of literals, module constants, products and quotients."""
+    """The value of an expression of literals and module constants."""
     try:
-        match node:
-            case ast.Name(name):
-                return constant_of(f"{module}:{name}")
-            case ast.BinOp(left, op, right) if type(op) in _OPERATORS:
-                return _OPERATORS[type(op)](_literal(left, module), _literal(right, module))
-            case ast.Tuple(items):
-                return tuple(_literal(item, module) for item in items)
-            case ast.Dict(keys, values):
-                pairs = zip(keys, values, strict=True)
-                return {_literal(key, module): _literal(value, module) for key, value in pairs if key is not None}
-        return ast.literal_eval(node)
-    except ValueError as error:
+        names = {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
+        constants = {name: constant_of(f"{module}:{name}") for name in names}
+        return eval(compile(ast.Expression(node), module, "eval"), {"__builtins__": {}}, constants)
+    except (ValueError, TypeError) as error:
         place = f"{_source(module)}, line {node.lineno}"
         raise ValueError(f"{place}: `{ast.unparse(node)}` must be a literal: it is read without an import") from error

@@ -17,13 +17,9 @@ BLOCK = 8
 def image_generator(*, seed: int, index: int, purpose: str) -> torch.Generator:
     """Return a generator for one purpose of one image, on the CPU, so that draws do not depend on the fit's device.
 
-    The arguments are hashed, so that neighbouring seeds or indices do not give related streams.
-
-    Args:
-        seed: Seed of the run.
-        index: Index of the image in its data set.
-        purpose: What is drawn, such as ``weights``, ``z`` or ``jitter``. Each purpose has its own stream, so that
-            turning one off does not change the others.
+    ``index`` is the image's place in its data set. Each ``purpose`` (``weights``, ``z``, ``jitter``) has its own
+    stream: turning one off does not change the others. The arguments are hashed, so that neighbouring seeds or indices
+    do not give related streams.
     """
     digest = hashlib.sha256(f"{seed}:{index}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -50,26 +46,27 @@ def draw_z(
 class Jitter:
     """Gaussian noise added to z at each step, as the official DIP implementation does for denoising.
 
-    Args:
-        shape: (channels, H, W) of z.
-        indices: The images' indices; the noise of image b depends only on (seed, indices[b], step).
-        seed: Seed of the fit.
-        std: Standard deviation, at least 0.
+    ``shape`` is (channels, H, W) of z; the noise of image b depends only on (``seed``, ``indices[b]``, step) and has
+    the standard deviation ``std``, at least 0.
     """
 
     def __init__(self, shape: tuple[int, int, int], *, indices: Sequence[int], seed: int, std: float) -> None:
         self.std = check_float(std, name="jitter", low=0.0)
         self._generators = [image_generator(seed=seed, index=index, purpose="jitter") for index in indices]
-        self._ready = self._block = torch.empty(len(indices), BLOCK, *shape, dtype=torch.float32)
+        with torch.inference_mode(False):
+            self._block = self._ready = torch.empty(len(indices), BLOCK, *shape, dtype=torch.float32)
         self._position = BLOCK
 
     def next(self, z: Tensor) -> Tensor:
         """Z plus the noise of the next step, [B, channels, H, W] of z's dtype and device."""
         if self._position == BLOCK:
-            for b, generator in enumerate(self._generators):
-                self._block[b].normal_(generator=generator)
-            self._ready = self._block.to(device=z.device, dtype=z.dtype)
+            self._ready = self._next_block(z)
             self._position = 0
         noise = self._ready[:, self._position]
         self._position += 1
         return torch.add(z, noise, alpha=self.std)
+
+    def _next_block(self, z: Tensor) -> Tensor:
+        for b, generator in enumerate(self._generators):
+            self._block[b].normal_(generator=generator)
+        return self._block.to(device=z.device, dtype=z.dtype)

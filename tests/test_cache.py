@@ -28,3 +28,14 @@ def test_asking_creates_nothing(monkeypatch, tmp_path):
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "cache"))
     cache_folder("victims")
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("own", ["", "~/kept"])
+def test_without_a_home_folder_nothing_can_be_written(monkeypatch, own):
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    monkeypatch.setenv("DIPGUARD_CACHE", own)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.raises(OSError, match="set DIPGUARD_CACHE"):
+        cache_folder("victims").mkdir(parents=True)
+    monkeypatch.setenv("DIPGUARD_CACHE", "/kept")
+    assert cache_folder() == Path("/kept")

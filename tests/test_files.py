@@ -60,7 +60,7 @@ def test_nan_is_no_json(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", float("nan"))
 
 
-@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe"])
+@pytest.mark.parametrize("content", [b"{", b"", b"\xff\xfe", b'{"seconds": NaN}', b"[-Infinity]", b"[" * 9999])
 def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
     path = write_bytes(tmp_path / "a.json", content)
     with pytest.raises(ValueError, match=r"a\.json must hold JSON, but it is damaged"):

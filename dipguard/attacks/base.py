@@ -185,7 +185,7 @@ class Attack(ABC):
 
     def fooled(self, attacked: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Return whether the target misclassifies each attacked image [N, 3, H, W], bool [N] on the CPU."""
-        check_images(attacked, name="attacked")
+        attacked = check_images(attacked, name="attacked")
         with torch.inference_mode(False), torch.no_grad(), frozen(self.victim):
             batches = self._batches(attacked, labels, indices)
             return torch.cat([self.decide(given, positions) != classes for given, classes, positions in batches]).cpu()
@@ -194,8 +194,7 @@ class Attack(ABC):
         self, images: Tensor, attacked: Tensor, labels: Tensor, *, indices: Tensor | None = None
     ) -> AttackReport:
         """Return which ``attacked`` images the target misclassifies, and how far they are from the clean ones."""
-        check_images(images)
-        check_images(attacked, name="attacked")
+        images, attacked = check_images(images), check_images(attacked, name="attacked")
         if attacked.shape != images.shape:
             raise ValueError(f"`attacked` must have the shape {tuple(images.shape)}, got {tuple(attacked.shape)}")
         with torch.inference_mode(False), torch.no_grad():
@@ -213,7 +212,7 @@ class Attack(ABC):
         attack: Callable[[Tensor, Tensor, Tensor], dict[Snapshot, Tensor]],
     ) -> dict[Snapshot, Tensor]:
         """Run ``attack`` on batch after batch, with the victim frozen in eval mode; check and join."""
-        check_images(images)
+        images = check_images(images)
         self.batches = []
         # Tensors made in inference mode cannot take part in autograd, even under enable_grad; copies made outside can.
         with torch.inference_mode(False), torch.enable_grad(), frozen(self.victim):
@@ -245,7 +244,7 @@ class Attack(ABC):
             raise RuntimeError(f"attack {self.name!r} returned NaN or infinite values")
         low, high = (float(value) for value in torch.aminmax(attacked))
         if low < 0 or high > 1:
-            raise RuntimeError(f"attack {self.name!r} left [0, 1]: its values go from {low:.4g} to {high:.4g}")
+            raise RuntimeError(f"attack {self.name!r} left [0, 1]: its values go from {low:.8g} to {high:.8g}")
         self._check_change(float((attacked - given).abs().max()))
         return attacked
 

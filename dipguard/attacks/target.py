@@ -132,5 +132,5 @@ def _check_purified(result: Any, images: Tensor) -> Tensor:
         raise RuntimeError(f"`defense` returned {got} for images {tuple(images.shape)}")
     low, high = (float(value) for value in torch.aminmax(result))
     if not (low >= 0 and high <= 1):  # false for NaN
-        raise RuntimeError(f"`defense` left [0, 1]: its values go from {low:.4g} to {high:.4g}")
+        raise RuntimeError(f"`defense` left [0, 1]: its values go from {low:.8g} to {high:.8g}")
     return result.detach().to(images)

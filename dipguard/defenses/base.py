@@ -168,7 +168,8 @@ class Defense(nn.Module, ABC):
             RuntimeError: The defence is unavailable, or broke its promise (shape, dtype, range, finite values).
         """
         with torch.inference_mode(False), torch.no_grad():
-            made = self._checked_purify(images, indices, callbacks=callbacks, logger=logger)
+            images, positions = self._check_given(images, indices)
+            made = self._checked_purify(images, positions, callbacks=callbacks, logger=logger)
             start = time.perf_counter()
             if made.traces:
                 before = torch.tensor([trace.given_decision for trace in made.traces])
@@ -184,7 +185,7 @@ class Defense(nn.Module, ABC):
         Arguments and errors are those of `defend`.
         """
         with torch.inference_mode(False), torch.no_grad():
-            return self._checked_purify(images, indices).reconstructions
+            return self._checked_purify(*self._check_given(images, indices)).reconstructions
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [N, C] on the purified images."""
@@ -195,7 +196,7 @@ class Defense(nn.Module, ABC):
 
         Arguments and errors are those of `defend`. ``stitched`` is always among them: what `purify` returns.
         """
-        positions = self._check_given(images, indices)
+        images, positions = self._check_given(images, indices)
         with torch.inference_mode(False), torch.no_grad():
             made = self._intermediates(images.detach().clone(), positions)
             self._check_result(images, made[STITCHED].views[0])
@@ -221,20 +222,19 @@ class Defense(nn.Module, ABC):
         return {STITCHED: Intermediate(made.reconstructions[None])}
 
     def _checked_purify(
-        self, images: Tensor, indices: Indices | None, *, callbacks: Callbacks = (), logger: Logger | None = None
+        self, images: Tensor, positions: list[int], *, callbacks: Callbacks = (), logger: Logger | None = None
     ) -> Purified:
         # The caller has left inference mode: tensors made in it could never again take part in autograd.
-        positions = self._check_given(images, indices)
         made = self._purify(images.detach().clone(), positions, callbacks=callbacks, logger=logger)
         self._check_result(images, made.reconstructions)
         return made
 
-    def _check_given(self, images: Tensor, indices: Indices | None) -> list[int]:
+    def _check_given(self, images: Tensor, indices: Indices | None) -> tuple[Tensor, list[int]]:
         if self.unavailable is not None:
             raise RuntimeError(f"the defence {self.name!r} cannot run: {self.unavailable}")
-        check_images(images)
+        images = check_images(images)
         self.output_size(*images.shape[-2:])
-        return check_indices(indices, count=len(images))
+        return images, check_indices(indices, count=len(images))
 
     def _check_result(self, given: Tensor, purified: Tensor) -> None:
         expected = (len(given), 3, *self.output_size(*given.shape[-2:]))
@@ -248,7 +248,7 @@ class Defense(nn.Module, ABC):
             raise RuntimeError(f"defence {self.name!r} returned NaN or infinite values")
         low, high = (float(value) for value in torch.aminmax(purified))
         if low < 0 or high > 1:
-            raise RuntimeError(f"defence {self.name!r} left [0, 1]: its values go from {low:.4g} to {high:.4g}")
+            raise RuntimeError(f"defence {self.name!r} left [0, 1]: its values go from {low:.8g} to {high:.8g}")
 
 
 def check_indices(indices: Indices | None, *, count: int) -> list[int]:

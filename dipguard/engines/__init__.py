@@ -3,7 +3,6 @@
 from dipguard.engines.base import (
     ENGINES,
     PRECISIONS,
-    SHORT,
     Engine,
     Step,
     TorchEngine,
@@ -13,13 +12,5 @@ from dipguard.engines.base import (
 )
 
 __all__ = [
-    "ENGINES",
-    "PRECISIONS",
-    "SHORT",
-    "Engine",
-    "Step",
-    "TorchEngine",
-    "check_matmul_precision",
-    "make_engine",
-    "precision",
-]
+    "ENGINES", "PRECISIONS", "Engine", "Step", "TorchEngine", "check_matmul_precision", "make_engine", "precision",
+]  # fmt: skip

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from dipguard.checks import check_choice
 from dipguard.networks import StackedSkipNet
 
+_log = logging.getLogger(__name__)
+
 ENGINES = ("auto", "torch", "native", "cuda_graph")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 SHORT = 100
@@ -20,19 +24,11 @@ SHORT = 100
 
 
 class Step(NamedTuple):
-    """One pass of all B networks (Eq. 2).
+    """One pass of all B networks (Eq. 2)."""
 
-    Attributes:
-        loss: Sum over images of the mean squared error, so that no image's gradient depends on B; its ``backward()``
-            gives the engine's parameters their gradients.
-        reconstructions: [B, 3, H, W]; part of the autograd graph where the engine is differentiable, so detach them
-            before keeping them.
-        errors: Mean squared error of each image, [B], detached.
-    """
-
-    loss: Tensor
-    reconstructions: Tensor
-    errors: Tensor
+    loss: Tensor  # sum of the images' mean squared errors; its backward() gives the engine's parameters their gradients
+    reconstructions: Tensor  # [B, 3, H, W]; part of the autograd graph where the engine is differentiable
+    errors: Tensor  # mean squared error of each image, [B], detached
 
 
 class Engine(ABC):
@@ -40,19 +36,15 @@ class Engine(ABC):
 
     Create it on the network's device and before the optimiser, which updates the engine's parameters. The network's own
     parameters follow them.
-
-    Attributes:
-        name: ``torch``, ``native`` or ``cuda_graph``.
-        differentiable: Whether gradients flow through the reconstructions of a step. If not, only ``loss`` may be
-            differentiated, and nothing that depends on the reconstructions can be added to it.
     """
 
-    name: str
-    differentiable: ClassVar[bool] = False
+    name: str  # ``torch``, ``native`` or ``cuda_graph``
+    net: StackedSkipNet
+    differentiable: ClassVar[bool] = False  # whether gradients flow through a step's reconstructions, not only the loss
 
-    @abstractmethod
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser updates."""
+        return list(self.net.parameters())
 
     @abstractmethod
     def step(self, z: Tensor) -> Step:
@@ -73,10 +65,6 @@ class TorchEngine(Engine):
         self.given = given
         net.set_layout(channels_last=given.device.type == "cpu")
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The network's own."""
-        return list(self.net.parameters())
-
     def step(self, z: Tensor) -> Step:
         """One pass; the backward pass is autograd's."""
         x = self.net(z)
@@ -87,21 +75,14 @@ class TorchEngine(Engine):
 class HandOver(torch.autograd.Function):
     """The loss of a step whose gradients have been computed already: its backward pass hands them over.
 
-    A factor on the loss is ignored on a GPU, because reading it would make the host wait in every step.
+    A factor on the loss is ignored on a GPU, because reading it would make the host wait in every step. ``handle`` is
+    any scalar that requires a gradient.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        handle: Tensor,
-        z: Tensor,
-        loss: Tensor,
-        parameters: Sequence[nn.Parameter],
-        gradients: Sequence[Tensor],
-        z_gradient: Tensor | None,
-    ) -> Tensor:
-        """A copy of the loss; ``handle`` is any scalar that requires a gradient."""
-        ctx.parameters, ctx.gradients, ctx.z_gradient = parameters, gradients, z_gradient
+    def forward(ctx: Any, handle: Tensor, z: Tensor, loss: Tensor, *made: Any) -> Tensor:
+        """A copy of the loss; ``made`` are parameters, their gradients, and z's gradient or None."""
+        ctx.parameters, ctx.gradients, ctx.z_gradient = made
         return loss.clone()
 
     @staticmethod
@@ -135,20 +116,18 @@ def make_engine(
     matmul_precision: str = "float32",
     differentiable: bool = False,
 ) -> Engine:
-    """The engine of a fit.
+    """The engine of a fit of ``steps`` steps to ``given``, x0 [B, 3, H, W], on the network's device and in its dtype.
 
     Args:
         name: ``torch``; ``native`` (C++, CPU only, compiled on first use); ``cuda_graph`` (NVIDIA GPUs); or ``auto``:
             native where it can run, except for fits of fewer than 100 steps, else torch. The results of engines differ
             by rounding, which Adam amplifies.
-        net: The stack, on the device of the fit.
-        given: x0, [B, 3, H, W], in the network's dtype.
+        net: The stack.
+        given: x0.
         steps: Length of the fit.
-        z_gradient: z is optimised too: the loss's ``backward()`` must give it a gradient.
-        matmul_precision: ``float32``, or ``tf32`` or ``bfloat16`` with the engines ``torch`` and ``cuda_graph``
-            (:func:`precision`).
-        differentiable: Gradients must flow through the reconstructions, because the caller adds a term to the loss
-            that depends on them. ``auto`` is then torch.
+        z_gradient: The loss's ``backward()`` must give z a gradient.
+        matmul_precision: :func:`precision`; ``tf32`` and ``bfloat16`` need the engine ``torch`` or ``cuda_graph``.
+        differentiable: Gradients must flow through the reconstructions; ``auto`` is then torch.
 
     Raises:
         ValueError: Unknown name or precision, or an engine that cannot run here or cannot do what is asked.
@@ -158,18 +137,16 @@ def make_engine(
     from dipguard.engines.native_plan import UnsupportedError
 
     check_matmul_precision(matmul_precision, engine=name)
-    if differentiable:
-        wanted = (("engine", name, ("torch", "auto")), ("matmul_precision", matmul_precision, ("float32",)))
-        for option, value, able in wanted:
-            if value not in able:
-                raise ValueError(
-                    f"`{option}` {value!r} has no gradients through the reconstructions, which a loss with further "
-                    f"terms needs; use {' or '.join(map(repr, able))}"
-                )
-    graph = name == "cuda_graph"
+    rough, graph = matmul_precision != "float32", name == "cuda_graph"
+    if differentiable and (rough or name not in ("torch", "auto")):
+        what = f"`matmul_precision` {matmul_precision!r}" if rough else f"`engine` {name!r}"
+        raise ValueError(
+            f"{what} has no gradients through the reconstructions, which a loss with further terms needs; use "
+            f"{'float32' if rough else 'torch or auto'}"
+        )
     if graph and given.device.type != "cuda":
         raise ValueError(f"`engine` 'cuda_graph' needs an NVIDIA GPU, got a fit on {given.device.type}")
-    if graph or matmul_precision != "float32":
+    if graph or rough:
         from dipguard.engines.cuda_graph import CudaGraphEngine
 
         plain: dict[str, Any] = {"convolutions": ("grouped",), "normalisations": ("torch",), "capture": False}
@@ -183,22 +160,23 @@ def make_engine(
     except (BuildError, UnsupportedError) as problem:
         if name == "native":
             raise ValueError(f"`engine` 'native' cannot be used here: {problem}") from problem
+        _say_once(f"the engine 'native' cannot be used, torch's takes its place: {problem}")
         return TorchEngine(net, given)
+
+
+@cache
+def _say_once(text: str) -> None:
+    _log.warning(text)
 
 
 @contextmanager
 def precision(name: str, device: torch.device) -> Iterator[None]:
     """Multiply in the given precision inside the context; torch's switches are restored afterwards.
 
-    Forward and backward pass must both run inside, or be captured there. On a CPU ``float32`` and ``tf32`` are the
-    same.
-
-    Args:
-        name: ``float32``: exact float32, unlike torch's default on a GPU, where convolutions use TF32. ``tf32``:
-            factors are rounded to 10 bits of mantissa, sums stay in float32. ``bfloat16``: torch's autocast; weights
-            and optimiser stay in float32. The last two change results, DIP reconstructions visibly; their effect on
-            defended accuracy has not been checked.
-        device: Where the work runs.
+    Forward and backward pass must both run inside, or be captured there. ``float32`` is exact, unlike torch's default
+    on a GPU, where convolutions use TF32. ``tf32`` rounds factors to 10 bits of mantissa and sums in float32; on a CPU
+    it is float32. ``bfloat16`` is torch's autocast; weights and optimiser stay in float32. The last two change results,
+    DIP reconstructions visibly; their effect on defended accuracy has not been checked.
 
     Raises:
         ValueError: Unknown name.

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dipguard.engines.base import Engine, HandOver, Step, precision
-from dipguard.engines.kernel_choice import choose_kernels
+from dipguard.engines.kernel_choice import choose_kernels, use_kernels
 from dipguard.networks import StackedSkipNet
 
 WARMUP = 3
-"""Eager runs before the recording: libraries choose algorithms and kernels are compiled in the first; torch's
-documentation asks for a few, on a side stream."""
+"""Eager runs on a side stream before the recording, as torch asks for: the first chooses algorithms and compiles."""
 
 
 class CudaGraphEngine(Engine):
@@ -25,17 +24,9 @@ class CudaGraphEngine(Engine):
     The graph holds the addresses of the parameters: an optimiser must update them in place, as all of torch's do. The
     loss's ``backward()`` hands over gradients that have been computed already.
 
-    Args:
-        net: The stack, on a CUDA device (on any device without ``capture``).
-        given: x0, [B, 3, H, W], on the same device and in the same dtype; copied.
-        z_gradient: z is optimised too.
-        matmul_precision: ``float32``, ``tf32`` or ``bfloat16`` (:func:`dipguard.engines.precision`).
-        convolutions: Candidates (:mod:`dipguard.engines.kernel_choice`); None for all that can run on a GPU.
-        normalisations: Likewise.
-        capture: False runs the step eagerly, on every device; ``name`` is then ``torch``.
-
-    Attributes:
-        choice: The kernel of each layer.
+    ``net`` and ``given`` (x0, [B, 3, H, W], copied) are of one dtype and on one CUDA device, or on any device without
+    ``capture``, which runs the step eagerly (``name`` is then ``torch``). ``convolutions`` and ``normalisations`` are
+    the candidates of :func:`~dipguard.engines.kernel_choice.choose_kernels`; ``choice`` is the kernel of each layer.
 
     Raises:
         ValueError: Images and network do not match, or an unknown name.
@@ -72,36 +63,27 @@ class CudaGraphEngine(Engine):
             candidates = {"convolutions": convolutions, "normalisations": normalisations}
             size = (given.shape[-2], given.shape[-1])
             self.choice = choose_kernels(net, given.device, size=size, z_gradient=z_gradient, **candidates)
-        self.choice.apply(net)
+        use_kernels(net, self.choice)
         self._wanted = [*net.parameters(), *([self.z] if z_gradient else [])]
         self._graph: torch.cuda.CUDAGraph | None = None
         self._results: tuple[Tensor, Tensor, list[Tensor]] | None = None
         if capture:
             self._capture()
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The network's own."""
-        return list(self.net.parameters())
-
     def step(self, z: Tensor) -> Step:
         """One pass; the backward pass is already queued when this returns."""
         x, errors, gradients = self.compute(z)
         # The next step writes into the same memory, so callbacks get copies.
         parameters = self.parameters()
-        given_to_z = gradients[len(parameters)] if len(gradients) > len(parameters) else None
-        arguments = (self._handle, z, errors.sum(), parameters, gradients[: len(parameters)], given_to_z)
-        loss: Tensor = HandOver.apply(*arguments)
+        own, given_to_z = gradients[: len(parameters)], gradients[len(parameters) :]
+        loss: Tensor = HandOver.apply(self._handle, z, errors.sum(), parameters, own, *(given_to_z or [None]))
         return Step(loss, x.clone(), errors.clone())
 
     def compute(self, z: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
         """One pass for z [B, input_depth, H, W]; the host does not wait for the GPU.
 
-        Returns:
-            x [B, 3, H, W], the mean squared error of each image [B], and the gradients of the errors' sum in the order
-            of ``net.parameters()``, followed by z's with ``z_gradient``. The next call overwrites all of them.
-
-        Raises:
-            ValueError: z has another shape.
+        Returns x [B, 3, H, W], the mean squared error of each image [B], and the gradients of the errors' sum in the
+        order of ``net.parameters()``, followed by z's with ``z_gradient``. The next call overwrites all of them.
         """
         if z.shape != self.z.shape:
             raise ValueError(f"`z` must have shape {tuple(self.z.shape)}, got {tuple(z.shape)}")

@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -31,10 +31,10 @@ from dipguard.networks import StackedSkipNet
 from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu, pad_border
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
-AHEAD = 2_000_000
-"""Clock cycles, about a millisecond, for which the GPU waits while the host queues the work to be timed."""
 ROUGH = 3e-2
 """Largest relative difference from the first candidate in bfloat16 and TF32."""
+AHEAD = 2_000_000
+"""Clock cycles, about a millisecond, for which the GPU waits while the host queues the work to be timed."""
 
 
 def matmul_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:
@@ -53,6 +53,7 @@ def matmul_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, p
 Function: TypeAlias = Callable[..., Tensor]
 CONVOLUTIONS: dict[str, Function] = {"grouped": grouped_conv2d, "matmul": matmul_conv2d, "triton": triton_conv2d}
 NORMALISATIONS: dict[str, Function] = {"torch": norm_leaky_relu, "triton": triton_norm_leaky_relu}
+_MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
 
 
 def available(table: Mapping[str, Function], device: torch.device) -> tuple[str, ...]:
@@ -62,86 +63,33 @@ def available(table: Mapping[str, Function], device: torch.device) -> tuple[str,
 
 
 @dataclass(frozen=True)
-class ConvShape:
-    """What the speed of a convolution on [..., height, width] depends on; ``gradient``: whether the input needs one."""
+class LayerShape:
+    """What the speed of a convolution or normalisation depends on."""
 
-    stack: int
-    inputs: int
-    outputs: int
-    kernel: int
-    stride: int
-    padding: str
-    height: int
-    width: int
-    gradient: bool
+    x: tuple[int, ...]  # [1, B * inputs, H, W]
+    weight: tuple[int, ...]  # [B, outputs, inputs, kernel, kernel] or, of a normalisation, [B, channels]
+    options: tuple[tuple[str, Any], ...]  # stride and padding, or slope and eps
+    gradient: bool = True  # whether x needs one
 
     @property
-    def flops(self) -> int:
-        """Operations of the forward pass; a multiplication and an addition count as two."""
-        rows, columns = -(-self.height // self.stride), -(-self.width // self.stride)
-        return 2 * self.stack * self.outputs * self.inputs * self.kernel**2 * rows * columns
+    def table(self) -> dict[str, Function]:
+        """All candidates, as functions of x, weight, bias and the options."""
+        return CONVOLUTIONS if len(self.weight) == 5 else NORMALISATIONS
 
-    def functions(self) -> dict[str, Function]:
-        """All candidates, as functions of x, weight and bias."""
-        return {n: partial(f, stride=self.stride, padding=self.padding) for n, f in CONVOLUTIONS.items()}
-
-    def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Random x, weight and bias."""
-        weight = (self.stack, self.outputs, self.inputs, self.kernel, self.kernel)
-        sizes = (1, self.stack * self.inputs, self.height, self.width), weight, weight[:2]
-        x, *others = _random(sizes, (dtype,) * 3, device)
-        return x.requires_grad_(self.gradient), *(tensor.requires_grad_() for tensor in others)
-
-
-@dataclass(frozen=True)
-class NormShape:
-    """What the speed of a normalisation of [..., height, width] depends on."""
-
-    stack: int
-    channels: int
-    height: int
-    width: int
-    slope: float
-    eps: float
-
-    def functions(self) -> dict[str, Function]:
-        """All candidates, as functions of x, weight and bias."""
-        return {n: partial(f, slope=self.slope, eps=self.eps) for n, f in NORMALISATIONS.items()}
+    def kernel(self, name: str) -> Function:
+        """One candidate, as a function of x, weight and bias."""
+        return partial(self.table[name], **dict(self.options))
 
     def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Random x (in autocast's dtype where that is on), weight and bias."""
-        cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else dtype
-        own = (self.stack, self.channels)
-        sizes = (1, self.stack * self.channels, self.height, self.width), own, own
-        return tuple(tensor.requires_grad_() for tensor in _random(sizes, (cast, dtype, dtype), device))
-
-
-def _random(sizes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype], device: torch.device) -> list[Tensor]:
-    """Normal numbers; the global random state does not change."""
-    draw = torch.Generator(device).manual_seed(0)
-    return [torch.randn(s, generator=draw, device=device, dtype=d) for s, d in zip(sizes, dtypes, strict=True)]
-
-
-LayerShape: TypeAlias = ConvShape | NormShape
-_MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
-
-
-@dataclass(frozen=True)
-class KernelChoice:
-    """The name of each layer's kernel, and what was measured: layer shape -> name -> seconds (infinite: unusable)."""
-
-    names: dict[str, str]
-    measured: dict[LayerShape, dict[str, float]]
-
-    def apply(self, net: nn.Module) -> None:
-        """Set the functions of the network's layers."""
-        for layer_name, name in self.names.items():
-            layer = net.get_submodule(layer_name)
-            if isinstance(layer, StackedConv2d):
-                layer.convolve = CONVOLUTIONS[name]
-            else:
-                assert isinstance(layer, StackedNorm2d)
-                layer.normalise = NORMALISATIONS[name]
+        """Random x (of a normalisation in autocast's dtype where that is on), weight and bias."""
+        cast = self.table is NORMALISATIONS and torch.is_autocast_enabled(device.type)
+        dtypes = (torch.get_autocast_dtype(device.type) if cast else dtype), dtype, dtype
+        draw = torch.Generator(device).manual_seed(0)
+        x, weight, bias = (
+            torch.randn(size, generator=draw, device=device, dtype=kind)
+            for size, kind in zip((self.x, self.weight, self.weight[:2]), dtypes, strict=True)
+        )
+        return x.requires_grad_(self.gradient), weight.requires_grad_(), bias.requires_grad_()
 
 
 def choose_kernels(
@@ -152,18 +100,13 @@ def choose_kernels(
     z_gradient: bool = False,
     convolutions: Collection[str] | None = None,
     normalisations: Collection[str] | None = None,
-) -> KernelChoice:
-    """The fastest kernel for each layer of a stack, which is not changed (see :meth:`KernelChoice.apply`).
+) -> dict[str, str]:
+    """The fastest kernel for each layer of a stack, by the layer's name (:func:`use_kernels`).
 
     Call it inside the :func:`~dipguard.engines.precision` of the fit.
 
-    Args:
-        net: The stack.
-        device: Where it will be fitted.
-        size: Height and width of the images.
-        z_gradient: z is optimised too.
-        convolutions: The candidates; by default all that can run on a GPU, and ``grouped`` on a CPU.
-        normalisations: The candidates; by default all that can run on a GPU, and ``torch`` on a CPU.
+    ``size`` is the height and width of the images. The candidates are by default all that can run on a GPU, and torch's
+    ``grouped`` and ``torch`` on a CPU.
 
     Raises:
         ValueError: Unknown name.
@@ -174,50 +117,50 @@ def choose_kernels(
         default = available(table, device) if device.type == "cuda" else tuple(table)[:1]
         return [check_choice(name, table, name=argument) for name in asked or default]
 
-    candidates: dict[type[LayerShape], list[str]] = {
-        ConvShape: offer(CONVOLUTIONS, convolutions, "convolutions"),
-        NormShape: offer(NORMALISATIONS, normalisations, "normalisations"),
-    }
-    names: dict[str, str] = {}
-    measured: dict[LayerShape, dict[str, float]] = {}
+    offers = offer(CONVOLUTIONS, convolutions, "convolutions"), offer(NORMALISATIONS, normalisations, "normalisations")
+    chosen: dict[str, str] = {}
     dtype = net.head.weight.dtype
     for layer, shape in layer_shapes(net, size=size, z_gradient=z_gradient).items():
-        offered = candidates[type(shape)]
-        if len(offered) == 1:
-            names[layer] = offered[0]
-            continue
-        if shape not in measured:
-            measured[shape] = measure(shape, device=device, dtype=dtype, names=offered)
-        names[layer] = min(offered, key=measured[shape].__getitem__)
-        if measured[shape][names[layer]] == float("inf"):
-            raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")
-    return KernelChoice(names, measured)
+        offered = offers[shape.table is NORMALISATIONS]
+        chosen[layer] = offered[0]
+        if len(offered) > 1:
+            seconds = measure(shape, device=device, dtype=dtype, names=offered)
+            chosen[layer] = min(offered, key=seconds.__getitem__)
+            if seconds[chosen[layer]] == float("inf"):
+                raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")
+    return chosen
+
+
+def use_kernels(net: nn.Module, chosen: Mapping[str, str]) -> None:
+    """Let these layers be computed by these kernels."""
+    for layer_name, name in chosen.items():
+        layer = net.get_submodule(layer_name)
+        if isinstance(layer, StackedConv2d):
+            layer.convolve = CONVOLUTIONS[name]
+        else:
+            assert isinstance(layer, StackedNorm2d)
+            layer.normalise = NORMALISATIONS[name]
 
 
 def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool = False) -> dict[str, LayerShape]:
     """Shapes of all convolutions and normalisations by layer name, in running order; computes nothing."""
     with torch.device("meta"):
-        alone = StackedSkipNet(net.spec, stack_size=1, padding=net.padding)
-        z = torch.empty(1, net.spec.input_depth, *size, dtype=torch.float32, requires_grad=z_gradient)
+        twin = StackedSkipNet(net.spec, stack_size=net.stack_size, padding=net.padding)
+        z = torch.empty(net.stack_size, net.spec.input_depth, *size, dtype=torch.float32, requires_grad=z_gradient)
     shapes: dict[str, LayerShape] = {}
 
     def note(layer: nn.Module, arguments: tuple[Tensor, ...], *, name: str) -> None:
         (x,) = arguments
-        height, width = x.shape[-2:]
-        if isinstance(layer, StackedConv2d):
-            _, outputs, inputs, kernel, _ = layer.weight.shape
-            own = (inputs, outputs, kernel, layer.stride, layer.padding)
-            shapes[name] = ConvShape(1, *own, height, width, x.requires_grad)
-        else:
-            assert isinstance(layer, StackedNorm2d)
-            shapes[name] = NormShape(1, layer.weight.shape[1], height, width, layer.slope, layer.eps)
+        options = ("stride", "padding") if isinstance(layer, StackedConv2d) else ("slope", "eps")
+        how = tuple((option, getattr(layer, option)) for option in options)
+        shapes[name] = LayerShape(tuple(x.shape), tuple(layer.weight.shape), how, x.requires_grad)
 
-    for name, module in alone.named_modules():
+    for name, module in twin.named_modules():
         if isinstance(module, StackedConv2d | StackedNorm2d):
             module.register_forward_pre_hook(partial(note, name=name))
     with torch.enable_grad():
-        alone(z)
-    return {name: replace(shape, stack=net.stack_size) for name, shape in shapes.items()}
+        twin(z)
+    return shapes
 
 
 def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, names: Collection[str]) -> dict[str, float]:
@@ -226,19 +169,19 @@ def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, name
     known = _MEASURED.setdefault((card, *_precision(device), shape, dtype), {})
     missing = [name for name in names if name not in known]
     if missing:
-        functions = shape.functions()
         with torch.inference_mode(False), torch.enable_grad():
             tensors = shape.example(device=device, dtype=dtype)
             wanted = [t for t in tensors if t.requires_grad]
-            like = next(iter(functions.values()))(*tensors).detach()
+            first = next(iter(shape.table))
+            like = shape.kernel(first)(*tensors).detach()
             draw = torch.Generator(device).manual_seed(1)
             dy = torch.randn(like.shape, generator=draw, device=device, dtype=like.dtype)
 
             def both(name: str) -> tuple[Tensor, ...]:
-                y = functions[name](*tensors)
+                y = shape.kernel(name)(*tensors)
                 return y, *torch.autograd.grad(y, wanted, dy)
 
-            right = both(next(iter(functions)))
+            right = both(first)
             for name in missing:
                 known[name] = float("inf")
                 try:

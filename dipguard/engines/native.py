@@ -11,6 +11,7 @@ import ctypes
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,8 @@ from dipguard.networks import StackedSkipNet
 from dipguard.networks.unet import SLOPE, StackedConv2d, StackedNorm2d
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
-TRIAL = 3
-"""Steps of a trial of one way of using threads; their median counts."""
-SHORTEST, LONGEST = 32, 512
-"""Steps between trials of the slower way; doubled each time that it is slower again."""
+TRIAL, PERIOD = 3, 500
+"""Steps of a trial of one way of using threads, whose median counts, and steps until both ways are tried again."""
 
 
 class NativeEngine(Engine):
@@ -34,10 +33,8 @@ class NativeEngine(Engine):
     All weights move into one flat parameter, [B, P]; the network's own parameters become views of it, so that they
     follow the fit.
 
-    Args:
-        net: The stack.
-        given: x0, [B, 3, H, W], in the network's dtype.
-        z_gradient: The loss's backward pass also gives z a gradient.
+    ``given`` is x0, [B, 3, H, W], in the network's dtype; with ``z_gradient`` the loss's backward pass also gives z a
+    gradient.
 
     Raises:
         UnsupportedError: Not a CPU, a dtype or a network that the engine cannot run.
@@ -50,6 +47,7 @@ class NativeEngine(Engine):
         if given.device.type != "cpu" or given.dtype not in DTYPES:
             raise UnsupportedError(f"it needs float32 or float64 on a CPU, got {given.dtype} on {given.device.type}")
         height, width = given.shape[-2:]
+        self.net = net
         self.plan = make_plan(net.spec, padding=net.padding, height=height, width=width, z_gradient=z_gradient)
         self.z_gradient = z_gradient
         self.library = library(DTYPES[given.dtype])
@@ -85,28 +83,13 @@ class NativeEngine(Engine):
         errors = self.given.new_empty(len(z))
         spare = len(z) % self.threads > 0
         start = time.perf_counter()
-        self.library.stack_step(
-            _pointer(self._frames),
-            _pointer(self._program),
-            ctypes.c_int64(self._length),
-            ctypes.c_int64(len(z)),
-            ctypes.c_int64(self.threads),
-            ctypes.c_int64(spare and self.team_choice.teams),
-            _pointer(z),
-            ctypes.c_int64(z[0].numel()),
-            _pointer(self.given),
-            ctypes.c_int64(self.given[0].numel()),
-            _pointer(self.flat),
-            _pointer(self.gradient),
-            ctypes.c_int64(self.plan.parameters),
-            _pointer(reconstructions),
-            _pointer(errors),
-            None if z_gradient is None else _pointer(z_gradient),
-            _pointer(self.workspaces),
-            ctypes.c_int64(self.plan.room),
-            ctypes.c_double(SLOPE),
-            ctypes.c_double(self.eps),
-        )
+        program = self._frames, self._program, self._length
+        images = z, z[0].numel(), self.given, self.given[0].numel()
+        weights = self.flat, self.gradient, self.plan.parameters
+        made = reconstructions, errors, z_gradient, self.workspaces, self.plan.room
+        how = len(z), self.threads, int(spare and self.team_choice.teams)
+        arguments: tuple[Any, ...] = (*program, *how, *images, *weights, *made, SLOPE, self.eps)
+        self.library.stack_step(*map(_as_c, arguments))
         if spare:
             self.team_choice.record(time.perf_counter() - start)
         loss: Tensor = HandOver.apply(self._handle, z, errors.sum(), [self.flat], [self.gradient], z_gradient)
@@ -118,36 +101,23 @@ class TeamChoice:
 
     On idle cores helping pays: a single 224x224 image on two cores takes 156 ms per step instead of 309. But a team
     synchronises about a hundred times per step: on busy cores 14 ms instead of 2.5 were measured (32x32). So both ways
-    are tried, and the slower one again now and then. Results do not depend on the choice.
+    are tried now and then. Results do not depend on the choice.
     """
 
     def __init__(self) -> None:
         self.teams = True
-        self._seconds: dict[bool, list[float]] = {True: [], False: []}
-        self._better: bool | None = None  # None until both have been tried
-        self._interval = SHORTEST
-        self._left = TRIAL + 1  # the very first step touches its memory for the first time
+        self._seconds: list[float] = []
 
     def record(self, seconds: float) -> None:
         """Note the time of a step that was run as ``teams`` says."""
-        seen = self._seconds[self.teams]
-        seen.append(seconds)
-        del seen[:-TRIAL]
-        self._left -= 1
-        if self._left > 0:
-            return
-        if self._better == self.teams:  # time to try the other way
-            self.teams, self._left = not self.teams, TRIAL
-        elif self._better is None and self.teams:
-            self.teams, self._left = False, TRIAL
-        else:
-            self._settle()
-
-    def _settle(self) -> None:
-        better = statistics.median(self._seconds[True]) <= statistics.median(self._seconds[False])
-        self._interval = min(2 * self._interval, LONGEST) if better == self._better else SHORTEST
-        self.teams = self._better = better
-        self._left = self._interval
+        self._seconds.append(seconds)
+        done = len(self._seconds)
+        if done == TRIAL:
+            self.teams = False
+        elif done == 2 * TRIAL:
+            self.teams = statistics.median(self._seconds[:TRIAL]) <= statistics.median(self._seconds[TRIAL:])
+        elif done == PERIOD:
+            self.teams, self._seconds = True, []
 
 
 def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
@@ -168,5 +138,7 @@ def _integers(rows: Iterable[tuple[int, ...]]) -> Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.int64)
 
 
-def _pointer(tensor: Tensor) -> ctypes.c_void_p:
-    return ctypes.c_void_p(tensor.data_ptr())
+def _as_c(value: Tensor | int | float | None) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_double(value) if isinstance(value, float) else None if value is None else ctypes.c_int64(value)

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from dipguard.cache import cache_folder
-from dipguard.files import write_bytes
+from dipguard.files import file_digest, write_bytes
 
 SOURCES = Path(__file__).parent / "native"
 REALS = {"float32": "float", "float64": "double"}
@@ -30,19 +30,34 @@ def compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-@cache
 def library(dtype: str) -> ctypes.CDLL:
     """The engine for float32 or float64, compiled unless an earlier run left it in the cache.
 
     Raises:
-        BuildError: No compiler, or it failed.
+        BuildError: It cannot be compiled, kept in the cache folder or loaded.
     """
-    path = _built(dtype)
+    made = _library(dtype)
+    if isinstance(made, str):
+        raise BuildError(made)
+    return made
+
+
+def sources_digest(*more: str) -> str:
+    """A digest of the C++ sources and of further words."""
+    digest = hashlib.sha256("\n".join(more).encode())
+    for source in sorted(SOURCES.iterdir()):
+        digest.update(source.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@cache
+def _library(dtype: str) -> ctypes.CDLL | str:
+    """The engine, or why there is none."""
     try:
-        loaded = ctypes.CDLL(str(path))
-    except OSError as error:
-        raise BuildError(f"the compiled native engine cannot be loaded: {error}") from error
-    loaded.stack_step.restype = None
+        loaded = ctypes.CDLL(str(_built(dtype)))
+        loaded.stack_step.restype = None
+    except (OSError, BuildError, AttributeError) as error:
+        return str(error)
     return loaded
 
 
@@ -51,31 +66,30 @@ def _built(dtype: str) -> Path:
     if found is None:
         raise BuildError("no C++ compiler was found (g++, clang++ or $CXX)")
     command = [found, *FLAGS, f"-DREAL={REALS[dtype]}"]
-    path = cache_folder("native", f"stack_step-{dtype}-{_key(command)}.so")
-    if path.is_file():
-        return path
-    with tempfile.TemporaryDirectory(prefix="dipguard-") as folder:
-        made = Path(folder) / path.name
-        try:
-            done = subprocess.run(
-                [*command, "-o", str(made), str(SOURCES / "step.cpp")], capture_output=True, text=True, check=False
-            )
-        except OSError as error:
-            raise BuildError(f"the compiler {found} could not be run: {error}") from error
-        if done.returncode != 0:
-            lines = done.stderr.strip().splitlines() or ["no message"]
+    version = subprocess.run([found, "--version"], capture_output=True, check=False).stdout
+    name = f"stack_step-{dtype}-{sources_digest(*command, repr(version), _processor())}"
+    folder = cache_folder("native")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if not _is_own(folder):
+        raise BuildError(f"the folder of compiled code, {folder}, belongs to another user")
+    folder.chmod(0o700)
+    for path in folder.glob(f"{name}-*.so"):
+        if _is_own(path) and not path.stat().st_mode & 0o022 and path.stem.endswith(file_digest(path)[:16]):
+            return path
+        path.unlink()  # cut off, or another user could have written it
+    with tempfile.TemporaryDirectory(prefix="dipguard-") as temporary:
+        made = Path(temporary) / "made.so"
+        done = subprocess.run([*command, "-o", str(made), str(SOURCES / "step.cpp")], capture_output=True, check=False)
+        if done.returncode != 0 or not made.is_file():
+            lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             raise BuildError(f"{found} could not compile the native engine: {lines[0]}")
-        return write_bytes(path, made.read_bytes())
+        path = write_bytes(folder / f"{name}-{file_digest(made)[:16]}.so", made.read_bytes())
+    path.chmod(0o600)
+    return path
 
 
-def _key(command: list[str]) -> str:
-    """Changes with the sources, the command, the compiler and the processor (-march=native)."""
-    digest = hashlib.sha256()
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.read_bytes())
-    version = subprocess.run([command[0], "--version"], capture_output=True, text=True, check=False).stdout
-    digest.update("\n".join([*command, version, _processor()]).encode())
-    return digest.hexdigest()[:16]
+def _is_own(path: Path) -> bool:
+    return os.name != "posix" or path.lstat().st_uid == os.getuid()
 
 
 def _processor() -> str:

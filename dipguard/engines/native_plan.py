@@ -96,13 +96,6 @@ class Slot(NamedTuple):
     outputs: int  # without padding
 
 
-class Block(NamedTuple):
-    """Convolution, normalisation and LeakyReLU: the instructions that the backward pass is derived from."""
-
-    convolution: Instruction
-    normalisation: Instruction
-
-
 def padded(channels: int) -> int:
     """Channels rounded up to a multiple of 4."""
     return -(-channels // 4) * 4
@@ -132,9 +125,16 @@ class Plan:
         self.parameters += -(-math.prod(shape) // ALIGN) * ALIGN
         return Slot(offset, shape, outputs)
 
-    def add(self, frame: Frame) -> int:
-        """Add a frame; returns its position."""
-        self.frames.append(frame)
+    def frame(
+        self, height: int, width: int, channels: int, *,
+        rows: tuple[int, int] = (0, 0), columns: tuple[int, int] = (0, 0), border: Border = Border.NONE,
+    ) -> int:  # fmt: skip
+        """Add a frame with room before and after its rows and columns; returns its position."""
+        lanes = padded(channels)
+        row = (width + sum(columns)) * lanes
+        offset = self.reserve((height + sum(rows)) * row)
+        sides = (rows[0], columns[0], rows[1], columns[1], border)
+        self.frames.append(Frame(offset, height, width, channels, lanes, lanes, row, *sides))
         return len(self.frames) - 1
 
     def activation(self, height: int, width: int, channels: int, *, kernels: tuple[int, ...] = ()) -> int:
@@ -143,31 +143,20 @@ class Plan:
         if len(borders) > 1:
             raise UnsupportedError(f"kernels {kernels} on {height}x{width} pixels need borders of different kinds")
         before, after = (max((same_padding(k)[side] for k in kernels), default=0) for side in (0, 1))
-        border = borders.pop() if borders else Border.NONE
-        return self._frame(height, width, channels, before, after, before, after, border)
-
-    def raw(self, height: int, width: int, channels: int, *, kernel: int) -> int:
-        """Add a frame for a convolution's output; its gradient needs the zeros on both sides."""
-        return self._frame(height, width, channels, 0, 0, kernel - 1, kernel - 1, Border.NONE)
+        border, room = borders.pop() if borders else Border.NONE, (before, after)
+        return self.frame(height, width, channels, rows=room, columns=room, border=border)
 
     def joined(self, height: int, width: int, skips: int, channels: int) -> int:
         """Add a frame for the skip channels followed by the upsampled ones."""
         lanes = padded(skips + padded(channels))
-        offset = self.reserve(height * width * lanes)
-        return self.add(Frame(offset, height, width, skips + channels, lanes, lanes, width * lanes))
+        whole = self.frame(height, width, lanes)
+        self.frames[whole] = self.frames[whole]._replace(channels=skips + channels)
+        return whole
 
     def part(self, whole: int, channels: int) -> int:
         """Add a frame for the first channels of another one."""
-        return self.add(self.frames[whole]._replace(channels=channels, padded=padded(channels)))
-
-    def _frame(
-        self, height: int, width: int, channels: int, top: int, bottom: int, left: int, right: int, border: int
-    ) -> int:
-        lanes = padded(channels)
-        row = (width + left + right) * lanes
-        offset = self.reserve((height + top + bottom) * row)
-        sides = (top, left, bottom, right, int(border))
-        return self.add(Frame(offset, height, width, channels, lanes, lanes, row, *sides))
+        self.frames.append(self.frames[whole]._replace(channels=channels, padded=padded(channels)))
+        return len(self.frames) - 1
 
 
 def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int, z_gradient: bool = False) -> Plan:
@@ -206,7 +195,9 @@ def _readers(spec: NetworkSpec, level: int) -> tuple[int, ...]:
 
 def _convolution(plan: Plan, name: str, source: int, outputs: int, *, kernel: int, stride: int = 1) -> Instruction:
     frame = plan.frames[source]
-    target = plan.raw(-(-frame.height // stride), -(-frame.width // stride), outputs, kernel=kernel)
+    # Its gradient needs zeros on both sides.
+    height, width, zeros = -(-frame.height // stride), -(-frame.width // stride), (kernel - 1, kernel - 1)
+    target = plan.frame(height, width, outputs, columns=zeros)
     lanes = plan.frames[target].padded
     weight = plan.slot(kernel, kernel, frame.channels, lanes, outputs=outputs)
     bias = plan.slot(lanes, outputs=outputs)
@@ -233,22 +224,22 @@ def _block(
     stride: int = 1,
     target: int | None = None,
     readers: tuple[int, ...] = (),
-) -> Block:
-    """Append convolution, normalisation and LeakyReLU to the program."""
+) -> tuple[Instruction, Instruction]:
+    """Append convolution, normalisation and LeakyReLU to the program; returns the first two."""
     convolution = _convolution(plan, f"{name}.conv", source, outputs, kernel=kernel, stride=stride)
     raw = plan.frames[convolution.target]
     if target is None:
         target = plan.activation(raw.height, raw.width, outputs, kernels=readers)
     normalisation = _normalisation(plan, f"{name}.norm", convolution.target, target, leaky=True)
     plan.program += [convolution, normalisation]
-    return Block(convolution, normalisation)
+    return convolution, normalisation
 
 
-def _parameter_gradients(block: Block) -> list[Instruction]:
+def _parameter_gradients(convolution: Instruction, normalisation: Instruction) -> list[Instruction]:
     return [
-        block.normalisation._replace(operation=Operation.NORMALISE_BACK),
-        block.convolution._replace(operation=Operation.WEIGHT_GRADIENT),
-        block.convolution._replace(operation=Operation.NO_BIAS_GRADIENT),
+        normalisation._replace(operation=Operation.NORMALISE_BACK),
+        convolution._replace(operation=Operation.WEIGHT_GRADIENT),
+        convolution._replace(operation=Operation.NO_BIAS_GRADIENT),
     ]
 
 
@@ -261,8 +252,8 @@ def _input_gradient(source: int, *convolutions: Instruction) -> list[Instruction
     ]
 
 
-def _back(block: Block) -> list[Instruction]:
-    return _parameter_gradients(block) + _input_gradient(block.convolution.source, block.convolution)
+def _back(convolution: Instruction, normalisation: Instruction) -> list[Instruction]:
+    return _parameter_gradients(convolution, normalisation) + _input_gradient(convolution.source, convolution)
 
 
 def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list[Instruction], list[Instruction]]:
@@ -277,17 +268,15 @@ def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list
     deeper = level + 1 < spec.scales
     frame = plan.frames[source]
     joined = plan.joined(frame.height, frame.width, n_s, spec.n_u[level + 1] if deeper else n_d)
-    skip = None
-    if n_s:
-        skip = _block(plan, f"{name}.skip", source, n_s, kernel=k_s, target=plan.part(joined, n_s))
+    skip = [_block(plan, f"{name}.skip", source, n_s, kernel=k_s, target=plan.part(joined, n_s))] if n_s else []
     down0 = _block(plan, f"{name}.down.0", source, n_d, kernel=k_d, stride=2, readers=(k_d,))
     below = _readers(spec, level + 1) if deeper else ()
-    down1 = _block(plan, f"{name}.down.1", down0.normalisation.target, n_d, kernel=k_d, readers=below)
-    low = down1.normalisation.target
+    down1 = _block(plan, f"{name}.down.1", down0[1].target, n_d, kernel=k_d, readers=below)
+    low = down1[1].target
     backward: list[Instruction] = []
     if deeper:
         low, backward, deeper_readers = _scale(plan, level + 1, low, name=f"{name}.deeper")
-        backward += _input_gradient(down1.normalisation.target, *deeper_readers)
+        backward += _input_gradient(down1[1].target, *deeper_readers)
     upsample = Instruction(Operation.UPSAMPLE, low, joined, first=n_s)
     normal = plan.activation(frame.height, frame.width, plan.frames[joined].channels, kernels=(k_u,))
     if plan.frames[normal].padded != plan.frames[joined].padded:
@@ -295,19 +284,18 @@ def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list
     norm = _normalisation(plan, f"{name}.norm", joined, normal, leaky=False)
     plan.program += [upsample, norm]
     up0 = _block(plan, f"{name}.up.0", normal, n_u, kernel=k_u, readers=(1,))
-    up1 = _block(plan, f"{name}.up.1", up0.normalisation.target, n_u, kernel=1)
-    readers = [down0.convolution] if skip is None else [skip.convolution, down0.convolution]
+    up1 = _block(plan, f"{name}.up.1", up0[1].target, n_u, kernel=1)
     steps = [
-        *_back(up1),
-        *_back(up0),
+        *_back(*up1),
+        *_back(*up0),
         norm._replace(operation=Operation.NORMALISE_BACK),
-        *([] if skip is None else _parameter_gradients(skip)),
+        *(step for block in skip for step in _parameter_gradients(*block)),
         upsample._replace(operation=Operation.UPSAMPLE_BACK),
         *backward,
-        *_back(down1),
-        *_parameter_gradients(down0),
+        *_back(*down1),
+        *_parameter_gradients(*down0),
     ]
-    return up1.normalisation.target, steps, readers
+    return up1[1].target, steps, [block[0] for block in (*skip, down0)]
 
 
 def _share_room(plan: Plan) -> None:

@@ -17,10 +17,8 @@ from torch.nn import functional as F
 from dipguard.networks.unet import pad_border, padding_mode, same_padding
 
 LARGEST_STACK = 65_535  # of the third axis of a CUDA grid
-LARGEST_BLOCK = 4096
-"""Numbers that a normalisation program holds at once: 32 per thread."""
-PROGRAMS = 512
-"""Programs that fill a large GPU about four times over."""
+LARGEST_BLOCK = 4096  # numbers that a normalisation program holds at once: 32 per thread
+PROGRAMS = 512  # fill a large GPU about four times over
 GRADIENT_BLOCK = 64
 
 
@@ -28,11 +26,7 @@ def triton_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, p
     """B convolutions with the arguments and result of :func:`dipguard.networks.unet.grouped_conv2d`.
 
     Under autocast x is cast to autocast's dtype, as torch's convolution does; weights are cast tile by tile, and their
-    gradient keeps their own dtype.
-
-    Raises:
-        ValueError: More than 65,535 networks.
-        RuntimeError: Triton cannot run on x's device.
+    gradient keeps their own dtype. ValueError for more than 65,535 networks, RuntimeError where Triton cannot run.
     """
     precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
     if len(weight) > LARGEST_STACK:
@@ -51,11 +45,8 @@ def triton_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, p
 def triton_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1.0, eps: float = 1e-5) -> Tensor:
     """Normalisation and LeakyReLU with the arguments and result of :func:`dipguard.networks.unet.norm_leaky_relu`.
 
-    Weight and bias may be float32 where x is bfloat16.
-
-    Raises:
-        ValueError: x does not have B * channels channels.
-        RuntimeError: Triton cannot run on x's device.
+    Weight and bias may be float32 where x is bfloat16. ValueError unless x has B * channels channels, RuntimeError
+    where Triton cannot run.
     """
     if x.shape[1] != weight.numel():
         raise ValueError(f"`x` must have {weight.numel()} channels, got shape {tuple(x.shape)}")
@@ -137,15 +128,14 @@ class _Norm(torch.autograd.Function):
 
 
 def _correlate(padded: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, stride: int, precision: str) -> None:
-    # Without a bias: the transposed convolution, from the weight's outputs to its inputs.
+    """Without a bias: the transposed convolution, from the weight's outputs to its inputs."""
     from dipguard.engines._triton_kernels import forward_kernel
 
     transposed = bias is None
     B, outputs, inputs, kernel, _ = weight.shape
     inputs, outputs = (outputs, inputs) if transposed else (inputs, outputs)
-    pixels = y.shape[-2] * y.shape[-1]
+    pixels, block = y.shape[-2] * y.shape[-1], _output_block(outputs)
     sizes = inputs, outputs, pixels, y.shape[-1]
-    block = _output_block(outputs)
     _launch(
         forward_kernel,
         lambda tile: (-(-pixels // tile["BLOCK_P"]), -(-outputs // block), B),
@@ -208,9 +198,8 @@ def _fold(padded: Tensor, *, before: int, after: int, reflect: bool) -> Tensor:
     """Gradient of a reflected (or repeated) border: [1, C, H + before + after, W + ...] -> [1, C, H, W]."""
     from dipguard.engines._triton_kernels import fold_kernel
 
-    C, height, width = padded.shape[1], padded.shape[2] - before - after, padded.shape[3] - before - after
-    dx = padded.new_empty(1, C, height, width)
-    block = 1024
+    height, width = (side - before - after for side in padded.shape[-2:])
+    dx, block = padded.new_empty(1, padded.shape[1], height, width), 1024
     _launch(
         fold_kernel,
         lambda tile: (-(-dx.numel() // block),),
@@ -221,12 +210,12 @@ def _fold(padded: Tensor, *, before: int, after: int, reflect: bool) -> Tensor:
 
 
 def _output_block(channels: int) -> int:
-    # As few idle channels in the last tile as possible, but a narrow tile loads more for each product.
+    """As few idle channels in the last tile as possible, but a narrow tile loads more for each product."""
     return min((64, 32, 16), key=lambda block: -(-channels // block) * (block + 4))
 
 
 def _strides(padded: Tensor, inputs: int) -> tuple[int, int, int, int]:
-    # From network to network, channel to channel, row to row, pixel to pixel.
+    """From network to network, channel to channel, row to row, pixel to pixel."""
     channel, row, column = padded.stride()[1:]
     return inputs * channel, channel, row, column
 

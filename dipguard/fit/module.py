@@ -77,7 +77,7 @@ class StackedDIP(pl.LightningModule):
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
-        check_images(images)
+        images = check_images(images)
         self.options = options = FitOptions() if options is None else options
         if steps_per_epoch is not None:
             check_int(steps_per_epoch, name="steps_per_epoch", low=1)

@@ -55,7 +55,7 @@ def unrolled_fit(
     Raises:
         TypeError, ValueError: Bad images or options, or images too small for the network.
     """
-    check_images(images)
+    images = check_images(images)
     check_int(T, name="T", low=1)
     check_int(window, name="window", low=1, high=T)
     check_float(floor, name="floor", low=0.0)

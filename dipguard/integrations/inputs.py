@@ -12,6 +12,7 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
+from dipguard import checks
 from dipguard.attacks.target import Purifies, check_defense
 from dipguard.checks import check_choice, check_float, check_images
 
@@ -58,9 +59,9 @@ class Pixels:
                 f"`mean` and `std` must be those of the pipeline: with them, pixels go from {low:.4g} to {high:.4g}, "
                 "not from 0 to 1"
             )
-        if not self.normalised and (low < 0 or high > 1):
+        if not self.normalised and (low < -checks.ROUNDING or high > 1 + checks.ROUNDING):
             raise ValueError(
-                f"`images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; if your pipeline normalises "
+                f"`images` must lie in [0, 1], got values from {low:.8g} to {high:.8g}; if your pipeline normalises "
                 "them, give its `mean` and `std`"
             )
         return check_images(pixels.clamp(0, 1))

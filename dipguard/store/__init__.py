@@ -7,16 +7,6 @@ from dipguard.store.manage import prune, store_size
 from dipguard.store.stack import stored_stack
 
 __all__ = [
-    "LAYERS",
-    "DamagedEntryError",
-    "Entry",
-    "StackKeys",
-    "Store",
-    "digest_of",
-    "numerics",
-    "open_store",
-    "prune",
-    "store_size",
-    "stored_stack",
-    "victim_digest",
-]
+    "LAYERS", "DamagedEntryError", "Entry", "StackKeys", "Store", "digest_of", "numerics", "open_store", "prune",
+    "store_size", "stored_stack", "victim_digest",
+]  # fmt: skip

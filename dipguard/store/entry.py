@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,20 +30,10 @@ class DamagedEntryError(ValueError):
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """The content of an entry.
-
-    Attributes:
-        arrays: NumPy arrays by name.
-        header: What they were made from, and small results; JSON values.
-    """
+    """The content of an entry: NumPy arrays by name, and what they were made from and small results as JSON values."""
 
     arrays: dict[str, Any]
     header: dict[str, Any]
-
-    @property
-    def bytes(self) -> int:
-        """Size of the arrays in memory."""
-        return sum(int(array.nbytes) for array in self.arrays.values())
 
 
 def write_entry(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
@@ -56,23 +47,17 @@ def write_entry(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]
 
 
 def read_entry(path: Path) -> Entry:
-    """Read an entry; the checksum is verified before anything is parsed.
-
-    Raises:
-        FileNotFoundError: No such file.
-        DamagedEntryError: The file is damaged, or is not an entry.
-    """
+    """Read an entry, whose checksum is verified before anything is parsed; FileNotFoundError or DamagedEntryError."""
     content = path.read_bytes()
     body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
     if hashlib.sha256(body).hexdigest().encode() != digest:
         raise DamagedEntryError(f"{path} is damaged: its content is not what was written")
-    with np.load(io.BytesIO(content), allow_pickle=False) as saved:
-        arrays = {name: saved[name] for name in saved.files}
-    return Entry(arrays, _header(arrays.pop(HEADER), path))
-
-
-def _header(text: Any, path: Path) -> dict[str, Any]:
-    header: dict[str, Any] = json.loads(str(text))
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        header: dict[str, Any] = dict(json.loads(str(arrays.pop(HEADER))))
+    except (OSError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise DamagedEntryError(f"{path} is damaged: it holds no entry of a store ({error})") from error
     if header.get("format") != FORMAT:
         raise DamagedEntryError(f"{path} must be an entry of a store ({FORMAT}), got {header.get('format')!r}")
-    return header
+    return Entry(arrays, header)

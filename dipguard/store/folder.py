@@ -18,12 +18,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
 from dipguard.store.entry import DamagedEntryError, Entry, read_entry, write_entry
-from dipguard.store.keys import versions
+from dipguard.store.keys import numerics
 
 _log = logging.getLogger(__name__)
 
@@ -32,23 +32,16 @@ POLL = 0.1
 """Seconds between two attempts to get a lock that another process holds."""
 TOUCH = 3600.0
 """Seconds after which a read makes an entry young again."""
-MEMORY = 512 * 2**20
-"""Bytes of traces that a process keeps in memory: a sweep over tau, K and beta reads the same ones for each setting."""
-
-_opened: dict[tuple[Path, bool], Store] = {}
+T = TypeVar("T")
 
 
 class Store:
     """Results that are computed once, for all processes that share a folder.
 
-    Args:
-        path: The folder. It is created with the first entry.
-        keep_samples: Keep x(t) of all sampled steps (float32, 12 KiB for a sample of 32x32 pixels). Without them a
-            stored fit serves other values of tau, t0, K and beta, but not another victim or other decisions.
-
-    Attributes:
-        counts: What this process did, in images: ``fitted``, ``decided`` (from stored samples), ``replayed`` (stitched
-            from a stored trace), ``attacked``, ``attacks_found``, and ``damaged`` entries.
+    ``path`` is created with the first entry. With ``keep_samples`` x(t) is kept at all sampled steps (float32, 12 KiB
+    for a sample of 32x32 pixels); else a stored fit serves other tau, t0, K and beta, but no other victim or decisions.
+    ``counts`` is what this process did, in images: ``fitted``, ``decided`` (from stored samples), ``replayed``
+    (stitched from a stored trace), ``attacked``, ``attacks_found``, and ``damaged`` entries.
 
     Raises:
         ValueError: ``path`` exists and is not a folder.
@@ -60,61 +53,48 @@ class Store:
             raise ValueError(f"`store` must be a folder, got {self.path}, which is a file")
         self.keep_samples = keep_samples
         self.counts: Counter[str] = Counter()
-        self._recent: dict[str, Entry] = {}
-        self._recent_bytes = 0
 
     def file(self, layer: str, key: str) -> Path:
         """The path of an entry."""
         return self.path / layer / key[:2] / f"{key}.npz"
 
     def read(self, layer: str, key: str) -> Entry | None:
-        """An entry, or None if it is missing or (with a warning) damaged. Its arrays must not be changed."""
-        entry = self._forget(key) if layer == "traces" else None
-        if entry is None:
-            entry = self._read(self.file(layer, key), key)
-        if entry is not None and layer == "traces":
-            self._recent[key] = entry
-            self._recent_bytes += entry.bytes
-            while self._recent_bytes > MEMORY:
-                self._forget(next(iter(self._recent)))
-        return entry
+        """An entry, or None if it is missing or (with a warning) damaged."""
+        return self.read_as(layer, key, lambda entry: entry)
 
-    def _read(self, path: Path, key: str) -> Entry | None:
+    def read_as(self, layer: str, key: str, parse: Callable[[Entry], T]) -> T | None:
+        """What ``parse`` makes of an entry; where it raises an error, the entry counts as damaged."""
+        path = self.file(layer, key)
         try:
             entry = read_entry(path)
             if entry.header.get("key") != key:
                 raise DamagedEntryError(f"{path} is the file of another entry, {entry.header.get('key')}")
+            made = parse(entry)
         except FileNotFoundError:
             return None
-        except (DamagedEntryError, OSError) as error:
+        except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
             self.counts["damaged"] += 1
-            _log.warning("an entry of the store cannot be used and is made again: %s", error)
-            if isinstance(error, DamagedEntryError):
-                path.unlink(missing_ok=True)  # warn once, not at each read
+            _log.warning("the entry %s cannot be used and is made again: %s: %s", path, type(error).__name__, error)
+            if not isinstance(error, OSError):
+                self.remove(layer, key)  # warn once, not at each read
             return None
         with suppress(OSError):  # a store that this user may only read
             if time.time() - path.stat().st_mtime > TOUCH:
                 os.utime(path)  # an entry's age counts from its last use
-        return entry
-
-    def _forget(self, key: str) -> Entry | None:
-        entry = self._recent.pop(key, None)
-        self._recent_bytes -= 0 if entry is None else entry.bytes
-        return entry
+        return made
 
     def write(self, layer: str, key: str, arrays: Mapping[str, Any], about: Mapping[str, Any]) -> None:
         """Write an entry. If that fails (full disk, no permission), warn and continue without it."""
-        header = {**about, "layer": layer, "key": key, "made": time.time(), "versions": versions()}
+        header = {**about, "layer": layer, "key": key, "made": time.time(), "versions": numerics()}
         try:
             write_entry(self.file(layer, key), arrays, header)
         except OSError as error:
             _log.warning("an entry could not be kept in the store %s: %s", self.path, error)
-        self._forget(key)
 
     def remove(self, layer: str, key: str) -> None:
-        """Delete an entry if there is one."""
-        self.file(layer, key).unlink(missing_ok=True)
-        self._forget(key)
+        """Delete an entry if there is one, and this user may."""
+        with suppress(OSError):
+            self.file(layer, key).unlink()
 
     def arrays(self, layer: str, key: str, make: Callable[[], Entry]) -> Entry:
         """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone."""
@@ -129,10 +109,9 @@ class Store:
 
     @contextmanager
     def claim(self, keys: Sequence[str]) -> Iterator[set[str]]:
-        """Hold the locks of those entries that no other process is making; at least one of them.
+        """Hold the locks of those entries that no other process is making; if there is none, wait for the first.
 
-        If other processes hold all of them, wait for the first one. No lock is held while waiting, so two processes
-        cannot wait for each other.
+        No lock is held while waiting, so two processes cannot wait for each other.
         """
         with ExitStack() as held:
             mine = {key for key in dict.fromkeys(keys) if self._lock(held, key, timeout=0)}
@@ -155,14 +134,9 @@ class Store:
 
 
 def open_store(store: str | Path | Store | None, *, keep_samples: bool = True) -> Store | None:
-    """The store of a folder; one process gets the same object each time.
-
-    Raises:
-        TypeError, ValueError: Neither a folder nor a path at which one can be created.
-    """
+    """The store of a folder; TypeError or ValueError if there can be none."""
     if store is None or isinstance(store, Store):
         return store
     if not isinstance(store, str | Path) or not str(store):
         raise TypeError(f"`store` must be the path of a folder or null, got {store!r}")
-    made = Store(store, keep_samples=keep_samples)
-    return _opened.setdefault((made.path, keep_samples), made)
+    return Store(store, keep_samples=keep_samples)

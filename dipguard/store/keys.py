@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.classifier import device_of
-from dipguard.engines import SHORT, make_engine
-from dipguard.engines.native_build import FLAGS, SOURCES
+from dipguard.engines.base import SHORT, make_engine
+from dipguard.engines.native_build import FLAGS, sources_digest
 from dipguard.files import tensor_digest
 from dipguard.fit import DecideOptions, FitOptions, StackedDIP
 from dipguard.fit.runner import isolated_trainer
@@ -31,15 +31,13 @@ def digest_of(parts: Any) -> str:
 
 
 @cache
-def versions() -> dict[str, str]:
-    """The programs that an entry is made with. The same dict each time; it must not be changed."""
-    return {"dipguard": __version__, **numerics()}
-
-
-@cache
 def numerics() -> dict[str, str]:
-    """Those of :func:`versions` that numbers depend on: a part of every key."""
-    return {"numerics": str(NUMERICS), "torch": torch.__version__, "torchmetrics": version("torchmetrics")}
+    """The programs that numbers depend on, a part of every key. The same dict each time; it must not be changed."""
+    return {
+        "dipguard": f"{__version__}, {NUMERICS}",
+        "torch": torch.__version__,
+        "torchmetrics": version("torchmetrics"),
+    }
 
 
 def victim_digest(victim: nn.Module) -> str:
@@ -63,22 +61,10 @@ def victim_digest(victim: nn.Module) -> str:
 class StackKeys:
     """The keys of the fits and traces of B images.
 
-    A fit depends on the image, its index and the options, but neither on T, since x(t) is the same in every fit of at
-    least t steps, nor on the victim, which the fit never asks. The keys do not distinguish what only changes rounding:
-    another processor or GPU and, except for the native engine, the number of images in a stack.
-
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        indices: Their indices, which determine their random draws.
-        fit: How they are fitted.
-        T: Length of the fit, which decides what the engine ``auto`` is.
-        device: Where they are fitted.
-        trainer: More keyword arguments of ``pl.Trainer``, which may change the numbers.
-
-    Attributes:
-        indices: The indices.
-        engine: The engine's name.
-        fits: The key of each image's fit.
+    ``engine`` is the engine's name, ``fits`` the key of each image's fit. A fit depends on the image x0, its index and
+    the options, but neither on T, since x(t) is the same in every fit of at least t steps, nor on the victim, which the
+    fit never asks. The keys do not distinguish what only changes rounding: another processor or GPU and, except for the
+    native engine, the number of images in a stack.
 
     Raises:
         ValueError: An engine that cannot run here, or images too small for the network.
@@ -94,22 +80,16 @@ class StackKeys:
         device: torch.device,
         trainer: Mapping[str, Any] | None = None,
     ) -> None:
-        self.indices = [int(i) for i in indices]
         self._size, self._fit, self._device = (images.shape[-2], images.shape[-1]), fit, device
         self.engine = self.engine_at(T)
-        self._parts: dict[str, Any] = {
-            **fit.as_settings(),
-            "network": asdict(fit.spec),
-            "engine": self.engine,
-            "device": device.type,
-            "versions": {**numerics(), "native": _native_sources()} if self.engine == "native" else numerics(),
-        }
-        if trainer:
-            self._parts["trainer"] = {name: str(value) for name, value in trainer.items()}
-        common = digest_of(self._parts)
+        common = digest_of([
+            {**fit.as_settings(), "network": asdict(fit.spec), "engine": self.engine},
+            [device.type, numerics(), sources_digest(*FLAGS) if self.engine == "native" else ""],
+            {name: str(value) for name, value in (trainer or {}).items()},
+        ])  # fmt: skip
         values = images.detach().to(device="cpu", dtype=getattr(torch, fit.dtype))
-        self._digests = [tensor_digest([image]) for image in values]
-        self.fits = [digest_of([common, *one]) for one in zip(self._digests, self.indices, strict=True)]
+        each = zip(values, indices, strict=True)
+        self.fits = [digest_of([common, tensor_digest([image]), int(index)]) for image, index in each]
 
     def engine_at(self, T: int) -> str:
         """The engine of a fit of T steps; may compile the native one."""
@@ -118,20 +98,11 @@ class StackKeys:
         return _auto_engine(replace(self._fit, seed=0), self._size, min(T, SHORT))
 
     def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:
-        """The key of each image's trace: its fit's, the victim, the sampled steps, N and the scores of Eq. 5.
-
-        ``K_max`` is not a part: a trace serves every smaller one.
-        """
+        """The key of each image's trace, of all that it depends on but ``K_max``: a trace serves every smaller one."""
         aside = ("T", "decisions", "every", "K_max", "keep_samples")
         own = {name: value for name, value in asdict(decide).items() if name not in aside}
         decided = digest_of([own, list(decide.steps), victim_digest(victim), device_of(victim).type])
         return [digest_of([key, decided]) for key in self.fits]
-
-    def about(self, b: int) -> dict[str, Any]:
-        """The header of image b's entries."""
-        network = self._fit.network if isinstance(self._fit.network, str) else "own"
-        own = {"image": self._digests[b], "index": self.indices[b], "fit": self.fits[b]}
-        return {"network": network, "parts": self._parts, **own}
 
 
 @cache
@@ -140,11 +111,3 @@ def _auto_engine(fit: FitOptions, size: tuple[int, int], T: int) -> str:
     with isolated_trainer(torch.device("cpu")):
         module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
         return make_engine(fit.engine, module.net, module.given, steps=T, z_gradient=fit.optimise_z).name
-
-
-@cache
-def _native_sources() -> str:
-    digest = hashlib.sha256(" ".join(FLAGS).encode())
-    for source in sorted(SOURCES.iterdir()):
-        digest.update(source.read_bytes())
-    return digest.hexdigest()[:16]

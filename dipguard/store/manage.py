@@ -19,11 +19,7 @@ LEFT_OVER = 3600.0
 
 
 def store_size(folder: str | Path) -> dict[str, tuple[int, int]]:
-    """Number of entries and bytes of each layer of a store.
-
-    Raises:
-        FileNotFoundError: No such folder.
-    """
+    """Number of entries and bytes of each layer of a store; FileNotFoundError if there is no such folder."""
     sizes = {layer: [path.stat().st_size for path in _files(folder, layer)] for layer in LAYERS}
     return {layer: (len(files), sum(files)) for layer, files in sizes.items()}
 
@@ -31,15 +27,9 @@ def store_size(folder: str | Path) -> dict[str, tuple[int, int]]:
 def prune(folder: str | Path, *, older_than: float | None = None, max_gib: float | None = None) -> list[Path]:
     """Remove entries, temporary files of killed processes and free locks.
 
-    Processes that use the store at the same time are not disturbed: they make again what they miss.
-
-    Args:
-        folder: The store.
-        older_than: Days since its last use after which an entry is removed, at least 0.
-        max_gib: Size in GiB to which the store is cut, at least 0, the least recently used entries first.
-
-    Returns:
-        The entries that were removed.
+    Removes what was last used more than ``older_than`` days ago, then the least recently used entries until ``max_gib``
+    GiB are left, and returns the removed entries. Processes that use the store at the same time are not disturbed: they
+    make again what they miss.
 
     Raises:
         FileNotFoundError, TypeError, ValueError: No such folder, or an argument is out of range.
@@ -54,7 +44,8 @@ def prune(folder: str | Path, *, older_than: float | None = None, max_gib: float
             gone.append(path)
         else:
             total = kept
-    for path in [*gone, *_left_over(folder)]:
+    begun = [path for layer in LAYERS for path in _files(folder, layer, ".*.npz.*")]
+    for path in [*gone, *(path for path in begun if time.time() - path.stat().st_mtime > LEFT_OVER)]:
         path.unlink(missing_ok=True)
     for path in Path(folder).expanduser().glob("locks/*.lock"):
         try:
@@ -90,8 +81,3 @@ def _files(folder: str | Path, layer: str, pattern: str = "*.npz") -> list[Path]
     if not root.is_dir():
         raise FileNotFoundError(f"`folder` must be a store, got {root}, which is no folder")
     return list((root / layer).glob(f"??/{pattern}"))
-
-
-def _left_over(folder: str | Path) -> list[Path]:
-    paths = [path for layer in LAYERS for path in _files(folder, layer, ".*.npz.*")]
-    return [path for path in paths if time.time() - path.stat().st_mtime > LEFT_OVER]

@@ -25,12 +25,12 @@ from dipguard.decision import stitch as stitch_trace
 from dipguard.fit import DecideOptions, Decider, FitOptions, StackResult, StitchOptions
 from dipguard.fit.options import trace_settings
 from dipguard.fit.replay import FitSamples, decide_samples, fit_samples
+from dipguard.store.entry import Entry
 from dipguard.store.folder import Store
 from dipguard.store.keys import StackKeys
 
 _log = logging.getLogger(__name__)
 
-SAMPLED = ("steps", "images", "quality", "loss")
 SAME_LOGITS = 0.01
 """Largest difference, relative to the largest logit, that rounding may make between two calls of one victim."""
 
@@ -53,34 +53,20 @@ def stored_stack(
 ) -> StackResult:
     """Defend B images (Algorithm 1), fitting those that the store does not hold.
 
-    The traces share memory with later calls in this process and must not be changed. The seconds are those that fits
-    and decisions took when they were made.
-
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        store: Where fits are kept.
-        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        indices: The images' indices.
-        fit: How to fit.
-        decide: Which reconstructions the victim decides, and what is kept of them.
-        stitch: How a trace becomes an image.
-        device: Where to fit.
-        also: Further decisions that a fit made now is to serve, such as those of other T.
-        logger: A Lightning logger for the means over the stack.
-        first_step: Added to the logger's step numbers.
-        callbacks: More callbacks for a fit made now; it may have fewer than B images and more than T steps.
-        trainer: More keyword arguments of ``pl.Trainer`` for a fit made now.
+    The arguments are those of :func:`dipguard.fit.fit_stack`, and ``also``: further decisions that a fit made now is to
+    serve, such as those of other T. Such a fit may have fewer than B images and more than T steps. The seconds are
+    those that fits and decisions took when they were made.
 
     Raises:
         TypeError, ValueError: Bad images, options or victim.
     """
     start = time.perf_counter()
-    check_images(images)
+    images = check_images(images)
     with torch.inference_mode(False), torch.no_grad():
         # A tensor made under inference_mode cannot be saved for backward.
         given = images.detach().clone() if images.is_inference() else images.detach()
         keys = StackKeys(given, indices=indices, fit=fit, T=decide.T, device=device, trainer=trainer)
-        work = _Stack(given, store, Decider(victim), keys, fit, decide, also)
+        work = _Stack(given, indices, store, Decider(victim), keys, fit, decide, also)
         found = work.find_or_fit(device=device, callbacks=callbacks, trainer=trainer)
         traces = [_as_asked(one.trace, trace_settings(fit, decide, stitch)) for one in found]
         if logger is not None:
@@ -107,6 +93,7 @@ class _Stack:
     """B images on their way from key to trace."""
 
     images: Tensor
+    indices: Sequence[int]
     store: Store
     victim: Decider
     keys: StackKeys
@@ -160,7 +147,7 @@ class _Stack:
             self.images[rows],
             steps=steps,
             T=max(*(options.T for options in self.trace_keys), max(steps) + 1),
-            indices=[self.keys.indices[b] for b in rows],
+            indices=[self.indices[b] for b in rows],
             fit=replace(self.fit, engine=self.keys.engine),
             **run,
         )
@@ -172,10 +159,8 @@ class _Stack:
     def _keep(self, b: int, samples: FitSamples, seconds: float) -> DecisionTrace:
         keep_samples = self.store.keep_samples or self.decide.keep_samples
         if keep_samples:
-            what = f"{len(samples.steps)} samples up to step {int(samples.steps[-1])}"
-            arrays = {name: getattr(samples, name).numpy() for name in SAMPLED}
-            about = {**self.keys.about(b), "what": what, "seconds": seconds}
-            self.store.write("fits", self.keys.fits[b], arrays, about)
+            arrays = {name: tensor.numpy() for name, tensor in vars(samples).items()}
+            self.store.write("fits", self.keys.fits[b], arrays, {"seconds": seconds})
         # Without samples nothing else could serve the other T.
         kept = (self.decide,) if keep_samples else self.trace_keys
         traces = [self._decide(b, samples, options, seconds=seconds) for options in kept]
@@ -184,27 +169,28 @@ class _Stack:
     def _decide(self, b: int, samples: FitSamples, decide: DecideOptions, *, seconds: float) -> DecisionTrace:
         """The trace of a fit; stored without the given image, which every reader has, and without all samples."""
         start = time.perf_counter()
-        own: dict[str, Any] = {"given": self.images[b], "index": self.keys.indices[b], "victim": self.victim}
+        own: dict[str, Any] = {"given": self.images[b], "index": int(self.indices[b]), "victim": self.victim}
         trace = decide_samples(samples, fit=self.fit, decide=replace(decide, keep_samples=False), **own)
         spent = time.perf_counter() - start
         self.seconds["decide"] += spent
         arrays = {name: tensor.cpu().numpy() for name, tensor in trace.tensors().items() if name != "given"}
-        what = f"{len(trace.steps)} decisions, {len(trace.alpha)} crossings kept"
-        about = {"what": what, "settings": trace.settings, "seconds": seconds + spent}
-        self.store.write("traces", self.trace_keys[decide][b], arrays, {**self.keys.about(b), **about})
+        about = {"settings": trace.settings, "seconds": seconds + spent}
+        self.store.write("traces", self.trace_keys[decide][b], arrays, about)
         return trace
 
     def _read_trace(self, b: int) -> tuple[DecisionTrace, float] | None:
         """The stored trace of image b and its seconds, if it serves these decisions of this victim."""
-        entry = self.store.read("traces", self.trace_keys[self.decide][b])
-        if entry is None or int(entry.header["settings"]["K_max"]) < self.decide.K_max:
-            return None
-        tensors = {name: torch.from_numpy(np.atleast_1d(array)) for name, array in entry.arrays.items()}
-        given = self.images[b].to(device="cpu", dtype=tensors["last"].dtype, copy=True)
-        trace = DecisionTrace(self.keys.indices[b], given, settings=entry.header["settings"], **tensors)
-        if self._same_victim is None:
-            self._same_victim = self._answers_as(trace)
-        return (trace, float(entry.header["seconds"])) if self._same_victim else None
+
+        def parse(entry: Entry) -> tuple[DecisionTrace, float] | None:
+            tensors = {name: torch.from_numpy(np.atleast_1d(array)) for name, array in entry.arrays.items()}
+            given = self.images[b].to(device="cpu", dtype=tensors["last"].dtype, copy=True)
+            trace = DecisionTrace(int(self.indices[b]), given, settings=entry.header["settings"], **tensors)
+            return (trace, float(entry.header["seconds"])) if trace.K_max >= self.decide.K_max else None
+
+        found = self.store.read_as("traces", self.trace_keys[self.decide][b], parse)
+        if found is not None and self._same_victim is None:
+            self._same_victim = self._answers_as(found[0])
+        return found if self._same_victim else None
 
     def _answers_as(self, trace: DecisionTrace) -> bool:
         """Whether the victim gives the logits of the trace, which no digest of a module can guarantee."""
@@ -217,10 +203,15 @@ class _Stack:
         return same
 
     def _read_samples(self, b: int) -> tuple[FitSamples, float] | None:
-        entry = self.store.read("fits", self.keys.fits[b])
-        if entry is None:
-            return None
-        return FitSamples(*(torch.from_numpy(entry.arrays[n]) for n in SAMPLED)), float(entry.header["seconds"])
+        def parse(entry: Entry) -> tuple[FitSamples, float]:
+            tensors = {name: torch.from_numpy(array) for name, array in entry.arrays.items()}
+            samples = FitSamples(**tensors)
+            size = (len(samples.steps), *self.images.shape[1:])
+            if tuple(samples.images.shape) != size or not size[:1] == samples.quality.shape == samples.loss.shape:
+                raise ValueError(f"`images` must have shape {size}, got {tuple(samples.images.shape)}")
+            return samples, float(entry.header["seconds"])
+
+        return self.store.read_as("fits", self.keys.fits[b], parse)
 
     def _with_samples(self, trace: DecisionTrace, samples: FitSamples) -> DecisionTrace:
         return replace(trace, samples=samples.at(self.decide.steps).images) if self.decide.keep_samples else trace

@@ -73,7 +73,7 @@ def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
         UserWarning: The outputs look like probabilities (all in [0, 1], each row sums to 1).
     """
     check_is_module(victim)
-    check_images(images)
+    images = check_images(images)
     with frozen(victim), torch.no_grad():
         scores = check_logits(victim(images.to(device_of(victim, images.device))), count=len(images))
     if not bool(torch.isfinite(scores).all()):

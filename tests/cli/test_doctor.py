@@ -65,7 +65,7 @@ def test_what_wandb_would_do_is_told_and_the_key_never_shown(capsys, monkeypatch
 
 
 def test_a_missing_compiler_is_a_note(capsys, monkeypatch, tmp_path):
-    from dipguard.engines.native_build import library
+    from dipguard.engines.native_build import _library as library
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

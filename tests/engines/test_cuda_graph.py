@@ -18,7 +18,7 @@ def problem(
     network: str = "small", *, dtype: torch.dtype = torch.float64, device: str = "cpu"
 ) -> tuple[StackedSkipNet, Tensor, Tensor]:
     net = build(network, stack_size=3, seed=1, dtype=dtype).to(device)
-    given, z = torch.rand(3, 3, 33, 34, dtype=dtype), torch.rand(3, 4, 33, 34, dtype=dtype) / 10
+    given, z = torch.rand(3, 3, 17, 18, dtype=dtype), torch.rand(3, 4, 17, 18, dtype=dtype) / 10
     return net, given.to(device), z.to(device)
 
 
@@ -31,7 +31,7 @@ def by_autograd(net: StackedSkipNet, given: Tensor, z: Tensor) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize(
-    ("mode", "network"), [(torch.enable_grad, "large"), (torch.no_grad, "small"), (torch.inference_mode, "small")]
+    ("mode", "network"), [(torch.enable_grad, "medium"), (torch.no_grad, "small"), (torch.inference_mode, "small")]
 )
 def test_the_step_is_autograd_s(network: str, mode: Any) -> None:
     net, given, z = problem(network)
@@ -90,7 +90,7 @@ def test_without_cuda_a_graph_is_refused() -> None:
     [
         ({"matmul_precision": "float16"}, "`matmul_precision` must be one of float32, tf32, bfloat16, got 'float16'"),
         ({"convolutions": ["fft"]}, "`convolutions` must be one of grouped, matmul, triton, got 'fft'"),
-        ({"given": torch.rand(2, 3, 33, 34)}, r"`given` must be one image a network, \[3, 3, H, W\]"),
+        ({"given": torch.rand(2, 3, 17, 18)}, r"`given` must be one image a network, \[3, 3, H, W\]"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str) -> None:
@@ -101,7 +101,7 @@ def test_bad_arguments_are_named(change: dict, message: str) -> None:
 
 def test_z_of_another_shape_is_refused() -> None:
     net, given, z = problem()
-    with pytest.raises(ValueError, match=r"`z` must have shape \(3, 4, 33, 34\), got \(1, 4, 33, 34\)"):
+    with pytest.raises(ValueError, match=r"`z` must have shape \(3, 4, 17, 18\), got \(1, 4, 17, 18\)"):
         CudaGraphEngine(net, given, capture=False).compute(z[:1])
 
 

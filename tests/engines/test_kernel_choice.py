@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -14,20 +15,20 @@ from dipguard.engines import precision
 from dipguard.engines.kernel_choice import (
     CONVOLUTIONS,
     NORMALISATIONS,
-    ConvShape,
-    KernelChoice,
-    NormShape,
+    LayerShape,
     available,
     choose_kernels,
     layer_shapes,
     measure,
+    use_kernels,
 )
 from dipguard.networks import build
 from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu
 
 CPU = torch.device("cpu")
 ON_CPU = available(CONVOLUTIONS, CPU)
-SHAPE = ConvShape(stack=2, inputs=3, outputs=4, kernel=3, stride=1, padding="reflect", height=8, width=8, gradient=True)
+SHAPE = LayerShape((1, 6, 8, 8), (2, 4, 3, 3, 3), (("stride", 1), ("padding", "reflect")))
+NORM = LayerShape((1, 6, 8, 8), (2, 3), (("slope", 0.2), ("eps", 1e-5)))
 
 # kernel, stride, padding, height, width; the last but one is a 4x4 kernel on 2x2 pixels, where the border is repeated.
 GEOMETRIES = [
@@ -99,7 +100,7 @@ def test_a_whole_network_gives_the_same_with_every_convolution(network: str, nam
     z = torch.rand(2, 4, 32, 32, dtype=torch.float64)
     results = []
     for chosen in ("grouped", name):
-        choose_kernels(net, CPU, size=(32, 32), convolutions=[chosen]).apply(net)
+        use_kernels(net, choose_kernels(net, CPU, size=(32, 32), convolutions=[chosen]))
         assert {layer.convolve for layer in net.modules() if isinstance(layer, StackedConv2d)} == {CONVOLUTIONS[chosen]}
         x = net(z)
         results.append((x, *torch.autograd.grad(x.square().sum(), list(net.parameters()))))
@@ -121,14 +122,21 @@ def test_triton_is_offered_on_cuda_alone() -> None:
     assert set(available(CONVOLUTIONS, torch.device("cuda"))) <= set(CONVOLUTIONS) == {"grouped", "matmul", "triton"}
 
 
+def flops(shape: LayerShape) -> int:
+    """Of a convolution's forward pass; a multiplication and an addition count as two."""
+    stride = dict(shape.options)["stride"]
+    rows, columns = (-(-side // stride) for side in shape.x[-2:])
+    return 2 * math.prod(shape.weight) * rows * columns
+
+
 @pytest.mark.parametrize(("network", "side"), [("small", 17), ("large", 32)])
 def test_layer_shapes_account_for_every_flop(network: str, side: int) -> None:
     net = build(network, stack_size=2)
-    shapes = {n: s for n, s in layer_shapes(net, size=(side, side + 1)).items() if isinstance(s, ConvShape)}
+    shapes = {n: s for n, s in layer_shapes(net, size=(side, side + 1)).items() if s.table is CONVOLUTIONS}
     assert set(shapes) == {name for name, layer in net.named_modules() if isinstance(layer, StackedConv2d)}
     with FlopCounterMode(display=False) as counter:
         net(torch.rand(2, 4, side, side + 1))
-    assert sum(shape.flops for shape in shapes.values()) == counter.get_total_flops()
+    assert sum(map(flops, shapes.values())) == counter.get_total_flops()
     # Only the layers that read z, which is fixed, need no gradient of their input.
     assert {name for name, shape in shapes.items() if not shape.gradient} == {"body.down.0.conv", "body.skip.conv"}
     with_gradient = layer_shapes(net, size=(side, side + 1), z_gradient=True)
@@ -137,26 +145,28 @@ def test_layer_shapes_account_for_every_flop(network: str, side: int) -> None:
 
 def test_every_normalisation_has_its_shape_and_slope() -> None:
     net = build("small", stack_size=3)
-    shapes = {n: s for n, s in layer_shapes(net, size=(17, 18)).items() if isinstance(s, NormShape)}
+    shapes = {n: s for n, s in layer_shapes(net, size=(17, 18)).items() if s.table is NORMALISATIONS}
     assert set(shapes) == {name for name, module in net.named_modules() if isinstance(module, StackedNorm2d)}
-    assert {shape.stack for shape in shapes.values()} == {3}
     # A scale's own normalisation has no activation behind it, a block's has.
-    assert {name.count(".norm") and shape.slope for name, shape in shapes.items()} == {0.2, 1.0}
-    assert shapes["body.norm"] == NormShape(3, shapes["body.norm"].channels, 17, 18, 1.0, 1e-5)
-    assert shapes["body.up.1.norm"].slope == 0.2
+    slopes = {name: dict(shape.options)["slope"] for name, shape in shapes.items()}
+    assert set(slopes.values()) == {0.2, 1.0}
+    channels = net.get_submodule("body.norm").weight.shape[1]
+    wanted = LayerShape((1, 3 * channels, 17, 18), (3, channels), (("slope", 1.0), ("eps", 1e-5)))
+    assert shapes["body.norm"] == wanted
+    assert slopes["body.up.1.norm"] == 0.2
 
 
-def test_a_cpu_takes_torch_s_kernels_without_measuring() -> None:
+def test_a_cpu_takes_torch_s_kernels_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dipguard.engines.kernel_choice.measure", None)
     net = build("small", stack_size=2)
-    choice = choose_kernels(net, CPU, size=(32, 32))
-    assert set(choice.names) == set(layer_shapes(net, size=(32, 32)))
-    assert set(choice.names.values()) == {"grouped", "torch"}
-    assert choice.measured == {}
+    chosen = choose_kernels(net, CPU, size=(32, 32))
+    assert set(chosen) == set(layer_shapes(net, size=(32, 32)))
+    assert set(chosen.values()) == {"grouped", "torch"}
 
 
 @pytest.mark.parametrize("gradient", [False, True])
 def test_measuring_times_each_candidate_once_a_process(gradient: bool) -> None:
-    shape = ConvShape(**{**vars(SHAPE), "gradient": gradient})
+    shape = dataclasses.replace(SHAPE, gradient=gradient)
     first = measure(shape, device=CPU, dtype=torch.float64, names=ON_CPU)
     assert set(first) == set(ON_CPU)
     assert all(0 < seconds < 1 for seconds in first.values())
@@ -165,9 +175,9 @@ def test_measuring_times_each_candidate_once_a_process(gradient: bool) -> None:
     assert other != first
 
 
-@pytest.mark.parametrize("shape", [SHAPE, NormShape(2, 3, 8, 8, 0.2, 1e-5)])
-def test_a_candidate_that_cannot_run_is_never_the_fastest(shape: ConvShape | NormShape) -> None:
-    usual = next(iter(shape.functions()))
+@pytest.mark.parametrize("shape", [SHAPE, NORM])
+def test_a_candidate_that_cannot_run_is_never_the_fastest(shape: LayerShape) -> None:
+    usual = next(iter(shape.table))
     times = measure(shape, device=CPU, dtype=torch.float32, names=[usual, "triton"])
     assert math.isinf(times["triton"])
     assert math.isfinite(times[usual])
@@ -192,21 +202,21 @@ def test_measuring_works_under_inference_mode_and_leaves_the_random_state_alone(
 
 def test_a_candidate_that_fails_is_left_out_where_there_is_a_choice() -> None:
     net = build("small", stack_size=1)
-    choice = choose_kernels(net, CPU, size=(16, 16), normalisations=("torch", "triton"))
-    assert set(choice.names.values()) == {"grouped", "torch"}
-    assert len(choice.measured) > 2
-    assert all(seconds["triton"] == float("inf") > seconds["torch"] for seconds in choice.measured.values())
+    assert set(choose_kernels(net, CPU, size=(16, 16), normalisations=("torch", "triton")).values()) == {
+        "grouped",
+        "torch",
+    }
 
 
 def test_layers_for_which_no_candidate_works_are_named() -> None:
-    with pytest.raises(RuntimeError, match=r"none of triton, triton computes NormShape\(stack=1, .* on cpu"):
+    with pytest.raises(RuntimeError, match=r"none of triton, triton computes LayerShape\(x=.* on cpu"):
         choose_kernels(build("small", stack_size=1), CPU, size=(16, 16), normalisations=("triton", "triton"))
 
 
 def test_a_choice_is_applied_to_the_layers_it_names() -> None:
     net = build("small", stack_size=1)
     usual = choose_kernels(net, CPU, size=(16, 16))
-    KernelChoice({"head": "matmul", "body.up.0.conv": "triton", "body.norm": "triton"}, {}).apply(net)
+    use_kernels(net, {"head": "matmul", "body.up.0.conv": "triton", "body.norm": "triton"})
     changed = {n: m.convolve for n, m in net.named_modules() if isinstance(m, StackedConv2d)}
     changed = {name: function for name, function in changed.items() if function is not grouped_conv2d}
     assert changed == {"head": CONVOLUTIONS["matmul"], "body.up.0.conv": CONVOLUTIONS["triton"]}
@@ -215,7 +225,7 @@ def test_a_choice_is_applied_to_the_layers_it_names() -> None:
     z = torch.rand(1, net.spec.input_depth, 16, 16)
     with pytest.raises(RuntimeError, match="the kernel 'triton' needs"):
         net(z)
-    usual.apply(net)
+    use_kernels(net, usual)
     assert net(z).shape == (1, 3, 16, 16)
 
 
@@ -235,9 +245,7 @@ def test_unknown_candidates_are_named(options: dict, message: str) -> None:
 def test_on_a_gpu_the_fastest_kernel_is_chosen() -> None:
     device = torch.device("cuda")
     net = build("small", stack_size=4).to(device)
-    choice = choose_kernels(net, device, size=(32, 32))
     shapes = layer_shapes(net, size=(32, 32))
-    assert set(choice.measured) == set(shapes.values())
-    for name, kernel in choice.names.items():
-        times = choice.measured[shapes[name]]
+    for name, kernel in choose_kernels(net, device, size=(32, 32)).items():
+        times = measure(shapes[name], device=device, dtype=torch.float32, names=available(shapes[name].table, device))
         assert times[kernel] == min(times.values())

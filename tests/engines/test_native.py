@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from dipguard.engines import Engine, TorchEngine, make_engine
+from dipguard.engines.base import _say_once
 from dipguard.engines.native import NativeEngine
-from dipguard.engines.native_build import BuildError, compiler, library
+from dipguard.engines.native_build import BuildError, _library, compiler, library
 from dipguard.engines.native_plan import UnsupportedError, make_plan
 from dipguard.networks import PRESETS, NetworkSpec, StackedSkipNet, build
 
@@ -31,6 +35,14 @@ NETWORKS: dict[str, tuple[str | NetworkSpec, tuple[int, int]]] = {
     "uneven": (UNEVEN, (17, 12)),
     "one scale": (SINGLE, (9, 16)),
 }
+
+
+QUICK = [("small", "zeros"), ("medium, odd sides", "reflect"), ("uneven", "zeros"), ("one scale", "reflect")]
+CASES = [
+    pytest.param(row, padding, marks=() if (row, padding) in QUICK else pytest.mark.slow)
+    for row in NETWORKS
+    for padding in ("zeros", "reflect")
+]
 
 
 def inputs(net: StackedSkipNet, size: tuple[int, int], *, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,8 +81,7 @@ def gradients(engine: Engine, net: StackedSkipNet) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("padding", ["zeros", "reflect"])
-@pytest.mark.parametrize("row", NETWORKS)
+@pytest.mark.parametrize(("row", "padding"), CASES)
 def test_reconstruction_loss_and_gradients_are_those_of_torch(row: str, padding: str) -> None:
     network, size = NETWORKS[row]
     theirs, net, z = engine_on(network, "torch", size, padding=padding)
@@ -90,7 +101,10 @@ def test_reconstruction_loss_and_gradients_are_those_of_torch(row: str, padding:
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-10 * largest, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize(("row", "padding"), [("small", "zeros"), ("uneven", "zeros"), ("medium", "reflect")])
+@pytest.mark.parametrize(
+    ("row", "padding"),
+    [("small", "zeros"), ("uneven", "zeros"), pytest.param("medium", "reflect", marks=pytest.mark.slow)],
+)
 def test_a_fit_stays_with_torch(row: str, padding: str) -> None:
     network, size = NETWORKS[row]
     pair = [engine_on(network, name, size, stack=2, padding=padding) for name in ("torch", "native")]
@@ -110,8 +124,7 @@ def test_a_fit_stays_with_torch(row: str, padding: str) -> None:
     assert float((seen[0] - seen[0].mean()).abs().max()) > 0.01
 
 
-@pytest.mark.parametrize("padding", ["zeros", "reflect"])
-@pytest.mark.parametrize("row", NETWORKS)
+@pytest.mark.parametrize(("row", "padding"), CASES)
 def test_the_gradient_of_z_is_that_of_torch_and_disturbs_nothing(row: str, padding: str) -> None:
     network, size = NETWORKS[row]
     found = []
@@ -189,39 +202,147 @@ def test_what_native_cannot_run_is_named_and_auto_goes_without() -> None:
         make_engine("cuda", net, given, steps=1)
 
 
-@pytest.mark.parametrize(("compiler_is", "message"), [("none", "no C"), ("broken", "could not compile")])
-def test_without_a_working_compiler_auto_takes_torch(
-    compiler_is: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path
-) -> None:
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """An empty cache folder, and nothing is loaded yet."""
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    if compiler_is == "broken":
-        fake = tmp_path / "g++"
-        fake.write_text("#!/bin/sh\necho 'cannot do that' >&2\nexit 1\n")
-        fake.chmod(0o755)
-    library.cache_clear()
-    try:
-        with pytest.raises(BuildError, match=message):
-            library("float32")
-        net, given = build("small", stack_size=1), torch.rand(1, 3, 16, 16)
+    for known in (_library, _say_once):
+        known.cache_clear()
+    yield tmp_path / "cache" / "native"
+    for known in (_library, _say_once):
+        known.cache_clear()
+
+
+def program(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def quick_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A compiler that takes no time: it gives what the real one has made in another test."""
+    library("float32")
+    (made,) = Path(os.environ["DIPGUARD_CACHE"], "native").glob("stack_step-float32-*.so")
+    text = f'#!/bin/sh\n[ "$1" = --version ] && exit 0\nwhile [ "$1" != -o ]; do shift; done\ncp {made} "$2"\n'
+    monkeypatch.setenv("CXX", program(tmp_path / "quick", text))
+
+
+def no_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("PATH", str(folder))
+
+
+def failing_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("CXX", program(folder / "fails", "#!/bin/sh\necho 'cannot do that' >&2\nexit 1\n"))
+
+
+def idle_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("CXX", "/bin/true")
+
+
+def compiler_that_may_not_run(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("CXX", program(folder / "noise", "\0\1\2"))
+
+
+def no_home(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.delenv("DIPGUARD_CACHE")
+    patch.delenv("XDG_CACHE_HOME", raising=False)
+    patch.setattr("os.path.expanduser", lambda path: path)
+
+
+def unwritable_cache(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setenv("DIPGUARD_CACHE", "/proc/cache")
+
+
+def no_folder_for_temporary_files(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr("tempfile.tempdir", str(folder / "none"))
+
+
+def cache_of_another_user(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.setattr("os.getuid", lambda: 12345)
+
+
+REASONS = {
+    no_compiler: "no C",
+    failing_compiler: "could not compile the native engine: cannot do that",
+    idle_compiler: "could not compile the native engine: no message",
+    compiler_that_may_not_run: "Exec format error",
+    no_home: "set DIPGUARD_CACHE",
+    unwritable_cache: "/proc/cache",
+    no_folder_for_temporary_files: "none",
+    cache_of_another_user: "belongs to another user",
+}
+
+
+@pytest.mark.parametrize("prepare", REASONS)
+def test_where_it_cannot_be_built_auto_takes_torch_and_says_so_once(
+    prepare: Callable[..., None],
+    fresh: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    prepare(monkeypatch, tmp_path)
+    net, given = build("small", stack_size=1), torch.rand(1, 3, 16, 16)
+    for _ in range(2):
         assert make_engine("auto", net, given, steps=1000).name == "torch"
-        with pytest.raises(ValueError, match="`engine` 'native' cannot be used here"):
-            make_engine("native", net, given, steps=1000)
-        assert not list((tmp_path / "cache").rglob("*.so"))
-    finally:
-        library.cache_clear()
+    (line,) = caplog.messages
+    assert line.startswith("the engine 'native' cannot be used, torch's takes its place: ")
+    assert REASONS[prepare] in line
+    with pytest.raises(BuildError, match=REASONS[prepare]):
+        library("float32")
+    with pytest.raises(ValueError, match="`engine` 'native' cannot be used here"):
+        make_engine("native", net, given, steps=1000)
+    assert not list(tmp_path.rglob("*.so"))
 
 
-def test_it_is_compiled_once(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
-    monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path))
-    library.cache_clear()
-    try:
-        library("float32")
-        (made,) = tmp_path.rglob("*.so")
-        written = made.stat().st_mtime_ns
-        library.cache_clear()
-        library("float32")
-        assert [path.stat().st_mtime_ns for path in tmp_path.rglob("*.so")] == [written]
-    finally:
-        library.cache_clear()
+def replaced(path: Path, content: bytes = b"of another user") -> None:
+    path.unlink()  # this process has the old file in memory
+    path.write_bytes(content)
+
+
+def cut(path: Path) -> None:
+    replaced(path, path.read_bytes()[: path.stat().st_size // 2])
+
+
+def open_to_all(path: Path) -> None:
+    path.chmod(0o666)
+
+
+def given_away(path: Path) -> None:
+    if os.getuid() != 0:
+        pytest.skip("only root may give a file away")
+    os.chown(path, 12345, 12345)
+
+
+def link(path: Path) -> None:
+    path.rename(path.with_suffix(".real"))
+    path.symlink_to(path.with_suffix(".real"))
+
+
+@pytest.mark.parametrize("harm", [cut, replaced, open_to_all, given_away, link])
+@pytest.mark.usefixtures("quick_compiler")
+def test_only_this_users_own_whole_object_is_loaded(harm: Callable[[Path], None], fresh: Path) -> None:
+    fresh.mkdir(parents=True)
+    fresh.chmod(0o777)
+    library("float32")
+    (made,) = fresh.glob("*.so")
+    content = made.read_bytes()
+    assert [path.stat().st_mode & 0o777 for path in (fresh, made)] == [0o700, 0o600]
+    harm(made)
+    _library.cache_clear()
+    library("float32")
+    (again,) = fresh.glob("*.so")
+    state = again.lstat()
+    assert (again.read_bytes(), state.st_mode & 0o170777, state.st_uid) == (content, 0o100600, os.getuid())
+
+
+@pytest.mark.usefixtures("quick_compiler")
+def test_it_is_compiled_once(fresh: Path) -> None:
+    library("float32")
+    (made,) = fresh.iterdir()
+    written = made.stat().st_mtime_ns
+    _library.cache_clear()
+    library("float32")
+    assert [path.stat().st_mtime_ns for path in fresh.iterdir()] == [written]

@@ -12,7 +12,7 @@ from dipguard.engines.kernel_choice import median_seconds
 
 @pytest.mark.parametrize("runs", [1, 5])
 def test_the_median_of_the_runs_after_a_warm_one(runs: int) -> None:
-    waits = iter([0.2, 0.01, 0.01, 0.01, 0.05, 0.0])
+    waits = iter([0.1, 0.01, 0.01, 0.01, 0.05, 0.0])
     seen = []
 
     def work() -> None:

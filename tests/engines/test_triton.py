@@ -81,7 +81,6 @@ COMPILED = [
     ("norm_kernel", "fp32", "ieee", r"sqrt", r"f64"),
     ("norm_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"atom"),
 ]
-QUICK = {"forward_kernel", "strided_gradient_kernel", "fold_kernel", "norm_kernel", "norm_gradient_kernel"}
 
 
 def constants(name: str, precision: str) -> dict[str, Any]:
@@ -105,10 +104,7 @@ def constants(name: str, precision: str) -> dict[str, Any]:
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton carries its assembler on Linux alone")
 @pytest.mark.parametrize(
     ("name", "entries", "precision", "has", "has_not"),
-    [
-        pytest.param(*row, marks=() if row[0] in QUICK and row[1:3] == ("fp32", "ieee") else pytest.mark.slow)
-        for row in COMPILED
-    ],
+    [pytest.param(*row, marks=() if row[0] == "norm_kernel" else pytest.mark.slow) for row in COMPILED],
 )
 def test_kernels_compile_for_hopper(
     name: str, entries: str, precision: str, has: str, has_not: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

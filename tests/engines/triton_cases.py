@@ -26,7 +26,7 @@ sys.modules["dipguard"] = types.ModuleType("dipguard")
 sys.modules["dipguard"].__path__ = [str(ROOT / "dipguard")]
 
 from dipguard.engines import triton_ops  # noqa: E402
-from dipguard.engines.kernel_choice import choose_kernels  # noqa: E402
+from dipguard.engines.kernel_choice import choose_kernels, use_kernels  # noqa: E402
 from dipguard.engines.triton_ops import triton_conv2d, triton_norm_leaky_relu  # noqa: E402
 from dipguard.networks import build  # noqa: E402
 from dipguard.networks.unet import grouped_conv2d  # noqa: E402
@@ -102,7 +102,8 @@ def network(device: torch.device) -> list[float]:
     net = build("small", stack_size=2, dtype=torch.float64).to(device)
     z = torch.rand(2, 4, 8, 8, dtype=torch.float64, device=device)
     right = net(z)
-    choose_kernels(net, device, size=(8, 8), convolutions=["triton"], normalisations=["triton"]).apply(net)
+    all_triton = choose_kernels(net, device, size=(8, 8), convolutions=["triton"], normalisations=["triton"])
+    use_kernels(net, all_triton)
     return compare(net(z), right, tuple(net.parameters()))
 
 

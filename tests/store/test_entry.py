@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +35,6 @@ def test_what_is_written_is_read(path: Path):
         assert entry.arrays[name].dtype == array.dtype
         assert np.array_equal(entry.arrays[name], array)
     assert (entry.header["key"], entry.header["index"]) == ("abc", 3)
-    assert entry.bytes == sum(array.nbytes for array in ARRAYS.values())
 
 
 def test_anybody_can_read_it_with_numpy(path: Path):
@@ -66,6 +68,45 @@ DAMAGE = {
 def test_damage_is_seen(path: Path, damage: Callable[[bytes], bytes]):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DamagedEntryError, match="damaged"):
+        read_entry(path)
+
+
+def test_no_flipped_bit_passes(path: Path):
+    write_entry(path, {"x": np.arange(3)}, {"key": "abc"})
+    content = path.read_bytes()
+    for place in range(len(content)):
+        for bit in range(8):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 1 << bit]) + content[place + 1 :])
+            with pytest.raises(DamagedEntryError, match="damaged"):
+                read_entry(path)
+
+
+def sealed(body: bytes) -> bytes:
+    """Any bytes, with the digest of a whole entry."""
+    return body + hashlib.sha256(body).hexdigest().encode()
+
+
+def archive(**members: Any) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, **members)
+    return buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"no archive",
+        archive(x=np.arange(3)),
+        archive(header=np.str_("no JSON")),
+        archive(header=np.str_("[]")),
+        archive(header=np.str_('{"format": "something/1"}')),
+        archive(header=np.array([{}], dtype=object)),
+    ],
+    ids=["no archive", "no header", "no JSON", "a list", "another format", "pickled"],
+)
+def test_bad_content_under_a_good_digest_is_damage(path: Path, body: bytes):
+    path.write_bytes(sealed(body))
+    with pytest.raises(DamagedEntryError):
         read_entry(path)
 
 

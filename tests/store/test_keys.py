@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from dipguard.fit import DecideOptions, FitOptions
 from dipguard.networks import network_spec
-from dipguard.store import StackKeys, victim_digest
+from dipguard.store import StackKeys, numerics, victim_digest
 from tests.store.parts import random_victim, smooth_images
 
 CPU = torch.device("cpu")
@@ -131,3 +131,21 @@ def test_digest_of_a_victim():
     digests = [victim_digest(victim) for victim in [*same, *changed]]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 1 + len(changed)
+
+
+@pytest.mark.parametrize("program", ["dipguard", "numerics", "torch", "torchmetrics"])
+def test_another_version_has_other_keys(program: str, monkeypatch: pytest.MonkeyPatch):
+    fit, trace = fit_key(), trace_key()
+    numbers = dict(numerics())
+    if program == "torchmetrics":
+        monkeypatch.setattr("dipguard.store.keys.version", lambda name: "0.0.1")
+    elif program == "torch":
+        monkeypatch.setattr(torch, "__version__", "0.0.1")
+    else:
+        monkeypatch.setattr(f"dipguard.store.keys.{'NUMERICS' if program == 'numerics' else '__version__'}", "0.0.1")
+    numerics.cache_clear()
+    try:
+        assert numerics() != numbers  # a part of each cell's key, too
+        assert (fit_key() != fit, trace_key() != trace) == (True, True)
+    finally:
+        numerics.cache_clear()
