@@ -14,7 +14,7 @@ from dipguard.defenses import Defense
 from dipguard.files import csv_text, write_text
 from dipguard.reporting.canvas import DPI, Picture, class_name, save_figure, short, show
 from dipguard.reporting.image_figures import amplification
-from dipguard.reporting.trace_figure import draw_mirror_trace, draw_trace
+from dipguard.reporting.trace_figure import draw_trace
 
 COLUMNS: tuple[str, ...] = (
     "picture",
@@ -94,9 +94,8 @@ def draw_picture(
     from matplotlib.figure import Figure
 
     if trace is not None:
-        draw = draw_trace if trace.mirrored_logits is None else draw_mirror_trace
         name_of = partial(class_name, classes=classes)
-        figure = draw(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of)
+        figure = draw_trace(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of)
     else:
         figure = Figure(figsize=(8, 3.4), dpi=DPI, layout="constrained")
         # Another size leaves no difference to show.

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 
 from dipguard.files import write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
+from dipguard.reporting.escape import NONE, escape_markdown
 from dipguard.reporting.results import CLEAN, DONE, WORST, in_suite
-from dipguard.reporting.tables import NONE, escaped, in_short, markdown
+from dipguard.reporting.tables import in_short, markdown
 
 WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6
 """Inches: the figure's width, the height of an attack, and title with legend."""
@@ -46,16 +47,16 @@ def write_suite(folder: str | Path, rows: pd.DataFrame, checks: pd.DataFrame) ->
 def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     """The whole page as Markdown."""
     accuracies = markdown(*_table(rows, [_accuracy(row) for row in rows.itertuples()]))
-    parts = ["# The attack suite: accuracy under attack, %", escaped(_head(rows)), accuracies]
-    parts.append("\n".join(f"- {escaped(text)}" for text in _reasons(rows)))
+    parts = ["# The attack suite: accuracy under attack, %", escape_markdown(_head(rows)), accuracies]
+    parts.append("\n".join(f"- {escape_markdown(text)}" for text in _reasons(rows)))
     parts += ["## Masking checks", _verdicts(checks)]
     for defense, found in checks.groupby("defense", sort=False):
-        lines = [f"- {c.check}: **{c.verdict}**. {escaped(c.figures)}" for c in found.itertuples()]
-        parts.append("\n".join([f"{defense}:", "", *lines]))
+        lines = [f"- {c.check}: **{c.verdict}**. {escape_markdown(c.figures)}" for c in found.itertuples()]
+        parts.append("\n".join([f"{escape_markdown(defense)}:", "", *lines]))
     parts += ["## What it cost", "DIP steps / purified images read / seconds, as counted.", _cost_table(rows)]
     parts += ["## Settings, and what was cut", _settings(rows)]
     cut = rows[(rows["attack"] == CLEAN) & (rows["cut"] != "")]
-    parts += [f"- {line.defense}: {escaped(line.cut)}" for line in cut.itertuples()]
+    parts += [f"- {escape_markdown(line.defense)}: {escape_markdown(line.cut)}" for line in cut.itertuples()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

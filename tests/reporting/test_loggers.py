@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dipguard.evaluation import Matrix
 from dipguard.reporting import open_log, write_train_report
+from dipguard.reporting.loggers import wandb_mode
 from tests.tiny_run import tiny_run
 
-SMALL = ("data.limit=2", "chunk=1")
+SMALL = ("data.limit=2", "chunk=1", "figures=1")
 WANDB = {"name": "wandb", "project": "dipguard", "entity": None, "group": None, "offline": None}
 
 
@@ -91,16 +93,22 @@ def test_wandb_run_is_closed_when_the_job_fails(tmp_path: Path, monkeypatch: pyt
     assert wandb.run is None
 
 
-def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dipguard.reporting.wandb_run import wandb_mode
-
+@pytest.mark.parametrize(
+    ("own", "key", "offline", "mode"),
+    [
+        ("online", None, None, "offline"),
+        ("online", "x" * 40, None, "online"),
+        ("online", None, False, "online"),
+        ("online", "x" * 40, True, "offline"),
+        ("disabled", "x" * 40, None, "disabled"),
+        ("dryrun", "x" * 40, None, "dryrun"),
+        ("offline", "x" * 40, None, "offline"),
+    ],
+)
+def test_mode_is_that_of_wandbs_own_settings_but_offline_without_a_key(
+    monkeypatch: pytest.MonkeyPatch, own: str, key: str | None, offline: bool | None, mode: str
+) -> None:
+    settings = SimpleNamespace(mode=own, api_key=key, base_url="https://api.wandb.ai")
+    monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
     monkeypatch.setenv("NETRC", "nowhere")
-    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert wandb_mode(None) == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_mode(None) == "online"
-    assert wandb_mode(True) == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode(None) == "disabled"
+    assert wandb_mode(offline) == mode
