@@ -13,6 +13,7 @@ from dipguard.decision import DecisionTrace
 from dipguard.defenses import Defense
 from dipguard.files import csv_text, write_text
 from dipguard.reporting.canvas import DPI, Picture, class_name, save_figure, short, show
+from dipguard.reporting.escape import escape_csv, escape_markdown
 from dipguard.reporting.image_figures import amplification
 from dipguard.reporting.trace_figure import draw_trace
 
@@ -36,8 +37,9 @@ MOST_PRINTED = 40
 
 def write_decisions(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write decisions.csv and decisions.md; ``rows`` hold some of `COLUMNS`."""
-    write_text(folder / "decisions.csv", csv_text(COLUMNS, rows))
-    cells = [[cell.replace("|", "\\|") for cell in _cells(row)] for row in rows]
+    safe = [{k: escape_csv(value) if isinstance(value, str) else value for k, value in row.items()} for row in rows]
+    write_text(folder / "decisions.csv", csv_text(COLUMNS, safe))
+    cells = [[escape_markdown(cell) for cell in _cells(row)] for row in rows]
     lines = [f"| {' | '.join(line)} |" for line in [(*_HEADS[:3], "changed"), ["---"] * 4, *cells]]
     write_text(folder / "decisions.md", "\n".join(lines) + "\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 import torch
@@ -166,5 +167,5 @@ def _share(right: Tensor) -> dict[str, Any]:
     return {"n": n, "correct": correct, "status": DONE, "accuracy": _short(correct / n), "low": low, "high": high}
 
 
-def _short(value: float) -> float:
-    return round(value, 6)  # integers stay integers
+def _short(value: float) -> float | None:
+    return round(value, 6) if isfinite(value) else None  # integers stay integers

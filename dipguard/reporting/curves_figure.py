@@ -6,51 +6,39 @@ import textwrap
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
+from dipguard.reporting.results import images_text
 
 PANEL_WIDTH, LEGEND_WIDTH, HEIGHT = 3.6, 1.8, 4.0
 """Inches: a panel, the legend beside the panels, and the figure's height."""
 
 
-class _Kind(NamedTuple):
-    """A figure with a panel for each value of one column of the results, and curves over another."""
-
-    stem: str
-    title: str
-    panel: str
-    panel_title: str
-    x: str
-    x_label: str
-
-
-KINDS: Mapping[str, _Kind] = {
-    "bpda": _Kind("figure4_bpda", "BPDA", "eps_255", "ε = {:g}/255", "budget", "iterations"),
-    "hopskipjump": _Kind(
+KINDS: dict[str, tuple[str, str, str, str, str, str]] = {
+    "bpda": ("figure4_bpda", "BPDA", "eps_255", "ε = {:g}/255", "budget", "iterations"),
+    "hopskipjump": (
         "figure5_hopskipjump", "HopSkipJump", "budget", "{:g} queries an image", "eps_255", "ε in levels of 255"
     ),
-}
+}  # fmt: skip
+"""File, title, the column of the results that has a panel for each value, its title, and the column of the x axis."""
 
 
 def write_curves(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     """Draw figure4_bpda.png and figure5_hopskipjump.png from the rows of `read_results` that have a budget.
 
     Each data set, victim and seed has a figure of its own; from the second on its name ends in a number.
-
-    Returns:
-        The paths.
     """
     points = results[results["budget"].notna() & results["accuracy"].notna() & results["attack_name"].isin(KINDS)]
     styles = {defense: line_style(i) for i, defense in enumerate(points["defense"].unique())}
     paths, numbers = [], Counter[str]()
     for (attack, *_), members in points.groupby(["attack_name", "data", "victim", "seed"], sort=False):
         numbers[attack] += 1
-        name = KINDS[attack].stem + (f"_{numbers[attack]}" if numbers[attack] > 1 else "")
+        name = KINDS[attack][0] + (f"_{numbers[attack]}" if numbers[attack] > 1 else "")
         paths.append(save_figure(draw_curves(members, styles), Path(folder) / f"{name}.png"))
     return paths
 
@@ -66,29 +54,29 @@ def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, Any]]) -
         styles: How each defence's curve is drawn.
     """
     first = points.iloc[0]
-    kind = KINDS[first["attack_name"]]
-    panels = sorted(points[kind.panel].unique())
+    _, name, panel, panel_title, x_column, x_label = KINDS[first["attack_name"]]
+    panels = sorted(points[panel].unique())
     figure = Figure(figsize=(PANEL_WIDTH * len(panels) + LEGEND_WIDTH, HEIGHT), dpi=DPI, layout="constrained")
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     drawn = {}
     for ax, value in zip(axes, panels, strict=True):
-        for defense, curve in points[points[kind.panel] == value].groupby("defense", sort=False):
-            ordered = curve.sort_values(kind.x)
-            x, style = ordered[kind.x], styles[defense]
+        for defense, curve in points[points[panel] == value].groupby("defense", sort=False):
+            ordered = curve.sort_values(x_column)
+            x, style = ordered[x_column], styles[defense]
             # Edges tell bands apart that overlap, and show an interval where there is a single point.
             band = {"color": style["color"], "alpha": 0.12, "linewidth": 1.5}
             ax.fill_between(x, 100 * ordered["low"], 100 * ordered["high"], **band)
             (drawn[defense],) = ax.plot(x, 100 * ordered["accuracy"], linewidth=1.5, markersize=4.5, **style)
-        ax.set(xlabel=kind.x_label, ylim=(-3, 103))
+        ax.set(xlabel=x_label, ylim=(-3, 103))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        ax.set_title(kind.panel_title.format(value), fontsize=10)
+        ax.set_title(panel_title.format(value), fontsize=10)
         plain_axes(ax)
     axes[0].set_ylabel("accuracy, %")
     names = [short(defense, 20) for defense in drawn]
     figure.legend(list(drawn.values()), names, loc="outside right center", frameon=False, fontsize=9)
     width = 50 * len(panels) + 20
-    title = textwrap.fill(f"{kind.title}: {first['data']}, victim {first['victim']}", width)
+    title = textwrap.fill(f"{name}: {first['data']}, victim {first['victim']}", width)
     figure.suptitle(title, fontsize=11, fontweight="bold")
-    images = " to ".join(dict.fromkeys(f"{n:.0f}" for n in (points["n"].min(), points["n"].max())))
-    figure.supxlabel(textwrap.fill(f"n = {images} images a point; bands are 95 % Wilson intervals", width), fontsize=9)
+    images = images_text(points["n"])
+    figure.supxlabel(textwrap.fill(f"n = {images} a point; bands are 95 % Wilson intervals", width), fontsize=9)
     return figure

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 NONE = "\N{EN DASH}"
 """Stands for a missing figure; the reason is given below the table."""
-_MARKDOWN = {"<": "&lt;"} | {c: f"\\{c}" for c in "\\|[]*"}
+_MARKDOWN = str.maketrans({"<": "&lt;", **{c: f"\\{c}" for c in "\\|[]*"}})
 _LATEX = {NONE: "--", "\N{HORIZONTAL ELLIPSIS}": r"\dots{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
 _NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
 _LATEX |= {c: rf"\text{name}{{}}" for c, name in _NAMES.items()}
@@ -20,7 +20,7 @@ def escape_csv(text: str) -> str:
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown prints as it is, on one line: no HTML, link, emphasis or end of a table's cell."""
-    return " ".join(text.split()).translate(str.maketrans(_MARKDOWN))
+    return " ".join(text.split()).translate(_MARKDOWN)
 
 
 def escape_latex(text: str) -> str:

@@ -26,17 +26,14 @@ that would outlive the job in a process with several jobs."""
 
 
 class RunLog(Logger):
-    """A Lightning logger that collects all stacks of a run: many short Trainers write into one log.
+    """A Lightning logger that collects all stacks of a run: many short Trainers write into ``inner``.
 
-    Args:
-        inner: The logger that writes.
-        first_step: Added to the Trainer's step numbers.
+    ``first_step`` is added to the Trainer's step numbers.
     """
 
     def __init__(self, inner: Logger, *, first_step: int = 0) -> None:
         super().__init__()
-        self.inner = inner
-        self.first_step = first_step
+        self.inner, self.first_step = inner, first_step
 
     name = property(lambda self: self.inner.name)
     version = property(lambda self: self.inner.version)
@@ -93,33 +90,33 @@ def open_log(
     ``logs/wandb/``. A resumed run opens a new session, and with W&B online its old run.
 
     Args:
-        config: ``name`` (``csv``, ``tensorboard``, ``wandb`` or ``none``); for W&B also ``project``, ``entity``,
-            ``group`` and ``offline``.
+        config: ``name`` and the options of that logger (:data:`dipguard.config.LOGGERS`).
         folder: The run folder.
         settings: The run's settings, entered once, with dotted keys.
-        job_type: W&B's type of the run: ``fit``, ``evaluate`` or ``sweep``.
-        group: The sweep of the run, for W&B; the config's own ``group`` takes precedence.
+        job_type: For W&B: ``fit``, ``evaluate`` or ``sweep``.
+        group: For W&B: the sweep, unless the config has a ``group``.
     """
-    name, inner = config["name"], None
+    name = config["name"]
+    if name == "none":
+        yield None
+        return
+    inner: Logger
     if name == "wandb":
         inner = _open_wandb(config, folder, group=config.get("group") or group, job_type=job_type)
-    elif name != "none":
+    else:
         root = folder / "logs" / name
         session = f"session_{len(list(root.glob('session_*')))}"
         inner = (CSVLogger if name == "csv" else TensorBoardLogger)(root, name="", version=session)
-    if inner is None:
-        yield None
-        return
-    failed = True
+    status = "failed"
     try:
         inner.log_hyperparams(flatten(settings))
         yield RunLog(inner)
-        failed = False
+        status = "success"
     finally:
         inner.save()
-        inner.finalize("failed" if failed else "success")
+        inner.finalize(status)
         if isinstance(inner, WandbLogger):
-            _close_wandb(inner.experiment, failed=failed)
+            _close_wandb(inner.experiment, exit_code=int(status == "failed"))
 
 
 def wandb_mode(offline: bool | None) -> str:
@@ -142,7 +139,7 @@ def _open_wandb(config: Mapping[str, Any], folder: Path, **options: Any) -> Wand
         "name": folder.name,
         "project": config.get("project"),
         "entity": config.get("entity"),
-        "reinit": "create_new",  # a run that is open in this process is not closed
+        "reinit": "create_new",  # the run of the next job in this process is another one
         "settings": wandb.Settings(**{name: value for name, value in WANDB_SETTINGS.items() if name in known}),
     }
     path = folder / "logs" / "wandb_id.txt"
@@ -157,9 +154,9 @@ def _open_wandb(config: Mapping[str, Any], folder: Path, **options: Any) -> Wand
     return logger
 
 
-def _close_wandb(run: Any, *, failed: bool) -> None:
+def _close_wandb(run: Any, *, exit_code: int) -> None:
     try:
-        run.finish(exit_code=int(failed))
+        run.finish(exit_code=exit_code)
     except Exception as error:
         _log.warning("W&B did not take the end of the run: %s: %s", type(error).__name__, error)
     if (kept := Path(run.dir).parent).name.startswith("offline-run"):

@@ -109,15 +109,10 @@ def head_of(label: str) -> str:
 
 
 def paper_data(data: str, victim: str) -> str | None:
-    """The data set of the paper that a run's images are like: a key of `SETTINGS`, or None.
-
-    Where the name of the data set says nothing about its images (arrays, a folder), the victim's name decides.
-    """
+    """The data set of the paper that a run's images are like, by the names of data and victim: a key of `VICTIMS`."""
+    names = f"{data} {victim}".lower()
     if data == "digits":
         return None
-    for name in (data.lower(), victim.lower()):
-        if re.search(r"cifar[-_ ]?10(?!\d)", name):
-            return "CIFAR-10"
-        if re.search(r"imagenet|n(eur)?ips[-_ ]?2017|^torchvision|^timm", name):
-            return "ImageNet"
-    return None
+    if re.search(r"cifar[-_ ]?10(?!\d)", names):
+        return "CIFAR-10"
+    return "ImageNet" if re.search(r"imagenet|n(eur)?ips[-_ ]?2017|\b(torchvision|timm)", names) else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import chain, zip_longest
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
     labels, indices = cell.clean.labels.numpy(), cell.clean.indices.numpy()
     write_npz(folder / "reconstructions.npz", images=images, indices=indices, labels=labels)
     write_text(folder / "report.md", _page(result, metrics) + _links(folder, figures))
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", _finite(metrics))
     if log is not None:
         log.log_results(metrics, pd.read_csv(folder / "images.csv"), figures)
     return metrics
@@ -118,6 +119,15 @@ def _links(folder: Path, figures: list[Path]) -> str:
     return "".join(f"\n![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})\n" for path in figures)
 
 
+def _finite(value: Any) -> Any:
+    """JSON values without NaN and infinity, which JSON does not have: None stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
 def _metrics(result: CellResult) -> dict[str, Any]:
     """The figures of metrics.json; ``images_per_second`` does not count the attack's time."""
     cell, n = result.cell, len(result.decisions)
@@ -142,11 +152,6 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
     eps = "" if result.eps_255 is None else f" at {result.eps_255:g}/255"
     steps = f" ({cell.defense.steps_per_image:,} DIP steps an image)" if cell.defense.steps_per_image else ""
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in metrics["seconds"].items())
-    averaged = "".join(
-        f"{name.replace('_', ' ').capitalize()}: {metrics[name]:.1f} an image on average; "
-        f"{metrics['images_without']} of {n} images had none that counted.\n\n"
-        for name in sorted({*AVERAGED.values()} & metrics.keys())
-    )
     speed = f"; {metrics['images_per_second']:.3g} images a second" if metrics["images_per_second"] else ""
     return f"""# dipguard run
 
@@ -158,7 +163,7 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
 | accuracy | {right["clean"]:.1%} | {right["undefended"]:.1%} | {right["defended"]:.1%} |
 | SSIM to the clean image | 1 | {ssim["given"]:.3f} | {ssim["defended"]:.3f} |
 
-{averaged}Time: {seconds}{speed}.
+Time: {seconds}{speed}.
 
 Files: `metrics.json` (figures and settings), `images.csv` (a row for each image), `reconstructions.npz`, `traces/` \
 (decision traces, which can be replayed without a new fit), `config.yaml`.

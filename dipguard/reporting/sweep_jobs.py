@@ -81,10 +81,10 @@ def read_sweep(folder: str | Path) -> Sweep:
         FileNotFoundError: It holds no job, and no plan of any.
     """
     folder = Path(folder)
-    plan = _yaml(folder / "sweep.json") or {}
+    plan = _yaml(folder / "sweep.json")
     planned = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}
     found = {path.parents[1].name: path for path in sorted(folder.glob("*/.hydra/overrides.yaml"))}
-    overrides = planned or {name: list(_yaml(path) or []) for name, path in found.items()}
+    overrides = planned or {name: _yaml(path, list) for name, path in found.items()}
     if not overrides:
         raise FileNotFoundError(f"`folder` must be that of a sweep, got {folder}, which holds no job of one")
     given = {name: {k: v for text in texts for k, v in _parsed(text).items()} for name, texts in overrides.items()}
@@ -95,8 +95,8 @@ def read_sweep(folder: str | Path) -> Sweep:
     tables = [pd.DataFrame(columns=["job", "attack", "defense"])]
     for name in overrides:
         state, problem, table = _outcome(folder / name)
-        store = _yaml(folder / name / "store.json") or {}
-        jobs[name] = Job(state, {key: values[name][key] for key in parameters}, problem, store)
+        known = {key: values[name][key] for key in parameters}
+        jobs[name] = Job(state, known, problem, _yaml(folder / name / "store.json"))
         if table is not None:
             tables.append(table.assign(job=name))
     results = pd.concat(tables[1:] or tables, ignore_index=True)
@@ -126,13 +126,14 @@ def short_labels(keys: Iterable[str]) -> dict[str, str]:
     return labels
 
 
-def _yaml(path: Path) -> Any:
-    """The content of a YAML or JSON file; None if there is none or it is damaged."""
+def _yaml(path: Path, kind: type[Any] = dict) -> Any:
+    """The content of a YAML or JSON file; empty if there is none, or it is damaged."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast, but not everywhere
     try:
-        return yaml.load(path.read_bytes(), Loader=loader)
+        content = yaml.load(path.read_bytes(), Loader=loader)
     except (FileNotFoundError, yaml.YAMLError):
-        return None
+        content = None
+    return content if isinstance(content, kind) else kind()
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Value]:
@@ -157,9 +158,8 @@ def _is_aside(key: str) -> bool:
 
 def _values(folder: Path, keys: Sequence[str], given: Mapping[str, Value]) -> dict[str, Value]:
     """The keys' values in a job: those of its config, which has the defaults too, or what it was given."""
-    config = _plain(_yaml(folder / "config.yaml") or {})
-    runtime = (_yaml(folder / ".hydra" / "hydra.yaml") or {}).get("hydra", {}).get("runtime", {})
-    choices = runtime.get("choices", {})
+    config = _plain(_yaml(folder / "config.yaml"))
+    choices = _yaml(folder / ".hydra" / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
     return {key: config.get(key, given.get(key, choices.get(key))) for key in keys}
 
 
@@ -182,7 +182,7 @@ def _outcome(folder: Path) -> tuple[str, str, pd.DataFrame | None]:
         except (FileNotFoundError, ValueError) as error:
             return "failed", f"its results are damaged: {error}", None
     if (folder / FAILED).is_file():
-        failed = _yaml(folder / FAILED) or {}
+        failed = _yaml(folder / FAILED)
         return "failed", f"{failed['error']}: {failed['message']}" if "error" in failed else "see its log", None
     if (folder / "config.yaml").is_file():
         return "unfinished", "running, or killed before its end", None

@@ -6,11 +6,11 @@ line per parameter through the common point, and a full grid gives many lines.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import ceil, floor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,6 +22,7 @@ from dipguard.files import write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
 from dipguard.reporting.escape import NONE, escape_csv, escape_markdown
 from dipguard.reporting.paper_figures import SOURCE, TABLE_3, head_of
+from dipguard.reporting.results import images_text, interval_text
 from dipguard.reporting.sweep_jobs import STATES, Sweep, is_numeric, read_sweep, text_of
 from dipguard.reporting.tables import markdown
 
@@ -42,9 +43,9 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
 
     - ``sweep.csv``: a row for each job, attack and defence;
     - ``figure6_mean.png``, ``figure7_columns.png``: accuracy against each parameter, mean and by attack;
-    - ``table3_T_network.png``, ``map_<a>_<b>.png``: parameters that were varied together;
-    - ``report.md``: what is missing or failed; for each defence that the parameters act on the best settings,
-      sensitivities and tables with intervals; the other defences; the figures.
+    - ``map_<a>_<b>.png``: parameters that were varied together;
+    - ``report.md``: what is missing or failed; for each defence that the parameters act on the settings, and
+      tables with intervals; the other defences; the figures.
 
     Raises:
         FileNotFoundError: See `read_sweep`.
@@ -56,9 +57,9 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
     swept, fixed = _grids(sweep)
     for grid in swept:
         of = f": {escape_markdown(grid.defense)}" if len(sweep.defenses) > 1 else ""
-        parts += [f"## Settings{of}", best_section(grid), f"## Sensitivity{of}", sensitivity_section(grid)]
-        for pair in grid.pairs():
-            parts += [f"## {pair_title(grid, pair)}{of}", pair_section(grid, pair)]
+        parts += [f"## Settings{of}", best_section(grid)]
+        for pair, cells in grid.maps():
+            parts += [f"## {_title(grid, pair)}{of}", pair_section(grid, pair, cells)]
         for title, name, figure in _figures(grid):
             made.append(save_figure(figure, folder / f"{name}{f'_{grid.defense}' if of else ''}.png"))
             figures += [f"## {title}{of}", f"![{made[-1].stem}]({made[-1].name})"]
@@ -109,57 +110,37 @@ class Grid:
         """The jobs by their mean accuracy, the best first."""
         return self.of(MEAN).sort_values("value", ascending=False, kind="stable")
 
-    def lines(self, key: str, attack: str = MEAN) -> pd.DataFrame:
-        """Accuracy against a parameter while the others stay: a row for each setting of those, a column for each value.
-
-        Settings with a single value are left out.
-        """
-        wide = self._wide(attack, key)["value"]
-        return wide[wide.notna().sum(axis=1) > 1]
-
     def profile(self, key: str, attack: str = MEAN) -> pd.DataFrame:
         """Accuracy by the value of a parameter: rows with ``value``, ``low`` and ``high`` by the value's position.
 
         It is the mean over the settings of the other parameters that have most values, all of them the same.
         """
-        known = self.lines(key, attack).notna()
-        if not len(known):
+        wide = self._wide(attack, key)
+        known = wide["value"].notna()
+        longest = known[known.sum(axis=1) == max(2, known.sum(axis=1).max())]
+        if not len(longest):
             return pd.DataFrame(columns=["value", "low", "high"])
-        longest = known[known.sum(axis=1) == known.sum(axis=1).max()]
         pattern = longest.value_counts().index[0]
         chosen = longest.index[(longest == list(pattern)).all(axis=1)]
-        return self._wide(attack, key).loc[chosen].mean().unstack(0).dropna()
+        return wide.loc[chosen].mean().unstack(0).dropna()
 
-    def map(self, pair: tuple[str, str], attack: str = MEAN) -> pd.DataFrame | None:
-        """Accuracy by two parameters that were varied together: rows with ``value``, ``low`` and ``high``.
+    def map(self, pair: tuple[str, str]) -> pd.DataFrame | None:
+        """Mean accuracy by two parameters that were varied together: rows with ``value``, ``low`` and ``high``.
 
         It is the mean over the settings of the others, for values that all of them have. A cross (each varied while the
         other stays) is no map: for a and b values it has at most a + b - 1 jobs.
         """
-        wide = self._wide(attack, *pair)
+        wide = self._wide(MEAN, *pair)
         known = wide["value"].notna()
         sizes = sum(known.T.groupby(level=key).any().sum() for key in pair)
-        tables = wide[known.sum(axis=1) > sizes - 1]
-        return tables.dropna(axis=1).mean().unstack(0)[["value", "low", "high"]] if len(tables) else None
+        tables = wide[known.sum(axis=1) > sizes - 1].dropna(axis=1)
+        return tables.mean().unstack(0) if tables.size else None
 
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Pairs of parameters that were varied together under some attack; numbers come before names."""
+    def maps(self) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
+        """Each pair of parameters that were varied together, with its `map`; numbers come before names."""
         for pair in combinations(sorted(self.parameters, key=lambda key: not is_numeric(self.parameters[key])), 2):
-            if any(self.map(pair, attack) is not None for attack in self.attacks):
-                yield pair
-
-    def sensitivities(self) -> pd.DataFrame:
-        """The position of the best and worst value of each parameter, the accuracy between them, the number of lines.
-
-        The most important parameter comes first.
-        """
-        found = []
-        for key in self.parameters:
-            values = self.profile(key)["value"]
-            if len(values) > 1:
-                found.append((key, values.idxmax(), values.idxmin(), values.max() - values.min(), len(self.lines(key))))
-        table = pd.DataFrame(found, columns=["key", "best", "worst", "range", "lines"])
-        return table.sort_values("range", ascending=False, kind="stable")
+            if (cells := self.map(pair)) is not None:
+                yield pair, cells
 
     def _wide(self, attack: str, *keys: str) -> pd.DataFrame:
         """Value, low and high of each job: a row for each setting of the other parameters, columns by ``keys``."""
@@ -256,29 +237,9 @@ def _by_attack(grid: Grid, line: pd.Series) -> list[str]:
     return [*(NONE if value is None else f"{100 * value:.1f}" for value in values), _interval(line)]
 
 
-def sensitivity_section(grid: Grid) -> str:
-    """Best and worst value of each parameter and the points between them."""
-    rows = []
-    for _, one in grid.sensitivities().iterrows():
-        shares, values = grid.profile(one["key"]), grid.parameters[one["key"]]
-        ends = [text for at in (one["best"], one["worst"]) for text in (text_of(values[at]), _interval(shares.loc[at]))]
-        rows.append([grid.sweep.labels[one["key"]], *ends, f"{100 * one['range']:.1f}", str(one["lines"])])
-    if not rows:
-        return "No parameter was varied alone yet."
-    head = ["parameter", "best value", "mean accuracy, %", "worst value", "mean accuracy, %", "range, points", "lines"]
-    note = (
-        "Accuracy with its 95 % interval; the range is between the best and the worst value while all other parameters "
-        "stay, in the mean over so many lines. A parameter's best value is the best of this grid, on these images."
-    )
-    return f"{note}\n\n{markdown(head, rows)}"
-
-
-def pair_section(grid: Grid, pair: tuple[str, str]) -> str:
+def pair_section(grid: Grid, pair: tuple[str, str], cells: pd.DataFrame) -> str:
     """A table of two parameters: mean accuracy in percent with 95 % intervals, and the paper's where it has them."""
     across, down = (grid.parameters[key] for key in pair)
-    cells = grid.map(pair)
-    if cells is None or not len(cells):
-        return "No job has all attacks yet."
     texts = cells.apply(_interval, axis=1).unstack(0).fillna(NONE)
     head = [f"{grid.sweep.labels[pair[1]]} / {grid.sweep.labels[pair[0]]}", *(text_of(across[i]) for i in texts)]
     section = f"Mean accuracy over {_count(grid)}, %:\n\n"
@@ -295,13 +256,7 @@ def _count(grid: Grid) -> str:
 
 
 def _interval(share: pd.Series) -> str:
-    return f"{100 * share['value']:.1f} ({100 * share['low']:.0f}{NONE}{100 * share['high']:.0f})"
-
-
-def pair_title(grid: Grid, pair: tuple[str, str]) -> str:
-    """Both labels, and the paper's table if it varies the same."""
-    labels = [grid.sweep.labels[key] for key in pair]
-    return " x ".join(labels) + (" (Table 3)" if set(labels) == TABLE_3_LABELS else "")
+    return interval_text(share["value"], share["low"], share["high"])
 
 
 def _figures(grid: Grid) -> Iterator[tuple[str, str, Figure]]:
@@ -310,11 +265,13 @@ def _figures(grid: Grid) -> Iterator[tuple[str, str, Figure]]:
         yield "Mean accuracy (Figure 6)", "figure6_mean", figure
     if len(grid.attacks) > 1 and (figure := draw_lines(grid, mean=False)) is not None:
         yield "Accuracy by attack (Figure 7)", "figure7_columns", figure
-    for pair in grid.pairs():
-        labels = [grid.sweep.labels[key] for key in pair]
-        name = "_".join("".join(c if c.isalnum() else "_" for c in label) for label in labels)
-        kind = "table3" if set(labels) == TABLE_3_LABELS else "map"
-        yield pair_title(grid, pair), f"{kind}_{name}", draw_map(grid, pair)
+    for pair, cells in grid.maps():
+        name = re.sub(r"\W", "_", "_".join(grid.sweep.labels[key] for key in pair))
+        yield _title(grid, pair), f"map_{name}", draw_map(grid, pair, cells)
+
+
+def _title(grid: Grid, pair: tuple[str, str]) -> str:
+    return escape_markdown(" x ".join(grid.sweep.labels[key] for key in pair))
 
 
 def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
@@ -329,9 +286,12 @@ def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
     across = min(ACROSS, len(keys))
     down = ceil(len(keys) / across)
     size = (max(5.0, PANEL * across + LEGEND * (not mean)), 0.7 + TALL * down)
-    figure, axes = _panels(size, down, across, len(keys), sharey=True)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False, sharey=True).ravel())
+    for ax in axes[len(keys) :]:
+        ax.set_axis_off()
     drawn = {}
-    for ax, key in zip(axes, keys, strict=True):
+    for ax, key in zip(axes, keys, strict=False):
         for i, attack in enumerate(attacks):
             shares, style = 100 * grid.profile(key, attack), line_style(i)
             if len(shares) > 1:
@@ -340,63 +300,38 @@ def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
                 ax.fill_between(x, shares["low"], shares["high"], color=style["color"], alpha=0.1, linewidth=0)
                 (drawn[attack],) = ax.plot(x, shares["value"], linewidth=1.5, markersize=4.5, **style)
         _finish(ax, grid, key)
-    for ax in axes[::across]:
+    for ax in axes[: len(keys) : across]:
         ax.set_ylabel("accuracy, %")
     title = f"mean accuracy over {_count(grid)}" if mean else "accuracy by attack"
-    _caption(figure, f"{grid.sweep.name}: {title}", f"bands: 95 % Wilson intervals, {_images(grid)}")
+    figure.suptitle(f"{grid.sweep.name}: {title}", fontsize=11, fontweight="bold")
+    figure.supxlabel(f"bands: 95 % Wilson intervals, {images_text(grid.scores['n'])} an attack", fontsize=8)
     if not mean:
         names = [short(head_of(attack), 18) for attack in drawn]
         figure.legend(list(drawn.values()), names, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
-def draw_map(grid: Grid, pair: tuple[str, str]) -> Figure:
-    """A map of two parameters: a panel for the mean and one for each attack."""
-    attacks = [MEAN, *grid.attacks] if len(grid.attacks) > 1 else grid.attacks
-    maps = {attack: cells for attack in attacks if (cells := grid.map(pair, attack)) is not None}
-    places = [sorted({i for cells in maps.values() for i in cells.index.get_level_values(key)}) for key in pair]
-    across = min(3, len(attacks))
-    down = ceil(len(attacks) / across)
-    wide, tall = 1.3 + 0.62 * len(places[0]), 1.1 + 0.42 * len(places[1])
-    size = (max(4.6, across * max(wide, 2.3)), 1.0 + down * max(tall, 1.8))
-    figure, axes = _panels(size, down, across, len(attacks))
-    texts = [[text_of(grid.parameters[key][i]) for i in at] for key, at in zip(pair, places, strict=True)]
-    for ax, attack in zip(axes, attacks, strict=True):
-        values = maps[attack]["value"].unstack(0) if attack in maps and len(maps[attack]) else pd.DataFrame()
-        _draw_map(ax, 100 * values.reindex(index=places[1], columns=places[0]).to_numpy(dtype=float))
-        ax.set_xticks(range(len(texts[0])), texts[0], fontsize=8)
-        ax.set_yticks(range(len(texts[1])), texts[1], fontsize=8)
-        if not is_numeric(grid.parameters[pair[1]]):  # names are read from the top, as in a table
-            ax.invert_yaxis()
-        ax.set_title("mean" if attack == MEAN else head_of(attack), fontsize=10)
-        ax.set(xlabel=_symbol(grid, pair[0]), ylabel=_symbol(grid, pair[1]))
-    _caption(figure, f"{grid.sweep.name}: accuracy, %", f"{_images(grid)}; dark is a panel's highest")
-    return figure
-
-
-def _panels(size: tuple[float, float], down: int, across: int, count: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False, **options).ravel())
-    for ax in axes[count:]:
-        ax.set_axis_off()
-    return figure, axes[:count]
-
-
-def _caption(figure: Figure, title: str, note: str) -> None:
-    figure.suptitle(title, fontsize=11, fontweight="bold")
-    figure.supxlabel(note, fontsize=8)
-
-
-def _draw_map(ax: Axes, values: np.ndarray) -> None:
-    known = values[np.isfinite(values)]
-    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
-    span = max(high - low, 1.0)  # points: cells that are nearly equal look alike
+def draw_map(grid: Grid, pair: tuple[str, str], cells: pd.DataFrame) -> Figure:
+    """A heat map of mean accuracy over two parameters."""
+    table = 100 * cells["value"].unstack(0)
+    figure = Figure(figsize=(2.6 + 0.62 * table.shape[1], 2.1 + 0.42 * table.shape[0]), dpi=DPI, layout="constrained")
+    ax, low = figure.subplots(), table.min(axis=None)
+    span = max(table.max(axis=None) - low, 1.0)  # points: cells that are nearly equal look alike
     # Half a span below the lowest, so that no cell is as pale as one without a figure.
-    ax.imshow(values, cmap="Blues", vmin=low - span / 2, vmax=low + span, aspect="auto", origin="lower")
-    for (j, i), value in np.ndenumerate(values):
+    ax.imshow(table, cmap="Blues", vmin=low - span / 2, vmax=low + span, aspect="auto", origin="lower")
+    for (j, i), value in np.ndenumerate(table.to_numpy()):
         text, dark = (f"{value:.0f}", value > low + span / 2) if np.isfinite(value) else (NONE, False)
         ax.text(i, j, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    across, down = (grid.parameters[key] for key in pair)
+    ax.set_xticks(range(table.shape[1]), [text_of(across[i]) for i in table.columns], fontsize=8)
+    ax.set_yticks(range(table.shape[0]), [text_of(down[i]) for i in table.index], fontsize=8)
+    if not is_numeric(down):  # names are read from the top, as in a table
+        ax.invert_yaxis()
     ax.spines[:].set_visible(False)
+    ax.set(xlabel=_symbol(grid, pair[0]), ylabel=_symbol(grid, pair[1]))
+    figure.suptitle(f"{grid.sweep.name}: mean accuracy, %", fontsize=11, fontweight="bold")
+    figure.supxlabel(f"over {_count(grid)}; {images_text(grid.scores['n'])} an attack", fontsize=8)
+    return figure
 
 
 def _finish(ax: Axes, grid: Grid, key: str) -> None:
@@ -411,8 +346,3 @@ def _finish(ax: Axes, grid: Grid, key: str) -> None:
 
 def _symbol(grid: Grid, key: str) -> str:
     return SYMBOLS.get(grid.sweep.labels[key], grid.sweep.labels[key])
-
-
-def _images(grid: Grid) -> str:
-    low, high = int(grid.scores["n"].min()), int(grid.scores["n"].max())
-    return f"{low} image{'s' * (low != 1)} an attack" if low == high else f"{low} to {high} images an attack"

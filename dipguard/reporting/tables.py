@@ -14,7 +14,7 @@ from dipguard.reporting import paper_figures as published
 from dipguard.reporting.canvas import short
 from dipguard.reporting.escape import NONE, escape_latex, escape_markdown
 from dipguard.reporting.paper_figures import ATTACKS, DEFENSES, head_of
-from dipguard.reporting.results import DONE
+from dipguard.reporting.results import DONE, images_text
 
 
 class Measure(NamedTuple):
@@ -163,14 +163,13 @@ class _Table:
 
     def describe(self) -> str:
         """What the table shows, of how many images, and what its mean is over."""
-        counts = self.cells["n"][self.cells["status"] == DONE].astype(int)
-        ends = dict.fromkeys([counts.min(), counts.max()]) if len(counts) else {}
-        images = f"{' to '.join(map(str, ends))} image{'s' * (list(ends) != [1])} a cell." if ends else ""
+        counts = self.cells["n"][self.cells["status"] == DONE]
+        images = f"{images_text(counts)} a cell." if len(counts) else "No cell has figures yet."
         mean = f"The mean is over the {len(self.attacks)} attacks of this run; the paper's is over its 15."
         if set(self.attacks) == set(ATTACKS):
             mean = "The mean is over all 15 columns of the paper, Clean included."
         title = self.measure.title[0].upper() + self.measure.title[1:]
-        return f"{title}. {images or 'No cell has figures yet.'} {mean}"
+        return f"{title}. {images} {mean}"
 
     def note(self) -> str:
         """What our figures and the paper's have in common and what not."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,30 +46,58 @@ def draw_trace(
     """
     from matplotlib.figure import Figure
 
-    parts, mirrored = _parts(trace), trace.mirrored_logits is not None
-    pictures = _pictures(trace, reconstruction, decision=decision, label=label, clean=clean, name_of=name_of)
+    parts, mirrored, used = _parts(trace), trace.mirrored_logits is not None, reconstruction.used
+
+    def picture(caption: str, image: Tensor, y: int) -> Picture:
+        return Picture(image, name_of(y), None if label is None else y == label, caption)
+
+    pictures = [] if clean is None else [Picture(clean, "" if label is None else name_of(label), caption="clean")]
+    pictures.append(picture("given", trace.given, trace.given_decision))
+    if len(used) and not mirrored:
+        at = int(trace.crossing_at[used[-1]])
+        pair = " | ".join(short(name_of(int(y)), 10) for y in trace.decisions[at : at + 2])
+        pictures.append(
+            Picture(trace.on_boundary[used[-1]], pair, caption=f"on the boundary, t = {int(trace.steps[at])}")
+        )
+    else:
+        ends = [int(part[-1]) for part in parts]
+        for number, (end, image) in enumerate(zip(ends, trace.last[-len(ends) :], strict=True), start=1):
+            caption = f"network {number}" if len(ends) > 1 else "last sample"
+            pictures.append(picture(f"{caption}, t = {int(trace.steps[end])}", image, int(trace.decisions[end])))
+    pictures.append(picture("reconstruction", reconstruction.image, decision))
     heights = (0.16, 1, 1, 0.8) if mirrored else (0.16, 2, 1)
     figure = Figure(figsize=(10, 7.6), dpi=DPI, layout="constrained")
     above, below = np.asarray(figure.subfigures(2, 1, height_ratios=(1, 2.5))).tolist()
-    for ax, picture in zip(above.subplots(1, len(pictures)), pictures, strict=True):
-        picture.draw_on(ax)
+    for ax, shown in zip(above.subplots(1, len(pictures)), pictures, strict=True):
+        shown.draw_on(ax)
     band, *plots, bottom = below.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_band(band, trace, class_colours(trace, label))
-    kind = "mirrored" if trace.settings.get("mirror", True) else "shifted"
-    for ax, logits, copy in zip(plots, (trace.scores, trace.mirrored_logits), ("", f",\n{kind} copy"), strict=False):
+    readings = {"x(t)": trace.scores}
+    if trace.mirrored_logits is not None:
+        kind = "mirrored" if trace.settings.get("mirror", True) else "shifted"
+        readings[f"its {kind} copy"] = trace.mirrored_logits
+    for ax, (name, logits) in zip(plots, readings.items(), strict=True):
         _draw_classes(ax, trace, logits, label=label, name_of=name_of, means=mirrored)
-        ax.set(ylim=(-0.03, 1.03 if mirrored else 1.1), ylabel=f"class confidence{copy}")
+        ax.set(ylim=(-0.03, 1.03 if mirrored else 1.1), ylabel=f"class confidence\non {name}")
     _draw_quality(bottom, trace)
-    if mirrored:
-        _plot(bottom, trace, trace.quality, chosen=reconstruction.used, label=f"averaged ({len(reconstruction.used)})")
-    else:
+    if not mirrored:
         _mark_crossings(plots[0], bottom, trace, reconstruction)
-    _mark_attack(plots, bottom, trace, truth=decision if label is None else label)
-    for number, (part, following) in enumerate(pairwise(parts), start=2):
-        at = float(trace.steps[part[-1]] + trace.steps[following[0]]) / 2
+    elif len(used):
+        style = {"color": USED, "markersize": 4, "label": f"averaged ({len(used)})"}
+        bottom.plot(trace.steps[used], trace.quality[used], "o", **style)
+    inside = attack_inside(trace, decision if label is None else label)
+    for ax in (*plots, bottom):
+        text = f"attack inside from\nt = {', '.join(map(str, trace.steps[inside].tolist()))} on"
+        for at in trace.steps[inside].tolist():
+            ax.axvline(at, color=GIVEN, linewidth=1, linestyle=":", label=text if ax is bottom else "")
+            text = ""
+    for number, part in enumerate(parts[:-1], start=2):
+        border = int(trace.steps[part[-1]]) + 0.5
         for ax in (band, *plots, bottom):
-            ax.axvline(at, color="black", linewidth=0.8)
-        bottom.annotate(f"network {number}", (at, 0), (3, 3), ("data", "axes fraction"), "offset points", fontsize=8)
+            ax.axvline(border, color="black", linewidth=0.8)
+        bottom.annotate(
+            f"network {number}", (border, 0), (3, 3), ("data", "axes fraction"), "offset points", fontsize=8
+        )
     for ax in (*plots, bottom):
         ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.005, 0.5), frameon=False)
         plain_axes(ax)
@@ -109,44 +136,11 @@ def _parts(trace: DecisionTrace) -> Sequence[np.ndarray]:
     return np.array_split(np.arange(len(trace.steps)), networks)
 
 
-def _pictures(
-    trace: DecisionTrace,
-    reconstruction: Reconstruction,
-    *,
-    decision: int,
-    label: int | None,
-    clean: Tensor | None,
-    name_of: Callable[[int], str],
-) -> list[Picture]:
-    """The clean and the given image, the last sample of each network or an on-boundary image, the reconstruction."""
-
-    def picture(caption: str, image: Tensor, y: int) -> Picture:
-        return Picture(image, name_of(y), None if label is None else y == label, caption)
-
-    made = [] if clean is None else [Picture(clean, "" if label is None else name_of(label), caption="clean")]
-    made.append(picture("given", trace.given, trace.given_decision))
-    if trace.mirrored_logits is None and len(reconstruction.used):
-        used = int(reconstruction.used[-1])
-        at = int(trace.crossing_at[used])
-        pair = " | ".join(short(name_of(int(y)), 10) for y in trace.decisions[at : at + 2])
-        made.append(Picture(trace.on_boundary[used], pair, caption=f"on the boundary, t = {int(trace.steps[at])}"))
-    else:
-        ends = [int(part[-1]) for part in _parts(trace)]
-        images = trace.last[-len(ends) :]
-        for number, (end, image) in enumerate(zip(ends, images, strict=True), start=1):
-            which = f"network {number}" if len(ends) > 1 else "last sample"
-            made.append(picture(f"{which}, t = {int(trace.steps[end])}", image, int(trace.decisions[end])))
-    return [*made, picture("reconstruction", reconstruction.image, decision)]
-
-
-def _plot(ax: Axes, trace: DecisionTrace, values: Tensor, *, chosen: Tensor | None = None, **style: Any) -> None:
-    """A line over the steps that is broken between two networks; with ``chosen``, dots at some samples."""
-    steps, at = trace.steps.double().numpy(), values.double().numpy()
-    if chosen is not None:
-        ax.plot(steps[chosen], at[chosen], "o", color=USED, markersize=4, **style)
-        return
+def _plot(ax: Axes, trace: DecisionTrace, values: Tensor, **style: Any) -> None:
+    """A line over the steps that is broken between two networks."""
     breaks = [part[0] for part in _parts(trace)[1:]]
-    ax.plot(np.insert(steps, breaks, np.nan), np.insert(at, breaks, np.nan), **style)
+    x, y = (np.insert(line.double().numpy(), breaks, np.nan) for line in (trace.steps, values))
+    ax.plot(x, y, **style)
 
 
 def _draw_band(ax: Axes, trace: DecisionTrace, colours: dict[int, str]) -> None:
@@ -165,7 +159,7 @@ def _edges(steps: Tensor) -> np.ndarray:
     at = steps.double().numpy()
     middle = (at[1:] + at[:-1]) / 2
     half = (at[1] - at[0]) / 2 if len(at) > 1 else 0.5
-    return np.concatenate([at[:1] - half, middle, at[-1:] + half])
+    return np.concatenate([at[:1] - half, middle, at[-1:] + 0.5])
 
 
 def _draw_classes(
@@ -196,7 +190,11 @@ def _draw_quality(ax: Axes, trace: DecisionTrace) -> None:
     if settings.get("t0_unit") == "samples":
         warm_up = int(trace.steps[min(warm_up, len(trace.steps) - 1)])
     if warm_up > 0:
-        ax.axvspan(0, min(warm_up, last), color="#eeeeee", linewidth=0, label=f"warm-up, t₀ = {warm_up}", zorder=0)
+        starts = [0, *(int(trace.steps[part[-1]]) + 1 for part in _parts(trace)[:-1])]
+        label = f"warm-up, t₀ = {warm_up}"
+        for start in starts:
+            ax.axvspan(start, min(start + warm_up, last), color="#eeeeee", linewidth=0, zorder=0, label=label)
+            label = ""
     low = min(0.5 if trace.mirrored_logits is not None else 0.0, float(trace.quality.min()))
     step = "optimiser step t" if len(_parts(trace)) == 1 else "optimiser step t, one network after the other"
     ax.set(ylim=(low - 0.03, 1.05), xlim=(0, max(1, last)), xlabel=step, ylabel="SSIM to given")
@@ -217,14 +215,3 @@ def _mark_crossings(top: Axes, bottom: Axes, trace: DecisionTrace, reconstructio
             ax.vlines(at, *ax.get_ylim(), color=colour, linewidth=0.12 * size, alpha=alpha, zorder=0.5)
         style: dict[str, Any] = {"color": colour, "markersize": size, "markeredgewidth": 0, "clip_on": False}
         top.plot(at, [1.06] * len(at), "v", label=f"crossing, {name} ({len(at)})", **style)
-
-
-def _mark_attack(plots: Sequence[Axes], bottom: Axes, trace: DecisionTrace, *, truth: int) -> None:
-    """Lines where the attack has come in, with their steps in the legend."""
-    at = trace.steps[attack_inside(trace, truth)].tolist()
-    for ax in (*plots, bottom) if at else ():
-        for step in at:
-            ax.axvline(step, color=GIVEN, linewidth=1, linestyle=":")
-    if at:
-        text = f"attack inside from\nt = {', '.join(map(str, at))} on"
-        bottom.plot([], [], color=GIVEN, linewidth=1, linestyle=":", label=text)

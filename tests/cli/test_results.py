@@ -43,3 +43,12 @@ def test_files_hold_bad_pictures_too_and_no_cell_breaks_the_table(tmp_path):
     lines = (tmp_path / "decisions.md").read_text().splitlines()
     assert "a\\|b.png" in lines[2]
     assert "cut off" in lines[3]
+
+
+def test_hostile_names_are_neither_formulas_nor_html(tmp_path):
+    names = ["=cmd|' calc'!A0.png", "<img src=x onerror=alert(1)>.png"]
+    write_decisions(tmp_path, [_row(names[0], after="@sum"), _row(names[1], before="+1")])
+    with (tmp_path / "decisions.csv").open(newline="", encoding="utf-8") as stream:
+        cells = [cell for line in csv.reader(stream) for cell in line]
+    assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@"))]
+    assert "<" not in (tmp_path / "decisions.md").read_text()

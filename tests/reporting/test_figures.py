@@ -103,7 +103,7 @@ def windows(trace: DecisionTrace) -> DecisionTrace:
     )
 
 
-@pytest.mark.parametrize(("mirror", "reading"), [(True, "mirrored copy"), (False, "shifted copy")])
+@pytest.mark.parametrize(("mirror", "reading"), [(True, "its mirrored copy"), (False, "its shifted copy")])
 def test_mirrored_figure_shows_both_readings_and_what_was_averaged(
     windows: DecisionTrace, mirror: bool, reading: str
 ) -> None:
@@ -111,7 +111,7 @@ def test_mirrored_figure_shows_both_readings_and_what_was_averaged(
     used = Reconstruction(trace.given, "class_scores", torch.arange(3))
     figure = draw_trace(trace, used, decision=1, label=1, clean=trace.given)
     axes = figure.subfigs[1].axes
-    assert [ax.get_ylabel() for ax in axes[1:3]] == ["class confidence", f"class confidence,\n{reading}"]
+    assert [ax.get_ylabel() for ax in axes[1:3]] == [f"class confidence\non {of}" for of in ("x(t)", reading)]
     assert "averaged (3)" in legend_of(figure)
     captions = [ax.get_xlabel() for ax in figure.subfigs[0].axes]
     assert captions == ["clean", "given", "network 1, t = 19", "network 2, t = 119", "reconstruction"]
@@ -126,7 +126,7 @@ def test_nothing_is_drawn_across_the_gap_between_two_networks(windows: DecisionT
     used = Reconstruction(windows.given, "class_scores", torch.arange(3))
     axes = draw_trace(windows, used, decision=1).subfigs[1].axes
     spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes[0].patches]
-    assert spans == [(6.5, 11.5), (11.5, 16.5), (16.5, 21.5), (106.5, 111.5), (111.5, 116.5), (116.5, 121.5)]
+    assert spans == [(6.5, 11.5), (11.5, 16.5), (16.5, 19.5), (106.5, 111.5), (111.5, 116.5), (116.5, 119.5)]
     lines = [line for ax in axes[1:] for line in ax.get_lines() if len(line.get_xdata()) == 7]
     assert len(lines) >= 7
     assert all(np.isnan(line.get_ydata()[3]) for line in lines)

@@ -12,9 +12,10 @@ from pathlib import Path
 import matplotlib.image
 import numpy as np
 import pytest
+import torch
 
 from dipguard.evaluation import Matrix, prepare, run
-from dipguard.evaluation.results import IMAGE_FIELDS
+from dipguard.evaluation.results import IMAGE_FIELDS, append_images
 from dipguard.reporting import open_log, results_text, write_matrix_report, write_train_report
 from dipguard.reporting.results import COLUMNS
 from dipguard.reporting.sweep_report import MEAN
@@ -51,8 +52,22 @@ def test_train_page_states_the_figures_and_links_the_pictures(matrix: Matrix) ->
     text = (matrix.folder / "report.md").read_text()
     assert f"| {right['clean']:.1%} | {right['undefended']:.1%} | {right['defended']:.1%} |" in text
     assert "`pgd` at 8/255" in text
-    assert "Crossings stitched: " in text
     assert "](figures/panel.png)" in text
+
+
+def test_no_file_holds_nan_or_infinity(matrix: Matrix) -> None:
+    ((place, (result,)),) = matrix.results.items()
+    odd = replace(result, psnr=torch.full_like(result.psnr, torch.inf), ssim=torch.full_like(result.ssim, torch.nan))
+    config = replace(matrix.config, figures=0, trainer={**matrix.config.trainer, "gradient_clip_val": float("inf")})
+    matrix = replace(matrix, config=config, results={place: [odd]})
+    append_images(matrix, result.cell)
+    write_train_report(matrix)
+    metrics = json.loads((matrix.folder / "metrics.json").read_text(), parse_constant=pytest.fail)
+    assert metrics["ssim"]["defended"] is None
+    assert metrics["settings"]["trainer"]["gradient_clip_val"] is None
+    with (matrix.folder / "images.csv").open(newline="") as file:
+        line = list(csv.DictReader(file))[-1]
+    assert (line["psnr"], line["ssim"]) == ("", "")
 
 
 @pytest.mark.parametrize(("wanted", "drawn"), [(0, 0), (1, 2)])
