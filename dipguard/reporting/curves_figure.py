@@ -46,12 +46,8 @@ def write_curves(folder: str | Path, results: pd.DataFrame) -> list[Path]:
 def draw_curves(points: pd.DataFrame, styles: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Accuracy against an attack's strength, with the 95 % intervals as bands.
 
-    BPDA has a panel for each eps, over the iterations (Figure 4); HopSkipJump a panel for each query budget, over eps
-    (Figure 5). The figure is ``HEIGHT`` x (``PANEL_WIDTH`` per panel + ``LEGEND_WIDTH``) inches.
-
-    Args:
-        points: Of one attack, victim and data set; each defence has a curve.
-        styles: How each defence's curve is drawn.
+    ``points`` are of one attack, victim and data set; ``styles`` says how each defence's curve is drawn. The figure is
+    ``HEIGHT`` x (``PANEL_WIDTH`` per panel + ``LEGEND_WIDTH``) inches.
     """
     first = points.iloc[0]
     _, name, panel, panel_title, x_column, x_label = KINDS[first["attack_name"]]

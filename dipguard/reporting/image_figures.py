@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 FACTORS = (1, 2, 5, 10, 20, 50)
 """Factors by which a difference may be amplified."""
-SIDE, TOP, LEFT = 1.9, 0.9, 0.5
-"""Inches: a picture with its captions, the heads, and the names of the rows."""
+WIDE, TALL, TOP, LEFT = 1.9, 2.3, 0.7, 0.5
+"""Inches: width and height of a picture with its captions, height of the heads, width of the rows' names."""
 
 
 def draw_grid(heads: Sequence[str], rows: Mapping[str, Sequence[Picture]]) -> Figure:
     """One column for each head, one row for each image; ``rows`` holds the pictures by the row's title.
 
-    The figure is (``LEFT`` + ``SIDE`` per column) x (``TOP`` + ``SIDE`` per row) inches.
+    The figure is (``LEFT`` + ``WIDE`` per column) x (``TOP`` + ``TALL`` per row) inches.
 
     Raises:
         ValueError: No rows.
@@ -31,7 +31,7 @@ def draw_grid(heads: Sequence[str], rows: Mapping[str, Sequence[Picture]]) -> Fi
 
     if not rows:
         raise ValueError("`rows` must hold at least one image, got none")
-    figure = Figure(figsize=(LEFT + SIDE * len(heads), TOP + SIDE * len(rows)), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(LEFT + WIDE * len(heads), TOP + TALL * len(rows)), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(rows), len(heads), squeeze=False)
     for axes, (title, pictures) in zip(grid, rows.items(), strict=True):
         for ax, picture in zip(axes, pictures, strict=True):

@@ -116,7 +116,7 @@ def open_log(
         inner.save()
         inner.finalize(status)
         if isinstance(inner, WandbLogger):
-            _close_wandb(inner.experiment, exit_code=int(status == "failed"))
+            _close(inner.experiment, exit_code=int(status == "failed"))
 
 
 def wandb_mode(offline: bool | None) -> str:
@@ -154,7 +154,7 @@ def _open_wandb(config: Mapping[str, Any], folder: Path, **options: Any) -> Wand
     return logger
 
 
-def _close_wandb(run: Any, *, exit_code: int) -> None:
+def _close(run: Any, *, exit_code: int) -> None:
     try:
         run.finish(exit_code=exit_code)
     except Exception as error:

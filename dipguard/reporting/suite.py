@@ -64,10 +64,7 @@ def suite_text(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
 
 
 def draw_suite(rows: pd.DataFrame) -> Figure:
-    """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals.
-
-    Rows without figures leave a gap.
-    """
+    """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals."""
     attacks, defenses = list(dict.fromkeys(rows["attack"])), list(dict.fromkeys(rows["defense"]))
     height = ATTACK_HEIGHT * len(attacks) * max(1.0, len(defenses) / 5) + MARGIN
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")

@@ -41,11 +41,8 @@ ACROSS = 4
 def write_sweep_report(folder: str | Path) -> list[Path]:
     """Write sweep.csv, the figures and report.md into a sweep's folder, finished or not; returns their paths.
 
-    - ``sweep.csv``: a row for each job, attack and defence;
-    - ``figure6_mean.png``, ``figure7_columns.png``: accuracy against each parameter, mean and by attack;
-    - ``map_<a>_<b>.png``: parameters that were varied together;
-    - ``report.md``: what is missing or failed; for each defence that the parameters act on the settings, and
-      tables with intervals; the other defences; the figures.
+    report.md has what is missing or failed; for each defence that the parameters act on the settings and tables with
+    intervals; the other defences; the figures. sweep.csv has a row for each job, attack and defence.
 
     Raises:
         FileNotFoundError: See `read_sweep`.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+from tabulate import tabulate
 
 from dipguard.files import write_text
 from dipguard.reporting import paper_figures as published
@@ -37,9 +38,7 @@ MEASURES = (
 def write_tables(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     """Write table1 (accuracy) and table2 (SSIM), each as .md and .tex; returns the four paths.
 
-    Args:
-        folder: Where to write.
-        results: Rows of `read_results`, at most one for a data set, victim, surrogate, seed, attack and defence.
+    ``results`` are rows of `read_results`, at most one for a data set, victim, surrogate, seed, attack and defence.
 
     Raises:
         ValueError: No rows.
@@ -64,11 +63,9 @@ def tables_text(results: pd.DataFrame) -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
     """A Markdown table of text: the first column to the left, the others to the right, or ``words`` to the left too."""
-    frame = pd.DataFrame(
-        [[escape_markdown(text) for text in row] for row in rows], columns=[escape_markdown(text) for text in head]
-    )
+    names, *lines = [[escape_markdown(text) for text in row] for row in (head, *rows)]
     align = ("left", *["left" if words else "right"] * (len(head) - 1))
-    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=align))
+    return str(tabulate(lines, names, tablefmt="pipe", disable_numparse=True, colalign=align))
 
 
 def in_short(status: str, most: int = 40) -> str:

@@ -106,10 +106,7 @@ def draw_trace(
 
 
 def class_colours(trace: DecisionTrace, label: int | None) -> dict[int, str]:
-    """The classes that get a line, with their colours.
-
-    These are the true class, that of the given image, and the three others that x(t) was most often classified as.
-    """
+    """Colours of the true class, that of the given image, and the three others that x(t) is most often read as."""
     colours = {trace.given_decision: GIVEN} if label is None else {label: TRUE}
     colours.setdefault(trace.given_decision, GIVEN)
     values, counts = trace.decisions.unique(return_counts=True)
@@ -118,10 +115,7 @@ def class_colours(trace: DecisionTrace, label: int | None) -> dict[int, str]:
 
 
 def attack_inside(trace: DecisionTrace, truth: int) -> list[int]:
-    """The sample of each network's fit from which on x(t) is read as the given image, if that is not the ``truth``.
-
-    Empty for fits that are read so from their first sample on, or not at their end.
-    """
+    """The sample of each network's fit, but its first, from which on x(t) is read as the given image, not the truth."""
     found = []
     for part in _parts(trace):
         (others,) = np.nonzero(trace.decisions[part].numpy() != trace.given_decision)

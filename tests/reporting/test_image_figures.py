@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dipguard.reporting.canvas import DPI, Picture, class_name, save_figure, short
-from dipguard.reporting.image_figures import FACTORS, LEFT, SIDE, TOP, amplification, draw_grid, draw_panel
+from dipguard.reporting.image_figures import FACTORS, LEFT, TALL, TOP, WIDE, amplification, draw_grid, draw_panel
 
 HOSTILE = r"$\bad{$"
 
@@ -19,7 +19,7 @@ HOSTILE = r"$\bad{$"
 def test_grid_is_as_large_as_promised_and_not_blank(tmp_path: Path, count: int) -> None:
     rows = {f"image {i}": [Picture(torch.rand(3, 24, 24), "cat")] * 3 for i in range(count)}
     picture = matplotlib.image.imread(save_figure(draw_grid(["a", "b", "c"], rows), tmp_path / "a.png"))
-    assert picture.shape[:2] == pytest.approx(((TOP + SIDE * count) * DPI, (LEFT + SIDE * 3) * DPI), abs=1)
+    assert picture.shape[:2] == pytest.approx(((TOP + TALL * count) * DPI, (LEFT + WIDE * 3) * DPI), abs=1)
     inked = (picture[..., :3] < 0.95).any(axis=2)
     assert all(part.mean() > 0.3 for part in np.array_split(inked, 3, axis=1))
 
