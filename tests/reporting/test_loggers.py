@@ -11,7 +11,7 @@ from dipguard.reporting import open_log, write_train_report
 from dipguard.reporting.loggers import wandb_mode
 from tests.tiny_run import tiny_run
 
-SMALL = ("data.limit=2", "chunk=1", "figures=1")
+SMALL = ("data.limit=2", "chunk=1")
 WANDB = {"name": "wandb", "project": "dipguard", "entity": None, "group": None, "offline": None}
 
 
@@ -21,7 +21,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_csv_holds_the_curves_of_all_stacks_and_the_result(tmp_path: Path) -> None:
-    metrics = tiny_run(tmp_path, *SMALL, "logger=csv")
+    metrics = tiny_run(tmp_path, *SMALL, "figures=0", "logger=csv")
     rows = read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")
     steps = [int(row["step"]) for row in rows if row["fit/mse"]]
     assert len(steps) == 2 * 20

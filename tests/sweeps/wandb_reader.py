@@ -43,6 +43,8 @@ def read_run(folder: Path) -> Run:
         if kind == "run":
             run.id, run.group, run.job_type = record.run.run_id, record.run.run_group, record.run.job_type
             run.config = _items(record.run.config.update)
+        elif kind == "config":
+            run.config |= _items(record.config.update)
         elif kind == "history":
             run.history.append(_items(record.history.item))
         elif kind == "summary":
