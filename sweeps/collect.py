@@ -14,13 +14,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m sweeps.collect", description=__doc__)
     parser.add_argument("folder", nargs="+", help="a sweep's folder, such as outputs/sweeps/smoke")
-    parser.add_argument("--all", action="store_true", help="include jobs that the grid of the last start does not have")
     given = parser.parse_args(arguments)
     with exit_codes("sweeps.collect"):
         for folder in given.folder:
             try:
-                write_sweep_report(folder, everything=given.all)
-                text = summary(folder, everything=given.all)
+                write_sweep_report(folder)
+                text = summary(folder)
             except (OSError, ValueError) as error:
                 print(f"{folder}: {error}", file=sys.stderr)
                 return 1

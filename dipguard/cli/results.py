@@ -14,8 +14,9 @@ from dipguard.decision import DecisionTrace
 from dipguard.defenses import Defense
 from dipguard.files import csv_text, write_text
 from dipguard.reporting.canvas import class_name, save_figure
+from dipguard.reporting.escape import escape_csv
 from dipguard.reporting.image_figures import Scene, draw_comparison
-from dipguard.reporting.trace_figure import draw_mirror_trace, draw_trace
+from dipguard.reporting.trace_figure import draw_trace
 
 COLUMNS = (
     "picture", "output", "before", "before_confidence", "after", "after_confidence", "changed", "used", "why", "index",
@@ -27,13 +28,8 @@ those of :class:`~dipguard.DefenseResult`; ``index`` seeds the random draws; ``p
 
 def write_decisions(folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write decisions.csv; ``rows`` hold some of `COLUMNS`."""
-    lines = [{key: _cell(value) if isinstance(value, str) else value for key, value in row.items()} for row in rows]
+    lines = [{k: escape_csv(plain(v)) if isinstance(v, str) else v for k, v in row.items()} for row in rows]
     write_text(folder / "decisions.csv", csv_text(COLUMNS, lines))
-
-
-def _cell(text: str) -> str:
-    """Text on one line that a spreadsheet does not take for a formula."""
-    return ("'" if text.startswith(tuple("=+-@")) else "") + plain(text)
 
 
 def decision_line(row: Mapping[str, Any]) -> str:
@@ -66,9 +62,8 @@ def draw_picture(
     ``given`` [3, H, W] and ``purified`` [3, H', W'] are in [0, 1]; ``decisions`` are the victim's before and after.
     """
     if trace is not None:
-        draw = draw_trace if trace.mirrored_logits is None else draw_mirror_trace
         name_of = partial(class_name, classes=classes)
-        figure = draw(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of)
+        figure = draw_trace(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of)
     else:
         pairs = zip(("given", "purified"), (given, purified), torch.tensor(decisions).split(1), strict=True)
         scenes = [(head, Scene(image[None], decision)) for head, image, decision in pairs]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 import torch
@@ -144,4 +144,4 @@ def _share(right: Tensor) -> dict[str, Any]:
 
 
 def _short(value: float) -> float | None:
-    return round(value, 6) if math.isfinite(value) else None  # integers stay integers
+    return round(value, 6) if isfinite(value) else None  # integers stay integers

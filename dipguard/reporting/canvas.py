@@ -24,7 +24,11 @@ STROKES = ("-", "--", ":")
 
 
 def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a PNG atomically."""
+    """Write a PNG atomically. No text is read as a formula: class names and paths may hold dollar signs."""
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return write_bytes(path, buffer.getvalue())
@@ -39,15 +43,17 @@ def show(ax: Axes, image: Tensor) -> None:
 
 
 class Picture(NamedTuple):
-    """An image [3, H, W] and the victim's decision on it; ``right`` is None where the true class is unknown."""
+    """An image [3, H, W], the victim's decision on it, and a caption; ``right`` is None without a true class."""
 
     image: Tensor
-    decision: str
+    decision: str = ""
     right: bool | None = None
+    caption: str = ""
 
     def draw_on(self, ax: Axes) -> None:
         """Draw the image under its decision, which is marked as right or wrong by sign and colour."""
         show(ax, self.image)
+        ax.set_xlabel(self.caption, fontsize=9)
         known = {None: ("", "black"), True: (" \N{CHECK MARK}", RIGHT), False: (" \N{BALLOT X}", WRONG)}
         sign, colour = known[self.right]
         ax.set_title(short(self.decision) + sign, fontsize=9, color=colour)

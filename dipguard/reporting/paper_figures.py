@@ -1,8 +1,8 @@
 """The figures that Ding et al. 2021 print in Tables 1 and 2.
 
 Every number is the paper's, in its order: section 4.2.1, Table 1 (accuracy, %), and section 4.2.2, Table 2 (SSIM to the
-clean image). Table 2 has no row without a defence. The paper truncates some of its means instead of rounding them, and
-one of them, DIPDefend's accuracy on CIFAR-10, is not the mean of its row (71.5 printed, 72.5 from the entries).
+clean image). Table 2 has no row without a defence. The paper prints 71.5 as the mean accuracy of DIPDefend on CIFAR-10;
+the mean of its 15 figures is 72.5.
 """
 
 from __future__ import annotations
@@ -21,21 +21,6 @@ class PaperAttack(NamedTuple):
     eps_255: float | None = None
 
 
-class PaperRow(NamedTuple):
-    """A defence's row: its name in the paper, the printed mean, and its figures by the label of the attack."""
-
-    name: str
-    mean: float
-    figures: dict[str, float]
-
-
-class PaperSetting(NamedTuple):
-    """What a data set's figures were measured on (section 4.1); ``victim`` is the victim's name in dipguard."""
-
-    victim: str
-    described: str
-
-
 _LINF = (("FGSM", "fgsm"), ("PGD", "pgd"), ("BIM", "bim"), ("MIFGSM", "mifgsm"))
 
 ATTACKS: dict[str, PaperAttack] = {
@@ -46,12 +31,11 @@ ATTACKS: dict[str, PaperAttack] = {
 }
 """The 15 columns of both tables by label, in the paper's order. The paper's means are over all of them."""
 
-SETTINGS: dict[str, PaperSetting] = {
-    "CIFAR-10": PaperSetting("cifar10_resnet50", "a ResNet-50, 1000 images drawn from the test set"),
-    "ImageNet": PaperSetting(
-        "torchvision", "torchvision's ResNet-101, the 1000 images of the NeurIPS 2017 competition at 224x224"
-    ),
+VICTIMS: dict[str, tuple[str, str]] = {
+    "CIFAR-10": ("cifar10_resnet50", "a ResNet-50, 1000 images drawn from the test set"),
+    "ImageNet": ("torchvision", "torchvision's ResNet-101, the 1000 images of the NeurIPS 2017 competition at 224x224"),
 }
+"""What a data set's figures were measured on (section 4.1): dipguard's name of the victim, and the whole in words."""
 
 DEFENSES: dict[str, str] = {
     "none": "No defense",
@@ -65,49 +49,46 @@ DEFENSES: dict[str, str] = {
 """A defence's name in dipguard -> its name in the paper. Others have no figures in the paper."""
 
 
-def _rows(**figures: tuple[float, ...]) -> dict[str, PaperRow]:
-    """Rows by the paper's names; each tuple is the printed mean, then the 15 figures."""
-    return {
-        DEFENSES[key]: PaperRow(DEFENSES[key], mean, dict(zip(ATTACKS, values, strict=True)))
-        for key, (mean, *values) in figures.items()
-    }
+def _rows(**figures: tuple[float, ...]) -> dict[str, dict[str, float]]:
+    """Rows by the paper's names of the defences: the 15 figures by label of the attack."""
+    return {DEFENSES[key]: dict(zip(ATTACKS, values, strict=True)) for key, values in figures.items()}
 
 
 # fmt: off
-TABLE_1: dict[str, dict[str, PaperRow]] = {
+TABLE_1: dict[str, dict[str, dict[str, float]]] = {
     "CIFAR-10": _rows(
-        none=(28.7, 92.9, 57.5, 49.2, 44.4, 24.6, 1.9, 0, 49.8, 19.2, 2.4, 46.7, 29.7, 11.5, 0.9, 0.4),
-        comdefend=(61.3, 89.5, 72.6, 60.5, 51.0, 75.7, 62.0, 50.1, 70.5, 57.0, 36.7, 69.3, 51.1, 30.4, 86.4, 57.4),
-        sr=(38.8, 45.2, 44.2, 42.1, 37.7, 41.4, 36.8, 30.3, 43.4, 40.0, 33.0, 43.8, 40.5, 34.4, 35.3, 33.5),
-        nrp=(44.9, 90.9, 65.1, 56.8, 57.7, 58.4, 35.1, 35.9, 61.5, 31.2, 13.0, 59.4, 39.4, 23.1, 30.5, 15.5),
-        dipdefend=(71.5, 83.2, 78.6, 72.6, 58.4, 79.0, 77.6, 73.6, 79.2, 72.0, 67.6, 76.2, 69.4, 51.6, 71.2, 76.6),
-        paper=(79.9, 85.6, 80.4, 79.8, 60.1, 87.5, 86.9, 83.1, 84.6, 86.7, 76.1, 83.4, 79.9, 60.4, 80.8, 83.4),
+        none=(92.9, 57.5, 49.2, 44.4, 24.6, 1.9, 0, 49.8, 19.2, 2.4, 46.7, 29.7, 11.5, 0.9, 0.4),
+        comdefend=(89.5, 72.6, 60.5, 51.0, 75.7, 62.0, 50.1, 70.5, 57.0, 36.7, 69.3, 51.1, 30.4, 86.4, 57.4),
+        sr=(45.2, 44.2, 42.1, 37.7, 41.4, 36.8, 30.3, 43.4, 40.0, 33.0, 43.8, 40.5, 34.4, 35.3, 33.5),
+        nrp=(90.9, 65.1, 56.8, 57.7, 58.4, 35.1, 35.9, 61.5, 31.2, 13.0, 59.4, 39.4, 23.1, 30.5, 15.5),
+        dipdefend=(83.2, 78.6, 72.6, 58.4, 79.0, 77.6, 73.6, 79.2, 72.0, 67.6, 76.2, 69.4, 51.6, 71.2, 76.6),
+        paper=(85.6, 80.4, 79.8, 60.1, 87.5, 86.9, 83.1, 84.6, 86.7, 76.1, 83.4, 79.9, 60.4, 80.8, 83.4),
     ),
     "ImageNet": _rows(
-        none=(7.35, 90.3, 6.7, 5.2, 5.8, 0, 0, 0, 0.8, 0.1, 0, 0.2, 0.1, 0.1, 0, 1),
-        comdefend=(28.4, 81.1, 34.2, 19.7, 12.7, 42.2, 18.4, 2.8, 30.2, 11.7, 3.8, 23.9, 4.8, 0.6, 77.8, 63.1),
-        sr=(59.5, 73.3, 64.0, 56.6, 43.7, 68.1, 63.4, 49.3, 65.6, 59.1, 53.3, 63.7, 53.5, 38.2, 70.7, 70.5),
-        nrp=(28.6, 86.7, 32.4, 21.4, 18.5, 38.4, 16.9, 13.3, 26.5, 7.1, 2.2, 18.4, 2.8, 3.3, 82.1, 59.5),
-        dipdefend=(55.0, 73.0, 60.8, 47.2, 32.7, 65.5, 61.3, 49.1, 58.3, 54.2, 48.7, 56.8, 45.5, 32.9, 70.5, 68.9),
-        paper=(68.7, 84.5, 74.2, 58.7, 39.4, 80.6, 80.1, 67.8, 79.8, 76.6, 61.2, 75.4, 54.1, 33.7, 82.7, 82.8),
+        none=(90.3, 6.7, 5.2, 5.8, 0, 0, 0, 0.8, 0.1, 0, 0.2, 0.1, 0.1, 0, 1),
+        comdefend=(81.1, 34.2, 19.7, 12.7, 42.2, 18.4, 2.8, 30.2, 11.7, 3.8, 23.9, 4.8, 0.6, 77.8, 63.1),
+        sr=(73.3, 64.0, 56.6, 43.7, 68.1, 63.4, 49.3, 65.6, 59.1, 53.3, 63.7, 53.5, 38.2, 70.7, 70.5),
+        nrp=(86.7, 32.4, 21.4, 18.5, 38.4, 16.9, 13.3, 26.5, 7.1, 2.2, 18.4, 2.8, 3.3, 82.1, 59.5),
+        dipdefend=(73.0, 60.8, 47.2, 32.7, 65.5, 61.3, 49.1, 58.3, 54.2, 48.7, 56.8, 45.5, 32.9, 70.5, 68.9),
+        paper=(84.5, 74.2, 58.7, 39.4, 80.6, 80.1, 67.8, 79.8, 76.6, 61.2, 75.4, 54.1, 33.7, 82.7, 82.8),
     ),
 }
 """Accuracy in %, by data set and the paper's name of the defence."""
 
-TABLE_2: dict[str, dict[str, PaperRow]] = {
+TABLE_2: dict[str, dict[str, dict[str, float]]] = {
     "CIFAR-10": _rows(
-        comdefend=(.912, .925, .922, .912, .877, .922, .916, .890, .923, .919, .907, .922, .914, .891, .924, .915),
-        sr=(.884, .901, .898, .887, .830, .898, .891, .860, .899, .894, .879, .898, .891, .856, .900, .889),
-        nrp=(.879, .884, .881, .879, .888, .882, .879, .880, .882, .879, .873, .881, .877, .872, .883, .872),
-        dipdefend=(.888, .919, .909, .884, .811, .912, .895, .849, .911, .899, .874, .912, .895, .851, .907, .897),
-        paper=(.923, .943, .941, .934, .913, .930, .918, .891, .935, .922, .907, .940, .915, .868, .941, .951),
+        comdefend=(.925, .922, .912, .877, .922, .916, .890, .923, .919, .907, .922, .914, .891, .924, .915),
+        sr=(.901, .898, .887, .830, .898, .891, .860, .899, .894, .879, .898, .891, .856, .900, .889),
+        nrp=(.884, .881, .879, .888, .882, .879, .880, .882, .879, .873, .881, .877, .872, .883, .872),
+        dipdefend=(.919, .909, .884, .811, .912, .895, .849, .911, .899, .874, .912, .895, .851, .907, .897),
+        paper=(.943, .941, .934, .913, .930, .918, .891, .935, .922, .907, .940, .915, .868, .941, .951),
     ),
     "ImageNet": _rows(
-        comdefend=(.840, .862, .855, .832, .764, .857, .847, .815, .858, .853, .843, .857, .843, .793, .861, .861),
-        sr=(.863, .885, .880, .861, .762, .882, .874, .842, .882, .879, .869, .881, .871, .813, .884, .884),
-        nrp=(.830, .823, .825, .830, .869, .823, .823, .844, .826, .825, .825, .826, .821, .835, .827, .826),
-        dipdefend=(.764, .802, .789, .746, .640, .795, .771, .709, .794, .782, .763, .795, .771, .696, .807, .803),
-        paper=(.892, .926, .898, .867, .839, .925, .891, .845, .905, .891, .889, .901, .892, .851, .923, .940),
+        comdefend=(.862, .855, .832, .764, .857, .847, .815, .858, .853, .843, .857, .843, .793, .861, .861),
+        sr=(.885, .880, .861, .762, .882, .874, .842, .882, .879, .869, .881, .871, .813, .884, .884),
+        nrp=(.823, .825, .830, .869, .823, .823, .844, .826, .825, .825, .826, .821, .835, .827, .826),
+        dipdefend=(.802, .789, .746, .640, .795, .771, .709, .794, .782, .763, .795, .771, .696, .807, .803),
+        paper=(.926, .898, .867, .839, .925, .891, .845, .905, .891, .889, .901, .892, .851, .923, .940),
     ),
 }
 """SSIM to the clean image, by data set and the paper's name of the defence."""
@@ -128,15 +109,10 @@ def head_of(label: str) -> str:
 
 
 def paper_data(data: str, victim: str) -> str | None:
-    """The data set of the paper that a run's images are like: a key of `SETTINGS`, or None.
-
-    Where the name of the data set says nothing about its images (arrays, a folder), the victim's name decides.
-    """
+    """The data set of the paper that a run's images are like, by the names of data and victim: a key of `VICTIMS`."""
+    names = f"{data} {victim}".lower()
     if data == "digits":
         return None
-    for name in (data.lower(), victim.lower()):
-        if re.search(r"cifar[-_ ]?10(?!\d)", name):
-            return "CIFAR-10"
-        if re.search(r"imagenet|n(eur)?ips[-_ ]?2017|^torchvision|^timm", name):
-            return "ImageNet"
-    return None
+    if re.search(r"cifar[-_ ]?10(?!\d)", names):
+        return "CIFAR-10"
+    return "ImageNet" if re.search(r"imagenet|n(eur)?ips[-_ ]?2017|\b(torchvision|timm)", names) else None

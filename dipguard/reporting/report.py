@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import chain, zip_longest
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,21 @@ from dipguard.evaluation.results import write_results
 from dipguard.files import write_json, write_npz, write_text
 from dipguard.reporting.canvas import Picture, class_name, save_figure
 from dipguard.reporting.curves_figure import write_curves
-from dipguard.reporting.image_figures import Scene, draw_comparison, draw_panel
-from dipguard.reporting.loggers import MOST_FIGURES, RunLog
+from dipguard.reporting.image_figures import draw_grid, draw_panel
+from dipguard.reporting.loggers import RunLog
 from dipguard.reporting.paper_figures import head_of
 from dipguard.reporting.results import DONE, WORST, in_suite, read_checks, read_results
 from dipguard.reporting.suite import suite_rows, suite_text, write_suite
 from dipguard.reporting.tables import tables_text, write_tables
-from dipguard.reporting.trace_figure import draw_mirror_trace, draw_trace
+from dipguard.reporting.trace_figure import draw_trace
+
+AVERAGED = {
+    "crossings": "crossings_stitched",
+    "no_crossing": "crossings_stitched",
+    "class_scores": "windows_averaged",
+    "no_sample_of_class": "windows_averaged",
+}
+"""What a reconstruction was averaged from, by its reason."""
 
 
 def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str, Any]:
@@ -46,14 +56,15 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
     cell, folder = result.cell, matrix.folder
     if not result.done:
         raise RuntimeError(f"attack {cell.label} on defence {cell.target.label}: {result.status}")
-    figures, metrics = _draw_cell(matrix, result, ""), _metrics(matrix, result)
+    figures, metrics = _draw_cell(matrix, result, ""), _metrics(result)
+    metrics["settings"] = {**matrix.config.to_dict(), "defense": cell.defense.settings}
     images = matrix.reconstructions(*cell.place).float().numpy()
     labels, indices = cell.clean.labels.numpy(), cell.clean.indices.numpy()
     write_npz(folder / "reconstructions.npz", images=images, indices=indices, labels=labels)
     write_text(folder / "report.md", _page(result, metrics) + _links(folder, figures))
-    write_json(folder / "metrics.json", metrics)
+    write_json(folder / "metrics.json", _finite(metrics))
     if log is not None:
-        log.log_results(metrics, _images(folder), figures)
+        log.log_results(metrics, pd.read_csv(folder / "images.csv"), figures)
     return metrics
 
 
@@ -74,10 +85,9 @@ def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Pa
     folder = matrix.folder
     if matrix.config.rebuild:
         write_results(matrix)
-    results, suite, checks = _read(folder)
+    results, main, suite, checks = _read(folder)
     if not len(results):
         return [write_text(folder / "report.md", "No cell is finished yet.\n")]
-    main = _main(results)
     made = write_tables(folder, main) if len(main) else []
     made += write_curves(folder, results[~in_suite(results)])
     made += write_suite(folder, suite, checks) if len(suite) else []
@@ -91,47 +101,49 @@ def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Pa
 
 def results_text(folder: str | Path) -> str:
     """Tables 1 and 2 and the attack suite's accuracies and verdicts, for a terminal."""
-    results, suite, checks = _read(Path(folder))
-    main = _main(results)
+    _, main, suite, checks = _read(Path(folder))
     parts = [tables_text(main)] if len(main) else []
     return "\n\n".join([*parts, *([f"The attack suite\n\n{suite_text(suite, checks)}"] if len(suite) else [])])
 
 
-def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The results of the cells that were run, the rows of the attack suite, and its checks."""
+def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The results of the cells that were run, the rows of Tables 1 and 2, those of the attack suite, and its checks."""
     results = read_results(folder / "results.csv")
     run = results[results["status"] != NOT_RUN]
-    suite = suite_rows(results) if len(run) else run
-    return run, suite, read_checks(folder / "checks.csv") if len(suite) else run
-
-
-def _main(results: pd.DataFrame) -> pd.DataFrame:
-    """The rows of Tables 1 and 2."""
-    return results[~in_suite(results) & results["budget"].isna()]
-
-
-def _images(folder: Path) -> list[dict[str, Any]]:
-    return pd.read_csv(folder / "images.csv").to_dict("records")
+    suite = suite_rows(run)
+    main = run[~in_suite(run) & run["budget"].isna()]
+    return run, main, suite, read_checks(folder / "checks.csv") if len(suite) else suite
 
 
 def _links(folder: Path, figures: list[Path]) -> str:
     return "".join(f"\n![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})\n" for path in figures)
 
 
-def _metrics(matrix: Matrix, result: CellResult) -> dict[str, Any]:
-    """The figures of metrics.json; ``used`` is a mean, and ``images_per_second`` does not count the attack's time."""
+def _finite(value: Any) -> Any:
+    """JSON values without NaN and infinity, which JSON does not have: None stands for them."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
+
+
+def _metrics(result: CellResult) -> dict[str, Any]:
+    """The figures of metrics.json; ``images_per_second`` does not count the attack's time."""
     cell, n = result.cell, len(result.decisions)
     spent = sum(value for name, value in result.seconds.items() if name != "attack")
     found = {"clean": cell.target.decisions_clean[:n], "undefended": result.decisions_given}
-    return {
+    figures = {
         "n": n,
         "accuracy": {k: accuracy(v, cell.clean.labels) for k, v in {**found, "defended": result.decisions}.items()},
         "ssim": {"given": float(result.ssim_given.mean()), "defended": float(result.ssim.mean())},
-        "used": float(result.used.double().mean()),
         "seconds": dict(result.seconds),
         "images_per_second": n / spent if spent else None,
-        "settings": {**matrix.config.to_dict(), "defense": cell.defense.settings},
     }
+    if kinds := [AVERAGED[reason] for reason in result.reasons if reason in AVERAGED]:
+        without = sum(reason.startswith("no_") for reason in result.reasons)
+        figures |= {kinds[0]: float(result.used.double().mean()), "images_without": without}
+    return figures
 
 
 def _page(result: CellResult, metrics: dict[str, Any]) -> str:
@@ -140,17 +152,6 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
     eps = "" if result.eps_255 is None else f" at {result.eps_255:g}/255"
     steps = f" ({cell.defense.steps_per_image:,} DIP steps an image)" if cell.defense.steps_per_image else ""
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in metrics["seconds"].items())
-    averaged, reasons, used = "", result.reasons, f"{metrics['used']:.1f} an image on average"
-    if {"class_scores", "no_sample_of_class"} & set(reasons):
-        averaged = (
-            f"Windows averaged: {used}; for {reasons.count('no_sample_of_class')} of {n} images the victim classified "
-            "none as the class with the highest scores (all windows were averaged).\n\n"
-        )
-    elif {"crossings", "no_crossing"} & set(reasons):
-        averaged = (
-            f"Stitched on-boundary images: {used}; {reasons.count('no_crossing')} of {n} images had none that counted "
-            "(their reconstruction is the mean of the last K samples).\n\n"
-        )
     speed = f"; {metrics['images_per_second']:.3g} images a second" if metrics["images_per_second"] else ""
     return f"""# dipguard run
 
@@ -162,17 +163,11 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
 | accuracy | {right["clean"]:.1%} | {right["undefended"]:.1%} | {right["defended"]:.1%} |
 | SSIM to the clean image | 1 | {ssim["given"]:.3f} | {ssim["defended"]:.3f} |
 
-{averaged}Time: {seconds}{speed}.
+Time: {seconds}{speed}.
 
 Files: `metrics.json` (figures and settings), `images.csv` (a row for each image), `reconstructions.npz`, `traces/` \
 (decision traces, which can be replayed without a new fit), `config.yaml`.
 """
-
-
-def _first(matrix: Matrix, result: CellResult) -> tuple[Tensor, Tensor]:
-    """The attacked and purified images of a cell that are drawn."""
-    place, count = result.cell.place, min(matrix.config.figures, len(result.cell.clean))
-    return matrix.attacked(*place)[:count], matrix.reconstructions(*place)[:count]
 
 
 def _trace_paths(matrix: Matrix, result: CellResult) -> dict[int, Path]:
@@ -181,30 +176,33 @@ def _trace_paths(matrix: Matrix, result: CellResult) -> dict[int, Path]:
     return {i: path for i, path in enumerate(paths) if result.done and path.is_file()}
 
 
+def _pictures(matrix: Matrix, result: CellResult) -> list[list[Picture]]:
+    """Clean, attacked and purified picture of each image that is drawn."""
+    clean, place, count = result.cell.clean, result.cell.place, matrix.config.figures
+    images = (clean.images, matrix.attacked(*place), matrix.reconstructions(*place))
+    decisions = (result.cell.target.decisions_clean, result.decisions_given, result.decisions)
+    columns = []
+    for shown, found, ssim in zip(images, decisions, (None, result.ssim_given, result.ssim), strict=True):
+        captions = [f"SSIM {x:.3f}" if x == x else "" for x in ([] if ssim is None else ssim[:count].tolist())]
+        rows = zip(shown[:count], found.tolist(), clean.labels.tolist(), captions or [""] * count, strict=False)
+        columns.append([Picture(x, class_name(y, clean.classes), y == label, text) for x, y, label, text in rows])
+    return [list(row) for row in zip(*columns, strict=False)]
+
+
 def _draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
     """A panel of a cell's first images and the decision trace of each, as far as it is kept, in ``figures/``."""
     if not matrix.config.figures:
         return []
-    cell, clean, folder = result.cell, result.cell.clean, matrix.folder / "figures"
-    rows, paths, traces = {}, [], _trace_paths(matrix, result)
-    decisions = zip(cell.target.decisions_clean, result.decisions_given, result.decisions, strict=False)
-    for i, (given, rebuilt) in enumerate(zip(*_first(matrix, result), strict=True)):
+    clean, folder, traces = result.cell.clean, matrix.folder / "figures", _trace_paths(matrix, result)
+    rows, paths = {}, []
+    for i, pictures in enumerate(_pictures(matrix, result)):
         index, label = int(clean.indices[i]), int(clean.labels[i])
-        row = [
-            Picture(image, class_name(int(y), clean.classes), int(y) == label)
-            for image, y in zip((clean.images[i], given, rebuilt), next(decisions), strict=True)
-        ]
-        rows[f"image {index}\ntrue: {class_name(label, clean.classes)}"] = (row[0], row[1], row[2])
+        rows[f"image {index}\ntrue: {class_name(label, clean.classes)}"] = pictures
         if i in traces:
             trace = DecisionTrace.load(traces[i])
-            figure = (draw_trace if trace.mirrored_logits is None else draw_mirror_trace)(
-                trace,
-                cell.defense.rebuild(trace),
-                decision=int(result.decisions[i]),
-                label=label,
-                clean=clean.images[i],
-                name_of=lambda y: class_name(y, clean.classes),
-            )
+            known: dict[str, Any] = {"decision": int(result.decisions[i]), "label": label, "clean": clean.images[i]}
+            name_of = partial(class_name, classes=clean.classes)
+            figure = draw_trace(trace, result.cell.defense.rebuild(trace), name_of=name_of, **known)
             paths.append(save_figure(figure, folder / f"trace{name}_{index:06d}.png"))
     return [save_figure(draw_panel(rows), folder / f"panel{name}.png"), *paths]
 
@@ -213,22 +211,21 @@ def _comparisons(matrix: Matrix) -> list[Path]:
     """figure9_<attack>.png for each attack that is the same for all defences."""
     made: list[Path] = []
     done = [results[-1] for results in matrix.results.values() if results[-1].done]
-    # The undefended victim would show the attacked image a second time.
     alike = [r for r in done if not (r.cell.adaptive or r.cell.node.get("number") or r.cell.check)]
+    # The undefended victim would show the attacked image a second time.
     alike = [r for r in alike if r.cell.target.defense.name != "none"] if matrix.config.figures else []
     for attack in matrix.attacks:
         found = [r for r in alike if r.cell.label == attack]
         if not found:
             continue
-        first, clean = found[0], found[0].cell.clean
-        scenes = [("clean", Scene(clean.images, first.cell.target.decisions_clean))]
-        if attack != "clean":
-            given = Scene(_first(matrix, first)[0], first.decisions_given, first.ssim_given)
-            scenes.append((f"attacked: {head_of(attack)}", given))
-        scenes += [(r.cell.target.label, Scene(_first(matrix, r)[1], r.decisions, r.ssim)) for r in found]
-        count, known = len(scenes[-1][1].images), {"labels": clean.labels, "indices": clean.indices}
-        figure = draw_comparison(scenes, count=count, classes=clean.classes, **known)
-        made.append(save_figure(figure, matrix.folder / f"figure9_{attack}.png"))
+        given = [] if attack == "clean" else [f"attacked: {head_of(attack)}"]
+        heads = ["clean", *given, *(r.cell.target.label for r in found)]
+        first, *others = (_pictures(matrix, result) for result in found)
+        rows = {
+            f"image {int(index)}": [pictures[0], *pictures[1 : 1 + len(given)], pictures[2], *(o[i][2] for o in others)]
+            for i, (index, pictures) in enumerate(zip(found[0].cell.clean.indices, first, strict=False))
+        }
+        made.append(save_figure(draw_grid(heads, rows), matrix.folder / f"figure9_{attack}.png"))
     return made
 
 
@@ -254,7 +251,7 @@ def _log_matrix(log: RunLog, matrix: Matrix, results: pd.DataFrame) -> None:
         log.log_metrics(metrics, step=step)
     # All panels and traces of the first images come before those of the second.
     in_turn = [path for path in chain.from_iterable(zip_longest(*figures)) if path is not None]
-    log.log_results(_final(results), _images(matrix.folder), in_turn[:MOST_FIGURES])
+    log.log_results(_final(results), pd.read_csv(matrix.folder / "images.csv"), in_turn)
 
 
 def _final(results: pd.DataFrame) -> dict[str, Any]:

@@ -75,6 +75,17 @@ def in_suite(results: pd.DataFrame) -> pd.Series:
     return (results["number"] != "") | (results["check"] != "") | (results["attack"] == WORST)
 
 
+def images_text(counts: pd.Series) -> str:
+    """Numbers of images in words: ``16 images``, ``1 to 20 images``."""
+    ends = dict.fromkeys(f"{n:.0f}" for n in (counts.min(), counts.max()) if n == n)
+    return f"{' to '.join(ends) or 'no'} image{'s' * (list(ends) != ['1'])}"
+
+
+def interval_text(value: float, low: float, high: float) -> str:
+    """A share with its interval, in percent: ``93.8 (72–99)``."""
+    return f"{100 * value:.1f} ({100 * low:.0f}–{100 * high:.0f})"
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as one dict with dotted keys."""
     flat: dict[str, Any] = {}

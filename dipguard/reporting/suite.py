@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
 from dipguard.files import write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
-from dipguard.reporting.results import CLEAN, DONE, WORST, in_suite
-from dipguard.reporting.tables import NONE, escaped, in_short, markdown
+from dipguard.reporting.escape import NONE, escape_markdown
+from dipguard.reporting.results import CLEAN, DONE, WORST, images_text, in_suite, interval_text
+from dipguard.reporting.tables import in_short, markdown
 
 WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6
 """Inches: the figure's width, the height of an attack, and title with legend."""
@@ -45,36 +45,26 @@ def write_suite(folder: str | Path, rows: pd.DataFrame, checks: pd.DataFrame) ->
 
 def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     """The whole page as Markdown."""
-    accuracies = markdown(*_table(rows, [_accuracy(row) for row in rows.itertuples()]))
-    parts = ["# The attack suite: accuracy under attack, %", escaped(_head(rows)), accuracies]
-    parts.append("\n".join(f"- {escaped(text)}" for text in _reasons(rows)))
+    parts = ["# The attack suite: accuracy under attack, %", escape_markdown(_head(rows)), _accuracies(rows)]
+    parts.append("\n".join(f"- {escape_markdown(text)}" for text in _reasons(rows)))
     parts += ["## Masking checks", _verdicts(checks)]
     for defense, found in checks.groupby("defense", sort=False):
-        lines = [f"- {c.check}: **{c.verdict}**. {escaped(c.figures)}" for c in found.itertuples()]
-        parts.append("\n".join([f"{defense}:", "", *lines]))
+        lines = [f"- {c.check}: **{c.verdict}**. {escape_markdown(c.figures)}" for c in found.itertuples()]
+        parts.append("\n".join([f"{escape_markdown(defense)}:", "", *lines]))
     parts += ["## What it cost", "DIP steps / purified images read / seconds, as counted.", _cost_table(rows)]
     parts += ["## Settings, and what was cut", _settings(rows)]
     cut = rows[(rows["attack"] == CLEAN) & (rows["cut"] != "")]
-    parts += [f"- {line.defense}: {escaped(line.cut)}" for line in cut.itertuples()]
+    parts += [f"- {escape_markdown(line.defense)}: {escape_markdown(line.cut)}" for line in cut.itertuples()]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def suite_text(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     """Accuracies and verdicts alone, for a terminal."""
-    accuracies = markdown(*_table(rows, [_accuracy(row) for row in rows.itertuples()]))
-    return "\n\n".join([_head(rows), accuracies, _verdicts(checks)])
+    return "\n\n".join([_head(rows), _accuracies(rows), _verdicts(checks)])
 
 
 def draw_suite(rows: pd.DataFrame) -> Figure:
-    """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals.
-
-    Rows without figures leave a gap.
-
-    Raises:
-        ValueError: No rows.
-    """
-    if not len(rows):
-        raise ValueError("`rows` must hold at least one row, got none")
+    """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals."""
     attacks, defenses = list(dict.fromkeys(rows["attack"])), list(dict.fromkeys(rows["defense"]))
     height = ATTACK_HEIGHT * len(attacks) * max(1.0, len(defenses) / 5) + MARGIN
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
@@ -89,21 +79,16 @@ def draw_suite(rows: pd.DataFrame) -> Figure:
     titles = dict(zip(rows["attack"], rows["title"], strict=True))
     ax.set_yticks(range(len(attacks)), [short(titles[attack], 32) for attack in attacks], fontsize=9)
     ax.set(xlim=(-2, 102), ylim=(len(attacks) - 0.5, -0.5), xlabel="accuracy, %")
-    for label, attack in zip(ax.get_yticklabels(), attacks, strict=True):
-        label.set_fontweight("bold" if attack in (CLEAN, WORST) else "normal")
-    for line in range(1, len(attacks)):
-        ax.axhline(line - 0.5, color="#bbbbbb" if attacks[line] == WORST or line == 1 else "#eeeeee", linewidth=0.7)
+    ax.hlines([line - 0.5 for line in range(1, len(attacks))], -2, 102, color="#dddddd", linewidth=0.7)
     plain_axes(ax, grid="x")
     figure.legend(loc="outside upper center", ncols=min(len(defenses), 6), frameon=False, fontsize=9)
-    figure.supxlabel(f"{_measured_on(rows, 'n = ')}; bars: 95 % Wilson intervals", fontsize=9)
+    figure.supxlabel(f"{_measured_on(rows)}; bars: 95 % Wilson intervals", fontsize=9)
     return figure
 
 
-def _measured_on(rows: pd.DataFrame, prefix: str = "") -> str:
-    first, counts = rows.iloc[0], rows["n"].dropna().astype(int)
-    ends = dict.fromkeys((str(counts.min()), str(counts.max())))
-    images = f"{prefix}{' to '.join(ends)} images" if len(counts) else "no images yet"
-    return f"{first['data']}, victim {first['victim']}; {images}"
+def _measured_on(rows: pd.DataFrame) -> str:
+    first = rows.iloc[0]
+    return f"{first['data']}, victim {first['victim']}; {images_text(rows['n'])}"
 
 
 def _head(rows: pd.DataFrame) -> str:
@@ -124,10 +109,11 @@ def _table(rows: pd.DataFrame, texts: Sequence[str]) -> tuple[list[str], list[li
     return ["attack", *heads], [[title, *line] for title, line in wide.T.items()]
 
 
-def _accuracy(row: Any) -> str:
-    if row.status != DONE:
-        return _brief(row.status)
-    return f"{100 * row.accuracy:.1f} ({100 * row.low:.0f}{NONE}{100 * row.high:.0f})"
+def _accuracies(rows: pd.DataFrame) -> str:
+    texts = [
+        interval_text(r.accuracy, r.low, r.high) if r.status == DONE else _brief(r.status) for r in rows.itertuples()
+    ]
+    return markdown(*_table(rows, texts))
 
 
 def _brief(status: str) -> str:

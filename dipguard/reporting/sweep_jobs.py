@@ -26,13 +26,9 @@ SIZES = ("small", "medium", "large")
 
 
 class Job(NamedTuple):
-    """One job.
+    """One job: its state, parameters' values by key, why it has no results, and the counts of its store.
 
-    Attributes:
-        state: One of ``STATES``.
-        values: The parameters' values by key; of a job that has not begun only those that were overridden.
-        problem: Why there are no results.
-        store: What its store of fits counted (``fitted``, ``replayed``, ...), if it had one.
+    Of a job that has not begun, only those values are known that were overridden.
     """
 
     state: str
@@ -47,7 +43,7 @@ class Sweep:
 
     Attributes:
         name: The grid's name.
-        jobs: By the name of their folder, in the order of the plan; those of earlier starts come last.
+        jobs: By the name of their folder, in the order of the plan.
         parameters: Values by key, in their order: numbers by size, others as they first appear.
         labels: A short name by key.
         results: The rows of all jobs' results.csv, with the name of the job's folder in the column ``job``.
@@ -59,7 +55,7 @@ class Sweep:
     parameters: Mapping[str, tuple[Any, ...]]
     labels: Mapping[str, str]
     results: pd.DataFrame
-    others: int = 0
+    others: int
 
     @property
     def defenses(self) -> list[str]:
@@ -71,26 +67,24 @@ class Sweep:
         """The attacks that have results."""
         return list(self.results["attack"].unique())
 
-    def setting(self, job: str) -> str:
-        """A job's values, as far as they are known, as text."""
-        known = {key: value for key, value in self.jobs[job].values.items() if value is not None}
+    def setting(self, job: str, keys: Iterable[str] | None = None) -> str:
+        """A job's values as text: those of ``keys``, or all that are known."""
+        values = self.jobs[job].values
+        known = {key: values[key] for key in (values if keys is None else keys) if values[key] is not None}
         return ", ".join(f"{self.labels[key]} = {text_of(value)}" for key, value in known.items())
 
 
-def read_sweep(folder: str | Path, *, everything: bool = False) -> Sweep:
-    """Read a sweep's folder, also while its jobs run; ``everything``: with jobs of earlier starts with another grid.
+def read_sweep(folder: str | Path) -> Sweep:
+    """Read a sweep's folder, also while its jobs run.
 
     Raises:
         FileNotFoundError: It holds no job, and no plan of any.
     """
     folder = Path(folder)
-    plan = _yaml(folder / "sweep.json") or {}
-    overrides = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}
+    plan = _yaml(folder / "sweep.json")
+    planned = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}
     found = {path.parents[1].name: path for path in sorted(folder.glob("*/.hydra/overrides.yaml"))}
-    others = found.keys() - overrides.keys()
-    if everything or not overrides:
-        overrides |= {name: list(_yaml(path) or []) for name, path in found.items() if name in others}
-        others = set()
+    overrides = planned or {name: _yaml(path, list) for name, path in found.items()}
     if not overrides:
         raise FileNotFoundError(f"`folder` must be that of a sweep, got {folder}, which holds no job of one")
     given = {name: {k: v for text in texts for k, v in _parsed(text).items()} for name, texts in overrides.items()}
@@ -98,16 +92,16 @@ def read_sweep(folder: str | Path, *, everything: bool = False) -> Sweep:
     values = {name: _values(folder / name, keys, given[name]) for name in overrides}
     parameters = _parameters(keys, list(values.values()))
     jobs: dict[str, Job] = {}
-    tables = []
+    tables = [pd.DataFrame(columns=["job", "attack", "defense"])]
     for name in overrides:
         state, problem, table = _outcome(folder / name)
-        store = _yaml(folder / name / "store.json") or {}
-        jobs[name] = Job(state, {key: values[name][key] for key in parameters}, problem, store)
+        known = {key: values[name][key] for key in parameters}
+        jobs[name] = Job(state, known, problem, _yaml(folder / name / "store.json"))
         if table is not None:
             tables.append(table.assign(job=name))
-    results = pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=["job", "attack", "defense"])
+    results = pd.concat(tables[1:] or tables, ignore_index=True)
     name = str(plan.get("sweep") or folder.resolve().name)
-    return Sweep(name, jobs, parameters, short_labels(parameters), results, len(others))
+    return Sweep(name, jobs, parameters, short_labels(parameters), results, len(found.keys() - overrides.keys()))
 
 
 def is_numeric(values: Sequence[Value]) -> bool:
@@ -132,13 +126,14 @@ def short_labels(keys: Iterable[str]) -> dict[str, str]:
     return labels
 
 
-def _yaml(path: Path) -> Any:
-    """The content of a YAML or JSON file; None if there is none or it is damaged."""
+def _yaml(path: Path, kind: type[Any] = dict) -> Any:
+    """The content of a YAML or JSON file; empty if there is none, or it is damaged."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast, but not everywhere
     try:
-        return yaml.load(path.read_bytes(), Loader=loader)
+        content = yaml.load(path.read_bytes(), Loader=loader)
     except (FileNotFoundError, yaml.YAMLError):
-        return None
+        content = None
+    return content if isinstance(content, kind) else kind()
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Value]:
@@ -163,9 +158,8 @@ def _is_aside(key: str) -> bool:
 
 def _values(folder: Path, keys: Sequence[str], given: Mapping[str, Value]) -> dict[str, Value]:
     """The keys' values in a job: those of its config, which has the defaults too, or what it was given."""
-    config = _plain(_yaml(folder / "config.yaml") or {})
-    runtime = (_yaml(folder / ".hydra" / "hydra.yaml") or {}).get("hydra", {}).get("runtime", {})
-    choices = runtime.get("choices", {})
+    config = _plain(_yaml(folder / "config.yaml"))
+    choices = _yaml(folder / ".hydra" / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
     return {key: config.get(key, given.get(key, choices.get(key))) for key in keys}
 
 
@@ -188,7 +182,7 @@ def _outcome(folder: Path) -> tuple[str, str, pd.DataFrame | None]:
         except (FileNotFoundError, ValueError) as error:
             return "failed", f"its results are damaged: {error}", None
     if (folder / FAILED).is_file():
-        failed = _yaml(folder / FAILED) or {}
+        failed = _yaml(folder / FAILED)
         return "failed", f"{failed['error']}: {failed['message']}" if "error" in failed else "see its log", None
     if (folder / "config.yaml").is_file():
         return "unfinished", "running, or killed before its end", None

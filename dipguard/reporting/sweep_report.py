@@ -6,11 +6,11 @@ line per parameter through the common point, and a full grid gives many lines.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from math import ceil, floor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -19,68 +19,69 @@ from matplotlib.figure import Figure
 
 from dipguard.evaluation.metrics import wilson
 from dipguard.files import write_text
-from dipguard.registry import options_of
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
+from dipguard.reporting.escape import NONE, escape_csv, escape_markdown
 from dipguard.reporting.paper_figures import SOURCE, TABLE_3, head_of
+from dipguard.reporting.results import images_text, interval_text
 from dipguard.reporting.sweep_jobs import STATES, Sweep, is_numeric, read_sweep, text_of
-from dipguard.reporting.tables import NONE, escaped, markdown
+from dipguard.reporting.tables import markdown
 
 MEAN = "mean"
 """Stands for the mean over all attacks, the paper's averaged accuracy."""
-BEST = 5
-"""Number of settings that the report lists."""
+ALL, BEST = 12, 5
+"""Number of settings up to which the report lists all, and that it lists else."""
 TABLE_3_LABELS = {"T", "network"}
-SYMBOLS = {"tau": r"$\tau$", "t0": "$t_0$", "beta": r"$\beta$", "K": "$K$", "T": "$T$"}
+SYMBOLS = {"tau": "τ", "t0": "t₀", "beta": "β"}
 PANEL, TALL, LEGEND = 3.0, 2.9, 1.5
 """Inches: width and height of a panel, and width of the legend."""
 ACROSS = 4
 """Most panels side by side."""
-MOST_LINES = 12
-"""Most thin lines in a panel."""
 
 
-def write_sweep_report(folder: str | Path, *, everything: bool = False) -> list[Path]:
+def write_sweep_report(folder: str | Path) -> list[Path]:
     """Write sweep.csv, the figures and report.md into a sweep's folder, finished or not; returns their paths.
 
-    - ``sweep.csv``: a row for each job, attack and defence;
-    - ``figure6_mean.png``, ``figure7_columns.png``: accuracy against each parameter, mean and by attack;
-    - ``table3_T_network.png``, ``map_<a>_<b>.png``: parameters that were varied together;
-    - ``report.md``: these, tables with intervals, best settings, sensitivities, and what is missing or failed.
+    report.md has what is missing or failed; for each defence that the parameters act on the settings and tables with
+    intervals; the other defences; the figures. sweep.csv has a row for each job, attack and defence.
 
-    Arguments and errors are those of :func:`~dipguard.reporting.sweep_jobs.read_sweep`.
+    Raises:
+        FileNotFoundError: See `read_sweep`.
     """
     folder = Path(folder)
-    sweep = read_sweep(folder, everything=everything)
+    sweep = read_sweep(folder)
     made = [write_text(folder / "sweep.csv", long_csv(sweep))]
-    parts = [f"# Sweep {sweep.name}", state_section(sweep)]
-    several = len(sweep.defenses) > 1
-    for defense in sweep.defenses:
-        grid = Grid(sweep, defense)
-        parts += [f"# Defence {defense}"] if several else []
-        parts += ["## Best settings", best_section(grid), "## Sensitivity", sensitivity_section(grid)]
-        for title, body, name, figure in _figures(grid):
-            made.append(save_figure(figure, folder / f"{name}{f'_{defense}' if several else ''}.png"))
-            parts += [f"## {title}", body, f"![{made[-1].stem}]({made[-1].name})"]
-    return [write_text(folder / "report.md", "\n\n".join(filter(None, parts)) + "\n"), *made]
+    parts, figures = [f"# Sweep {escape_markdown(sweep.name)}", state_section(sweep)], []
+    swept, fixed = _grids(sweep)
+    for grid in swept:
+        of = f": {escape_markdown(grid.defense)}" if len(sweep.defenses) > 1 else ""
+        parts += [f"## Settings{of}", best_section(grid)]
+        for pair, cells in grid.maps():
+            parts += [f"## {_title(grid, pair)}{of}", pair_section(grid, pair, cells)]
+        for title, name, figure in _figures(grid):
+            made.append(save_figure(figure, folder / f"{name}{f'_{grid.defense}' if of else ''}.png"))
+            figures += [f"## {title}{of}", f"![{made[-1].stem}]({made[-1].name})"]
+    if fixed:
+        parts += ["## Defences that the parameters do not act on", fixed_section(fixed)]
+    return [write_text(folder / "report.md", "\n\n".join(filter(None, parts + figures)) + "\n"), *made]
 
 
-def summary(folder: str | Path, *, everything: bool = False) -> str:
+def summary(folder: str | Path) -> str:
     """The sweep in some lines, for a terminal: how many jobs are done, what failed, the best setting."""
-    sweep = read_sweep(folder, everything=everything)
+    sweep = read_sweep(folder)
     lines = [f"sweep {sweep.name}: {state_section(sweep)}"]
-    for defense in sweep.defenses:
-        for _, best in Grid(sweep, defense).ranking().head(1).iterrows():
-            setting = sweep.setting(best["job"])
-            lines.append(f"best mean accuracy of defence {defense}: {best['value']:.1%} at {setting}")
+    for grid in _grids(sweep)[0]:
+        for _, best in grid.ranking().head(1).iterrows():
+            setting = sweep.setting(best["job"], grid.parameters)
+            lines.append(f"best mean accuracy of defence {grid.defense}: {best['value']:.1%} at {setting}")
     return "\n".join([*lines, f"report: {Path(folder) / 'report.md'}"])
 
 
 class Grid:
-    """What the jobs of a sweep say about its parameters, for one defence."""
+    """What the jobs of a sweep say about one defence: ``parameters`` are those that act on it."""
 
     def __init__(self, sweep: Sweep, defense: str) -> None:
-        self.sweep = sweep
-        self.attacks = sweep.attacks
+        self.sweep, self.defense, self.attacks = sweep, defense, sweep.attacks
+        self.parameters = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
         results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
         results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget
         values = results.rename(columns={"accuracy": "value"})[["job", "attack", "value", "low", "high", "n"]]
@@ -88,15 +89,17 @@ class Grid:
         # A parameter's value is known by its position, which sorts as the values do.
         places = {
             key: {name: known.index(value) if (value := job.values[key]) in known else -1 for name, job in jobs}
-            for key, known in sweep.parameters.items()
+            for key, known in self.parameters.items()
         }
-        self.scores = pd.concat([values, _means(values, len(self.attacks))]).join(pd.DataFrame(places), on="job")
+        scores = pd.concat([values, _means(values, len(self.attacks))])
+        scores = scores.join(pd.DataFrame(places, index=list(sweep.jobs)), on="job")
+        self.scores = scores.drop_duplicates(["attack", *self.parameters])
 
     def of(self, attack: str) -> pd.DataFrame:
         """Accuracy of each job under an attack, or in the mean (``MEAN``).
 
         A row has ``job``, ``value``, ``low``, ``high``, ``n``, and under each parameter's key the position of its value
-        in ``Sweep.parameters``.
+        in ``parameters``.
         """
         return self.scores[self.scores["attack"] == attack]
 
@@ -104,67 +107,54 @@ class Grid:
         """The jobs by their mean accuracy, the best first."""
         return self.of(MEAN).sort_values("value", ascending=False, kind="stable")
 
-    def lines(self, key: str, attack: str = MEAN) -> pd.DataFrame:
-        """Accuracy against a parameter while the others stay: a row for each setting of those, a column for each value.
-
-        Settings with a single value are left out.
-        """
-        wide = self._wide(attack, key)["value"]
-        return wide[wide.notna().sum(axis=1) > 1]
-
     def profile(self, key: str, attack: str = MEAN) -> pd.DataFrame:
         """Accuracy by the value of a parameter: rows with ``value``, ``low`` and ``high`` by the value's position.
 
         It is the mean over the settings of the other parameters that have most values, all of them the same.
         """
-        known = self.lines(key, attack).notna()
-        if not len(known):
+        wide = self._wide(attack, key)
+        known = wide["value"].notna()
+        longest = known[known.sum(axis=1) == max(2, known.sum(axis=1).max())]
+        if not len(longest):
             return pd.DataFrame(columns=["value", "low", "high"])
-        longest = known[known.sum(axis=1) == known.sum(axis=1).max()]
         pattern = longest.value_counts().index[0]
         chosen = longest.index[(longest == list(pattern)).all(axis=1)]
-        return self._wide(attack, key).loc[chosen].mean().unstack(0).dropna()
+        return wide.loc[chosen].mean().unstack(0).dropna()
 
-    def map(self, pair: tuple[str, str], attack: str = MEAN) -> pd.DataFrame | None:
-        """Accuracy by two parameters that were varied together: rows with ``value``, ``low`` and ``high``.
+    def map(self, pair: tuple[str, str]) -> pd.DataFrame | None:
+        """Mean accuracy by two parameters that were varied together: rows with ``value``, ``low`` and ``high``.
 
-        It is the mean over the settings of the others (``attrs["tables"]`` of them), for values that all of them have.
-        A cross (each varied while the other stays) is no map: for a and b values it has at most a + b - 1 jobs.
+        It is the mean over the settings of the others, for values that all of them have. A cross (each varied while the
+        other stays) is no map: for a and b values it has at most a + b - 1 jobs.
         """
-        wide = self._wide(attack, *pair)
+        wide = self._wide(MEAN, *pair)
         known = wide["value"].notna()
         sizes = sum(known.T.groupby(level=key).any().sum() for key in pair)
-        tables = wide[known.sum(axis=1) > sizes - 1]
-        if not len(tables):
-            return None
-        cells = tables.dropna(axis=1).mean().unstack(0).reindex(columns=["value", "low", "high"])
-        cells.attrs["tables"] = len(tables)
-        return cells
+        tables = wide[known.sum(axis=1) > sizes - 1].dropna(axis=1)
+        return tables.mean().unstack(0) if tables.size else None
 
-    def pairs(self) -> Iterator[tuple[str, str]]:
-        """Pairs of parameters that were varied together under some attack; numbers come before names."""
-        parameters = self.sweep.parameters
-        for pair in combinations(sorted(parameters, key=lambda key: not is_numeric(parameters[key])), 2):
-            if any(self.map(pair, attack) is not None for attack in self.attacks):
-                yield pair
-
-    def sensitivities(self) -> pd.DataFrame:
-        """The position of the best and worst value of each parameter, the accuracy between them, the number of lines.
-
-        The most important parameter comes first.
-        """
-        found = []
-        for key in self.sweep.parameters:
-            values = self.profile(key)["value"]
-            if len(values) > 1:
-                found.append((key, values.idxmax(), values.idxmin(), values.max() - values.min(), len(self.lines(key))))
-        table = pd.DataFrame(found, columns=["key", "best", "worst", "range", "lines"])
-        return table.sort_values("range", ascending=False, kind="stable")
+    def maps(self) -> Iterator[tuple[tuple[str, str], pd.DataFrame]]:
+        """Each pair of parameters that were varied together, with its `map`; numbers come before names."""
+        for pair in combinations(sorted(self.parameters, key=lambda key: not is_numeric(self.parameters[key])), 2):
+            if (cells := self.map(pair)) is not None:
+                yield pair, cells
 
     def _wide(self, attack: str, *keys: str) -> pd.DataFrame:
         """Value, low and high of each job: a row for each setting of the other parameters, columns by ``keys``."""
-        others = [key for key in self.sweep.parameters if key not in keys]
+        others = [key for key in self.parameters if key not in keys]
         return self.of(attack).assign(_="").pivot_table(["value", "low", "high"], ["_", *others], keys, aggfunc="first")
+
+
+def _acts_on(key: str, defense: str) -> bool:
+    """Whether a parameter may change the results of a defence: all do that do not belong to another one."""
+    parts = key.lstrip("~").replace("@", ".").split(".")
+    return "defenses" not in parts[:-1] or parts[parts.index("defenses") + 1] == defense
+
+
+def _grids(sweep: Sweep) -> tuple[list[Grid], list[Grid]]:
+    """The defences that a parameter acts on, and the others."""
+    grids = [Grid(sweep, defense) for defense in sweep.defenses]
+    return [grid for grid in grids if grid.parameters], [grid for grid in grids if not grid.parameters]
 
 
 def _means(values: pd.DataFrame, attacks: int) -> pd.DataFrame:
@@ -190,6 +180,7 @@ def long_csv(sweep: Sweep) -> str:
     ]
     table = pd.DataFrame(rows, dtype=object).merge(sweep.results, on="job", how="left")
     table["problem"] = [sweep.jobs[name].problem for name in table["job"]]
+    table = table.map(lambda value: escape_csv(value) if isinstance(value, str) else value)
     return str(table.to_csv(index=False, lineterminator="\n"))
 
 
@@ -200,76 +191,61 @@ def state_section(sweep: Sweep) -> str:
     lines = [f"{len(sweep.jobs)} jobs: {head}."]
     rest = {name: job for name, job in sweep.jobs.items() if job.state != "done"}
     texts = [f"{job.state}: {sweep.setting(name)} ({name}): {job.problem}" for name, job in rest.items()]
-    lines += ["", *(f"- {escaped(text)}" for text in texts)] if texts else []
+    lines += ["", *(f"- {escape_markdown(text)}" for text in texts)] if texts else []
     counts = [sum(job.store.get(name, 0) for job in sweep.jobs.values()) for name in ("fitted", "replayed", "decided")]
     if any(counts):
         lines += ["", f"Fits, in images: {counts[0]} made, {sum(counts[1:])} taken from the store."]
     if sweep.others:
-        lines += ["", f"{sweep.others} more of earlier starts, not in this grid, are left out (sweeps.collect --all)."]
+        lines += ["", f"{sweep.others} more of earlier starts, not in this grid, are left out."]
     return "\n".join(lines)
 
 
 def best_section(grid: Grid) -> str:
-    """The best settings by their mean over the attacks."""
+    """The best settings by their mean over the attacks; of a small sweep, all."""
     ranked, sweep = grid.ranking(), grid.sweep
     if not len(ranked):
         return "No job has all attacks yet."
     best = ranked.iloc[0]
+    setting = escape_markdown(sweep.setting(best["job"], grid.parameters))
     near = int((ranked["high"] >= best["value"]).sum())
     head = (
-        f"Best mean over {_count(grid)}: {100 * best['value']:.1f} % at {sweep.setting(best['job'])}. "
+        f"Best mean over {_count(grid)}: {100 * best['value']:.1f} % at {setting}. "
         f"{near} of {len(ranked)} settings have this figure within their own 95 % interval."
-        + " These images cannot tell them apart."
-        * (near > 1)
+        + (" These images cannot tell them apart." if near > 1 else "")
     )
-    by_attack = 100 * grid.scores.pivot(index="job", columns="attack", values="value")[grid.attacks]
-    rows = []
-    for number, (_, line) in enumerate(ranked.head(BEST).iterrows(), start=1):
-        values = [text_of(sweep.jobs[line["job"]].values[key]) for key in sweep.parameters]
-        rows.append([str(number), *values, *(f"{value:.1f}" for value in by_attack.loc[line["job"]]), _interval(line)])
-    return f"{head}\n\n{markdown(['', *sweep.labels.values(), *map(head_of, grid.attacks), 'mean'], rows)}"
+    rows = [
+        [*(text_of(sweep.jobs[line["job"]].values[key]) for key in grid.parameters), *_by_attack(grid, line)]
+        for _, line in ranked.head(BEST if len(ranked) > ALL else ALL).iterrows()
+    ]
+    labels = [sweep.labels[key] for key in grid.parameters]
+    return f"{head}\n\n{markdown([*labels, *map(head_of, grid.attacks), 'mean'], rows)}"
 
 
-def sensitivity_section(grid: Grid) -> str:
-    """Best and worst value of each parameter and the points between them."""
-    rows = []
-    for _, one in grid.sensitivities().iterrows():
-        shares, values = grid.profile(one["key"]), grid.sweep.parameters[one["key"]]
-        ends = [text for at in (one["best"], one["worst"]) for text in (text_of(values[at]), _interval(shares.loc[at]))]
-        rows.append([grid.sweep.labels[one["key"]], *ends, f"{100 * one['range']:.1f}", str(one["lines"])])
-    if not rows:
-        return "No parameter was varied alone yet."
-    head = ["parameter", "best value", "mean accuracy, %", "worst value", "mean accuracy, %", "range, points", "lines"]
-    note = (
-        "Accuracy with its 95 % interval; the range is between the best and the worst value while all other parameters "
-        "stay, in the mean over so many lines. A parameter's best value is the best of this grid, on these images."
-    )
-    return f"{note}\n\n{markdown(head, rows)}"
+def fixed_section(grids: Sequence[Grid]) -> str:
+    """One line for each defence that no parameter acts on."""
+    lines = [(grid, line) for grid in grids for _, line in grid.ranking().iterrows()]
+    rows = [[grid.defense, *_by_attack(grid, line)] for grid, line in lines]
+    return markdown(["defence", *map(head_of, grids[0].attacks), "mean"], rows) if rows else "None has all attacks yet."
 
 
-def pair_section(grid: Grid, pair: tuple[str, str]) -> str:
-    """A table of two parameters for each attack, accuracy in percent with 95 % intervals."""
-    parts = []
-    across, down = (grid.sweep.parameters[key] for key in pair)
-    for attack in [*grid.attacks, *([MEAN] if len(grid.attacks) > 1 else [])]:
-        cells = grid.map(pair, attack)
-        title = f"mean over {_count(grid)}" if attack == MEAN else head_of(attack)
-        if cells is None or not len(cells):
-            parts.append(f"{title}: nothing yet.")
-            continue
-        texts = cells.apply(_interval, axis=1).unstack(0).fillna(NONE)
-        head = [f"{grid.sweep.labels[pair[1]]} / {grid.sweep.labels[pair[0]]}", *(text_of(across[i]) for i in texts)]
-        rows = [[text_of(down[j]), *line] for j, line in texts.T.items()]
-        tables = cells.attrs["tables"]
-        over = f", mean over {tables} settings of the others" if tables > 1 else ""
-        parts.append(f"Accuracy, %, {title}{over}:\n\n{markdown(head, rows)}")
+def _by_attack(grid: Grid, line: pd.Series) -> list[str]:
+    """A job's accuracy under each attack, and their mean with its interval."""
+    values = [grid.of(attack).set_index("job")["value"].get(line["job"]) for attack in grid.attacks]
+    return [*(NONE if value is None else f"{100 * value:.1f}" for value in values), _interval(line)]
+
+
+def pair_section(grid: Grid, pair: tuple[str, str], cells: pd.DataFrame) -> str:
+    """A table of two parameters: mean accuracy in percent with 95 % intervals, and the paper's where it has them."""
+    across, down = (grid.parameters[key] for key in pair)
+    texts = cells.apply(_interval, axis=1).unstack(0).fillna(NONE)
+    head = [f"{grid.sweep.labels[pair[1]]} / {grid.sweep.labels[pair[0]]}", *(text_of(across[i]) for i in texts)]
+    section = f"Mean accuracy over {_count(grid)}, %:\n\n"
+    section += markdown(head, [[text_of(down[j]), *line] for j, line in texts.T.items()])
     if {grid.sweep.labels[key] for key in pair} == TABLE_3_LABELS:
+        section += f"\n\nThe paper's Table 3 ({SOURCE}; CIFAR-10, PGD at 8/255, its own ResNet-50, other images):\n\n"
         printed = [[name, *map(str, line.values())] for name, line in TABLE_3.items()]
-        parts.append(
-            f"The paper's Table 3 ({SOURCE}; CIFAR-10, PGD at 8/255, its own ResNet-50, other images):\n\n"
-            f"{markdown(['network / T', *map(str, TABLE_3['small'])], printed)}"
-        )
-    return "\n\n".join(parts)
+        section += markdown(["network / T", *map(str, TABLE_3["small"])], printed)
+    return section
 
 
 def _count(grid: Grid) -> str:
@@ -277,20 +253,22 @@ def _count(grid: Grid) -> str:
 
 
 def _interval(share: pd.Series) -> str:
-    return f"{100 * share['value']:.1f} ({100 * share['low']:.0f}{NONE}{100 * share['high']:.0f})"
+    return interval_text(share["value"], share["low"], share["high"])
 
 
-def _figures(grid: Grid) -> Iterator[tuple[str, str, str, Figure]]:
-    """Title, text, file name and figure of all that can be drawn."""
+def _figures(grid: Grid) -> Iterator[tuple[str, str, Figure]]:
+    """Title, file name and figure of all that can be drawn."""
     if (figure := draw_lines(grid, mean=True)) is not None:
-        yield "Mean accuracy (Figure 6)", "", "figure6_mean", figure
+        yield "Mean accuracy (Figure 6)", "figure6_mean", figure
     if len(grid.attacks) > 1 and (figure := draw_lines(grid, mean=False)) is not None:
-        yield "Accuracy by attack (Figure 7)", "", "figure7_columns", figure
-    for pair in grid.pairs():
-        labels = [grid.sweep.labels[key] for key in pair]
-        kind, suffix = ("table3", " (Table 3)") if set(labels) == TABLE_3_LABELS else ("map", "")
-        name = "_".join("".join(c if c.isalnum() else "_" for c in label) for label in labels)
-        yield " x ".join(labels) + suffix, pair_section(grid, pair), f"{kind}_{name}", draw_map(grid, pair)
+        yield "Accuracy by attack (Figure 7)", "figure7_columns", figure
+    for pair, cells in grid.maps():
+        name = re.sub(r"\W", "_", "_".join(grid.sweep.labels[key] for key in pair))
+        yield _title(grid, pair), f"map_{name}", draw_map(grid, pair, cells)
+
+
+def _title(grid: Grid, pair: tuple[str, str]) -> str:
+    return escape_markdown(" x ".join(grid.sweep.labels[key] for key in pair))
 
 
 def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
@@ -299,119 +277,69 @@ def draw_lines(grid: Grid, *, mean: bool) -> Figure | None:
     ``mean`` draws the mean over the attacks (Figure 6); without it each attack has a line (Figure 7).
     """
     attacks = [MEAN] if mean else grid.attacks
-    keys = [key for key in grid.sweep.parameters if any(len(grid.profile(key, attack)) > 1 for attack in attacks)]
+    keys = [key for key in grid.parameters if any(len(grid.profile(key, attack)) > 1 for attack in attacks)]
     if not keys:
         return None
     across = min(ACROSS, len(keys))
     down = ceil(len(keys) / across)
     size = (max(5.0, PANEL * across + LEGEND * (not mean)), 0.7 + TALL * down)
-    figure, axes = _panels(size, down, across, len(keys), sharey=True)
-    drawn, thin = {}, False
-    for ax, key in zip(axes, keys, strict=True):
-        lines = grid.lines(key)
-        if mean and 1 < len(lines) <= MOST_LINES:
-            thin = True
-            for _, line in (100 * lines).iterrows():
-                known = line.dropna()
-                ax.plot(_places(grid, key, known.index), known, color="#999999", linewidth=0.8, marker=".")
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
+    axes = list(figure.subplots(down, across, squeeze=False, sharey=True).ravel())
+    for ax in axes[len(keys) :]:
+        ax.set_axis_off()
+    drawn = {}
+    for ax, key in zip(axes, keys, strict=False):
         for i, attack in enumerate(attacks):
             shares, style = 100 * grid.profile(key, attack), line_style(i)
             if len(shares) > 1:
-                x, band = _places(grid, key, shares.index), 0.15 if mean else 0.07
-                ax.fill_between(x, shares["low"], shares["high"], color=style["color"], alpha=band, linewidth=0)
-                width, marker = (1.8, 5) if mean else (1.5, 4.5)
-                (drawn[attack],) = ax.plot(x, shares["value"], linewidth=width, markersize=marker, **style)
+                values = grid.parameters[key]  # numbers are drawn at their value, everything else side by side
+                x = [values[at] if is_numeric(values) else at for at in shares.index]
+                ax.fill_between(x, shares["low"], shares["high"], color=style["color"], alpha=0.1, linewidth=0)
+                (drawn[attack],) = ax.plot(x, shares["value"], linewidth=1.5, markersize=4.5, **style)
         _finish(ax, grid, key)
-    for ax in axes[::across]:
+    for ax in axes[: len(keys) : across]:
         ax.set_ylabel("accuracy, %")
     title = f"mean accuracy over {_count(grid)}" if mean else "accuracy by attack"
-    title = f"accuracy, {head_of(grid.attacks[0])}" if len(grid.attacks) == 1 else title
-    note = f"bands: 95 % Wilson intervals, {_images(grid)}" + "; thin: at each value of the other parameters" * thin
-    _caption(figure, f"{grid.sweep.name}: {title}", note)
+    figure.suptitle(f"{grid.sweep.name}: {title}", fontsize=11, fontweight="bold")
+    figure.supxlabel(f"bands: 95 % Wilson intervals, {images_text(grid.scores['n'])} an attack", fontsize=8)
     if not mean:
         names = [short(head_of(attack), 18) for attack in drawn]
         figure.legend(list(drawn.values()), names, loc="outside right center", frameon=False, fontsize=9)
     return figure
 
 
-def draw_map(grid: Grid, pair: tuple[str, str]) -> Figure:
-    """A map of two parameters: a panel for the mean and one for each attack."""
-    attacks = [MEAN, *grid.attacks] if len(grid.attacks) > 1 else grid.attacks
-    maps = {attack: cells for attack in attacks if (cells := grid.map(pair, attack)) is not None}
-    places = [sorted({i for cells in maps.values() for i in cells.index.get_level_values(key)}) for key in pair]
-    across = min(3, len(attacks))
-    down = ceil(len(attacks) / across)
-    wide, tall = 1.3 + 0.62 * len(places[0]), 1.1 + 0.42 * len(places[1])
-    size = (max(4.6, across * max(wide, 2.3)), 1.0 + down * max(tall, 1.8))
-    figure, axes = _panels(size, down, across, len(attacks))
-    texts = [[text_of(grid.sweep.parameters[key][i]) for i in at] for key, at in zip(pair, places, strict=True)]
-    for ax, attack in zip(axes, attacks, strict=True):
-        values = maps[attack]["value"].unstack(0) if attack in maps and len(maps[attack]) else pd.DataFrame()
-        _draw_map(ax, 100 * values.reindex(index=places[1], columns=places[0]).to_numpy(dtype=float))
-        ax.set_xticks(range(len(texts[0])), texts[0], fontsize=8)
-        ax.set_yticks(range(len(texts[1])), texts[1], fontsize=8)
-        if not is_numeric(grid.sweep.parameters[pair[1]]):  # names are read from the top, as in a table
-            ax.invert_yaxis()
-        ax.set_title("mean" if attack == MEAN else head_of(attack), fontsize=10)
-        ax.set(xlabel=_symbol(grid, pair[0]), ylabel=_symbol(grid, pair[1]))
-    tables = max(cells.attrs["tables"] for cells in maps.values())
-    over = f"; means over {tables} settings of the others" if tables > 1 else ""
-    _caption(figure, f"{grid.sweep.name}: accuracy, %", f"{_images(grid)}; dark is a panel's highest{over}")
+def draw_map(grid: Grid, pair: tuple[str, str], cells: pd.DataFrame) -> Figure:
+    """A heat map of mean accuracy over two parameters."""
+    table = 100 * cells["value"].unstack(0)
+    figure = Figure(figsize=(2.6 + 0.62 * table.shape[1], 2.1 + 0.42 * table.shape[0]), dpi=DPI, layout="constrained")
+    ax, low = figure.subplots(), table.min(axis=None)
+    span = max(table.max(axis=None) - low, 1.0)  # points: cells that are nearly equal look alike
+    # Half a span below the lowest, so that no cell is as pale as one without a figure.
+    ax.imshow(table, cmap="Blues", vmin=low - span / 2, vmax=low + span, aspect="auto", origin="lower")
+    for (j, i), value in np.ndenumerate(table.to_numpy()):
+        text, dark = (f"{value:.0f}", value > low + span / 2) if np.isfinite(value) else (NONE, False)
+        ax.text(i, j, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
+    across, down = (grid.parameters[key] for key in pair)
+    ax.set_xticks(range(table.shape[1]), [text_of(across[i]) for i in table.columns], fontsize=8)
+    ax.set_yticks(range(table.shape[0]), [text_of(down[i]) for i in table.index], fontsize=8)
+    if not is_numeric(down):  # names are read from the top, as in a table
+        ax.invert_yaxis()
+    ax.spines[:].set_visible(False)
+    ax.set(xlabel=_symbol(grid, pair[0]), ylabel=_symbol(grid, pair[1]))
+    figure.suptitle(f"{grid.sweep.name}: mean accuracy, %", fontsize=11, fontweight="bold")
+    figure.supxlabel(f"over {_count(grid)}; {images_text(grid.scores['n'])} an attack", fontsize=8)
     return figure
 
 
-def _panels(size: tuple[float, float], down: int, across: int, count: int, **options: Any) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=size, dpi=DPI, layout="constrained")
-    axes = list(figure.subplots(down, across, squeeze=False, **options).ravel())
-    for ax in axes[count:]:
-        ax.set_axis_off()
-    return figure, axes[:count]
-
-
-def _caption(figure: Figure, title: str, note: str) -> None:
-    figure.suptitle(title, fontsize=11, fontweight="bold")
-    figure.supxlabel(note, fontsize=8)
-
-
-def _draw_map(ax: Axes, values: np.ndarray) -> None:
-    known = values[np.isfinite(values)]
-    low, high = (known.min(), known.max()) if len(known) else (0.0, 1.0)
-    # Half a range below the lowest, so that no cell is as pale as one without a figure.
-    ax.imshow(values, cmap="Blues", vmin=low - max(high - low, 1.0) / 2, vmax=high, aspect="auto", origin="lower")
-    for (j, i), value in np.ndenumerate(values):
-        text = f"{value:.0f}" if np.isfinite(value) else NONE
-        ax.text(i, j, text, ha="center", va="center", fontsize=9, color="white" if 2 * value >= low + high else "black")
-    ax.spines[:].set_visible(False)
-
-
 def _finish(ax: Axes, grid: Grid, key: str) -> None:
-    values = grid.sweep.parameters[key]
-    paper = options_of("dipguard.defenses.paper:DIPGuard").get(grid.sweep.labels[key])
-    if is_numeric(values) and isinstance(paper, int | float) and values[0] <= paper <= values[-1]:
-        ax.axvline(paper, color="#bbbbbb", linewidth=1, linestyle=":", zorder=0)
-        side, align = (-2, "right") if paper == values[-1] else (2, "left")
-        text: dict[str, Any] = {"ha": align, "va": "top", "fontsize": 7, "color": "#888888"}
-        ax.annotate("paper", (paper, 1), (side, -2), ("data", "axes fraction"), "offset points", **text)
+    values = grid.parameters[key]
     texts = [text_of(value) for value in values]
-    ax.set_xticks(_places(grid, key, range(len(values))), texts, fontsize=8)
-    if not is_numeric(values):
-        ax.margins(x=0.2)
-    if len("".join(texts)) > 30:
-        ax.tick_params(axis="x", rotation=35)
+    ax.set_xticks(values if is_numeric(values) else range(len(values)), texts, fontsize=8)
+    ax.margins(x=0.05 if is_numeric(values) else 0.2)
+    ax.tick_params(axis="x", rotation=35 if len("".join(texts)) > 30 else 0)
     ax.set_xlabel(_symbol(grid, key))
     plain_axes(ax)
 
 
 def _symbol(grid: Grid, key: str) -> str:
     return SYMBOLS.get(grid.sweep.labels[key], grid.sweep.labels[key])
-
-
-def _places(grid: Grid, key: str, positions: Sequence[int]) -> list[float]:
-    """Where values are drawn: numbers at their value, everything else side by side."""
-    values = grid.sweep.parameters[key]
-    return [values[i] if is_numeric(values) else i for i in positions]
-
-
-def _images(grid: Grid) -> str:
-    low, high = int(grid.scores["n"].min()), int(grid.scores["n"].max())
-    return f"{low} image{'s' * (low != 1)} an attack" if low == high else f"{low} to {high} images an attack"

@@ -8,17 +8,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+from tabulate import tabulate
 
 from dipguard.files import write_text
 from dipguard.reporting import paper_figures as published
 from dipguard.reporting.canvas import short
+from dipguard.reporting.escape import NONE, escape_latex, escape_markdown
 from dipguard.reporting.paper_figures import ATTACKS, DEFENSES, head_of
-from dipguard.reporting.results import DONE
-
-NONE = "\N{EN DASH}"
-"""Stands for a missing figure; the reason is given below the table."""
-FIRST = ("data", "victim", "surrogate", "seed", "defense", "defense_name", "figure")
-"""The columns of a table's CSV before the attacks."""
+from dipguard.reporting.results import DONE, images_text
 
 
 class Measure(NamedTuple):
@@ -29,7 +26,7 @@ class Measure(NamedTuple):
     field: str
     scale: float
     digits: int
-    paper: Mapping[str, Mapping[str, published.PaperRow]]
+    paper: Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 MEASURES = (
@@ -39,14 +36,9 @@ MEASURES = (
 
 
 def write_tables(folder: str | Path, results: pd.DataFrame) -> list[Path]:
-    """Write table1 (accuracy) and table2 (SSIM), each as .md, .csv and .tex; returns the six paths.
+    """Write table1 (accuracy) and table2 (SSIM), each as .md and .tex; returns the four paths.
 
-    The CSV has several lines for each defence: ``figure`` is ``ours``, ``n``, for the accuracy ``low`` and ``high``,
-    and if the paper has figures ``paper`` and ``difference``; ``mean`` is over ``mean_of`` attacks.
-
-    Args:
-        folder: Where to write.
-        results: Rows of `read_results`, at most one for a data set, victim, surrogate, seed, attack and defence.
+    ``results`` are rows of `read_results`, at most one for a data set, victim, surrogate, seed, attack and defence.
 
     Raises:
         ValueError: No rows.
@@ -56,15 +48,10 @@ def write_tables(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     paths = []
     for measure in MEASURES:
         tables, name = _split(results, measure), f"table{measure.number}"
-        lines = pd.concat([table.lines() for table in tables])
-        latex = "\n".join(table.latex(i) for i, table in enumerate(tables))
         page = "\n\n".join([f"# Table {measure.number}: {measure.title}", *(table.page() for table in tables)])
-        for ending, text in (
-            ("md", page + "\n"),
-            ("csv", lines.to_csv(index=False, float_format="%g", lineterminator="\n")),
-            ("tex", f"% Needs \\usepackage{{booktabs}}.\n\n{latex}"),
-        ):
-            paths.append(write_text(Path(folder) / f"{name}.{ending}", text))
+        latex = "\n".join(table.latex(number) for number, table in enumerate(tables))
+        paths.append(write_text(Path(folder) / f"{name}.md", page + "\n"))
+        paths.append(write_text(Path(folder) / f"{name}.tex", f"% Needs \\usepackage{{booktabs}}.\n\n{latex}"))
     return paths
 
 
@@ -76,29 +63,14 @@ def tables_text(results: pd.DataFrame) -> str:
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, words: bool = False) -> str:
     """A Markdown table of text: the first column to the left, the others to the right, or ``words`` to the left too."""
-    frame = pd.DataFrame([[escaped(text) for text in row] for row in rows], columns=[escaped(text) for text in head])
+    names, *lines = [[escape_markdown(text) for text in row] for row in (head, *rows)]
     align = ("left", *["left" if words else "right"] * (len(head) - 1))
-    return str(frame.to_markdown(index=False, disable_numparse=True, colalign=align))
-
-
-def escaped(text: str) -> str:
-    """Text that Markdown prints as it is, on one line."""
-    return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return str(tabulate(lines, names, tablefmt="pipe", disable_numparse=True, colalign=align))
 
 
 def in_short(status: str, most: int = 40) -> str:
     """The first sentence of a status, to stand in a table."""
     return short(" ".join(status.split()).split(". ")[0], most)
-
-
-_SPECIAL = {NONE: "--", "\N{HORIZONTAL ELLIPSIS}": r"\dots{}", **{c: f"\\{c}" for c in "&%$#_{}"}}
-_NAMES = {"\\": "backslash", "~": "asciitilde", "^": "asciicircum", "<": "less", ">": "greater", "|": "bar"}
-_SPECIAL |= {c: rf"\text{name}{{}}" for c, name in _NAMES.items()}
-
-
-def escape_latex(text: str) -> str:
-    """Text as LaTeX prints it, on one line; control characters are left out."""
-    return "".join(_SPECIAL.get(c, c) for c in " ".join(text.split()) if c.isprintable())
 
 
 def _split(results: pd.DataFrame, measure: Measure) -> list[_Table]:
@@ -126,15 +98,17 @@ class _Table:
         same = [a for a in self.attacks if a in ATTACKS and known[a] == (ATTACKS[a].name, ATTACKS[a].eps_255 or -1)]
         self.data = None if surrogate or not same else published.paper_data(first["data"], first["victim"])
         found = measure.paper.get(self.data or "", {})
-        self.paper = {d: found[DEFENSES[name]] for d, name in self.names.items() if DEFENSES.get(name) in found}
+        self.paper = {d: DEFENSES[name] for d, name in self.names.items() if DEFENSES.get(name) in found}
         self.shared = same if self.paper else []
 
         done = cells[cells["status"] == DONE]
-        fields = {"ours": measure.field, "n": "n"} | ({"low": "low", "high": "high"} if measure.number == 1 else {})
-        wide = {kind: done.pivot(index="defense", columns="attack", values=field) for kind, field in fields.items()}
-        parts = {kind: frame * (1 if kind == "n" else measure.scale) for kind, frame in wide.items()}
+        fields = {"ours": measure.field} | ({"low": "low", "high": "high"} if measure.number == 1 else {})
+        parts = {
+            kind: measure.scale * done.pivot(index="defense", columns="attack", values=field)
+            for kind, field in fields.items()
+        }
         if self.paper:
-            printed = pd.DataFrame({defense: row.figures for defense, row in self.paper.items()}).T[self.shared]
+            printed = pd.DataFrame({defense: found[name] for defense, name in self.paper.items()}).T[self.shared]
             parts |= {"paper": printed, "difference": parts["ours"] - printed}
         rows = pd.MultiIndex.from_tuples(product(self.names, parts), names=["defense", "figure"])
         self.figures = pd.concat(parts).swaplevel().reindex(index=rows, columns=self.attacks)
@@ -145,17 +119,12 @@ class _Table:
         rounded = round(float(value), self.measure.digits) + 0.0  # no "-0.0"
         return NONE if value != value else f"{rounded:{'+' if kind == 'difference' else ''}.{self.measure.digits}f}"
 
-    def mean(self, defense: str, kind: str, attacks: Sequence[str]) -> pd.Series:
-        """The figures that the mean is over: the paper's where we have figures too, if there are any."""
+    def texts(self, defense: str, kind: str, attacks: Sequence[str]) -> list[str]:
+        """The figures of a defence and their mean; the paper's is over those that we have too, if there are any."""
         values, ours = (self.figures.loc[(defense, k)][list(attacks)] for k in (kind, "ours"))
         both = values[ours.notna()].dropna()
-        return both if kind == "paper" and len(both) else values.dropna()
-
-    def texts(self, defense: str, kind: str, attacks: Sequence[str]) -> list[str]:
-        """The figures of a defence and their mean."""
-        over = self.mean(defense, kind, attacks)
+        over = both if kind == "paper" and len(both) else values.dropna()
         of = "" if len(over) in (0, len(attacks)) else f" ({len(over)} of {len(attacks)})"
-        values = self.figures.loc[(defense, kind)][list(attacks)]
         return [*(self.text(value, kind) for value in values), self.text(over.mean(), kind) + of]
 
     def intervals(self, defense: str) -> list[str]:
@@ -169,7 +138,7 @@ class _Table:
         """Our figures, the paper's and the difference, if there is one; nothing without the paper's."""
         if defense not in self.paper:
             return []
-        names = {"ours": defense, "paper": f"Ding et al.: {self.paper[defense].name}", "difference": "difference"}
+        names = {"ours": defense, "paper": f"Ding et al.: {self.paper[defense]}", "difference": "difference"}
         kinds = [kind for kind in names if kind != "difference" or self.figures.loc[(defense, kind)].notna().any()]
         return [[names[kind], *self.texts(defense, kind, attacks)] for kind in kinds]
 
@@ -191,31 +160,24 @@ class _Table:
 
     def describe(self) -> str:
         """What the table shows, of how many images, and what its mean is over."""
-        counts = self.cells["n"][self.cells["status"] == DONE].astype(int)
-        ends = dict.fromkeys([counts.min(), counts.max()]) if len(counts) else {}
-        images = f"{' to '.join(map(str, ends))} image{'s' * (list(ends) != [1])} a cell." if ends else ""
+        counts = self.cells["n"][self.cells["status"] == DONE]
+        images = f"{images_text(counts)} a cell." if len(counts) else "No cell has figures yet."
         mean = f"The mean is over the {len(self.attacks)} attacks of this run; the paper's is over its 15."
         if set(self.attacks) == set(ATTACKS):
             mean = "The mean is over all 15 columns of the paper, Clean included."
         title = self.measure.title[0].upper() + self.measure.title[1:]
-        return f"{title}. {images or 'No cell has figures yet.'} {mean}"
+        return f"{title}. {images} {mean}"
 
     def note(self) -> str:
         """What our figures and the paper's have in common and what not."""
-        first, setting = self.cells.iloc[0], published.SETTINGS[str(self.data)]
-        other = "other images" if first["victim"] == setting.victim else "another victim and other images"
-        text = (
+        first, (victim, described) = self.cells.iloc[0], published.VICTIMS[str(self.data)]
+        other = "other images" if first["victim"] == victim else "another victim and other images"
+        return (
             f"The paper's figures ({published.SOURCE}, Table {self.measure.number}, {self.data}) were measured on "
-            f"{setting.described}; ours on {first['data']} with {first['victim']}: {other}, and settings of the "
-            "defences and attacks that may differ too. A difference is ours minus the paper's. Means are over the "
-            "attacks that have figures of both."
+            f"{described}; ours on {first['data']} with {first['victim']}: {other}, and settings of the defences and "
+            "attacks that may differ too. A difference is ours minus the paper's. Means are over the attacks that have "
+            "figures of both."
         )
-        for row in {row.name: row for row in self.paper.values()}.values():
-            mean = sum(row.figures.values()) / len(row.figures)
-            if len(self.shared) == len(ATTACKS) and abs(mean - row.mean) > 10**-self.measure.digits:
-                printed = f"{self.text(row.mean)}, while its 15 figures give {self.text(mean)}"
-                text += f" For {row.name} the paper prints a mean of {printed}."
-        return text
 
     def section(self) -> str:
         """The main table in Markdown, with what it shows above and the reasons for missing figures below."""
@@ -225,32 +187,20 @@ class _Table:
             ran = self.status.loc[defense] != ""
             rows.append([self.label(defense), *(text * run for text, run in zip(texts, ran, strict=True)), mean])
         table = markdown(["defence", *map(head_of, self.attacks), f"mean of {len(self.attacks)}"], rows)
-        return "\n\n".join(filter(None, [self.describe(), table, "\n".join(f"- {escaped(g)}" for g in self.gaps())]))
+        return "\n\n".join(
+            filter(None, [self.describe(), table, "\n".join(f"- {escape_markdown(g)}" for g in self.gaps())])
+        )
 
     def page(self) -> str:
         """The main table, the intervals, and the comparison with the paper, in Markdown."""
-        parts = [f"## {escaped(self.title)}", self.section()]
+        parts = [f"## {escape_markdown(self.title)}", self.section()]
         if rows := [[defense, *texts] for defense in self.names if (texts := self.intervals(defense))]:
             parts += ["### 95 % intervals (Wilson), %", markdown(["defence", *map(head_of, self.attacks)], rows)]
         if self.paper:
             head = ["", *map(head_of, self.shared), f"mean of {len(self.shared)}"]
             rows = [row for defense in self.paper for row in self.compared(defense, self.shared)]
-            parts += ["### Compared with the paper", escaped(self.note()), markdown(head, rows)]
+            parts += ["### Compared with the paper", escape_markdown(self.note()), markdown(head, rows)]
         return "\n\n".join(parts)
-
-    def lines(self) -> pd.DataFrame:
-        """All figures and their means, ready for CSV."""
-        digits, first = self.measure.digits + 1, self.cells.iloc[0]
-        frame = self.figures.round(digits)
-        frame = frame[frame.notna().any(axis=1) | (frame.index.get_level_values("figure") == "ours")]
-        with_mean = ("ours", "paper", "difference")
-        over = [self.mean(defense, kind, self.attacks if kind in with_mean else []) for defense, kind in frame.index]
-        means = [round(values.mean(), digits) if len(values) else None for values in over]
-        taken = (*FIRST, "mean", "mean_of")
-        frame = frame.rename(columns=lambda attack: f"attack {attack}" if attack in taken else attack)
-        frame = frame.assign(mean=means, mean_of=[len(values) or None for values in over]).reset_index()
-        own = {name: first[name] for name in FIRST[:3]} | {"defense_name": frame["defense"].map(self.names)}
-        return frame.assign(**own, seed=int(first["seed"]))[[*FIRST, *frame.columns[2:]]]
 
     def latex(self, number: int) -> str:
         """The figures, 95 % intervals and the comparison with the paper as a LaTeX ``table*``."""

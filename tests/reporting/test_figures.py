@@ -9,29 +9,34 @@ import pytest
 import torch
 
 from dipguard.decision import DecisionTrace, Reconstruction, stitch
-from dipguard.evaluation import Matrix
-from dipguard.reporting.canvas import DPI, Picture, class_name, save_figure, short
-from dipguard.reporting.image_figures import FACTORS, amplification, draw_panel
-from dipguard.reporting.trace_figure import GIVEN, TRUE, class_colours, draw_mirror_trace, draw_trace
+from dipguard.reporting.canvas import DPI, save_figure
+from dipguard.reporting.trace_figure import GIVEN, TRUE, attack_inside, class_colours, draw_trace
 
 
-def traces_of(matrix: Matrix) -> list[DecisionTrace]:
-    place = matrix.cells[0].place
-    return [DecisionTrace.load(matrix.traces_path(*place, int(index))) for index in matrix.clean.indices]
+@pytest.fixture(scope="module")
+def trace() -> DecisionTrace:
+    """Twelve samples that cross the boundary four times; the given image is read as 0 from the last crossing on."""
+    read = torch.tensor([3, 3, 1, 1, 0, 1, 1, 1, 0, 0, 0, 0])
+    draw, crossing_at = torch.Generator().manual_seed(0), torch.nonzero(read.diff()).flatten()
+    images = torch.rand(8, 3, 16, 16, generator=draw)
+    return DecisionTrace(
+        index=7,
+        given=images[0],
+        given_scores=torch.eye(10)[0],
+        steps=2 * torch.arange(12) + 1,
+        scores=4 * torch.eye(10)[read],
+        quality=torch.linspace(0.1, 0.9, 12),
+        loss=torch.zeros(12),
+        crossing_at=crossing_at,
+        alpha=torch.full((4,), 0.5),
+        on_boundary=images[1:5],
+        last=images[5:],
+        settings={"tau": 0.0, "t0": 0, "K_max": 3},
+    )
 
 
 def with_settings(trace: DecisionTrace, **settings: object) -> DecisionTrace:
     return replace(trace, settings={**trace.settings, **settings})
-
-
-@pytest.fixture(scope="module")
-def crossed(finished: Matrix) -> tuple[DecisionTrace, Reconstruction]:
-    """A trace with crossings that were stitched, and some that were not."""
-    for trace in traces_of(finished):
-        if int((trace.decisions.diff() != 0).sum()) > 1:
-            options = {"tau": 0.0, "t0": 0, "K": 1, "beta": 0.5}
-            return with_settings(trace, **options), stitch(trace, **options)
-    pytest.fail("no trace crossed the boundary twice")
 
 
 def legend_of(figure: object) -> list[str]:
@@ -39,40 +44,38 @@ def legend_of(figure: object) -> list[str]:
     return [text.get_text() for ax in axes for text in ax.get_legend().get_texts()]
 
 
-def test_trace_figure_marks_every_crossing(crossed: tuple[DecisionTrace, Reconstruction]) -> None:
-    trace, rebuilt = crossed
-    changes = int((trace.decisions.diff() != 0).sum())
-    names = legend_of(draw_trace(trace, rebuilt, decision=1, label=1))
+def test_trace_figure_marks_every_crossing(trace: DecisionTrace) -> None:
+    rebuilt = stitch(trace, tau=0.0, t0=0, K=1, beta=0.5)
+    figure = draw_trace(trace, rebuilt, decision=1, label=1)
+    names = legend_of(figure)
     assert "crossing, stitched (1)" in names
-    assert f"crossing, not stitched ({changes - 1})" in names
-    assert "$\\tau$ = 0" in names
+    assert "crossing, not stitched (3)" in names
+    assert "τ = 0" in names
+    assert "attack inside from\nt = 17 on" in names
+    captions = [ax.get_xlabel() for ax in figure.subfigs[0].axes]
+    assert captions == ["given", "on the boundary, t = 15", "reconstruction"]
 
 
-@pytest.mark.parametrize(("unit", "end"), [("steps", 4), ("samples", None)])
-def test_threshold_and_warm_up_are_those_of_the_trace(finished: Matrix, unit: str, end: int | None) -> None:
-    trace = with_settings(traces_of(finished)[0], tau=0.35, t0=4, t0_unit=unit)
-    rebuilt = stitch(trace, tau=1.0, t0=0, K=1, beta=0.5)
-    names = legend_of(draw_trace(trace, rebuilt, decision=0))
-    assert "$\\tau$ = 0.35" in names
-    assert f"warm-up, $t_0$ = {int(trace.steps[4]) if end is None else end}" in names
+@pytest.mark.parametrize(("unit", "end"), [("steps", 4), ("samples", 9)])
+def test_threshold_and_warm_up_are_those_of_the_trace(trace: DecisionTrace, unit: str, end: int) -> None:
+    trace = with_settings(trace, tau=0.35, t0=4, t0_unit=unit)
+    names = legend_of(draw_trace(trace, stitch(trace, tau=1.0, t0=0, K=1, beta=0.5), decision=0))
+    assert "τ = 0.35" in names
+    assert f"warm-up, t₀ = {end}" in names
 
 
-@pytest.mark.parametrize("known", [True, False])
-def test_trace_figure_without_crossings_is_as_large_as_any(finished: Matrix, tmp_path: Path, known: bool) -> None:
-    trace = traces_of(finished)[0]
+def test_trace_figure_without_crossings_is_as_large_as_any(trace: DecisionTrace, tmp_path: Path) -> None:
     rebuilt = stitch(trace, tau=1.0, t0=0, K=1, beta=0.5)
     assert rebuilt.reason == "no_crossing"
-    label, clean = (int(finished.clean.labels[0]), finished.clean.images[0]) if known else (None, None)
-    figure = draw_trace(trace, rebuilt, decision=0, label=label, clean=clean)
+    figure = draw_trace(trace, rebuilt, decision=0, label=0, clean=trace.given)
     assert not any("stitched (" in name and "not" not in name for name in legend_of(figure))
     picture = matplotlib.image.imread(save_figure(figure, tmp_path / "a.png"))
-    assert picture.shape[:2] == (round(7.2 * DPI), 10 * DPI)
+    assert picture.shape[:2] == (round(7.6 * DPI), 10 * DPI)
     plots = figure.subfigs[1].axes
     assert plots[1].get_window_extent().height > 200, "the layout collapsed"
 
 
-def test_true_class_is_red_and_that_of_the_given_image_blue(crossed: tuple[DecisionTrace, Reconstruction]) -> None:
-    trace, _ = crossed
+def test_true_class_is_red_and_that_of_the_given_image_blue(trace: DecisionTrace) -> None:
     other = (trace.given_decision + 1) % 10
     colours = class_colours(trace, other)
     assert (colours[other], colours[trace.given_decision]) == (TRUE, GIVEN)
@@ -81,72 +84,63 @@ def test_true_class_is_red_and_that_of_the_given_image_blue(crossed: tuple[Decis
     assert len(set(colours.values())) == len(colours) <= 5
 
 
-@pytest.mark.parametrize(("mirror", "reading"), [(True, "mirrored reading"), (False, "shifted reading")])
-def test_mirror_figure_shows_both_readings_and_what_was_averaged(
-    crossed: tuple[DecisionTrace, Reconstruction], mirror: bool, reading: str
-) -> None:
-    trace, rebuilt = crossed
-    count = len(trace.steps) // 2 * 2
-    short_trace = replace(
+@pytest.fixture(scope="module")
+def windows(trace: DecisionTrace) -> DecisionTrace:
+    """Three windows of each of two networks; the given image's class (0) is read in the first network's last two."""
+    scores = 5 * torch.eye(10)[[1, 0, 0, 2, 2, 1]]
+    none = {name: getattr(trace, name)[:0] for name in ("crossing_at", "alpha", "on_boundary")}
+    return replace(
         trace,
-        **{name: getattr(trace, name)[:count] for name in ("steps", "scores", "quality", "loss")},
-        crossing_at=trace.crossing_at[:0],
-        alpha=trace.alpha[:0],
-        on_boundary=trace.on_boundary[:0],
-        last=trace.given.expand(2, -1, -1, -1),
-        samples=trace.given.expand(count, -1, -1, -1),
-        mirrored_logits=trace.scores[:count].flip(1),
-        settings={"mirror": mirror},
+        steps=torch.tensor([9, 14, 19, 109, 114, 119]),
+        scores=scores,
+        quality=torch.linspace(0.5, 0.9, 6),
+        loss=torch.zeros(6),
+        last=trace.last[:2],
+        samples=trace.given.expand(6, -1, -1, -1),
+        mirrored_logits=scores.flip(1),
+        settings={"mirror": True},
+        **none,
     )
-    used = Reconstruction(rebuilt.image, "class_scores", torch.arange(3))
-    figure = draw_mirror_trace(short_trace, used, decision=1, label=1, clean=trace.given)
+
+
+@pytest.mark.parametrize(("mirror", "reading"), [(True, "its mirrored copy"), (False, "its shifted copy")])
+def test_mirrored_figure_shows_both_readings_and_what_was_averaged(
+    windows: DecisionTrace, mirror: bool, reading: str
+) -> None:
+    trace = replace(windows, settings={"mirror": mirror})
+    used = Reconstruction(trace.given, "class_scores", torch.arange(3))
+    figure = draw_trace(trace, used, decision=1, label=1, clean=trace.given)
     axes = figure.subfigs[1].axes
-    assert [ax.get_ylabel() for ax in axes[1:3]] == ["confidence,\nreading", f"confidence,\n{reading}"]
+    assert [ax.get_ylabel() for ax in axes[1:3]] == [f"class confidence\non {of}" for of in ("x(t)", reading)]
     assert "averaged (3)" in legend_of(figure)
     captions = [ax.get_xlabel() for ax in figure.subfigs[0].axes]
-    assert captions == ["clean", "given", "network 1, last window", "network 2, last window", "reconstruction"]
-    lines = {line.get_label().split(":")[0]: line.get_ydata() for line in axes[2].get_lines()}
-    mean = short_trace.mirrored_logits.double().softmax(1)[:, 1]
-    assert np.asarray(lines["1 (true)" if trace.given_decision != 1 else "1 (true, of given)"]) == pytest.approx(mean)
+    assert captions == ["clean", "given", "network 1, t = 19", "network 2, t = 119", "reconstruction"]
+    lines = {line.get_label().split(":")[0]: np.asarray(line.get_ydata()) for line in axes[2].get_lines()}
+    assert trace.mirrored_logits is not None
+    wanted = trace.mirrored_logits.double().softmax(1)[:, 1].numpy()
+    drawn = lines["1 (true)"]
+    assert drawn[np.isfinite(drawn)] == pytest.approx(wanted)
 
 
-def test_mirror_figure_needs_mirrored_readings(crossed: tuple[DecisionTrace, Reconstruction]) -> None:
-    with pytest.raises(ValueError, match="`trace` must hold samples and their mirrored readings"):
-        draw_mirror_trace(*crossed, decision=0)
+def test_nothing_is_drawn_across_the_gap_between_two_networks(windows: DecisionTrace) -> None:
+    used = Reconstruction(windows.given, "class_scores", torch.arange(3))
+    axes = draw_trace(windows, used, decision=1).subfigs[1].axes
+    spans = [(bar.get_x(), bar.get_x() + bar.get_width()) for bar in axes[0].patches]
+    assert spans == [(6.5, 11.5), (11.5, 16.5), (16.5, 19.5), (106.5, 111.5), (111.5, 116.5), (116.5, 119.5)]
+    lines = [line for ax in axes[1:] for line in ax.get_lines() if len(line.get_xdata()) == 7]
+    assert len(lines) >= 7
+    assert all(np.isnan(line.get_ydata()[3]) for line in lines)
 
 
-@pytest.mark.parametrize(("size", "factor"), [(0.6, 1), (0.3, 1), (0.2, 2), (0.04, 10), (0.001, 50), (0.0, 50)])
-def test_difference_is_amplified_as_far_as_it_fits(size: float, factor: int) -> None:
-    assert amplification(torch.full((2, 3, 8, 8), -size)) == factor
-    assert factor in FACTORS
+def test_the_moment_from_which_the_attack_is_inside_is_marked(windows: DecisionTrace) -> None:
+    assert attack_inside(windows, truth=1) == [1]
+    assert attack_inside(windows, truth=0) == []
+    used = Reconstruction(windows.given, "class_scores", torch.arange(3))
+    assert "attack inside from\nt = 14 on" in legend_of(draw_trace(windows, used, decision=1))
+    assert not any("attack" in name for name in legend_of(draw_trace(windows, used, decision=0)))
 
 
-def test_panel_shows_the_amplified_difference() -> None:
-    given, rebuilt = torch.full((3, 16, 16), 0.5), torch.full((3, 16, 16), 0.46)
-    pictures = (Picture(given, "a", True), Picture(given, "b", False), Picture(rebuilt, "a", True))
-    figure = draw_panel({"one": pictures, "two": pictures})
-    assert len(figure.axes) == 8
-    shown = np.asarray(figure.axes[3].images[0].get_array())
-    assert shown == pytest.approx(0.5 + 10 * 0.04, abs=1e-5)
-    assert "difference × 10" in [text.get_text() for text in figure.axes[3].texts]
-    assert [ax.get_title()[-1] for ax in figure.axes[:3]] == ["\N{CHECK MARK}", "\N{BALLOT X}", "\N{CHECK MARK}"]
-
-
-def test_panel_of_a_reconstruction_of_another_size() -> None:
-    given, rebuilt = torch.full((3, 16, 16), 0.5), torch.full((3, 32, 32), 0.46)
-    figure = draw_panel({"one": (Picture(given, "a"), Picture(given, "b"), Picture(rebuilt, "a"))})
-    assert np.asarray(figure.axes[3].images[0].get_array()) == pytest.approx(0.9, abs=1e-5)
-
-
-def test_empty_panel_is_refused() -> None:
-    with pytest.raises(ValueError, match="`rows` must hold at least one image"):
-        draw_panel({})
-
-
-def test_long_names_are_cut() -> None:
-    assert short("tench") == "tench"
-    assert len(short("great white shark, Carcharodon carcharias")) == 22
-
-
-def test_classes_without_a_name_are_numbers() -> None:
-    assert [class_name(number, ("cat", "dog")) for number in (1, 2, -1)] == ["dog", "2", "-1"]
+def test_names_that_look_like_formulas_break_no_trace(windows: DecisionTrace, tmp_path: Path) -> None:
+    used = Reconstruction(windows.given, "class_scores", torch.arange(3))
+    figure = draw_trace(windows, used, decision=1, name_of=lambda y: r"$\bad{$")
+    assert save_figure(figure, tmp_path / "a.png").is_file()

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from dipguard.evaluation import Matrix
 from dipguard.reporting import open_log, write_train_report
+from dipguard.reporting.loggers import wandb_mode
 from tests.tiny_run import tiny_run
 
 SMALL = ("data.limit=2", "chunk=1")
@@ -19,7 +21,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_csv_holds_the_curves_of_all_stacks_and_the_result(tmp_path: Path) -> None:
-    metrics = tiny_run(tmp_path, *SMALL, "logger=csv")
+    metrics = tiny_run(tmp_path, *SMALL, "figures=0", "logger=csv")
     rows = read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")
     steps = [int(row["step"]) for row in rows if row["fit/mse"]]
     assert len(steps) == 2 * 20
@@ -91,16 +93,22 @@ def test_wandb_run_is_closed_when_the_job_fails(tmp_path: Path, monkeypatch: pyt
     assert wandb.run is None
 
 
-def test_wandb_is_offline_without_a_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dipguard.reporting.wandb_run import wandb_mode
-
+@pytest.mark.parametrize(
+    ("own", "key", "offline", "mode"),
+    [
+        ("online", None, None, "offline"),
+        ("online", "x" * 40, None, "online"),
+        ("online", None, False, "online"),
+        ("online", "x" * 40, True, "offline"),
+        ("disabled", "x" * 40, None, "disabled"),
+        ("dryrun", "x" * 40, None, "dryrun"),
+        ("offline", "x" * 40, None, "offline"),
+    ],
+)
+def test_mode_is_that_of_wandbs_own_settings_but_offline_without_a_key(
+    monkeypatch: pytest.MonkeyPatch, own: str, key: str | None, offline: bool | None, mode: str
+) -> None:
+    settings = SimpleNamespace(mode=own, api_key=key, base_url="https://api.wandb.ai")
+    monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
     monkeypatch.setenv("NETRC", "nowhere")
-    monkeypatch.delenv("WANDB_SWEEP_ID", raising=False)
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    assert wandb_mode(None) == "offline"
-    monkeypatch.setenv("WANDB_API_KEY", "x" * 40)
-    assert wandb_mode(None) == "online"
-    assert wandb_mode(True) == "offline"
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert wandb_mode(None) == "disabled"
+    assert wandb_mode(offline) == mode

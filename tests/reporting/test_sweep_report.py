@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from itertools import product
 from pathlib import Path
@@ -14,7 +15,16 @@ import pytest
 
 from dipguard.evaluation.metrics import wilson
 from dipguard.reporting.sweep_jobs import read_sweep, short_labels, text_of
-from dipguard.reporting.sweep_report import MEAN, Grid, draw_lines, draw_map, summary, write_sweep_report
+from dipguard.reporting.sweep_report import (
+    MEAN,
+    Grid,
+    draw_lines,
+    draw_map,
+    long_csv,
+    state_section,
+    summary,
+    write_sweep_report,
+)
 from tests.reporting.stored_run import cell, write_results
 
 N = 32
@@ -74,7 +84,6 @@ def test_jobs_are_compared_only_where_all_else_is_equal(folder: Path) -> None:
     grid = Grid(read_sweep(folder), "paper")
     profile = grid.profile(T)
     # The job with another beta is a setting of its own, with a single T.
-    assert len(grid.lines(T)) == 2
     assert profile["value"].tolist() == pytest.approx(
         [share(*((T, network, 0.5) for network in ("small", "large"))) for T in (100, 200, 300)]
     )
@@ -94,32 +103,25 @@ def test_interval_of_a_mean_is_that_of_one_attacks_images(folder: Path) -> None:
     assert scores.loc["100-small", "high"] == pytest.approx(wilson(int(right) + 1, N)[1])
 
 
-def test_best_settings_and_sensitivities(folder: Path) -> None:
-    grid = Grid(read_sweep(folder), "paper")
-    ranked = grid.ranking()
+def test_best_settings_come_first(folder: Path) -> None:
+    ranked = Grid(read_sweep(folder), "paper").ranking()
     assert ranked.iloc[0]["job"] == "300-large"
     assert ranked["value"].is_monotonic_decreasing
-    table = grid.sensitivities().set_index("key")
-    assert list(table.index) == [NETWORK, T, BETA]
-    assert table.loc[NETWORK, "range"] == pytest.approx(4 / N)
-    assert table.loc[T, "range"] == pytest.approx(2 / N)
-    assert (table.loc[T, "best"], table.loc[T, "worst"], table.loc[T, "lines"]) == (2, 0, 2)
 
 
 def test_parameters_varied_together_make_a_map_and_a_cross_does_not(folder: Path) -> None:
     grid = Grid(read_sweep(folder), "paper")
-    assert list(grid.pairs()) == [(T, NETWORK)]
-    cells = grid.map((T, NETWORK), "clean")
+    assert [pair for pair, _ in grid.maps()] == [(T, NETWORK)]
+    cells = grid.map((T, NETWORK))
     assert cells is not None
-    assert cells.attrs["tables"] == 1
     for (i, j), line in cells.iterrows():
-        assert line["value"] == correct((100, 200, 300)[i], ("small", "large")[j], 0.5, "clean") / N
+        assert line["value"] == pytest.approx(share(((100, 200, 300)[i], ("small", "large")[j], 0.5)))
     assert grid.map((T, BETA)) is None
 
 
 def test_report_has_all_files_and_figures(folder: Path) -> None:
     made = write_sweep_report(folder)
-    names = ["report.md", "sweep.csv", "figure6_mean.png", "figure7_columns.png", "table3_T_network.png"]
+    names = ["report.md", "sweep.csv", "figure6_mean.png", "figure7_columns.png", "map_T_network.png"]
     assert [path.name for path in made] == names
     for path in made[2:]:
         assert (matplotlib.image.imread(path)[..., :3] < 0.95).any(axis=2).mean() > 0.05
@@ -127,7 +129,8 @@ def test_report_has_all_files_and_figures(folder: Path) -> None:
     assert "7 jobs: 7 done." in report
     assert f"Best mean over 2 attacks: {100 * share((300, 'large', 0.5)):.1f} % at T = 300, network = large" in report
     assert "The paper's Table 3" in report
-    assert f"| small | {100 * correct(100, 'small', 0.5, 'clean') / N:.1f} (" in " ".join(report.split())
+    assert f"| small | {100 * share((100, 'small', 0.5)):.1f} (" in " ".join(report.split())
+    assert report.index("| small ") < report.index("![figure6_mean]"), "tables come before figures"
     with (folder / "sweep.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
     assert len(lines) == 7 * 2
@@ -141,17 +144,17 @@ def test_lines_and_maps_show_the_figures(folder: Path) -> None:
     grid = Grid(read_sweep(folder), "paper")
     figure = draw_lines(grid, mean=True)
     assert figure is not None
-    assert [ax.get_xlabel() for ax in figure.axes if ax.axison] == ["$T$", "network", r"$\beta$"]
-    thick = [line for line in figure.axes[0].get_lines() if line.get_linewidth() == 1.8]
+    assert [ax.get_xlabel() for ax in figure.axes if ax.axison] == ["T", "network", "β"]
+    thick = [line for line in figure.axes[0].get_lines() if line.get_marker() != "None"]
     assert list(thick[0].get_xdata()) == [100, 200, 300]
     assert list(thick[0].get_ydata()) == pytest.approx((100 * grid.profile(T)["value"]).tolist())
     by_attack = draw_lines(grid, mean=False)
     assert by_attack is not None
     assert [text.get_text() for text in by_attack.legends[0].get_texts()] == ["Clean", "PGD 8"]
-    shown = draw_map(grid, (T, NETWORK)).axes
-    assert [ax.get_title() for ax in shown] == ["mean", "Clean", "PGD 8"]
-    values = np.asarray(shown[1].images[0].get_array())
-    assert values[0, 0] == pytest.approx(100 * correct(100, "small", 0.5, "clean") / N)
+    ((pair, cells),) = grid.maps()
+    (ax,) = draw_map(grid, pair, cells).axes
+    values = np.asarray(ax.images[0].get_array())
+    assert values[0, 0] == pytest.approx(100 * share((100, "small", 0.5)))
     assert values.shape == (2, 3)
 
 
@@ -163,13 +166,13 @@ def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
     jobs["gone"] = ["defenses.paper.T=600"]
     write_plan(folder, jobs)
     (folder / "100-small" / "results.csv").write_text("no,results\n1,2\n")
-    write_sweep_report(folder)
-    report = (folder / "report.md").read_text()
+    sweep = read_sweep(folder)
+    report = state_section(sweep)
     assert "10 jobs: 6 done, 2 failed, 1 unfinished, 1 missing." in report
     assert "failed: T = 400, network = small, beta = 0.5 (failed): ValueError: bad \\| T" in report
     assert "(100-small): its results are damaged" in report
     assert "missing: T = 600 (gone): not begun" in report
-    with (folder / "sweep.csv").open(newline="") as file:
+    with io.StringIO(long_csv(sweep), newline="") as file:
         states = {line["job"]: (line["state"], line["problem"]) for line in csv.DictReader(file)}
     assert states["killed"] == ("unfinished", "running, or killed before its end")
     assert states["200-small"] == ("done", "")
@@ -177,19 +180,50 @@ def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
 
 def test_what_the_store_saved_is_told(folder: Path) -> None:
     (folder / "beta" / "store.json").write_text(json.dumps({"fitted": 3, "replayed": 5, "decided": 2, "attacked": 9}))
-    write_sweep_report(folder)
-    assert "Fits, in images: 3 made, 7 taken from the store." in (folder / "report.md").read_text()
+    assert "Fits, in images: 3 made, 7 taken from the store." in state_section(read_sweep(folder))
 
 
-def test_jobs_of_an_earlier_grid_are_left_out_unless_asked_for(folder: Path) -> None:
+def test_jobs_of_an_earlier_grid_are_left_out(folder: Path) -> None:
     plan = json.loads((folder / "sweep.json").read_text())
     write_plan(folder, {entry["folder"]: entry["overrides"] for entry in plan["jobs"][:2]})
     sweep = read_sweep(folder)
     assert (len(sweep.jobs), sweep.others) == (2, 5)
     assert "5 more of earlier starts" in summary(folder)
-    assert len(read_sweep(folder, everything=True).jobs) == 7
-    (folder / "sweep.json").unlink()
-    assert len(read_sweep(folder).jobs) == 7
+    for damaged in ("[]", "{"):
+        (folder / "sweep.json").write_text(damaged)
+        assert len(read_sweep(folder).jobs) == 7
+
+
+def test_a_defence_that_no_parameter_acts_on_is_one_line_below_the_swept_ones(tmp_path: Path) -> None:
+    jobs = {}
+    for T in (100, 200):
+        jobs[str(T)] = job(tmp_path / str(T), T=T)
+        write_results(
+            tmp_path / str(T),
+            [cell("clean", "none", 31, n=N), cell("clean", "paper", correct(T, "small", 0.5, "clean"), n=N)],
+        )
+    made = write_sweep_report(write_plan(tmp_path, jobs))
+    assert [path.name for path in made] == ["report.md", "sweep.csv", "figure6_mean_paper.png"]
+    report = (tmp_path / "report.md").read_text()
+    heads = [line for line in report.splitlines() if line.startswith("#")]
+    assert heads == [
+        "# Sweep grid", "## Settings: paper", "## Defences that the parameters do not act on",
+        "## Mean accuracy (Figure 6): paper",
+    ]  # fmt: skip
+    assert sum(line.startswith("| none ") for line in report.splitlines()) == 1
+    assert "defence none" not in summary(tmp_path)
+
+
+def test_map_of_equal_cells_can_be_read(tmp_path: Path) -> None:
+    jobs = {f"{a}-{b}": job(tmp_path / f"{a}-{b}", T=a, beta=b) for a, b in product((100, 101), (0.1, 0.2))}
+    grid = Grid(read_sweep(write_plan(tmp_path, jobs)), "paper")
+    ((pair, cells),) = grid.maps()
+    (ax,) = draw_map(grid, pair, cells).axes
+    (image,) = ax.images
+    shades = [sum(image.to_rgba(image.get_array())[i, j, :3]) / 3 for i, j in product(range(2), range(2))]
+    assert len(ax.texts) == 4
+    for text, shade in zip(ax.texts, shades, strict=True):
+        assert abs({"black": 0.0, "white": 1.0}[text.get_color()] - shade) > 0.45
 
 
 def test_groups_deletions_and_dicts_are_parameters(tmp_path: Path) -> None:

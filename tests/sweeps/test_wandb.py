@@ -46,10 +46,11 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
     assert wandb.run is None
     runs = runs_in(folder)
     assert len({run.id for run in runs}) == len(runs) == 2
-    assert {run.config["defenses"]["paper"]["beta"] for run in runs} == {0.1, 0.9}
+    assert {run.config["defenses.paper.beta"] for run in runs} == {0.1, 0.9}
     for run in runs:
         assert (run.group, run.job_type, run.exit_code) == ("betas", "sweep", 0)
-        assert run.config["data"]["limit"] == 5
+        assert run.config["data.limit"] == 5
+        assert ("trainer/global_step", "*") in run.axes
         sampled = [line for line in run.history if "fit/paper.pgd_8.quality" in line]
         assert [line["trainer/global_step"] for line in sampled] == list(range(1, 20, 2))
         for line in sampled:
@@ -71,12 +72,15 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
 def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from dipguard.reporting import wandb_run
+    import wandb
 
+    from dipguard.reporting import loggers
+
+    wandb.teardown()  # so that it reads the environment again
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-    monkeypatch.setitem(wandb_run.SETTINGS, "init_timeout", 3.0)
+    monkeypatch.setitem(loggers.WANDB_SETTINGS, "init_timeout", 3.0)
     start = time.monotonic()
     tiny_evaluation(tmp_path, *ONE_DEFENSE, "data.limit=2", "figures=0", "logger=wandb")
     assert time.monotonic() - start < 120
@@ -143,6 +147,6 @@ def test_the_agent_of_wandb_drives_evaluate(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "wandb" / "run7" / "results.csv").is_file()
     (run,) = runs_in(tmp_path)
     assert (run.id, run.exit_code) == ("run7", 0)
-    assert {name: run.config["defenses"]["paper"][name.split(".")[-1]] for name in parameters} == parameters
+    assert {name: run.config[f"defenses.paper.{name.split('.')[-1]}"] for name in parameters} == parameters
     metric = yaml.safe_load((ROOT / "sweeps" / "wandb_sweep.yaml").read_text())["metric"]["name"]
     assert 0 <= run.summary[metric] <= 1

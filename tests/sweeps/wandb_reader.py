@@ -19,7 +19,7 @@ FULL, LAST = 1, 4
 
 @dataclass
 class Run:
-    """What a run holds: its names, its config, a dict a history line, and its last summary."""
+    """What a run holds: its names, its config, a dict a history line, its last summary, and (step, metrics) by axis."""
 
     id: str = ""
     group: str = ""
@@ -27,6 +27,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
+    axes: list[tuple[str, str]] = field(default_factory=list)
     exit_code: int | None = None
 
 
@@ -42,10 +43,14 @@ def read_run(folder: Path) -> Run:
         if kind == "run":
             run.id, run.group, run.job_type = record.run.run_id, record.run.run_group, record.run.job_type
             run.config = _items(record.run.config.update)
+        elif kind == "config":
+            run.config |= _items(record.config.update)
         elif kind == "history":
             run.history.append(_items(record.history.item))
         elif kind == "summary":
             run.summary |= _items(record.summary.update)
+        elif kind == "metric":
+            run.axes.append((record.metric.step_metric, record.metric.glob_name or record.metric.name))
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run
