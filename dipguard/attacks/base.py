@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.attacks.libraries import load_library
-from dipguard.checks import check_images, check_int, check_labels, check_positive
+from dipguard.checks import check_images, check_indices, check_int, check_labels, check_made, check_positive
 from dipguard.classifier import check_is_module, device_of, frozen
 from dipguard.seeding import image_generator
 from dipguard.victims.base import check_victim
@@ -24,11 +24,10 @@ TOLERANCE = 1e-6
 
 
 class Snapshot(NamedTuple):
-    """The limits under which a set of attacked images was made.
+    """The limits under which a set of attacked images was made; None if there is none.
 
-    Attributes:
-        eps_255: Largest distance from the clean image in levels of 0 to 255; None if there is no limit.
-        budget: Iterations or queries per image; None for the whole run.
+    ``eps_255`` is the largest distance from the clean image in levels of 0 to 255, ``budget`` the number of iterations
+    or queries per image.
     """
 
     eps_255: float | None
@@ -62,9 +61,8 @@ class Cost:
 class AttackReport(NamedTuple):
     """What an attack achieved on N images; all tensors are on the CPU.
 
-    Attributes:
-        fooled, wrong_before: Whether each attacked and each clean image is misclassified, bool [N].
-        linf, l2: Largest change of a pixel value and Euclidean norm of the change, on the [0, 1] scale, float [N].
+    ``fooled`` and ``wrong_before``, bool [N], say which attacked and which clean images are misclassified; ``linf`` and
+    ``l2``, float [N], are the largest change of a pixel value and the Euclidean norm of the change, in [0, 1].
     """
 
     fooled: Tensor
@@ -73,14 +71,9 @@ class AttackReport(NamedTuple):
     l2: Tensor
 
     @property
-    def not_fooled(self) -> int:
-        """Number of attacked images that are still classified correctly."""
-        return int((~self.fooled).sum())
-
-    @property
     def accuracy(self) -> float:
         """Share of attacked images that are still classified correctly, in [0, 1]."""
-        return self.not_fooled / len(self.fooled)
+        return 1 - float(self.fooled.double().mean())
 
 
 class Attack(ABC):
@@ -88,18 +81,15 @@ class Attack(ABC):
 
     A subclass sets ``name`` and ``norm`` ("Linf", "L2" or "none"), implements `attack_batch`, and keeps each of its
     keyword-only arguments in an attribute of the same name, where `settings` finds them. An attack in an L-inf ball has
-    the argument ``eps_255``. In some attacks the images of a batch influence each other, so ``batch_size`` belongs to
-    the settings.
+    the argument ``eps_255``; an attack of a ``library`` names it.
 
     Args:
         target: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C]; attacked in eval mode. Adaptive attacks take
             a `DefendedVictim`.
         seed: Seed of the random draws, at least 0. Those of a batch also depend on the index of its first image.
-        batch_size: Images attacked together, at least 1.
+        batch_size: Images attacked together, at least 1. In some attacks they influence each other.
 
     Attributes:
-        adaptive: Whether the target is a `DefendedVictim`.
-        library: The library that the attack is from; empty for our own.
         spent: Cost of all calls so far, but not of `report` and `fooled`; only adaptive attacks count it.
         history: Share of the last call's images whose best attacked version is still classified correctly after step
             1, 2, ...; empty for attacks that do not keep the best one.
@@ -136,7 +126,7 @@ class Attack(ABC):
         """
 
     def snapshot_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
-        """Attack one batch for `snapshots`; arguments are those of `attack_batch`."""
+        """Attack one batch for `snapshots`."""
         return {Snapshot(self.eps_255, None): self.attack_batch(images, labels, indices)}
 
     def finish(self, count: int) -> None:  # noqa: B027 (a hook that few attacks need)
@@ -180,8 +170,7 @@ class Attack(ABC):
 
     def decide(self, images: Tensor, indices: Tensor) -> Tensor:
         """Return the target's decisions int64 [B] on images [B, 3, H, W] on its device."""
-        decisions: Tensor = self.victim(images).argmax(dim=1)
-        return decisions
+        return self.victim(images).argmax(dim=1)
 
     def fooled(self, attacked: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Return whether the target misclassifies each attacked image [N, 3, H, W], bool [N] on the CPU."""
@@ -229,8 +218,7 @@ class Attack(ABC):
         self, images: Tensor, labels: Tensor, indices: Tensor | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Copies of checked images and labels on the victim's device, and of indices on the CPU, batch by batch."""
-        given = torch.arange(len(images)) if indices is None else indices
-        order = check_labels(given, count=len(images), name="indices").cpu().clone()
+        order = torch.tensor(check_indices(indices, count=len(images)))
         x = images.detach().clone().to(device_of(self.victim, images.device))
         num_classes = check_victim(self.victim, x[: self.batch_size]).shape[1]
         y = check_labels(labels, count=len(x), num_classes=num_classes).to(x.device, copy=True)
@@ -241,11 +229,7 @@ class Attack(ABC):
         if attacked.shape != given.shape or attacked.dtype != given.dtype:
             got = f"{tuple(attacked.shape)} of {attacked.dtype}"
             raise RuntimeError(f"attack {self.name!r} returned {got} for {tuple(given.shape)} of {given.dtype}")
-        if not bool(torch.isfinite(attacked).all()):
-            raise RuntimeError(f"attack {self.name!r} returned NaN or infinite values")
-        low, high = (float(value) for value in torch.aminmax(attacked))
-        if low < 0 or high > 1:
-            raise RuntimeError(f"attack {self.name!r} left [0, 1]: its values go from {low:.4g} to {high:.4g}")
+        check_made(attacked, by=f"attack {self.name!r}")
         self._check_change(float((attacked - given).abs().max()))
         return attacked
 

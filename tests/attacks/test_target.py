@@ -242,7 +242,6 @@ def test_bad_input_is_refused(digits_cnn, digits, name, change, error, message):
         ("bpda", {"eps_255": 0}, ValueError, "`eps_255` must be above 0"),
         ("bpda", {"alpha_255": 0}, ValueError, "`alpha_255`"),
         ("bpda", {"steps": 0}, ValueError, "`steps`"),
-        ("bpda", {"eot_iter": 0}, ValueError, "`eot_iter`"),
         ("bpda", {"draws": "new"}, ValueError, "`draws` must be one of fresh, fixed"),
         ("bpda", {"queries": 5}, TypeError, "'bpda' takes no option 'queries'"),
         ("bpda", {"budgets": (0, 1)}, ValueError, "`budgets` must be from 1 to 15, got 0"),
@@ -254,10 +253,8 @@ def test_bad_input_is_refused(digits_cnn, digits, name, change, error, message):
         ("hopskipjump", {"budgets": ("200",)}, TypeError, "`budgets`"),
         ("hopskipjump", {"budgets": (2501,)}, ValueError, "`budgets` must be from 1 to 2500, got 2501"),
         ("hopskipjump", {"radii_255": (-1,)}, ValueError, "`radii_255`"),
-        ("hopskipjump", {"norm": "L1"}, ValueError, "`norm` must be one of Linf, L2"),
         ("hopskipjump", {"queries": 0}, ValueError, "`queries`"),
         ("hopskipjump", {"init_eval": 1}, ValueError, "`init_eval`"),
-        ("hopskipjump", {"together": 0}, ValueError, "`together`"),
     ],
 )
 def test_bad_options_are_refused(digits_cnn, name, options, error, message):

@@ -314,7 +314,7 @@ def test_probabilities_are_warned_of_and_logits_are_not(images: Tensor, victim: 
 
 
 def test_wrong_number_of_indices_is_named(images: Tensor, victim: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"`indices` must hold one index an image \(2\), got 1"):
+    with pytest.raises(ValueError, match=r"`indices` must hold one index per image \(2\), got 1"):
         DIPGuard(victim, **QUICK).defend(images[:2], indices=[1])
 
 
