@@ -76,8 +76,8 @@ class BPDA(AdaptiveAttack):
         asked: list[Tensor] = []
         module = DefendedModule(self, indices, lambda images, logits, rows: asked.append(images.clone()))
         options = {"eps": self.eps, "alpha": self.alpha_255 / 255, "steps": self.steps}
-        attack = torchattacks().PGD(module, **options, random_start=self.random_start)
-        return [*asked, attack(images, labels)]  # what it looks at in step k + 1 is what step k made
+        last = torchattacks().PGD(module, **options, random_start=self.random_start)(images, labels)
+        return [*asked, last]  # what it looks at in step k + 1 is what step k made
 
 
 class DefendedAutoAttack(DefendedSearch):
