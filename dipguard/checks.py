@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from numbers import Integral
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Indices: TypeAlias = "Tensor | Sequence[int]"
+"""Positions of N images in their data set: an integer tensor [N], or a list, range or array of N integers."""
 
 
 def check_images(images: Tensor, *, name: str = "images") -> Tensor:
@@ -59,8 +62,8 @@ def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, 
     return labels.long()
 
 
-def check_indices(indices: Tensor | Sequence[int] | None, *, count: int) -> list[int]:
-    """Return the indices of ``count`` images, from a list, range, array or tensor; 0 to ``count`` - 1 for None.
+def check_indices(indices: Indices | None, *, count: int) -> list[int]:
+    """Return the indices of ``count`` images as a list; 0 to ``count`` - 1 for None.
 
     Raises:
         TypeError: not a row of integers.

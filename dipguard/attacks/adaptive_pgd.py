@@ -14,6 +14,7 @@ from dipguard.attacks.best_found import LOSSES, BestFound, DefendedSearch
 from dipguard.attacks.libraries import Unsaturated
 from dipguard.attacks.target import DefendedVictim
 from dipguard.checks import check_bool, check_choice, check_int
+from dipguard.classifier import logits_of
 from dipguard.decision.intermediates import STITCHED
 from dipguard.fit.unrolled import FLOOR, unrolled_fit
 from dipguard.seeding import image_generator
@@ -84,7 +85,7 @@ class DefendedPGD(DefendedSearch):
         self.spent += self.target.cost(purifications=len(images) * self.eot_iter)
         draws = (self.ask_indices(indices, number) for number in range(look, look + self.eot_iter))
         with torch.no_grad():
-            return torch.stack([self.victim(self.purified(images, asked)) for asked in draws])
+            return torch.stack([logits_of(self.victim, self.purified(images, asked)) for asked in draws])
 
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Climb, and show ``found`` every iterate that was looked at."""
@@ -154,7 +155,7 @@ class AdaptivePGD(DefendedPGD):
         logits = Unsaturated(self.victim)(made.viewed(views)).unflatten(0, (len(made.views), len(x)))
         self.spent += self._cost(len(x), views=len(made.views))
         with torch.no_grad():
-            return logits, logits[0].detach() if self.intermediate == STITCHED else self.victim(answer)
+            return logits, logits[0].detach() if self.intermediate == STITCHED else logits_of(self.victim, answer)
 
     def _cost(self, looks: int, *, views: int) -> Cost:
         """Cost of purified images whose gradient is taken."""

@@ -8,14 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from threading import RLock
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dipguard.attacks.libraries import load_library
-from dipguard.checks import check_images, check_indices, check_int, check_labels, check_made, check_positive
-from dipguard.classifier import check_is_module, device_of, frozen
+from dipguard.checks import Indices, check_images, check_indices, check_int, check_labels, check_made, check_positive
+from dipguard.classifier import check_is_module, device_of, frozen, logits_of
 from dipguard.seeding import image_generator
 from dipguard.victims.base import check_victim
 
@@ -147,7 +148,7 @@ class Attack(ABC):
         """Cost of one call with ``count`` images, at most; nothing for attacks that are not adaptive."""
         return Cost()
 
-    def __call__(self, images: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return adversarial images of the same shape, dtype and device, in [0, 1] and detached.
 
         Works under ``no_grad`` and ``inference_mode`` too; the caller's random state and the victim stay as they were.
@@ -164,15 +165,15 @@ class Attack(ABC):
         whole = Snapshot(None, None)
         return self._run(images, labels, indices, lambda *batch: {whole: self.attack_batch(*batch)})[whole]
 
-    def snapshots(self, images: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> dict[Snapshot, Tensor]:
+    def snapshots(self, images: Tensor, labels: Tensor, *, indices: Indices | None = None) -> dict[Snapshot, Tensor]:
         """Return the adversarial images [N, 3, H, W] at each limit that one run serves; arguments as for a call."""
         return self._run(images, labels, indices, self.snapshot_batch)
 
     def decide(self, images: Tensor, indices: Tensor) -> Tensor:
         """Return the target's decisions int64 [B] on images [B, 3, H, W] on its device."""
-        return self.victim(images).argmax(dim=1)
+        return logits_of(self.victim, images).argmax(dim=1)
 
-    def fooled(self, attacked: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
+    def fooled(self, attacked: Tensor, labels: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return whether the target misclassifies each attacked image [N, 3, H, W], bool [N] on the CPU."""
         check_images(attacked, name="attacked")
         with torch.inference_mode(False), torch.no_grad(), frozen(self.victim):
@@ -180,7 +181,7 @@ class Attack(ABC):
             return torch.cat([self.decide(given, positions) != classes for given, classes, positions in batches]).cpu()
 
     def report(
-        self, images: Tensor, attacked: Tensor, labels: Tensor, *, indices: Tensor | None = None
+        self, images: Tensor, attacked: Tensor, labels: Tensor, *, indices: Indices | None = None
     ) -> AttackReport:
         """Return which ``attacked`` images the target misclassifies, and how far they are from the clean ones."""
         check_images(images)
@@ -198,7 +199,7 @@ class Attack(ABC):
         self,
         images: Tensor,
         labels: Tensor,
-        indices: Tensor | None,
+        indices: Indices | None,
         attack: Callable[[Tensor, Tensor, Tensor], dict[Snapshot, Tensor]],
     ) -> dict[Snapshot, Tensor]:
         """Run ``attack`` on batch after batch, with the victim frozen in eval mode; check and join."""
@@ -215,7 +216,7 @@ class Attack(ABC):
             return {limit: torch.cat([part[limit] for part in parts]).to(images.device) for limit in parts[0]}
 
     def _batches(
-        self, images: Tensor, labels: Tensor, indices: Tensor | None
+        self, images: Tensor, labels: Tensor, indices: Indices | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Copies of checked images and labels on the victim's device, and of indices on the CPU, batch by batch."""
         order = torch.tensor(check_indices(indices, count=len(images)))
@@ -255,12 +256,15 @@ def check_budgets(budgets: Sequence[int], *, high: int) -> list[int]:
     return sorted({check_int(number, name="budgets", low=1, high=high) for number in budgets})
 
 
+_GENERATORS = RLock()  # the global ones: of several threads, one at a time draws from them
+
+
 @contextmanager
 def seeded(seed: int, index: int, device: torch.device, *, purpose: str = "attack") -> Iterator[None]:
     """Seed the generators of the CPU and of the GPU in use from (seed, index, purpose); restore those of all GPUs."""
     state = image_generator(seed=seed, index=index, purpose=purpose).initial_seed()
     started = torch.cuda.is_initialized() or device.type == "cuda"
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if started else []):
+    with _GENERATORS, torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if started else []):
         # torch.manual_seed, which torchattacks calls, would also seed the GPUs that are not in use here.
         torch.default_generator.manual_seed(state)
         if device.type == "cuda":

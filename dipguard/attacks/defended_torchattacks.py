@@ -87,9 +87,7 @@ class DefendedAutoAttack(DefendedSearch):
     comparable with its authors' needs both. The draws of a batch's starts depend on the seed and the index of its first
     image, so the images of a batch influence each other. The victim needs at least 3 classes, for the DLR loss.
 
-    Args:
-        steps: Steps of each run, at least 1; each run has one look more.
-        eot_iter: Draws averaged at each step, at least 1; with ``fixed`` draws more than 1 only adds cost.
+    ``steps`` are those of each run, at least 1; each run has one look more.
     """
 
     name: ClassVar[str] = "defended_autoattack"
@@ -135,8 +133,7 @@ class DefendedSquare(DefendedSearch):
     influence each other. Images of a batch whose balls overlap are searched one group after the other, since the search
     does not say which image it asks about.
 
-    Args:
-        n_queries: Most looks at an image, at least 2: stripes, then a square more each time.
+    It looks at an image at most ``n_queries`` times, at least 2: stripes, then a square more each time.
     """
 
     name: ClassVar[str] = "defended_square"

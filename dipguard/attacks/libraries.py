@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.classifier import device_of
+from dipguard.classifier import logits_of, reference_of
 from dipguard.registry import import_extra
 
 
@@ -35,13 +35,13 @@ class VictimView(nn.Module):
     def __init__(self, victim: nn.Module) -> None:
         super().__init__()
         # torchattacks takes the first parameter's device, and prints a complaint where there is none.
-        self.device_marker = nn.Parameter(torch.empty(0, device=device_of(victim)), requires_grad=False)
+        self.device_marker = nn.Parameter(reference_of(victim, torch.empty(0)).new_empty(0), requires_grad=False)
         self.victim = victim
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [B, C]."""
-        return self.victim(images)
+        return logits_of(self.victim, images)
 
 
 class LogitsAboveZero(VictimView):
@@ -69,7 +69,9 @@ class Unsaturated(VictimView):
         logits = super().forward(images)
         if logits.requires_grad:
             top = logits.detach().topk(2, dim=1).indices
-            logits.register_hook(lambda gradient: _limit_where_underflown(gradient, top))
+            # A gradient below the floor would vanish on the way down to the pixels; one at the floor does not.
+            floor = torch.finfo(self.device_marker.dtype).tiny ** 0.5
+            logits.register_hook(lambda gradient: _limit_where_underflown(gradient, top, floor))
         return logits
 
 
@@ -87,9 +89,7 @@ class NeverFlat(Unsaturated):
         return super().forward(images)
 
 
-def _limit_where_underflown(gradient: Tensor, top: Tensor) -> Tensor:
-    # A gradient below the floor would vanish on the way down to the pixels; one at the floor does not.
-    floor = torch.finfo(gradient.dtype).tiny ** 0.5
+def _limit_where_underflown(gradient: Tensor, top: Tensor, floor: float) -> Tensor:
     limit = torch.zeros_like(gradient).scatter(1, top[:, 1:], floor).scatter(1, top[:, :1], -floor)
     return torch.where(gradient.abs().amax(dim=1, keepdim=True) < floor, limit, gradient)
 

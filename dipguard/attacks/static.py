@@ -100,9 +100,7 @@ class FGSM(LinfAttack):
 class BIM(FGSM):
     """Basic iterative method (Kurakin et al. 2017): FGSM in small steps from the image itself. It draws nothing.
 
-    Args:
-        alpha_255: Step size in levels of 0 to 255, above 0.
-        steps: Number of steps, at least 1.
+    ``alpha_255`` is the size of a step in levels of 0 to 255, above 0; ``steps`` is at least 1.
     """
 
     name: ClassVar[str] = "bim"
@@ -153,11 +151,8 @@ class CW(TorchAttack):
     Images that it cannot fool the victim on come back unchanged; pixels at exactly 0 or 1 never move. It stops when the
     summed cost of a batch rises, so an image's result depends on its batch. It draws nothing.
 
-    Args:
-        c: Weight of the misclassification term against the squared L2 distance, above 0.
-        kappa: Confidence, the logit margin aimed at, at least 0.
-        steps: Number of Adam steps, at least 1.
-        lr: Adam's learning rate, above 0.
+    ``c``, above 0, weighs misclassification against the squared L2 distance; ``kappa``, at least 0, is the logit margin
+    aimed at; ``steps`` and ``lr`` are those of Adam.
     """
 
     name: ClassVar[str] = "cw"
@@ -197,12 +192,8 @@ class AutoAttack(LinfAttack):
 
     ``standard`` is APGD-CE, targeted APGD, targeted FAB and Square; ``rand``, for random victims, APGD-CE and APGD-DLR
     on gradients averaged over 20 looks. torchattacks runs 10 steps where the authors run 100: set ``steps`` to 100 for
-    a figure comparable with theirs. The victim must have at least 4 classes (``rand``: 3).
-
-    Args:
-        version: ``standard`` or ``rand``.
-        steps: Steps of the parts that take gradients, at least 1.
-        targets: Most classes that the targeted parts try, the likeliest first, at least 1; the authors' 9.
+    a figure comparable with theirs. The targeted parts try at most ``targets`` classes, the likeliest first; 9 is the
+    authors' number. The victim must have at least 4 classes (``rand``: 3).
     """
 
     name: ClassVar[str] = "autoattack"

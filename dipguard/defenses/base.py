@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_images, check_indices, check_int, check_made
+from dipguard.checks import Indices, check_images, check_indices, check_int, check_made
 from dipguard.classifier import Decider, check_is_module
 from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.intermediates import STITCHED, Intermediate
@@ -21,8 +21,6 @@ from dipguard.fit import FitOptions
 from dipguard.registry import import_extra
 
 Callbacks: TypeAlias = Sequence[pl.Callback]
-Indices: TypeAlias = Tensor | Sequence[int]
-"""Positions of images in their data set: an integer tensor [N], or a list, range or array of N integers."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -88,8 +86,7 @@ class Defense(nn.Module, ABC):
         seed: Seed of the defence's random draws, at least 0.
 
     Raises:
-        TypeError, ValueError: ``victim`` is not a module, or ``seed`` is not an integer in range.
-        ImportError: A library of the defence is not installed.
+        TypeError, ValueError, ImportError: Bad arguments, or a library of the defence is not installed.
     """
 
     name: ClassVar[str]

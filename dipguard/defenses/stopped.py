@@ -22,10 +22,8 @@ class StoppedDIP(DIPDefense):
 
     A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. By default the fit is that of the official DIP
     code for denoising: slow and smooth, so that a rule can find the turning point. DIPGuard's own fit, without noise on
-    z, is past it after some 100 steps (docs/readings.md).
-
-    Args:
-        T: Optimiser steps, at least 1; a fit ends earlier once the rule has chosen for all images of a stack.
+    z, is past it after some 100 steps (docs/readings.md). A fit ends before ``T`` steps, at least 1, once the rule has
+    chosen for all images of a stack.
     """
 
     FIT: ClassVar[dict[str, Any]] = {"jitter": 0.03333333333333333, "padding": "reflect"}

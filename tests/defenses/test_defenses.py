@@ -259,29 +259,17 @@ def test_weights_of_another_network_are_refused(weights, victim, key):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, TypeError, "`images`.*255"),
-        ({"images": torch.full((2, 3, 32, 32), 1.5)}, ValueError, r"`images`.*\[0, 1\]"),
-        ({"images": torch.full((2, 3, 32, 32), float("nan"))}, ValueError, "`images`.*finite"),
-        ({"images": torch.zeros(3, 32, 32)}, ValueError, "`images`.*4 dimensions"),
-        ({"images": torch.zeros(2, 1, 32, 32)}, ValueError, "`images`.*3 channels"),
-        ({"images": torch.zeros(0, 3, 32, 32)}, ValueError, "`images`.*at least one"),
-        ({"indices": torch.tensor([1])}, ValueError, r"`indices` must hold one index per image \(2\), got 1"),
-        ({"indices": [0]}, ValueError, r"`indices` must hold one index per image \(2\), got 1"),
-        ({"indices": torch.tensor([[0, 1]])}, TypeError, r"`indices` must be integers.*\(1, 2\)"),
-        ({"indices": torch.tensor(1)}, TypeError, "`indices` must be integers"),
-        ({"indices": torch.tensor([True, False])}, TypeError, "`indices` must be integers.*bool"),
-        ({"indices": [True, False]}, TypeError, "`indices` must be integers.*True"),
-        ({"indices": [0.0, 1.0]}, TypeError, "`indices` must be integers"),
-        ({"indices": ["0", "1"]}, TypeError, "`indices` must be integers"),
-        ({"indices": [0, -1]}, ValueError, "`indices` must be at least 0, got -1"),
-        ({"indices": torch.tensor([0, -1])}, ValueError, "`indices`.*at least 0"),
-        ({"indices": torch.tensor([0.0, 1.0])}, TypeError, "`indices`.*integer"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "`images`.*255"),
+        (torch.full((2, 3, 32, 32), 1.5), ValueError, r"`images`.*\[0, 1\]"),
+        (torch.full((2, 3, 32, 32), float("nan")), ValueError, "`images`.*finite"),
+        (torch.zeros(3, 32, 32), ValueError, "`images`.*4 dimensions"),
+        (torch.zeros(2, 1, 32, 32), ValueError, "`images`.*3 channels"),
+        (torch.zeros(0, 3, 32, 32), ValueError, "`images`.*at least one"),
     ],
 )
 def test_bad_input_is_refused(make, key, change, error, message):
-    given = {"images": torch.zeros(2, 3, 32, 32), "indices": None, **change}
     with pytest.raises(error, match=message):
-        make(key).purify(given["images"], indices=given["indices"])
+        make(key).purify(change)
 
 
 @pytest.mark.parametrize("name", sorted({row[0] for row in VARIANTS.values()}))
@@ -399,19 +387,6 @@ def test_defend_returns_the_images_of_purify_and_the_victims_decisions(weights, 
     assert min(result.seconds["fit"], result.seconds["decide"]) > 0
     with pytest.raises(TypeError, match=f"the defence {defense.name!r} leaves no decision traces"):
         defense.rebuild(None)
-
-
-@pytest.mark.parametrize("name", ["none", "paper"])
-def test_indices_of_any_integers_are_the_same(victim, images, name):
-    fit = {"T": 2, "decisions": 2, "tau": 0.0, "t0": 0, "network": "small", "progress": False}
-    defense = build_defense(name, victim, **({} if name == "none" else fit))
-    expected = defense.purify(images[:2])
-    for indices in (torch.arange(2), torch.arange(2, dtype=torch.int32), [0, 1], range(2), np.arange(2)):
-        assert torch.equal(defense.purify(images[:2], indices=indices), expected)
-    for bad in ([0, 1.5], [True, False], torch.tensor([[0, 1]]), [0], [0, -1], "ab"):
-        for call in (defense.purify, defense.defend, defense.intermediates):
-            with pytest.raises((TypeError, ValueError), match="`indices`"):
-                call(images[:2], indices=bad)
 
 
 def test_results_are_joined_in_order(make, images):
