@@ -159,9 +159,9 @@ def distances(attack, budget):
 @pytest.mark.parametrize("defense", [NoDefense, Median])
 def test_what_it_found_is_adversarial_and_as_far_away_as_it_says(digits_cnn, digits, defense):
     part = digits.select(0, 4)
-    attack = hsj(digits_cnn, defense(), queries=200, budgets=(60, 200))
+    attack = hsj(digits_cnn, defense(), queries=120, budgets=(60, 120))
     made = attack.snapshots(part.images, part.labels)
-    assert list(made) == [Snapshot(None, 60), Snapshot(None, 200)]
+    assert list(made) == [Snapshot(None, 60), Snapshot(None, 120)]
     for (_, budget), images in made.items():
         found = distances(attack, budget).isfinite()
         assert found.sum() >= 3
@@ -169,7 +169,7 @@ def test_what_it_found_is_adversarial_and_as_far_away_as_it_says(digits_cnn, dig
         change = (images - part.images).flatten(1).abs().amax(dim=1)
         assert torch.allclose(change[found], distances(attack, budget)[found], atol=1e-6)
         assert torch.equal(images[~found], part.images[~found])
-    assert (distances(attack, 200) <= distances(attack, 60)).all()
+    assert (distances(attack, 120) <= distances(attack, 60)).all()
 
 
 def test_every_query_is_counted(digits_cnn, digits):
@@ -214,10 +214,10 @@ def test_a_random_defence_does_not_hang_it(digits_cnn, digits):
             return torch.where(swap.view(-1, 1, 1, 1), images.flip(3), images)
 
     for draws in ("fresh", "fixed"):
-        attack = hsj(digits_cnn, Coin(), draws=draws, queries=250, budgets=(100, 250))
+        attack = hsj(digits_cnn, Coin(), draws=draws, queries=150, budgets=(100, 150))
         attack(part.images, part.labels)
         assert len(attack.batches) == 6
-        assert max(one.queries for one in attack.batches) <= 250
+        assert max(one.queries for one in attack.batches) <= 150
 
 
 def test_each_budget_and_radius_has_its_images_and_the_call_those_of_all_queries(digits_cnn, digits):
@@ -236,20 +236,21 @@ def test_each_budget_and_radius_has_its_images_and_the_call_those_of_all_queries
 
 
 def test_beyond_eps_the_clean_image_comes_back(digits_cnn, digits):
-    part = digits.select(0, 6)
-    free = hsj(digits_cnn, Median(), queries=120)
+    part = digits.select(0, 4)
+    free = hsj(digits_cnn, Median(), queries=70)
     found = free(part.images, part.labels)
-    far = distances(free, 120)
+    far = distances(free, 70)
     eps = float(far.median()) * 255
-    attack = hsj(digits_cnn, Median(), queries=120, eps_255=eps)
+    attack = hsj(digits_cnn, Median(), queries=70, eps_255=eps)
     attacked = attack(part.images, part.labels)
     near = far <= eps / 255 + 1e-6
-    assert 0 < int(near.sum()) < 6
+    assert 0 < int(near.sum()) < 4
     assert torch.equal(attacked, torch.where(near.view(-1, 1, 1, 1), found, part.images))
     alone = attack.snapshots(part.images[:1], part.labels[:1])
     assert list(alone) == [Snapshot(eps, None)]
 
 
+@pytest.mark.slow
 def test_on_a_real_victim_accuracy_falls_with_queries_and_radius(real_victim):
     victim, data = real_victim
     part, budgets, radii = data.select(0, 2), (100, 250), (0, 8, 25, 100)

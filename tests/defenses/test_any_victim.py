@@ -75,6 +75,7 @@ def test_threads_share_a_victim_in_train_mode(given: Tensor) -> None:
     assert all(torch.equal(value, state[key]) for key, value in victim.state_dict().items())
 
 
+@pytest.mark.slow
 def test_threads_share_a_guard_that_fits(given: Tensor) -> None:
     victim = Slow(wait=0.001)
     state = {key: value.clone() for key, value in victim.state_dict().items()}

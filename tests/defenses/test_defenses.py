@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, int]] = {
     "sr": ("sr", {}, "imdn", 16),
     "sr without wavelets": ("sr", {"sigma": 0}, "imdn", 16),
     "sr doubled": ("sr", {"output": "doubled"}, "imdn", 16),
-    "nrp": ("nrp", {}, "nrp", 8),
+    "nrp": ("nrp", {}, "nrp", 6),
 }
 RANDOM = {"comdefend", "comdefend in patches"}
 WITH_WEIGHTS = [key for key, row in VARIANTS.items() if row[2]]
@@ -45,8 +46,16 @@ WITH_WEIGHTS = [key for key, row in VARIANTS.items() if row[2]]
 EVERY = pytest.mark.parametrize("key", VARIANTS)
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module", autouse=True)
+def shallow_nrp() -> Iterator[None]:
+    """Two of its 23 blocks are enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dipguard.defenses.nrp.BLOCKS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(shallow_nrp: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random weights of each network: what the architecture does with them is as real as with trained ones."""
     folder = tmp_path_factory.mktemp("weights")
     with torch.random.fork_rng():
@@ -60,7 +69,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.pt" for name in NETWORKS}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make(weights: dict[str, Path], victim: nn.Module):
     """Builds a variant; built ones are kept, since nothing may change them."""
     built: dict[tuple[str, int], Defense] = {}
