@@ -171,12 +171,8 @@ class Unrolled(DefendedPGD):
     view) after T steps; the defence itself takes many more, and what was found is transferred to it. It classifies the
     start, every ``evaluate_every``-th iterate and the last; `history` and `last_history` stay the same in between. A
     defence without a DIP is attacked through :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch
-    influence each other by rounding alone, which many steps of Adam amplify.
-
-    Args:
-        T: Optimiser steps that are unrolled, at least 2; memory and time grow with them.
-        evaluate_every: Steps from one classification behind the defence to the next, at least 1.
-        batch_size: Images attacked together, at least 1; fewer if memory is short.
+    influence each other by rounding alone, which many steps of Adam amplify. Memory grows with ``T``, at least 2, and
+    with ``batch_size``.
     """
 
     name: ClassVar[str] = "unrolled"

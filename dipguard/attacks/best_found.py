@@ -81,11 +81,9 @@ class BestFound:
 
 
 def joined(counts: Sequence[Sequence[int]], *, total: int) -> list[float]:
-    """Shares of all ``total`` images, from batches' counts after each look; a batch that ended early keeps its last.
-
-    The first look, at the start, is left out, unless it is the only one.
-    """
+    """Shares of all ``total`` images, from batches' counts after each look; a batch that ended early keeps its last."""
     steps = max(2, *(len(part) for part in counts))
+    # The first look, at the start, is left out, unless it is the only one.
     whole = [[*part, *[part[-1]] * (steps - len(part))] for part in counts]
     return [sum(step) / total for step in zip(*whole, strict=True)][1:]
 

@@ -40,7 +40,8 @@ class HopSkipJump(AdaptiveAttack):
     An image that goes through defence and victim is one query, from the first look at the clean image on; a walk ends
     when ``queries`` are spent. All walks of a batch are asked about together; they do not influence each other, and an
     image's draws depend on the seed and its index alone. The nearest image that was ever *seen* to be adversarial
-    counts, so on a random defence with ``fresh`` draws the evaluation may see less success.
+    counts, so on a random defence with ``fresh`` draws the evaluation may see less success. After a call, ``batches``
+    holds the `QuerySearch` of each image.
 
     The paper gives no norm for Figure 5; its eps up to 25 is read as L-inf in levels of 0 to 255, like its other ones.
 
@@ -52,9 +53,6 @@ class HopSkipJump(AdaptiveAttack):
         radii_255: Distances in levels of 0 to 255: `snapshots` takes each in the place of ``eps_255``.
         init_size: Noise images tried as a start, at least 1.
         init_eval: Probes of the first gradient, at least 2.
-
-    Attributes:
-        batches: After a call, the `QuerySearch` of each image.
     """
 
     name: ClassVar[str] = "hopskipjump"

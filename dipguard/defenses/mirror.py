@@ -154,7 +154,7 @@ class MirrorGuard(DIPDefense):
     def _traces(
         self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int], own: Tensor
     ) -> list[DecisionTrace]:
-        """One decision trace per image of a stack [B, 3, H, W] with the victim's logits ``own``, on the CPU."""
+        """One decision trace per image of a stack [B, 3, H, W] with the victim's logits ``own`` [B, C]; on the CPU."""
         samples, logits, mirrored_logits, errors = (
             torch.cat([getattr(log, name) for log in logs])
             for name in ("samples", "logits", "mirrored_logits", "errors")

@@ -16,13 +16,10 @@ from dipguard.victims.weights import load_state_dict_strict
 
 
 class NetworkDefense(Defense):
-    """A defence with a trained network. Without its weights it can be built, but it is `unavailable`.
+    """A defence with a trained network, which runs in float32 and without autocast.
 
     A subclass sets ``weights_source``, a sentence that says where weights can be found, and implements `make_network`.
-    The network runs in float32 and without autocast.
-
-    Args:
-        weights: Path or https address of the network's state dict; None if they are not supplied.
+    ``weights`` is the path or https address of a state dict; without, a defence can be built, but is `unavailable`.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: Weights that do not fit or are damaged, no file, no download.

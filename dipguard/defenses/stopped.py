@@ -114,9 +114,8 @@ class SmoothedPSNRDIP(StoppedDIP):
     The rule's trend starts from the rise of the first step, which jitter blurs; without a peak before T the last step
     is taken.
 
-    Args:
-        smoothing: Smoothing of the PSNR curve, in [0, 1]; the authors' value is the default.
-        tile: Side of the tiles whose smallest PSNR is taken, in pixels.
+    ``smoothing``, in [0, 1], is that of the PSNR curve; ``tile`` the side in pixels of the tiles whose smallest PSNR is
+    taken.
     """
 
     name: ClassVar[str] = "dipdefend_rule"
