@@ -49,7 +49,7 @@ class BestFound:
         self.history: list[int] = []
         self.last_history: list[int] = []
         self.flat: list[Tensor] = []
-        self._misread = torch.full(labels.shape, -1.0, device=labels.device)
+        self._misread = torch.full(labels.shape, -1.0, dtype=torch.float32, device=labels.device)
         self._margin = torch.full_like(self._misread, -torch.inf)
         self._right = torch.ones_like(labels, dtype=torch.bool)
 

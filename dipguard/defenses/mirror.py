@@ -110,11 +110,6 @@ class MirrorGuard(DIPDefense):
         return self.fits
 
     @property
-    def settings(self) -> dict[str, Any]:
-        """The options of defence and fits, and the shifts of the mirrored copies."""
-        return {**super().settings, "shifts": [list(shift) for shift in SHIFTS]}
-
-    @property
     def steps_per_image(self) -> int:
         """The steps of all networks."""
         return self.steps * len(self.fits)
@@ -164,7 +159,7 @@ class MirrorGuard(DIPDefense):
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
         steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
-        none = torch.empty(0)
+        none = torch.empty(0, dtype=torch.float32)
         samples, errors, logits, mirrored_logits = (x.cpu() for x in (samples, errors, logits, mirrored_logits))
         return [
             DecisionTrace(
