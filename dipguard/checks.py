@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Indices: TypeAlias = "Tensor | Sequence[int]"
+"""Positions of N images in their data set: an integer tensor [N], or a list, range or array of N integers."""
 
 
 ROUNDING = 1e-6
@@ -56,6 +60,33 @@ def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, 
         limit = "" if num_classes is None else f" and below {num_classes}"
         raise ValueError(f"`{name}` must be at least 0{limit}, got labels from {low} to {high}")
     return labels.long()
+
+
+def check_indices(indices: Indices | None, *, count: int) -> list[int]:
+    """Return the indices of ``count`` images as a list; 0 to ``count`` - 1 for None.
+
+    Raises:
+        TypeError: not a row of integers.
+        ValueError: wrong length, or an index below 0.
+    """
+    given: Any = range(count) if indices is None else indices
+    values = given.tolist() if hasattr(given, "tolist") else given
+    if not isinstance(values, Sequence) or any(isinstance(v, bool) or not isinstance(v, Integral) for v in values):
+        kind = f"{given.dtype} {tuple(given.shape)}" if hasattr(given, "tolist") else repr(given)
+        raise TypeError(f"`indices` must be integers, one per image ({count}), got {kind}")
+    if len(values) != count:
+        raise ValueError(f"`indices` must hold one index per image ({count}), got {len(values)}")
+    if min(values) < 0:
+        raise ValueError(f"`indices` must be at least 0, got {min(values)}")
+    return [int(value) for value in values]
+
+
+def check_made(images: Tensor, *, by: str) -> Tensor:
+    """Return images that an attack or a defence made if they lie in [0, 1]; RuntimeError else."""
+    low, high = (float(value) for value in images.aminmax())
+    if not (low >= 0 and high <= 1):  # false for NaN
+        raise RuntimeError(f"{by} left [0, 1]: its values go from {low:.8g} to {high:.8g}")
+    return images
 
 
 def check_int(value: Any, *, name: str, low: int, high: int | None = None) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
+from threading import Lock
 from typing import Any
 
 import torch
@@ -21,30 +22,44 @@ OUT_OF_MEMORY = (
 """What errors of other types than torch.OutOfMemoryError say."""
 
 
+_LOCK = Lock()
+_HELD: dict[tuple[int, str], tuple[int, bool]] = {}
+"""(Id of a module or parameter, flag) -> number of holders, value before the first one."""
+
+
+@contextmanager
+def _held_false(items: Iterable[nn.Module | nn.Parameter], flag: str) -> Iterator[None]:
+    """Set a flag of each item to False; of several holders, such as threads, the last one restores it."""
+    with _LOCK:
+        before = [(item, getattr(item, flag)) for item in items]
+        for item, value in before:
+            count, first = _HELD.get((id(item), flag), (0, value))
+            _HELD[id(item), flag] = (count + 1, first)
+            setattr(item, flag, False)
+    try:
+        yield
+    finally:
+        with _LOCK:
+            for item, _ in before:
+                count, first = _HELD.pop((id(item), flag))
+                if count > 1:
+                    _HELD[id(item), flag] = (count - 1, first)
+                else:
+                    setattr(item, flag, first)
+
+
 @contextmanager
 def eval_mode(classifier: nn.Module) -> Iterator[nn.Module]:
     """Put a classifier in eval mode, and restore the mode of every submodule (of frozen BatchNorms too) afterwards."""
-    modes = [(part, part.training) for part in classifier.modules()]
-    classifier.eval()
-    try:
+    with _held_false(classifier.modules(), "training"):
         yield classifier
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextmanager
 def frozen(classifier: nn.Module) -> Iterator[nn.Module]:
     """Put a classifier in eval mode without parameter gradients; restore modes and flags afterwards."""
-    flags = [(parameter, parameter.requires_grad) for parameter in classifier.parameters()]
-    with eval_mode(classifier):
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            yield classifier
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
+    with eval_mode(classifier), _held_false(classifier.parameters(), "requires_grad"):
+        yield classifier
 
 
 def device_of(classifier: nn.Module, default: torch.device | None = None) -> torch.device:
@@ -52,6 +67,22 @@ def device_of(classifier: nn.Module, default: torch.device | None = None) -> tor
     for tensor in chain(classifier.parameters(), classifier.buffers()):
         return tensor.device
     return default or torch.device("cpu")
+
+
+def reference_of(classifier: nn.Module, default: Tensor) -> Tensor:
+    """Return the first floating-point parameter or buffer, whose device and dtype a classifier's images must have."""
+    tensors = chain(classifier.parameters(), classifier.buffers())
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), default)
+
+
+def logits_of(classifier: nn.Module, images: Tensor) -> Tensor:
+    """Return checked logits [n, C], float32 at least, on the device of ``images`` [n, 3, H, W]; differentiable.
+
+    The classifier gets the images on its own device, in its own dtype.
+    """
+    reference = reference_of(classifier, images)
+    output = check_logits(classifier(images.to(device=reference.device, dtype=reference.dtype)), count=len(images))
+    return output.to(images.device, torch.promote_types(output.dtype, torch.float32))
 
 
 def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
@@ -62,13 +93,15 @@ def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
 
 
 def check_logits(output: Any, *, count: int, name: str = "victim") -> Tensor:
-    """Return a classifier's output if it is floats [count, C] with C >= 2, else raise TypeError or ValueError."""
+    """Return a classifier's output if it is finite floats [count, C] with C >= 2; TypeError or ValueError else."""
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"`{name}` must return a floating-point tensor [B, C] of logits, got {kind}")
     if output.ndim != 2 or len(output) != count or output.shape[1] < 2:
         got = f"shape {tuple(output.shape)} for {count} images"
         raise ValueError(f"`{name}` must return logits [B, C] with C of at least 2, got {got}")
+    if not bool(output.isfinite().all()):
+        raise ValueError(f"`{name}` must return finite logits, got NaN or infinite values")
     return output
 
 
@@ -108,19 +141,13 @@ class Decider:
         return torch.cat(parts)
 
     def _logits(self, images: Tensor) -> Tensor:
-        reference = next((p for p in self.victim.parameters() if p.is_floating_point()), images)
-        output = self._output(images.to(device=reference.device, dtype=reference.dtype))
-        logits = check_logits(output, count=len(images)).to(images.device)
-        return logits if logits.dtype == torch.float64 else logits.float()
-
-    def _output(self, images: Tensor) -> Any:
         """On a CPU, convolutions are a sixth faster on channels-last images, which some victims cannot take."""
-        if images.device.type == "cpu" and self._channels_last:
+        if self._channels_last and device_of(self.victim, images.device).type == "cpu":
             try:
-                return self.victim(images.contiguous(memory_format=torch.channels_last))
+                return logits_of(self.victim, images.contiguous(memory_format=torch.channels_last))
             except RuntimeError:  # such as .view() of a feature map; other errors come again below
                 self._channels_last = False
-        return self.victim(images.contiguous())
+        return logits_of(self.victim, images.contiguous())
 
 
 def steps_together(images: int) -> int:

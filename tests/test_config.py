@@ -271,7 +271,7 @@ def test_what_another_package_registers_is_an_option_without_a_file(monkeypatch:
         names_of.cache_clear()
         monkeypatch.undo()
         ConfigStore.instance().repo["defense"].pop("theirs.yaml")
-    assert config.defenses["theirs"] == {"name": "theirs", "quality": 20, "subsampling": "4:2:0"}
+    assert config.defenses["theirs"] == {"name": "theirs", "quality": 20}
 
 
 def test_missing_values_are_named() -> None:

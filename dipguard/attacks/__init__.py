@@ -52,5 +52,4 @@ def build_attack(
     """
     make = lookup(table_of("attacks", ATTACKS), name, argument="attack")
     check_options(make, options, owner=f"the attack {name!r}", hidden=("seed", "batch_size"))
-    attack: Attack = make(target, seed=seed, batch_size=batch_size, **options)
-    return attack
+    return make(target, seed=seed, batch_size=batch_size, **options)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dipguard.attacks.backward import build_backward, fits_of, straight_through
-from dipguard.attacks.base import Cost, check_levels, kept_options
+from dipguard.attacks.backward import BACKWARD, SHORT_T, fits_of, straight_through
+from dipguard.attacks.base import Cost, check_levels
 from dipguard.attacks.best_found import LOSSES, BestFound, DefendedSearch
-from dipguard.attacks.gradients import Unsaturated
+from dipguard.attacks.libraries import Unsaturated
 from dipguard.attacks.target import DefendedVictim
-from dipguard.checks import check_bool, check_choice, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_int
+from dipguard.classifier import logits_of
 from dipguard.decision.intermediates import STITCHED
-from dipguard.fit.unrolled import unrolled_fit
+from dipguard.fit.unrolled import FLOOR, unrolled_fit
 from dipguard.seeding import image_generator
 
 
@@ -56,6 +56,7 @@ class DefendedPGD(DefendedSearch):
         self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
         self.random_start = check_bool(random_start, name="random_start")
         self.loss = check_choice(loss, LOSSES, name="loss")
+        self.fits = fits_of(target.defense)
 
     @abstractmethod
     def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +85,7 @@ class DefendedPGD(DefendedSearch):
         self.spent += self.target.cost(purifications=len(images) * self.eot_iter)
         draws = (self.ask_indices(indices, number) for number in range(look, look + self.eot_iter))
         with torch.no_grad():
-            return torch.stack([self.victim(self.purified(images, asked)) for asked in draws])
+            return torch.stack([logits_of(self.victim, self.purified(images, asked)) for asked in draws])
 
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Climb, and show ``found`` every iterate that was looked at."""
@@ -127,7 +128,6 @@ class AdaptivePGD(DefendedPGD):
 
     Args:
         backward: Approximation of the defence's backward pass, a key of :data:`~dipguard.attacks.backward.BACKWARD`.
-        backward_options: Its options.
         intermediate: What the loss is computed on: ``stitched``, the purified image, or another of the defence's
             ``intermediates``.
     """
@@ -135,18 +135,10 @@ class AdaptivePGD(DefendedPGD):
     name: ClassVar[str] = "adaptive_pgd"
 
     def __init__(
-        self,
-        target: DefendedVictim,
-        *,
-        backward: str = "identity",
-        backward_options: Mapping[str, Any] | None = None,
-        intermediate: str = "stitched",
-        **options: Any,
+        self, target: DefendedVictim, *, backward: str = "identity", intermediate: str = "stitched", **options: Any
     ) -> None:
         super().__init__(target, **options)
-        self.approximation = build_backward(backward, target.defense, **(backward_options or {}))
-        self.backward = backward
-        self.backward_options = kept_options(self.approximation)
+        self.backward = check_choice(backward, BACKWARD, name="backward")
         self.intermediate = intermediate
         self.views = target.views(intermediate)
 
@@ -158,18 +150,18 @@ class AdaptivePGD(DefendedPGD):
     def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the intermediate's views, and those of the same purification."""
         answer, made = self.target.intermediate(x, indices, name=self.intermediate, seed=self.seed)
-        replacement = self.approximation(x, indices)
+        replacement = BACKWARD[self.backward](x, indices, self.fits[0])
         views = torch.cat([straight_through(replacement, view) for view in made.views])
         logits = Unsaturated(self.victim)(made.viewed(views)).unflatten(0, (len(made.views), len(x)))
         self.spent += self._cost(len(x), views=len(made.views))
         with torch.no_grad():
-            return logits, logits[0].detach() if self.intermediate == STITCHED else self.victim(answer)
+            return logits, logits[0].detach() if self.intermediate == STITCHED else logits_of(self.victim, answer)
 
     def _cost(self, looks: int, *, views: int) -> Cost:
         """Cost of purified images whose gradient is taken."""
+        fitted = looks * SHORT_T if self.backward == "short_dip" else 0
         extra = 0 if self.intermediate == STITCHED else looks * views
-        own = Cost(0, looks * self.approximation.steps_per_image, extra, looks * views)
-        return self.target.cost(purifications=looks) + own
+        return self.target.cost(purifications=looks) + Cost(0, fitted, extra, looks * views)
 
 
 class Unrolled(DefendedPGD):
@@ -179,32 +171,18 @@ class Unrolled(DefendedPGD):
     view) after T steps; the defence itself takes many more, and what was found is transferred to it. It classifies the
     start, every ``evaluate_every``-th iterate and the last; `history` and `last_history` stay the same in between. A
     defence without a DIP is attacked through :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch
-    influence each other by rounding alone, which many steps of Adam amplify.
-
-    Args:
-        T: Optimiser steps that are unrolled, at least 2; memory and time grow with them.
-        floor: See :func:`~dipguard.fit.unrolled.unrolled_fit`; 0 for the exact gradient.
-        evaluate_every: Steps from one classification behind the defence to the next, at least 1.
-        batch_size: Images attacked together, at least 1; fewer if memory is short.
+    influence each other by rounding alone, which many steps of Adam amplify. Memory grows with ``T``, at least 2, and
+    with ``batch_size``.
     """
 
     name: ClassVar[str] = "unrolled"
 
     def __init__(
-        self,
-        target: DefendedVictim,
-        *,
-        T: int = 40,
-        floor: float = 1e-3,
-        evaluate_every: int = 5,
-        batch_size: int = 8,
-        **options: Any,
+        self, target: DefendedVictim, *, T: int = 40, evaluate_every: int = 5, batch_size: int = 8, **options: Any
     ) -> None:
         super().__init__(target, batch_size=batch_size, **options)
         self.T = check_int(T, name="T", low=2)
-        self.floor = check_float(floor, name="floor", low=0.0)
         self.evaluate_every = check_int(evaluate_every, name="evaluate_every", low=1)
-        self.fits = fits_of(target.defense)
 
     def estimate(self, count: int) -> Cost:
         """Cost of one call, exact; the unrolled steps count as DIP steps, though each takes longer."""
@@ -214,8 +192,7 @@ class Unrolled(DefendedPGD):
 
     def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, None]:
         """Logits of the unrolled fits' reconstructions."""
-        asked = indices.tolist()
-        views = [unrolled_fit(x, T=self.T, fit=fit, indices=asked, floor=self.floor) for fit in self.fits]
+        views = [unrolled_fit(x, T=self.T, fit=fit, indices=indices.tolist(), floor=FLOOR) for fit in self.fits]
         self.spent += self._unrolled_cost(len(x))
         return Unsaturated(self.victim)(torch.cat(views)).unflatten(0, (len(views), len(x))), None
 

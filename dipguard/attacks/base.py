@@ -8,14 +8,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
+from threading import RLock
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from dipguard.attacks.libraries import load_library
-from dipguard.checks import check_images, check_int, check_labels, check_positive
-from dipguard.classifier import check_is_module, device_of, frozen
+from dipguard.checks import Indices, check_images, check_indices, check_int, check_labels, check_made, check_positive
+from dipguard.classifier import check_is_module, device_of, frozen, logits_of
 from dipguard.seeding import image_generator
 from dipguard.victims.base import check_victim
 
@@ -24,11 +25,10 @@ TOLERANCE = 1e-6
 
 
 class Snapshot(NamedTuple):
-    """The limits under which a set of attacked images was made.
+    """The limits under which a set of attacked images was made; None if there is none.
 
-    Attributes:
-        eps_255: Largest distance from the clean image in levels of 0 to 255; None if there is no limit.
-        budget: Iterations or queries per image; None for the whole run.
+    ``eps_255`` is the largest distance from the clean image in levels of 0 to 255, ``budget`` the number of iterations
+    or queries per image.
     """
 
     eps_255: float | None
@@ -62,9 +62,8 @@ class Cost:
 class AttackReport(NamedTuple):
     """What an attack achieved on N images; all tensors are on the CPU.
 
-    Attributes:
-        fooled, wrong_before: Whether each attacked and each clean image is misclassified, bool [N].
-        linf, l2: Largest change of a pixel value and Euclidean norm of the change, on the [0, 1] scale, float [N].
+    ``fooled`` and ``wrong_before``, bool [N], say which attacked and which clean images are misclassified; ``linf`` and
+    ``l2``, float [N], are the largest change of a pixel value and the Euclidean norm of the change, in [0, 1].
     """
 
     fooled: Tensor
@@ -73,14 +72,9 @@ class AttackReport(NamedTuple):
     l2: Tensor
 
     @property
-    def not_fooled(self) -> int:
-        """Number of attacked images that are still classified correctly."""
-        return int((~self.fooled).sum())
-
-    @property
     def accuracy(self) -> float:
         """Share of attacked images that are still classified correctly, in [0, 1]."""
-        return self.not_fooled / len(self.fooled)
+        return 1 - float(self.fooled.double().mean())
 
 
 class Attack(ABC):
@@ -88,18 +82,15 @@ class Attack(ABC):
 
     A subclass sets ``name`` and ``norm`` ("Linf", "L2" or "none"), implements `attack_batch`, and keeps each of its
     keyword-only arguments in an attribute of the same name, where `settings` finds them. An attack in an L-inf ball has
-    the argument ``eps_255``. In some attacks the images of a batch influence each other, so ``batch_size`` belongs to
-    the settings.
+    the argument ``eps_255``; an attack of a ``library`` names it.
 
     Args:
         target: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C]; attacked in eval mode. Adaptive attacks take
             a `DefendedVictim`.
         seed: Seed of the random draws, at least 0. Those of a batch also depend on the index of its first image.
-        batch_size: Images attacked together, at least 1.
+        batch_size: Images attacked together, at least 1. In some attacks they influence each other.
 
     Attributes:
-        adaptive: Whether the target is a `DefendedVictim`.
-        library: The library that the attack is from; empty for our own.
         spent: Cost of all calls so far, but not of `report` and `fooled`; only adaptive attacks count it.
         history: Share of the last call's images whose best attacked version is still classified correctly after step
             1, 2, ...; empty for attacks that do not keep the best one.
@@ -136,7 +127,7 @@ class Attack(ABC):
         """
 
     def snapshot_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
-        """Attack one batch for `snapshots`; arguments are those of `attack_batch`."""
+        """Attack one batch for `snapshots`."""
         return {Snapshot(self.eps_255, None): self.attack_batch(images, labels, indices)}
 
     def finish(self, count: int) -> None:  # noqa: B027 (a hook that few attacks need)
@@ -157,7 +148,7 @@ class Attack(ABC):
         """Cost of one call with ``count`` images, at most; nothing for attacks that are not adaptive."""
         return Cost()
 
-    def __call__(self, images: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Tensor, labels: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return adversarial images of the same shape, dtype and device, in [0, 1] and detached.
 
         Works under ``no_grad`` and ``inference_mode`` too; the caller's random state and the victim stay as they were.
@@ -174,16 +165,15 @@ class Attack(ABC):
         whole = Snapshot(None, None)
         return self._run(images, labels, indices, lambda *batch: {whole: self.attack_batch(*batch)})[whole]
 
-    def snapshots(self, images: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> dict[Snapshot, Tensor]:
+    def snapshots(self, images: Tensor, labels: Tensor, *, indices: Indices | None = None) -> dict[Snapshot, Tensor]:
         """Return the adversarial images [N, 3, H, W] at each limit that one run serves; arguments as for a call."""
         return self._run(images, labels, indices, self.snapshot_batch)
 
     def decide(self, images: Tensor, indices: Tensor) -> Tensor:
         """Return the target's decisions int64 [B] on images [B, 3, H, W] on its device."""
-        decisions: Tensor = self.victim(images).argmax(dim=1)
-        return decisions
+        return logits_of(self.victim, images).argmax(dim=1)
 
-    def fooled(self, attacked: Tensor, labels: Tensor, *, indices: Tensor | None = None) -> Tensor:
+    def fooled(self, attacked: Tensor, labels: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return whether the target misclassifies each attacked image [N, 3, H, W], bool [N] on the CPU."""
         attacked = check_images(attacked, name="attacked")
         with torch.inference_mode(False), torch.no_grad(), frozen(self.victim):
@@ -191,7 +181,7 @@ class Attack(ABC):
             return torch.cat([self.decide(given, positions) != classes for given, classes, positions in batches]).cpu()
 
     def report(
-        self, images: Tensor, attacked: Tensor, labels: Tensor, *, indices: Tensor | None = None
+        self, images: Tensor, attacked: Tensor, labels: Tensor, *, indices: Indices | None = None
     ) -> AttackReport:
         """Return which ``attacked`` images the target misclassifies, and how far they are from the clean ones."""
         images, attacked = check_images(images), check_images(attacked, name="attacked")
@@ -208,7 +198,7 @@ class Attack(ABC):
         self,
         images: Tensor,
         labels: Tensor,
-        indices: Tensor | None,
+        indices: Indices | None,
         attack: Callable[[Tensor, Tensor, Tensor], dict[Snapshot, Tensor]],
     ) -> dict[Snapshot, Tensor]:
         """Run ``attack`` on batch after batch, with the victim frozen in eval mode; check and join."""
@@ -225,11 +215,10 @@ class Attack(ABC):
             return {limit: torch.cat([part[limit] for part in parts]).to(images.device) for limit in parts[0]}
 
     def _batches(
-        self, images: Tensor, labels: Tensor, indices: Tensor | None
+        self, images: Tensor, labels: Tensor, indices: Indices | None
     ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Copies of checked images and labels on the victim's device, and of indices on the CPU, batch by batch."""
-        given = torch.arange(len(images)) if indices is None else indices
-        order = check_labels(given, count=len(images), name="indices").cpu().clone()
+        order = torch.tensor(check_indices(indices, count=len(images)))
         x = images.detach().clone().to(device_of(self.victim, images.device))
         num_classes = check_victim(self.victim, x[: self.batch_size]).shape[1]
         y = check_labels(labels, count=len(x), num_classes=num_classes).to(x.device, copy=True)
@@ -240,11 +229,7 @@ class Attack(ABC):
         if attacked.shape != given.shape or attacked.dtype != given.dtype:
             got = f"{tuple(attacked.shape)} of {attacked.dtype}"
             raise RuntimeError(f"attack {self.name!r} returned {got} for {tuple(given.shape)} of {given.dtype}")
-        if not bool(torch.isfinite(attacked).all()):
-            raise RuntimeError(f"attack {self.name!r} returned NaN or infinite values")
-        low, high = (float(value) for value in torch.aminmax(attacked))
-        if low < 0 or high > 1:
-            raise RuntimeError(f"attack {self.name!r} left [0, 1]: its values go from {low:.8g} to {high:.8g}")
+        check_made(attacked, by=f"attack {self.name!r}")
         self._check_change(float((attacked - given).abs().max()))
         return attacked
 
@@ -270,12 +255,15 @@ def check_budgets(budgets: Sequence[int], *, high: int) -> list[int]:
     return sorted({check_int(number, name="budgets", low=1, high=high) for number in budgets})
 
 
+_GENERATORS = RLock()  # the global ones: of several threads, one at a time draws from them
+
+
 @contextmanager
 def seeded(seed: int, index: int, device: torch.device, *, purpose: str = "attack") -> Iterator[None]:
     """Seed the generators of the CPU and of the GPU in use from (seed, index, purpose); restore those of all GPUs."""
     state = image_generator(seed=seed, index=index, purpose=purpose).initial_seed()
     started = torch.cuda.is_initialized() or device.type == "cuda"
-    with torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if started else []):
+    with _GENERATORS, torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if started else []):
         # torch.manual_seed, which torchattacks calls, would also seed the GPUs that are not in use here.
         torch.default_generator.manual_seed(state)
         if device.type == "cuda":

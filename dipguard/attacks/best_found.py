@@ -25,13 +25,11 @@ def mean_probability_ce(logits: Tensor, labels: Tensor) -> Tensor:
     return -each.gather(-1, labels.expand(len(logits), -1).unsqueeze(-1)).squeeze(-1).logsumexp(dim=0)
 
 
-def mean_margin(logits: Tensor, labels: Tensor) -> Tensor:
-    """`margins`, mean over the views: [V, B, C] and int [B] -> [B]."""
-    return margins(logits, labels).mean(dim=0)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"ce": mean_probability_ce, "margin": mean_margin}
-"""Name -> loss of logits [V, B, C] and labels int [B]."""
+LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "ce": mean_probability_ce,
+    "margin": lambda logits, labels: margins(logits, labels).mean(dim=0),
+}
+"""Name -> loss [B] of logits [V, B, C] and labels int [B]."""
 
 
 class BestFound:
@@ -41,11 +39,9 @@ class BestFound:
     margin, mean over the draws. With ``fixed`` draws, an image that was once misclassified is so again at the
     evaluation, and the margin guards it against rounding.
 
-    Attributes:
-        images: The best so far, [B, 3, H, W]; before any look, the given ones.
-        history: Images whose best version is classified correctly (under more than half of its draws), after each look.
-        last_history: Images that were classified correctly when they were last looked at, after each look.
-        flat: For each gradient that was taken, whether it was zero, bool [B].
+    `history` counts, after each look, the images whose best version is classified correctly (under more than half of
+    its draws), `last_history` those that were so when they were last looked at. ``flat`` holds, for each gradient that
+    was taken, whether it was zero, bool [B].
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -70,7 +66,7 @@ class BestFound:
         at = torch.arange(len(self.labels), device=self.labels.device) if rows is None else rows
         labels, scores = self.labels[at], logits.detach().to(self._margin)
         misread = (scores.argmax(dim=-1) != labels).float().mean(dim=0)
-        margin = mean_margin(scores, labels)
+        margin = margins(scores, labels).mean(dim=0)
         ahead = (misread > self._misread[at]) | ((misread == self._misread[at]) & (margin > self._margin[at]))
         better = at[ahead]
         self.images[better] = attacked.detach()[ahead].to(self.images)
@@ -85,22 +81,17 @@ class BestFound:
 
 
 def joined(counts: Sequence[Sequence[int]], *, total: int) -> list[float]:
-    """Shares of all ``total`` images, from batches' counts after each look; a batch that ended early keeps its last.
-
-    The first look, at the start, is left out, unless it is the only one.
-    """
+    """Shares of all ``total`` images, from batches' counts after each look; a batch that ended early keeps its last."""
     steps = max(2, *(len(part) for part in counts))
+    # The first look, at the start, is left out, unless it is the only one.
     whole = [[*part, *[part[-1]] * (steps - len(part))] for part in counts]
     return [sum(step) / total for step in zip(*whole, strict=True)][1:]
 
 
 class DefendedSearch(AdaptiveAttack):
-    """Looks at attacked images in an L-inf ball, step by step, and returns the best that it saw.
+    """Looks at attacked images within ``eps_255`` levels of 0 to 255 (L-inf), and returns the best that it saw.
 
     A subclass sets ``name`` and implements `search`.
-
-    Args:
-        eps_255: Radius of the L-inf ball in levels of 0 to 255, above 0.
     """
 
     norm: str = "Linf"

@@ -11,11 +11,10 @@ from torch import Tensor
 from dipguard.attacks.backward import straight_through
 from dipguard.attacks.base import Cost, Snapshot, check_budgets, check_levels
 from dipguard.attacks.best_found import BestFound, DefendedSearch
-from dipguard.attacks.gradients import Unsaturated
-from dipguard.attacks.libraries import torchattacks
-from dipguard.attacks.static import SQUARE_LOSSES, check_classes
+from dipguard.attacks.libraries import Unsaturated, torchattacks
+from dipguard.attacks.static import check_classes
 from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
-from dipguard.checks import check_bool, check_choice, check_int, check_positive
+from dipguard.checks import check_bool, check_int
 
 RAND = ("ce", "dlr")
 """The losses of AutoAttack's version ``rand``: one run of APGD each."""
@@ -26,7 +25,7 @@ class BPDA(AdaptiveAttack):
 
     At each step the loss's gradient by the *purified* image is applied to the given one (Section 4.3.1). Where a
     defence changes the resolution, the gradient is brought back by the adjoint of a bilinear resize, where the paper
-    down-samples (appendix A). The steps are those of torchattacks' EOTPGD; with ``eot_iter`` 1 that is PGD.
+    down-samples (appendix A). The steps are those of torchattacks' PGD.
 
     Args:
         eps_255: Radius of the L-inf ball in levels of 0 to 255, above 0.
@@ -35,8 +34,6 @@ class BPDA(AdaptiveAttack):
         budgets: Numbers of steps, from 1 to ``steps``, after each of which `snapshots` returns the images; by default
             after the last.
         random_start: Start at a uniformly drawn point of the ball, not at the image.
-        eot_iter: Purifications whose gradients are averaged at each step, at least 1 (expectation over transformation);
-            more than 1 only helps against random defences with ``fresh`` draws.
     """
 
     name: ClassVar[str] = "bpda"
@@ -52,7 +49,6 @@ class BPDA(AdaptiveAttack):
         steps: int = 15,
         budgets: Sequence[int] = (),
         random_start: bool = True,
-        eot_iter: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
@@ -61,12 +57,10 @@ class BPDA(AdaptiveAttack):
         self.steps = check_int(steps, name="steps", low=1)
         self.budgets = check_budgets(budgets, high=self.steps)
         self.random_start = check_bool(random_start, name="random_start")
-        self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
 
     def estimate(self, count: int) -> Cost:
         """Cost of one call with ``count`` images, exact."""
-        looks = count * self.eot_iter * self.steps
-        return self.target.cost(purifications=looks, gradients=looks)
+        return self.target.cost(purifications=count * self.steps, gradients=count * self.steps)
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Return the images after the last step."""
@@ -74,17 +68,16 @@ class BPDA(AdaptiveAttack):
 
     def snapshot_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
         """Return the images after each of ``budgets`` steps."""
-        iterates = self._iterates(images, labels, indices)
-        return {Snapshot(self.eps_255, number): iterates[number or -1] for number in self.budgets or (None,)}
+        made = self._iterates(images, labels, indices)
+        return {Snapshot(self.eps_255, number): made[number or -1] for number in self.budgets or (None,)}
 
     def _iterates(self, images: Tensor, labels: Tensor, indices: Tensor) -> list[Tensor]:
         """The start, and the images after each step."""
         asked: list[Tensor] = []
         module = DefendedModule(self, indices, lambda images, logits, rows: asked.append(images.clone()))
-        options = {"eps": self.eps, "alpha": self.alpha_255 / 255, "steps": self.steps, "eot_iter": self.eot_iter}
-        last: Tensor = torchattacks().EOTPGD(module, **options, random_start=self.random_start)(images, labels)
-        # What the attack looks at in step k + 1 is what step k made.
-        return [*asked[:: self.eot_iter], last]
+        options = {"eps": self.eps, "alpha": self.alpha_255 / 255, "steps": self.steps}
+        last = torchattacks().PGD(module, **options, random_start=self.random_start)(images, labels)
+        return [*asked, last]  # what it looks at in step k + 1 is what step k made
 
 
 class DefendedAutoAttack(DefendedSearch):
@@ -94,9 +87,7 @@ class DefendedAutoAttack(DefendedSearch):
     comparable with its authors' needs both. The draws of a batch's starts depend on the seed and the index of its first
     image, so the images of a batch influence each other. The victim needs at least 3 classes, for the DLR loss.
 
-    Args:
-        steps: Steps of each run, at least 1; each run has one look more.
-        eot_iter: Draws averaged at each step, at least 1; with ``fixed`` draws more than 1 only adds cost.
+    ``steps`` are those of each run, at least 1; each run has one look more.
     """
 
     name: ClassVar[str] = "defended_autoattack"
@@ -142,22 +133,15 @@ class DefendedSquare(DefendedSearch):
     influence each other. Images of a batch whose balls overlap are searched one group after the other, since the search
     does not say which image it asks about.
 
-    Args:
-        n_queries: Most looks at an image, at least 2: stripes, then a square more each time.
-        p_init: Share of the pixels in the first squares, above 0 and at most 1.
-        loss: Loss that is minimised, ``margin`` or ``ce``.
+    It looks at an image at most ``n_queries`` times, at least 2: stripes, then a square more each time.
     """
 
     name: ClassVar[str] = "defended_square"
     library: ClassVar[str] = "torchattacks"
 
-    def __init__(
-        self, target: DefendedVictim, *, n_queries: int = 500, p_init: float = 0.8, loss: str = "margin", **options: Any
-    ) -> None:
+    def __init__(self, target: DefendedVictim, *, n_queries: int = 500, **options: Any) -> None:
         super().__init__(target, **options)
         self.n_queries = check_int(n_queries, name="n_queries", low=2)
-        self.p_init = check_positive(p_init, name="p_init", high=1)
-        self.loss = check_choice(loss, SQUARE_LOSSES, name="loss")
 
     def estimate(self, count: int) -> Cost:
         """Cost of one call, at most; less where images are misclassified before their queries are spent."""
@@ -168,8 +152,7 @@ class DefendedSquare(DefendedSearch):
         module = DefendedModule(self, indices, lambda images, logits, at: found.see(images, logits[None], rows=at))
         for group in apart_by(2 * self.eps, found.given):
             module.at, module.nearest_of = group, found.given[group]
-            options = {"n_queries": self.n_queries - 1, "p_init": self.p_init, "loss": self.loss}
-            run = torchattacks().Square(module, norm="Linf", eps=self.eps, **options)
+            run = torchattacks().Square(module, norm="Linf", eps=self.eps, n_queries=self.n_queries - 1)
             # Not the object itself, which would look at the images before and after the search.
             run.init_hyperparam(module.nearest_of)
             run.attack_single_run(module.nearest_of, found.labels[group])
@@ -178,13 +161,9 @@ class DefendedSquare(DefendedSearch):
 class DefendedModule(Unsaturated):
     """Victim and defence as the one classifier that a library's attack gets to see.
 
-    Returns the victim's logits on the purified images; its gradient by the given image is that by the purified one
-    (BPDA's identity, Athalye et al. 2018).
-
-    Args:
-        attack: Whose target, draws and account of costs to use.
-        indices: The batch's positions in the whole data set, int [B].
-        seen: Called after each question with the images [n, 3, H, W], the logits [n, C] and the images' rows int [n].
+    Its gradient by the given image is that by the purified one (BPDA's identity, Athalye et al. 2018). It uses the
+    target, the draws and the account of costs of ``attack``, for a batch with the positions ``indices``, int [B].
+    ``seen`` is called after each question with the images [n, 3, H, W], the logits [n, C] and the images' rows int [n].
 
     Attributes:
         at: Rows of the batch that are attacked, int [b]; at first all.

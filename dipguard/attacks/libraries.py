@@ -1,32 +1,26 @@
-"""The attack libraries, imported when an attack needs them, and the victim as they see it."""
+"""The attack libraries, imported when an attack needs them, and the victim as they see it.
+
+Some views give the victim a gradient where it has none: a confident victim must not be mistaken for a robust one.
+"""
 
 from __future__ import annotations
 
 import os
 from functools import partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dipguard.classifier import device_of
+from dipguard.classifier import logits_of, reference_of
+from dipguard.registry import import_extra
 
 
-def load_library(name: str, *, user: str = "this attack", extra: str = "attacks") -> Any:
-    """Import the library called ``name``; the ImportError says what ``user`` needs it, and which extra brings it."""
+def load_library(name: str) -> Any:
+    """Import the library called ``name``; the ImportError says which extra brings it."""
     # foolbox imports GitPython for its model zoo, which raises where there is no git program unless it is told not to.
-    told = "GIT_PYTHON_REFRESH" in os.environ
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise ImportError(
-            f"{user} needs the library {name}, which could not be imported ({error}): pip install 'dipguard[{extra}]'"
-        ) from error
-    finally:
-        if not told:
-            del os.environ["GIT_PYTHON_REFRESH"]
+    return import_extra(name, owner="this attack", extra="attacks")
 
 
 torchattacks = partial(load_library, "torchattacks")
@@ -41,11 +35,65 @@ class VictimView(nn.Module):
     def __init__(self, victim: nn.Module) -> None:
         super().__init__()
         # torchattacks takes the first parameter's device, and prints a complaint where there is none.
-        self.device_marker = nn.Parameter(torch.empty(0, device=device_of(victim)), requires_grad=False)
+        self.device_marker = nn.Parameter(reference_of(victim, torch.empty(0)).new_empty(0), requires_grad=False)
         self.victim = victim
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [B, C]."""
-        logits: Tensor = self.victim(images)
+        return logits_of(self.victim, images)
+
+
+class LogitsAboveZero(VictimView):
+    """The victim with a constant added to each image's logits, so that the lowest is 0; decisions and margins stay.
+
+    torchattacks' C&W takes the largest other logit as the maximum of logits with the true class's set to 0, which is
+    wrong where all others are negative.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the shifted logits [B, C]."""
+        logits = super().forward(images)
+        return logits - logits.detach().amin(dim=1, keepdim=True)
+
+
+class Unsaturated(VictimView):
+    """The victim with a gradient where that of cross-entropy has underflowed.
+
+    At a margin of about 40 the loss is 0 in float32, and so is its gradient. There the gradient by the logits becomes
+    the direction that it tends to as the margin grows: up for the second class, down for the top class.
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the victim's logits [B, C]."""
+        logits = super().forward(images)
+        if logits.requires_grad:
+            top = logits.detach().topk(2, dim=1).indices
+            # A gradient below the floor would vanish on the way down to the pixels; one at the floor does not.
+            floor = torch.finfo(self.device_marker.dtype).tiny ** 0.5
+            logits.register_hook(lambda gradient: _limit_where_underflown(gradient, top, floor))
         return logits
+
+
+class NeverFlat(Unsaturated):
+    """An `Unsaturated` victim whose gradient by an image is noise where it would be exactly zero.
+
+    Around such an image the victim is flat, and noise is the only way off the plateau (foolbox's DDN does the same).
+    """
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the victim's logits [B, C]."""
+        if images.requires_grad:
+            images = images.view_as(images)
+            images.register_hook(_noise_where_flat)
+        return super().forward(images)
+
+
+def _limit_where_underflown(gradient: Tensor, top: Tensor, floor: float) -> Tensor:
+    limit = torch.zeros_like(gradient).scatter(1, top[:, 1:], floor).scatter(1, top[:, :1], -floor)
+    return torch.where(gradient.abs().amax(dim=1, keepdim=True) < floor, limit, gradient)
+
+
+def _noise_where_flat(gradient: Tensor) -> Tensor:
+    flat = (gradient == 0).flatten(1).all(dim=1)
+    return torch.where(flat.view(-1, 1, 1, 1), torch.randn_like(gradient), gradient) if flat.any() else gradient

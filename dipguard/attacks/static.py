@@ -14,14 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.attacks.base import Attack, check_levels, kept_options
-from dipguard.attacks.gradients import LogitsAboveZero, NeverFlat, Unsaturated
-from dipguard.attacks.libraries import VictimView, foolbox, torchattacks
+from dipguard.attacks.libraries import LogitsAboveZero, NeverFlat, Unsaturated, VictimView, foolbox, torchattacks
 from dipguard.checks import check_bool, check_choice, check_float, check_int, check_positive
 from dipguard.victims.base import check_victim
 
 AUTOATTACK_VERSIONS = {"standard": 4, "rand": 3}
 """AutoAttack's versions, and the fewest classes that their losses are defined for."""
-SQUARE_LOSSES = ("margin", "ce")
 
 
 class NoAttack(Attack):
@@ -79,8 +77,7 @@ class TorchAttack(Attack):
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Run torchattacks on one batch."""
-        attacked: Tensor = self.make(self.view(self.victim))(images, labels)
-        return attacked
+        return self.make(self.view(self.victim))(images, labels)
 
 
 class LinfAttack(TorchAttack):
@@ -103,9 +100,7 @@ class FGSM(LinfAttack):
 class BIM(FGSM):
     """Basic iterative method (Kurakin et al. 2017): FGSM in small steps from the image itself. It draws nothing.
 
-    Args:
-        alpha_255: Step size in levels of 0 to 255, above 0.
-        steps: Number of steps, at least 1.
+    ``alpha_255`` is the size of a step in levels of 0 to 255, above 0; ``steps`` is at least 1.
     """
 
     name: ClassVar[str] = "bim"
@@ -142,16 +137,12 @@ class EOTPGD(PGD):
 class MIFGSM(BIM):
     """Momentum iterative FGSM (Dong et al. 2018), from the image itself. It draws noise only where the victim is flat.
 
-    ``decay``, at least 0, is the share of the momentum that is kept. torchattacks divides each gradient by its mean
-    size: where a confident victim's cross-entropy has underflowed that is 0/0, and the image would never move.
+    torchattacks divides each gradient by its mean size: where a confident victim's cross-entropy has underflowed that
+    is 0/0, and the image would never move.
     """
 
     name: ClassVar[str] = "mifgsm"
     view: ClassVar[type[VictimView]] = NeverFlat
-
-    def __init__(self, target: nn.Module, *, decay: float = 1.0, **options: Any) -> None:
-        super().__init__(target, **options)
-        self.decay = check_float(decay, name="decay", low=0)
 
 
 class CW(TorchAttack):
@@ -160,11 +151,8 @@ class CW(TorchAttack):
     Images that it cannot fool the victim on come back unchanged; pixels at exactly 0 or 1 never move. It stops when the
     summed cost of a batch rises, so an image's result depends on its batch. It draws nothing.
 
-    Args:
-        c: Weight of the misclassification term against the squared L2 distance, above 0.
-        kappa: Confidence, the logit margin aimed at, at least 0.
-        steps: Number of Adam steps, at least 1.
-        lr: Adam's learning rate, above 0.
+    ``c``, above 0, weighs misclassification against the squared L2 distance; ``kappa``, at least 0, is the logit margin
+    aimed at; ``steps`` and ``lr`` are those of Adam.
     """
 
     name: ClassVar[str] = "cw"
@@ -184,32 +172,15 @@ class CW(TorchAttack):
 class Square(LinfAttack):
     """Square attack (Andriushchenko et al. 2020): random search by squares of colour, no gradients.
 
-    torchattacks draws one square for all images of a batch, so they influence each other.
-
-    Args:
-        n_queries: Most victim queries per image and restart, at least 1.
-        n_restarts: Number of random restarts, at least 1.
-        p_init: Share of the pixels in the first squares, above 0 and at most 1.
-        loss: Loss that is minimised, ``margin`` or ``ce``.
+    It takes at most ``n_queries`` queries an image, at least 1. torchattacks draws one square for all images of a
+    batch, so they influence each other.
     """
 
     name: ClassVar[str] = "square"
 
-    def __init__(
-        self,
-        target: nn.Module,
-        *,
-        n_queries: int = 5000,
-        n_restarts: int = 1,
-        p_init: float = 0.8,
-        loss: str = "margin",
-        **options: Any,
-    ) -> None:
+    def __init__(self, target: nn.Module, *, n_queries: int = 5000, **options: Any) -> None:
         super().__init__(target, **options)
         self.n_queries = check_int(n_queries, name="n_queries", low=1)
-        self.n_restarts = check_int(n_restarts, name="n_restarts", low=1)
-        self.p_init = check_positive(p_init, name="p_init", high=1)
-        self.loss = check_choice(loss, SQUARE_LOSSES, name="loss")
 
     def make(self, victim: nn.Module, **further: Any) -> Any:
         """Return torchattacks' Square; it sets the global seed itself, so it is given the batch's."""
@@ -221,12 +192,8 @@ class AutoAttack(LinfAttack):
 
     ``standard`` is APGD-CE, targeted APGD, targeted FAB and Square; ``rand``, for random victims, APGD-CE and APGD-DLR
     on gradients averaged over 20 looks. torchattacks runs 10 steps where the authors run 100: set ``steps`` to 100 for
-    a figure comparable with theirs. The victim must have at least 4 classes (``rand``: 3).
-
-    Args:
-        version: ``standard`` or ``rand``.
-        steps: Steps of the parts that take gradients, at least 1.
-        targets: Most classes that the targeted parts try, the likeliest first, at least 1; the authors' 9.
+    a figure comparable with theirs. The targeted parts try at most ``targets`` classes, the likeliest first; 9 is the
+    authors' number. The victim must have at least 4 classes (``rand``: 3).
     """
 
     name: ClassVar[str] = "autoattack"
@@ -253,41 +220,29 @@ class AutoAttack(LinfAttack):
         """Run torchattacks' AutoAttack on one batch."""
         least = AUTOATTACK_VERSIONS[self.version]
         num_classes = check_classes(self.victim, images, least=least, needed_by=self.version)
-        attacked: Tensor = self.make(self.view(self.victim), num_classes=num_classes)(images, labels)
-        return attacked
+        return self.make(self.view(self.victim), num_classes=num_classes)(images, labels)
 
 
 class DDN(Attack):
     """Decoupled direction and norm (Rony et al. 2019): the smallest L2 change that it finds to fool the victim.
 
-    Images that it cannot fool the victim on come back unchanged. It draws noise only in the place of a gradient of
-    zero; otherwise the images of a batch do not influence each other.
-
-    Args:
-        init_epsilon: First radius of the L2 ball, on the [0, 1] scale, above 0.
-        steps: Number of steps, at least 1.
-        gamma: Factor by which the radius shrinks and grows, above 0 and below 1.
+    It takes ``steps`` steps, at least 1. Images that it cannot fool the victim on come back unchanged. It draws noise
+    only in the place of a gradient of zero; otherwise the images of a batch do not influence each other.
     """
 
     name: ClassVar[str] = "ddn"
     norm: str = "L2"
     library: ClassVar[str] = "foolbox"
 
-    def __init__(
-        self, target: nn.Module, *, init_epsilon: float = 1.0, steps: int = 100, gamma: float = 0.05, **options: Any
-    ) -> None:
+    def __init__(self, target: nn.Module, *, steps: int = 100, **options: Any) -> None:
         super().__init__(target, **options)
-        self.init_epsilon = check_positive(init_epsilon, name="init_epsilon")
         self.steps = check_int(steps, name="steps", low=1)
-        self.gamma = check_float(gamma, name="gamma", low=0, high=1)
-        if self.gamma in (0, 1):
-            raise ValueError(f"`gamma` must be above 0 and below 1, got {gamma}")
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Run foolbox's DDN on one batch."""
         made = foolbox()
         model = made.PyTorchModel(Unsaturated(self.victim), bounds=(0, 1), device=images.device)
-        attack = made.attacks.DDNAttack(init_epsilon=self.init_epsilon, steps=self.steps, gamma=self.gamma)
+        attack = made.attacks.DDNAttack(steps=self.steps)
         attacked: Tensor = attack.run(model, images, made.criteria.Misclassification(labels))
         return attacked.clamp(0, 1)  # it returns x + (y - x), which may round to just outside
 

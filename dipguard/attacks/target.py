@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.attacks.base import Attack, Cost, seeded
-from dipguard.checks import check_choice
+from dipguard.checks import check_choice, check_made
 from dipguard.classifier import check_is_module
 from dipguard.decision.intermediates import STITCHED, Intermediate
 
@@ -130,7 +130,4 @@ def _check_purified(result: Any, images: Tensor) -> Tensor:
     if not isinstance(result, Tensor) or result.ndim != 4 or result.shape[:2] != images.shape[:2]:
         got = tuple(result.shape) if isinstance(result, Tensor) else type(result).__name__
         raise RuntimeError(f"`defense` returned {got} for images {tuple(images.shape)}")
-    low, high = (float(value) for value in torch.aminmax(result))
-    if not (low >= 0 and high <= 1):  # false for NaN
-        raise RuntimeError(f"`defense` left [0, 1]: its values go from {low:.8g} to {high:.8g}")
-    return result.detach().to(images)
+    return check_made(result, by="`defense`").detach().to(images)

@@ -56,8 +56,7 @@ def build_defense(
     make = lookup(table_of("defenses", DEFENSES), name, argument="defense")
     given = dict(options) if weights is None else {**options, "weights": weights}
     check_options(make, given, owner=f"the defence {name!r}", hidden=("seed",))
-    defense: Defense = make(victim, seed=seed, **given)
-    return defense
+    return make(victim, seed=seed, **given)
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import time
 from abc import ABC
 from collections.abc import Sequence
@@ -14,21 +13,19 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.attacks.libraries import load_library
-from dipguard.checks import check_images, check_int
+from dipguard.checks import Indices, check_images, check_indices, check_int, check_made
 from dipguard.classifier import Decider, check_is_module
 from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.fit import FitOptions
+from dipguard.registry import import_extra
 
 Callbacks: TypeAlias = Sequence[pl.Callback]
-Indices: TypeAlias = Tensor | Sequence[int]
-"""Positions of images in their data set: an integer tensor [N], or a list, range or array of N integers."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Purified:
-    """N purified images, as a defence's own `Defense._purify` returns them.
+    """N purified images, as `Defense._purify` returns them.
 
     Attributes:
         reconstructions: [N, 3, H', W'] in [0, 1], of the given images' dtype and on their device.
@@ -49,9 +46,9 @@ class Purified:
     @classmethod
     def plain(cls, images: Tensor, *, start: float) -> Purified:
         """Images of a defence that leaves no trace; ``start`` is ``time.perf_counter()`` from before it."""
-        seconds = {"start": 0.0, "fit": time.perf_counter() - start, "decide": 0.0}
-        count = len(images)
-        return Purified(reconstructions=images, reasons=["purified"] * count, used=[0] * count, seconds=seconds)
+        made = Purified(reconstructions=images, reasons=["purified"] * len(images), used=[0] * len(images))
+        made.seconds["fit"] = time.perf_counter() - start
+        return made
 
     @classmethod
     def stitched(cls, made: Sequence[Reconstruction], *, like: Tensor, **more: Any) -> Purified:
@@ -61,9 +58,7 @@ class Purified:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """Concatenate the images of several results; seconds add up. ValueError if there are no parts."""
-        if not parts:
-            raise ValueError("`parts` must hold at least one result, got none")
+        """Concatenate the images of one or more results; seconds add up."""
         return cls(**{f.name: _joined([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
 
@@ -71,9 +66,8 @@ class Purified:
 class DefenseResult(Purified):
     """N defended images: `Purified`, and the victim's decisions.
 
-    Attributes:
-        decisions_before: The victim's decisions on the given images, [N] int64, on the CPU.
-        decisions_after: Its decisions on the reconstructions, [N] int64, on the CPU.
+    ``decisions_before`` are those on the given images, ``decisions_after`` those on the reconstructions, both [N]
+    int64, on the CPU.
     """
 
     decisions_before: Tensor
@@ -92,8 +86,7 @@ class Defense(nn.Module, ABC):
         seed: Seed of the defence's random draws, at least 0.
 
     Raises:
-        TypeError, ValueError: ``victim`` is not a module, or ``seed`` is not an integer in range.
-        ImportError: A library of the defence is not installed.
+        TypeError, ValueError, ImportError: Bad arguments, or a library of the defence is not installed.
     """
 
     name: ClassVar[str]
@@ -108,7 +101,7 @@ class Defense(nn.Module, ABC):
         self.seed = check_int(seed, name="seed", low=0)
         self.decide = Decider(victim)
         self.versions = {
-            key: str(load_library(module, user=f"the defence {self.name!r}", extra="defenses").__version__)
+            key: str(import_extra(module, owner=f"the defence {self.name!r}", extra="defenses").__version__)
             for key, module in self.LIBRARIES.items()
         }
 
@@ -199,8 +192,8 @@ class Defense(nn.Module, ABC):
         images, positions = self._check_given(images, indices)
         with torch.inference_mode(False), torch.no_grad():
             made = self._intermediates(images.detach().clone(), positions)
-            self._check_result(images, made[STITCHED].views[0])
-            return made
+        self._check_result(images, made[STITCHED].views[0])
+        return made
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its decision trace; TypeError if the defence leaves no traces."""
@@ -240,33 +233,9 @@ class Defense(nn.Module, ABC):
         expected = (len(given), 3, *self.output_size(*given.shape[-2:]))
         got = (tuple(purified.shape), purified.dtype, purified.device)
         if got != (expected, given.dtype, given.device):
-            raise RuntimeError(
-                f"defence {self.name!r} returned {got[0]} of {got[1]} on {got[2]}, not {expected} of {given.dtype} on "
-                f"{given.device}"
-            )
-        if not bool(torch.isfinite(purified).all()):
-            raise RuntimeError(f"defence {self.name!r} returned NaN or infinite values")
-        low, high = (float(value) for value in torch.aminmax(purified))
-        if low < 0 or high > 1:
-            raise RuntimeError(f"defence {self.name!r} left [0, 1]: its values go from {low:.8g} to {high:.8g}")
-
-
-def check_indices(indices: Indices | None, *, count: int) -> list[int]:
-    """Return the indices of ``count`` images as integers, 0 to ``count`` - 1 for None; TypeError or ValueError else."""
-    given = range(count) if indices is None else indices
-    values = given.tolist() if isinstance(given, Tensor) and given.ndim else given
-    try:
-        order = [operator.index(value) for value in values]
-    except TypeError:
-        order = []
-    if not order or any(isinstance(value, bool) for value in values):
-        kind = f"{given.dtype} {tuple(given.shape)}" if isinstance(given, Tensor) else repr(given)
-        raise TypeError(f"`indices` must be integers, one an image ({count}), got {kind}")
-    if len(order) != count:
-        raise ValueError(f"`indices` must hold one index an image ({count}), got {len(order)}")
-    if min(order) < 0:
-        raise ValueError(f"`indices` must be at least 0, got {min(order)}")
-    return order
+            wanted = f"{expected} of {given.dtype} on {given.device}"
+            raise RuntimeError(f"defence {self.name!r} returned {got[0]} of {got[1]} on {got[2]}, not {wanted}")
+        check_made(purified, by=f"defence {self.name!r}")
 
 
 def _joined(values: list[Any]) -> Any:

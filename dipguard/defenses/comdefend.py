@@ -42,23 +42,22 @@ def _apply(convolutions: nn.ModuleList, x: Tensor) -> Tensor:
     *hidden, last = convolutions
     for convolution in hidden:
         x = F.elu(convolution(x))
-    result: Tensor = last(x)
-    return result
+    return last(x)
 
 
 class ComDefend(NetworkDefense):
     """ComDefend (Jia et al. 2019): a learned compression to bits that is robust to noise on the code.
 
-    Ding et al. 2021 (section 4.3.1, Figure 4) show its accuracy fall under BPDA with an identity backward, already at
-    eps 2/255; we know of no paper that is devoted to breaking it.
+    Ding et al. 2021 (section 4.3.1, Figure 4) show its accuracy fall under BPDA, already at eps 2/255; we know of no
+    paper that is devoted to breaking it.
 
     Args:
         weights: State dict with ``encoder.0.weight`` ... ``decoder.8.bias``, 1,566,735 parameters.
-        patches: Cut the image into patches of 32x32 pixels that are purified one by one with the channels in the order
-            blue, green, red, and cut the result down to 8 bits, as the authors' code does for ImageNet; sides must then
-            be multiples of 32. False takes the whole image in the order red, green, blue, as for CIFAR-10. None takes
-            patches where a side is longer than 32 pixels.
-        noise: Standard deviation s of the noise on the code, at least 0; the authors' is 1. With 0 nothing is drawn.
+        patches: Purify patches of 32x32 pixels one by one, with the channels in the order blue, green, red, and cut the
+            result down to 8 bits, as the authors' code does for ImageNet; sides must then be multiples of 32. False
+            takes the whole image in the order red, green, blue, as for CIFAR-10. None takes patches where a side is
+            longer than 32 pixels.
+        noise: Standard deviation of the noise on the code, at least 0; the authors' is 1.
     """
 
     name: ClassVar[str] = "comdefend"

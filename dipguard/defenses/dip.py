@@ -13,7 +13,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_int
+from dipguard.checks import check_bool, check_int
 from dipguard.defenses.base import Callbacks, Defense, Purified
 from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks, stack_size_for
 from dipguard.networks import NetworkSpec, network_spec
@@ -71,7 +71,7 @@ class DIPDefense(Defense):
         own = {name: value for name, value in self.FIT.items() if value is not None}
         self.fit_options = FitOptions(network=network, seed=self.seed, **{**own, **fit})
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
-        self.progress = progress
+        self.progress = check_bool(progress, name="progress")
         self.trainer = dict(trainer or {})
 
     @property

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, quality
-from dipguard.decision.class_scores import SHIFT, mirrored, stitch_mirrored
+from dipguard.decision.class_scores import mirrored, stitch_mirrored
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
@@ -27,8 +27,7 @@ NETWORKS: dict[str, NetworkSpec] = {
     "narrow": hourglass((4, 8, 16), skips=0, input_depth=1),
     "wide": hourglass((8, 16, 32), skips=0, input_depth=1),
 }
-"""The network of DIPDefend (9,011 parameters), which strong perturbations survive least, and one twice as wide, which
-keeps more of a clean image."""
+"""The network of DIPDefend, which strong perturbations survive least, and one twice as wide, which keeps more."""
 MOST_MIRRORED = 8
 """Most mirrored windows of `MirrorGuard.intermediates`: each costs an attack a call of the victim and a gradient."""
 
@@ -42,8 +41,8 @@ class MirrorGuard(DIPDefense):
     padding), and the class is the one with the highest mean probability on copies of x(t) that were mirrored and moved
     by two pixels; the given image's own class counts half.
 
-    How it was chosen, and its figures: docs/trials.md. Purifiers have fallen to adaptive attacks (Athalye et al. 2018;
-    Tramer et al. 2020; Croce et al. 2022); docs/limits.md says how far this one was tested.
+    Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
+    docs/limits.md says how far this one was tested.
 
     A decision trace holds the means of x(t) over windows of all networks' fits, one network after the other, as
     ``samples``, the victim's logits on them and on their mirrored copies, each network's last window as ``last``, and
@@ -100,31 +99,15 @@ class MirrorGuard(DIPDefense):
         self.mirror = check_bool(mirror, name="mirror")
         self.beta = check_float(beta, name="beta", low=0.0)
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
+        self.windows = (self.T - self.t0) // self.every
+        self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
+        count = int(self.beta / self.beta_step + 1e-6)
+        self.betas = [round(self.beta_step * number, 6) for number in range(1, count + 1)]
 
     @property
     def dip_fits(self) -> tuple[FitOptions, ...]:
         """One fit per network."""
         return self.fits
-
-    @property
-    def windows(self) -> int:
-        """Windows of one fit."""
-        return (self.T - self.t0) // self.every
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of one fit: T, or the end of the last whole window."""
-        return self.t0 + self.windows * self.every
-
-    @property
-    def betas(self) -> list[float]:
-        """The steps away from the given image that are tried, in order."""
-        return [round(self.beta_step * i, 6) for i in range(1, int(self.beta / self.beta_step + 1e-6) + 1)]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The options of defence and fits, and the shift of the mirrored copies."""
-        return {**super().settings, "shift": list(SHIFT)}
 
     @property
     def steps_per_image(self) -> int:
@@ -148,15 +131,16 @@ class MirrorGuard(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
+        own = self.decide(images).cpu()  # a bad victim is noticed before the fit
         seconds, logs = {"start": 0.0, "fit": 0.0}, []
         for fit in self.fits:
             log = WindowLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows, flip=self.mirror)
-            own: Any = run | {"callbacks": [log, *run["callbacks"]]}
-            spent = run_fit(images, T=self.steps, indices=indices, fit=fit, **own)
+            options: Any = run | {"callbacks": [log, *run["callbacks"]]}
+            spent = run_fit(images, T=self.steps, indices=indices, fit=fit, **options)
             seconds = {part: seconds[part] + spent[part] for part in seconds}
             logs.append(log)
         asked, fitted = sum(log.seconds for log in logs), time.perf_counter()
-        traces = self._traces(logs, images, indices)
+        traces = self._traces(logs, images, indices, own)
         rebuilt = [self.rebuild(trace) for trace in traces]
         if run["logger"] is not None:
             _log_means(run["logger"], traces, first_step=first_step)
@@ -164,8 +148,10 @@ class MirrorGuard(DIPDefense):
         seconds["decide"] = time.perf_counter() - fitted + asked
         return Purified.stitched(rebuilt, like=images, traces=traces, seconds=seconds)
 
-    def _traces(self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int]) -> list[DecisionTrace]:
-        """One decision trace per image of a stack [B, 3, H, W], on the CPU."""
+    def _traces(
+        self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int], own: Tensor
+    ) -> list[DecisionTrace]:
+        """One decision trace per image of a stack [B, 3, H, W] with the victim's logits ``own`` [B, C]; on the CPU."""
         samples, logits, mirrored_logits, errors = (
             torch.cat([getattr(log, name) for log in logs])
             for name in ("samples", "logits", "mirrored_logits", "errors")
@@ -175,7 +161,7 @@ class MirrorGuard(DIPDefense):
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
         steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
-        own, none = self.decide(images).cpu(), torch.empty(0, dtype=samples.dtype)
+        none = torch.empty(0, dtype=samples.dtype)
         samples, errors, logits, mirrored_logits = (x.cpu() for x in (samples, errors, logits, mirrored_logits))
         return [
             DecisionTrace(
@@ -218,10 +204,8 @@ class MirrorGuard(DIPDefense):
 
 def _log_means(logger: Logger, traces: Sequence[DecisionTrace], *, first_step: int) -> None:
     """Log the stack's means at each window."""
-    loss, similar = (
-        torch.stack(values).mean(dim=0) for values in zip(*((t.loss, t.quality) for t in traces), strict=True)
-    )
-    changed = torch.stack([(t.decisions != t.given_decision).double() for t in traces]).mean(dim=0)
-    for i, step in enumerate(traces[0].steps.tolist()):
-        means = {"mse": loss[i], "quality": similar[i], "decision_changed": changed[i]}
-        logger.log_metrics({f"fit/{key}": float(mean) for key, mean in means.items()}, step=first_step + step)
+    each = [(trace.loss, trace.quality, (trace.decisions != trace.given_decision).double()) for trace in traces]
+    means = [torch.stack(values).mean(dim=0).tolist() for values in zip(*each, strict=True)]
+    for step, *values in zip(traces[0].steps.tolist(), *means, strict=True):
+        names = ("fit/mse", "fit/quality", "fit/decision_changed")
+        logger.log_metrics(dict(zip(names, values, strict=True)), step=first_step + step)

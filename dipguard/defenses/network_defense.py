@@ -16,13 +16,10 @@ from dipguard.victims.weights import load_state_dict_strict
 
 
 class NetworkDefense(Defense):
-    """A defence with a trained network. Without its weights it can be built, but it is `unavailable`.
+    """A defence with a trained network, which runs in float32 and without autocast.
 
     A subclass sets ``weights_source``, a sentence that says where weights can be found, and implements `make_network`.
-    The network runs in float32 and without autocast.
-
-    Args:
-        weights: Path or https address of the network's state dict; None if they are not supplied.
+    ``weights`` is the path or https address of a state dict; without, a defence can be built, but is `unavailable`.
 
     Raises:
         ValueError, FileNotFoundError, RuntimeError: Weights that do not fit or are damaged, no file, no download.
@@ -32,11 +29,13 @@ class NetworkDefense(Defense):
 
     def __init__(self, victim: nn.Module, *, weights: str | Path | None = None, seed: int = 0) -> None:
         super().__init__(victim, seed=seed)
-        self.network = self._digest = None
+        self.network: nn.Module | None = None
+        self._digest: str | None = None
         if weights is not None:
             # Initial weights, soon overwritten, are drawn from the global generator.
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-                self.network = self.load_network(weights).eval().requires_grad_(False)
+                network = load_state_dict_strict(self.make_network().float(), weights, argument="weights")
+            self.network = network.eval().requires_grad_(False)
             self._digest = tensor_digest(self.network.state_dict().values())
         self.versions["torch"] = torch.__version__
 
@@ -55,10 +54,6 @@ class NetworkDefense(Defense):
     def settings(self) -> dict[str, Any]:
         """The options, and the weights' digest (None without weights)."""
         return {**super().settings, "weights": self._digest}
-
-    def load_network(self, weights: str | Path) -> nn.Module:
-        """Return the network with these weights; every name and shape is checked."""
-        return load_state_dict_strict(self.make_network().float(), weights, argument="weights")
 
     def run(self, *inputs: Tensor) -> Tensor:
         """Return the network's float32 output on the victim's device; the first input is images [n, 3, H, W]."""

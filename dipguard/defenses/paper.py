@@ -36,8 +36,7 @@ class DIPGuard(DIPDefense):
 
     Args:
         T: Optimiser steps.
-        tau: Quality threshold of Eq. 3, in [0, 1].
-        t0: Warm-up of Eq. 3.
+        tau, t0: Quality threshold, in [0, 1], and warm-up of Eq. 3.
         K: Number of on-boundary images that are stitched.
         beta: Step size of Eq. 6, at least 0.
         decisions: Number of reconstructions along the fit that the victim classifies; more than T means every step.
@@ -52,7 +51,6 @@ class DIPGuard(DIPDefense):
         store: Folder of fits made earlier (:mod:`dipguard.store`), which other values of tau, t0, K, beta and T, and
             other victims, use again. Traces in the result are then shared and must not be changed.
         store_T: Other values of T that a fit made for the store is to serve.
-        options: The options of `DIPDefense`.
     """
 
     name: ClassVar[str] = "paper"

@@ -22,10 +22,8 @@ class StoppedDIP(DIPDefense):
 
     A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. By default the fit is that of the official DIP
     code for denoising: slow and smooth, so that a rule can find the turning point. DIPGuard's own fit, without noise on
-    z, is past it after some 100 steps (docs/readings.md).
-
-    Args:
-        T: Optimiser steps, at least 1; a fit ends earlier once the rule has chosen for all images of a stack.
+    z, is past it after some 100 steps (docs/readings.md). A fit ends before ``T`` steps, at least 1, once the rule has
+    chosen for all images of a stack.
     """
 
     FIT: ClassVar[dict[str, Any]] = {"jitter": 0.03333333333333333, "padding": "reflect"}
@@ -61,15 +59,11 @@ class StoppedDIP(DIPDefense):
 
 
 class FixedStepDIP(StoppedDIP):
-    """DIP stopped at a fixed step (Kattamis et al. 2019; Sutanto and Lee 2020), like for denoising.
+    """DIP stopped at ``step``, below T (Kattamis et al. 2019; Sutanto and Lee 2020), like for denoising.
 
-    500 is half of the T of Ding et al. 2021 on CIFAR-10 and was not tuned: of 16 tuning images (CIFAR ResNet-56), steps
-    from 500 to 999 kept 10 to 12 under PGD at 8/255 and 12 to 15 without an attack. Later steps favour clean images and
-    cost more; no step is right for clean and attacked images alike. It falls to attacks that differentiate through the
-    fit, or step over it (BPDA, Athalye et al. 2018).
-
-    Args:
-        step: The step t that is taken, below T.
+    500 is half of the T of Ding et al. 2021 on CIFAR-10 and was not tuned. Later steps favour clean images and cost
+    more; no step is right for clean and attacked images alike. It falls to attacks that differentiate through the fit,
+    or step over it (BPDA, Athalye et al. 2018).
     """
 
     name: ClassVar[str] = "dip_fixed"
@@ -88,8 +82,7 @@ class WindowedVarianceDIP(StoppedDIP):
     """ES-WMV (Wang et al. 2023): stopped where a window of reconstructions varies least.
 
     Its authors restore images; we know of no claim that it is a defence. With their window and patience, and T = 1000,
-    the variance of this fit falls nearly to the end: on 16 tuning CIFAR-10 images it chose steps from 851 to 999.
-    Patience plays a part only where T is above window + patience.
+    the variance of this fit falls nearly to the end.
 
     Args:
         window: Reconstructions W of a window, from 2 to T.
@@ -118,12 +111,11 @@ class WindowedVarianceDIP(StoppedDIP):
 class SmoothedPSNRDIP(StoppedDIP):
     """DIPDefend's stopping rule (Dai et al. 2020) on the official DIP code's fit for denoising.
 
-    The rule's trend starts from the rise of the first step, which jitter blurs: of 16 tuning CIFAR-10 images, most had
-    their peak between steps 620 and 870, and two to four had none before T = 1000 (then the last step is taken).
+    The rule's trend starts from the rise of the first step, which jitter blurs; without a peak before T the last step
+    is taken.
 
-    Args:
-        smoothing: Smoothing of the PSNR curve, in [0, 1]; the authors' value is the default.
-        tile: Side of the tiles whose smallest PSNR is taken, in pixels.
+    ``smoothing``, in [0, 1], is that of the PSNR curve; ``tile`` the side in pixels of the tiles whose smallest PSNR is
+    taken.
     """
 
     name: ClassVar[str] = "dipdefend_rule"
@@ -145,29 +137,23 @@ PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": dict(network=_SMALL, T=4000, padding="zeros", jitter=0.0, optimise_z=True),
     "imagenet": dict(network=_LARGE, T=2400, padding="reflect", jitter=1 / 30, optimise_z=True),
 }
-"""The authors' configurations, as far as ports of their script tell; the rest is FitOptions' default."""
+"""The authors' configurations; the rest is FitOptions' default."""
 
 
 class DIPDefend(SmoothedPSNRDIP):
     """DIPDefend (Dai et al. 2020, "DIPDefend: Deep Image Prior Driven Defense against Adversarial Examples").
 
     A small untrained network is fitted to the image, network and z together (Adam, 0.01, mean squared error); the
-    result is the reconstruction at the peak of a smoothed PSNR curve (`PeakOfSmoothedPSNR`).
+    result is the reconstruction at the peak of a smoothed PSNR curve (`PeakOfSmoothedPSNR`), on CIFAR-10 mostly near
+    step 650. Options that are None take the value of the ``preset``, ``cifar10`` or ``imagenet``.
 
-    No official code is public; `PRESETS` follow ports of the authors' script. On CIFAR-10 (9,011 parameters) most peaks
-    are near step 650. Two points of ``imagenet`` are open: the ports end that network without a sigmoid, where ours
-    always has one; and with jitter on they feed a copy of z, so that the z that Adam holds never moves, which is
-    ``optimise_z=False`` here.
+    No official code is public; `PRESETS` follow ports of the authors' script. Two points of ``imagenet`` are open: the
+    ports end that network without a sigmoid, where ours always has one; and with jitter on they feed a copy of z, so
+    that the z that Adam holds never moves, which is ``optimise_z=False`` here.
 
     No paper is known to us that breaks it by name. Ding et al. 2021 show it losing to identity BPDA (their Figure 4)
     and to examples near the decision boundary (C&W); purifiers with no more evidence than this one have fallen to
     adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022).
-
-    Args:
-        preset: ``cifar10`` or ``imagenet``, the two configurations of the authors (`PRESETS`).
-        network: None takes the preset's.
-        T: Optimiser steps; None takes the preset's (4000, 2400).
-        options: The options of `SmoothedPSNRDIP`; None takes the preset's.
     """
 
     name: ClassVar[str] = "dipdefend"

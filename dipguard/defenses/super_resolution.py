@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,17 +13,8 @@ from torch import Tensor, nn
 from dipguard.checks import check_choice, check_float, check_int
 from dipguard.defenses.network_defense import NetworkDefense
 from dipguard.defenses.transforms import from_hwc, jpeg_round_trip, to_hwc
-from dipguard.victims.weights import load_state_dict_strict
 
-SOURCES = {
-    "edsr": "https://github.com/sanghyun-son/EDSR-PyTorch names those of EDSR baseline x2 "
-    "(edsr_baseline_x2-1bc95232.pt), which Mustafa et al. took",
-    "imdn": "its authors publish them at https://github.com/Zheng222/IMDN (checkpoints/IMDN_x2.pth)",
-}
-"""Upscaler -> where its weights come from."""
-OUTPUTS = ("bicubic", "area", "doubled")
-DIV2K_MEAN = (0.4488, 0.4371, 0.4040)
-"""Mean colour of EDSR's training images, in [0, 1]."""
+OUTPUTS = ("bicubic", "doubled")
 FEATURES = 64
 
 
@@ -35,10 +25,8 @@ def wavelet_denoise(pixels: np.ndarray, *, sigma: float) -> np.ndarray:
     levels less than would be possible (at least one), soft-thresholded with BayesShrink (Chang et al. 2000) in each
     sub-band, and scaled back. A channel of one value stays unchanged.
 
-    Args:
-        pixels: The image.
-        sigma: Standard deviation of the noise in the scaled channels, above 0. (That is what the authors' code of 2019
-            did; since then the library scales sigma along with the channels, which is therefore done here.)
+    ``sigma``, above 0, is the standard deviation of the noise in the scaled channels, as it was for the authors' code
+    of 2019. (Later versions of the library scale sigma along with the channels, which are therefore scaled here.)
     """
     color, denoise = import_module("skimage.color"), import_module("skimage.restoration").denoise_wavelet
     options = {"sigma": sigma, "wavelet": "haar", "method": "BayesShrink", "mode": "soft", "rescale_sigma": False}
@@ -55,51 +43,33 @@ class SuperResolution(NetworkDefense):
 
     Mustafa et al. show security in gray-box settings. Ding et al. 2021 (section 4.3.1, Figure 4) show its accuracy fall
     furthest of all under BPDA, with a down-sampling backward; we know of no paper that is devoted to breaking it.
+    Mustafa et al. doubled with EDSR (Lim et al. 2017); here it is IMDN (Hui et al. 2019).
 
     Args:
-        weights: State dict of the ``upscaler``.
-        upscaler: ``imdn`` (Hui et al. 2019), or ``edsr`` (Lim et al. 2017), which Mustafa et al. took.
+        weights: State dict of IMDN x2.
         sigma: See `wavelet_denoise`; 0 leaves that step out.
         quality: Quality of the JPEG file between the two steps, 1 to 100; its chroma is 4:2:0.
         output: What to do with the doubled image, rounded to 8 bits like the authors' file: scale it down to the given
-            size (``bicubic``, anti-aliased, or ``area``, the mean of 2x2 pixels), or keep it (``doubled``), like the
-            authors with a classifier for that size. Scaling down takes back much of what super-resolution added.
+            size (``bicubic``, anti-aliased), or keep it (``doubled``), like the authors with a classifier for that
+            size. Scaling down takes back much of what super-resolution added.
     """
 
     name: ClassVar[str] = "sr"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("upscaler", "sigma", "quality", "output", "subsampling")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("sigma", "quality", "output")
     LIBRARIES: ClassVar[dict[str, str]] = {"pillow": "PIL", "pywavelets": "pywt", "scikit-image": "skimage"}
-    subsampling = "4:2:0"
+    weights_source = "IMDN's authors publish theirs at https://github.com/Zheng222/IMDN (checkpoints/IMDN_x2.pth)"
 
     def __init__(
-        self,
-        victim: nn.Module,
-        *,
-        upscaler: str = "imdn",
-        sigma: float = 0.01,
-        quality: int = 95,
-        output: str = "bicubic",
-        **options: Any,
+        self, victim: nn.Module, *, sigma: float = 0.01, quality: int = 95, output: str = "bicubic", **options: Any
     ) -> None:
-        self.upscaler = check_choice(upscaler, SOURCES, name="upscaler")  # `make_network` needs it
-        self.weights_source = SOURCES[upscaler]
         super().__init__(victim, **options)
         self.sigma = check_float(sigma, name="sigma", low=0)
         self.quality = check_int(quality, name="quality", low=1, high=100)
         self.output = check_choice(output, OUTPUTS, name="output")
 
     def make_network(self) -> nn.Module:
-        """Return the untrained upscaler."""
-        return IMDN() if self.upscaler == "imdn" else EDSR()
-
-    def load_network(self, weights: str | Path) -> nn.Module:
-        """Return the upscaler with these weights; EDSR's two fixed convolutions may be missing."""
-        try:
-            return super().load_network(weights)
-        except ValueError:
-            if self.upscaler != "edsr":
-                raise
-            return load_state_dict_strict(EDSR(stored_mean=False).float(), weights, argument="weights")
+        """Return the untrained network."""
+        return IMDN()
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return twice the given size if the doubled image is kept."""
@@ -109,9 +79,8 @@ class SuperResolution(NetworkDefense):
         """Denoise, compress, double, scale down."""
         prepared = from_hwc(self.prepare(to_hwc(image)), image.float())
         made = (self.run(prepared[None]).clamp(0, 1) * 255).round() / 255
-        if self.output != "doubled":
-            size, antialias = (image.shape[-2], image.shape[-1]), self.output == "bicubic"
-            made = F.interpolate(made, size=size, mode=self.output, antialias=antialias)
+        if self.output == "bicubic":
+            made = F.interpolate(made, size=(image.shape[-2], image.shape[-1]), mode="bicubic", antialias=True)
         return made[0].clamp(0, 1).to(image)
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
@@ -119,52 +88,7 @@ class SuperResolution(NetworkDefense):
         if self.sigma > 0:
             # Cut down, not rounded, to 8 bits: only so is the file that the authors give met to 42.7 dB (else 40.6).
             pixels = np.floor(wavelet_denoise(pixels, sigma=self.sigma) * 255) / 255
-        return jpeg_round_trip(pixels, quality=self.quality, subsampling=self.subsampling)
-
-
-class EDSR(nn.Module):
-    """EDSR baseline x2 (Lim et al. 2017): 16 residual blocks without BatchNorm, one long skip, PixelShuffle.
-
-    Its parts are named like its authors' weights. Files may or may not hold the two fixed 1x1 convolutions that take
-    the mean colour away and add it again: ``stored_mean`` says whether the state dict has them.
-    """
-
-    def __init__(self, *, stored_mean: bool = True) -> None:
-        super().__init__()
-        mean = 255 * torch.tensor(DIV2K_MEAN, dtype=torch.float32)
-        self.sub_mean, self.add_mean = _Shift(-mean, stored=stored_mean), _Shift(mean, stored=stored_mean)
-        self.head = nn.Sequential(_conv(3, FEATURES))
-        self.body = nn.Sequential(*(_ResidualBlock() for _ in range(16)), _conv(FEATURES, FEATURES))
-        grow = nn.Sequential(_conv(FEATURES, 4 * FEATURES), nn.PixelShuffle(2))
-        self.tail = nn.Sequential(grow, _conv(FEATURES, 3))
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Double images [n, 3, H, W] in [0, 1]; the result [n, 3, 2H, 2W] is not limited to [0, 1]."""
-        first = self.head(self.sub_mean(images * 255))
-        result: Tensor = self.add_mean(self.tail(first + self.body(first))) / 255
-        return result
-
-
-class _Shift(nn.Module):
-    """A fixed 1x1 convolution that adds a colour."""
-
-    def __init__(self, colour: Tensor, *, stored: bool) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.eye(3, dtype=torch.float32).view(3, 3, 1, 1), persistent=stored)
-        self.register_buffer("bias", colour, persistent=stored)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.get_buffer("weight"), self.get_buffer("bias"))
-
-
-class _ResidualBlock(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = nn.Sequential(_conv(FEATURES, FEATURES), nn.ReLU(), _conv(FEATURES, FEATURES))
-
-    def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = x + self.body(x)
-        return result
+        return jpeg_round_trip(pixels, quality=self.quality)
 
 
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
@@ -177,20 +101,18 @@ class IMDN(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.fea_conv = _conv(3, FEATURES)
-        for number in range(6):
-            self.add_module(f"IMDB{number + 1}", _DistillationBlock())
+        for number in range(1, 7):
+            self.add_module(f"IMDB{number}", _DistillationBlock())
         self.c = nn.Sequential(nn.Conv2d(6 * FEATURES, FEATURES, 1), nn.LeakyReLU(0.05))
         self.LR_conv = _conv(FEATURES, FEATURES)
         self.upsampler = nn.Sequential(_conv(FEATURES, 12), nn.PixelShuffle(2))
 
     def forward(self, images: Tensor) -> Tensor:
         """Double images [n, 3, H, W] in [0, 1]; the result [n, 3, 2H, 2W] is not limited to [0, 1]."""
-        first = self.fea_conv(images)
-        outputs = [first]
-        for number in range(6):
-            outputs.append(self.get_submodule(f"IMDB{number + 1}")(outputs[-1]))
-        result: Tensor = self.upsampler(first + self.LR_conv(self.c(torch.cat(outputs[1:], dim=1))))
-        return result
+        first, *outputs = [self.fea_conv(images)]
+        for number in range(1, 7):
+            outputs.append(self.get_submodule(f"IMDB{number}")(outputs[-1] if outputs else first))
+        return self.upsampler(first + self.LR_conv(self.c(torch.cat(outputs, dim=1))))
 
 
 class _DistillationBlock(nn.Module):
@@ -208,9 +130,7 @@ class _DistillationBlock(nn.Module):
         for convolution in (self.c1, self.c2, self.c3):
             part, passed = F.leaky_relu(convolution(passed), 0.05).split((16, 48), dim=1)
             kept.append(part)
-        together = torch.cat([*kept, self.c4(passed)], dim=1)
-        result: Tensor = x + self.c5(self.cca(together))
-        return result
+        return x + self.c5(self.cca(torch.cat([*kept, self.c4(passed)], dim=1)))
 
 
 class _ContrastAttention(nn.Module):
@@ -223,5 +143,4 @@ class _ContrastAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         mean = x.mean(dim=(2, 3), keepdim=True)
         contrast = ((x - mean) ** 2).mean(dim=(2, 3), keepdim=True).sqrt()
-        result: Tensor = x * self.conv_du(contrast + mean)
-        return result
+        return x * self.conv_du(contrast + mean)

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_choice, check_float, check_int, check_positive
+from dipguard.checks import check_int, check_positive
 from dipguard.defenses.base import Defense
-
-SUBSAMPLINGS = ("4:4:4", "4:2:2", "4:2:0")
 
 
 def to_hwc(image: Tensor) -> np.ndarray:
@@ -29,11 +27,11 @@ def from_hwc(pixels: np.ndarray, like: Tensor) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).to(like).clamp(0, 1)
 
 
-def jpeg_round_trip(pixels: np.ndarray, *, quality: int, subsampling: str) -> np.ndarray:
-    """Compress [H, W, 3] in [0, 1], rounded to 8 bits, with Pillow's JPEG; return what it decodes to, in [0, 1]."""
+def jpeg_round_trip(pixels: np.ndarray, *, quality: int) -> np.ndarray:
+    """Compress [H, W, 3] in [0, 1], rounded to 8 bits, with Pillow's JPEG (4:2:0); return what it decodes to."""
     pil, file = import_module("PIL.Image"), io.BytesIO()
     levels = np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8)
-    pil.fromarray(levels).save(file, format="JPEG", quality=quality, subsampling=subsampling)
+    pil.fromarray(levels).save(file, format="JPEG", quality=quality, subsampling="4:2:0")
     return np.asarray(pil.open(file), dtype=np.float32) / 255
 
 
@@ -50,26 +48,20 @@ class NoDefense(Defense):
 class JPEG(Defense):
     """JPEG compression (Dziugaite et al. 2016; Das et al. 2017; Guo et al. 2018, whose quality 75 is the default).
 
-    Broken by Athalye et al. 2018 (BPDA).
-
-    Args:
-        quality: Quality on Pillow's scale, 1 to 100.
-        subsampling: Chroma subsampling: ``4:4:4``, ``4:2:2`` or ``4:2:0`` (Pillow's default).
+    ``quality`` is that of Pillow's scale, 1 to 100; the chroma is 4:2:0. Broken by Athalye et al. 2018 (BPDA).
     """
 
     name: ClassVar[str] = "jpeg"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("quality", "subsampling")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("quality",)
     LIBRARIES: ClassVar[dict[str, str]] = {"pillow": "PIL"}
 
-    def __init__(self, victim: nn.Module, *, quality: int = 75, subsampling: str = "4:2:0", **options: Any) -> None:
+    def __init__(self, victim: nn.Module, *, quality: int = 75, **options: Any) -> None:
         super().__init__(victim, **options)
         self.quality = check_int(quality, name="quality", low=1, high=100)
-        self.subsampling = check_choice(subsampling, SUBSAMPLINGS, name="subsampling")
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Compress and decode."""
-        pixels = jpeg_round_trip(to_hwc(image), quality=self.quality, subsampling=self.subsampling)
-        return from_hwc(pixels, image)
+        return from_hwc(jpeg_round_trip(to_hwc(image), quality=self.quality), image)
 
 
 class Median(Defense):
@@ -95,35 +87,25 @@ class Median(Defense):
 
 
 class TotalVariation(Defense):
-    """Total-variation denoising (Rudin et al. 1992) by Chambolle's algorithm (2004), channel by channel.
+    """Total-variation denoising (Rudin et al. 1992) by Chambolle's algorithm (2004) with scikit-image.
 
-    Guo et al. 2018 defend with total variation after dropping random pixels; nothing is dropped here. Theirs was broken
-    by Athalye et al. 2018 (BPDA and EOT).
-
-    Args:
-        weight: Weight of the total variation against half the squared distance to the image, above 0; more is smoother.
-        eps: The iteration stops when the energy changes by less than this share of its first value. scikit-image's
-            default, taken here, stops well before the minimum.
-        steps: Largest number of iterations.
+    Each channel is denoised on its own; ``weight``, above 0, is that of the total variation against half the squared
+    distance to the image. Guo et al. 2018 defend with total variation after dropping random pixels; nothing is dropped
+    here. Theirs was broken by Athalye et al. 2018 (BPDA and EOT).
     """
 
     name: ClassVar[str] = "total_variation"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("weight", "eps", "steps")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("weight",)
     LIBRARIES: ClassVar[dict[str, str]] = {"scikit-image": "skimage"}
 
-    def __init__(
-        self, victim: nn.Module, *, weight: float = 0.1, eps: float = 2e-4, steps: int = 200, **options: Any
-    ) -> None:
+    def __init__(self, victim: nn.Module, *, weight: float = 0.1, **options: Any) -> None:
         super().__init__(victim, **options)
         self.weight = check_positive(weight, name="weight")
-        self.eps = check_float(eps, name="eps", low=0)
-        self.steps = check_int(steps, name="steps", low=1)
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Denoise each channel."""
         denoise = import_module("skimage.restoration").denoise_tv_chambolle
-        options = {"weight": self.weight, "eps": self.eps, "max_num_iter": self.steps}
-        return from_hwc(denoise(to_hwc(image), **options, channel_axis=-1), image)
+        return from_hwc(denoise(to_hwc(image), weight=self.weight, channel_axis=-1), image)
 
 
 class BitDepth(Defense):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from dipguard.attacks.backward import straight_through
-from dipguard.attacks.gradients import Unsaturated
+from dipguard.attacks.libraries import Unsaturated
 from dipguard.attacks.target import Purifies
 from dipguard.classifier import check_is_module, eval_mode
 from dipguard.integrations.inputs import InputPurifier

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
-from dipguard.classifier import check_is_module, check_logits, device_of, frozen, probability_warning
+from dipguard.classifier import check_is_module, frozen, logits_of, probability_warning
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,7 +61,7 @@ class Normalised(nn.Module):
 
 
 def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
-    """Run ``victim`` on images [B, 3, H, W] in [0, 1] and return its logits [B, C], on the victim's device.
+    """Run ``victim`` on images [B, 3, H, W] in [0, 1] and return its logits [B, C], on the images' device.
 
     It runs in eval mode without gradients; its modes and flags are restored afterwards.
 
@@ -75,9 +75,7 @@ def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
     check_is_module(victim)
     images = check_images(images)
     with frozen(victim), torch.no_grad():
-        scores = check_logits(victim(images.to(device_of(victim, images.device))), count=len(images))
-    if not bool(torch.isfinite(scores).all()):
-        raise ValueError("`victim` must return finite logits, got NaN or infinite values")
+        scores = logits_of(victim, images)
     text = probability_warning(scores)
     if text is not None:
         warnings.warn(text, UserWarning, stacklevel=2)

@@ -20,9 +20,9 @@ QUICK: dict[str, dict[str, Any]] = {
     "cw": {"steps": 20},
     "autoattack": {"steps": 2, "targets": 2},
     "bpda": {"steps": 3},
-    "hopskipjump": {"queries": 150, "init_eval": 20},
+    "hopskipjump": {"queries": 50, "init_eval": 10},
     "adaptive_pgd": {"steps": 3},
-    "unrolled": {"steps": 2, "T": 3, "evaluate_every": 1},
+    "unrolled": {"steps": 1, "T": 2},
     "defended_autoattack": {"steps": 2},
     "defended_square": {"n_queries": 10},
 }

@@ -4,21 +4,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dipguard.attacks.backward import BACKWARD, DEFAULT_FIT, build_backward, fits_of, resized, straight_through
+from dipguard.attacks.backward import BACKWARD, DEFAULT_FIT, fits_of, resized, straight_through
 from dipguard.defenses import build_defense
+from dipguard.fit import unrolled_fit
 
 from .conftest import Median
 
 
 @pytest.mark.parametrize("name", BACKWARD)
-def test_backward_approximations_keep_the_shape_and_have_a_gradient(digits, name):
+def test_backward_approximations_keep_the_shape_and_have_a_gradient(digits, name, monkeypatch):
+    monkeypatch.setattr("dipguard.attacks.backward.SHORT_T", 3)
     x = digits.images[:2].clone().requires_grad_()
-    assert build_backward(name, Median()).steps_per_image == (20 if name == "short_dip" else 0)
-    approximation = build_backward(name, Median(), **({"T": 3} if name == "short_dip" else {}))
-    made = approximation(x, torch.tensor([3, 4]))
+    made = BACKWARD[name](x, torch.tensor([3, 4]), DEFAULT_FIT)
     assert made.shape == x.shape
     assert torch.autograd.grad(made.square().sum(), x)[0].isfinite().all()
-    assert approximation.steps_per_image == (3 if name == "short_dip" else 0)
+
+
+def test_the_short_fit_has_the_defences_draws(digits):
+    x = digits.images[:1]
+    short = BACKWARD["short_dip"](x, torch.tensor([3]), DEFAULT_FIT)
+    assert torch.equal(short, unrolled_fit(x, T=20, fit=DEFAULT_FIT, indices=[3]))
+    assert not torch.equal(short, BACKWARD["short_dip"](x, torch.tensor([4]), DEFAULT_FIT))
 
 
 def test_the_fits_are_the_defences_own(digits_cnn):
@@ -26,7 +32,6 @@ def test_the_fits_are_the_defences_own(digits_cnn):
     assert [(fit.network, fit.seed) for fit in fits_of(mirror)] == [("small", 3), ("medium", 3)]
     paper = build_defense("paper", digits_cnn, network="small", lr=0.05)
     assert [(fit.network, fit.lr) for fit in fits_of(paper)] == [("small", 0.05)]
-    assert build_backward("short_dip", mirror).fit == fits_of(mirror)[0]
     assert fits_of(Median()) == fits_of(build_defense("jpeg", digits_cnn)) == (DEFAULT_FIT,)
 
 

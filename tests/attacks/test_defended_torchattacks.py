@@ -35,15 +35,15 @@ def test_a_step_is_the_definition(digits_cnn, digits):
     assert torch.allclose(attack(part.images, part.labels), x, atol=1e-7)
 
 
-@pytest.mark.parametrize(("defense", "eot_iter"), [(Median, 1), (Noise, 1), (Noise, 3)])
-def test_one_run_gives_the_images_at_every_budget(digits_cnn, digits, defense, eot_iter):
+@pytest.mark.parametrize("defense", [Median, Noise])
+def test_one_run_gives_the_images_at_every_budget(digits_cnn, digits, defense):
     part = digits.select(0, 4)
-    whole = bpda(digits_cnn, defense(), steps=4, budgets=(4, 1, 2), eot_iter=eot_iter)
+    whole = bpda(digits_cnn, defense(), steps=4, budgets=(4, 1, 2))
     made = whole.snapshots(part.images, part.labels)
     assert list(made) == [Snapshot(8, 1), Snapshot(8, 2), Snapshot(8, 4)]
-    assert whole.spent == whole.estimate(4) == Cost(4 * 4 * eot_iter * 1, whole.spent.dip_steps, *(16 * eot_iter,) * 2)
+    assert whole.spent == whole.estimate(4) == Cost(16, whole.spent.dip_steps, 16, 16)
     for (_, number), images in made.items():
-        alone = bpda(digits_cnn, defense(), eot_iter=eot_iter, steps=number)
+        alone = bpda(digits_cnn, defense(), steps=number)
         assert torch.equal(alone(part.images, part.labels), images)
     assert torch.equal(whole(part.images, part.labels), made[8, 4])
 
@@ -54,12 +54,6 @@ def test_figure_4s_iterations_are_the_default_and_eps_is_kept(digits_cnn, digits
     assert [budget for _, budget in made] == list(range(1, 16))
     assert max(float((images - part.images).abs().max()) for images in made.values()) <= 2 / 255 + 1e-6
     assert not torch.equal(made[2, 14], made[2, 15])
-
-
-def test_eot_averages_over_draws(digits_cnn, digits):
-    part = digits.select(0, 4)
-    one, several = (bpda(digits_cnn, Noise(), steps=1, eot_iter=n, random_start=False) for n in (1, 8))
-    assert not torch.equal(one(part.images, part.labels), several(part.images, part.labels))
 
 
 def test_the_gradient_of_an_enlarged_image_comes_back_to_its_pixels(digits_cnn, digits):
@@ -82,14 +76,15 @@ def test_batches_are_attacked_one_after_the_other(digits_cnn, digits):
     assert all(torch.equal(whole[limit][:2], first[limit]) for limit in [(8, 1), (8, 2)])
 
 
+@pytest.mark.slow
 def test_bpda_fools_what_a_plain_attack_does_not(real_victim):
     """The reason for adaptive attacks: a real victim behind a median filter, eps 8, and each attack's own best."""
     victim, data = real_victim
     attack = bpda(victim, Median(), budgets=(1, 5, 15))
     plain = build_attack("pgd", victim)(data.images, data.labels)
-    assert attack.report(data.images, plain, data.labels).not_fooled >= 2
+    assert attack.report(data.images, plain, data.labels).accuracy >= 2 / len(data)
     counts = [
-        attack.report(data.images, images, data.labels).not_fooled
+        len(data) * attack.report(data.images, images, data.labels).accuracy
         for images in attack.snapshots(data.images, data.labels).values()
     ]
     assert counts[-1] == 0
@@ -105,12 +100,11 @@ def built(name, victim, defense, **options):
 
 
 @EVERY
-@pytest.mark.parametrize("defense", [Median, Noise])
-@pytest.mark.parametrize("eps_255", [8, 60])
+@pytest.mark.parametrize(("defense", "eps_255"), [(Median, 8), (Noise, 60)])
 def test_history_is_what_the_defended_victim_says(digits_cnn, digits, name, defense, eps_255):
     """With draws of the evaluation: so every look was at the image that it was taken for."""
-    part = digits.select(0, 12)
-    attack = built(name, digits_cnn, defense(), draws="fixed", eps_255=eps_255, batch_size=8)
+    part = digits.select(0, 8)
+    attack = built(name, digits_cnn, defense(), draws="fixed", eps_255=eps_255, batch_size=5)
     attacked = attack(part.images, part.labels)
     assert all(best <= last for best, last in zip(attack.history, attack.last_history, strict=True))
     assert attack.history == sorted(attack.history, reverse=True)
@@ -189,8 +183,6 @@ def test_groups_are_apart_and_found_again(digits):
         ("defended_autoattack", {"eot_iter": 0}, ValueError, "`eot_iter`"),
         ("defended_autoattack", {"draws": "new"}, ValueError, "`draws` must be one of fresh, fixed"),
         ("defended_square", {"n_queries": 1}, ValueError, "`n_queries` must be at least 2"),
-        ("defended_square", {"p_init": 0}, ValueError, "`p_init` must be above 0"),
-        ("defended_square", {"loss": "dlr"}, ValueError, "`loss` must be one of margin, ce"),
         ("defended_square", {"steps": 3}, TypeError, "'defended_square' takes no option 'steps'"),
     ],
 )

@@ -14,13 +14,13 @@ from .conftest import Median, NoDefense, Noise, adaptive
 IMAGE = torch.full((3, 8, 8), 0.5)
 
 
-def nearest(adversarial, *, norm, queries, seed=0, **options):
+def nearest(adversarial, *, queries, seed=0, **options):
     """Drive one walk with the rule ``adversarial``; the distances of all images that it found, in order."""
-    route = walk(IMAGE, torch.Generator().manual_seed(seed), norm=norm, **options)
+    route = walk(IMAGE, torch.Generator().manual_seed(seed), **options)
     asked, found, count = next(route), [], 0
     while count < queries:
         answers = torch.tensor([adversarial(candidate) for candidate in asked])
-        found += [length(candidate - IMAGE, norm) for candidate in asked[answers]]
+        found += [length(candidate - IMAGE) for candidate in asked[answers]]
         assert 0 <= asked.min() <= asked.max() <= 1
         count += len(asked)
         try:
@@ -30,18 +30,15 @@ def nearest(adversarial, *, norm, queries, seed=0, **options):
     return found, count
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_it_comes_near_to_the_nearest_point_of_a_half_space(norm):
+def test_it_comes_near_to_the_nearest_point_of_a_half_space():
     gap = 0.05
     weights = torch.linspace(0.5, 1.5, 192).view(3, 8, 8)
 
     def adversarial(image):
         return float(((image - IMAGE) * weights).sum()) > gap * float(weights.sum())
 
-    # The distance of a plane is the gap over the dual norm of its weights.
-    dual = weights.abs().sum() if norm == "Linf" else torch.linalg.vector_norm(weights)
-    best = gap * float(weights.sum()) / float(dual)
-    found, count = nearest(adversarial, norm=norm, queries=6000)
+    best = gap  # the distance of a plane is the gap over the dual norm of its weights
+    found, count = nearest(adversarial, queries=6000)
     assert count >= 6000
     assert best <= min(found) <= 1.25 * best
     assert min(found) < min(found[:10]) / 2
@@ -49,27 +46,25 @@ def test_it_comes_near_to_the_nearest_point_of_a_half_space(norm):
 
 def test_the_distance_falls_with_the_rounds():
     def adversarial(image):
-        return length(image - IMAGE, "L2") > 1.0 and float((image - IMAGE).mean()) > -0.1
+        return length(image - IMAGE) > 0.1 and float((image - IMAGE).mean()) > -0.1
 
-    found, _ = nearest(adversarial, norm="L2", queries=1500)
-    assert min(found) < 1.02
-    assert min(found) > 1.0
+    found, _ = nearest(adversarial, queries=1500)
+    assert 0.1 < min(found) < 0.102
 
 
 def test_it_gives_up_where_no_noise_is_adversarial():
-    found, count = nearest(lambda image: False, norm="L2", queries=1000, init_size=7)
+    found, count = nearest(lambda image: False, queries=1000, init_size=7)
     assert (found, count) == ([], 7)
 
 
 def test_a_flat_answer_is_no_division_by_zero():
-    found, _ = nearest(lambda image: True, norm="L2", queries=500)
+    found, _ = nearest(lambda image: True, queries=500)
     assert all(math.isfinite(distance) for distance in found)
     assert min(found) < 1e-2
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
-def test_answers_by_chance_neither_stop_nor_hang_it(norm, share):
+def test_answers_by_chance_neither_stop_nor_hang_it(share):
     """What ART's search for a step repeats for ever, and foolbox's assertions stop at."""
     chance = torch.Generator().manual_seed(1)
 
@@ -77,7 +72,7 @@ def test_answers_by_chance_neither_stop_nor_hang_it(norm, share):
         return float(torch.rand(1, generator=chance)) < share
 
     for seed in range(3):
-        found, count = nearest(adversarial, norm=norm, queries=3000, seed=seed)
+        found, count = nearest(adversarial, queries=3000, seed=seed)
         assert count >= 100 or not found or min(found) < 1e-2
         assert all(math.isfinite(distance) for distance in found)
 
@@ -89,7 +84,7 @@ def test_a_defence_that_turns_round_after_the_start_costs_a_bounded_number_of_st
         state["asked"] += 1
         return state["asked"] <= 60 and float((image - IMAGE).mean()) > 0.005  # later everything is read rightly
 
-    found, count = nearest(adversarial, norm="Linf", queries=5000)
+    found, count = nearest(adversarial, queries=5000)
     assert len(found) <= 60
     assert count >= 5000  # the budget ends it, and nothing else
 
@@ -98,15 +93,15 @@ def test_the_generator_settles_the_walk():
     def adversarial(image):
         return float((image - IMAGE).sum()) > 3
 
-    first, again, other = (nearest(adversarial, norm="L2", queries=400, seed=seed)[0] for seed in (0, 0, 1))
+    first, again, other = (nearest(adversarial, queries=400, seed=seed)[0] for seed in (0, 0, 1))
     assert first == again
     assert first != other
 
 
-def search(*, budgets, rule, norm="Linf"):
+def search(*, budgets, rule):
     """Run one search of label 0 to its end; ``rule`` says whether an image is read as 1."""
-    route = walk(IMAGE, torch.Generator().manual_seed(0), norm=norm, init_eval=20)
-    one = QuerySearch(IMAGE, 0, route, norm, budgets)
+    route = walk(IMAGE, torch.Generator().manual_seed(0), init_eval=20)
+    one = QuerySearch(IMAGE, 0, route, budgets)
     sizes = []
     while one.asked is not None:
         sizes.append(len(one.asked))
@@ -161,23 +156,20 @@ def distances(attack, budget):
     return torch.tensor([one.at(budget)[1] for one in attack.batches])
 
 
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("defense", [NoDefense, Median])
-def test_what_it_found_is_adversarial_and_as_far_away_as_it_says(digits_cnn, digits, norm, defense):
+def test_what_it_found_is_adversarial_and_as_far_away_as_it_says(digits_cnn, digits, defense):
     part = digits.select(0, 4)
-    attack = hsj(digits_cnn, defense(), norm=norm, queries=200, budgets=(60, 200))
+    attack = hsj(digits_cnn, defense(), queries=120, budgets=(60, 120))
     made = attack.snapshots(part.images, part.labels)
-    assert list(made) == [Snapshot(None, 60), Snapshot(None, 200)]
+    assert list(made) == [Snapshot(None, 60), Snapshot(None, 120)]
     for (_, budget), images in made.items():
         found = distances(attack, budget).isfinite()
         assert found.sum() >= 3
         assert (digits_cnn(defense().purify(images)).argmax(1) != part.labels)[found].all()
-        order = float("inf") if norm == "Linf" else 2
-        change = torch.linalg.vector_norm((images - part.images).flatten(1), ord=order, dim=1)
+        change = (images - part.images).flatten(1).abs().amax(dim=1)
         assert torch.allclose(change[found], distances(attack, budget)[found], atol=1e-6)
         assert torch.equal(images[~found], part.images[~found])
-    assert (distances(attack, 200) <= distances(attack, 60)).all()
-    assert attack.norm == norm
+    assert (distances(attack, 120) <= distances(attack, 60)).all()
 
 
 def test_every_query_is_counted(digits_cnn, digits):
@@ -188,10 +180,10 @@ def test_every_query_is_counted(digits_cnn, digits):
 
         def purify(self, images, *, indices=None):
             Counting.images += len(images)
-            assert len(images) <= 50
+            assert len(images) <= 128
             return super().purify(images, indices=indices)
 
-    attack = hsj(digits_cnn, Counting(), together=50, queries=130)
+    attack = hsj(digits_cnn, Counting(), queries=130)
     attack(part.images, part.labels)
     queries = torch.tensor([one.queries for one in attack.batches])
     spent = int(queries.sum())
@@ -222,10 +214,10 @@ def test_a_random_defence_does_not_hang_it(digits_cnn, digits):
             return torch.where(swap.view(-1, 1, 1, 1), images.flip(3), images)
 
     for draws in ("fresh", "fixed"):
-        attack = hsj(digits_cnn, Coin(), draws=draws, queries=250, budgets=(100, 250))
+        attack = hsj(digits_cnn, Coin(), draws=draws, queries=150, budgets=(100, 150))
         attack(part.images, part.labels)
         assert len(attack.batches) == 6
-        assert max(one.queries for one in attack.batches) <= 250
+        assert max(one.queries for one in attack.batches) <= 150
 
 
 def test_each_budget_and_radius_has_its_images_and_the_call_those_of_all_queries(digits_cnn, digits):
@@ -244,20 +236,21 @@ def test_each_budget_and_radius_has_its_images_and_the_call_those_of_all_queries
 
 
 def test_beyond_eps_the_clean_image_comes_back(digits_cnn, digits):
-    part = digits.select(0, 6)
-    free = hsj(digits_cnn, Median(), queries=120)
+    part = digits.select(0, 4)
+    free = hsj(digits_cnn, Median(), queries=70)
     found = free(part.images, part.labels)
-    far = distances(free, 120)
+    far = distances(free, 70)
     eps = float(far.median()) * 255
-    attack = hsj(digits_cnn, Median(), queries=120, eps_255=eps)
+    attack = hsj(digits_cnn, Median(), queries=70, eps_255=eps)
     attacked = attack(part.images, part.labels)
     near = far <= eps / 255 + 1e-6
-    assert 0 < int(near.sum()) < 6
+    assert 0 < int(near.sum()) < 4
     assert torch.equal(attacked, torch.where(near.view(-1, 1, 1, 1), found, part.images))
     alone = attack.snapshots(part.images[:1], part.labels[:1])
     assert list(alone) == [Snapshot(eps, None)]
 
 
+@pytest.mark.slow
 def test_on_a_real_victim_accuracy_falls_with_queries_and_radius(real_victim):
     victim, data = real_victim
     part, budgets, radii = data.select(0, 2), (100, 250), (0, 8, 25, 100)
@@ -270,8 +263,7 @@ def test_on_a_real_victim_accuracy_falls_with_queries_and_radius(real_victim):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["Linf", "L2"])
-def test_it_is_no_weaker_than_the_papers_library(digits_cnn, digits, norm, tmp_path, monkeypatch):
+def test_it_is_no_weaker_than_the_papers_library(digits_cnn, digits, tmp_path, monkeypatch):
     """The Adversarial Robustness Toolbox's attack at the same number of queries."""
     monkeypatch.setenv("HOME", str(tmp_path))  # it makes a folder there when imported
     evasion = pytest.importorskip("art.attacks.evasion")
@@ -287,12 +279,11 @@ def test_it_is_no_weaker_than_the_papers_library(digits_cnn, digits, norm, tmp_p
             return torch.nn.functional.one_hot(digits_cnn(torch.tensor(x)).argmax(1), 10).float().numpy()
 
     classifier = BlackBoxClassifier(predict, (3, 32, 32), 10, clip_values=(0, 1))
-    theirs = evasion.HopSkipJump(classifier, norm=2 if norm == "L2" else np.inf, max_iter=5, verbose=False)
+    theirs = evasion.HopSkipJump(classifier, norm=np.inf, max_iter=5, verbose=False)
     found = torch.tensor(theirs.generate(images.numpy(), labels.numpy()))
-    order = 2 if norm == "L2" else float("inf")
-    theirs_at = torch.linalg.vector_norm((found - images).flatten(1), ord=order, dim=1)
+    theirs_at = (found - images).flatten(1).abs().amax(dim=1)
     budget = asked[0] // len(images)
-    attack = hsj(digits_cnn, NoDefense(), norm=norm, queries=budget)
+    attack = hsj(digits_cnn, NoDefense(), queries=budget)
     attack(images, labels)
     ours = torch.tensor([one.distance for one in attack.batches])
     assert 700 < budget < 1200

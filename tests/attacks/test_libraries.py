@@ -19,7 +19,7 @@ NEEDS = {name: "foolbox" if name == "ddn" else "torchattacks" for name in STATIC
 @pytest.mark.parametrize(("name", "library"), NEEDS.items())
 def test_without_the_library_it_says_what_to_install(digits_cnn, monkeypatch, name, library):
     monkeypatch.setitem(sys.modules, library, None)
-    with pytest.raises(ImportError, match=rf"the library {library}.*pip install 'dipguard\[attacks\]'"):
+    with pytest.raises(ImportError, match=rf"this attack needs {library}.*pip install 'dipguard\[attacks\]'"):
         build_attack(name, digits_cnn)
     build_attack("none", digits_cnn)
 
@@ -38,11 +38,10 @@ import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 os.environ["PATH"] = "/nowhere"
 from dipguard.attacks.libraries import foolbox
-print(foolbox().__version__, "GIT_PYTHON_REFRESH" in os.environ)
+print(foolbox().__version__)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.split()[1] == "False"
 
 
 def _partly_frozen(victim):

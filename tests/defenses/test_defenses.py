@@ -6,6 +6,7 @@ import json
 import random
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from dipguard.classifier import eval_mode
 from dipguard.defenses import DEFENSES, Defense, DefenseResult, build_defense
 from dipguard.defenses.comdefend import ComDefendNetwork
 from dipguard.defenses.nrp import NRPNetwork
-from dipguard.defenses.super_resolution import EDSR, IMDN
+from dipguard.defenses.super_resolution import IMDN
 from dipguard.registry import options_of
 
-NETWORKS: dict[str, type[nn.Module]] = {"comdefend": ComDefendNetwork, "imdn": IMDN, "edsr": EDSR, "nrp": NRPNetwork}
+NETWORKS: dict[str, type[nn.Module]] = {"comdefend": ComDefendNetwork, "imdn": IMDN, "nrp": NRPNetwork}
 
 # id -> (defence, options, network whose weights it takes, side of the images)
 VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, int]] = {
@@ -36,18 +37,25 @@ VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, int]] = {
     "comdefend without noise": ("comdefend", {"noise": 0}, "comdefend", 16),
     "sr": ("sr", {}, "imdn", 16),
     "sr without wavelets": ("sr", {"sigma": 0}, "imdn", 16),
-    "sr area": ("sr", {"output": "area"}, "imdn", 16),
-    "sr edsr doubled": ("sr", {"upscaler": "edsr", "output": "doubled"}, "edsr", 16),
-    "nrp dynamic": ("nrp", {"dynamic": True}, "nrp", 8),
+    "sr doubled": ("sr", {"output": "doubled"}, "imdn", 16),
+    "nrp": ("nrp", {}, "nrp", 6),
 }
-RANDOM = {"comdefend", "comdefend in patches", "nrp dynamic"}
+RANDOM = {"comdefend", "comdefend in patches"}
 WITH_WEIGHTS = [key for key, row in VARIANTS.items() if row[2]]
 
 EVERY = pytest.mark.parametrize("key", VARIANTS)
 
 
-@pytest.fixture(scope="session")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module", autouse=True)
+def shallow_nrp() -> Iterator[None]:
+    """Two of its 23 blocks are enough here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dipguard.defenses.nrp.BLOCKS", 2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def weights(shallow_nrp: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Random weights of each network: what the architecture does with them is as real as with trained ones."""
     folder = tmp_path_factory.mktemp("weights")
     with torch.random.fork_rng():
@@ -61,7 +69,7 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / f"{name}.pt" for name in NETWORKS}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def make(weights: dict[str, Path], victim: nn.Module):
     """Builds a variant; built ones are kept, since nothing may change them."""
     built: dict[tuple[str, int], Defense] = {}
@@ -111,7 +119,7 @@ def test_other_dtypes_come_back_as_they_were(make, images, key, dtype):
     given = crops(images, key)[:1]
     purified = make(key).purify(given.to(dtype))
     assert purified.dtype == dtype
-    if key not in RANDOM | {"comdefend without noise", "bit_depth", "jpeg", "sr", "sr without wavelets", "sr area"}:
+    if key not in RANDOM | {"comdefend without noise", "bit_depth", "jpeg", "sr", "sr without wavelets", "sr doubled"}:
         # (thresholds and rounding to levels may flip where float16 differs in the last digits)
         assert torch.allclose(purified.float(), make(key).purify(given), atol=2e-2)
 
@@ -149,7 +157,7 @@ def test_grad_modes_change_nothing(make, images, key, mode):
     purified.clone().requires_grad_().sum().backward()  # an inference tensor would refuse
 
 
-@pytest.mark.parametrize("key", ["comdefend", "sr", "nrp dynamic"])
+@pytest.mark.parametrize("key", ["comdefend", "sr", "nrp"])
 def test_built_in_inference_mode_or_under_autocast_it_is_the_same(make, weights, victim, images, key):
     name, options, network, _ = VARIANTS[key]
     given = crops(images, key)[:1]
@@ -207,7 +215,6 @@ def test_settings_hold_everything_and_are_json(make, key):
     ("name", "one", "other"),
     [
         ("jpeg", {"quality": 75}, {"quality": 74}),
-        ("jpeg", {}, {"subsampling": "4:4:4"}),
         ("median", {"size": 3}, {"size": 2}),
         ("total_variation", {"weight": 0.1}, {"weight": 0.2}),
         ("bit_depth", {"bits": 3}, {"bits": 4}),
@@ -215,16 +222,13 @@ def test_settings_hold_everything_and_are_json(make, key):
         ("comdefend", {"noise": 1, "patches": True}, {"noise": 1, "patches": False}),
         ("sr", {"sigma": 0.01}, {"sigma": 0.04}),
         ("sr", {"quality": 95}, {"quality": 90}),
-        ("sr", {"output": "bicubic"}, {"output": "area"}),
-        ("nrp", {}, {"dynamic": True}),
     ],
 )
 def test_each_option_changes_result_and_settings(weights, victim, images, name, one, other):
-    network = {"comdefend": "comdefend", "sr": "imdn", "nrp": "nrp"}.get(name)
+    network = {"comdefend": "comdefend", "sr": "imdn"}.get(name)
     built = [build_defense(name, victim, weights=weights.get(network), **options) for options in (one, other)]
     assert built[0].settings != built[1].settings
-    side = 8 if name == "nrp" else 32
-    results = [defense.purify(images[:1, :, :side, :side]) for defense in built]
+    results = [defense.purify(images[:1]) for defense in built]
     assert not torch.equal(*results)
 
 
@@ -250,7 +254,7 @@ def test_without_weights_it_says_so_and_makes_up_nothing(victim, images, key):
         defense.purify(crops(images, key))
 
 
-@pytest.mark.parametrize("key", ["comdefend", "sr", "sr edsr doubled", "nrp dynamic"])
+@pytest.mark.parametrize("key", ["comdefend", "sr", "nrp"])
 def test_weights_of_another_network_are_refused(weights, victim, key):
     name, options, network, _ = VARIANTS[key]
     wrong = weights["nrp" if network == "imdn" else "imdn"]
@@ -264,29 +268,17 @@ def test_weights_of_another_network_are_refused(weights, victim, key):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, TypeError, "`images`.*255"),
-        ({"images": torch.full((2, 3, 32, 32), 1.5)}, ValueError, r"`images`.*\[0, 1\]"),
-        ({"images": torch.full((2, 3, 32, 32), float("nan"))}, ValueError, "`images`.*finite"),
-        ({"images": torch.zeros(3, 32, 32)}, ValueError, "`images`.*4 dimensions"),
-        ({"images": torch.zeros(2, 1, 32, 32)}, ValueError, "`images`.*3 channels"),
-        ({"images": torch.zeros(0, 3, 32, 32)}, ValueError, "`images`.*at least one"),
-        ({"indices": torch.tensor([1])}, ValueError, r"`indices` must hold one index an image \(2\), got 1"),
-        ({"indices": [0]}, ValueError, r"`indices` must hold one index an image \(2\), got 1"),
-        ({"indices": torch.tensor([[0, 1]])}, TypeError, r"`indices` must be integers.*\(1, 2\)"),
-        ({"indices": torch.tensor(1)}, TypeError, "`indices` must be integers"),
-        ({"indices": torch.tensor([True, False])}, TypeError, "`indices` must be integers.*bool"),
-        ({"indices": [True, False]}, TypeError, "`indices` must be integers.*True"),
-        ({"indices": [0.0, 1.0]}, TypeError, "`indices` must be integers"),
-        ({"indices": ["0", "1"]}, TypeError, "`indices` must be integers"),
-        ({"indices": [0, -1]}, ValueError, "`indices` must be at least 0, got -1"),
-        ({"indices": torch.tensor([0, -1])}, ValueError, "`indices`.*at least 0"),
-        ({"indices": torch.tensor([0.0, 1.0])}, TypeError, "`indices`.*integer"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "`images`.*255"),
+        (torch.full((2, 3, 32, 32), 1.5), ValueError, r"`images`.*\[0, 1\]"),
+        (torch.full((2, 3, 32, 32), float("nan")), ValueError, "`images`.*finite"),
+        (torch.zeros(3, 32, 32), ValueError, "`images`.*4 dimensions"),
+        (torch.zeros(2, 1, 32, 32), ValueError, "`images`.*3 channels"),
+        (torch.zeros(0, 3, 32, 32), ValueError, "`images`.*at least one"),
     ],
 )
 def test_bad_input_is_refused(make, key, change, error, message):
-    given = {"images": torch.zeros(2, 3, 32, 32), "indices": None, **change}
     with pytest.raises(error, match=message):
-        make(key).purify(given["images"], indices=given["indices"])
+        make(key).purify(change)
 
 
 @pytest.mark.parametrize("name", sorted({row[0] for row in VARIANTS.values()}))
@@ -303,21 +295,18 @@ def test_bad_common_options_are_refused(victim, name):
     ("name", "options", "error", "message"),
     [
         ("none", {"weights": "x.pt"}, TypeError, "'none' takes no option 'weights'; its options are: none"),
-        ("jpeg", {"weights": "x.pt"}, TypeError, "'weights'; its options are: quality, subsampling"),
+        ("jpeg", {"weights": "x.pt"}, TypeError, "'weights'; its options are: quality"),
         ("jpeg", {"quality": 0}, ValueError, "`quality` must be from 1 to 100"),
         ("jpeg", {"quality": 75.0}, TypeError, "`quality`"),
-        ("jpeg", {"subsampling": "4:1:1"}, ValueError, "`subsampling` must be one of 4:4:4, 4:2:2, 4:2:0"),
         ("median", {"size": 1}, ValueError, "`size` must be at least 2"),
         ("total_variation", {"weight": 0}, ValueError, "`weight` must be above 0"),
         ("total_variation", {"weight": float("nan")}, ValueError, "`weight`"),
         ("bit_depth", {"bits": 9}, ValueError, "`bits` must be from 1 to 8"),
         ("comdefend", {"noise": -1}, ValueError, "`noise`"),
         ("comdefend", {"patches": 32}, TypeError, "`patches`"),
-        ("sr", {"upscaler": "rcan"}, ValueError, "`upscaler` must be one of edsr, imdn"),
         ("sr", {"sigma": -0.1}, ValueError, "`sigma`"),
         ("sr", {"quality": 101}, ValueError, "`quality`"),
-        ("sr", {"output": "nearest"}, ValueError, "`output` must be one of bicubic, area, doubled"),
-        ("nrp", {"dynamic": 1}, TypeError, "`dynamic`"),
+        ("sr", {"output": "nearest"}, ValueError, "`output` must be one of bicubic, doubled"),
     ],
 )
 def test_bad_options_are_refused(victim, name, options, error, message):
@@ -336,7 +325,7 @@ def test_an_unknown_defence_is_refused(victim):
 )
 def test_without_the_library_it_says_what_to_install(victim, monkeypatch, name, module):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ImportError, match=rf"'{name}' needs the library {module}.*pip install 'dipguard\[defenses\]'"):
+    with pytest.raises(ImportError, match=rf"'{name}' needs {module}, .*pip install 'dipguard\[defenses\]'"):
         build_defense(name, victim)
     build_defense("bit_depth", victim)
 
@@ -359,7 +348,7 @@ class _Careless(Defense):
     [
         (lambda x: x + 1, r"left \[0, 1\]: its values go from 1.25"),
         (lambda x: x - 0.5, r"left \[0, 1\]: its values go from -0.25"),
-        (lambda x: x * float("inf"), "returned NaN or infinite"),
+        (lambda x: x * float("nan"), r"left \[0, 1\]: its values go from nan"),
         (lambda x: x[:, :16], r"returned \(2, 3, 16, 32\).*not \(2, 3, 32, 32\)"),
         (lambda x: x.double(), r"returned.*of torch\.float64 on cpu, not.*of torch\.float32"),
     ],
@@ -409,19 +398,6 @@ def test_defend_returns_the_images_of_purify_and_the_victims_decisions(weights, 
         defense.rebuild(None)
 
 
-@pytest.mark.parametrize("name", ["none", "paper"])
-def test_indices_of_any_integers_are_the_same(victim, images, name):
-    fit = {"T": 2, "decisions": 2, "tau": 0.0, "t0": 0, "network": "small", "progress": False}
-    defense = build_defense(name, victim, **({} if name == "none" else fit))
-    expected = defense.purify(images[:2])
-    for indices in (torch.arange(2), torch.arange(2, dtype=torch.int32), [0, 1], range(2), np.arange(2)):
-        assert torch.equal(defense.purify(images[:2], indices=indices), expected)
-    for bad in ([0, 1.5], [True, False], torch.tensor([[0, 1]]), [0], [0, -1], "ab"):
-        for call in (defense.purify, defense.defend, defense.intermediates):
-            with pytest.raises((TypeError, ValueError), match="`indices`"):
-                call(images[:2], indices=bad)
-
-
 def test_results_are_joined_in_order(make, images):
     defense = make("blur")
     parts = [defense.defend(images[i : i + 2]) for i in (0, 2)]
@@ -429,8 +405,6 @@ def test_results_are_joined_in_order(make, images):
     assert torch.equal(joined.reconstructions, defense.purify(images[:4]))
     assert joined.reasons == ["purified"] * 4
     assert joined.seconds["fit"] == sum(part.seconds["fit"] for part in parts)
-    with pytest.raises(ValueError, match="`parts` must hold at least one result, got none"):
-        DefenseResult.join([])
 
 
 def test_a_defence_that_implements_nothing_says_so(victim, images):
@@ -446,7 +420,7 @@ def test_the_defaults_read_from_the_source_are_the_constructors(victim, name):
     options = {key: value for key, value in options_of(DEFENSES[name]).items() if key != "seed"}
     plain, spelled_out = build_defense(name, victim), build_defense(name, victim, **options)
     assert spelled_out.settings == plain.settings
-    known = set(plain.settings) - {"name", "seed", "versions", "subsampling", "shifts", "fit"}
+    known = set(plain.settings) - {"name", "seed", "versions", "fit"}
     assert known - {"weights"} <= set(options)
 
 

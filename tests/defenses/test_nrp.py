@@ -9,7 +9,6 @@ from torch import Tensor
 
 from dipguard.defenses import build_defense
 from dipguard.defenses.nrp import NRPNetwork
-from dipguard.seeding import image_generator
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +61,7 @@ def test_the_network_has_the_published_names_and_sizes(network):
 
 
 def test_the_network_is_its_description(network, images):
-    given = images[:1, :, :10, :13]
+    given = images[:1, :, :6, :7]
     expected = literal(network.state_dict(), given)
     assert torch.allclose(network(given), expected, atol=1e-5)
     # The last layer must not drown what goes before it: the blocks matter.
@@ -72,18 +71,8 @@ def test_the_network_is_its_description(network, images):
 
 
 def test_the_result_is_limited_to_the_range_of_images(network, path, victim, images):
-    given = images[:1, :, :12, :12]
+    given = images[:1, :, :8, :8]
     expected = network(given)
     assert 0 < ((expected < 0) | (expected > 1)).float().mean() < 0.9
     purified = build_defense("nrp", victim, weights=path).purify(given)
     assert torch.allclose(purified, expected.clamp(0, 1), atol=1e-6)
-
-
-def test_the_dynamic_variant_adds_limited_noise_first(network, path, victim, images):
-    given = images[:1, :, :12, :12]
-    drawn = torch.empty(3, 12, 12).normal_(generator=image_generator(seed=4, index=6, purpose="nrp"))
-    noisy = given + (0.05 * drawn).clamp(-16 / 255, 16 / 255)
-    assert (0.05 * drawn).abs().max() > 16 / 255
-    defense = build_defense("nrp", victim, weights=path, dynamic=True, seed=4)
-    purified = defense.purify(given, indices=torch.tensor([6]))
-    assert torch.allclose(purified, network(noisy.clamp(0, 1)).clamp(0, 1), atol=1e-5)

@@ -25,6 +25,16 @@ from dipguard.fit import FitProgress
 QUICK: dict[str, Any] = {"network": "small", "T": 12, "decisions": 6, "tau": 0.0, "t0": 0, "K": 3, "progress": False}
 
 
+@pytest.fixture(scope="module")
+def images(images: Tensor) -> Tensor:
+    return images[:, :, ::2, ::2].contiguous()  # a fit takes a fraction of the time
+
+
+@pytest.fixture(scope="module")
+def victim(victim: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Upsample(size=32), victim)
+
+
 def test_purify_defend_and_forward_agree(images: Tensor, victim: nn.Module) -> None:
     guard = DIPGuard(victim, **QUICK)
     assert isinstance(guard, Defense)
@@ -35,7 +45,7 @@ def test_purify_defend_and_forward_agree(images: Tensor, victim: nn.Module) -> N
         torch.testing.assert_close(guard(images[:3]), victim(result.reconstructions))
         assert torch.equal(result.decisions_before, victim(images[:3]).argmax(1))
         assert torch.equal(result.decisions_after, victim(result.reconstructions).argmax(1))
-    assert result.reconstructions.shape == (3, 3, 32, 32)
+    assert result.reconstructions.shape == (3, 3, 16, 16)
     assert 0 <= float(result.reconstructions.min()) <= float(result.reconstructions.max()) <= 1
     assert set(result.reasons) <= {"crossings", "no_crossing"}
     for trace, image, used in zip(result.traces, result.reconstructions, result.used, strict=True):
@@ -225,7 +235,7 @@ def test_images_come_back_in_their_dtype(images: Tensor, victim: nn.Module, dtyp
         (lambda x: x - 0.5, ValueError, r"`images` must lie in \[0, 1\], got values from -"),
         (lambda x: x.clone().fill_(float("nan")), ValueError, "`images` must be finite, got NaN"),
         (lambda x: x.clone().index_fill_(3, torch.tensor([4]), float("inf")), ValueError, "`images` must be finite"),
-        (lambda x: x[0], ValueError, r"`images` must have 4 dimensions \[B, 3, H, W\], got shape \(3, 32, 32\)"),
+        (lambda x: x[0], ValueError, r"`images` must have 4 dimensions \[B, 3, H, W\], got shape \(3, 16, 16\)"),
         (lambda x: x[:, :1], ValueError, "`images` must have 3 channels"),
         (lambda x: x.permute(0, 2, 3, 1), ValueError, "`images` must have 3 channels"),
         (lambda x: (x * 255).byte(), TypeError, r"`images` must be floats in \[0, 1\], got torch.uint8"),
@@ -282,9 +292,9 @@ def test_bad_options_are_named(victim: nn.Module, options: dict, error: type, me
         (
             nn.Conv2d(3, 4, 3),
             ValueError,
-            r"`victim` must return logits \[B, C\] with C of at least 2, got shape \(1, 4, 30, 30\)",
+            r"`victim` must return logits \[B, C\] with C of at least 2, got shape \(1, 4, 14, 14\)",
         ),
-        (nn.Sequential(nn.Flatten(), nn.Linear(3072, 1)), ValueError, r"C of at least 2, got shape \(1, 1\)"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(768, 1)), ValueError, r"C of at least 2, got shape \(1, 1\)"),
         (nn.LSTM(32, 4), ValueError, "input"),
     ],
 )
@@ -314,7 +324,7 @@ def test_probabilities_are_warned_of_and_logits_are_not(images: Tensor, victim: 
 
 
 def test_wrong_number_of_indices_is_named(images: Tensor, victim: nn.Module) -> None:
-    with pytest.raises(ValueError, match=r"`indices` must hold one index an image \(2\), got 1"):
+    with pytest.raises(ValueError, match=r"`indices` must hold one index per image \(2\), got 1"):
         DIPGuard(victim, **QUICK).defend(images[:2], indices=[1])
 
 

@@ -27,15 +27,25 @@ from dipguard.fit import FitOptions, fit_rule
 from dipguard.networks import build
 from dipguard.victims import build_victim
 
-T = 10
+T = 6
 SMALL = {"network": "small", "engine": "torch"}
 DEFENSES: dict[str, tuple[type[StoppedDIP], dict[str, Any]]] = {
-    "dip_fixed": (FixedStepDIP, {"step": 9, **SMALL}),
+    "dip_fixed": (FixedStepDIP, {"step": T - 1, **SMALL}),
     "dip_es_wmv": (WindowedVarianceDIP, {"window": 3, "patience": 5, **SMALL}),
     "dipdefend_rule": (SmoothedPSNRDIP, {"smoothing": 0.3, **SMALL}),
     "dipdefend": (DIPDefend, {"smoothing": 0.3, "engine": "torch"}),
 }
 EVERY = pytest.mark.parametrize("name", DEFENSES)
+
+
+@pytest.fixture(scope="module")
+def images(images: Tensor) -> Tensor:
+    return images[:, :, ::2, ::2].contiguous()  # a fit takes a fraction of the time
+
+
+@pytest.fixture(scope="module")
+def victim(victim: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Upsample(size=32), victim)
 
 
 def build_stopped(name: str, victim: nn.Module, *, exact: bool = False, **change: Any) -> StoppedDIP:
@@ -61,21 +71,21 @@ def test_images_come_back_chosen_and_in_their_dtype(images: Tensor, victim: nn.M
     defense = build_stopped(name, victim)
     assert isinstance(defense, Defense)
     before = images[:2].clone()
-    for dtype in (torch.float64, torch.float16):
+    for dtype in (torch.float64, torch.float16) if name == "dip_fixed" else (torch.float64,):
         purified = defense.purify(images[:2].to(dtype))
-        assert (purified.shape, purified.dtype) == ((2, 3, 32, 32), dtype)
+        assert (purified.shape, purified.dtype) == ((2, 3, 16, 16), dtype)
         assert 0 <= float(purified.min()) < float(purified.max()) <= 1
     assert torch.equal(images[:2], before)
     stopped = stop(defense, images[:2])
     assert torch.equal(stopped.images, defense.purify(images[:2]))
     assert stopped.steps.dtype == torch.int64
     assert 0 <= int(stopped.steps.min()) <= int(stopped.steps.max()) < T
-    assert name != "dip_fixed" or stopped.steps.tolist() == [9, 9]
+    assert name != "dip_fixed" or stopped.steps.tolist() == [T - 1] * 2
     start = stop(defense, images[:2], FixedStep(0)).images
     assert float((stopped.images - images[:2]).square().mean()) < float((start - images[:2]).square().mean())
 
 
-@EVERY
+@pytest.mark.parametrize("name", ["dip_es_wmv", "dipdefend"])
 def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(images: Tensor, victim: nn.Module, name: str) -> None:
     defense = build_stopped(name, victim, exact=True)
     order = torch.tensor([5, 0])
@@ -89,7 +99,7 @@ def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(images: Tensor,
         assert not torch.equal(other[0], whole[0])
 
 
-@EVERY
+@pytest.mark.parametrize("name", ["dip_fixed", "dipdefend"])
 def test_defend_gives_the_images_of_purify(images: Tensor, victim: nn.Module, name: str) -> None:
     defense = build_stopped(name, victim)
     result = defense.defend(images[:2], indices=[3, 1])
@@ -104,9 +114,9 @@ def test_settings_are_json_and_hold_each_option(victim: nn.Module, name: str) ->
     defense = build_stopped(name, victim)
     assert json.loads(json.dumps(defense.settings, allow_nan=False)) == defense.settings
     assert (defense.name, defense.settings["name"], defense.random, defense.unavailable) == (name, name, True, None)
-    assert defense.steps_per_image == (10 if name == "dip_fixed" else T)
+    assert defense.steps_per_image == T
     changes: dict[str, list[dict[str, Any]]] = {
-        "dip_fixed": [{"step": 8}],
+        "dip_fixed": [{"step": T - 2}],
         "dip_es_wmv": [{"window": 4}, {"patience": 6}],
         "dipdefend_rule": [{"smoothing": 0.1}, {"tile": 16}],
         "dipdefend": [{"smoothing": 0.1}, {"tile": 16}, {"preset": "imagenet"}],
@@ -116,9 +126,7 @@ def test_settings_are_json_and_hold_each_option(victim: nn.Module, name: str) ->
     assert build_stopped(name, victim, stack_size=7).settings == defense.settings
 
 
-@pytest.mark.parametrize(
-    ("name", "around"), [*((name, torch.inference_mode) for name in DEFENSES), ("dip_fixed", torch.no_grad)]
-)
+@pytest.mark.parametrize(("name", "around"), [("dip_es_wmv", torch.inference_mode), ("dip_fixed", torch.no_grad)])
 def test_the_caller_finds_all_as_it_was(images: Tensor, victim: nn.Module, name: str, around: Any) -> None:
     expected = build_stopped(name, victim).purify(images[:1])
     modes = [part.training for part in victim.modules()]
@@ -140,7 +148,7 @@ def test_the_bar_ends_full(images: Tensor, victim: nn.Module, capsys: pytest.Cap
     build_stopped("dip_fixed", victim, progress=True, stack_size=2).purify(images[:3])
     shown = capsys.readouterr().err
     assert "100%" in shown
-    assert "30.0/30.0" in shown
+    assert "18.0/18.0" in shown
 
 
 def test_without_options_the_fit_is_the_official_code_s_for_denoising(victim: nn.Module) -> None:
@@ -177,9 +185,9 @@ def test_dipdefend_is_its_authors_configuration(victim: nn.Module) -> None:
 
 
 def test_dipdefend_fits_z_and_its_imagenet_network_runs(images: Tensor, victim: nn.Module) -> None:
-    larger = F.interpolate(images[:1], size=(40, 50))
+    larger = F.interpolate(images[:1], size=(33, 34))
     defense = DIPDefend(victim, preset="imagenet", T=3, progress=False)
-    assert defense.purify(larger).shape == (1, 3, 40, 50)
+    assert defense.purify(larger).shape == (1, 3, 33, 34)
     options = {"T": 6, "smoothing": 1.0, "progress": False}
     both, network = (DIPDefend(victim, optimise_z=z, **options).purify(images[:1]) for z in (True, False))
     assert not torch.equal(both, network)
@@ -227,7 +235,7 @@ def test_what_cannot_be_fitted_is_refused_before_the_fit(images: Tensor, victim:
         build_stopped("dip_fixed", victim).purify(images[:1, :, :4])
     with pytest.raises(ValueError, match=r"`engine` 'native' cannot be used here: upsampling is bilinear"):
         DIPDefend(victim, preset="imagenet", T=3, engine="native", progress=False).purify(
-            F.interpolate(images[:1], size=(40, 40))
+            F.interpolate(images[:1], size=(33, 33))
         )
 
 

@@ -1,4 +1,4 @@
-"""SR: the wavelets against a literal form, the networks against their descriptions, the whole against its authors'."""
+"""SR: the wavelets against a literal form, IMDN against its weights, the whole against its authors'."""
 
 from __future__ import annotations
 
@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 import pywt
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from skimage.color import rgb2ycbcr, ycbcr2rgb
 from torch import Tensor
 
 from dipguard.defenses import build_defense
-from dipguard.defenses.super_resolution import DIV2K_MEAN, EDSR, IMDN, wavelet_denoise
+from dipguard.defenses.super_resolution import IMDN, wavelet_denoise
 from dipguard.victims import load_state_dict_strict
 
 
@@ -67,60 +66,20 @@ def test_the_prepared_image_is_a_jpeg_file_of_the_denoised_one(victim, images, t
     assert np.allclose(build_defense("sr", victim, sigma=0.04).prepare(given), expected, atol=1e-6)
 
 
-def literal_edsr(weights: dict[str, Tensor], images: Tensor) -> Tensor:
-    def conv(x: Tensor, name: str) -> Tensor:
-        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"], padding=1)
-
-    mean = 255 * torch.tensor(DIV2K_MEAN).view(1, 3, 1, 1)
-    x = first = conv(255 * images - mean, "head.0")
-    for number in range(16):
-        x = x + conv(F.relu(conv(x, f"body.{number}.body.0")), f"body.{number}.body.2")
-    x = F.pixel_shuffle(conv(first + conv(x, "body.16"), "tail.0.0"), 2)
-    return (conv(x, "tail.1") + mean) / 255
-
-
-@pytest.mark.parametrize("stored_mean", [True, False])
-def test_edsr_is_its_description(images, stored_mean):
-    network = EDSR(stored_mean=stored_mean)
-    own = {name: value for name, value in network.state_dict().items() if not name.startswith(("sub", "add"))}
-    assert sum(value.numel() for value in own.values()) == 1_369_859  # EDSR baseline x2: 1.37 million
-    assert len(network.state_dict()) - len(own) == (4 if stored_mean else 0)
-    with torch.no_grad():
-        assert torch.allclose(network(images[:2]), literal_edsr(own, images[:2]), atol=1e-5)
-
-
-@pytest.mark.parametrize("stored_mean", [True, False])
-def test_edsr_loads_with_and_without_the_two_fixed_convolutions(victim, images, tmp_path, stored_mean):
-    network = EDSR(stored_mean=stored_mean)
-    torch.save(network.state_dict(), tmp_path / "edsr.pt")
-    defense = build_defense("sr", victim, upscaler="edsr", weights=tmp_path / "edsr.pt", sigma=0, output="doubled")
-    prepared = torch.from_numpy(defense.prepare(pixels_of(images[0]))).permute(2, 0, 1)[None].float()
-    with torch.no_grad():
-        expected = (network(prepared).clamp(0, 1) * 255).round() / 255
-    purified = defense.purify(images[:1])
-    assert (purified - expected).abs().max() < 1.01 / 255  # a value halfway between two levels may fall on either
-    assert (purified == expected).float().mean() > 0.99
-
-
 def test_imdn_has_the_published_size():
     assert sum(p.numel() for p in IMDN().parameters()) == 694_404
 
 
-@pytest.mark.parametrize("output", ["area", "bicubic"])
-def test_the_doubled_image_is_scaled_down_again(victim, images, tmp_path, output):
+def test_the_doubled_image_is_scaled_down_again(victim, images, tmp_path):
     torch.save(IMDN().state_dict(), tmp_path / "imdn.pt")
     doubled, small = (
         build_defense("sr", victim, weights=tmp_path / "imdn.pt", output=kind).purify(images[:1, :, :16, :18])
-        for kind in ("doubled", output)
+        for kind in ("doubled", "bicubic")
     )
     assert (doubled.shape[-2:], small.shape[-2:]) == ((32, 36), (16, 18))
-    if output == "area":
-        cells = doubled.unflatten(3, (18, 2)).unflatten(2, (16, 2))
-        assert torch.allclose(small, cells.mean(dim=(3, 5)), atol=1e-6)
-    else:
-        levels = (doubled[0] * 255).round().byte().permute(1, 2, 0).numpy()
-        pillow = np.asarray(Image.fromarray(levels).resize((18, 16), Image.Resampling.BICUBIC))
-        assert np.abs(small[0].permute(1, 2, 0).numpy() * 255 - pillow).max() < 2
+    levels = (doubled[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    pillow = np.asarray(Image.fromarray(levels).resize((18, 16), Image.Resampling.BICUBIC))
+    assert np.abs(small[0].permute(1, 2, 0).numpy() * 255 - pillow).max() < 2
 
 
 def read(path, size: int | None = None) -> np.ndarray:
@@ -159,7 +118,7 @@ def check_imdn(real_data, count):
 
 
 def test_imdn_with_its_weights_beats_bicubic(real_data):
-    ours, bicubic = check_imdn(real_data, 3)
+    ours, bicubic = check_imdn(real_data, 1)
     assert ours > bicubic + 2
 
 

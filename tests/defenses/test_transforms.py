@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
+import skimage.restoration
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -71,36 +74,35 @@ def slow_total_variation(image: Tensor, weight: float) -> Tensor:
     return given - weight * minus_divergence(p)
 
 
-@pytest.mark.parametrize("weight", [0.03, 0.1])
-def test_total_variation_tends_to_the_minimum_of_each_channel(victim, images, weight):
-    given = images[:1, :, :16, :16]
-    expected = slow_total_variation(given[0], weight)
-    long = build_defense("total_variation", victim, weight=weight, eps=0, steps=2000).purify(given)[0]
+def test_total_variation_tends_to_the_minimum_of_each_channel(victim, images, monkeypatch):
+    given, defense = images[:1, :, :16, :16], build_defense("total_variation", victim, weight=0.1)
+    expected = slow_total_variation(given[0], 0.1)
+    short = defense.purify(given)[0]
+    patient = partial(skimage.restoration.denoise_tv_chambolle, eps=0, max_num_iter=2000)
+    monkeypatch.setattr("skimage.restoration.denoise_tv_chambolle", patient)
+    long = defense.purify(given)[0]
     assert (long - expected).abs().max() < 3e-3
     assert (given[0] - expected).abs().max() > 0.05
-    short = build_defense("total_variation", victim, weight=weight).purify(given)[0]
     assert (long - expected).abs().mean() < (short - expected).abs().mean() < (given[0] - expected).abs().mean()
 
 
 @pytest.mark.parametrize("quality_", [50, 75, 95])
-@pytest.mark.parametrize(("subsampling", "code"), [("4:4:4", 0), ("4:2:2", 1), ("4:2:0", 2)])
-def test_jpeg_is_what_a_file_gives_back(victim, images, tmp_path, quality_, subsampling, code):
+def test_jpeg_is_what_a_file_gives_back(victim, images, tmp_path, quality_):
     given = images[:2]
-    purified = build_defense("jpeg", victim, quality=quality_, subsampling=subsampling).purify(given)
+    purified = build_defense("jpeg", victim, quality=quality_).purify(given)
     for image, result in zip(given, purified, strict=True):
         levels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(levels).save(tmp_path / "image.jpg", quality=quality_, subsampling=code)
+        Image.fromarray(levels).save(tmp_path / "image.jpg", quality=quality_, subsampling=2)
         expected = torch.from_numpy(np.array(Image.open(tmp_path / "image.jpg"))).permute(2, 0, 1)
         assert torch.equal((result * 255).round().to(torch.uint8), expected)
     assert torch.equal((purified * 255).round() / 255, purified)
 
 
-def test_jpeg_keeps_more_at_higher_quality_and_finer_chroma(victim, images):
+def test_jpeg_keeps_more_at_higher_quality(victim, images):
     def likeness(**options: object) -> float:
         return float(quality(build_defense("jpeg", victim, **options).purify(images), images).mean())
 
     assert likeness(quality=25) < likeness(quality=75) < likeness(quality=95) < likeness(quality=100)
-    assert likeness(quality=75) < likeness(quality=75, subsampling="4:4:4")
 
 
 @pytest.mark.parametrize("name", ["jpeg", "median", "total_variation", "bit_depth"])

@@ -1,7 +1,7 @@
 import torch
 import torch.nn.functional as F
 
-from dipguard.attacks.gradients import NeverFlat, Unsaturated
+from dipguard.attacks.libraries import NeverFlat, Unsaturated
 
 from .conftest import Scaled, Shadowed
 
