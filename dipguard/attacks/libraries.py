@@ -45,6 +45,11 @@ class VictimView(nn.Module):
         self.victim = victim
         self.eval()
 
+    def train(self, mode: bool = True) -> VictimView:
+        """Switch this module alone."""
+        self.training = mode
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [B, C]."""
         logits: Tensor = self.victim(images)

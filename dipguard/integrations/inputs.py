@@ -13,34 +13,30 @@ from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from dipguard.attacks.target import Purifies, check_defense
-from dipguard.checks import check_choice, check_float, check_images
+from dipguard.checks import check_choice, check_images
+from dipguard.victims.base import check_channels
 
 ROUNDING = 1e-2
 """How far outside [0, 1] a denormalised pixel may be through rounding (bfloat16 has 8 bits); it is clamped."""
-DRAWS = ("content", "position", "fresh")
-"""How `IndexRule` chooses indices."""
-_FRESH = 2**32  # larger than any data set: a fresh index is never the position of an image
+DRAWS = ("content", "position")
+"""Where the index of an image, which seeds its random draws, comes from if none is given.
+
+``content``: a hash of its pixels, the same in any batch and process. ``position``: its position in the batch.
+"""
 
 
 class Pixels:
     """Undoes a normalisation (x - mean) / std, and applies it again.
 
-    Args:
-        mean: Per-channel mean, three numbers; None for images that are not normalised.
-        std: Per-channel standard deviation, three numbers above 0; None as for ``mean``.
-
-    Raises:
-        TypeError, ValueError: Not three numbers, out of range, or only one of the two.
+    ``mean`` and ``std`` have three numbers each, or are None for images that are not normalised; ValueError otherwise.
     """
 
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
         if (mean is None) != (std is None):
             raise ValueError(f"`mean` and `std` must be given together, got {mean!r} and {std!r}")
         self.normalised = mean is not None
-        self._mean = _channels((0, 0, 0) if mean is None else mean, name="mean")
-        self._std = _channels((1, 1, 1) if std is None else std, name="std")
-        if not bool(self._std.all()):
-            raise ValueError(f"`std` must be above 0, got {std!r}")
+        self._mean = check_channels((0, 0, 0) if mean is None else mean, name="mean")
+        self._std = check_channels((1, 1, 1) if std is None else std, name="std")
 
     def restore(self, images: Tensor) -> Tensor:
         """Return images [N, 3, H, W] of any float type as pixels in [0, 1], float32 or float64.
@@ -58,7 +54,7 @@ class Pixels:
                 f"`mean` and `std` must be those of the pipeline: with them, pixels go from {low:.4g} to {high:.4g}, "
                 "not from 0 to 1"
             )
-        if not self.normalised and (low < 0 or high > 1):
+        if not self.normalised and (low < -1e-6 or high > 1 + 1e-6):
             raise ValueError(
                 f"`images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; if your pipeline normalises "
                 "them, give its `mean` and `std`"
@@ -68,29 +64,6 @@ class Pixels:
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels [N, 3, H, W] in [0, 1] with the normalisation applied."""
         return (pixels - self._mean.to(pixels)) / self._std.to(pixels)
-
-
-class IndexRule:
-    """Chooses indices, which seed the random draws of a defence, for images that come without any.
-
-    Args:
-        draws: ``content`` hashes the pixels: equal images get equal draws in any batch and process. ``position`` is the
-            position in the batch: the same at each call. ``fresh`` never repeats an index: the same image gets new
-            draws at each call.
-    """
-
-    def __init__(self, draws: str) -> None:
-        self.draws = check_choice(draws, DRAWS, name="draws")
-        self._given = 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return indices int64 [N], on the CPU, for images [N, 3, H, W]."""
-        if self.draws == "content":
-            return content_indices(images)
-        if self.draws == "position":
-            return torch.arange(len(images))
-        self._given += len(images)
-        return torch.arange(self._given - len(images), self._given) + _FRESH
 
 
 def content_indices(images: Tensor) -> Tensor:
@@ -104,11 +77,8 @@ class LoaderPositions:
     """Positions in the data set of the images that a data loader yields.
 
     The k-th image that a process loads has position k, or k R + r if a `DistributedSampler` shares the data among R
-    processes and this is process r. The loader must keep the order of the data set, as Lightning's loaders for test,
-    validate and predict do by default.
-
-    Args:
-        loader: A data loader, or any other iterable, whose images are only counted.
+    processes and this is process r. The loader, or any other iterable, must keep the order of the data set, as
+    Lightning's loaders for test, validate and predict do by default.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -141,7 +111,7 @@ class InputPurifier:
         defense: The defence.
         mean: Per-channel mean of the input's normalisation; None for input in [0, 1].
         std: Per-channel standard deviation of the input's normalisation; None as for ``mean``.
-        draws: How to choose indices for images that come without any; see `IndexRule`.
+        draws: One of `DRAWS`, for images that come without indices.
         quiet: Hide the progress bar of the defence.
 
     Raises:
@@ -159,7 +129,7 @@ class InputPurifier:
     ) -> None:
         self.defense: Any = check_defense(defense)
         self.pixels = Pixels(mean, std)
-        self.index_rule = IndexRule(draws)
+        self.draws = check_choice(draws, DRAWS, name="draws")
         self.quiet = quiet
 
     def __call__(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
@@ -174,8 +144,9 @@ class InputPurifier:
         """
         with torch.inference_mode(False), torch.no_grad(), _default_precision(images), isolate_rng(), self._silenced():
             pixels = self.pixels.restore(images)
-            order = self.index_rule(pixels) if indices is None else indices.detach().cpu().clone()
-            purified: Tensor = self.defense.purify(pixels, indices=order)
+            if indices is None:
+                indices = content_indices(pixels) if self.draws == "content" else torch.arange(len(pixels))
+            purified: Tensor = self.defense.purify(pixels, indices=indices.detach().cpu().clone())
             return self.pixels.normalise(purified).to(images)
 
     @contextmanager
@@ -200,14 +171,3 @@ def _default_precision(images: Any) -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(default)
-
-
-def _channels(values: Sequence[float], *, name: str) -> Tensor:
-    try:
-        numbers = [float(number) for number in values]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != 3:
-        raise ValueError(f"`{name}` must hold three numbers, one per channel, got {values!r}")
-    checked = [check_float(number, name=name, low=0.0) for number in numbers]
-    return torch.tensor(checked, dtype=torch.float64).view(3, 1, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
-from dipguard.classifier import check_is_module, check_logits, device_of, frozen, probability_warning
+from dipguard.classifier import (
+    check_is_module,
+    check_logits,
+    device_of,
+    frozen,
+    is_out_of_memory,
+    probability_warning,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,13 +29,10 @@ class Normalised(nn.Module):
     Args:
         network: Classifier of normalised images.
         mean: Per-channel mean, three numbers.
-        std: Per-channel standard deviation, three positive numbers.
+        std: Per-channel standard deviation, three positive numbers; ValueError otherwise.
         classes: Class names in the order of the logits; empty if unknown.
         size: Height and width in pixels of the images that the network was made for; None if unknown.
         interpolation: How to resize other images for the network: a name of ``PIL.Image.Resampling`` in lower case.
-
-    Raises:
-        ValueError: ``mean`` or ``std`` does not have three numbers, or ``std`` is not positive.
     """
 
     mean: Tensor
@@ -45,14 +50,9 @@ class Normalised(nn.Module):
     ) -> None:
         super().__init__()
         self.classes, self.size, self.interpolation = tuple(classes), size, interpolation
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3:
-                raise ValueError(f"`{name}` must have three numbers, one per channel, got {list(values)}")
-        if min(std) <= 0:
-            raise ValueError(f"`std` must be positive, got {list(std)}")
         self.network = network
-        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("mean", check_channels(mean, name="mean").float()[None])
+        self.register_buffer("std", check_channels(std, name="std").float()[None])
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, 3, H, W] in [0, 1]."""
@@ -60,22 +60,48 @@ class Normalised(nn.Module):
         return logits
 
 
+def check_channels(values: Sequence[float], *, name: str) -> Tensor:
+    """Return three numbers, one per channel, as float64 [3, 1, 1]; ValueError otherwise, or if a ``std`` is not above 0."""
+    try:
+        numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except (TypeError, ValueError):
+        numbers = torch.empty(0)
+    if len(numbers) != 3 or not bool(numbers.isfinite().all()):
+        raise ValueError(f"`{name}` must hold three numbers, one per channel, got {values!r}")
+    if name == "std" and bool((numbers <= 0).any()):
+        raise ValueError(f"`{name}` must be above 0, got {values!r}")
+    return numbers.view(3, 1, 1)
+
+
 def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
     """Run ``victim`` on images [B, 3, H, W] in [0, 1] and return its logits [B, C], on the victim's device.
 
-    It runs in eval mode without gradients; its modes and flags are restored afterwards.
+    It runs in eval mode without gradients, in the precision of its parameters; modes and flags are restored afterwards.
 
     Raises:
         TypeError: ``victim`` is not a module, or its output is not a floating-point tensor.
-        ValueError: Bad ``images``, or an output that is not [B, C] with C >= 2, or not finite.
+        ValueError: Bad ``images``, images that the victim cannot read, or an output that is not [B, C] with C >= 2, or
+            not finite.
 
     Warns:
         UserWarning: The outputs look like probabilities (all in [0, 1], each row sums to 1).
     """
     check_is_module(victim)
     check_images(images)
+    dtype = next((p.dtype for p in victim.parameters() if p.is_floating_point()), images.dtype)
     with frozen(victim), torch.no_grad():
-        scores = check_logits(victim(images.to(device_of(victim, images.device))), count=len(images))
+        try:
+            output = victim(images.to(device=device_of(victim, images.device), dtype=dtype))
+        except Exception as error:  # each library has its own type for images of a wrong size
+            if is_out_of_memory(error):
+                raise
+            height, width = images.shape[-2:]
+            own = getattr(victim, "size", None)
+            advice = f"; it was made for {own[0]}x{own[1]} (give `data.size`, or resize them)" if own else ""
+            raise ValueError(
+                f"`victim` cannot read images of {height}x{width} pixels{advice}: {first_line(error)}"
+            ) from error
+        scores = check_logits(output, count=len(images))
     if not bool(torch.isfinite(scores).all()):
         raise ValueError("`victim` must return finite logits, got NaN or infinite values")
     text = probability_warning(scores)
@@ -85,6 +111,6 @@ def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type where the message is empty."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of an error's message without terminal codes, or its type where the message is empty."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""Classifiers of timm (PyTorch Image Models), by name."""
+"""Classifiers of timm (PyTorch Image Models), by name or as objects."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def build(
         hint = f"near it: {near}" if near else "timm.list_models() names them"
         raise ValueError(f"`victim.arch` must be one of timm's models, got {arch!r}; {hint}")
     if model is not None and not isinstance(model, Mapping):
-        raise TypeError(f"`victim.model` must map names to values, such as pad_type: same, got {model!r}")
+        raise TypeError(f"`victim.model` must map names to values, such as {{pad_type: same}}, got {model!r}")
     options = dict(model or {})
     if num_classes is not None:
         if weights is None:
@@ -57,17 +57,27 @@ def build(
             )
         options["num_classes"] = check_int(num_classes, name="victim.num_classes", low=2)
     network = _create(timm, arch, pretrained=weights is None, options=options)
-    if network.num_classes < 2:
-        raise ValueError(f"`victim.arch` must be a classifier, got {arch!r}, which timm offers for its features alone")
+    victim = of_model(network, mean=mean, std=std)
     if weights is not None:
         load_state_dict_strict(network, weights)
-    own = timm.data.resolve_data_config(args={"img_size": options.get("img_size")}, model=network)
+    return victim
+
+
+def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised:
+    """A model of timm with the preprocessing and the class names of its ``pretrained_cfg``."""
+    timm = import_extra("timm", owner="a model of timm", extra="timm")
+    if network.num_classes < 2:
+        raise ValueError(
+            f"`victim` must be a classifier, got a {type(network).__name__} that timm offers for its features alone"
+        )
+    own = timm.data.resolve_data_config(model=network)
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)  # a transformer's, if made for another one
     return Normalised(
         network,
         mean=mean or own["mean"],
         std=std or own["std"],
         classes=_classes(timm, network),
-        size=tuple(own["input_size"][1:]),
+        size=tuple(size or own["input_size"][1:]),
         interpolation=own["interpolation"],
     )
 

@@ -1,4 +1,4 @@
-"""Classifiers of torchvision, by name. ResNet-101 is the paper's ImageNet victim."""
+"""Classifiers of torchvision, by name or as objects. ResNet-101 is the paper's ImageNet victim."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dipguard.checks import check_choice, check_int
+import torch
+from torch import nn
+
+from dipguard.checks import check_int
+from dipguard.files import file_digest
+from dipguard.registry import did_you_mean, import_extra
 from dipguard.victims.base import Normalised
-from dipguard.victims.weights import load_state_dict_strict
+from dipguard.victims.weights import HASHED, load_state_dict_strict
 
 
 def build(
@@ -33,17 +38,22 @@ def build(
     Raises:
         ValueError: Unknown ``arch`` or weights name.
     """
-    from torchvision import models
-
-    check_choice(arch, models.list_models(module=models), name="victim.arch")
+    models = import_extra("torchvision.models", owner="the victim 'torchvision'", extra="vision")
+    archs = models.list_models(module=models)
+    if arch not in archs:
+        near = did_you_mean(arch, archs) or "; torchvision.models.list_models() names them"
+        raise ValueError(f"`victim.arch` must be one of torchvision's classifiers, got {arch!r}{near}")
     check_int(num_classes, name="victim.num_classes", low=2)
     names = models.get_model_weights(arch).__members__
     chosen = "DEFAULT" if weights is None else str(weights)
     known = names[chosen if chosen in names else "DEFAULT"]
-    preset, categories = known.transforms(), known.meta["categories"]
     if chosen in names:
         if num_classes != 1000:
             raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
+        # torch.hub checks a download, but not the file that it has kept.
+        kept = Path(torch.hub.get_dir(), "checkpoints", known.url.rpartition("/")[2])
+        if kept.is_file() and not file_digest(kept).startswith("".join(HASHED.findall(kept.name))):
+            kept.unlink()
         try:
             network = models.get_model(arch, weights=known)
         except (OSError, RuntimeError) as error:
@@ -61,11 +71,36 @@ def build(
         extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
         load_state_dict_strict(network, chosen)
+    return _with_transforms(network, known, classes=num_classes, mean=mean, std=std)
+
+
+def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised | None:
+    """A model of torchvision with the preprocessing of its weights; None if it is not one of torchvision's builders.
+
+    The object does not know its name: the number of its parameters tells it, whatever the number of its classes.
+    """
+    models = import_extra("torchvision.models", owner="a model of torchvision", extra="vision")
+    head = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1]
+    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
+    # GoogLeNet's weights come without its auxiliary classifiers.
+    classes, count = len(head.weight), sum(size for name, size in sizes.items() if not name.startswith("aux"))
+    per_class = sum(parameter.numel() for parameter in head.parameters()) // classes
+    for arch in models.list_models(module=models):
+        for known in models.get_model_weights(arch):
+            if known.meta["num_params"] == count + (1000 - classes) * per_class:
+                return _with_transforms(network, known, classes=classes, mean=mean, std=std)
+    return None
+
+
+def _with_transforms(
+    network: nn.Module, known: Any, *, classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Normalised:
+    preset, names = known.transforms(), known.meta["categories"]
     return Normalised(
         network,
         mean=mean or preset.mean,
         std=std or preset.std,
-        classes=categories if num_classes == len(categories) else (),
+        classes=names if classes == len(names) else (),
         size=(preset.crop_size[0], preset.crop_size[0]),
         interpolation=preset.interpolation.value,
     )

@@ -60,8 +60,6 @@ def test_a_guards_draws_come_from_the_image_or_from_indices(module: DigitsModule
     with torch.inference_mode():
         handed = defended(images, indices=torch.arange(3))
     torch.testing.assert_close(handed, by_position, rtol=0, atol=1e-4)
-    anew = DefendedClassifier(module, guard, draws="fresh")
-    assert not torch.allclose(logits(anew, images[:1]), logits(anew, images[:1]), atol=1e-3)
 
 
 def test_fine_tuning_on_purified_images_reaches_the_classifier(module: DigitsModule) -> None:
@@ -96,11 +94,8 @@ def test_the_forward_of_a_defended_module(module: DigitsModule) -> None:
     expected = logits(module, median.purify(images))
     defended = DefendedModule(module, median)
     assert torch.equal(logits(defended, images), expected)
-    with pytest.raises(TypeError, match="`images` must name an argument of forward, got 'images': forward was given 1"):
-        DefendedModule(module, median, images="images")(images)
-    named = DefendedModule(module, median, images="images")
     with torch.no_grad():
-        assert torch.equal(named(images=images), expected)
+        assert torch.equal(defended(images=images), expected)
     scaled = DefendedModule(module, median, mean=MEAN, std=STD)
     torch.testing.assert_close(logits(scaled, normalised(images)), logits(module, normalised(median.purify(images))))
 
@@ -163,13 +158,11 @@ def test_what_cannot_be_defended_is_named(module: DigitsModule) -> None:
     with pytest.raises(ValueError, match="`module` must have its class's own forward"):
         DefendedModule(module, median)
     del module.forward
-    with pytest.raises(TypeError, match="`images` must be a position or a keyword of forward, got None"):
-        DefendedModule(module, median, images=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`defense` must have purify"):
         DefendedModule(module, module)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`classifier` must be a torch\.nn\.Module"):
         DefendedClassifier(lambda x: x, median)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="`draws` must be one of content, position, fresh, got 'fixed'"):
+    with pytest.raises(ValueError, match="`draws` must be one of content, position, got 'fixed'"):
         DefendedClassifier(module, median, draws="fixed")
     with pytest.raises(ValueError, match=r"`images` must lie in \[0, 1\], got values from"):
         DefendedClassifier(module, median)(torch.full((1, 3, 16, 16), 2.0))

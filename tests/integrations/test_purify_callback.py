@@ -140,12 +140,12 @@ def test_checkpoints_and_hyper_parameters_hold_nothing_of_it(module: DigitsModul
 
 def test_their_logger_gets_two_columns_more(module: DigitsModule, tmp_path: Path) -> None:
     columns = {}
-    for name, callbacks in (("with", [PurifyCallback(DIPGuard(module, **TINY), prefix="dip/")]), ("without", [])):
+    for name, callbacks in (("with", [PurifyCallback(DIPGuard(module, **TINY))]), ("without", [])):
         logger = CSVLogger(tmp_path, name=name, version="")
         trainer(*callbacks, logger=logger).test(module, DigitsData(count=2), verbose=False)
         with (tmp_path / name / "metrics.csv").open() as file:
             columns[name] = csv.DictReader(file).fieldnames
-    assert set(columns["with"]) - set(columns["without"]) == {f"dip/{UNDEFENDED}", f"dip/{DEFENDED}"}
+    assert set(columns["with"]) - set(columns["without"]) == {UNDEFENDED, DEFENDED}
 
 
 def test_their_progress_bar_is_the_only_one(module: DigitsModule, capfd: pytest.CaptureFixture[str]) -> None:
