@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml  # type: ignore[import-untyped, unused-ignore]
 from torch import nn
 
 from dipguard.cli import CommandError, command_errors
@@ -115,7 +116,7 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
-    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON or else strings."""
+    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON, or YAML's bool or map."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
@@ -125,8 +126,19 @@ def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
         try:
             options[key] = json.loads(text)
         except json.JSONDecodeError:
-            options[key] = text
+            options[key] = _from_yaml(text, f"{argument}: {pair!r}")
     return options
+
+
+def _from_yaml(text: str, where: str) -> Any:
+    """What Hydra would make of it too: ``{pad_type: same}``, ``[1, a]``, ``True``, ``null``; all else is a string."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if text[:1] in "{[":
+            raise CommandError(f"{where} is neither JSON nor YAML: {str(error).splitlines()[0]}") from error
+        return text
+    return value if value is None or isinstance(value, (bool, dict, list)) else text
 
 
 def make_victim(name: str, *, weights: str | None, options: Mapping[str, Any], device: torch.device) -> nn.Module:

@@ -56,7 +56,7 @@ def find_pictures(given: Path, out: Path) -> list[Source]:
 
 
 def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation: str) -> Tensor:
-    """Read a picture as uint8 [3, *size], RGB, turned upright by its EXIF orientation.
+    """Read a picture (`open_rgb`) as uint8 [3, *size].
 
     Args:
         path: The file.
@@ -71,7 +71,7 @@ def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation:
 
     height, width = size
     how = Image.Resampling[interpolation.upper()]
-    picture = open_rgb(path, upright=True)
+    picture = open_rgb(path)
     if picture.size != (width, height):
         crop = resize == "crop"
         picture = ImageOps.fit(picture, (width, height), how) if crop else picture.resize((width, height), how)

@@ -9,6 +9,7 @@ import torch
 from dipguard.cache import cache_folder
 from dipguard.checks import check_choice
 from dipguard.data.base import ImageSet, from_bytes, resize, window
+from dipguard.registry import import_extra
 
 
 def load_cifar10(
@@ -32,12 +33,11 @@ def load_cifar10(
         RuntimeError: The data set is missing or damaged, and was not downloaded.
         ValueError: Unknown ``split``.
     """
-    from torchvision.datasets import CIFAR10
-
+    datasets = import_extra("torchvision.datasets", owner="the data set 'cifar10'", extra="vision")
     check_choice(split, ("test", "train"), name="split")
     folder = cache_folder("cifar10") if path is None else Path(path).expanduser()
     try:
-        data = CIFAR10(str(folder), train=split == "train", download=download)
+        data = datasets.CIFAR10(str(folder), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         how = "could not be downloaded" if download else "is missing or damaged, and `download` is off"
         raise RuntimeError(

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dipguard.checks import check_int
 from dipguard.data.base import ImageSet, window
+from dipguard.registry import import_extra
 
 CLASSES = tuple("0123456789")
 _EVERY = 3  # every third image is for evaluation, the rest trains the victim: the split depends on no seed
@@ -48,6 +49,5 @@ def digits_split(*, evaluation: bool, size: int = 32) -> tuple[Tensor, Tensor]:
 
 @cache
 def _pictures() -> tuple[Any, Any]:
-    from sklearn.datasets import load_digits as load_pictures
-
-    return load_pictures(return_X_y=True)
+    datasets = import_extra("sklearn.datasets", owner="the data set 'digits'", extra="app")
+    return datasets.load_digits(return_X_y=True)

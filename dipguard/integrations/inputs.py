@@ -39,11 +39,7 @@ class Pixels:
         self._std = check_channels((1, 1, 1) if std is None else std, name="std")
 
     def restore(self, images: Tensor) -> Tensor:
-        """Return images [N, 3, H, W] of any float type as pixels in [0, 1], float32 or float64.
-
-        Raises:
-            TypeError, ValueError: Not images, or not in [0, 1] without the normalisation.
-        """
+        """Return images [N, 3, H, W] of any float type as pixels in [0, 1], float32 or float64."""
         if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or 0 in images.shape:
             return check_images(images)  # raises an error that names the problem
         wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
@@ -104,8 +100,8 @@ class LoaderPositions:
 class InputPurifier:
     """Purifies the input of a classifier: of any float type, normalised or not, in any mode of torch.
 
-    Autocast, default dtype, inference mode and gradient mode of the caller do not reach the defence, and the caller's
-    random state is restored. This is not a module, so the defence is not part of any state dict, mode or device switch.
+    Modes and dtypes of the caller do not reach the defence, and the caller's random state is restored. This is not a
+    module, so the defence is not part of any state dict, mode or device switch.
 
     Args:
         defense: The defence.
@@ -113,9 +109,6 @@ class InputPurifier:
         std: Per-channel standard deviation of the input's normalisation; None as for ``mean``.
         draws: One of `DRAWS`, for images that come without indices.
         quiet: Hide the progress bar of the defence.
-
-    Raises:
-        TypeError, ValueError: A bad argument; the message names it.
     """
 
     def __init__(
@@ -135,39 +128,36 @@ class InputPurifier:
     def __call__(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Return purified images [N, 3, H', W'], detached, of the images' dtype and device, normalised like them.
 
-        Args:
-            images: Float [N, 3, H, W] as the classifier takes them.
-            indices: Int [N], positions in the whole data set; None chooses them by ``draws``.
-
-        Raises:
-            TypeError, ValueError: Bad images or indices.
+        ``images`` are float [N, 3, H, W] as the classifier takes them, ``indices`` int [N], their positions in the
+        whole data set.
         """
-        with torch.inference_mode(False), torch.no_grad(), _default_precision(images), isolate_rng(), self._silenced():
+        with _isolated(self, images):
             pixels = self.pixels.restore(images)
             if indices is None:
                 indices = content_indices(pixels) if self.draws == "content" else torch.arange(len(pixels))
             purified: Tensor = self.defense.purify(pixels, indices=indices.detach().cpu().clone())
             return self.pixels.normalise(purified).to(images)
 
-    @contextmanager
-    def _silenced(self) -> Iterator[None]:
-        hidden = self.quiet and getattr(self.defense, "progress", False) is True
-        if hidden:
-            self.defense.progress = False
-        try:
-            yield
-        finally:
-            if hidden:
-                self.defense.progress = True
-
 
 @contextmanager
-def _default_precision(images: Any) -> Iterator[None]:
+def _isolated(purifier: InputPurifier, images: Any) -> Iterator[None]:
     # No autocast, and float32 as default dtype: what Lightning's precision plugins change around a step.
     device, default = images.device.type if isinstance(images, Tensor) else "cpu", torch.get_default_dtype()
-    with torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
+    defense = purifier.defense
+    hidden = purifier.quiet and getattr(defense, "progress", False) is True
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast(device, enabled=False),
+        isolate_rng(),
+    ):
         torch.set_default_dtype(torch.float32)
         try:
+            if hidden:
+                defense.progress = False
             yield
         finally:
             torch.set_default_dtype(default)
+            if hidden:
+                defense.progress = True

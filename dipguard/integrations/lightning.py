@@ -1,10 +1,10 @@
-"""dipguard in your own Lightning project: a callback, a defended classifier, and a defended LightningModule."""
+"""dipguard in your own Lightning project: a callback and a defended classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,11 +18,6 @@ from dipguard.checks import check_choice, check_labels
 from dipguard.classifier import check_is_module, check_logits
 from dipguard.integrations.batches import Place, check_place, default_places, part_of, with_part
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions
-
-if TYPE_CHECKING:  # DefendedModule extends the class of the given module, which may come from the package lightning
-    _Module = pl.LightningModule
-else:
-    _Module = nn.Module
 
 STEPS = {"test": "test_step", "validate": "validation_step", "predict": "predict_step"}
 """The Trainer's function, and the step that is given purified images."""
@@ -58,101 +53,10 @@ class DefendedClassifier(nn.Module):
     def forward(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Return the classifier's output on the purified images.
 
-        Args:
-            images: Float [N, 3, H, W], in [0, 1] or normalised with ``mean`` and ``std``.
-            indices: Int [N], positions of the images in the whole data set.
+        ``images`` are float [N, 3, H, W], ``indices`` int [N], their positions in the whole data set.
         """
         output: Tensor = self.classifier(self.purifier(images, indices=indices))
         return output
-
-
-class DefendedModule(_Module):
-    """A LightningModule with the weights of ``module``, whose ``forward`` purifies its first argument, the images.
-
-    It is an instance of a subclass of the module's class: steps, hooks, loggers, hyper-parameters and state dict are
-    the module's. During ``trainer.fit``, validation included, it is not defended. ``module`` itself is not changed. A
-    step that does not call ``self(images)`` would not be defended, and raises an error.
-
-    Args:
-        module: The LightningModule, or any other module.
-        defense: The defence; its victim may be ``module``. Its progress bar is hidden.
-        mean: Per-channel mean that the images are normalised with; None for images in [0, 1].
-        std: Per-channel standard deviation; None as for ``mean``.
-        draws: How a random defence draws, one of :data:`~dipguard.integrations.inputs.DRAWS`.
-    """
-
-    def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> DefendedModule:
-        """Return an instance of a class that extends both this one and that of the module."""
-        patched = vars(check_is_module(module, name="module")).get("forward")
-        # After a fit in DDP, Lightning leaves the class's own forward as an attribute of the module.
-        own = patched is None or getattr(patched, "__func__", None) is type(module).forward
-        if isinstance(module, DefendedModule) or not own:
-            raise ValueError("`module` must have its class's own forward, got one that is defended or patched already")
-        return _new(type(module))
-
-    def __init__(
-        self,
-        module: nn.Module,
-        defense: Purifies,
-        *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        draws: str = "content",
-    ) -> None:
-        # nn.Module.__init__ is not called: parameters, submodules and hooks are shared with the module.
-        vars(self).update({name: value for name, value in vars(module).items() if name != "forward"})
-        vars(self).update(_purifier=InputPurifier(defense, mean=mean, std=std, draws=draws, quiet=True), _purified=0)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's forward on purified images."""
-        if not self._is_fitted():
-            purifier = vars(self)["_purifier"]
-            if args:
-                args = (purifier(args[0]), *args[1:])
-            else:
-                kwargs |= {name: purifier(images) for name, images in list(kwargs.items())[:1]}
-            vars(self)["_purified"] += 1
-        return super().forward(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the module's class, since the extended one has no importable name."""
-        state: Any = self.__getstate__()  # type: ignore[no-untyped-call, unused-ignore]
-        return _new, (type(self).__bases__[1],), state
-
-    def _is_fitted(self) -> bool:
-        state = getattr(vars(self).get("_trainer"), "state", None)
-        return state is not None and state.fn == "fit" and state.status == "running"
-
-
-def _new(base: type) -> Any:
-    """An empty instance of the subclass of ``base``."""
-    return object.__new__(_extended(base))
-
-
-@cache
-def _extended(base: type) -> type:
-    # Steps that are not the class's own are Lightning's defaults, whose predict_step is `self(batch)`.
-    owners = {name: next((kind for kind in base.__mro__ if name in vars(kind)), object) for name in STEPS.values()}
-    foreign = ("pytorch_lightning.", "lightning.", "builtins")
-    steps = [name for name, owner in owners.items() if not owner.__module__.startswith(foreign)]
-    return type(
-        f"Defended{base.__name__}", (DefendedModule, base), {name: _watched(getattr(base, name)) for name in steps}
-    )
-
-
-def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(step)  # Lightning reads the step's signature
-    def watched(self: DefendedModule, *args: Any, **kwargs: Any) -> Any:
-        before = vars(self)["_purified"]
-        output = step(self, *args, **kwargs)
-        if vars(self)["_purified"] == before and not self._is_fitted():
-            raise RuntimeError(
-                f"{step.__qualname__} did not call self(images), so its images were not purified: defend its batches "
-                "with dipguard.integrations.lightning.PurifyCallback"
-            )
-        return output
-
-    return watched
 
 
 class PurifyCallback(pl.Callback):
@@ -178,9 +82,6 @@ class PurifyCallback(pl.Callback):
         stages: Any of ``test``, ``validate``, ``predict``.
         logits: Takes the module and images, returns logits [N, C]; by default ``module(images)``, or the field
             ``logits`` of its output.
-
-    Raises:
-        TypeError, ValueError: A bad argument or a bad batch; the message names it.
     """
 
     def __init__(
@@ -203,7 +104,7 @@ class PurifyCallback(pl.Callback):
         names = (stages,) if isinstance(stages, str) else stages
         self.stages = tuple(check_choice(stage, STEPS, name="stages") for stage in names)
         self._logits = ask if logits is None else logits
-        self._restore: Callable[[], None] = lambda: None
+        self._restore: Callable[[], None] | None = None
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Put a step that purifies its batch in the place of the module's, except in ``fit``."""
@@ -219,10 +120,10 @@ class PurifyCallback(pl.Callback):
             loader = rest[1] if len(rest) > 1 else 0
             if loader not in loaders:
                 loaders[loader] = LoaderPositions(_loader(trainer, stage, loader)), MeanMetric(), MeanMetric()
-            return step(self._purified(trainer, pl_module, batch, *loaders[loader]), *rest)
+            return step(self._purified(stage, pl_module, batch, *loaders[loader]), *rest)
 
         def restore() -> None:
-            vars(pl_module).pop(name, None)
+            vars(pl_module).pop(name)
             if own is not None:
                 vars(pl_module)[name] = own
 
@@ -230,24 +131,22 @@ class PurifyCallback(pl.Callback):
 
     on_validation_start = on_predict_start = on_test_start
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+    def teardown(self, *_: Any) -> None:
         """Restore the module's step."""
-        self._restore()
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
 
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Restore the module's step."""
-        self._restore()
-        self._restore = lambda: None
+    on_exception = teardown
 
-    def _purified(self, trainer: Any, pl_module: Any, batch: Any, loader: LoaderPositions, *metrics: MeanMetric) -> Any:
-        place, labels_at = (self._images, self._labels) if self._images is not None else default_places(batch)
+    def _purified(self, stage: str, pl_module: Any, batch: Any, loader: LoaderPositions, *metrics: MeanMetric) -> Any:
+        place, labels_at = (self._images, None) if self._images is not None else default_places(batch)
         labels_at = labels_at if self._labels is None else self._labels
         images = part_of(batch, place, name="images")
         positions, repeated = loader.next(len(images))
         if self._indices is not None:
             positions = part_of(batch, self._indices, name="indices")
         purified = self.purifier(images, indices=positions)
-        stage = str(trainer.state.fn.value)
         if labels_at is not None and stage != "predict":
             labels = check_labels(part_of(batch, labels_at, name="labels"), count=len(images))
             weights = (~repeated).float().to(labels.device)

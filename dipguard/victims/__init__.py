@@ -40,19 +40,18 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
     """Return a victim in eval mode; it maps images [B, 3, H, W] in [0, 1] to logits [B, C].
 
     Args:
-        name: A key of `VICTIMS` or a name that another package registers; the victim is made on the CPU. Or a model that
-            takes normalised images: one of timm, torchvision or transformers says itself how, of which size, and what
-            its classes are called; any other needs the options ``mean`` and ``std``.
+        name: A key of `VICTIMS` or a name that another package registers; the victim is made on the CPU. Or a model of
+            normalised images: one of timm, torchvision or transformers knows its normalisation, size and class names,
+            any other takes ``mean``, ``std`` and ``size`` as options.
         weights: Path or https address of a state dict. ``torchvision`` also takes the name of its weights,
             ``huggingface`` a hub id or a folder. None takes the victim's default: weights that are trained on first
             use (``digits_cnn``) or downloaded, or an error that says where to find them; a model keeps its own.
-        options: Options of the victim; of a model ``mean``, ``std`` and ``size``.
+        options: Options of the victim.
 
     Raises:
         TypeError: Unknown option.
         ValueError: Unknown name, bad option value, or weights that are damaged or do not fit.
-        FileNotFoundError: No weights file.
-        RuntimeError: The download failed.
+        FileNotFoundError, RuntimeError: No weights file, or no download.
         ImportError: A library that the victim needs is not installed.
     """
     if isinstance(name, str):

@@ -10,14 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
-from dipguard.classifier import (
-    check_is_module,
-    check_logits,
-    device_of,
-    frozen,
-    is_out_of_memory,
-    probability_warning,
-)
+from dipguard.classifier import check_is_module, check_logits, device_of, frozen, is_out_of_memory, probability_warning
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -61,7 +54,7 @@ class Normalised(nn.Module):
 
 
 def check_channels(values: Sequence[float], *, name: str) -> Tensor:
-    """Return three numbers, one per channel, as float64 [3, 1, 1]; ValueError otherwise, or if a ``std`` is not above 0."""
+    """Return three numbers, one per channel, as float64 [3, 1, 1]; ValueError otherwise. A ``std`` must be above 0."""
     try:
         numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError):
@@ -73,20 +66,18 @@ def check_channels(values: Sequence[float], *, name: str) -> Tensor:
     return numbers.view(3, 1, 1)
 
 
-def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
+def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> Tensor:
     """Run ``victim`` on images [B, 3, H, W] in [0, 1] and return its logits [B, C], on the victim's device.
 
-    It runs in eval mode without gradients, in the precision of its parameters; modes and flags are restored afterwards.
+    It runs in eval mode without gradients, in its own precision; modes and flags are restored afterwards. A UserWarning
+    says if the outputs look like probabilities.
 
     Raises:
         TypeError: ``victim`` is not a module, or its output is not a floating-point tensor.
-        ValueError: Bad ``images``, images that the victim cannot read, or an output that is not [B, C] with C >= 2, or
-            not finite.
-
-    Warns:
-        UserWarning: The outputs look like probabilities (all in [0, 1], each row sums to 1).
+        ValueError: Bad ``images``, images that it cannot read, or an output that is not [B, C] with C >= 2, or not
+            finite. Messages call the victim ``name``.
     """
-    check_is_module(victim)
+    check_is_module(victim, name=name)
     check_images(images)
     dtype = next((p.dtype for p in victim.parameters() if p.is_floating_point()), images.dtype)
     with frozen(victim), torch.no_grad():
@@ -95,16 +86,14 @@ def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
         except Exception as error:  # each library has its own type for images of a wrong size
             if is_out_of_memory(error):
                 raise
-            height, width = images.shape[-2:]
-            own = getattr(victim, "size", None)
-            advice = f"; it was made for {own[0]}x{own[1]} (give `data.size`, or resize them)" if own else ""
-            raise ValueError(
-                f"`victim` cannot read images of {height}x{width} pixels{advice}: {first_line(error)}"
-            ) from error
-        scores = check_logits(output, count=len(images))
+            sizes = [images.shape[-2:], getattr(victim, "size", None)]
+            here, own = (f"{size[0]}x{size[1]}" if size else "" for size in sizes)
+            advice = f"; it was made for {own} (give `data.size`, or resize them)" if own else ""
+            raise ValueError(f"`{name}` cannot read images of {here} pixels{advice}: {first_line(error)}") from error
+        scores = check_logits(output, count=len(images), name=name)
     if not bool(torch.isfinite(scores).all()):
-        raise ValueError("`victim` must return finite logits, got NaN or infinite values")
-    text = probability_warning(scores)
+        raise ValueError(f"`{name}` must return finite logits, got NaN or infinite values")
+    text = probability_warning(scores, name=name)
     if text is not None:
         warnings.warn(text, UserWarning, stacklevel=2)
     return scores

@@ -24,16 +24,9 @@ _FILE = "digits_cnn-1.safetensors"  # raise the number when the training changes
 def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = True) -> Normalised:
     """A CNN for the digits [B, 3, 32, 32] in [0, 1]: three strided convolutions with BatchNorm, one linear layer.
 
-    It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained and
-    saved in the cache folder; a damaged cache file is replaced.
-
-    Args:
-        weights: Path of a state dict to load instead.
-        seed: Seed of the training; each seed has a cache file of its own.
-        progress: Show a progress bar while training.
-
-    Warns:
-        UserWarning: The cache file was damaged, or could not be written.
+    It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained with
+    ``seed`` and saved in the cache folder; a damaged cache file is replaced, with a warning. ``weights`` is the path of
+    a state dict to load instead.
     """
     network = _network()
     victim = Normalised(network, mean=_MEAN, std=_STD, classes=CLASSES, size=(32, 32))

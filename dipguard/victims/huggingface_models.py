@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face's transformers, by hub id or folder or as objects, prepared as their processors do."""
+"""Image classifiers of Hugging Face's transformers, by hub id, folder or as objects."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 class Unwrapped(nn.Module):
-    """A classifier of transformers as a plain module: normalised images [B, 3, H, W] in, logits [B, C] out.
-
-    ``order`` is the channel order that the model expects: (2, 1, 0) for BGR.
-    """
+    """A classifier of transformers as a plain module; ``order`` are the channels that it expects: (2, 1, 0) for BGR."""
 
     def __init__(self, model: nn.Module, *, order: Sequence[int] = (0, 1, 2)) -> None:
         super().__init__()
         self.model, self.order = model, list(order)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits [B, C] of normalised images [B, 3, H, W]."""
         ordered = images if self.order == [0, 1, 2] else images[:, self.order]
         logits: Tensor = self.model(**{str(self.model.main_input_name): ordered}).logits
         return logits
@@ -51,14 +48,7 @@ def build(
         weights: Hub id such as ``google/vit-base-patch16-224``, or a folder written by ``save_pretrained`` that
             contains ``preprocessor_config.json``.
         revision: Branch, tag or commit on the hub.
-        mean: Per-channel mean, for a model without processor; give ``std`` and ``size`` too.
-        std: Per-channel standard deviation, for a model without processor.
-        size: Side in pixels of the square input, for a model without processor.
-
-    Raises:
-        ValueError: No ``weights``, a checkpoint without some part of the classifier (usually its head), or a processor
-            that does more than resize, reorder channels and normalise.
-        RuntimeError: The download failed, or there is no image classifier.
+        mean: Per-channel mean, for a model without processor; give ``std`` and ``size`` (pixels of the side) too.
     """
     if not weights:
         raise ValueError(
@@ -86,9 +76,9 @@ def of_model(
     source: str | None = None,
     revision: str | None = None,
 ) -> Normalised:
-    """A model of transformers with the preprocessing of the processor beside it, or the given one; errors of `build`."""
+    """A model with the preprocessing of the processor that was saved with it, or the given one."""
     source = source or str(network.config.name_or_path)
-    names = dict(getattr(network.config, "id2label", None) or {})
+    names = dict(network.config.id2label or {})
     classes = tuple(str(names[i]) for i in range(len(names))) if set(names) == set(range(len(names))) else ()
     if mean is not None and std is not None and size is not None:
         return Normalised(Unwrapped(network), mean=mean, std=std, classes=classes, size=(size, size))
@@ -96,7 +86,11 @@ def of_model(
     if not source:
         raise ValueError(f"`victim`: {problem}")
     processor = _load(_transformers().AutoImageProcessor, source, revision, problem)
-    pictures = _processed(processor, source)
+    image = import_extra("PIL.Image", owner="an image processor", extra="vision")
+    colours = [image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
+    pictures = processor(images=colours, return_tensors="pt")["pixel_values"]
+    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or pictures.shape[:2] != (4, 3):
+        raise ValueError(f"`victim.weights`: the image processor of {source} makes no images [B, 3, H, W]")
     order, own_mean, own_std = _affine(pictures, source)
     return Normalised(
         Unwrapped(network, order=order),
@@ -128,17 +122,6 @@ def _source(weights: str | Path) -> str:
     if path.exists() or isinstance(weights, Path) or weights[0] in "./~\\" or len(path.parts) > 2:
         raise FileNotFoundError(f"`victim.weights` must be a hub id or a folder with a saved model, got {weights}")
     return weights
-
-
-def _processed(processor: Any, source: str) -> Tensor:
-    """The processor's output [4, 3, H, W] for solid black, red, green and blue images."""
-    from PIL import Image
-
-    pictures = [Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
-    values = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[:2] != (4, 3):
-        raise ValueError(f"`victim.weights`: the image processor of {source} makes no images [B, 3, H, W]")
-    return values
 
 
 def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[float]]:

@@ -31,14 +31,8 @@ def build(
             ``hf-hub:owner/name`` or ``local-dir:/folder`` for a model in timm's own format.
         weights: Path or https address of a state dict, loaded strictly. None downloads timm's weights for ``arch``.
         num_classes: Number of classes of your own state dict; None takes timm's number for ``arch``.
-        mean: Per-channel mean of the normalisation; None takes that of the ``pretrained_cfg``.
-        std: Per-channel standard deviation; None as for ``mean``.
+        mean: Per-channel mean of the normalisation; None takes that of the ``pretrained_cfg``; so for ``std``.
         model: Further arguments of ``timm.create_model``, such as ``pad_type`` or ``img_size``.
-
-    Raises:
-        TypeError: ``model`` is not a mapping.
-        ValueError: Unknown ``arch``, ``model`` arguments that it does not take, a model without classifier or
-            without weights.
     """
     timm = import_extra("timm", owner="the victim 'timm'", extra="timm")
     name = arch.split(".")[0]

@@ -32,11 +32,7 @@ def build(
             path or https address of a state dict, which gets transforms and class names of ``DEFAULT``. None means
             ``DEFAULT``.
         num_classes: Number of classes of your own state dict; torchvision's weights have 1000.
-        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms.
-        std: Per-channel standard deviation; None as for ``mean``.
-
-    Raises:
-        ValueError: Unknown ``arch`` or weights name.
+        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms; so for ``std``.
     """
     models = import_extra("torchvision.models", owner="the victim 'torchvision'", extra="vision")
     archs = models.list_models(module=models)
@@ -47,21 +43,7 @@ def build(
     names = models.get_model_weights(arch).__members__
     chosen = "DEFAULT" if weights is None else str(weights)
     known = names[chosen if chosen in names else "DEFAULT"]
-    if chosen in names:
-        if num_classes != 1000:
-            raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
-        # torch.hub checks a download, but not the file that it has kept.
-        kept = Path(torch.hub.get_dir(), "checkpoints", known.url.rpartition("/")[2])
-        if kept.is_file() and not file_digest(kept).startswith("".join(HASHED.findall(kept.name))):
-            kept.unlink()
-        try:
-            network = models.get_model(arch, weights=known)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(
-                f"`victim.weights`: {arch}'s weights {chosen} could not be fetched from {known.url}: {error}. "
-                "Download the file in another way and give its path as `victim.weights`"
-            ) from error
-    else:
+    if chosen not in names:
         if "." not in chosen and "/" not in chosen and not Path(chosen).is_file():
             raise ValueError(
                 f"`victim.weights` for {arch} must be one of {', '.join(names)}, or the path of a state dict, "
@@ -71,25 +53,37 @@ def build(
         extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
         load_state_dict_strict(network, chosen)
-    return _with_transforms(network, known, classes=num_classes, mean=mean, std=std)
+        return _with_transforms(network, known, classes=num_classes, mean=mean, std=std)
+    if num_classes != 1000:
+        raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
+    # torch.hub checks what it downloads, but not what it has kept.
+    kept = Path(torch.hub.get_dir(), "checkpoints", known.url.rpartition("/")[2])
+    if kept.is_file() and not file_digest(kept).startswith("".join(HASHED.findall(kept.name))):
+        kept.unlink()
+    try:
+        network = models.get_model(arch, weights=known)
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"`victim.weights`: {arch}'s weights {chosen} could not be fetched from {known.url}: {error}. "
+            "Download the file in another way and give its path as `victim.weights`"
+        ) from error
+    return _with_transforms(network, known, classes=1000, mean=mean, std=std)
 
 
 def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised | None:
-    """A model of torchvision with the preprocessing of its weights; None if it is not one of torchvision's builders.
+    """A model with the preprocessing of torchvision's weights for it; None if there are none.
 
-    The object does not know its name: the number of its parameters tells it, whatever the number of its classes.
+    An object does not know its name. The number of its parameters tells it, whatever the number of its classes.
     """
     models = import_extra("torchvision.models", owner="a model of torchvision", extra="vision")
-    head = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1]
-    sizes = {name: parameter.numel() for name, parameter in network.named_parameters()}
     # GoogLeNet's weights come without its auxiliary classifiers.
-    classes, count = len(head.weight), sum(size for name, size in sizes.items() if not name.startswith("aux"))
-    per_class = sum(parameter.numel() for parameter in head.parameters()) // classes
-    for arch in models.list_models(module=models):
-        for known in models.get_model_weights(arch):
-            if known.meta["num_params"] == count + (1000 - classes) * per_class:
-                return _with_transforms(network, known, classes=classes, mean=mean, std=std)
-    return None
+    sizes = [parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("aux")]
+    head = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1]
+    classes = len(head.weight)
+    count = sum(sizes) + (1000 - classes) * sum(parameter.numel() for parameter in head.parameters()) // classes
+    known = [w for arch in models.list_models(module=models) for w in models.get_model_weights(arch)]
+    found = next((one for one in known if one.meta["num_params"] == count), None)
+    return None if found is None else _with_transforms(network, found, classes=classes, mean=mean, std=std)
 
 
 def _with_transforms(

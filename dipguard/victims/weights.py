@@ -18,7 +18,7 @@ from dipguard.files import file_digest, write_text
 from dipguard.victims.base import first_line
 
 HASHED = re.compile(r"-([0-9a-f]{8,})\.[^/]*$")
-"""The name of a file that ends in the start of its SHA-256, as torch.hub's do."""
+"""Finds the start of the file's SHA-256 in names like torch.hub's, ``name-0123abcd.pt``."""
 _ENTRIES = ("state_dict", "model_state_dict", "model", "net")
 
 
@@ -27,15 +27,10 @@ def load_state_dict_strict(
 ) -> nn.Module:
     """Load a state dict into ``module`` and return the module; it is unchanged if anything is wrong.
 
-    Reads files of ``torch.save`` (with ``weights_only=True``) and ``.safetensors`` files. The state dict may be an entry
-    of a checkpoint (``state_dict``, ``model_state_dict``, ``model``, ``net``), and all its names may have a prefix
-    (``model.``, ``module.``, ``_orig_mod.``); half precision becomes float32. A download is kept in the cache folder
-    under its address, and its SHA-256 is checked each time.
-
-    Args:
-        module: Network that the weights are for.
-        path_or_url: File or https address.
-        argument: Name of the option in error messages.
+    Reads ``.safetensors`` and, with ``weights_only=True``, files of ``torch.save``. The state dict may be an entry of a
+    checkpoint (``state_dict``, ``model_state_dict``, ``model``, ``net``), and all its names may have a prefix
+    (``model.``, ``module.``, ``_orig_mod.``). Half precision becomes float32. Downloads are kept in the cache folder by
+    their address; their SHA-256 is checked each time. Messages call the option ``argument``.
 
     Raises:
         FileNotFoundError: No file at the path.
@@ -57,7 +52,6 @@ def load_state_dict_strict(
 
 
 def _download(url: str, *, argument: str) -> Path:
-    """The file at ``url``: from the cache, if it is what was downloaded from there."""
     name = Path(urlsplit(url).path).name
     path = cache_folder("weights", hashlib.sha256(url.encode()).hexdigest()[:16], name)
     record, prefix = path.with_name("SHA256"), "".join(HASHED.findall(name))
@@ -87,14 +81,13 @@ def _read(path: Path, *, argument: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files surface as pickle, zip, runtime, end-of-file or key errors
         foreign = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"is damaged or is no state dict of torch.save or safetensors: {first_line(error)}"
         if foreign:
-            raise ValueError(
-                f"`{argument}`: {path} holds pickled objects besides tensors ({foreign[1]}), which could run code and "
-                "are not loaded; save its state dict alone, by torch.save(checkpoint['state_dict'], ...)"
-            ) from error
-        raise ValueError(
-            f"`{argument}`: {path} is damaged or is no state dict of torch.save or safetensors: {first_line(error)}"
-        ) from error
+            problem = (
+                f"holds pickled objects besides tensors ({foreign[1]}), which could run code and are not loaded: save "
+                "its state dict alone, by torch.save(checkpoint['state_dict'], ...)"
+            )
+        raise ValueError(f"`{argument}`: {path} {problem}") from error
 
 
 def _unwrap(state: Any, expected: Mapping[str, Tensor], *, source: str, argument: str) -> dict[str, Tensor]:
