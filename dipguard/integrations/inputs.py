@@ -16,8 +16,7 @@ from dipguard.attacks.target import Purifies, check_defense
 from dipguard.checks import check_choice, check_images
 from dipguard.victims.base import check_channels
 
-ROUNDING = 1e-2
-"""How far outside [0, 1] a denormalised pixel may be through rounding (bfloat16 has 8 bits); it is clamped."""
+_ROUNDING = 1e-2  # how far outside [0, 1] a denormalised pixel may be (bfloat16 has 8 bits); it is clamped
 DRAWS = ("content", "position")
 """Where the index of an image, which seeds its random draws, comes from if none is given.
 
@@ -45,15 +44,11 @@ class Pixels:
         wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
         pixels = wide * self._std.to(wide) + self._mean.to(wide)
         low, high = map(float, torch.aminmax(pixels))
-        if self.normalised and (low < -ROUNDING or high > 1 + ROUNDING):
+        slack = _ROUNDING if self.normalised else 1e-6
+        if low < -slack or high > 1 + slack:
+            advice = "must be the pipeline's" if self.normalised else "are needed if your pipeline normalises them"
             raise ValueError(
-                f"`mean` and `std` must be those of the pipeline: with them, pixels go from {low:.4g} to {high:.4g}, "
-                "not from 0 to 1"
-            )
-        if not self.normalised and (low < -1e-6 or high > 1 + 1e-6):
-            raise ValueError(
-                f"`images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}; if your pipeline normalises "
-                "them, give its `mean` and `std`"
+                f"`images` must lie in [0, 1], got values from {low:.4g} to {high:.4g}: `mean` and `std` {advice}"
             )
         return check_images(pixels.clamp(0, 1))
 

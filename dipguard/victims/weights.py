@@ -100,10 +100,12 @@ def _unwrap(state: Any, expected: Mapping[str, Tensor], *, source: str, argument
         )
     weights = {str(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
     # Lightning, DataParallel and torch.compile put the name of their attribute before every name.
-    inner = weights
-    while expected.keys().isdisjoint(inner) and len({name.split(".")[0] for name in inner}) == 1:
-        inner = {name.partition(".")[2]: value for name, value in inner.items()}
-    return weights if expected.keys().isdisjoint(inner) else inner
+    first = next(iter(weights))
+    for prefix in ("", *(first[: dot.end()] for dot in re.finditer(r"\.", first))):
+        shared = all(name.startswith(prefix) for name in weights)
+        if shared and not expected.keys().isdisjoint(name.removeprefix(prefix) for name in weights):
+            return {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def _problems(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
