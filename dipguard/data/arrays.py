@@ -23,11 +23,6 @@ def load_arrays(
 
     The file holds ``images`` (uint8 [N, H, W, 3], RGB) and ``labels`` (integers [N], at least 0). With ``test_index``
     (integers [N], all different) these are the indices of the images; without it, their positions in the file are.
-
-    Raises:
-        FileNotFoundError: No file at ``path``.
-        TypeError: An array of the wrong dtype.
-        ValueError: No ``path``, a damaged file, a missing array, wrong shapes, or negative labels.
     """
     if path is None:
         raise ValueError("`path` must name a .npz file with `images` and `labels`, got None")
@@ -73,7 +68,7 @@ def _opened(file: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _header(archive: zipfile.ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype[Any], bool, int]:
-    """Shape, dtype, whether it is stored column by column, and length of the header of an array."""
+    """Shape, dtype, whether it is stored by columns, and the length of the header."""
     with archive.open(f"{name}.npy") as stream:
         version, _ = np.lib.format.read_magic(stream)
         read = np.lib.format.read_array_header_1_0 if version == 1 else np.lib.format.read_array_header_2_0

@@ -52,15 +52,8 @@ class ImageSet:
     def labelled_for(self, names: Sequence[str], *, outputs: int) -> ImageSet:
         """Return the set with a classifier's labels, found by the names of the classes, or by numbers as names.
 
-        Args:
-            names: The classifier's classes in the order of its logits; empty if unknown.
-            outputs: Number of its logits.
-
-        Raises:
-            ValueError: The classifier does not have some of the classes, and their positions cannot be its labels.
-
-        Warns:
-            UserWarning: The names differ, but there are as many: positions are taken for labels.
+        ``names`` are the classifier's classes, empty if unknown, ``outputs`` the number of its logits. ValueError if it
+        lacks some classes; where it has as many of other names, their positions are taken for labels, with a warning.
         """
         if not self.classes or self.classes == tuple(names):
             return self

@@ -21,17 +21,10 @@ def load_cifar10(
     split: str = "test",
     download: bool = True,
 ) -> ImageSet:
-    """CIFAR-10; the index of an image is its position in the split.
+    """CIFAR-10; the index of an image is its position in the split, ``test`` (10,000 images) or ``train`` (50,000).
 
-    ``path`` is the folder that holds ``cifar-10-batches-py``, or that it is downloaded to; by default dipguard's cache.
-
-    Args:
-        split: ``test`` (10,000 images) or ``train`` (50,000).
-        download: Download the data set (170 MB) if it is missing or damaged.
-
-    Raises:
-        RuntimeError: The data set is missing or damaged, and was not downloaded.
-        ValueError: Unknown ``split``.
+    ``path`` is the folder that holds ``cifar-10-batches-py``; by default dipguard's cache. With ``download`` it is
+    fetched there (170 MB) if it is missing or damaged; RuntimeError otherwise.
     """
     datasets = import_extra("torchvision.datasets", owner="the data set 'cifar10'", extra="vision")
     check_choice(split, ("test", "train"), name="split")

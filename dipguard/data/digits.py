@@ -24,11 +24,7 @@ _EVERY = 3  # every third image is for evaluation, the rest trains the victim: t
 def load_digits(
     *, path: str | None = None, offset: int = 0, limit: int | None = None, size: int | None = None
 ) -> ImageSet:
-    """Handwritten digits: 599 images, 32x32 unless ``size`` is given, none of which the digits victim is trained on.
-
-    Raises:
-        ValueError: A ``path``, since there is no file.
-    """
+    """Handwritten digits: 599 images, 32x32 unless ``size`` is given, none of which the digits victim is trained on."""
     if path is not None:
         raise ValueError(f"`path` must be empty for the data set 'digits', which is built in, got {path!r}")
     images, labels = digits_split(evaluation=True, size=32 if size is None else size)

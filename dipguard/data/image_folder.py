@@ -49,11 +49,6 @@ def load_image_folder(
         image_column: Its column of file names (paths inside the folder) or ids (file names without extension).
         label_column: Its column of labels.
         label_base: Number of the first class in the CSV, 0 or 1; labels are 0-based afterwards.
-
-    Raises:
-        FileNotFoundError: No such folder or CSV, no images, or a row without its image.
-        ValueError: An image that cannot be read or differs in size, a bad CSV, no sub-folders and no CSV, or images
-            beside the sub-folders.
     """
     if path is None:
         raise ValueError("`path` must name a folder of pictures, got None")
@@ -168,11 +163,7 @@ def _read_all(files: Sequence[Path], size: int | None) -> Tensor:
 def open_rgb(file: Path) -> Image.Image:
     """Read an image file with Pillow as 8-bit RGB, turned upright by its EXIF orientation.
 
-    Raises:
-        ValueError: It cannot be read, or has more than 8 bits per channel.
-
-    Warns:
-        UserWarning: It has transparent parts, which show `BACKGROUND`.
+    Transparent parts become `BACKGROUND`, with a warning; ValueError if it cannot be read or has over 8 bits a channel.
     """
     image = import_extra("PIL.Image", owner="a picture", extra="vision")
     ops = import_extra("PIL.ImageOps", owner="a picture", extra="vision")

@@ -23,10 +23,6 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
         defense: The defence, for images [N, 3, H, W] in [0, 1].
         draws: How a random defence draws, one of :data:`~dipguard.integrations.inputs.DRAWS`.
         device_type: ``cpu``, or ``gpu`` for torch's current one. A DIP is fitted on the device of the defence's victim.
-
-    Raises:
-        ImportError: ART is not installed.
-        TypeError, ValueError: A bad argument; the message names it.
     """
     purifier = InputPurifier(defense, draws=draws)
     art = import_extra("art.defences.preprocessor.preprocessor", owner="purify_preprocessor", extra="art")

@@ -25,10 +25,7 @@ DRAWS = ("content", "position")
 
 
 class Pixels:
-    """Undoes a normalisation (x - mean) / std, and applies it again.
-
-    ``mean`` and ``std`` have three numbers each, or are None for images that are not normalised; ValueError otherwise.
-    """
+    """Undoes a normalisation (x - mean) / std of three channels, and applies it again; None for images without one."""
 
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
         if (mean is None) != (std is None):
@@ -68,8 +65,7 @@ class LoaderPositions:
     """Positions in the data set of the images that a data loader yields.
 
     The k-th image that a process loads has position k, or k R + r if a `DistributedSampler` shares the data among R
-    processes and this is process r. The loader, or any other iterable, must keep the order of the data set, as
-    Lightning's loaders for test, validate and predict do by default.
+    processes and this is process r. The loader must keep the order of the data set, as Lightning's do except in fit.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -123,8 +119,7 @@ class InputPurifier:
     def __call__(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Return purified images [N, 3, H', W'], detached, of the images' dtype and device, normalised like them.
 
-        ``images`` are float [N, 3, H, W] as the classifier takes them, ``indices`` int [N], their positions in the
-        whole data set.
+        ``images`` are [N, 3, H, W] as the classifier takes them, ``indices`` [N] their positions in the whole data set.
         """
         with _isolated(self, images):
             pixels = self.pixels.restore(images)

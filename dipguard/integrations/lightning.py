@@ -51,10 +51,7 @@ class DefendedClassifier(nn.Module):
         self.purifier = InputPurifier(defense, mean=mean, std=std, draws=draws)
 
     def forward(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
-        """Return the classifier's output on the purified images.
-
-        ``images`` are float [N, 3, H, W], ``indices`` int [N], their positions in the whole data set.
-        """
+        """Return the output for images [N, 3, H, W] with ``indices`` [N], their positions in the whole data set."""
         output: Tensor = self.classifier(self.purifier(images, indices=indices))
         return output
 
@@ -65,7 +62,8 @@ class PurifyCallback(pl.Callback):
     The step gets a copy of the batch with purified images. ``trainer.fit``, validation included, is left alone. Where
     there are labels, accuracy with and without the defence is logged through the module's ``log`` as
     ``test_accuracy_defended`` and ``test_accuracy_undefended`` (``validate_...``; a predict loop logs nothing), over
-    all processes, each image once. This calls the module twice per batch, in the Trainer's precision.
+    all processes, each image once. This calls the module twice per batch, in the Trainer's precision; the logits [N, C]
+    are its output, or its output's field ``logits``.
 
     The index of an image, which seeds its random draws, is its position in the data set
     (:class:`~dipguard.integrations.inputs.LoaderPositions`). If a loader shuffles, put the indices into the batch.
@@ -80,8 +78,6 @@ class PurifyCallback(pl.Callback):
         mean: Per-channel mean that the DataModule normalises with; None for images in [0, 1].
         std: Per-channel standard deviation; None as for ``mean``.
         stages: Any of ``test``, ``validate``, ``predict``.
-        logits: Takes the module and images, returns logits [N, C]; by default ``module(images)``, or the field
-            ``logits`` of its output.
     """
 
     def __init__(
@@ -94,7 +90,6 @@ class PurifyCallback(pl.Callback):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         stages: Sequence[str] = tuple(STEPS),
-        logits: Callable[[Any, Tensor], Tensor] | None = None,
     ) -> None:
         self.purifier = InputPurifier(defense, mean=mean, std=std, quiet=True)
         self._images, self._labels, self._indices = (
@@ -103,7 +98,6 @@ class PurifyCallback(pl.Callback):
         )
         names = (stages,) if isinstance(stages, str) else stages
         self.stages = tuple(check_choice(stage, STEPS, name="stages") for stage in names)
-        self._logits = ask if logits is None else logits
         self._restore: Callable[[], None] | None = None
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
@@ -152,19 +146,13 @@ class PurifyCallback(pl.Callback):
             weights = (~repeated).float().to(labels.device)
             for name, given, metric in zip(("undefended", "defended"), (images, purified), metrics, strict=True):
                 with torch.no_grad(), isolate_rng():
-                    logits = check_logits(self._logits(pl_module, given), count=len(given), name="logits")
+                    output = pl_module(given)
+                logits = check_logits(getattr(output, "logits", output), count=len(given), name="module")
                 metric.to(labels.device).update((logits.argmax(dim=1) == labels).float(), weights)
                 options = {"on_step": False, "on_epoch": True, "batch_size": len(given)}
                 # Lightning needs the name of the metric's attribute; there is none.
                 pl_module.log(f"{stage}_accuracy_{name}", metric, metric_attribute="dipguard", **options)
         return with_part(batch, place, purified)
-
-
-def ask(module: Any, images: Tensor) -> Tensor:
-    """Return ``module(images)``, or its field ``logits`` (outputs of Hugging Face's models)."""
-    output = module(images)
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
 
 
 def _loader(trainer: Any, stage: str, position: int) -> Any:

@@ -45,10 +45,7 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR-10 ResNet of He et al. (2016), section 4.2, with parameter-free shortcuts (option A).
-
-    It has ``6 * blocks + 2`` layers, in three stages of 16, 32 and 64 channels.
-    """
+    """The CIFAR-10 ResNet of He et al. (2016), section 4.2, with ``6 * blocks + 2`` layers and shortcuts A."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -122,10 +119,7 @@ def resnet50(
 
 
 def cnn_a(*, weights: str | Path | None = None) -> Normalised:
-    """A small adversarially trained CNN: a robust classifier to compare a defended victim with.
-
-    Papers on neural network verification call it CNN-A; its weights are files ``cifar_cnn_a_adv*.pth``.
-    """
+    """A small adversarially trained CNN (CNN-A of papers on verification): a robust classifier to compare with."""
     if not weights:
         raise ValueError(
             "`victim.weights` must name a state dict for cifar_cnn_a, got none: its adversarially trained weights, "

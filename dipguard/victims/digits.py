@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import nn
 
 from dipguard.cache import cache_folder
@@ -47,7 +48,14 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
         _train(victim, seed=seed, progress=progress)
     finally:
         torch.set_num_threads(threads)
-    _save(network, path)
+    try:
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
+    except OSError as error:
+        warnings.warn(
+            f"the digits victim could not be kept in {path.parent} and will be trained again next time: {error}; "
+            "set DIPGUARD_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
     return victim
 
 
@@ -86,17 +94,3 @@ def _train(victim: Normalised, *, seed: int, progress: bool) -> None:
                 bar.update()
     optimiser.zero_grad()
     victim.eval()
-
-
-def _save(network: nn.Module, path: Path) -> None:
-    from safetensors.torch import save
-
-    content = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        warnings.warn(
-            f"the digits victim could not be kept in {path.parent} and will be trained again next time: {error}; "
-            "set DIPGUARD_CACHE to a folder that can be written",
-            stacklevel=3,
-        )

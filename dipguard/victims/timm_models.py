@@ -79,15 +79,13 @@ def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[
 def _create(timm: Any, arch: str, *, pretrained: bool, options: Mapping[str, Any]) -> Any:
     try:
         if pretrained and ":" not in arch and not timm.models.get_pretrained_cfg(arch).has_weights:
-            raise ValueError(f"`victim.weights` must name a state dict: timm has no weights for {arch!r}")
+            raise ValueError("there are no weights for it; `victim.weights` must name a state dict")
         return timm.create_model(arch, pretrained=pretrained, **options)
-    except ValueError:
-        raise
     except (TypeError, AssertionError) as error:
         raise ValueError(f"`victim.model`: {arch} cannot be built with {dict(options)}: {first_line(error)}") from error
     except Exception as error:  # what a failed download raises depends on the transport
         text = f"`victim.arch`: timm could not make {arch!r}: {first_line(error)}"
-        if "nvalid pretrained tag" in text:
+        if isinstance(error, ValueError) or "nvalid pretrained tag" in text:
             raise ValueError(text) from error
         advice = ". Download the weights in another way and give their path as `victim.weights`" if pretrained else ""
         raise RuntimeError(text + advice) from error

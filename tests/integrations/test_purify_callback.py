@@ -208,7 +208,6 @@ def test_a_dataset_of_ready_batches_is_not_written_to(module: DigitsModule) -> N
             ValueError,
             r"`images` must lie in \[0, 1\].*: `mean` and `std` must be the pipeline's",
         ),
-        ({"logits": lambda module, images: images}, "tuple", ValueError, r"`logits` must return logits \[B, C\]"),
     ],
 )
 def test_what_is_wrong_with_a_batch_is_named(
