@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import warnings
 from collections.abc import Sequence
@@ -97,6 +98,12 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
     if text is not None:
         warnings.warn(text, UserWarning, stacklevel=2)
     return scores
+
+
+def unknown_arch(arch: str, known: Sequence[str], *, library: str) -> ValueError:
+    """Return the error for an architecture that a library does not have, with the nearest ones."""
+    near = ", ".join(difflib.get_close_matches(arch, known, n=5)) or f"none of its {len(known)}"
+    return ValueError(f"`victim.arch` must be one of {library}'s models, got {arch!r}; near it: {near}")
 
 
 def first_line(error: BaseException) -> str:

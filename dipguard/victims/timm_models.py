@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from dipguard.checks import check_int
 from dipguard.registry import import_extra
-from dipguard.victims.base import Normalised, first_line
+from dipguard.victims.base import Normalised, first_line, unknown_arch
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -35,11 +34,8 @@ def build(
         model: Further arguments of ``timm.create_model``, such as ``pad_type`` or ``img_size``.
     """
     timm = import_extra("timm", owner="the victim 'timm'", extra="timm")
-    name = arch.split(".")[0]
-    if ":" not in arch and not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
-        hint = f"near it: {near}" if near else "timm.list_models() names them"
-        raise ValueError(f"`victim.arch` must be one of timm's models, got {arch!r}; {hint}")
+    if ":" not in arch and not timm.is_model(arch.split(".")[0]):
+        raise unknown_arch(arch, timm.list_models(), library="timm")
     if model is not None and not isinstance(model, Mapping):
         raise TypeError(f"`victim.model` must map names to values, such as {{pad_type: same}}, got {model!r}")
     options = dict(model or {})

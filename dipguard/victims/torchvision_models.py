@@ -11,8 +11,8 @@ from torch import nn
 
 from dipguard.checks import check_int
 from dipguard.files import file_digest
-from dipguard.registry import did_you_mean, import_extra
-from dipguard.victims.base import Normalised
+from dipguard.registry import import_extra
+from dipguard.victims.base import Normalised, unknown_arch
 from dipguard.victims.weights import HASHED, load_state_dict_strict
 
 
@@ -37,8 +37,7 @@ def build(
     models = import_extra("torchvision.models", owner="the victim 'torchvision'", extra="vision")
     archs = models.list_models(module=models)
     if arch not in archs:
-        near = did_you_mean(arch, archs) or "; torchvision.models.list_models() names them"
-        raise ValueError(f"`victim.arch` must be one of torchvision's classifiers, got {arch!r}{near}")
+        raise unknown_arch(arch, archs, library="torchvision")
     check_int(num_classes, name="victim.num_classes", low=2)
     names = models.get_model_weights(arch).__members__
     chosen = "DEFAULT" if weights is None else str(weights)

@@ -48,6 +48,7 @@ def test_an_attack_through_a_cheap_defence_works(module: DigitsModule, attack, d
     assert accuracy(defended, attacked, labels) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [foolbox_pgd, torchattacks_pgd])
 def test_an_attack_through_a_guard(module: DigitsModule, attack) -> None:
     images, labels = digits(0, 2)
@@ -56,6 +57,7 @@ def test_an_attack_through_a_guard(module: DigitsModule, attack) -> None:
     assert 0 < float((attacked - images).abs().max()) <= EPS + 1e-5
 
 
+@pytest.mark.slow
 def test_black_box_attacks_of_foolbox_ask_the_defended_model(module: DigitsModule) -> None:
     library, (images, labels) = foolbox(), digits(0, 4)
     defended = BPDAClassifier(module, build_defense("median", module))

@@ -132,24 +132,29 @@ def test_build_victim_refuses_unknown_names_and_options():
         build_victim("cifar10_resnet20", depth=56)
 
 
-def _exported(images, **options):
-    network = nn.Sequential(
-        nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(900, 10)
-    )
-    return network.eval(), torch.export.export(network.eval(), (images,), **options)
+def _network():
+    layers = (nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(900, 10))
+    return nn.Sequential(*layers).eval()
 
 
-FREEZE = [
-    lambda network: torch.jit.freeze(torch.jit.script(network)),
-    lambda network: torch.jit.script(network),
-    lambda network: torch.jit.trace(network, torch.rand(1, 3, 32, 32)),
-]
+def _exported(network):
+    batch = torch.export.Dim("n", min=1, max=1024)
+    return torch.export.export(network, (torch.rand(2, 3, 32, 32),), dynamic_shapes=({0: batch},)).module()
 
 
-@pytest.mark.parametrize("form", [0, 1, 2, "export"])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda network: torch.jit.freeze(torch.jit.script(network)),
+        lambda network: torch.jit.script(network),
+        lambda network: torch.jit.trace(network, torch.rand(1, 3, 32, 32)),
+        pytest.param(_exported, marks=pytest.mark.slow),
+    ],
+    ids=["frozen", "scripted", "traced", "exported"],
+)
 def test_scripted_and_exported_victims_are_served(images, form):
-    network, program = _exported(images, dynamic_shapes=({0: torch.export.Dim("n", min=1, max=1024)},))
-    victim = program.module() if form == "export" else FREEZE[form](network)
+    network = _network()
+    victim = form(network)
     with torch.no_grad():
         expected = network(images)
     assert torch.allclose(check_victim(victim, images), expected, atol=1e-5)
@@ -158,12 +163,31 @@ def test_scripted_and_exported_victims_are_served(images, form):
     assert 0 < float((attacked - images).abs().max()) <= 8.01 / 255
 
 
-def test_a_victim_that_was_exported_for_one_batch_is_refused_at_the_door(images):
-    _, program = _exported(images)
-    with pytest.raises(TypeError, match=r"`victim` must be a torch\.nn\.Module, got ExportedProgram; take its"):
-        DIPGuard(program)
+def _of_four(network):
+    # What torch.export leaves, made in a moment.
+    traced = torch.fx.symbolic_trace(network)
+    next(iter(traced.graph.nodes)).meta["val"] = torch.empty(4, 3, 32, 32)
+    return traced
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        _of_four,
+        pytest.param(
+            lambda network: torch.export.export(network, (torch.rand(4, 3, 32, 32),)).module(), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_victim_that_was_exported_for_one_batch_is_refused_at_the_door(export):
     with pytest.raises(ValueError, match=r"`victim` must take any number of images.*batches of 4.*dynamic_shapes"):
-        DIPGuard(nn.Sequential(program.module()))
+        DIPGuard(nn.Sequential(export(_network())))
+
+
+@pytest.mark.slow
+def test_an_exported_program_is_told_from_its_module():
+    with pytest.raises(TypeError, match=r"`victim` must be a torch\.nn\.Module, got ExportedProgram; take its"):
+        DIPGuard(torch.export.export(_network(), (torch.rand(4, 3, 32, 32),)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

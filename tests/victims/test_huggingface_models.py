@@ -71,6 +71,7 @@ def test_names_and_interpolation_are_its_own(folder):
         assert victim(torch.rand(2, 3, 32, 32)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("folder", ["resnet"], indirect=True)
 def test_gradients_reach_the_images(folder):
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     build_victim("huggingface", weights=folder)(images).sum().backward()

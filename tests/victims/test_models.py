@@ -90,9 +90,16 @@ def test_any_other_model_says_it_by_options(tmp_path):
         build_victim(model, arch="resnet18")
 
 
-def test_a_compiled_model_is_taken_out_of_its_wrapper():
+def _wrapped(model):
+    wrapper = nn.Module()
+    wrapper._orig_mod = model
+    return wrapper
+
+
+@pytest.mark.parametrize("wrap", [_wrapped, pytest.param(torch.compile, marks=pytest.mark.slow)])
+def test_a_compiled_model_is_taken_out_of_its_wrapper(wrap):
     model = models.squeezenet1_1(weights=None)
-    assert build_victim(torch.compile(model)).network is model
+    assert build_victim(wrap(model)).network is model
 
 
 def test_a_normalised_network_stays_as_it_is():

@@ -12,6 +12,7 @@ def _saved(tmp_path, arch, **options):
     return network, tmp_path / "own.pt"
 
 
+@pytest.mark.slow
 def test_real_mobilenet_reads_real_photographs(real_data, photographs):
     victim = build_victim(
         "timm",
