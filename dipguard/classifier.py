@@ -51,7 +51,8 @@ def _held_false(items: Iterable[nn.Module | nn.Parameter], flag: str) -> Iterato
 @contextmanager
 def eval_mode(classifier: nn.Module) -> Iterator[nn.Module]:
     """Put a classifier in eval mode, and restore the mode of every submodule (of frozen BatchNorms too) afterwards."""
-    with _held_false(classifier.modules(), "training"):
+    # Frozen TorchScript has no such flag, and eval() of what torch.export made raises an error.
+    with _held_false((part for part in classifier.modules() if hasattr(part, "training")), "training"):
         yield classifier
 
 
@@ -86,9 +87,18 @@ def logits_of(classifier: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
-    """Return ``classifier`` if it is a module, else raise TypeError."""
+    """Return ``classifier``; TypeError if it is not a module, ValueError if it was exported for one size of batch."""
     if not isinstance(classifier, nn.Module):
-        raise TypeError(f"`{name}` must be a torch.nn.Module, got {type(classifier).__name__}")
+        hint = "; take its .module()" if isinstance(classifier, torch.export.ExportedProgram) else ""
+        raise TypeError(f"`{name}` must be a torch.nn.Module, got {type(classifier).__name__}{hint}")
+    exported = [part for part in classifier.modules() if isinstance(part, torch.fx.GraphModule)]
+    for node in [node for part in exported for node in part.graph.nodes if node.op == "placeholder"]:
+        shape = getattr(node.meta.get("val"), "shape", ())
+        if len(shape) == 4 and isinstance(shape[0], int):
+            raise ValueError(
+                f"`{name}` must take any number of images, but it was exported for batches of {shape[0]}: give "
+                "torch.export.export the argument dynamic_shapes"
+            )
     return classifier
 
 

@@ -343,8 +343,8 @@ BAD_FILES: dict[str, dict[str, Any]] = {
         ("labels", "`labels` must be at least 0 and below 10, got labels from 0 to 12"),
         ("range", "must be uint8"),
         ("rank", r"must have shape \[N, H, W, 3\]"),
-        ("small", "`victim` digits_cnn cannot read images of 8x8 pixels"),
-        ("size", "`victim` digits_cnn cannot read images of 48x48 pixels"),
+        ("small", "`victim` cannot read images of 8x8 pixels; it was made for 32x32 .give `data.size`"),
+        ("size", "`victim` cannot read images of 48x48 pixels; it was made for 32x32"),
         ("empty", "with N >= 1"),
     ],
 )

@@ -39,6 +39,11 @@ class VictimView(nn.Module):
         self.victim = victim
         self.eval()
 
+    def train(self, mode: bool = True) -> VictimView:
+        """Switch this module alone."""
+        self.training = mode
+        return self
+
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [B, C]."""
         return logits_of(self.victim, images)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -106,18 +105,29 @@ def prepare(args: argparse.Namespace) -> Job:
 
 
 def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
-    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON, YAML or else strings."""
+    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON, or YAML's bool or map."""
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key or key in options:
             problem = "given twice" if key in options else "not of the form KEY=VALUE"
             raise CommandError(f"{argument}: {pair!r} is {problem}")
-        options[key] = text
-        for read in (yaml.safe_load, json.loads):  # JSON's 1e-3 is text in YAML
-            with suppress(ValueError, yaml.YAMLError):
-                options[key] = read(text)
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = _from_yaml(text, f"{argument}: {pair!r}")
     return options
+
+
+def _from_yaml(text: str, where: str) -> Any:
+    """What Hydra would make of it too: ``{pad_type: same}``, ``[1, a]``, ``True``, ``null``; all else is a string."""
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        if text[:1] in "{[":
+            raise CommandError(f"{where} is neither JSON nor YAML: {str(error).splitlines()[0]}") from error
+        return text
+    return value if value is None or isinstance(value, (bool, dict, list)) else text
 
 
 def make_victim(name: str, *, weights: str | None, options: Mapping[str, Any], device: torch.device) -> nn.Module:

@@ -62,7 +62,7 @@ def _outputs(names: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation: str) -> Tensor:
-    """Read a picture as uint8 [3, *size] (height, width), RGB, turned upright by its EXIF orientation.
+    """Read a picture (`open_rgb`) as uint8 [3, *size].
 
     ``resize`` is ``crop`` (keep the aspect ratio, cut out the centre) or ``stretch``, ``interpolation`` the name of a
     ``PIL.Image.Resampling`` in lower case. ValueError if the file cannot be read.
@@ -71,7 +71,7 @@ def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation:
 
     height, width = size
     how = Image.Resampling[interpolation.upper()]
-    picture = open_rgb(path, upright=True)
+    picture = open_rgb(path)
     if picture.size != (width, height):
         crop = resize == "crop"
         picture = ImageOps.fit(picture, (width, height), how) if crop else picture.resize((width, height), how)

@@ -35,16 +35,11 @@ def load_data(
 
     Args:
         name: A key of `DATASETS`, or a name that another package registers.
-        path: File or folder of the data set, where it has one.
+        path: File or folder of the data set, where it has one; FileNotFoundError if there is nothing.
         limit: Number of images; None for all from ``offset`` on.
         offset: Position of the first image. Neither changes the index of an image.
         size: Resize images to size x size pixels (bilinear, antialiased); None keeps their size.
-        options: Options of the loader.
-
-    Raises:
-        TypeError: Unknown option, or an argument of the wrong type.
-        ValueError: Unknown name, ``offset`` beyond the end, ``limit`` or ``size`` below 1, or an error of the loader.
-        FileNotFoundError: Nothing at ``path``.
+        options: Options of the loader; TypeError for an unknown one.
     """
     load = lookup(table_of("data", DATASETS), name, argument="data")
     check_options(load, options, owner=f"the data set {name!r}", hidden=("path", "offset", "limit", "size"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +16,7 @@ from dipguard.checks import check_images, check_int, check_labels
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Labelled images, checked on construction.
+    """Labelled images, checked on construction (TypeError, ValueError).
 
     Attributes:
         images: float32 [N, 3, H, W] in [0, 1], RGB (other float types are converted).
@@ -21,11 +24,6 @@ class ImageSet:
         indices: int64 [N], positions in the whole data set, all different. They seed the random draws, and do not
             depend on which part of the set was loaded.
         classes: Class names in label order; empty if unknown.
-        name: Name of the data set.
-
-    Raises:
-        TypeError: A field is not a tensor of the right kind.
-        ValueError: Wrong shapes, values outside [0, 1], labels out of range, or indices negative or repeated.
     """
 
     images: Tensor
@@ -51,14 +49,66 @@ class ImageSet:
         part = window(len(self), offset=offset, limit=limit)
         return ImageSet(self.images[part], self.labels[part], self.indices[part], self.classes, self.name)
 
+    def labelled_for(self, names: Sequence[str], *, outputs: int) -> ImageSet:
+        """Return the set with a classifier's labels, found by the names of the classes, or by numbers as names.
+
+        ``names`` are the classifier's classes, empty if unknown, ``outputs`` the number of its logits. ValueError if it
+        lacks some classes; where it has as many of other names, their positions are taken for labels, with a warning.
+        """
+        if not self.classes or self.classes == tuple(names):
+            return self
+        places: dict[str, list[int]] = {}
+        for number, name in enumerate(names if len(names) == outputs else ()):
+            places.setdefault(_plain(name), []).append(number)
+        found = [places.get(_plain(name), []) for name in self.classes]
+        numbers = [int(name) if name.isdecimal() else outputs for name in self.classes]
+        if all(len(places) == 1 for places in found):
+            numbers = [number for (number,) in found]
+        if all(number < outputs for number in numbers):
+            return replace(self, labels=torch.tensor(numbers)[self.labels], classes=tuple(names) if places else ())
+        unknown = ", ".join(repr(name) for name, own in zip(self.classes, found, strict=True) if len(own) != 1)
+        if len(self.classes) != outputs or any(own and number not in own for number, own in enumerate(found)):
+            raise ValueError(
+                f"`data`: of the {len(self.classes)} classes of {self.name}, the victim ({outputs} classes) has none, "
+                f"or several, of the name {unknown[:200]}: name them (the folders) as the victim does, or by its "
+                "numbers from 0 on, or give a CSV of labels (`labels_csv`)"
+            )
+        if places:
+            warnings.warn(
+                f"`data`: the victim has no class {unknown[:200]}: the {outputs} classes of {self.name} are taken for "
+                "its own in this order",
+                UserWarning,
+                stacklevel=2,
+            )
+        return self
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\W_]+", " ", name).strip().casefold()
+
+
+def shift_warning(labels: Tensor, decisions: Tensor, *, outputs: int) -> str | None:
+    """Return a warning text if a classifier is right by chance, but not if all labels were one lower or higher.
+
+    ``labels`` and ``decisions`` are int [N], ``outputs`` is the number of classes.
+    """
+    from scipy.stats import binom
+
+    def likelihood(shift: int) -> float:  # that guessing is right so often
+        return float(binom.sf(int((decisions == labels + shift).sum()) - 1, len(labels), 1 / outputs))
+
+    for shift, what in ((-1, "lower"), (1, "higher")):
+        if likelihood(0) > 0.05 and likelihood(shift) < 1e-3:
+            now, then = (int((decisions == labels + by).sum()) for by in (0, shift))
+            return (
+                f"the victim is right on {now} of {len(labels)} clean images, and would be on {then} if all labels "
+                f"were one {what}: look at `data.label_base`"
+            )
+    return None
+
 
 def window(count: int, *, offset: int = 0, limit: int | None = None) -> slice:
-    """Return the slice ``[offset, offset + limit)``, cut at ``count``.
-
-    Raises:
-        TypeError: ``offset`` or ``limit`` is not an integer.
-        ValueError: ``offset`` is not in [0, count), or ``limit`` is below 1.
-    """
+    """Return the slice ``[offset, offset + limit)``, cut at ``count``; ValueError if it is empty."""
     check_int(offset, name="offset", low=0)
     if offset >= count:
         raise ValueError(f"`offset` must be below the number of images, {count}, got {offset}")
@@ -66,12 +116,7 @@ def window(count: int, *, offset: int = 0, limit: int | None = None) -> slice:
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """Resize images [N, 3, H, W] to [N, 3, size, size] (bilinear, antialiased, clamped to [0, 1]); None: no change.
-
-    Raises:
-        TypeError: ``size`` is not an integer.
-        ValueError: ``size`` is below 1.
-    """
+    """Resize images [N, 3, H, W] to [N, 3, size, size] (bilinear, antialiased, clamped to [0, 1]); None: no change."""
     if size is None or tuple(images.shape[-2:]) == (check_int(size, name="size", low=1),) * 2:
         return images
     resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)

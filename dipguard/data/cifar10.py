@@ -9,6 +9,7 @@ import torch
 from dipguard.cache import cache_folder
 from dipguard.checks import check_choice
 from dipguard.data.base import ImageSet, from_bytes, resize, window
+from dipguard.registry import import_extra
 
 
 def load_cifar10(
@@ -20,24 +21,16 @@ def load_cifar10(
     split: str = "test",
     download: bool = True,
 ) -> ImageSet:
-    """CIFAR-10; the index of an image is its position in the split.
+    """CIFAR-10; the index of an image is its position in the split, ``test`` (10,000 images) or ``train`` (50,000).
 
-    ``path`` is the folder that holds ``cifar-10-batches-py``, or that it is downloaded to; by default dipguard's cache.
-
-    Args:
-        split: ``test`` (10,000 images) or ``train`` (50,000).
-        download: Download the data set (170 MB) if it is missing or damaged.
-
-    Raises:
-        RuntimeError: The data set is missing or damaged, and was not downloaded.
-        ValueError: Unknown ``split``.
+    ``path`` is the folder that holds ``cifar-10-batches-py``; by default dipguard's cache. With ``download`` it is
+    fetched there (170 MB) if it is missing or damaged; RuntimeError otherwise.
     """
-    from torchvision.datasets import CIFAR10
-
+    datasets = import_extra("torchvision.datasets", owner="the data set 'cifar10'", extra="vision")
     check_choice(split, ("test", "train"), name="split")
     folder = cache_folder("cifar10") if path is None else Path(path).expanduser()
     try:
-        data = CIFAR10(str(folder), train=split == "train", download=download)
+        data = datasets.CIFAR10(str(folder), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         how = "could not be downloaded" if download else "is missing or damaged, and `download` is off"
         raise RuntimeError(

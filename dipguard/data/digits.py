@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dipguard.checks import check_int
 from dipguard.data.base import ImageSet, window
+from dipguard.registry import import_extra
 
 CLASSES = tuple("0123456789")
 _EVERY = 3  # every third image is for evaluation, the rest trains the victim: the split depends on no seed
@@ -23,11 +24,7 @@ _EVERY = 3  # every third image is for evaluation, the rest trains the victim: t
 def load_digits(
     *, path: str | None = None, offset: int = 0, limit: int | None = None, size: int | None = None
 ) -> ImageSet:
-    """Handwritten digits: 599 images, 32x32 unless ``size`` is given, none of which the digits victim is trained on.
-
-    Raises:
-        ValueError: A ``path``, since there is no file.
-    """
+    """Handwritten digits: 599 images, 32x32 unless ``size`` is given, none of which the digits victim is trained on."""
     if path is not None:
         raise ValueError(f"`path` must be empty for the data set 'digits', which is built in, got {path!r}")
     images, labels = digits_split(evaluation=True, size=32 if size is None else size)
@@ -48,6 +45,5 @@ def digits_split(*, evaluation: bool, size: int = 32) -> tuple[Tensor, Tensor]:
 
 @cache
 def _pictures() -> tuple[Any, Any]:
-    from sklearn.datasets import load_digits as load_pictures
-
-    return load_pictures(return_X_y=True)
+    datasets = import_extra("sklearn.datasets", owner="the data set 'digits'", extra="app")
+    return datasets.load_digits(return_X_y=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,12 +14,15 @@ from torch import Tensor
 
 from dipguard.checks import check_int
 from dipguard.data.base import ImageSet, from_bytes, resize, window
+from dipguard.registry import import_extra
 
 if TYPE_CHECKING:
     from PIL import Image
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 KINDS = " ".join(sorted(EXTENSIONS))
+BACKGROUND = "white"
+"""What shows through the transparent parts of a picture."""
 _PIL_8_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 
 
@@ -38,17 +42,13 @@ def load_image_folder(
     The data set is the rows of ``labels_csv`` or, without it, the sub-folders as classes in alphabetical order
     (torchvision's ``ImageFolder``). The index of an image is its position in that order. For the NeurIPS 2017
     development set: ``image_column="ImageId"``, ``label_column="TrueLabel"``, ``label_base=1``. ``size`` ignores the
-    aspect ratio; without it, all images must have the same size.
+    aspect ratio; without it, all images must have the same size. `open_rgb` reads them.
 
     Args:
         labels_csv: CSV file (UTF-8, with a header row) of labels.
         image_column: Its column of file names (paths inside the folder) or ids (file names without extension).
         label_column: Its column of labels.
         label_base: Number of the first class in the CSV, 0 or 1; labels are 0-based afterwards.
-
-    Raises:
-        FileNotFoundError: No such folder or CSV, no images, or a row without its image.
-        ValueError: An image that cannot be read or differs in size, a bad CSV, or no sub-folders and no CSV.
     """
     if path is None:
         raise ValueError("`path` must name a folder of pictures, got None")
@@ -80,6 +80,12 @@ def _from_subfolders(folder: Path) -> tuple[list[Path], list[int], tuple[str, ..
             f"`path`: {folder} has no sub-folders to take classes from; put each class into a sub-folder, "
             "or give a CSV of labels (`labels_csv`, `image_column`, `label_column`)"
         )
+    loose = [file.name for file in pictures_in(folder) if file.parent == folder]
+    if loose:
+        raise ValueError(
+            f"`path`: {folder} holds pictures beside its class folders, such as {loose[0]}; put each into a "
+            "sub-folder, or give a CSV of labels (`labels_csv`)"
+        )
     files, labels = list[Path](), list[int]()
     for label, subfolder in enumerate(subfolders):
         pictures = pictures_in(subfolder)
@@ -101,7 +107,8 @@ def _from_csv(
     by_id: dict[str, list[Path]] = {}
     for file in pictures:
         by_id.setdefault(file.relative_to(folder).with_suffix("").as_posix(), []).append(file)
-    files, labels = list[Path](), list[int]()
+    lines: dict[Path, int] = {}
+    labels = list[int]()
     for line, name, label in rows:
         matches = by_name.get(name) or by_id.get(name, [])
         if not matches:
@@ -109,15 +116,17 @@ def _from_csv(
         if len(matches) > 1:
             found = ", ".join(match.name for match in matches)
             raise ValueError(f"{where} {line}: {name!r} may be any of {found}; name the file")
+        if matches[0] in lines:
+            raise ValueError(f"{where} {line}: {name!r} is the picture of line {lines[matches[0]]} already")
         try:
             number = int(label) - label_base
         except ValueError:
             raise ValueError(f"{where} {line}: {label!r} is not an integer label") from None
         if number < 0:
             raise ValueError(f"{where} {line}: label {label} is below `label_base` {label_base}")
-        files.append(matches[0])
+        lines[matches[0]] = line
         labels.append(number)
-    return files, labels
+    return list(lines), labels
 
 
 def _rows(table: Path, image_column: str, label_column: str) -> list[tuple[int, str, str]]:
@@ -132,8 +141,9 @@ def _rows(table: Path, image_column: str, label_column: str) -> list[tuple[int, 
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"`labels_csv`: {table} is not a readable UTF-8 CSV file: {error}") from error
     for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if column not in header:
-            raise ValueError(f"`{argument}`: {table} has no column {column!r}; it has {header}")
+        if header.count(column) != 1:
+            count = header.count(column) or "no"
+            raise ValueError(f"`{argument}`: {table} has {count} column {column!r}; it has {header}")
     if not rows:
         raise ValueError(f"`labels_csv`: {table} has a header and no rows")
     return [(line, (name or "").strip(), (label or "").strip()) for line, name, label in rows]
@@ -150,19 +160,26 @@ def _read_all(files: Sequence[Path], size: int | None) -> Tensor:
     return torch.cat(images)
 
 
-def open_rgb(file: Path, *, upright: bool = False) -> Image.Image:
-    """Read an image file with Pillow as 8-bit RGB; ``upright`` applies its EXIF orientation.
+def open_rgb(file: Path) -> Image.Image:
+    """Read an image file with Pillow as 8-bit RGB, turned upright by its EXIF orientation.
 
-    Raises:
-        ValueError: It cannot be read, or has more than 8 bits per channel.
+    Transparent parts become `BACKGROUND`, with a warning; ValueError if it cannot be read or has over 8 bits a channel.
     """
-    from PIL import Image, ImageOps
-
+    image = import_extra("PIL.Image", owner="a picture", extra="vision")
+    ops = import_extra("PIL.ImageOps", owner="a picture", extra="vision")
     try:
-        with Image.open(file) as picture:
-            if picture.mode not in _PIL_8_BIT:
-                raise ValueError(f"its mode is {picture.mode}, only 8-bit pictures are read")
-            return (ImageOps.exif_transpose(picture) if upright else picture).convert("RGB")
+        with image.open(file) as given:
+            if given.mode not in _PIL_8_BIT:
+                raise ValueError(f"its mode is {given.mode}, only 8-bit pictures are read")
+            picture = ops.exif_transpose(given)
+            if picture.has_transparency_data:
+                picture = picture.convert("RGBA")
+                if picture.getextrema()[3][0] < 255:
+                    text = f"the picture {file} has transparent parts; they become {BACKGROUND}"
+                    warnings.warn(text, UserWarning, stacklevel=2)
+                    picture = image.alpha_composite(image.new("RGBA", picture.size, BACKGROUND), picture)
+            upright: Image.Image = picture.convert("RGB")
     # Pillow raises OSError, SyntaxError, ValueError, struct.error, DecompressionBombError, ... on damaged files.
     except Exception as error:
         raise ValueError(f"the picture {file} cannot be read: {str(error) or type(error).__name__}") from error
+    return upright

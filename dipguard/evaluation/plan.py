@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -17,6 +18,7 @@ from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, build_attack
 from dipguard.checks import check_labels
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet, load_data
+from dipguard.data.base import shift_warning
 from dipguard.defenses import Defense, build_defense
 from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, name_of
@@ -53,9 +55,17 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
         clean: ImageSet = _build(data, load_data)
     similarity(clean.images[:1], clean.images[:1])  # an image that is too small for SSIM
     nodes = {key: getattr(config, key) for key in ("victim", "surrogate", BASELINE)}
-    victims = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
+    built = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
+    victims = {key: victim for key, (victim, _) in built.items()}
+    own, outputs = getattr(victims["victim"], "classes", ()), built["victim"][1]
+    with keys_named("data", data):
+        clean = clean.labelled_for(own, outputs=outputs)
+    check_labels(clean.labels, count=len(clean), num_classes=outputs)
     digests = {key: victim_digest(one) for key, one in victims.items()}
     decisions = {key: decide(one, clean.images) for key, one in victims.items() if key != "surrogate"}
+    shifted = shift_warning(clean.labels, decisions["victim"], outputs=outputs)
+    if shifted is not None:
+        warnings.warn(shifted, UserWarning, stacklevel=2)
     made_with = {
         "versions": versions(),
         "device": device.type,
@@ -134,18 +144,11 @@ def _build(node: Mapping[str, Any], by_name: Any, *args: Any, **more: Any) -> An
     return by_name(node["name"], *args, **options, **more)
 
 
-def _victim(key: str, node: Mapping[str, Any], clean: ImageSet, device: torch.device) -> nn.Module:
+def _victim(key: str, node: Mapping[str, Any], clean: ImageSet, device: torch.device) -> tuple[nn.Module, int]:
+    """The victim, and the number of its classes."""
     with keys_named(key, node):
-        victim: nn.Module = _build(node, build_victim)
-    victim = victim.to(device)
-    try:
-        classes = check_victim(victim, clean.images[:2]).shape[1]
-    except RuntimeError as error:
-        size = "x".join(map(str, clean.images.shape[-2:]))
-        raise ValueError(f"`{key}` {name_of(node)} cannot read images of {size} pixels: {error}") from error
-    if key == "victim":
-        check_labels(clean.labels, count=len(clean), num_classes=classes)
-    return victim
+        victim: nn.Module = _build(node, build_victim).to(device)
+    return victim, check_victim(victim, clean.images[:2], name=key).shape[1]
 
 
 def _defense(

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from dipguard.attacks.backward import resized, straight_through
+from dipguard.attacks.backward import straight_through
 from dipguard.attacks.target import Purifies
 from dipguard.integrations.inputs import InputPurifier
 from dipguard.registry import import_extra
@@ -23,12 +21,8 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
 
     Args:
         defense: The defence, for images [N, 3, H, W] in [0, 1].
-        draws: How a random defence draws (:class:`~dipguard.integrations.inputs.IndexRule`).
+        draws: How a random defence draws, one of :data:`~dipguard.integrations.inputs.DRAWS`.
         device_type: ``cpu``, or ``gpu`` for torch's current one. A DIP is fitted on the device of the defence's victim.
-
-    Raises:
-        ImportError: ART is not installed.
-        TypeError, ValueError: A bad argument; the message names it.
     """
     purifier = InputPurifier(defense, draws=draws)
     art = import_extra("art.defences.preprocessor.preprocessor", owner="purify_preprocessor", extra="art")
@@ -43,29 +37,9 @@ def _make_class(base: Any) -> Any:
         def __init__(self, purifier: InputPurifier, *, device_type: str) -> None:
             super().__init__(device_type=device_type, is_fitted=True, apply_fit=False, apply_predict=True)
             self.purifier = purifier
-            self._size: torch.Size | None = None
 
         def forward(self, x: Tensor, y: Any | None = None) -> tuple[Tensor, Any | None]:
-            # ART differentiates through this if all preprocessors are PyTorch's.
             images = x.float()  # some attacks of ART compute in float64, its classifiers do not
-            purified = self.purifier(images)
-            self._size = purified.shape[-2:]
-            return straight_through(images, purified), y
-
-        def estimate_forward(self, x: Tensor, y: Any | None = None) -> Tensor:
-            # ART's default would purify once more, without a gradient.
-            if self._size is None:
-                self._size = self.purifier(x).shape[-2:]
-            return resized(x, like=x.new_empty((0, 3, *self._size)))
-
-        def estimate_gradient(self, x: np.ndarray, grad: np.ndarray) -> np.ndarray:
-            if grad.shape[-2:] == x.shape[-2:]:
-                return grad
-            images = torch.tensor(x, requires_grad=True)
-            rest = torch.from_numpy(grad).reshape(len(x), -1, *grad.shape[-3:]).unbind(1)
-            with torch.inference_mode(False), torch.enable_grad():
-                large = resized(images, like=rest[0])
-                parts = [torch.autograd.grad(large, images, part, retain_graph=True)[0] for part in rest]
-            return torch.stack(parts, dim=1).reshape(*grad.shape[:-2], *x.shape[-2:]).numpy()
+            return straight_through(images, self.purifier(images)), y
 
     return PurifyPreprocessor

@@ -25,13 +25,9 @@ class BPDAClassifier(Unsaturated):
     Args:
         classifier: Takes images [N, 3, H, W] in [0, 1], returns logits [N, C]; normalisation belongs inside.
         defense: The defence.
-        draws: How a random defence draws (:class:`~dipguard.integrations.inputs.IndexRule`). ``content``: equal images
-            get equal draws, so each step of an attack draws anew. ``position``: an image keeps the draws of its
-            position in the batch, the strongest attack; only for attacks that never drop images from a batch.
-            ``fresh``: new draws at each call.
-
-    Raises:
-        TypeError, ValueError: A bad argument; the message names it.
+        draws: How a random defence draws. ``content``: equal images get equal draws, so each step of an attack draws
+            anew. ``position``: an image keeps the draws of its position in the batch, the strongest attack; only for
+            attacks that never drop images from a batch.
     """
 
     def __init__(self, classifier: nn.Module, defense: Purifies, *, draws: str = "content") -> None:
@@ -39,16 +35,7 @@ class BPDAClassifier(Unsaturated):
         self.purifier = InputPurifier(defense, draws=draws)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [N, C] on the purified images [N, 3, H, W].
-
-        Raises:
-            TypeError, ValueError: Not images, or not in [0, 1].
-        """
+        """Return logits [N, C] on the purified images [N, 3, H, W]."""
         purified = self.purifier(images)
         with eval_mode(self.victim):
             return super().forward(straight_through(images, purified))
-
-    def train(self, mode: bool = True) -> BPDAClassifier:
-        """Switch this module alone, since some attack libraries do not restore the mode of the model."""
-        self.training = mode
-        return self

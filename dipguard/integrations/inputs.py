@@ -12,86 +12,46 @@ from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
-from dipguard import checks
 from dipguard.attacks.target import Purifies, check_defense
-from dipguard.checks import check_choice, check_float, check_images
+from dipguard.checks import ROUNDING, check_choice, check_images
+from dipguard.victims.base import check_channels
 
-ROUNDING = 1e-2
-"""How far outside [0, 1] a denormalised pixel may be through rounding (bfloat16 has 8 bits); it is clamped."""
-DRAWS = ("content", "position", "fresh")
-"""How `IndexRule` chooses indices."""
-_FRESH = 2**32  # larger than any data set: a fresh index is never the position of an image
+_ROUNDING = 1e-2  # how far outside [0, 1] a denormalised pixel may be (bfloat16 has 8 bits); it is clamped
+DRAWS = ("content", "position")
+"""Where the index of an image, which seeds its random draws, comes from if none is given.
+
+``content``: a hash of its pixels, the same in any batch and process. ``position``: its position in the batch.
+"""
 
 
 class Pixels:
-    """Undoes a normalisation (x - mean) / std, and applies it again.
-
-    Args:
-        mean: Per-channel mean, three numbers; None for images that are not normalised.
-        std: Per-channel standard deviation, three numbers above 0; None as for ``mean``.
-
-    Raises:
-        TypeError, ValueError: Not three numbers, out of range, or only one of the two.
-    """
+    """Undoes a normalisation (x - mean) / std of three channels, and applies it again; None for images without one."""
 
     def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
         if (mean is None) != (std is None):
             raise ValueError(f"`mean` and `std` must be given together, got {mean!r} and {std!r}")
         self.normalised = mean is not None
-        self._mean = _channels((0, 0, 0) if mean is None else mean, name="mean")
-        self._std = _channels((1, 1, 1) if std is None else std, name="std")
-        if not bool(self._std.all()):
-            raise ValueError(f"`std` must be above 0, got {std!r}")
+        self._mean = check_channels((0, 0, 0) if mean is None else mean, name="mean")
+        self._std = check_channels((1, 1, 1) if std is None else std, name="std")
 
     def restore(self, images: Tensor) -> Tensor:
-        """Return images [N, 3, H, W] of any float type as pixels in [0, 1], float32 or float64.
-
-        Raises:
-            TypeError, ValueError: Not images, or not in [0, 1] without the normalisation.
-        """
+        """Return images [N, 3, H, W] of any float type as pixels in [0, 1], float32 or float64."""
         if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or 0 in images.shape:
             return check_images(images)  # raises an error that names the problem
         wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
         pixels = wide * self._std.to(wide) + self._mean.to(wide)
         low, high = map(float, torch.aminmax(pixels))
-        if self.normalised and (low < -ROUNDING or high > 1 + ROUNDING):
+        slack = _ROUNDING if self.normalised else ROUNDING
+        if low < -slack or high > 1 + slack:
+            advice = "must be the pipeline's" if self.normalised else "are needed if your pipeline normalises them"
             raise ValueError(
-                f"`mean` and `std` must be those of the pipeline: with them, pixels go from {low:.4g} to {high:.4g}, "
-                "not from 0 to 1"
-            )
-        if not self.normalised and (low < -checks.ROUNDING or high > 1 + checks.ROUNDING):
-            raise ValueError(
-                f"`images` must lie in [0, 1], got values from {low:.8g} to {high:.8g}; if your pipeline normalises "
-                "them, give its `mean` and `std`"
+                f"`images` must lie in [0, 1], got values from {low:.8g} to {high:.8g}: `mean` and `std` {advice}"
             )
         return check_images(pixels.clamp(0, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """Return pixels [N, 3, H, W] in [0, 1] with the normalisation applied."""
         return (pixels - self._mean.to(pixels)) / self._std.to(pixels)
-
-
-class IndexRule:
-    """Chooses indices, which seed the random draws of a defence, for images that come without any.
-
-    Args:
-        draws: ``content`` hashes the pixels: equal images get equal draws in any batch and process. ``position`` is the
-            position in the batch: the same at each call. ``fresh`` never repeats an index: the same image gets new
-            draws at each call.
-    """
-
-    def __init__(self, draws: str) -> None:
-        self.draws = check_choice(draws, DRAWS, name="draws")
-        self._given = 0
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """Return indices int64 [N], on the CPU, for images [N, 3, H, W]."""
-        if self.draws == "content":
-            return content_indices(images)
-        if self.draws == "position":
-            return torch.arange(len(images))
-        self._given += len(images)
-        return torch.arange(self._given - len(images), self._given) + _FRESH
 
 
 def content_indices(images: Tensor) -> Tensor:
@@ -105,11 +65,7 @@ class LoaderPositions:
     """Positions in the data set of the images that a data loader yields.
 
     The k-th image that a process loads has position k, or k R + r if a `DistributedSampler` shares the data among R
-    processes and this is process r. The loader must keep the order of the data set, as Lightning's loaders for test,
-    validate and predict do by default.
-
-    Args:
-        loader: A data loader, or any other iterable, whose images are only counted.
+    processes and this is process r. The loader must keep the order of the data set, as Lightning's do except in fit.
     """
 
     def __init__(self, loader: Any) -> None:
@@ -135,18 +91,15 @@ class LoaderPositions:
 class InputPurifier:
     """Purifies the input of a classifier: of any float type, normalised or not, in any mode of torch.
 
-    Autocast, default dtype, inference mode and gradient mode of the caller do not reach the defence, and the caller's
-    random state is restored. This is not a module, so the defence is not part of any state dict, mode or device switch.
+    Modes and dtypes of the caller do not reach the defence, and the caller's random state is restored. This is not a
+    module, so the defence is not part of any state dict, mode or device switch.
 
     Args:
         defense: The defence.
         mean: Per-channel mean of the input's normalisation; None for input in [0, 1].
         std: Per-channel standard deviation of the input's normalisation; None as for ``mean``.
-        draws: How to choose indices for images that come without any; see `IndexRule`.
+        draws: One of `DRAWS`, for images that come without indices.
         quiet: Hide the progress bar of the defence.
-
-    Raises:
-        TypeError, ValueError: A bad argument; the message names it.
     """
 
     def __init__(
@@ -160,55 +113,41 @@ class InputPurifier:
     ) -> None:
         self.defense: Any = check_defense(defense)
         self.pixels = Pixels(mean, std)
-        self.index_rule = IndexRule(draws)
+        self.draws = check_choice(draws, DRAWS, name="draws")
         self.quiet = quiet
 
     def __call__(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
         """Return purified images [N, 3, H', W'], detached, of the images' dtype and device, normalised like them.
 
-        Args:
-            images: Float [N, 3, H, W] as the classifier takes them.
-            indices: Int [N], positions in the whole data set; None chooses them by ``draws``.
-
-        Raises:
-            TypeError, ValueError: Bad images or indices.
+        ``images`` are [N, 3, H, W] as the classifier takes them, ``indices`` [N] their positions in the whole data set.
         """
-        with torch.inference_mode(False), torch.no_grad(), _default_precision(images), isolate_rng(), self._silenced():
+        with _isolated(self, images):
             pixels = self.pixels.restore(images)
-            order = self.index_rule(pixels) if indices is None else indices.detach().cpu().clone()
-            purified: Tensor = self.defense.purify(pixels, indices=order)
+            if indices is None:
+                indices = content_indices(pixels) if self.draws == "content" else torch.arange(len(pixels))
+            purified: Tensor = self.defense.purify(pixels, indices=indices.detach().cpu().clone())
             return self.pixels.normalise(purified).to(images)
-
-    @contextmanager
-    def _silenced(self) -> Iterator[None]:
-        hidden = self.quiet and getattr(self.defense, "progress", False) is True
-        if hidden:
-            self.defense.progress = False
-        try:
-            yield
-        finally:
-            if hidden:
-                self.defense.progress = True
 
 
 @contextmanager
-def _default_precision(images: Any) -> Iterator[None]:
+def _isolated(purifier: InputPurifier, images: Any) -> Iterator[None]:
     # No autocast, and float32 as default dtype: what Lightning's precision plugins change around a step.
     device, default = images.device.type if isinstance(images, Tensor) else "cpu", torch.get_default_dtype()
-    with torch.autocast("cpu", enabled=False), torch.autocast(device, enabled=False):
+    defense = purifier.defense
+    hidden = purifier.quiet and getattr(defense, "progress", False) is True
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.autocast(device, enabled=False),
+        isolate_rng(),
+    ):
         torch.set_default_dtype(torch.float32)
         try:
+            if hidden:
+                defense.progress = False
             yield
         finally:
             torch.set_default_dtype(default)
-
-
-def _channels(values: Sequence[float], *, name: str) -> Tensor:
-    try:
-        numbers = [float(number) for number in values]
-    except (TypeError, ValueError):
-        numbers = []
-    if len(numbers) != 3:
-        raise ValueError(f"`{name}` must hold three numbers, one per channel, got {values!r}")
-    checked = [check_float(number, name=name, low=0.0) for number in numbers]
-    return torch.tensor(checked, dtype=torch.float64).view(3, 1, 1)
+            if hidden:
+                defense.progress = True

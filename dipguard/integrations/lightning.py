@@ -1,10 +1,10 @@
-"""dipguard in your own Lightning project: a callback, a defended classifier, and a defended LightningModule."""
+"""dipguard in your own Lightning project: a callback and a defended classifier."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
-from typing import TYPE_CHECKING, Any
+from functools import wraps
+from typing import Any
 
 import pytorch_lightning as pl
 import torch
@@ -14,15 +14,10 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from dipguard.attacks.target import Purifies
-from dipguard.checks import check_bool, check_choice, check_labels
+from dipguard.checks import check_choice, check_labels
 from dipguard.classifier import check_is_module, check_logits
-from dipguard.integrations.batches import Place, check_place, default_images, default_labels, part_of, with_part
+from dipguard.integrations.batches import Place, check_place, default_places, part_of, with_part
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions
-
-if TYPE_CHECKING:  # DefendedModule extends the class of the given module, which may come from the package lightning
-    _Module = pl.LightningModule
-else:
-    _Module = nn.Module
 
 STEPS = {"test": "test_step", "validate": "validation_step", "predict": "predict_step"}
 """The Trainer's function, and the step that is given purified images."""
@@ -39,10 +34,7 @@ class DefendedClassifier(nn.Module):
         defense: The defence.
         mean: Per-channel mean that the classifier's input is normalised with; None for input in [0, 1].
         std: Per-channel standard deviation; None as for ``mean``.
-        draws: How a random defence draws without indices (:class:`~dipguard.integrations.inputs.IndexRule`).
-
-    Raises:
-        TypeError, ValueError: A bad argument; the message names it.
+        draws: How a random defence draws without indices, one of :data:`~dipguard.integrations.inputs.DRAWS`.
     """
 
     def __init__(
@@ -59,123 +51,9 @@ class DefendedClassifier(nn.Module):
         self.purifier = InputPurifier(defense, mean=mean, std=std, draws=draws)
 
     def forward(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
-        """Return the classifier's output on the purified images.
-
-        Args:
-            images: Float [N, 3, H, W], in [0, 1] or normalised with ``mean`` and ``std``.
-            indices: Int [N], positions of the images in the whole data set.
-        """
+        """Return the output for images [N, 3, H, W] with ``indices`` [N], their positions in the whole data set."""
         output: Tensor = self.classifier(self.purifier(images, indices=indices))
         return output
-
-
-class DefendedModule(_Module):
-    """A LightningModule with the weights of ``module``, whose ``forward`` purifies its images first.
-
-    It is an instance of a subclass of the module's class: steps, hooks, loggers, hyper-parameters and state dict are
-    the module's. During ``trainer.fit``, validation included, it is not defended. ``module`` itself is not changed. A
-    step that does not call ``self(images)`` would not be defended, and raises an error.
-
-    Args:
-        module: The LightningModule, or any other module.
-        defense: The defence; its victim may be ``module``. Its progress bar is hidden.
-        images: The argument of ``forward`` that holds the images: a position or a keyword.
-        mean: Per-channel mean that the images are normalised with; None for images in [0, 1].
-        std: Per-channel standard deviation; None as for ``mean``.
-        draws: How a random defence draws (:class:`~dipguard.integrations.inputs.IndexRule`).
-
-    Raises:
-        TypeError, ValueError: A bad argument; the message names it.
-    """
-
-    def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> DefendedModule:
-        """Return an instance of a class that extends both this one and that of the module."""
-        patched = vars(check_is_module(module, name="module")).get("forward")
-        # After a fit in DDP, Lightning leaves the class's own forward as an attribute of the module.
-        own = patched is None or getattr(patched, "__func__", None) is type(module).forward
-        if isinstance(module, DefendedModule) or not own:
-            raise ValueError("`module` must have its class's own forward, got one that is defended or patched already")
-        return _new(type(module))
-
-    def __init__(
-        self,
-        module: nn.Module,
-        defense: Purifies,
-        *,
-        images: int | str = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
-        draws: str = "content",
-    ) -> None:
-        # nn.Module.__init__ is not called: parameters, submodules and hooks are shared with the module.
-        if isinstance(images, bool) or not isinstance(images, (int, str)):
-            raise TypeError(f"`images` must be a position or a keyword of forward, got {images!r}")
-        vars(self).update({name: value for name, value in vars(module).items() if name != "forward"})
-        purifier = InputPurifier(defense, mean=mean, std=std, draws=draws, quiet=True)
-        vars(self).update(_purifier=purifier, _images=images, _purified=0)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the module's forward on purified images."""
-        if not self._is_fitted():
-            args, kwargs = self._defend(args, kwargs)
-            vars(self)["_purified"] += 1
-        return super().forward(*args, **kwargs)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle by the module's class, since the extended one has no importable name."""
-        state: Any = self.__getstate__()  # type: ignore[no-untyped-call, unused-ignore]
-        return _new, (type(self).__bases__[1],), state
-
-    def _defend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        key, purifier = vars(self)["_images"], vars(self)["_purifier"]
-        if isinstance(key, str) and key in kwargs:
-            return args, {**kwargs, key: purifier(kwargs[key])}
-        if isinstance(key, int) and -len(args) <= key < len(args):
-            parts = list(args)
-            parts[key] = purifier(parts[key])
-            return tuple(parts), kwargs
-        raise TypeError(
-            f"`images` must name an argument of forward, got {key!r}: forward was given {len(args)} by position and "
-            f"the keywords {sorted(kwargs)}"
-        )
-
-    def _is_fitted(self) -> bool:
-        state = getattr(vars(self).get("_trainer"), "state", None)
-        return state is not None and state.fn == "fit" and state.status == "running"
-
-
-def _new(base: type) -> Any:
-    """An empty instance of the subclass of ``base``."""
-    return object.__new__(_extended(base))
-
-
-@cache
-def _extended(base: type) -> type:
-    # Steps that are not the class's own are Lightning's defaults, whose predict_step is `self(batch)`.
-    owners = {name: next((kind for kind in base.__mro__ if name in vars(kind)), object) for name in STEPS.values()}
-    foreign = ("pytorch_lightning.", "lightning.", "builtins")
-    steps = [name for name, owner in owners.items() if not owner.__module__.startswith(foreign)]
-    watched = {name: _watched(getattr(base, name)) for name in steps}
-    return type(f"Defended{base.__name__}", (DefendedModule, base), watched)
-
-
-def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(step)  # Lightning reads the step's signature
-    def watched(self: DefendedModule, *args: Any, **kwargs: Any) -> Any:
-        before = vars(self)["_purified"]
-        output = step(self, *args, **kwargs)
-        if vars(self)["_purified"] == before and not self._is_fitted():
-            raise RuntimeError(
-                f"{step.__qualname__} did not call self(images), so its images were not purified: defend its batches "
-                "with dipguard.integrations.lightning.PurifyCallback"
-            )
-        return output
-
-    return watched
-
-
-Logits = Callable[[Any, Tensor], Tensor]
-"""Takes a LightningModule and its input images, returns logits [N, C]."""
 
 
 class PurifyCallback(pl.Callback):
@@ -184,7 +62,8 @@ class PurifyCallback(pl.Callback):
     The step gets a copy of the batch with purified images. ``trainer.fit``, validation included, is left alone. Where
     there are labels, accuracy with and without the defence is logged through the module's ``log`` as
     ``test_accuracy_defended`` and ``test_accuracy_undefended`` (``validate_...``; a predict loop logs nothing), over
-    all processes, each image once. This calls the module twice per batch, in the Trainer's precision.
+    all processes, each image once. This calls the module twice per batch, in the Trainer's precision; the logits [N, C]
+    are its output, or its output's field ``logits``.
 
     The index of an image, which seeds its random draws, is its position in the data set
     (:class:`~dipguard.integrations.inputs.LoaderPositions`). If a loader shuffles, put the indices into the batch.
@@ -199,12 +78,6 @@ class PurifyCallback(pl.Callback):
         mean: Per-channel mean that the DataModule normalises with; None for images in [0, 1].
         std: Per-channel standard deviation; None as for ``mean``.
         stages: Any of ``test``, ``validate``, ``predict``.
-        accuracy: Log accuracy where there are labels.
-        logits: How to get logits from the module; by default ``module(images)``, or the field ``logits`` of its output.
-        prefix: Prefix of the names that are logged.
-
-    Raises:
-        TypeError, ValueError: A bad argument or a bad batch; the message names it.
     """
 
     def __init__(
@@ -217,9 +90,6 @@ class PurifyCallback(pl.Callback):
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
         stages: Sequence[str] = tuple(STEPS),
-        accuracy: bool = True,
-        logits: Logits | None = None,
-        prefix: str = "",
     ) -> None:
         self.purifier = InputPurifier(defense, mean=mean, std=std, quiet=True)
         self._images, self._labels, self._indices = (
@@ -228,87 +98,61 @@ class PurifyCallback(pl.Callback):
         )
         names = (stages,) if isinstance(stages, str) else stages
         self.stages = tuple(check_choice(stage, STEPS, name="stages") for stage in names)
-        self.accuracy, self.prefix = check_bool(accuracy, name="accuracy"), prefix
-        self._logits = ask if logits is None else logits
-        self._positions: dict[int, LoaderPositions] = {}
-        self._metrics: dict[int, tuple[MeanMetric, MeanMetric]] = {}
-        self._given_back: Callable[[], None] | None = None
+        self._restore: Callable[[], None] | None = None
 
-    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Restore the module's step."""
-        self._give_back()
-
-    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
-        """Restore the module's step."""
-        self._give_back()
-        self._positions, self._metrics = {}, {}
-
-    def on_test_batch_start(
-        self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Purify the batch of the next step, except in ``fit``."""
+    def on_test_start(self, trainer: Any, pl_module: Any) -> None:
+        """Put a step that purifies its batch in the place of the module's, except in ``fit``."""
         stage = str(trainer.state.fn.value)
         if stage not in self.stages:
             return
-        place = default_images(batch) if self._images is None else self._images
+        name = STEPS[stage]
+        step, own = getattr(pl_module, name), vars(pl_module).get(name)
+        loaders: dict[int, tuple[LoaderPositions, MeanMetric, MeanMetric]] = {}
+
+        @wraps(step)  # Lightning reads the step's signature
+        def purified(batch: Any, *rest: Any) -> Any:
+            loader = rest[1] if len(rest) > 1 else 0
+            if loader not in loaders:
+                loaders[loader] = LoaderPositions(_loader(trainer, stage, loader)), MeanMetric(), MeanMetric()
+            return step(self._purified(stage, pl_module, batch, *loaders[loader]), *rest)
+
+        def restore() -> None:
+            vars(pl_module).pop(name)
+            if own is not None:
+                vars(pl_module)[name] = own
+
+        vars(pl_module)[name], self._restore = purified, restore
+
+    on_validation_start = on_predict_start = on_test_start
+
+    def teardown(self, *_: Any) -> None:
+        """Restore the module's step."""
+        if self._restore is not None:
+            self._restore()
+            self._restore = None
+
+    on_exception = teardown
+
+    def _purified(self, stage: str, pl_module: Any, batch: Any, loader: LoaderPositions, *metrics: MeanMetric) -> Any:
+        place, labels_at = (self._images, None) if self._images is not None else default_places(batch)
+        labels_at = labels_at if self._labels is None else self._labels
         images = part_of(batch, place, name="images")
-        if batch_idx == 0 or dataloader_idx not in self._positions:
-            self._positions[dataloader_idx] = LoaderPositions(_loader(trainer, stage, dataloader_idx))
-        positions, repeated = self._positions[dataloader_idx].next(len(images))
+        positions, repeated = loader.next(len(images))
         if self._indices is not None:
             positions = part_of(batch, self._indices, name="indices")
         purified = self.purifier(images, indices=positions)
-        self._log_accuracy(trainer, pl_module, batch, (images, purified), repeated, dataloader_idx)
-        self._hand_over(pl_module, STEPS[stage], with_part(batch, place, purified))
-
-    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
-
-    def _hand_over(self, pl_module: Any, step: str, batch: Any) -> None:
-        # Replaces the step for one call: a hook gets the batch, but cannot return another one.
-        self._give_back()
-        original, own = getattr(pl_module, step), pl_module.__dict__.get(step)
-
-        @wraps(original)  # Lightning reads the step's signature
-        def once(given: Any, *rest: Any) -> Any:
-            self._give_back()
-            return original(batch, *rest)
-
-        def give_back() -> None:
-            pl_module.__dict__.pop(step, None)
-            if own is not None:
-                pl_module.__dict__[step] = own
-
-        pl_module.__dict__[step], self._given_back = once, give_back
-
-    def _give_back(self) -> None:
-        if self._given_back is not None:
-            self._given_back()
-            self._given_back = None
-
-    def _log_accuracy(
-        self, trainer: Any, pl_module: Any, batch: Any, both: tuple[Tensor, Tensor], repeated: Tensor, loader: int
-    ) -> None:
-        stage = str(trainer.state.fn.value)
-        place = default_labels(batch) if self._labels is None and self._images is None else self._labels
-        if not self.accuracy or place is None or stage == "predict":
-            return
-        labels = check_labels(part_of(batch, place, name="labels"), count=len(both[0]))
-        metrics = self._metrics.setdefault(loader, (MeanMetric(), MeanMetric()))
-        weights = (~repeated).float().to(labels.device)
-        for name, images, metric in zip(("undefended", "defended"), both, metrics, strict=True):
-            with torch.no_grad(), trainer.precision_plugin.forward_context(), isolate_rng():
-                logits = check_logits(self._logits(pl_module, images), count=len(images), name="logits")
-            metric.to(labels.device).update((logits.argmax(dim=1) == labels).float(), weights)
-            options = {"on_step": False, "on_epoch": True, "batch_size": len(images)}
-            # Lightning needs the name of the metric's attribute; there is none.
-            pl_module.log(f"{self.prefix}{stage}_accuracy_{name}", metric, metric_attribute="dipguard", **options)
-
-
-def ask(module: Any, images: Tensor) -> Tensor:
-    """Return ``module(images)``, or its field ``logits`` (outputs of Hugging Face's models)."""
-    output = module(images)
-    logits: Tensor = getattr(output, "logits", output)
-    return logits
+        if labels_at is not None and stage != "predict":
+            labels = check_labels(part_of(batch, labels_at, name="labels"), count=len(images))
+            weights = (~repeated).float().to(labels.device)
+            for name, given, metric in zip(("undefended", "defended"), (images, purified), metrics, strict=True):
+                with torch.no_grad(), isolate_rng():
+                    output = pl_module(given)
+                logits = check_logits(getattr(output, "logits", output), count=len(given), name="module")
+                metric.to(labels.device).update((logits.argmax(dim=1) == labels).float(), weights)
+                options = {"on_step": False, "on_epoch": True, "batch_size": len(given)}
+                # Lightning needs the name of the metric's attribute; there is none.
+                pl_module.log(f"{stage}_accuracy_{name}", metric, metric_attribute="dipguard", **options)
+        return with_part(batch, place, purified)
 
 
 def _loader(trainer: Any, stage: str, position: int) -> Any:

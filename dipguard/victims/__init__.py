@@ -6,6 +6,7 @@ To add one, write a ``build`` function and add a row to `VICTIMS`, or register i
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 from dipguard.classifier import frozen
 from dipguard.registry import check_options, lookup, table_of
 from dipguard.victims.base import Normalised, check_victim
+from dipguard.victims.models import of_model
 from dipguard.victims.weights import load_state_dict_strict
 
 __all__ = ["VICTIMS", "Normalised", "build_victim", "check_victim", "frozen", "load_state_dict_strict"]
@@ -34,25 +36,29 @@ VICTIMS: dict[str, str] = {
 """Name -> function that builds the victim. It takes ``weights`` and its own options, all keyword-only."""
 
 
-def build_victim(name: str, *, weights: str | Path | None = None, **options: Any) -> nn.Module:
-    """Return a victim by name, in eval mode, on the CPU; it maps images [B, 3, H, W] in [0, 1] to logits [B, C].
+def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **options: Any) -> nn.Module:
+    """Return a victim in eval mode; it maps images [B, 3, H, W] in [0, 1] to logits [B, C].
 
     Args:
-        name: A key of `VICTIMS`, or a name that another package registers.
+        name: A key of `VICTIMS` or a name that another package registers; the victim is made on the CPU. Or a model of
+            normalised images: one of timm, torchvision or transformers knows its normalisation, size and class names,
+            any other takes ``mean``, ``std`` and ``size`` as options.
         weights: Path or https address of a state dict. ``torchvision`` also takes the name of its weights,
             ``huggingface`` a hub id or a folder. None takes the victim's default: weights that are trained on first
-            use (``digits_cnn``) or downloaded, or an error that says where to find them.
+            use (``digits_cnn``) or downloaded, or an error that says where to find them; a model keeps its own.
         options: Options of the victim.
 
     Raises:
         TypeError: Unknown option.
         ValueError: Unknown name, bad option value, or weights that are damaged or do not fit.
-        FileNotFoundError: No weights file.
-        RuntimeError: The download failed.
+        FileNotFoundError, RuntimeError: No weights file, or no download.
         ImportError: A library that the victim needs is not installed.
     """
-    build = lookup(table_of("victims", VICTIMS), name, argument="victim")
-    check_options(build, options, owner=f"the victim {name!r}", hidden=("weights",))
+    if isinstance(name, str):
+        owner, build = f"the victim {name!r}", lookup(table_of("victims", VICTIMS), name, argument="victim")
+    else:
+        owner, build = f"a {type(name).__name__} as victim", partial(of_model, name)
+    check_options(build, options, owner=owner, hidden=("weights",))
     # Constructors draw from the global generator. Weights made in inference mode could not take part in autograd.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         victim: nn.Module = build(weights=weights, **options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 import warnings
 from collections.abc import Sequence
 
@@ -9,7 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
-from dipguard.classifier import check_is_module, frozen, logits_of, probability_warning
+from dipguard.classifier import (
+    check_is_module,
+    check_logits,
+    frozen,
+    is_out_of_memory,
+    probability_warning,
+    reference_of,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -21,13 +30,10 @@ class Normalised(nn.Module):
     Args:
         network: Classifier of normalised images.
         mean: Per-channel mean, three numbers.
-        std: Per-channel standard deviation, three positive numbers.
+        std: Per-channel standard deviation, three positive numbers; ValueError otherwise.
         classes: Class names in the order of the logits; empty if unknown.
         size: Height and width in pixels of the images that the network was made for; None if unknown.
         interpolation: How to resize other images for the network: a name of ``PIL.Image.Resampling`` in lower case.
-
-    Raises:
-        ValueError: ``mean`` or ``std`` does not have three numbers, or ``std`` is not positive.
     """
 
     mean: Tensor
@@ -45,14 +51,9 @@ class Normalised(nn.Module):
     ) -> None:
         super().__init__()
         self.classes, self.size, self.interpolation = tuple(classes), size, interpolation
-        for name, values in (("mean", mean), ("std", std)):
-            if len(values) != 3:
-                raise ValueError(f"`{name}` must have three numbers, one per channel, got {list(values)}")
-        if min(std) <= 0:
-            raise ValueError(f"`std` must be positive, got {list(std)}")
         self.network = network
-        self.register_buffer("mean", torch.tensor(list(mean), dtype=torch.float32).view(1, 3, 1, 1))
-        self.register_buffer("std", torch.tensor(list(std), dtype=torch.float32).view(1, 3, 1, 1))
+        self.register_buffer("mean", check_channels(mean, name="mean").float()[None])
+        self.register_buffer("std", check_channels(std, name="std").float()[None])
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, 3, H, W] in [0, 1]."""
@@ -60,29 +61,58 @@ class Normalised(nn.Module):
         return logits
 
 
-def check_victim(victim: nn.Module, images: Tensor) -> Tensor:
-    """Run ``victim`` on images [B, 3, H, W] in [0, 1] and return its logits [B, C], on the images' device.
+def check_channels(values: Sequence[float], *, name: str) -> Tensor:
+    """Return three numbers, one per channel, as float64 [3, 1, 1]; ValueError otherwise. A ``std`` must be above 0."""
+    try:
+        numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except (TypeError, ValueError):
+        numbers = torch.empty(0)
+    if len(numbers) != 3 or not bool(numbers.isfinite().all()):
+        raise ValueError(f"`{name}` must hold three numbers, one per channel, got {values!r}")
+    if name == "std" and bool((numbers <= 0).any()):
+        raise ValueError(f"`{name}` must be above 0, got {values!r}")
+    return numbers.view(3, 1, 1)
 
-    It runs in eval mode without gradients; its modes and flags are restored afterwards.
+
+def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> Tensor:
+    """Return a victim's logits [B, C] on images [B, 3, H, W] in [0, 1], float32 at least, on the images' device.
+
+    It runs in eval mode without gradients, in its own precision; modes and flags are restored afterwards. A UserWarning
+    says if the outputs look like probabilities.
 
     Raises:
         TypeError: ``victim`` is not a module, or its output is not a floating-point tensor.
-        ValueError: Bad ``images``, or an output that is not [B, C] with C >= 2, or not finite.
-
-    Warns:
-        UserWarning: The outputs look like probabilities (all in [0, 1], each row sums to 1).
+        ValueError: Bad ``images``, images that it cannot read, or an output that is not [B, C] with C >= 2, or not
+            finite. Messages call the victim ``name``.
     """
-    check_is_module(victim)
+    check_is_module(victim, name=name)
     images = check_images(images)
+    reference = reference_of(victim, images)
     with frozen(victim), torch.no_grad():
-        scores = logits_of(victim, images)
-    text = probability_warning(scores)
+        try:
+            output = victim(images.to(device=reference.device, dtype=reference.dtype))
+        except Exception as error:  # each library has its own type for images of a wrong size
+            if is_out_of_memory(error):
+                raise
+            sizes = [images.shape[-2:], getattr(victim, "size", None)]
+            here, own = (f"{size[0]}x{size[1]}" if size else "" for size in sizes)
+            advice = f"; it was made for {own} (give `data.size`, or resize them)" if own else ""
+            raise ValueError(f"`{name}` cannot read images of {here} pixels{advice}: {first_line(error)}") from error
+        scores = check_logits(output, count=len(images), name=name)
+    scores = scores.to(images.device, torch.promote_types(scores.dtype, torch.float32))
+    text = probability_warning(scores, name=name)
     if text is not None:
         warnings.warn(text, UserWarning, stacklevel=2)
     return scores
 
 
+def unknown_arch(arch: str, known: Sequence[str], *, library: str) -> ValueError:
+    """Return the error for an architecture that a library does not have, with the nearest ones."""
+    near = ", ".join(difflib.get_close_matches(arch, known, n=5)) or f"none of its {len(known)}"
+    return ValueError(f"`victim.arch` must be one of {library}'s models, got {arch!r}; near it: {near}")
+
+
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type where the message is empty."""
-    lines = str(error).strip().splitlines()
+    """Return the first line of an error's message without terminal codes, or its type where the message is empty."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dipguard.registry import import_extra
 from dipguard.victims.base import IMAGENET_MEAN, IMAGENET_STD, Normalised
 from dipguard.victims.weights import load_state_dict_strict
 
@@ -44,10 +45,7 @@ class _Block(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR-10 ResNet of He et al. (2016), section 4.2, with parameter-free shortcuts (option A).
-
-    It has ``6 * blocks + 2`` layers, in three stages of 16, 32 and 64 channels.
-    """
+    """The CIFAR-10 ResNet of He et al. (2016), section 4.2, with ``6 * blocks + 2`` layers and shortcuts A."""
 
     def __init__(self, blocks: int) -> None:
         super().__init__()
@@ -104,20 +102,16 @@ def resnet50(
 ) -> Normalised:
     """The paper's CIFAR-10 victim: torchvision's ResNet-50 with a 3x3 first convolution of stride 1.
 
-    This is the network of huyvnphan/PyTorch_CIFAR10; its max-pooling stays (23,520,842 parameters).
-
-    Args:
-        weights: Path or https address of its state dict; required.
-        mean: Per-channel mean that the weights were trained with.
-        std: Per-channel standard deviation. The repository's first weights (2019) used 0.2023, 0.1994, 0.2010.
+    This is the network of huyvnphan/PyTorch_CIFAR10; its max-pooling stays (23,520,842 parameters). ``weights`` are
+    required; ``mean`` and ``std`` are those of their training. The repository's first ones (2019) had the ``std``
+    0.2023, 0.1994, 0.2010.
     """
     if not weights:
         raise ValueError(
             "`victim.weights` must name a state dict for cifar10_resnet50, got none: the README of "
             "https://github.com/huyvnphan/PyTorch_CIFAR10 links to an archive with state_dicts/resnet50.pt"
         )
-    from torchvision import models
-
+    models = import_extra("torchvision.models", owner="the victim 'cifar10_resnet50'", extra="vision")
     network = models.resnet50(weights=None, num_classes=10)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     load_state_dict_strict(network, weights)
@@ -125,10 +119,7 @@ def resnet50(
 
 
 def cnn_a(*, weights: str | Path | None = None) -> Normalised:
-    """A small adversarially trained CNN: a robust classifier to compare a defended victim with.
-
-    Papers on neural network verification call it CNN-A; its weights are files ``cifar_cnn_a_adv*.pth``.
-    """
+    """A small adversarially trained CNN (CNN-A of papers on verification): a robust classifier to compare with."""
     if not weights:
         raise ValueError(
             "`victim.weights` must name a state dict for cifar_cnn_a, got none: its adversarially trained weights, "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import nn
 
 from dipguard.cache import cache_folder
@@ -24,16 +25,9 @@ _FILE = "digits_cnn-1.safetensors"  # raise the number when the training changes
 def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = True) -> Normalised:
     """A CNN for the digits [B, 3, 32, 32] in [0, 1]: three strided convolutions with BatchNorm, one linear layer.
 
-    It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained and
-    saved in the cache folder; a damaged cache file is replaced.
-
-    Args:
-        weights: Path of a state dict to load instead.
-        seed: Seed of the training; each seed has a cache file of its own.
-        progress: Show a progress bar while training.
-
-    Warns:
-        UserWarning: The cache file was damaged, or could not be written.
+    It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained with
+    ``seed`` and saved in the cache folder; a damaged cache file is replaced, with a warning. ``weights`` is the path of
+    a state dict to load instead.
     """
     network = _network()
     victim = Normalised(network, mean=_MEAN, std=_STD, classes=CLASSES, size=(32, 32))
@@ -54,7 +48,14 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
         _train(victim, seed=seed, progress=progress)
     finally:
         torch.set_num_threads(threads)
-    _save(network, path)
+    try:
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
+    except OSError as error:
+        warnings.warn(
+            f"the digits victim could not be kept in {path.parent} and will be trained again next time: {error}; "
+            "set DIPGUARD_CACHE to a folder that can be written",
+            stacklevel=2,
+        )
     return victim
 
 
@@ -93,17 +94,3 @@ def _train(victim: Normalised, *, seed: int, progress: bool) -> None:
                 bar.update()
     optimiser.zero_grad()
     victim.eval()
-
-
-def _save(network: nn.Module, path: Path) -> None:
-    from safetensors.torch import save
-
-    content = save({name: tensor.contiguous() for name, tensor in network.state_dict().items()})
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        warnings.warn(
-            f"the digits victim could not be kept in {path.parent} and will be trained again next time: {error}; "
-            "set DIPGUARD_CACHE to a folder that can be written",
-            stacklevel=3,
-        )

@@ -1,4 +1,4 @@
-"""Image classifiers of Hugging Face's transformers, by hub id or folder, with the preprocessing of their processors."""
+"""Image classifiers of Hugging Face's transformers, by hub id, folder or as objects."""
 
 from __future__ import annotations
 
@@ -18,20 +18,16 @@ _INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"
 
 
 class Unwrapped(nn.Module):
-    """A classifier of transformers as a plain module: normalised images [B, 3, H, W] in, logits [B, C] out.
-
-    ``order`` is the channel order that the model expects: (2, 1, 0) for BGR.
-    """
+    """A classifier of transformers as a plain module; ``order`` are the channels that it expects: (2, 1, 0) for BGR."""
 
     def __init__(self, model: nn.Module, *, order: Sequence[int] = (0, 1, 2)) -> None:
         super().__init__()
         self.model, self.order = model, list(order)
-        self.input_name = str(getattr(model, "main_input_name", "pixel_values"))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits."""
+        """Return the logits [B, C] of normalised images [B, 3, H, W]."""
         ordered = images if self.order == [0, 1, 2] else images[:, self.order]
-        logits: Tensor = self.model(**{self.input_name: ordered}).logits
+        logits: Tensor = self.model(**{str(self.model.main_input_name): ordered}).logits
         return logits
 
 
@@ -52,46 +48,49 @@ def build(
         weights: Hub id such as ``google/vit-base-patch16-224``, or a folder written by ``save_pretrained`` that
             contains ``preprocessor_config.json``.
         revision: Branch, tag or commit on the hub.
-        mean: Per-channel mean, for a model without processor; give ``std`` and ``size`` too.
-        std: Per-channel standard deviation, for a model without processor.
-        size: Side in pixels of the square input, for a model without processor.
-
-    Raises:
-        ValueError: No ``weights``, a checkpoint without some part of the classifier (usually its head), or a processor
-            that does more than resize, reorder channels and normalise.
-        RuntimeError: The download failed, or there is no image classifier.
+        mean: Per-channel mean, for a model without processor; give ``std`` and ``size`` (pixels of the side) too.
     """
     if not weights:
         raise ValueError(
             "`victim.weights` must be the hub id of an image classifier, or a local folder of one, got none"
         )
     source = _source(weights)
-    transformers = import_extra("transformers", owner="the victim 'huggingface'", extra="huggingface")
-    local = Path(source).is_dir()
-
-    def load(kind: Any, problem: str, **options: Any) -> Any:
-        where = {"local_files_only": local, "revision": revision or "main", "trust_remote_code": False}
-        try:
-            return kind.from_pretrained(source, **where, **options)
-        except Exception as error:  # OSError, ValueError, KeyError, and the errors of safetensors and the transport
-            raise RuntimeError(f"`victim.weights`: {problem}: {first_line(error)}") from error
-
+    kind = _transformers().AutoModelForImageClassification
     problem = f"no image classifier could be loaded from {source}"
-    network, found = load(transformers.AutoModelForImageClassification, problem, output_loading_info=True)
+    network, found = _load(kind, source, revision, problem, output_loading_info=True)
     lacking = sorted({str(key) for name in ("missing_keys", "mismatched_keys") for key in found[name]})
     if lacking:
         raise ValueError(
             f"`victim.weights`: {source} lacks {', '.join(lacking[:3])} of its {type(network).__name__}, which would "
             "stay as random as they were drawn; it is no finished image classifier"
         )
-    network = network.float()
-    names = dict(getattr(network.config, "id2label", None) or {})
+    return of_model(network.float(), mean=mean, std=std, size=size, source=source, revision=revision)
+
+
+def of_model(
+    network: Any,
+    *,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    size: int | None,
+    source: str | None = None,
+    revision: str | None = None,
+) -> Normalised:
+    """A model with the preprocessing of the processor that was saved with it, or the given one."""
+    source = source or str(network.config.name_or_path)
+    names = dict(network.config.id2label or {})
     classes = tuple(str(names[i]) for i in range(len(names))) if set(names) == set(range(len(names))) else ()
     if mean is not None and std is not None and size is not None:
         return Normalised(Unwrapped(network), mean=mean, std=std, classes=classes, size=(size, size))
-    problem = f"{source} has no image processor; give `mean`, `std` and `size` as options of the victim"
-    processor = load(transformers.AutoImageProcessor, problem)
-    pictures = _processed(processor, source)
+    problem = f"{source or 'the model'} has no image processor; give `mean`, `std` and `size` as options of the victim"
+    if not source:
+        raise ValueError(f"`victim`: {problem}")
+    processor = _load(_transformers().AutoImageProcessor, source, revision, problem)
+    image = import_extra("PIL.Image", owner="an image processor", extra="vision")
+    colours = [image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
+    pictures = processor(images=colours, return_tensors="pt")["pixel_values"]
+    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or pictures.shape[:2] != (4, 3):
+        raise ValueError(f"`victim.weights`: the image processor of {source} makes no images [B, 3, H, W]")
     order, own_mean, own_std = _affine(pictures, source)
     return Normalised(
         Unwrapped(network, order=order),
@@ -101,6 +100,18 @@ def build(
         size=(pictures.shape[2], pictures.shape[3]) if size is None else (size, size),
         interpolation=_INTERPOLATIONS[int(getattr(processor, "resample", 2) or 0)],
     )
+
+
+def _transformers() -> Any:
+    return import_extra("transformers", owner="the victim 'huggingface'", extra="huggingface")
+
+
+def _load(kind: Any, source: str, revision: str | None, problem: str, **options: Any) -> Any:
+    where = {"local_files_only": Path(source).is_dir(), "revision": revision or "main", "trust_remote_code": False}
+    try:
+        return kind.from_pretrained(source, **where, **options)
+    except Exception as error:  # OSError, ValueError, KeyError, and the errors of safetensors and the transport
+        raise RuntimeError(f"`victim.weights`: {problem}: {first_line(error)}") from error
 
 
 def _source(weights: str | Path) -> str:
@@ -113,17 +124,6 @@ def _source(weights: str | Path) -> str:
     return weights
 
 
-def _processed(processor: Any, source: str) -> Tensor:
-    """The processor's output [4, 3, H, W] for solid black, red, green and blue images."""
-    from PIL import Image
-
-    pictures = [Image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
-    values = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    if not isinstance(values, Tensor) or values.ndim != 4 or values.shape[:2] != (4, 3):
-        raise ValueError(f"`victim.weights`: the image processor of {source} makes no images [B, 3, H, W]")
-    return values
-
-
 def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[float]]:
     """Channel order, mean and std of a processor, in the order of the input channels.
 
@@ -131,18 +131,12 @@ def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[f
     """
     # The middle, since some processors pad images with a border.
     middle = output[:, :, output.shape[2] // 2, output.shape[3] // 2].double()
-    black, slope = middle[0], (middle[1:] - middle[0]).T  # slope[c, i]: output channel c over input channel i
-    order = slope.abs().argmax(dim=1)
-    only = torch.zeros_like(slope).scatter_(1, order[:, None], slope.gather(1, order[:, None]))
-    if (
-        sorted(order.tolist()) != [0, 1, 2]
-        or bool(((slope - only).abs() > 1e-3).any())
-        or bool((only.amax(1) <= 0).any())
-    ):
+    slope = (middle[1:] - middle[0]).T  # slope[c, i]: output channel c over input channel i
+    scale, order = slope.max(dim=1)
+    alone = torch.zeros_like(slope).scatter_(1, order[:, None], scale[:, None])
+    if sorted(order.tolist()) != [0, 1, 2] or not torch.allclose(slope, alone, rtol=0, atol=1e-3) or min(scale) <= 0:
         raise ValueError(
             f"`victim.weights`: the image processor of {source} does more to colours than to reorder and normalise them"
         )
-    std = 1 / only.amax(dim=1)
-    mean = -black * std
-    back = order.argsort()
-    return order.tolist(), mean[back].tolist(), std[back].tolist()
+    std, back = 1 / scale, order.argsort()
+    return order.tolist(), (-middle[0] * std)[back].tolist(), std[back].tolist()

@@ -1,8 +1,7 @@
-"""Classifiers of timm (PyTorch Image Models), by name."""
+"""Classifiers of timm (PyTorch Image Models), by name or as objects."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 
 from dipguard.checks import check_int
 from dipguard.registry import import_extra
-from dipguard.victims.base import Normalised, first_line
+from dipguard.victims.base import Normalised, first_line, unknown_arch
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -31,23 +30,14 @@ def build(
             ``hf-hub:owner/name`` or ``local-dir:/folder`` for a model in timm's own format.
         weights: Path or https address of a state dict, loaded strictly. None downloads timm's weights for ``arch``.
         num_classes: Number of classes of your own state dict; None takes timm's number for ``arch``.
-        mean: Per-channel mean of the normalisation; None takes that of the ``pretrained_cfg``.
-        std: Per-channel standard deviation; None as for ``mean``.
+        mean: Per-channel mean of the normalisation; None takes that of the ``pretrained_cfg``; so for ``std``.
         model: Further arguments of ``timm.create_model``, such as ``pad_type`` or ``img_size``.
-
-    Raises:
-        TypeError: ``model`` is not a mapping.
-        ValueError: Unknown ``arch``, ``model`` arguments that it does not take, a model without classifier or
-            without weights.
     """
     timm = import_extra("timm", owner="the victim 'timm'", extra="timm")
-    name = arch.split(".")[0]
-    if ":" not in arch and not timm.is_model(name):
-        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5))
-        hint = f"near it: {near}" if near else "timm.list_models() names them"
-        raise ValueError(f"`victim.arch` must be one of timm's models, got {arch!r}; {hint}")
+    if ":" not in arch and not timm.is_model(arch.split(".")[0]):
+        raise unknown_arch(arch, timm.list_models(), library="timm")
     if model is not None and not isinstance(model, Mapping):
-        raise TypeError(f"`victim.model` must map names to values, such as pad_type: same, got {model!r}")
+        raise TypeError(f"`victim.model` must map names to values, such as {{pad_type: same}}, got {model!r}")
     options = dict(model or {})
     if num_classes is not None:
         if weights is None:
@@ -57,17 +47,27 @@ def build(
             )
         options["num_classes"] = check_int(num_classes, name="victim.num_classes", low=2)
     network = _create(timm, arch, pretrained=weights is None, options=options)
-    if network.num_classes < 2:
-        raise ValueError(f"`victim.arch` must be a classifier, got {arch!r}, which timm offers for its features alone")
+    victim = of_model(network, mean=mean, std=std)
     if weights is not None:
         load_state_dict_strict(network, weights)
-    own = timm.data.resolve_data_config(args={"img_size": options.get("img_size")}, model=network)
+    return victim
+
+
+def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised:
+    """A model of timm with the preprocessing and the class names of its ``pretrained_cfg``."""
+    timm = import_extra("timm", owner="a model of timm", extra="timm")
+    if network.num_classes < 2:
+        raise ValueError(
+            f"`victim` must be a classifier, got a {type(network).__name__} that timm offers for its features alone"
+        )
+    own = timm.data.resolve_data_config(model=network)
+    size = getattr(getattr(network, "patch_embed", None), "img_size", None)  # a transformer's, if made for another one
     return Normalised(
         network,
         mean=mean or own["mean"],
         std=std or own["std"],
         classes=_classes(timm, network),
-        size=tuple(own["input_size"][1:]),
+        size=tuple(size or own["input_size"][1:]),
         interpolation=own["interpolation"],
     )
 
@@ -75,15 +75,13 @@ def build(
 def _create(timm: Any, arch: str, *, pretrained: bool, options: Mapping[str, Any]) -> Any:
     try:
         if pretrained and ":" not in arch and not timm.models.get_pretrained_cfg(arch).has_weights:
-            raise ValueError(f"`victim.weights` must name a state dict: timm has no weights for {arch!r}")
+            raise ValueError("there are no weights for it; `victim.weights` must name a state dict")
         return timm.create_model(arch, pretrained=pretrained, **options)
-    except ValueError:
-        raise
     except (TypeError, AssertionError) as error:
         raise ValueError(f"`victim.model`: {arch} cannot be built with {dict(options)}: {first_line(error)}") from error
     except Exception as error:  # what a failed download raises depends on the transport
         text = f"`victim.arch`: timm could not make {arch!r}: {first_line(error)}"
-        if "nvalid pretrained tag" in text:
+        if isinstance(error, ValueError) or "nvalid pretrained tag" in text:
             raise ValueError(text) from error
         advice = ". Download the weights in another way and give their path as `victim.weights`" if pretrained else ""
         raise RuntimeError(text + advice) from error

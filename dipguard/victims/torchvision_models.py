@@ -1,4 +1,4 @@
-"""Classifiers of torchvision, by name. ResNet-101 is the paper's ImageNet victim."""
+"""Classifiers of torchvision, by name or as objects. ResNet-101 is the paper's ImageNet victim."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dipguard.checks import check_choice, check_int
-from dipguard.victims.base import Normalised
-from dipguard.victims.weights import load_state_dict_strict
+import torch
+from torch import nn
+
+from dipguard.checks import check_int
+from dipguard.files import file_digest
+from dipguard.registry import import_extra
+from dipguard.victims.base import Normalised, unknown_arch
+from dipguard.victims.weights import HASHED, load_state_dict_strict
 
 
 def build(
@@ -27,31 +32,17 @@ def build(
             path or https address of a state dict, which gets transforms and class names of ``DEFAULT``. None means
             ``DEFAULT``.
         num_classes: Number of classes of your own state dict; torchvision's weights have 1000.
-        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms.
-        std: Per-channel standard deviation; None as for ``mean``.
-
-    Raises:
-        ValueError: Unknown ``arch`` or weights name.
+        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms; so for ``std``.
     """
-    from torchvision import models
-
-    check_choice(arch, models.list_models(module=models), name="victim.arch")
+    models = import_extra("torchvision.models", owner="the victim 'torchvision'", extra="vision")
+    archs = models.list_models(module=models)
+    if arch not in archs:
+        raise unknown_arch(arch, archs, library="torchvision")
     check_int(num_classes, name="victim.num_classes", low=2)
     names = models.get_model_weights(arch).__members__
     chosen = "DEFAULT" if weights is None else str(weights)
     known = names[chosen if chosen in names else "DEFAULT"]
-    preset, categories = known.transforms(), known.meta["categories"]
-    if chosen in names:
-        if num_classes != 1000:
-            raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
-        try:
-            network = models.get_model(arch, weights=known)
-        except (OSError, RuntimeError) as error:
-            raise RuntimeError(
-                f"`victim.weights`: {arch}'s weights {chosen} could not be fetched from {known.url}: {error}. "
-                "Download the file in another way and give its path as `victim.weights`"
-            ) from error
-    else:
+    if chosen not in names:
         if "." not in chosen and "/" not in chosen and not Path(chosen).is_file():
             raise ValueError(
                 f"`victim.weights` for {arch} must be one of {', '.join(names)}, or the path of a state dict, "
@@ -61,11 +52,48 @@ def build(
         extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
         load_state_dict_strict(network, chosen)
+        return _with_transforms(network, known, classes=num_classes, mean=mean, std=std)
+    if num_classes != 1000:
+        raise ValueError(f"`victim.num_classes` must be 1000 for torchvision's own weights, got {num_classes}")
+    # torch.hub checks what it downloads, but not what it has kept.
+    kept = Path(torch.hub.get_dir(), "checkpoints", known.url.rpartition("/")[2])
+    if kept.is_file() and not file_digest(kept).startswith("".join(HASHED.findall(kept.name))):
+        kept.unlink()
+    try:
+        network = models.get_model(arch, weights=known)
+    except (OSError, RuntimeError) as error:
+        raise RuntimeError(
+            f"`victim.weights`: {arch}'s weights {chosen} could not be fetched from {known.url}: {error}. "
+            "Download the file in another way and give its path as `victim.weights`"
+        ) from error
+    return _with_transforms(network, known, classes=1000, mean=mean, std=std)
+
+
+def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised | None:
+    """A model with the preprocessing of torchvision's weights for it; None if there are none.
+
+    An object does not know its name. The number of its parameters tells it, whatever the number of its classes.
+    """
+    models = import_extra("torchvision.models", owner="a model of torchvision", extra="vision")
+    # GoogLeNet's weights come without its auxiliary classifiers.
+    sizes = [parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("aux")]
+    head = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1]
+    classes = len(head.weight)
+    count = sum(sizes) + (1000 - classes) * sum(parameter.numel() for parameter in head.parameters()) // classes
+    known = [w for arch in models.list_models(module=models) for w in models.get_model_weights(arch)]
+    found = next((one for one in known if one.meta["num_params"] == count), None)
+    return None if found is None else _with_transforms(network, found, classes=classes, mean=mean, std=std)
+
+
+def _with_transforms(
+    network: nn.Module, known: Any, *, classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> Normalised:
+    preset, names = known.transforms(), known.meta["categories"]
     return Normalised(
         network,
         mean=mean or preset.mean,
         std=std or preset.std,
-        classes=categories if num_classes == len(categories) else (),
+        classes=names if classes == len(names) else (),
         size=(preset.crop_size[0], preset.crop_size[0]),
         interpolation=preset.interpolation.value,
     )

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor, nn
 
+from dipguard.cache import cache_folder
+from dipguard.files import file_digest, write_text
 from dipguard.victims.base import first_line
 
-_HASHED = re.compile(r"-[0-9a-f]{8,}\.[^/]*$")  # name-<start of the file's sha256>.ext, which torch.hub verifies
+HASHED = re.compile(r"-([0-9a-f]{8,})\.[^/]*$")
+"""Finds the start of the file's SHA-256 in names like torch.hub's, ``name-0123abcd.pt``."""
+_ENTRIES = ("state_dict", "model_state_dict", "model", "net")
 
 
 def load_state_dict_strict(
@@ -20,48 +27,50 @@ def load_state_dict_strict(
 ) -> nn.Module:
     """Load a state dict into ``module`` and return the module; it is unchanged if anything is wrong.
 
-    Reads files of ``torch.save`` (with ``weights_only=True``) and ``.safetensors`` files. The state dict may be the
-    entry ``state_dict`` of a checkpoint; the prefix ``module.`` is dropped; half precision becomes float32.
-
-    Args:
-        module: Network that the weights are for.
-        path_or_url: File or https address. A download is kept in torch.hub's cache; if its name ends in
-            ``-<sha256 prefix>.ext``, it is verified.
-        argument: Name of the option in error messages.
+    Reads ``.safetensors`` and, with ``weights_only=True``, files of ``torch.save``. The state dict may be an entry of a
+    checkpoint (``state_dict``, ``model_state_dict``, ``model``, ``net``), and all its names may have a prefix
+    (``model.``, ``module.``, ``_orig_mod.``). Half precision becomes float32. Downloads are kept in the cache folder by
+    their address; their SHA-256 is checked each time. Messages call the option ``argument``.
 
     Raises:
         FileNotFoundError: No file at the path.
         RuntimeError: The download failed.
-        ValueError: The file is damaged, or does not hold the weights of this network.
+        ValueError: The file is damaged, holds other objects than tensors, or the weights of another network.
     """
-    source = str(path_or_url)
-    read = _download if source.startswith("https://") else _read
-    weights = _unwrap(read(source, argument=argument), source=source, argument=argument)
-    problems = _problems(module.state_dict(), weights)
+    source, expected = str(path_or_url), module.state_dict()
+    path = _download(source, argument=argument) if source.startswith("https://") else Path(source).expanduser()
+    weights = _unwrap(_read(path, argument=argument), expected, source=source, argument=argument)
+    problems = _problems(expected, weights)
     if problems:
         count = sum(parameter.numel() for parameter in module.parameters())
         raise ValueError(
             f"`{argument}`: {source} does not hold the weights of this {type(module).__name__} "
-            f"({len(module.state_dict())} tensors, {count:,} parameters): {'; '.join(problems)}"
+            f"({len(expected)} tensors, {count:,} parameters): {'; '.join(problems)}"
         )
     module.load_state_dict(weights)
     return module
 
 
-def _download(url: str, *, argument: str) -> Any:
+def _download(url: str, *, argument: str) -> Path:
+    name = Path(urlsplit(url).path).name
+    path = cache_folder("weights", hashlib.sha256(url.encode()).hexdigest()[:16], name)
+    record, prefix = path.with_name("SHA256"), "".join(HASHED.findall(name))
+    with suppress(OSError):
+        if record.read_text() == (digest := file_digest(path)) and digest.startswith(prefix):
+            return path
     try:
-        return torch.hub.load_state_dict_from_url(
-            url, map_location="cpu", check_hash=bool(_HASHED.search(url)), weights_only=True
-        )
-    except Exception as error:  # urllib, hash, unpickling and disk errors share no base class
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix or None)
+        write_text(record, file_digest(path))
+    except Exception as error:  # urllib, hash and disk errors share no base class
         raise RuntimeError(
             f"`{argument}`: the weights could not be fetched from {url}: {error}. "
             f"Download the file in another way and give its path as `{argument}`"
         ) from error
+    return path
 
 
-def _read(source: str, *, argument: str) -> Any:
-    path = Path(source).expanduser()
+def _read(path: Path, *, argument: str) -> Any:
     if not path.is_file():
         raise FileNotFoundError(f"`{argument}` must name an existing weights file, got {path}")
     try:
@@ -71,21 +80,32 @@ def _read(source: str, *, argument: str) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files surface as pickle, zip, runtime, end-of-file or key errors
-        raise ValueError(
-            f"`{argument}`: {path} is damaged or is no state dict of torch.save or safetensors: {first_line(error)}"
-        ) from error
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"is damaged or is no state dict of torch.save or safetensors: {first_line(error)}"
+        if foreign:
+            problem = (
+                f"holds pickled objects besides tensors ({foreign[1]}), which could run code and are not loaded: save "
+                "its state dict alone, by torch.save(checkpoint['state_dict'], ...)"
+            )
+        raise ValueError(f"`{argument}`: {path} {problem}") from error
 
 
-def _unwrap(state: Any, *, source: str, argument: str) -> dict[str, Tensor]:
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+def _unwrap(state: Any, expected: Mapping[str, Tensor], *, source: str, argument: str) -> dict[str, Tensor]:
+    if isinstance(state, Mapping):
+        state = next((state[name] for name in _ENTRIES if isinstance(state.get(name), Mapping)), state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(
-            f"`{argument}`: {source} must hold a state dict (names -> tensors), or a dict with the entry 'state_dict'"
+            f"`{argument}`: {source} must hold a state dict (names -> tensors), or a dict with one of the entries "
+            f"{', '.join(_ENTRIES)}"
         )
-    prefix = "module." if all(str(key).startswith("module.") for key in state) else ""
-    floats = {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
-    return {str(key).removeprefix(prefix): value for key, value in floats.items()}
+    weights = {str(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
+    # Lightning, DataParallel and torch.compile put the name of their attribute before every name.
+    first = next(iter(weights))
+    for prefix in ("", *(first[: dot.end()] for dot in re.finditer(r"\.", first))):
+        shared = all(name.startswith(prefix) for name in weights)
+        if shared and not expected.keys().isdisjoint(name.removeprefix(prefix) for name in weights):
+            return {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def _problems(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:

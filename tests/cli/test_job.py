@@ -17,20 +17,27 @@ CPU = torch.device("cpu")
     [
         ("3", 3),
         ("0.5", 0.5),
+        ("1e-3", 1e-3),
         ("true", True),
-        ("null", None),
-        ("above", "above"),
-        ("[1, 2]", [1, 2]),
-        ("a=b", "a=b"),
-        ("1e-3", 0.001),
         ("False", False),
         ("no", False),
+        ("null", None),
+        ("above", "above"),
+        ("012", "012"),
+        ("[1, 2]", [1, 2]),
+        ("a=b", "a=b"),
         ("{pad_type: same}", {"pad_type": "same"}),
-        ("@x", "@x"),
+        ("[cat, dog]", ["cat", "dog"]),
     ],
 )
-def test_values_are_json_where_they_can_be(text, value):
-    assert parse_options([f"key={text}"], argument="--option") == {"key": value}
+def test_values_are_json_or_what_hydra_would_read(text, value):
+    (found,) = parse_options([f"key={text}"], argument="--option").values()
+    assert (found, type(found)) == (value, type(value))
+
+
+def test_a_broken_map_is_named():
+    with pytest.raises(CommandError, match=r"--victim-option: 'model=\{pad_type: same' is neither JSON nor YAML"):
+        parse_options(["model={pad_type: same"], argument="--victim-option")
 
 
 def test_a_model_after_the_colon(tmp_path):

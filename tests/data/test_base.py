@@ -1,8 +1,10 @@
+import re
+
 import pytest
 import torch
 
 from dipguard.data import ImageSet
-from dipguard.data.base import resize
+from dipguard.data.base import resize, shift_warning
 
 
 @pytest.fixture
@@ -88,3 +90,64 @@ def test_halving_averages_because_it_is_antialiased():
 def test_resize_refuses(size, error):
     with pytest.raises(error, match="`size`"):
         resize(torch.zeros(1, 3, 4, 4), size)
+
+
+VICTIM = ("tench", "hen", "great_white shark", "crane", "crane")
+
+
+def _set(*classes):
+    labels = torch.arange(len(classes))
+    return ImageSet(torch.rand(len(classes), 3, 4, 4), labels, labels, classes, "folder")
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "outputs", "expected"),
+    [
+        (("3", "7"), tuple("0123456789"), 10, [3, 7]),
+        (("03", "7"), (), 10, [3, 7]),
+        (("9", "7"), ("a", "b"), 10, [9, 7]),
+        (("Great-White Shark", "hen"), VICTIM, 5, [2, 1]),
+        (("2", "4"), VICTIM, 5, [2, 4]),
+        (("a", "b", "c"), (), 3, [0, 1, 2]),
+    ],
+)
+def test_classes_get_the_labels_of_the_victims_classes_of_that_name_or_number(classes, names, outputs, expected):
+    found = _set(*classes).labelled_for(names, outputs=outputs)
+    assert found.labels.tolist() == expected
+    assert found.classes in ((), names, classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "names", "outputs", "message"),
+    [
+        (("cat", "dog"), (), 10, "of the 2 classes of folder, the victim .10 classes. has none.*'cat', 'dog'"),
+        (("cat", "hen"), VICTIM, 5, "'cat'"),
+        (("crane", "hen"), VICTIM, 5, "or several, of the name 'crane'"),
+        (("1", "10"), tuple("abcdefghij"), 10, "'1', '10'.*numbers from 0 on"),
+        (("hen", "cat"), ("tench", "hen"), 2, "'cat'"),
+    ],
+)
+def test_classes_that_are_not_the_victims_are_refused(classes, names, outputs, message):
+    with pytest.raises(ValueError, match=f"`data`: .*{message}"):
+        _set(*classes).labelled_for(names, outputs=outputs)
+
+
+def test_other_names_of_as_many_classes_are_a_warning():
+    given = _set("cat", "dog")
+    with pytest.warns(UserWarning, match="no class 'cat', 'dog': the 2 classes of folder are taken for its own"):
+        assert given.labelled_for(("tench", "hen"), outputs=2) is given
+
+
+def test_labels_without_classes_stay():
+    given = ImageSet(torch.rand(2, 3, 4, 4), torch.tensor([4, 1]), torch.arange(2))
+    assert given.labelled_for(VICTIM, outputs=5) is given
+
+
+@pytest.mark.parametrize("shift", [-1, 1])
+def test_labels_that_are_off_by_one_are_a_warning(shift):
+    decisions = torch.arange(20) % 8 + 1
+    text = shift_warning(decisions - shift, decisions, outputs=10)
+    assert re.search(rf"right on 0 of 20 .*would be on 20 .*one {'lower' if shift < 0 else 'higher'}", text)
+    assert shift_warning(decisions, decisions, outputs=10) is None
+    assert shift_warning(torch.arange(20).flip(0) % 10, decisions, outputs=10) is None
+    assert shift_warning(decisions[:1] - shift, decisions[:1], outputs=10) is None

@@ -133,6 +133,9 @@ def test_a_16_bit_picture_is_refused(tmp_path):
         ("image,label\na,\n", ValueError, "line 2.*integer"),
         ("image,label\na\n", ValueError, "line 2.*integer"),
         ("image,label\na,-1\n", ValueError, "line 2.*below"),
+        ("image,label\na,1\nb,0\na.png,2\n", ValueError, "line 4: 'a.png' is the picture of line 2 already"),
+        ("image,label,label\na,1,2\n", ValueError, "`label_column`.*has 2 column 'label'"),
+        ("image,image,label\na,b,2\n", ValueError, "`image_column`.*has 2 column 'image'"),
     ],
 )
 def test_a_bad_csv_is_refused_with_its_line(folder, text, error, message):
@@ -155,6 +158,41 @@ def test_an_id_shared_by_two_pictures_is_refused(folder):
 def test_a_flat_folder_without_csv_says_what_to_do(folder):
     with pytest.raises(ValueError, match=r"no sub-folders.*sub-folder.*`labels_csv`"):
         load_data("image_folder", path=folder)
+
+
+def test_pictures_beside_the_class_folders_are_refused(folder):
+    _picture(folder / "class" / "d.png")
+    with pytest.raises(ValueError, match=r"pictures beside its class folders, such as a\.png"):
+        load_data("image_folder", path=folder)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_photographs_are_turned_upright(tmp_path, mode):
+    (tmp_path / "x").mkdir()
+    picture = Image.fromarray(RNG.integers(0, 256, (4, 6, 3), dtype=np.uint8)).convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    picture.save(tmp_path / "x" / "1.png", exif=exif)
+    loaded = load_data("image_folder", path=tmp_path)
+    upright = np.array(picture.rotate(-90, expand=True).convert("RGB"))
+    assert np.array_equal((loaded.images[0] * 255).round().byte().permute(1, 2, 0).numpy(), upright)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_parts_become_white_with_a_warning(tmp_path, mode):
+    (tmp_path / "x").mkdir()
+    picture = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
+    picture.putpixel((1, 0), (10, 20, 30, 0))  # a hidden colour
+    if mode == "P":
+        indexed = Image.new("P", (2, 1))
+        indexed.putpalette([200, 200, 200, 10, 20, 30])
+        indexed.putpixel((1, 0), 1)
+        indexed.save(tmp_path / "x" / "1.png", transparency=1)
+    else:
+        picture.convert(mode).save(tmp_path / "x" / "1.png")
+    with pytest.warns(UserWarning, match=r"1\.png has transparent parts; they become white"):
+        loaded = load_data("image_folder", path=tmp_path)
+    assert (loaded.images[0, :, 0] * 255).round().T.tolist() == [[200] * 3, [255] * 3]
 
 
 def test_missing_things_are_named(tmp_path, folder):

@@ -48,6 +48,7 @@ def test_an_attack_through_a_cheap_defence_works(module: DigitsModule, attack, d
     assert accuracy(defended, attacked, labels) < 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [foolbox_pgd, torchattacks_pgd])
 def test_an_attack_through_a_guard(module: DigitsModule, attack) -> None:
     images, labels = digits(0, 2)
@@ -56,6 +57,7 @@ def test_an_attack_through_a_guard(module: DigitsModule, attack) -> None:
     assert 0 < float((attacked - images).abs().max()) <= EPS + 1e-5
 
 
+@pytest.mark.slow
 def test_black_box_attacks_of_foolbox_ask_the_defended_model(module: DigitsModule) -> None:
     library, (images, labels) = foolbox(), digits(0, 4)
     defended = BPDAClassifier(module, build_defense("median", module))
@@ -99,11 +101,11 @@ def test_the_classifier_is_left_as_it_was(module: DigitsModule, attack) -> None:
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in values.items())
 
 
-@pytest.mark.parametrize("draws", ["content", "position", "fresh"])
+@pytest.mark.parametrize("draws", ["content", "position"])
 def test_how_a_random_defence_draws(module: DigitsModule, draws: str) -> None:
     images = digits(0, 2, noise=0.1)[0]
     purifier = InputPurifier(DIPGuard(module, **{**TINY, "dtype": "float32"}), draws=draws)
     first, again = purifier(images), purifier(images)
-    assert torch.equal(first, again) == (draws != "fresh")
+    assert torch.equal(first, again)
     moved = purifier(images.flip(0)).flip(0)
     assert torch.allclose(first, moved, atol=1e-3) == (draws == "content")

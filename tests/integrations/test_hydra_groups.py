@@ -114,7 +114,9 @@ def test_the_example_project_runs_with_its_own_defaults(tmp_path: Path) -> None:
     assert "purified: " in run([sys.executable, "main.py", *quick], folder=PROJECT)
 
 
-@pytest.mark.parametrize(("config", "absent"), [("plain", "dipguard"), ("config", "torch")])
+@pytest.mark.parametrize(
+    ("config", "absent"), [("plain", "dipguard"), pytest.param("config", "torch", marks=pytest.mark.slow)]
+)
 def test_little_is_imported(conf: Path, config: str, absent: str) -> None:
     """Nothing of dipguard unless its groups are used, and never torch."""
     (conf / "plain.yaml").write_text("lr: 0.1\n")

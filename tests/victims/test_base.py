@@ -4,6 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from dipguard import DIPGuard
+from dipguard.attacks import build_attack
+from dipguard.classifier import Decider
 from dipguard.victims import Normalised, build_victim, check_victim, frozen
 
 
@@ -127,3 +130,75 @@ def test_build_victim_refuses_unknown_names_and_options():
         build_victim("lenet")
     with pytest.raises(TypeError, match="'cifar10_resnet20' takes no option 'depth'; its options are: none"):
         build_victim("cifar10_resnet20", depth=56)
+
+
+def _network():
+    layers = (nn.Conv2d(3, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(900, 10))
+    return nn.Sequential(*layers).eval()
+
+
+def _exported(network):
+    batch = torch.export.Dim("n", min=1, max=1024)
+    return torch.export.export(network, (torch.rand(2, 3, 32, 32),), dynamic_shapes=({0: batch},)).module()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda network: torch.jit.freeze(torch.jit.script(network)),
+        lambda network: torch.jit.script(network),
+        lambda network: torch.jit.trace(network, torch.rand(1, 3, 32, 32)),
+        pytest.param(_exported, marks=pytest.mark.slow),
+    ],
+    ids=["frozen", "scripted", "traced", "exported"],
+)
+def test_scripted_and_exported_victims_are_served(images, form):
+    network = _network()
+    victim = form(network)
+    with torch.no_grad():
+        expected = network(images)
+    assert torch.allclose(check_victim(victim, images), expected, atol=1e-5)
+    assert torch.allclose(Decider(nn.Sequential(victim))(images[:3]), expected[:3], atol=1e-5)
+    attacked = build_attack("fgsm", victim, eps_255=8)(images, expected.argmax(1))
+    assert 0 < float((attacked - images).abs().max()) <= 8.01 / 255
+
+
+def _of_four(network):
+    # What torch.export leaves, made in a moment.
+    traced = torch.fx.symbolic_trace(network)
+    next(iter(traced.graph.nodes)).meta["val"] = torch.empty(4, 3, 32, 32)
+    return traced
+
+
+@pytest.mark.parametrize(
+    "export",
+    [
+        _of_four,
+        pytest.param(
+            lambda network: torch.export.export(network, (torch.rand(4, 3, 32, 32),)).module(), marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_victim_that_was_exported_for_one_batch_is_refused_at_the_door(export):
+    with pytest.raises(ValueError, match=r"`victim` must take any number of images.*batches of 4.*dynamic_shapes"):
+        DIPGuard(nn.Sequential(export(_network())))
+
+
+@pytest.mark.slow
+def test_an_exported_program_is_told_from_its_module():
+    with pytest.raises(TypeError, match=r"`victim` must be a torch\.nn\.Module, got ExportedProgram; take its"):
+        DIPGuard(torch.export.export(_network(), (torch.rand(4, 3, 32, 32),)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_victim_is_asked_in_its_own_precision(images, dtype):
+    assert check_victim(_linear().to(dtype), images).dtype == dtype
+
+
+def test_images_of_a_size_that_it_cannot_read_are_named_with_its_own():
+    victim = Normalised(_linear(), mean=(0, 0, 0), std=(1, 1, 1), size=(32, 32))
+    with pytest.raises(
+        ValueError,
+        match=r"`surrogate` cannot read images of 16x16 pixels; it was made for 32x32 \(give .*mat1",
+    ):
+        check_victim(victim, torch.rand(1, 3, 16, 16), name="surrogate")

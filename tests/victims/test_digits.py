@@ -25,7 +25,7 @@ def test_it_is_sturdy_against_noise_that_is_no_attack(digits_cnn, digits):
 
 
 def test_pgd_leaves_under_ten_percent_right(digits_cnn, digits):
-    part = digits.select(0, 200)
+    part = digits.select(0, 60)
     attacked = build_attack("pgd", digits_cnn, eps_255=8)(part.images, part.labels)
     assert _right(digits_cnn, attacked, part.labels) < 0.10
 
@@ -47,8 +47,10 @@ def test_weights_by_path(digits_cnn, digits):
         assert torch.equal(victim(digits.images[:9]), digits_cnn(digits.images[:9]))
 
 
-def test_a_damaged_cache_is_trained_again_alike_with_a_warning(digits_cnn, tmp_path, monkeypatch):
+@pytest.mark.parametrize("epochs", [1, pytest.param(12, marks=pytest.mark.slow)])
+def test_a_damaged_cache_is_trained_again_alike_with_a_warning(digits_cnn, tmp_path, monkeypatch, epochs):
     original = load_file(cache_folder("victims", "digits_cnn-1.safetensors"))
+    monkeypatch.setattr("dipguard.victims.digits._EPOCHS", epochs)
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path))
     path = cache_folder("victims", "digits_cnn-1.safetensors")
     path.parent.mkdir()
@@ -60,7 +62,8 @@ def test_a_damaged_cache_is_trained_again_alike_with_a_warning(digits_cnn, tmp_p
     assert torch.equal(torch.get_rng_state(), before)
     assert all(p.grad is None and not p.is_inference() for p in victim.parameters())
     trained = load_file(path)
-    for key, value in original.items():
+    assert trained.keys() == original.keys()
+    for key, value in original.items() if epochs == 12 else ():
         assert torch.allclose(trained[key].float(), value.float(), atol=1e-4), key
 
 

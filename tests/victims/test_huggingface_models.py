@@ -1,3 +1,5 @@
+import contextlib
+import json
 import shutil
 
 import numpy as np
@@ -69,6 +71,7 @@ def test_names_and_interpolation_are_its_own(folder):
         assert victim(torch.rand(2, 3, 32, 32)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("folder", ["resnet"], indirect=True)
 def test_gradients_reach_the_images(folder):
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     build_victim("huggingface", weights=folder)(images).sum().backward()
@@ -123,3 +126,16 @@ def test_code_in_the_folder_is_not_run(folder, tmp_path):
     shutil.move(folder / "model.safetensors", tmp_path / "away")
     with pytest.raises(RuntimeError, match=r"`victim.weights`"):
         build_victim("huggingface", weights=folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
+def test_code_that_a_config_names_is_neither_asked_for_nor_run(folder, monkeypatch, tmp_path, file):
+    monkeypatch.setattr("builtins.input", lambda *_: "yes")
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
+    config = json.loads((folder / file).read_text())
+    names = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
+    (folder / file).write_text(json.dumps(config | {"auto_map": {name: "own.Own" for name in names}}))
+    with contextlib.suppress(RuntimeError):
+        assert build_victim("huggingface", weights=folder)(torch.rand(1, 3, 32, 32)).shape == (1, 3)
+    assert not ran.exists()

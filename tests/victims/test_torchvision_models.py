@@ -7,6 +7,7 @@ from torchvision import models
 from dipguard.victims import build_victim
 
 
+@pytest.mark.slow
 def test_real_squeezenet_weights_by_path(real_data, photographs):
     path = real_data / "weights" / "squeezenet1_0_deepcomp.pth"
     victim = build_victim("torchvision", arch="squeezenet1_0", weights=path)
@@ -32,7 +33,8 @@ def test_a_state_dict_of_any_classifier_loads_without_complaint(tmp_path, arch):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"arch": "resnet9000"}, ValueError, "`victim.arch`.*resnet101"),
+        ({"arch": "resnet55"}, ValueError, "`victim.arch`.*'resnet55'; near it: .*resnet50"),
+        ({"arch": "mobilenet_v3"}, ValueError, "`victim.arch`.*near it: .*mobilenet_v3_large"),
         ({"arch": "fcn_resnet50"}, ValueError, "`victim.arch`"),
         ({"arch": "resnet18", "weights": "IMAGENET22K"}, ValueError, "`victim.weights`.*DEFAULT.*IMAGENET22K"),
         ({"arch": "resnet18", "weights": "nowhere.pth"}, FileNotFoundError, "`victim.weights`.*nowhere.pth"),
@@ -44,6 +46,25 @@ def test_a_state_dict_of_any_classifier_loads_without_complaint(tmp_path, arch):
 def test_torchvision_refuses(options, error, message):
     with pytest.raises(error, match=message):
         build_victim("torchvision", **options)
+
+
+@pytest.mark.parametrize("content", [b"altered", None])
+def test_an_altered_file_in_torch_hubs_cache_is_fetched_again(tmp_path, monkeypatch, content):
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
+    kept = tmp_path / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    kept.parent.mkdir()
+    if content is not None:
+        kept.write_bytes(content)
+    asked = []
+
+    def get_model(arch, weights):
+        asked.append(kept.exists())
+        raise OSError("no network")
+
+    monkeypatch.setattr("torchvision.models.get_model", get_model)
+    with pytest.raises(RuntimeError, match=r"`victim.weights`: squeezenet1_1's weights DEFAULT could not be fetched"):
+        build_victim("torchvision", arch="squeezenet1_1")
+    assert asked == [False]
 
 
 @pytest.mark.parametrize("arch", ["squeezenet1_1", "efficientnet_b1"])

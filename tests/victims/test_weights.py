@@ -1,4 +1,8 @@
+import hashlib
+import io
 import pickle
+from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +25,10 @@ def _without_counters(state):
     return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
 
 
+def _prefixed(state, prefix):
+    return {f"{prefix}{key}": value for key, value in state.items()}
+
+
 @pytest.mark.parametrize(
     "form",
     [
@@ -29,8 +37,22 @@ def _without_counters(state):
         lambda state: {f"module.{key}": value for key, value in state.items()},
         lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
         _without_counters,
+        lambda state: {"model_state_dict": _prefixed(state, "module.model."), "optimizer": {"state": {}}},
+        lambda state: {"model": _prefixed(state, "_orig_mod.")},
+        lambda state: {"net": state, "epoch": 1},
+        lambda state: {"state_dict": _prefixed(state, "model._orig_mod."), "hyper_parameters": {"lr": 0.1}},
     ],
-    ids=["plain", "checkpoint", "parallel", "checkpoint of parallel", "before torch 0.4.1"],
+    ids=[
+        "plain",
+        "checkpoint",
+        "parallel",
+        "checkpoint of parallel",
+        "before torch 0.4.1",
+        "model_state_dict",
+        "compiled",
+        "net",
+        "Lightning",
+    ],
 )
 def test_each_form_of_file_loads_exactly(tmp_path, form):
     source, target = _net(1), _net(2)
@@ -108,9 +130,65 @@ class _Payload:
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))])
 def test_code_in_a_file_is_never_run(tmp_path, capsys, save):
     save({"state_dict": _Payload()}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="damaged or is no state dict"):
+    with pytest.raises(ValueError, match=r"weights.pt holds pickled objects besides tensors \(.*print\)"):
         load_state_dict_strict(_net(2), tmp_path / "weights.pt")
     assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_with_other_objects_is_not_called_damaged(tmp_path):
+    torch.save({"state_dict": _net(1).state_dict(), "args": Namespace(lr=0.1)}, tmp_path / "weights.pt")
+    with pytest.raises(
+        ValueError, match=r"besides tensors \(argparse\.Namespace\).*save its state dict alone"
+    ) as caught:
+        load_state_dict_strict(_net(2), tmp_path / "weights.pt")
+    assert "\x1b" not in str(caught.value)
+
+
+@pytest.fixture
+def server(monkeypatch, tmp_path):
+    """Addresses and their files; what is fetched from them is noted."""
+    files, fetched = {}, []
+
+    def download(url, path, hash_prefix=None, progress=True):
+        fetched.append(url)
+        content = files[url]
+        if hash_prefix and not hashlib.sha256(content).hexdigest().startswith(hash_prefix):
+            raise RuntimeError("invalid hash value")
+        Path(path).write_bytes(content)
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", download)
+    monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "cache"))
+    return files, fetched
+
+
+def _content(seed):
+    buffer = io.BytesIO()
+    torch.save(_net(seed).state_dict(), buffer)
+    return buffer.getvalue()
+
+
+def test_downloads_are_kept_by_address_and_checked_each_time(server, tmp_path):
+    files, fetched = server
+    urls = ["https://a.example/model.pth", "https://b.example/model.pth"]
+    for seed, url in enumerate(urls, start=1):
+        files[url] = _content(seed)
+        for _ in range(2):
+            assert torch.equal(load_state_dict_strict(_net(9), url)[0].weight, _net(seed)[0].weight)
+    assert fetched == urls
+    for kept in (tmp_path / "cache").rglob("model.pth"):
+        kept.write_bytes(_content(7))
+    assert torch.equal(load_state_dict_strict(_net(9), urls[0])[0].weight, _net(1)[0].weight)
+    assert fetched == [*urls, urls[0]]
+
+
+def test_a_hash_in_the_address_is_checked(server):
+    files, _ = server
+    digest = hashlib.sha256(_content(1)).hexdigest()
+    good, bad = f"https://a.example/m-{digest[:8]}.pt", "https://a.example/m-01234567.pt"
+    files |= {good: _content(1), bad: _content(1)}
+    load_state_dict_strict(_net(9), good)
+    with pytest.raises(RuntimeError, match=r"could not be fetched.*invalid hash"):
+        load_state_dict_strict(_net(9), bad)
 
 
 @pytest.mark.parametrize("name", ["nowhere.pt", "."])
