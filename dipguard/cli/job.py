@@ -20,7 +20,7 @@ from dipguard.data.image_folder import EXTENSIONS
 from dipguard.defenses import DEFENSES, Defense, build_defense
 from dipguard.registry import lookup, options_of, table_of
 from dipguard.store import Store
-from dipguard.store.keys import versions, victim_digest
+from dipguard.store.keys import numerics, victim_digest
 from dipguard.victims import VICTIMS, build_victim, check_victim
 
 MARK = "dipguard.json"
@@ -91,7 +91,7 @@ def prepare(args: argparse.Namespace) -> Job:
         victim=victim,
         defense=defense,
         settings={
-            "versions": versions(),
+            "versions": numerics(),
             "victim": {"name": args.victim, "digest": victim_digest(victim)},
             "defense": defense.settings,
             "size": list(size),

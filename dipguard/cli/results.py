@@ -7,15 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from dipguard.decision import DecisionTrace
 from dipguard.defenses import Defense
 from dipguard.files import csv_text, write_text
-from dipguard.reporting.canvas import class_name, save_figure
+from dipguard.reporting.canvas import Picture, class_name, save_figure
 from dipguard.reporting.escape import escape_csv
-from dipguard.reporting.image_figures import Scene, draw_comparison
+from dipguard.reporting.image_figures import draw_grid
 from dipguard.reporting.trace_figure import draw_trace
 
 COLUMNS = (
@@ -65,10 +64,8 @@ def draw_picture(
         name_of = partial(class_name, classes=classes)
         figure = draw_trace(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of)
     else:
-        pairs = zip(("given", "purified"), (given, purified), torch.tensor(decisions).split(1), strict=True)
-        scenes = [(head, Scene(image[None], decision)) for head, image, decision in pairs]
-        figure = draw_comparison(scenes, count=1, classes=classes)
-        figure.axes[0].set_ylabel("")
+        names = [class_name(decision, classes) for decision in decisions]
+        figure = draw_grid(("given", "purified"), {"": [Picture(given, names[0]), Picture(purified, names[1])]})
     # A dollar sign in a file name is not a formula.
     figure.suptitle(plain(title), fontsize=12, fontweight="bold", parse_math=False)
     save_figure(figure, path)

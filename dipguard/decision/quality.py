@@ -6,24 +6,15 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-WINDOW = 11
-"""Side of the Gaussian window of SSIM, pixels (Wang et al. 2004)."""
-SMALLEST_SIDE = WINDOW // 2 + 1
-"""Shortest side, pixels, that can be reflected by half a window."""
+WINDOW = 11  # side of the Gaussian window of SSIM, pixels (Wang et al. 2004)
+SMALLEST_SIDE = WINDOW // 2 + 1  # that can be reflected by half a window
 
 
 def quality(reconstructions: Tensor, given: Tensor) -> Tensor:
     """v(t) ~ SSIM(x(t), x0), image by image.
 
     SSIM as in Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, data range 1, mean over channels and all
-    pixels, the image reflected at its border.
-
-    Args:
-        reconstructions: [B, 3, H, W] in [0, 1].
-        given: The given images x0, of the same shape.
-
-    Returns:
-        [B], in [-1, 1]; 1 for equal images.
+    pixels, the image reflected at its border. Both images are [B, 3, H, W] in [0, 1]; returns [B], in [-1, 1].
 
     Raises:
         ValueError: The shapes differ, or a side is too short to be reflected.

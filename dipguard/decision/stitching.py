@@ -36,16 +36,8 @@ def on_manifold(on_boundary: Tensor, given: Tensor, *, beta: float) -> Tensor:
 
     .. math:: x_{manifold}^{(t)} = x_{db}^{(t)} + \beta (x_{db}^{(t)} - x_0), \quad t \in I_K
 
-    Args:
-        on_boundary: x_db, [k, 3, H, W].
-        given: x0, [3, H, W].
-        beta: Step size, at least 0.
-
-    Returns:
-        [k, 3, H, W]; values may leave [0, 1], and are not clamped, since Eq. 6 has no clamp.
-
-    Raises:
-        ValueError: beta is negative.
+    ``on_boundary`` is x_db, [k, 3, H, W], ``given`` x0, [3, H, W], ``beta`` at least 0, else ValueError. Returns
+    [k, 3, H, W]; values may leave [0, 1], and are not clamped, since Eq. 6 has no clamp.
     """
     check_float(beta, name="beta", low=0.0)
     return on_boundary + beta * (on_boundary - given)

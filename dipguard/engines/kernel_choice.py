@@ -149,7 +149,7 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
         z = torch.empty(net.stack_size, net.spec.input_depth, *size, dtype=torch.float32, requires_grad=z_gradient)
     shapes: dict[str, LayerShape] = {}
 
-    def note(layer: nn.Module, arguments: tuple[Tensor, ...], *, name: str) -> None:
+    def note(layer: Any, arguments: tuple[Tensor, ...], *, name: str) -> None:
         (x,) = arguments
         options = ("stride", "padding") if isinstance(layer, StackedConv2d) else ("slope", "eps")
         how = tuple((option, getattr(layer, option)) for option in options)

@@ -26,8 +26,7 @@ from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
 from dipguard.registry import table_of
-from dipguard.store import Store, digest_of, open_store, victim_digest
-from dipguard.store.keys import versions
+from dipguard.store import Store, digest_of, numerics, open_store, victim_digest
 from dipguard.victims import build_victim, check_victim
 
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # it becomes the name of a folder
@@ -67,7 +66,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     if shifted is not None:
         warnings.warn(shifted, UserWarning, stacklevel=2)
     made_with = {
-        "versions": versions(),
+        "versions": numerics(),
         "device": device.type,
         "callbacks": config.callbacks,
         "surrogate": digests.get("surrogate"),

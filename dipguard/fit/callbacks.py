@@ -79,7 +79,6 @@ class DecisionLogger(pl.Callback):
         self.keep_samples, self.first_step = keep_samples, first_step
         self.seconds = 0.0
         self._steps: tuple[int, ...] = ()
-        self._sampled: frozenset[int] = frozenset()
         self._together = 1
         self._waiting: list[Sample] = []
         self._crossings = torch.zeros((), dtype=torch.float32)
@@ -88,7 +87,6 @@ class DecisionLogger(pl.Callback):
         """Open the trace with the victim's decisions on the given images."""
         module = as_stacked_dip(pl_module)
         self._steps = sampled_steps(module.T, decisions=self.decisions, every=self.every)
-        self._sampled = frozenset(self._steps)
         self._waiting = []
         self._crossings = module.given.new_zeros(())
         monitored = {getattr(callback, "monitor", None) for callback in getattr(trainer, "callbacks", ())}
@@ -108,7 +106,7 @@ class DecisionLogger(pl.Callback):
         """Sample x(t), which was made before this step's update; ask the victim when enough samples wait."""
         step, x, errors = step_output(outputs)
         module = as_stacked_dip(pl_module)
-        sampled, last = step in self._sampled, step == module.T - 1
+        sampled, last = step in self._steps, step == module.T - 1
         if not (sampled or last or trainer.is_last_batch):
             return
         value = quality(x, module.given)
@@ -221,8 +219,8 @@ class BoundaryDetector(pl.Callback):
                 trace.add_crossing(b, Crossing(i, float(before.quality[b]), images, scores))
 
     def _localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
-        images, scores = (torch.stack(part, dim=1) for part in ([c.images for c in found], [c.scores for c in found]))
-        return localise(*images, *scores, self.decider, N=self.N, scores=self.scores)
+        (x, x_next), (f, f_next) = torch.stack([c.images for c in found], 1), torch.stack([c.scores for c in found], 1)
+        return localise(x, x_next, f, f_next, self.decider, N=self.N, scores=self.scores)
 
 
 class Stitcher(pl.Callback):

@@ -97,16 +97,16 @@ def run_fit(
         RuntimeError: A forked process that would hang.
     """
     start, first = time.perf_counter(), _FirstStep()
+    every = [first, *callbacks]
     with isolated_trainer(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
-        made = make_trainer(T, device=device, callbacks=[first, *callbacks], logger=logger, trainer=trainer)
+        made = make_trainer(T, device=device, callbacks=every, logger=logger, trainer=trainer)
         try:
             made.fit(module)
         finally:
-            # A Trainer's reference cycles, and the methods of the module that it sets on callbacks, would keep all of
-            # the fit in memory.
-            for callback in made.callbacks:
+            # Lightning's reference cycles, and the methods of the module that it sets on callbacks, would keep the fit.
+            for callback in every:
                 vars(callback).pop("log", None)
                 vars(callback).pop("log_dict", None)
             vars(made).clear()

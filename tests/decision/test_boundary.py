@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -74,15 +72,6 @@ def test_thresholds_hold_or_not_at_equality(rule: str, expected: list[int]) -> N
     assert torch.nonzero(kept).flatten().tolist() == expected
 
 
-def test_t0_counts_steps_or_samples() -> None:
-    quality, steps = torch.ones(3), torch.tensor([4, 9, 14])
-    position = torch.tensor([0, 1, 2])
-    assert passes(quality, steps, tau=0, t0=2, position=position).tolist() == [True, True, True]
-    assert passes(quality, steps, tau=0, t0=2, t0_unit="samples", position=position).tolist() == [False, False, True]
-    with pytest.raises(ValueError, match="`position` must be given"):
-        passes(quality, steps, tau=0, t0=2, t0_unit="samples")
-
-
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("K_max", [1, 3, 8])
 def test_no_replay_asks_for_what_was_forgotten_and_all_kept_is_needed(seed: int, K_max: int) -> None:
@@ -110,7 +99,6 @@ def test_forgetting_as_they_come_is_forgetting_at_the_end() -> None:
         ({"tau": float("nan")}, "`tau` must be from 0 to 1, got nan"),
         ({"t0": -1}, "`t0` must be at least 0, got -1"),
         ({"rule": ">"}, "`rule` must be one of at_least, above, got '>'"),
-        ({"t0_unit": "epochs"}, "`t0_unit` must be one of steps, samples, got 'epochs'"),
     ],
 )
 def test_bad_thresholds_are_named(arguments: dict, message: str) -> None:
@@ -125,40 +113,3 @@ def test_bad_grids_are_named(arguments: dict, message: str) -> None:
     victim, images = linear_victim()
     with pytest.raises(ValueError, match=message):
         localise(images[:1], images[1:2], victim(images[:1]), victim(images[1:2]), victim, **arguments)
-
-
-@pytest.mark.parametrize("N", [1, 2, 3, 7, 10, 50])
-def test_bisection_finds_what_the_grid_finds_where_scores_are_monotone(N: int) -> None:
-    victim, images = linear_victim()
-    y = victim(images).argmax(1)
-    pairs = torch.nonzero(y[:-1] != y[1:]).flatten()
-    asked: list[int] = []
-
-    def counting(x: torch.Tensor) -> torch.Tensor:
-        asked.append(len(x))
-        return victim(x)
-
-    before, after = images[pairs], images[pairs + 1]
-    ends = (before, after, victim(before), victim(after))
-    found = [localise(*ends, counting, N=N, search=search) for search in ("grid", "bisection")]
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
-    grid = (N - 1) * len(pairs)
-    assert sum(asked) - grid <= math.ceil(math.log2(N)) * len(pairs)
-
-
-def test_bisection_ends_at_a_change_of_sign_where_scores_are_not_monotone() -> None:
-    def wavy(x: torch.Tensor) -> torch.Tensor:
-        """Two classes whose difference at alpha = n/10 is the n-th number, for images that hold alpha."""
-        values = torch.tensor([-3, -2, -0.1, -2, -1, -0.5, 2, 3, 1, 2, 4], dtype=torch.float64)
-        f = values[(x[:, 0, 0, 0] * 10).round().long()]
-        return torch.stack([f, torch.zeros_like(f)], dim=1)
-
-    before, after = torch.ones(1, 3, 2, 2, dtype=torch.float64), torch.zeros(1, 3, 2, 2, dtype=torch.float64)
-    ends = (before, after, wavy(before), wavy(after))
-    assert localise(*ends, wavy)[0].tolist() == [0.2]
-    assert localise(*ends, wavy, search="bisection")[0].tolist() == [0.5]
-    none = localise(*(end[:0] for end in ends), wavy, search="bisection")
-    assert [tuple(part.shape) for part in none] == [(0,), (0, 3, 2, 2)]
-    with pytest.raises(ValueError, match="`search` must be one of grid, bisection, got 'newton'"):
-        localise(*ends, wavy, search="newton")

@@ -71,6 +71,7 @@ def test_t0_cuts_the_early_crossings_off() -> None:
         ({"beta": -0.1}, "`beta` must be finite and at least 0, got -0.1"),
         ({"beta": float("inf")}, "`beta` must be finite and at least 0, got inf"),
         ({"tau": -0.1}, "`tau` must be from 0 to 1, got -0.1"),
+        ({"t0_unit": "epochs"}, "`t0_unit` must be one of steps, samples, got 'epochs'"),
         ({"divide_by": "N"}, "`divide_by` must be one of found, K, got 'N'"),
     ],
 )

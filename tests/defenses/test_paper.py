@@ -160,14 +160,6 @@ def test_a_warm_up_beyond_the_fit_is_warned_of(victim: nn.Module, caplog: pytest
     assert "`t0`=6 is past the end of the fit (6 samples)" in caplog.text
 
 
-def test_bisection_gives_nearly_the_same_image(images: Tensor, victim: nn.Module) -> None:
-    plain, fast = (DIPGuard(victim, **QUICK, search=search).defend(images[:2]) for search in ("grid", "bisection"))
-    assert torch.equal(fast.decisions_after, plain.decisions_after)
-    assert fast.used == plain.used
-    # Alpha is off by a point of its grid at most where scores are not monotone, and a crossing is one image of K.
-    assert float((fast.reconstructions - plain.reconstructions).abs().mean()) < 0.01
-
-
 def test_steps_per_image_is_T(victim: nn.Module) -> None:
     assert DIPGuard(victim, **QUICK).steps_per_image == 12
 
@@ -267,7 +259,6 @@ def test_bad_images_are_named(images: Tensor, victim: nn.Module, bad: Any, error
         ({"stack_size": "all"}, TypeError, "`stack_size` must be an integer, got 'all'"),
         ({"network": "huge"}, ValueError, "`network` must be one of"),
         ({"scores": "odds"}, ValueError, "`scores` must be one of logits, probabilities, got 'odds'"),
-        ({"search": "newton"}, ValueError, "`search` must be one of grid, bisection, got 'newton'"),
         ({"matmul_precision": "half"}, ValueError, "`matmul_precision` must be one of float32, tf32, bfloat16, got"),
         (
             {"matmul_precision": "tf32", "engine": "native"},

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dipguard import MirrorGuard
 from dipguard.decision.stopping import WindowedVariance
 from dipguard.engines.jitter_feed import JitterFeed
 from dipguard.fit import (
@@ -22,7 +23,7 @@ from dipguard.fit import (
     make_trainer,
     unrolled_fit,
 )
-from tests.fit.engines import WORKING
+from tests.fit.engines import NATIVE
 
 CPU = torch.device("cpu")
 
@@ -35,8 +36,14 @@ def in_both(work: Callable[[], list[Tensor]]) -> None:
         assert torch.equal(mine, other)
 
 
-@pytest.mark.parametrize("engine", WORKING)
-@pytest.mark.parametrize("z", ["uniform", "gaussian"])
+@pytest.mark.parametrize(
+    ("engine", "z"),
+    [
+        ("torch", "gaussian"),
+        pytest.param("native", "uniform", marks=NATIVE),
+        pytest.param("torch", "uniform", marks=pytest.mark.slow),
+    ],
+)
 def test_a_fit_and_what_the_callbacks_make_of_it(images: Tensor, undecided: nn.Module, engine: str, z: str) -> None:
     fit = FitOptions(network="small", engine=engine, jitter=0.05, z=z, optimise_z=z == "gaussian")
 
@@ -52,6 +59,11 @@ def test_a_fit_and_what_the_callbacks_make_of_it(images: Tensor, undecided: nn.M
         return [*done.traces[0].tensors().values(), done.reconstructions[0].image, *seen]
 
     in_both(work)
+
+
+def test_the_traces_of_our_own_defence(images: Tensor, undecided: nn.Module) -> None:
+    guard = MirrorGuard(undecided, networks=["narrow"], T=4, t0=2, every=1, progress=False)
+    in_both(lambda: list(guard.defend(images[:1]).traces[0].tensors().values()))
 
 
 def test_a_differentiable_fit(images: Tensor) -> None:

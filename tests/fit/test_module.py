@@ -14,7 +14,7 @@ from benchmarks.plain_loop import PlainSkipNet, plain_fit
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.networks import PRESETS, NetworkSpec
 from dipguard.seeding import image_generator
-from tests.fit.engines import WORKING
+from tests.fit.engines import NATIVE, WORKING
 
 UNSKIPPED = NetworkSpec(
     n_d=(4, 8, 16), n_u=(4, 8, 16), n_s=(0, 0, 0), k_d=(3, 3, 3), k_u=(3, 3, 3), k_s=(1, 1, 1), input_depth=1,
@@ -53,12 +53,12 @@ def fit(images: Tensor, indices: list[int], steps: int, **options: Any) -> tuple
 @pytest.mark.parametrize(
     ("network", "padding", "jitter", "steps"),
     [
-        ("small", "reflect", 1 / 30, 20),
-        ("medium", "zeros", 0.0, 20),
-        ("medium", "reflect", 0.0, 20),
-        ("medium", "reflect", 1 / 30, 20),
-        ("large", "zeros", 0.0, 6),
-        ("large", "reflect", 1 / 30, 6),
+        ("small", "reflect", 1 / 30, 12),
+        ("medium", "zeros", 0.0, 8),
+        pytest.param("medium", "reflect", 0.0, 20, marks=pytest.mark.slow),
+        pytest.param("medium", "reflect", 1 / 30, 20, marks=pytest.mark.slow),
+        pytest.param("large", "zeros", 0.0, 6, marks=pytest.mark.slow),
+        pytest.param("large", "reflect", 1 / 30, 6, marks=pytest.mark.slow),
     ],
 )
 def test_a_stack_equals_the_plain_loop(
@@ -82,17 +82,22 @@ def test_a_stack_equals_the_plain_loop(
     assert float((seen[-1] - seen[0]).abs().mean()) > 0.01
 
 
-@pytest.mark.parametrize("engine", WORKING)
 @pytest.mark.parametrize(
-    ("network", "padding", "jitter"),
-    [("medium", "zeros", 0.0), ("medium", "reflect", 1 / 30), (UNSKIPPED, "zeros", 1 / 30), (NEAREST, "reflect", 0.0)],
-    ids=["medium", "jitter", "no skips", "nearest"],
+    ("network", "padding", "jitter", "engine"),
+    [
+        pytest.param("medium", "zeros", 0.0, "torch", marks=pytest.mark.slow),
+        pytest.param("medium", "zeros", 0.0, "native", marks=[NATIVE, pytest.mark.slow]),
+        pytest.param("medium", "reflect", 1 / 30, "torch", marks=pytest.mark.slow),
+        pytest.param("medium", "reflect", 1 / 30, "native", marks=[NATIVE, pytest.mark.slow]),
+        (UNSKIPPED, "zeros", 1 / 30, "torch"),
+        pytest.param(UNSKIPPED, "zeros", 1 / 30, "native", marks=NATIVE),
+        (NEAREST, "reflect", 0.0, "auto"),  # torch is the only engine for it
+    ],
+    ids=str,
 )
 def test_a_stack_that_fits_z_too_equals_the_plain_loop(
-    images: Tensor, network: str | NetworkSpec, engine: str, padding: str, jitter: float
+    images: Tensor, network: str | NetworkSpec, padding: str, jitter: float, engine: str
 ) -> None:
-    if network == NEAREST:
-        engine = "auto"  # torch is then the only one
     options = {"network": network, "padding": padding, "engine": engine, "optimise_z": True, "jitter": jitter}
     seen, module = fit(images[:2], [5, 2], 15, **options)
     fresh = StackedDIP(images[:2], indices=[5, 2], options=FitOptions(dtype="float64", **options))
@@ -115,29 +120,27 @@ def test_a_stack_that_fits_z_too_equals_the_plain_loop(
 @pytest.mark.parametrize(
     "options",
     [
-        {"engine": "torch"},
-        {"engine": "torch", "optimise_z": True, "padding": "zeros"},
-        {"z": "gaussian", "init": "xavier"},
-        {"padding": "zeros", "jitter": 0.0},
-        {"network": "small"},
-        {"network": "large"},
-        {"engine": "native"},
-        {"engine": "native", "optimise_z": True},
+        {"engine": "torch", "network": "small", "optimise_z": True},
+        pytest.param({"engine": "native", "jitter": 1 / 30, "optimise_z": True}, marks=NATIVE),
+        pytest.param({"engine": "torch"}, marks=pytest.mark.slow),
+        pytest.param({"z": "gaussian", "init": "xavier", "padding": "reflect"}, marks=pytest.mark.slow),
+        pytest.param({"network": "large"}, marks=pytest.mark.slow),
+        pytest.param({"engine": "native"}, marks=[NATIVE, pytest.mark.slow]),
     ],
 )
 def test_an_image_does_not_depend_on_its_neighbours(images: Tensor, options: dict) -> None:
-    together, _ = fit(images[:4], [0, 1, 2, 3], 10, **options)
-    alone, _ = fit(images[2:3], [2], 10, **options)
-    others, _ = fit(images[[6, 2]], [40, 2], 10, **options)
+    together, _ = fit(images[:3], [0, 1, 2], 8, **options)
+    alone, _ = fit(images[2:3], [2], 8, **options)
+    others, _ = fit(images[[6, 2]], [40, 2], 8, **options)
     torch.testing.assert_close(together[:, 2], alone[:, 0], rtol=0, atol=1e-10)
     torch.testing.assert_close(others[:, 1], alone[:, 0], rtol=0, atol=1e-10)
 
 
 def test_seed_and_index_change_the_fit_and_repeat_it(images: Tensor) -> None:
-    first, _ = fit(images[:1], [0], 3)
-    assert torch.equal(first, fit(images[:1], [0], 3)[0])
-    assert not torch.allclose(first, fit(images[:1], [1], 3)[0])
-    assert not torch.allclose(first, fit(images[:1], [0], 3, seed=1)[0])
+    first, _ = fit(images[:1], [0], 2)
+    assert torch.equal(first, fit(images[:1], [0], 2)[0])
+    assert not torch.allclose(first, fit(images[:1], [1], 2)[0])
+    assert not torch.allclose(first, fit(images[:1], [0], 2, seed=1)[0])
 
 
 def test_a_module_can_be_fitted_twice_with_the_same_jitter(images: Tensor) -> None:

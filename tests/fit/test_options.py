@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from dipguard.fit import DecideOptions, FitOptions, StitchOptions, trace_settings
+from dipguard.fit import DecideOptions, FitOptions, StitchOptions
+from dipguard.fit.options import trace_settings
 from dipguard.networks import PRESETS
 
 ROOT = Path(__file__).resolve().parents[2]

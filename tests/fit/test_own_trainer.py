@@ -21,6 +21,7 @@ from dipguard.fit import (
     DecisionLogger,
     FitOptions,
     StackedDIP,
+    StackResult,
     Stitcher,
     StitchOptions,
     fit_stack,
@@ -56,16 +57,22 @@ def equal(mine: Stitcher, theirs: Stitcher) -> bool:
     return all(a.equals(b) for a, b in pairs) and all(torch.equal(a.image, b.image) for a, b in images)
 
 
-@pytest.mark.parametrize("steps_per_epoch", [None, 7])
-def test_epochs_change_no_number(images: Tensor, undecided: nn.Module, steps_per_epoch: int | None) -> None:
-    callbacks = ours(undecided)
-    own = trainer(52, *callbacks)
-    own.fit(StackedDIP(images[:2], options=SMALL, steps_per_epoch=steps_per_epoch))
-    assert own.current_epoch == (2 if steps_per_epoch is None else 8)
-    wanted = fit_stack(
+@pytest.fixture(scope="module")
+def fifty_two(images: Tensor, undecided: nn.Module) -> StackResult:
+    return fit_stack(
         images[:2], victim=undecided, indices=[0, 1], fit=SMALL, decide=DecideOptions(T=52),
         stitch=StitchOptions(**STITCH), device=CPU,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("steps_per_epoch", "epochs"), [(None, 2), pytest.param(7, 8, marks=pytest.mark.slow)])
+def test_epochs_change_no_number(
+    images: Tensor, undecided: nn.Module, fifty_two: StackResult, steps_per_epoch: int | None, epochs: int
+) -> None:
+    callbacks, wanted = ours(undecided), fifty_two
+    own = trainer(52, *callbacks)
+    own.fit(StackedDIP(images[:2], options=SMALL, steps_per_epoch=steps_per_epoch))
+    assert own.current_epoch == epochs
     for mine, theirs in zip(callbacks[-1].traces, wanted.traces, strict=True):
         assert mine.equals(theirs)
         assert mine.steps.tolist() == list(range(52))
@@ -161,13 +168,13 @@ def test_a_logger_and_a_profiler(images: Tensor, victim: nn.Module, tmp_path: Pa
     assert "DecisionLogger.on_train_batch_end" in text.replace("[Callback]", "")
 
 
-@pytest.mark.parametrize("precision", ["64-true", "bf16-mixed"])
+@pytest.mark.parametrize("precision", ["bf16-mixed", pytest.param("64-true", marks=pytest.mark.slow)])
 def test_precision_is_the_trainers(images: Tensor, undecided: nn.Module, precision: str) -> None:
     callbacks, exact = ours(undecided, decisions=10), ours(undecided, decisions=10)
     fit = FitOptions(network="small", jitter=0.1)
-    trainer(20, *exact).fit(StackedDIP(images[:2], options=fit))
+    trainer(12, *exact).fit(StackedDIP(images[:2], options=fit))
     module = StackedDIP(images[:2], options=fit)
-    trainer(20, *callbacks, precision=precision).fit(module)
+    trainer(12, *callbacks, precision=precision).fit(module)
     wide = precision == "64-true"
     for trace, wanted in zip(callbacks[-1].traces, exact[-1].traces, strict=True):
         assert trace.last.dtype == (torch.float64 if wide else torch.float32)
@@ -178,7 +185,7 @@ def test_precision_is_the_trainers(images: Tensor, undecided: nn.Module, precisi
         assert 0.5 < float(trace.loss[-1] / wanted.loss[-1]) < 2
     if wide:
         double = ours(undecided, decisions=10)
-        trainer(20, *double).fit(
+        trainer(12, *double).fit(
             StackedDIP(images[:2], options=FitOptions(network="small", jitter=0.1, dtype="float64"))
         )
         torch.testing.assert_close(callbacks[-1].traces[0].loss, double[-1].traces[0].loss, rtol=1e-4, atol=0)
@@ -205,7 +212,7 @@ def test_a_regulariser_changes_the_result(images: Tensor, undecided: nn.Module) 
     for kind in (StackedDIP, Weightless, Smooth):
         callbacks = ours(undecided, decisions=10)
         module = kind(images[:1], options=FitOptions(network="small", engine="auto" if kind is Smooth else "torch"))
-        trainer(60, *callbacks).fit(module)
+        trainer(30, *callbacks).fit(module)
         assert module.engine.name == "torch"
         (trace,) = callbacks[-1].traces
         assert not trace.last.requires_grad
@@ -224,7 +231,7 @@ def test_engines_without_gradients_are_refused_for_a_loss_of_ones_own(images: Te
         trainer(4, precision="bf16-mixed").fit(StackedDIP(images[:1], options=native))
 
 
-@pytest.mark.parametrize("precision", ["16-mixed", "bf16-mixed", "64-true"])
+@pytest.mark.parametrize("precision", ["16-mixed", "64-true"])
 def test_a_trainers_precision_and_ours_together_are_refused(images: Tensor, precision: str) -> None:
     module = StackedDIP(images[:1], options=FitOptions(network="small", engine="torch", matmul_precision="bfloat16"))
     # Lightning itself turns 16-mixed into bf16-mixed on a CPU.
@@ -315,6 +322,7 @@ def test_further_arguments_of_our_own_trainer(images: Tensor, tmp_path: Path) ->
         make_trainer(7, device=CPU, trainer={"bogus": 1})
 
 
+@pytest.mark.slow
 def test_the_example_runs_and_both_losses_do_what_they_say(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     example = runpy.run_path(str(ROOT / "examples" / "own_trainer.py"))
     found = example["main"](["--steps", "40", "--images", "1", "--folder", str(tmp_path)])
@@ -325,6 +333,7 @@ def test_the_example_runs_and_both_losses_do_what_they_say(tmp_path: Path, capsy
     assert list(tmp_path.glob("SmoothDIP/*.ckpt"))
 
 
+@pytest.mark.slow
 def test_the_documents_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_python(ROOT / "docs" / "own_trainer.md", instead={}) == 4

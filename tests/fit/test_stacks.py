@@ -33,7 +33,7 @@ from dipguard.fit import (
     in_stacks,
     stack_size_for,
 )
-from dipguard.fit.memory import images_in_memory
+from dipguard.fit.memory import free_memory, memory_need
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ class EndAfter(pl.Callback):
 
 def test_progress_leaves_out_what_a_fit_did_not_need(images: Tensor) -> None:
     with tqdm(total=200, file=io.StringIO()) as bar:
-        progress = FitProgress(bar, every=3)
+        progress = FitProgress(bar)
         fit_rule(
             images[:2],
             rule=PeakOfSmoothedPSNR(),
@@ -256,9 +256,10 @@ def test_a_fixed_number_at_once_where_memory_allows(count: int, expected: int) -
 def test_memory_bounds_the_number_at_once() -> None:
     size, fit = (256, 256), FitOptions(network="small", engine="torch")
     kept = 40_000
-    bound = images_in_memory(size, fit=fit, kept=kept, engine="torch", device=CPU)
-    assert bound is not None
+    _, each = memory_need(size, fit=fit, kept=kept, engine="torch")
+    free = free_memory(CPU)
+    assert free is not None
     chosen = stack_size_for(32, size=size, fit=fit, kept=kept, device=CPU)
-    assert chosen <= max(1, min(32, bound * 1.5)), "what is free changes from moment to moment"
+    assert chosen <= max(1, 1.5 * free / 2 / each), "what is free changes from moment to moment"
     assert chosen < 32
     assert math.log2(chosen).is_integer()

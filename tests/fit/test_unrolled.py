@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from dipguard.fit import FitOptions, fit_samples, unrolled_fit
+from dipguard.fit import FitOptions, unrolled_fit
+from dipguard.fit.replay import fit_samples
 from dipguard.networks.presets import hourglass
 
 OWN = {"padding": "zeros", "jitter": 0.0, "optimise_z": True, "seed": 2}

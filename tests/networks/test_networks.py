@@ -30,7 +30,7 @@ def test_parameter_counts_of_appendix_b(preset: str, count: int) -> None:
     [
         ("small", 16),
         ("medium", 19),
-        ("large", 32),
+        pytest.param("large", 32, marks=pytest.mark.slow),
         (ODD, 13),
         (NEAREST, 13),
     ],
