@@ -29,6 +29,7 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
 
     if not isinstance(images, torch.Tensor):
         raise TypeError(f"`{name}` must be a torch.Tensor [B, 3, H, W], got {type(images).__name__}")
+    check_not_forked(works=False)  # large images are looked at in several threads
     shape = tuple(images.shape)
     if images.ndim != 4:
         raise ValueError(f"`{name}` must have 4 dimensions [B, 3, H, W], got shape {shape}")
@@ -136,18 +137,20 @@ _worker: int | None = None
 """The process whose torch threads have worked."""
 
 
-def check_not_forked() -> None:
+def check_not_forked(*, works: bool = True) -> None:
     """Raise RuntimeError in a forked process whose parent's torch threads have worked: there torch would hang for ever.
 
-    With a single thread, as in the workers of a ``DataLoader``, it does not hang.
+    With a single thread, as in the workers of a ``DataLoader``, it does not hang. ``works``: this process's threads are
+    about to work.
     """
     global _worker
     import torch
 
     if torch.get_num_threads() == 1:
         return
-    _worker = _worker or os.getpid()
-    if _worker != os.getpid():
+    if works:
+        _worker = _worker or os.getpid()
+    if _worker not in (None, os.getpid()):
         raise RuntimeError(
             "this process was forked from one that has used torch in several threads, and torch would hang here: start "
             "it with 'spawn' or 'forkserver' (multiprocessing, DataLoader's `multiprocessing_context`), or call "
