@@ -5,7 +5,7 @@
 The images are scikit-learn's digits, the victim is the small CNN trained on them. Every setting (tau x t0 x K x beta)
 is a defence of its own on the same store, like the jobs of a sweep. The first one finds the store empty: it fits, asks
 the victim, and writes the entries. All others replay. Wall and CPU time are shown, since a busy machine stretches the
-first; `cold` is a setting whose entries are read from their files, as in the first job of another process.
+first.
 """
 
 from __future__ import annotations
@@ -69,22 +69,21 @@ def settings() -> Iterator[dict[str, Any]]:
         yield dict(zip(GRID, values, strict=True))
 
 
-def measure(images: Tensor, victim: nn.Module, folder: Path, *, network: str, T: int) -> tuple[Cost, Cost, Cost, int]:
-    """Costs of the first setting, of all others, of one that reads all files, and the number of others."""
+def measure(images: Tensor, victim: nn.Module, folder: Path, *, network: str, T: int) -> tuple[Cost, Cost, int]:
+    """Costs of the first setting and of all others, and the number of others."""
     store = Store(folder)
     fixed: dict[str, Any] = {"network": network, "T": T, "progress": False}
 
-    def defend(one: dict[str, Any], store: Store = store) -> Callable[[], dict[str, float]]:
+    def defend(one: dict[str, Any]) -> Callable[[], dict[str, float]]:
         return lambda: DIPGuard(victim, **one, **fixed, store=store).defend(images).seconds
 
     first, *others = settings()
-    one, rest, cold = Cost(), Cost(), Cost()
+    one, rest = Cost(), Cost()
     one.add(defend(first))
     for setting in others:
         rest.add(defend(setting))
-    cold.add(defend(first, Store(folder)))  # which has nothing in memory
     assert store.counts["fitted"] == len(images), store.counts
-    return one, rest, cold, len(others)
+    return one, rest, len(others)
 
 
 def main() -> None:
@@ -100,13 +99,13 @@ def main() -> None:
     # Compiles the engine and loads what the first fit of a process loads, which is no part of either side.
     DIPGuard(victim, network=asked.network, T=100, decisions=2, engine="auto", progress=False).defend(images[:1])
     with tempfile.TemporaryDirectory(prefix="dipguard-replay-") as folder:
-        one, rest, cold, others = measure(images, victim, Path(folder), network=asked.network, T=asked.T)
+        one, rest, others = measure(images, victim, Path(folder), network=asked.network, T=asked.T)
         sizes = store_size(folder)
     more = {name: getattr(rest, name) / getattr(one, name) for name in ("wall", "cpu")}
     print(
         f"{asked.images} images, T={asked.T}, {asked.network}, {torch.get_num_threads()} threads, {others + 1} settings"
     )
-    for name, cost, count in (("one", one, 1), ("each other", rest, others), ("cold", cold, 1)):
+    for name, cost, count in (("one", one, 1), ("each other", rest, others)):
         parts = " ".join(f"{key} {1000 * value / count:.1f}" for key, value in asdict(cost).items())
         print(f"{name:10} ms: {parts}")
     print(f"200 settings take {100 * more['wall']:.1f} % more wall time than one ({100 * more['cpu']:.1f} % CPU)")
@@ -114,13 +113,7 @@ def main() -> None:
         "entries: " + ", ".join(f"{layer} {count} ({size / 2**20:.1f} MiB)" for layer, (count, size) in sizes.items())
     )
     if asked.json is not None:
-        figures = {
-            "one": asdict(one),
-            "others": asdict(rest),
-            "cold": asdict(cold),
-            "more": more,
-            "settings": others + 1,
-        }
+        figures = {"one": asdict(one), "others": asdict(rest), "more": more, "settings": others + 1}
         asked.json.write_text(json.dumps(figures, indent=2))
 
 

@@ -75,9 +75,8 @@ class CudaGraphEngine(Engine):
         x, errors, gradients = self.compute(z)
         # The next step writes into the same memory, so callbacks get copies.
         parameters = self.parameters()
-        own = gradients[: len(parameters)]
-        given_to_z = gradients[len(parameters)] if len(gradients) > len(parameters) else None
-        loss: Tensor = HandOver.apply(self._handle, z, errors.sum(), parameters, own, given_to_z)
+        own, to_z = gradients[: len(parameters)], gradients[-1] if self.z.requires_grad else None
+        loss: Tensor = HandOver.apply(self._handle, z, errors.sum(), parameters, own, to_z)
         return Step(loss, x.clone(), errors.clone())
 
     def compute(self, z: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:

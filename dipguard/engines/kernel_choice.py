@@ -151,6 +151,7 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
 
     def note(layer: Any, arguments: tuple[Tensor, ...], *, name: str) -> None:
         (x,) = arguments
+        assert isinstance(layer, StackedConv2d | StackedNorm2d)
         options = ("stride", "padding") if isinstance(layer, StackedConv2d) else ("slope", "eps")
         how = tuple((option, getattr(layer, option)) for option in options)
         shapes[name] = LayerShape(tuple(x.shape), tuple(layer.weight.shape), how, x.requires_grad)

@@ -74,7 +74,7 @@ def _built(dtype: str) -> Path:
         raise BuildError(f"the folder of compiled code, {folder}, belongs to another user")
     folder.chmod(0o700)
     for path in folder.glob(f"{name}-*.so"):
-        if _is_own(path) and not path.stat().st_mode & 0o022 and path.stem.endswith(file_digest(path)[:16]):
+        if _is_own(path) and not path.lstat().st_mode & 0o022 and path.stem.endswith(file_digest(path)[:16]):
             return path
         path.unlink()  # cut off, or another user could have written it
     with tempfile.TemporaryDirectory(prefix="dipguard-") as temporary:

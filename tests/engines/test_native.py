@@ -206,7 +206,6 @@ def test_what_native_cannot_run_is_named_and_auto_goes_without() -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing is loaded yet."""
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CXX", raising=False)
     for known in (_library, _say_once):
         known.cache_clear()
     yield tmp_path / "cache" / "native"
@@ -230,6 +229,7 @@ def quick_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def no_compiler(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    patch.delenv("CXX", raising=False)
     patch.setenv("PATH", str(folder))
 
 
