@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from itertools import islice, product
-from multiprocessing import connection, parent_process
-from pathlib import Path
+from multiprocessing import get_context
 from typing import TypeAlias
 
-import torch
 from pytorch_lightning.loggers import Logger
-from torch.multiprocessing.spawn import spawn
 from tqdm import tqdm
 
 from dipguard.attacks import Cost
-from dipguard.config import RunConfig
 from dipguard.evaluation.cell import CLEAN, Cell, CellResult
 from dipguard.evaluation.matrix import Matrix, parts_of
-from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.randomness import Randomness
 from dipguard.evaluation.results import write_results
+from dipguard.evaluation.worker import work
 from dipguard.fit import FitProgress
 from dipguard.store import Entry
 
@@ -128,37 +121,19 @@ def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
 
 
 def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:
-    """Purify the chunks of static attacks in several processes; adaptive attacks are left to the caller.
+    """Purify the chunks of static attacks in several processes; what they leave is left to the caller.
 
     Chunks are entries of the store, so nothing travels between the processes, and none depends on who made it.
     """
     shared = [cell for cell in todo if not cell.adaptive]
     for cell in shared:  # once, before they are shared out
         matrix.attack_entry(cell)
-    count = matrix.config.processes
-    arguments = (count, matrix.config, matrix.folder, [cell.place for cell in shared])
-    spawn(_work_share, arguments, nprocs=count, daemon=True)
-
-
-def _work_share(rank: int, count: int, config: RunConfig, folder: Path, places: Sequence[tuple[str, str]]) -> None:
-    """Purify every ``count``-th chunk, from ``rank`` on; the matrix is made anew: not every defence is picklable."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    if torch.cuda.is_available():
-        torch.cuda.set_device(rank % torch.cuda.device_count())
-    matrix = prepare(config, folder)
-    for cell in (matrix.cell(*place) for place in places):
-        snapshots = range(len(matrix.attack_entry(cell).header["snapshots"]))
-        chunks = product(snapshots, parts_of(len(cell.clean), matrix.chunk_size))
-        try:
-            for snapshot, part in islice(chunks, rank, None, count):
-                matrix.chunk(cell, snapshot, part)
-        except Exception:  # the parent will meet the same, and note it
-            _log.exception("%s x %s failed in process %d", *cell.place, rank)
-
-
-def _end_with_parent() -> None:
-    """End this process when its parent ends, even if that is killed."""
-    parent = parent_process()
-    connection.wait([] if parent is None else [parent.sentinel])
-    os._exit(1)
+    count, places = matrix.config.processes, [cell.place for cell in shared]
+    # Not forked: a fit would hang there.
+    make = get_context("spawn").Process
+    arguments = [(rank, count, matrix.config, matrix.folder, places) for rank in range(count)]
+    workers = [make(target=work, args=one, daemon=True) for one in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()

@@ -346,7 +346,7 @@ def test_it_needs_neither_hydra_nor_wandb_nor_matplotlib(pictures, tmp_path):
 def test_after_a_signal_it_goes_on_where_it_was(pictures, tmp_path, number, expected):
     out = tmp_path / "out"
     words = ("purify", str(pictures), str(out), "--victim", "digits_cnn", "--defense", "paper")
-    words += ("--option", "T=1500", "--batch", "1", "--figures", "0", "--no-progress")
+    words += ("--option", "T=500", "--batch", "1", "--figures", "0", "--no-progress")
     with _run(*words) as process:
         while process.poll() is None and not (out / "a.png").exists():
             time.sleep(0.05)
