@@ -109,9 +109,10 @@ class IMDN(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Double images [n, 3, H, W] in [0, 1]; the result [n, 3, 2H, 2W] is not limited to [0, 1]."""
-        first, outputs = self.fea_conv(images), list[Tensor]()
+        first = x = self.fea_conv(images)
+        outputs: list[Tensor] = []
         for number in range(1, 7):
-            outputs.append(self.get_submodule(f"IMDB{number}")(outputs[-1] if outputs else first))
+            outputs.append(x := self.get_submodule(f"IMDB{number}")(x))
         return self.upsampler(first + self.LR_conv(self.c(torch.cat(outputs, dim=1))))
 
 

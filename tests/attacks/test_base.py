@@ -258,7 +258,9 @@ MOST = {"none": 1, "noise": 1, "fgsm": 0.5, "square": 0.5}
 """Share of the two images that may still be right, where that is not none."""
 
 
-@EVERY
+@pytest.mark.parametrize(
+    "name", [name if name in ("pgd", "ddn") else pytest.param(name, marks=pytest.mark.slow) for name in STATIC]
+)
 def test_it_fools_a_real_victim(real_victim, name):
     victim, data = real_victim[0], real_victim[1].select(0, 2)
     attack = quick(name, victim, **{"square": {"n_queries": 100}, "eotpgd": {"steps": 5}}.get(name, {}))

@@ -57,6 +57,13 @@ def test_a_whole_image_is_the_literal_form(victim, images, random_weights):
     assert torch.allclose(purified, expected, atol=1e-6)
 
 
+def test_the_noise_does_not_depend_on_the_default_dtype(victim, images, random_weights):
+    defense, given = build_defense("comdefend", victim, weights=random_weights), images[:1, :, :8, :8]
+    expected = defense.purify(given)
+    torch.set_default_dtype(torch.float64)
+    assert torch.equal(defense.purify(given), expected)
+
+
 def test_patches_are_separate_reversed_in_colour_and_cut_to_8_bits(victim, images, random_weights):
     given = torch.cat((torch.cat((images[0], images[1]), dim=2), torch.cat((images[2], images[3]), dim=2)), dim=1)[None]
     weights = torch.load(random_weights, weights_only=True)
