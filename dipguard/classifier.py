@@ -68,7 +68,7 @@ def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
         raise TypeError(f"`{name}` must be a torch.nn.Module, got {type(classifier).__name__}{hint}")
     exported = [part for part in classifier.modules() if isinstance(part, torch.fx.GraphModule)]
     for node in [node for part in exported for node in part.graph.nodes if node.op == "placeholder"]:
-        shape = getattr(node.meta.get("val"), "shape", ())
+        shape: Any = getattr(node.meta.get("val"), "shape", ())
         if len(shape) == 4 and isinstance(shape[0], int):
             raise ValueError(
                 f"`{name}` must take any number of images, but it was exported for batches of {shape[0]}: give "

@@ -92,7 +92,7 @@ def shift_warning(labels: Tensor, decisions: Tensor, *, outputs: int) -> str | N
 
     ``labels`` and ``decisions`` are int [N], ``outputs`` is the number of classes.
     """
-    from scipy.stats import binom
+    from scipy.stats import binom  # type: ignore[import-untyped]
 
     def likelihood(shift: int) -> float:  # that guessing is right so often
         return float(binom.sf(int((decisions == labels + shift).sum()) - 1, len(labels), 1 / outputs))

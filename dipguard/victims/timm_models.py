@@ -53,7 +53,7 @@ def build(
     return victim
 
 
-def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised:
+def of_model(network: Any, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised:
     """A model of timm with the preprocessing and the class names of its ``pretrained_cfg``."""
     timm = import_extra("timm", owner="a model of timm", extra="timm")
     if network.num_classes < 2:

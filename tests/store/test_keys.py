@@ -131,3 +131,13 @@ def test_digest_of_a_victim():
     digests = [victim_digest(victim) for victim in [*same, *changed]]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 1 + len(changed)
+
+
+def test_frozen_victims_are_told_apart_by_their_constants():
+    def frozen(seed):
+        torch.manual_seed(seed)
+        return torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()))
+
+    first, same, other = (victim_digest(frozen(seed)) for seed in (1, 1, 2))
+    assert first == same
+    assert first != other
