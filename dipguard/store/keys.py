@@ -52,6 +52,11 @@ def victim_digest(victim: nn.Module) -> str:
         kind, values = type(part), vars(part)
         own = {k: repr(v) for k, v in values.items() if k != "training" and k[0] != "_" and isinstance(v, plain)}
         held = {k: v for k, v in (*part._parameters.items(), *part._buffers.items()) if v is not None}
+        if isinstance(part, torch.jit.ScriptModule) and not hasattr(part, "training"):  # frozen: weights are constants
+            graph: Any = part.inlined_graph
+            nodes = graph.findAllNodes("prim::Constant")
+            constants = [n.t("value") for n in nodes if n.hasAttribute("value") and n.kindOf("value") == "t"]
+            held |= {f"constant {i}": tensor.to_dense() for i, tensor in enumerate(constants)}
         parts.append([name, f"{kind.__module__}.{kind.__qualname__}", own, list(held)])
         # NumPy has no bfloat16.
         tensors += [v.view(torch.int16) if v.dtype == torch.bfloat16 else v for v in held.values()]

@@ -77,5 +77,5 @@ def test_what_cannot_be_defended_is_named(module: DigitsModule) -> None:
 
 def test_images_that_went_through_a_normalisation_are_clamped(module: DigitsModule) -> None:
     images = digits(0, 2)[0]
-    defended = DefendedClassifier(module, build_defense("median", module))
+    defended = DefendedClassifier(module, build_defense("median", module)).eval()
     assert torch.equal(logits(defended, images - 3e-8), logits(defended, (images - 3e-8).clamp(0, 1)))

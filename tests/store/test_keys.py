@@ -149,3 +149,13 @@ def test_another_version_has_other_keys(program: str, monkeypatch: pytest.Monkey
         assert (fit_key() != fit, trace_key() != trace) == (True, True)
     finally:
         numerics.cache_clear()
+
+
+def test_frozen_victims_are_told_apart_by_their_constants():
+    def frozen(seed):
+        torch.manual_seed(seed)
+        return torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Flatten(), nn.Linear(12, 3)).eval()))
+
+    first, same, other = (victim_digest(frozen(seed)) for seed in (1, 1, 2))
+    assert first == same
+    assert first != other
