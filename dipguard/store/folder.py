@@ -72,7 +72,7 @@ class Store:
             made = parse(entry)
         except FileNotFoundError:
             return None
-        except (OSError, LookupError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+        except (OSError, LookupError, AttributeError, TypeError, ValueError) as error:
             self.counts["damaged"] += 1
             _log.warning("the entry %s cannot be used and is made again: %s: %s", path, type(error).__name__, error)
             if not isinstance(error, OSError):
