@@ -131,7 +131,9 @@ class PurifyCallback(pl.Callback):
             self._restore()
             self._restore = None
 
-    on_exception = teardown
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Restore the module's step."""
+        self.teardown()
 
     def _purified(self, stage: str, pl_module: Any, batch: Any, loader: LoaderPositions, *metrics: MeanMetric) -> Any:
         place, labels_at = (self._images, None) if self._images is not None else default_places(batch)

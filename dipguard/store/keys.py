@@ -55,7 +55,7 @@ def victim_digest(victim: nn.Module) -> str:
         own = {k: repr(v) for k, v in values.items() if k != "training" and k[0] != "_" and isinstance(v, plain)}
         held = {k: v for k, v in (*part._parameters.items(), *part._buffers.items()) if v is not None}
         if isinstance(part, torch.jit.ScriptModule) and not hasattr(part, "training"):  # frozen: weights are constants
-            graph = part.inlined_graph
+            graph: Any = part.inlined_graph
             nodes = graph.findAllNodes("prim::Constant")
             constants = [n.t("value") for n in nodes if n.hasAttribute("value") and n.kindOf("value") == "t"]
             held |= {f"constant {i}": tensor.to_dense() for i, tensor in enumerate(constants)}
