@@ -88,10 +88,7 @@ def _plain(name: str) -> str:
 
 
 def shift_warning(labels: Tensor, decisions: Tensor, *, outputs: int) -> str | None:
-    """Return a warning text if a classifier is right by chance, but not if all labels were one lower or higher.
-
-    ``labels`` and ``decisions`` are int [N], ``outputs`` is the number of classes.
-    """
+    """Return a warning if a victim with ``outputs`` classes is right by chance, but not with labels [N] one off."""
     from scipy.stats import binom
 
     def likelihood(shift: int) -> float:  # that guessing is right so often

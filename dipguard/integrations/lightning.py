@@ -125,15 +125,15 @@ class PurifyCallback(pl.Callback):
 
     on_validation_start = on_predict_start = on_test_start
 
-    def teardown(self, *_: Any) -> None:
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Restore the module's step."""
         if self._restore is not None:
             self._restore()
             self._restore = None
 
-    def on_exception(self, *_: Any) -> None:
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restore the module's step."""
-        self.teardown()
+        self.teardown(trainer, pl_module, "exception")
 
     def _purified(self, stage: str, pl_module: Any, batch: Any, loader: LoaderPositions, *metrics: MeanMetric) -> Any:
         place, labels_at = (self._images, None) if self._images is not None else default_places(batch)
