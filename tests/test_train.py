@@ -82,7 +82,16 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_run_folder_holds_what_is_promised(finished: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished
     assert json.loads((folder / "metrics.json").read_text()) == metrics
-    assert set(metrics) == {"n", "accuracy", "ssim", "used", "seconds", "images_per_second", "settings"}
+    assert set(metrics) == {
+        "n",
+        "accuracy",
+        "ssim",
+        "crossings_stitched",
+        "images_without",
+        "seconds",
+        "images_per_second",
+        "settings",
+    }
     assert set(metrics["accuracy"]) == {"clean", "undefended", "defended"}
     assert set(metrics["ssim"]) == {"given", "defended"}
     assert set(metrics["seconds"]) == {"attack", "start", "fit", "decide"}
@@ -121,7 +130,7 @@ def test_metrics_are_those_of_the_table(finished: tuple[Path, dict[str, Any]]) -
     for name, column in (("clean", "clean"), ("undefended", "given"), ("defended", "defended")):
         right = [row[f"decision_{column}"] == row["label"] for row in table]
         assert metrics["accuracy"][name] == sum(right) / len(right)
-    assert metrics["used"] == sum(int(row["used"]) for row in table) / len(table)
+    assert metrics["crossings_stitched"] == sum(int(row["used"]) for row in table) / len(table)
     assert metrics["ssim"]["given"] == pytest.approx(np.mean([float(row["ssim_given"]) for row in table]), abs=1e-6)
     assert all((row["why"] == "crossings") == (int(row["used"]) > 0) for row in table)
     assert metrics["used"] > 0, "no crossing counted: this run shows nothing of the stitching"

@@ -92,7 +92,7 @@ def open_log(
     Args:
         config: ``name`` and the options of that logger (:data:`dipguard.config.LOGGERS`).
         folder: The run folder.
-        settings: The run's settings, entered once, with dotted keys.
+        settings: Entered once, with dotted keys.
         job_type: For W&B: ``fit``, ``evaluate`` or ``sweep``.
         group: For W&B: the sweep, unless the config has a ``group``.
     """
@@ -150,7 +150,8 @@ def _open_wandb(config: Mapping[str, Any], folder: Path, **options: Any) -> Wand
         _ = logger.experiment  # starts the run
     except Exception as error:  # W&B's errors have no common base
         _log.warning("W&B cannot be used online, so this run is kept offline: %s", error)
-        logger = WandbLogger(mode="offline", **options)  # under a new id: W&B considers the other to be in use
+        # W&B considers the other id to be in use.
+        logger = WandbLogger(version=secrets.token_hex(4), mode="offline", **options)
     return logger
 
 

@@ -1,4 +1,4 @@
-"""The report of a sweep: the long CSV, best settings, sensitivities, and figures and tables of its parameters.
+"""The report of a sweep: the long CSV, and tables and figures of its parameters.
 
 Jobs are compared only where they agree in all other parameters. So a grid that varies one parameter at a time gives one
 line per parameter through the common point, and a full grid gives many lines.

@@ -84,6 +84,7 @@ def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
     start = time.monotonic()
     tiny_evaluation(tmp_path, *ONE_DEFENSE, "data.limit=2", "figures=0", "logger=wandb")
     assert time.monotonic() - start < 120
+    wandb.teardown()  # all is written, and the next test does not meet these settings
     assert (tmp_path / "results.csv").is_file()
     assert "kept offline" in caplog.text
     (run,) = runs_in(tmp_path)
