@@ -20,13 +20,13 @@ from typing import Any
 import hydra.utils
 import numpy as np
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense, DefenseResult
-from dipguard.defenses.base import Callbacks
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
@@ -112,7 +112,13 @@ class Matrix:
         return self._attacked[cell.attack_key]
 
     def chunk(
-        self, cell: Cell, snapshot: int, part: slice, *, callbacks: Callbacks = (), logger: Logger | None = None
+        self,
+        cell: Cell,
+        snapshot: int,
+        part: slice,
+        *,
+        callbacks: Sequence[Callback] = (),
+        logger: Logger | None = None,
     ) -> Entry:
         """Some images of a cell, purified: ``images`` [B, 3, H', W'] and ``used`` [B]; stored, or made now.
 
