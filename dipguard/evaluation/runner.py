@@ -77,7 +77,7 @@ def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: LogAt | No
         chunks.append([])
         for number, part in enumerate(parts_of(len(cell.clean), matrix.chunk_size)):
             logger = None if log is None else log(number * steps)
-            chunks[-1].append(matrix.chunk(cell, snapshot, part, callbacks=[progress], logger=logger))
+            chunks[-1].append(matrix.chunk(cell, snapshot, part, progress=progress, logger=logger))
     matrix.finish(cell, chunks)
     right = matrix.results[cell.place][-1].right
     _log.info("%s x %s: %d of %d right", *cell.place, int(right.sum()), len(right))
