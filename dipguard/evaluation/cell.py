@@ -20,8 +20,6 @@ CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
 """Labels with a meaning of their own: the attack suite's clean images and worst case, and the undefended baseline."""
 CONTROL, LARGE_EPS = "control", "large_eps"
 """Attacks of a suite that check the others: noise, and an attack that may change almost anything."""
-ASIDE = (*NODE_KEYS, *ATTACK_KEYS)
-"""Keys of an attack's node that are not options of the attack."""
 BLACK_BOX = ("defended_square", "hopskipjump")
 """Adaptive attacks that only query the defended classifier."""
 BLIND = ("none", "noise", "square")
@@ -214,7 +212,7 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
 def fitting_options(node: Mapping[str, Any], target: Target, *, adaptive: bool) -> tuple[dict[str, Any], str | None]:
     """The options of an attack (settings ``node``) for a target, and why it does not apply to it (None: it does)."""
     defense, name = target.defense, name_of(node)
-    options = {key: value for key, value in node.items() if key not in ASIDE}
+    options = {key: value for key, value in node.items() if key not in (*NODE_KEYS, *ATTACK_KEYS)}
     if options.get("eps_255", 0) is None:
         del options["eps_255"]
     if defense.unavailable is not None:

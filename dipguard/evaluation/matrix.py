@@ -20,13 +20,13 @@ from typing import Any
 import hydra.utils
 import numpy as np
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense, DefenseResult
-from dipguard.defenses.base import Callbacks
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
@@ -112,22 +112,23 @@ class Matrix:
         return self._attacked[cell.attack_key]
 
     def chunk(
-        self, cell: Cell, snapshot: int, part: slice, *, callbacks: Callbacks = (), logger: Logger | None = None
+        self, cell: Cell, snapshot: int, part: slice, *, progress: Callback | None = None, logger: Logger | None = None
     ) -> Entry:
         """Some images of a cell, purified: ``images`` [B, 3, H', W'] and ``used`` [B]; stored, or made now.
 
-        ``snapshot`` is the number of the budget. ``callbacks`` for the fits come before those of the config.
+        ``snapshot`` is the number of the budget. The callback ``progress`` comes before those of the config.
         """
         key = cell.sub_key("chunk", snapshot, part.start, part.stop)
 
         def make() -> Entry:
             attacked = self.attack_entry(cell)
             last = snapshot == len(attacked.header["snapshots"]) - 1  # a cell has the traces of one budget
-            own = [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
+            callbacks = [] if progress is None else [progress]
+            callbacks += [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
             result = cell.defense.defend(
                 torch.from_numpy(attacked.arrays["images"][snapshot][part]).to(self.device),
                 indices=cell.clean.indices[part],
-                callbacks=[*callbacks, *own],
+                callbacks=callbacks,
                 logger=logger,
             )
             files = self._save_traces(cell, result, part) if last else {}

@@ -77,7 +77,7 @@ def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: LogAt | No
         chunks.append([])
         for number, part in enumerate(parts_of(len(cell.clean), matrix.chunk_size)):
             logger = None if log is None else log(number * steps)
-            chunks[-1].append(matrix.chunk(cell, snapshot, part, callbacks=[progress], logger=logger))
+            chunks[-1].append(matrix.chunk(cell, snapshot, part, progress=progress, logger=logger))
     matrix.finish(cell, chunks)
     right = matrix.results[cell.place][-1].right
     _log.info("%s x %s: %d of %d right", *cell.place, int(right.sum()), len(right))
@@ -128,11 +128,9 @@ def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:
     shared = [cell for cell in todo if not cell.adaptive]
     for cell in shared:  # once, before they are shared out
         matrix.attack_entry(cell)
-    count, places = matrix.config.processes, [cell.place for cell in shared]
-    # Not forked: a fit would hang there.
-    make = get_context("spawn").Process
-    arguments = [(rank, count, matrix.config, matrix.folder, places) for rank in range(count)]
-    workers = [make(target=work, args=one, daemon=True) for one in arguments]
+    count, given = matrix.config.processes, (matrix.config, matrix.folder, [cell.place for cell in shared])
+    make = get_context("spawn").Process  # in a forked process a fit would hang
+    workers = [make(target=work, args=(rank, count, *given), daemon=True) for rank in range(count)]
     for worker in workers:
         worker.start()
     for worker in workers:
