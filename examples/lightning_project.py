@@ -1,4 +1,4 @@
-"""dipguard in your own Lightning project: two ways, neither of which changes your code.
+"""dipguard in your own Lightning project: three ways, none of which changes your code.
 
     python lightning_project.py
     python lightning_project.py --steps 1000 --images 16 --devices 2
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 from dipguard import DIPGuard
-from dipguard.integrations.lightning import DefendedClassifier, PurifyCallback
+from dipguard.integrations.lightning import DefendedClassifier, DefendedModule, PurifyCallback
 
 # --- the project ------------------------------------------------------------------------------------------------------
 
@@ -91,7 +91,7 @@ class Classifier(pl.LightningModule):
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
-    """Train, then test in both ways; return the accuracies."""
+    """Train, then test in each of the three ways; return the accuracies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=500, help="T, optimiser steps of each image's fit")
     parser.add_argument("--images", type=int, default=8, help="test images")
@@ -120,9 +120,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     defended = DefendedClassifier(model.eval(), guard)
     logits = defended(images[:2], indices=torch.arange(2))
 
+    # 3. The LightningModule itself with a defended forward: same class, steps, hooks, hyper-parameters, state dict.
+    (whole,) = pl.Trainer(**common).test(DefendedModule(model, guard), data, verbose=False)
+
     if model.trainer.is_global_zero:
-        print(f"callback: {found}\nclassifier: {logits.argmax(1).tolist()} for {labels[:2].tolist()}")
-    return dict(found)
+        print(f"callback: {found}\nclassifier: {logits.argmax(1).tolist()} for {labels[:2].tolist()}\nmodule: {whole}")
+    return {**found, "module": whole["test_accuracy"]}
 
 
 if __name__ == "__main__":

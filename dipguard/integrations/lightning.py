@@ -1,10 +1,10 @@
-"""dipguard in your own Lightning project: a callback and a defended classifier."""
+"""dipguard in your own Lightning project: a callback, a defended classifier, and a defended LightningModule."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import wraps
-from typing import Any
+from functools import cache, wraps
+from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
@@ -18,6 +18,11 @@ from dipguard.checks import check_choice, check_labels
 from dipguard.classifier import check_is_module, check_logits
 from dipguard.integrations.batches import Place, check_place, default_places, part_of, with_part
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions
+
+if TYPE_CHECKING:  # DefendedModule extends the class of the given module, which may come from the package lightning
+    _Module = pl.LightningModule
+else:
+    _Module = nn.Module
 
 STEPS = {"test": "test_step", "validate": "validation_step", "predict": "predict_step"}
 """The Trainer's function, and the step that is given purified images."""
@@ -54,6 +59,108 @@ class DefendedClassifier(nn.Module):
         """Return the output for images [N, 3, H, W] with ``indices`` [N], their positions in the whole data set."""
         output: Tensor = self.classifier(self.purifier(images, indices=indices))
         return output
+
+
+class DefendedModule(_Module):
+    """A LightningModule with the weights of ``module``, whose ``forward`` purifies its images first.
+
+    It is an instance of a subclass of the module's class: steps, hooks, loggers, hyper-parameters and state dict are
+    the module's. During ``trainer.fit``, validation included, it is not defended. ``module`` itself is not changed. A
+    step that does not call ``self(images)`` would not be defended, and raises an error.
+
+    Args:
+        module: The LightningModule, or any other module.
+        defense: The defence; its victim may be ``module``. Its progress bar is hidden.
+        images: The argument of ``forward`` that holds the images: a position or a keyword.
+        mean: Per-channel mean that the images are normalised with; None for images in [0, 1].
+        std: Per-channel standard deviation; None as for ``mean``.
+        draws: How a random defence draws, one of :data:`~dipguard.integrations.inputs.DRAWS`.
+    """
+
+    def __new__(cls, module: nn.Module, *args: Any, **kwargs: Any) -> DefendedModule:
+        """Return an instance of a class that extends both this one and that of the module."""
+        patched = vars(check_is_module(module, name="module")).get("forward")
+        # After a fit in DDP, Lightning leaves the class's own forward as an attribute of the module.
+        own = patched is None or getattr(patched, "__func__", None) is type(module).forward
+        if isinstance(module, DefendedModule) or not own:
+            raise ValueError("`module` must have its class's own forward, got one that is defended or patched already")
+        return _new(type(module))
+
+    def __init__(
+        self,
+        module: nn.Module,
+        defense: Purifies,
+        *,
+        images: int | str = 0,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        draws: str = "content",
+    ) -> None:
+        # nn.Module.__init__ is not called: parameters, submodules and hooks are shared with the module.
+        if isinstance(images, bool) or not isinstance(images, (int, str)):
+            raise TypeError(f"`images` must be a position or a keyword of forward, got {images!r}")
+        vars(self).update({name: value for name, value in vars(module).items() if name != "forward"})
+        purifier = InputPurifier(defense, mean=mean, std=std, draws=draws, quiet=True)
+        vars(self).update(_purifier=purifier, _images=images, _purified=0)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module's forward on purified images."""
+        if not self._is_fitted():
+            args, kwargs = self._defend(args, kwargs)
+            vars(self)["_purified"] += 1
+        return super().forward(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle by the module's class, since the extended one has no importable name."""
+        state: Any = self.__getstate__()  # type: ignore[no-untyped-call, unused-ignore]
+        return _new, (type(self).__bases__[1],), state
+
+    def _defend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        key, purifier = vars(self)["_images"], vars(self)["_purifier"]
+        if isinstance(key, str) and key in kwargs:
+            return args, {**kwargs, key: purifier(kwargs[key])}
+        if isinstance(key, int) and -len(args) <= key < len(args):
+            parts = list(args)
+            parts[key] = purifier(parts[key])
+            return tuple(parts), kwargs
+        raise TypeError(
+            f"`images` must name an argument of forward, got {key!r}: forward was given {len(args)} by position and "
+            f"the keywords {sorted(kwargs)}"
+        )
+
+    def _is_fitted(self) -> bool:
+        state = getattr(vars(self).get("_trainer"), "state", None)
+        return state is not None and state.fn == "fit" and state.status == "running"
+
+
+def _new(base: type) -> Any:
+    """An empty instance of the subclass of ``base``."""
+    return object.__new__(_extended(base))
+
+
+@cache
+def _extended(base: type) -> type:
+    # Steps that are not the class's own are Lightning's defaults, whose predict_step is `self(batch)`.
+    owners = {name: next((kind for kind in base.__mro__ if name in vars(kind)), object) for name in STEPS.values()}
+    foreign = ("pytorch_lightning.", "lightning.", "builtins")
+    steps = [name for name, owner in owners.items() if not owner.__module__.startswith(foreign)]
+    watched = {name: _watched(getattr(base, name)) for name in steps}
+    return type(f"Defended{base.__name__}", (DefendedModule, base), watched)
+
+
+def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(step)  # Lightning reads the step's signature
+    def watched(self: DefendedModule, *args: Any, **kwargs: Any) -> Any:
+        before = vars(self)["_purified"]
+        output = step(self, *args, **kwargs)
+        if vars(self)["_purified"] == before and not self._is_fitted():
+            raise RuntimeError(
+                f"{step.__qualname__} did not call self(images), so its images were not purified: defend its batches "
+                "with dipguard.integrations.lightning.PurifyCallback"
+            )
+        return output
+
+    return watched
 
 
 class PurifyCallback(pl.Callback):

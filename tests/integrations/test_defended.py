@@ -1,17 +1,23 @@
-"""A defended classifier."""
+"""A defended classifier and a defended LightningModule."""
 
 from __future__ import annotations
 
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
 from dipguard import DIPGuard
 from dipguard.defenses import build_defense
-from dipguard.integrations.lightning import DefendedClassifier
+from dipguard.integrations.lightning import DefendedClassifier, DefendedModule, PurifyCallback
 
-from .conftest import TINY
-from .projects import MEAN, STD, DigitsModule, digits
+from .conftest import TINY, trainer
+from .projects import MEAN, STD, DigitsData, DigitsModule, digits
 
 
 def normalised(images: Tensor) -> Tensor:
@@ -63,16 +69,115 @@ def test_fine_tuning_on_purified_images_reaches_the_classifier(module: DigitsMod
     assert all(p.grad is not None for p in module.parameters())
 
 
+@pytest.mark.parametrize("loop", ["test", "validate", "predict"])
+def test_a_defended_module_in_every_loop(module: DigitsModule, loop: str) -> None:
+    data, guard = DigitsData(count=3), DIPGuard(module, **TINY)
+    own = dict(vars(module))
+    defended = DefendedModule(module, guard)
+    assert isinstance(defended, DigitsModule)
+    outcome = getattr(trainer(), loop)(defended, data, **({} if loop == "predict" else {"verbose": False}))
+    module.eval()
+    expected = logits(DefendedClassifier(module, guard), data.pictures.x).argmax(1)
+    if loop == "predict":
+        assert torch.equal(torch.cat(outcome), expected)
+    else:
+        right = float((expected == data.pictures.y).float().mean())
+        assert outcome == [{"their_accuracy": pytest.approx(right)}]
+    assert vars(module).keys() == own.keys()
+    module.train()
+    assert {key for key, value in vars(module).items() if value is not own[key]} <= {"training"}
+
+
+def test_the_forward_of_a_defended_module(module: DigitsModule) -> None:
+    images, median = digits(0, 4, noise=0.3)[0], build_defense("median", module)
+    module.eval()
+    expected = logits(module, median.purify(images))
+    defended = DefendedModule(module, median)
+    assert torch.equal(logits(defended, images), expected)
+    with pytest.raises(TypeError, match="`images` must name an argument of forward, got 'images': forward was given 1"):
+        DefendedModule(module, median, images="images")(images)
+    named = DefendedModule(module, median, images="images")
+    with torch.no_grad():
+        assert torch.equal(named(images=images), expected)
+    scaled = DefendedModule(module, median, mean=MEAN, std=STD)
+    torch.testing.assert_close(logits(scaled, normalised(images)), logits(module, normalised(median.purify(images))))
+
+
+def test_a_defended_module_is_saved_as_the_module(module: DigitsModule, tmp_path: Path) -> None:
+    runner = trainer()
+    defended = DefendedModule(module, DIPGuard(module, **TINY))
+    runner.test(defended, DigitsData(count=1), verbose=False)
+    runner.save_checkpoint(tmp_path / "defended.ckpt")
+    saved = torch.load(tmp_path / "defended.ckpt", weights_only=True)
+    assert list(saved["state_dict"]) == list(defended.state_dict()) == list(module.state_dict())
+    assert saved["hyper_parameters"] == {"rate": 0.01} == dict(defended.hparams)
+    again = DigitsModule.load_from_checkpoint(tmp_path / "defended.ckpt", kind="tuple", weights_only=True)
+    assert all(torch.equal(value, module.state_dict()[key]) for key, value in again.state_dict().items())
+    assert b"dipguard" not in (tmp_path / "defended.ckpt").read_bytes()
+
+
+def test_fitting_a_defended_module_is_fitting_the_module(module: DigitsModule) -> None:
+    data, twin = DigitsData(count=4), copy.deepcopy(module)
+    pl.seed_everything(1, verbose=False)
+    trainer(max_epochs=1).fit(DefendedModule(module, build_defense("median", module)), data)
+    pl.seed_everything(1, verbose=False)
+    trainer(max_epochs=1).fit(twin, data)
+    assert all(torch.equal(value, twin.state_dict()[key]) for key, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
+def test_a_defended_module_travels(module: DigitsModule, how: Any) -> None:
+    images = digits(0, 2, noise=0.3)[0]
+    defended = DefendedModule(module.eval(), build_defense("median", module))
+    other = how(defended)
+    assert type(other) is type(defended)
+    assert torch.equal(logits(other, images), logits(defended, images))
+    assert not set(map(id, other.parameters())) & set(map(id, module.parameters()))
+
+
+class Shortcut(DigitsModule):
+    """Its step goes by the network, not by forward."""
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("their_accuracy", (self.net(batch[0]).argmax(1) == batch[1]).float().mean())
+
+
+def test_a_step_past_forward_is_not_taken_for_defended() -> None:
+    module = Shortcut()
+    with pytest.raises(RuntimeError, match=r"test_step did not call self\(images\).*PurifyCallback"):
+        trainer().test(DefendedModule(module, build_defense("median", module)), DigitsData(count=2), verbose=False)
+
+
 def test_what_cannot_be_defended_is_named(module: DigitsModule) -> None:
     median = build_defense("median", module)
+    with pytest.raises(TypeError, match=r"`module` must be a torch\.nn\.Module, got int"):
+        DefendedModule(3, median)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`module` must have its class's own forward"):
+        DefendedModule(DefendedModule(module, median), median)
+    module.forward = module.forward  # as Lightning leaves it after a fit in DDP
+    images = digits(0, 2)[0]
+    assert torch.equal(logits(DefendedModule(module.eval(), median), images), logits(module, median.purify(images)))
+    module.forward = module.net.forward
+    with pytest.raises(ValueError, match="`module` must have its class's own forward"):
+        DefendedModule(module, median)
+    del module.forward
+    with pytest.raises(TypeError, match="`images` must be a position or a keyword of forward, got None"):
+        DefendedModule(module, median, images=None)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="`defense` must have purify"):
-        DefendedClassifier(module, module)  # type: ignore[arg-type]
+        DefendedModule(module, module)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`classifier` must be a torch\.nn\.Module"):
         DefendedClassifier(lambda x: x, median)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`draws` must be one of content, position, got 'fixed'"):
         DefendedClassifier(module, median, draws="fixed")
     with pytest.raises(ValueError, match=r"`images` must lie in \[0, 1\], got values from"):
         DefendedClassifier(module, median)(torch.full((1, 3, 16, 16), 2.0))
+
+
+def test_callback_and_defended_module_agree(module: DigitsModule) -> None:
+    data, jpeg = DigitsData(count=40, batch_size=16), build_defense("jpeg", module)
+    (found,) = trainer(PurifyCallback(jpeg)).test(module, data, verbose=False)
+    (whole,) = trainer().test(DefendedModule(module, jpeg), data, verbose=False)
+    assert found["their_accuracy"] == whole["their_accuracy"] == found["test_accuracy_defended"]
 
 
 def test_images_that_went_through_a_normalisation_are_clamped(module: DigitsModule) -> None:

@@ -18,17 +18,21 @@ EXAMPLE = ROOT / "examples" / "lightning_project.py"
 QUICK = ["--steps", "8", "--epochs", "1"]
 
 
-def test_both_ways(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_three_ways(capsys: pytest.CaptureFixture[str]) -> None:
     level = logging.getLogger("pytorch_lightning").level
     try:
         found = runpy.run_path(str(EXAMPLE))["main"]([*QUICK, "--images", "3"])
     finally:
         logging.getLogger("pytorch_lightning").setLevel(level)
-    assert set(found) == {"test_accuracy", "test_accuracy_defended", "test_accuracy_undefended"}
+    assert set(found) == {"test_accuracy", "test_accuracy_defended", "test_accuracy_undefended", "module"}
     assert found["test_accuracy"] == found["test_accuracy_defended"]
     assert all(0 <= value <= 1 for value in found.values())
     shown = capsys.readouterr().out
-    assert re.findall(r"^(callback|classifier): ", shown, flags=re.MULTILINE) == ["callback", "classifier"]
+    assert re.findall(r"^(callback|classifier|module): ", shown, flags=re.MULTILINE) == [
+        "callback",
+        "classifier",
+        "module",
+    ]
 
 
 def test_the_project_itself_knows_nothing_of_dipguard() -> None:
@@ -40,7 +44,7 @@ def test_the_project_itself_knows_nothing_of_dipguard() -> None:
 
 @pytest.mark.slow
 def test_two_processes_started_by_lightning_itself() -> None:
-    """Plain DDP: Lightning starts the script a second time; training and callback run in both."""
+    """Plain DDP: Lightning starts the script a second time; training, callback and defended module run in both."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(EXAMPLE), *QUICK, "--images", "3", "--devices", "2"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=900)
