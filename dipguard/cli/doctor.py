@@ -100,7 +100,7 @@ def caches() -> Iterator[Finding]:
 def wandb() -> Iterator[Finding]:
     """How a run with ``logger=wandb`` would log; the key itself is never shown."""
     if _version("wandb") is not None:
-        from dipguard.reporting.wandb_run import wandb_mode
+        from dipguard.reporting.loggers import wandb_mode
 
         yield "ok", "W&B", f"runs are {wandb_mode(None)}, unless logger.offline says otherwise"
 

@@ -92,10 +92,10 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
         try:
             output = victim(images.to(device=reference.device, dtype=reference.dtype))
         except Exception as error:  # each library has its own type for images of a wrong size
-            if is_out_of_memory(error):
-                raise
             sizes = [images.shape[-2:], getattr(victim, "size", None)]
             here, own = (f"{size[0]}x{size[1]}" if size else "" for size in sizes)
+            if is_out_of_memory(error) or own == here:
+                raise
             advice = f"; it was made for {own} (give `data.size`, or resize them)" if own else ""
             raise ValueError(f"`{name}` cannot read images of {here} pixels{advice}: {first_line(error)}") from error
         scores = check_logits(output, count=len(images), name=name)

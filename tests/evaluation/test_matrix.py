@@ -18,7 +18,7 @@ from dipguard.defenses import Defense
 from dipguard.evaluation import Matrix, prepare, run, write_results
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.runner import _share_out
-from dipguard.store.keys import versions
+from dipguard.store.keys import numerics
 from tests.store.parts import list_entries
 from tests.tiny_matrix import TINY, tiny_matrix, typed_matrix
 
@@ -189,9 +189,9 @@ def test_a_killed_run_goes_on_with_other_chunks(
 def test_the_keys_hold_the_versions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = typed_matrix(*few("jpeg"))
     (old,) = prepare(settings, tmp_path).cells
-    for name in versions():
+    for name in numerics():
         with monkeypatch.context() as patch:
-            patch.setattr("dipguard.evaluation.plan.versions", lambda name=name: {**versions(), name: "other"})
+            patch.setattr("dipguard.evaluation.plan.numerics", lambda name=name: {**numerics(), name: "other"})
             (new,) = prepare(settings, tmp_path).cells
         assert old.attack_key != new.attack_key
         assert old.key != new.key

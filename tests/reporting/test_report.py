@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from dipguard.evaluation import Matrix, prepare, run
-from dipguard.evaluation.results import IMAGE_FIELDS, append_images
+from dipguard.evaluation.results import IMAGE_FIELDS, write_results
 from dipguard.reporting import open_log, results_text, write_matrix_report, write_train_report
 from dipguard.reporting.results import COLUMNS
 from dipguard.reporting.sweep_report import MEAN
@@ -60,7 +60,7 @@ def test_no_file_holds_nan_or_infinity(matrix: Matrix) -> None:
     odd = replace(result, psnr=torch.full_like(result.psnr, torch.inf), ssim=torch.full_like(result.ssim, torch.nan))
     config = replace(matrix.config, figures=0, trainer={**matrix.config.trainer, "gradient_clip_val": float("inf")})
     matrix = replace(matrix, config=config, results={place: [odd]})
-    append_images(matrix, result.cell)
+    write_results(matrix)
     write_train_report(matrix)
     metrics = json.loads((matrix.folder / "metrics.json").read_text(), parse_constant=pytest.fail)
     assert metrics["ssim"]["defended"] is None

@@ -118,10 +118,10 @@ def test_a_process_that_is_killed_between_write_and_rename_leaves_no_entry(tmp_p
     until = time.monotonic() + 60
     while True:  # stop it where it has begun a file and has not renamed it yet
         assert time.monotonic() < until
-        if list(path.parent.glob(".abc.npz.*")):
+        if list(path.parent.glob(".*.part")):
             os.kill(writer.pid, signal.SIGSTOP)
             time.sleep(0.05)
-            if (begun := list(path.parent.glob(".abc.npz.*"))) and not path.exists():
+            if (begun := list(path.parent.glob(".*.part"))) and not path.exists():
                 break
             os.kill(writer.pid, signal.SIGCONT)
     os.kill(writer.pid, signal.SIGKILL)
