@@ -44,7 +44,7 @@ def prune(folder: str | Path, *, older_than: float | None = None, max_gib: float
             gone.append(path)
         else:
             total = kept
-    begun = [path for layer in LAYERS for path in _files(folder, layer, ".*.npz.*")]
+    begun = [path for layer in LAYERS for path in _files(folder, layer, ".*.part")]
     for path in [*gone, *(path for path in begun if time.time() - path.stat().st_mtime > LEFT_OVER)]:
         path.unlink(missing_ok=True)
     for path in Path(folder).expanduser().glob("locks/*.lock"):

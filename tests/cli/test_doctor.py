@@ -55,13 +55,16 @@ def test_a_cache_that_cannot_be_written_is_broken(capsys, monkeypatch, tmp_path)
     ],
 )
 def test_what_wandb_would_do_is_told_and_the_key_never_shown(capsys, monkeypatch, tmp_path, key, mode, login, runs):
-    server = urlsplit(pytest.importorskip("wandb").Settings().base_url).hostname
+    wandb = pytest.importorskip("wandb")
+    server = urlsplit(wandb.Settings().base_url).hostname
     (tmp_path / "netrc").write_text(f"machine {server} login user password 0123abcd\n" if login else "")
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
     for name, value in (("WANDB_API_KEY", key), ("WANDB_MODE", mode)):
         monkeypatch.setenv(name, value) if value else monkeypatch.delenv(name, raising=False)
+    wandb.teardown()  # so that it reads the environment again
     assert [text.partition(",")[0] for _, _, text in doctor.wandb()] == [f"runs are {runs}"]
     assert "0123abcd" not in str(list(doctor.wandb()))
+    wandb.teardown()
 
 
 def test_a_missing_compiler_is_a_note(capsys, monkeypatch, tmp_path):
