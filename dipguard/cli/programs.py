@@ -9,7 +9,6 @@ import logging
 import sys
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +49,7 @@ def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[st
 
 
 def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list[Path]:
-    """Run all attacks against all defences; return the files of the report. Arguments and errors as in `train`."""
+    """Run all attacks against all defences; return the files of the report. Arguments and errors are those of `train`."""
     matrix = _prepare(cfg, folder, single=False)
     from dipguard.reporting import results_text, write_matrix_report
 
@@ -150,10 +149,9 @@ def _run(
         return report(matrix)
     kind = job_type if sweep is None else "sweep"
     with open_log(config.logger, folder, settings=config.to_dict(), job_type=kind, group=sweep) as run_log:
-        before = Counter(matrix.store.counts)  # other jobs of this process share the store
         failed = run(matrix, log=None if run_log is None else run_log.starting_at)
         if config.store is not None:
-            write_json(folder / "store.json", dict(matrix.store.counts - before))
+            write_json(folder / "store.json", dict(matrix.store.counts))
         made = report(matrix, log=run_log)
     if failed:  # after the report: all other cells are in it
         raise RuntimeError(f"{len(failed)} cells failed, all others are stored: {'; '.join(failed)}")

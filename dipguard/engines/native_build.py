@@ -30,6 +30,7 @@ def compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
+@cache
 def library(dtype: str) -> ctypes.CDLL:
     """The engine for float32 or float64, compiled unless an earlier run left it in the cache.
 

@@ -136,8 +136,7 @@ def stack_size_for(
         ``count`` or a power of two, at least 1.
     """
     wanted = min(count, SIZES["cuda" if device.type == "cuda" else "cpu"])
-    free_bytes = free_memory(device)
-    if wanted <= 1 or free_bytes is None:
+    if wanted <= 1 or (free_bytes := free_memory(device)) is None:
         return wanted
     with isolated_trainer(device):
         engine = fit.engine
