@@ -49,7 +49,7 @@ def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[st
 
 
 def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list[Path]:
-    """Run all attacks against all defences; return the files of the report. Arguments and errors are those of `train`."""
+    """Run all attacks on all defences; return the files of the report. Arguments and errors are those of `train`."""
     matrix = _prepare(cfg, folder, single=False)
     from dipguard.reporting import results_text, write_matrix_report
 
