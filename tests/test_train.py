@@ -273,6 +273,7 @@ def test_other_attacks(tmp_path: Path, attack: str) -> None:
     assert (metrics["ssim"]["given"] == pytest.approx(1)) == (attack == "none")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("defense", ["jpeg", "dip_fixed"])
 def test_every_defence_can_be_had(tmp_path: Path, defense: str) -> None:
     short = ("defense.T=20", "defense.step=7") if defense == "dip_fixed" else ()
@@ -312,6 +313,7 @@ def digits_file(path: Path, **changes: Any) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_own_arrays(tmp_path: Path) -> None:
     path = digits_file(tmp_path / "own.npz")
     metrics = tiny_run(tmp_path / "run", "data=arrays", f"data.path={path}", *ONE, "data.limit=2")
@@ -498,6 +500,7 @@ def finished_mirror(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dic
     return folder, tiny_mirror(folder, "logger=csv")
 
 
+@pytest.mark.slow
 def test_the_default_defence_gives_what_the_class_gives(finished_mirror: tuple[Path, dict[str, Any]]) -> None:
     folder, metrics = finished_mirror
     victim = build_victim("digits_cnn", seed=0)

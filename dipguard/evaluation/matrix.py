@@ -182,10 +182,14 @@ class Matrix:
         self.results[cell.place] = results_of(cell, Entry(made, about))
 
     def _known(self, cell: Cell) -> list[CellResult]:
-        summary = None if cell.why is not None else self.store.read("cells", cell.key)
-        if summary is None or self._lacks_traces(summary, len(cell.clean)) or self._lost_traces(cell, summary):
-            return [CellResult(cell, cell.why or NOT_RUN, cell.eps_255)]
-        return results_of(cell, summary)
+        unknown = [CellResult(cell, cell.why or NOT_RUN, cell.eps_255)]
+
+        def parse(summary: Entry) -> list[CellResult]:
+            lacks = self._lacks_traces(summary, len(cell.clean)) or self._lost_traces(cell, summary)
+            return unknown if lacks else results_of(cell, summary)
+
+        known = None if cell.why is not None else self.store.read_as("cells", cell.key, parse)
+        return unknown if known is None else known
 
     def _attack(self, cell: Cell) -> Entry:
         assert cell.attack is not None

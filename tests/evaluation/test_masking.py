@@ -75,6 +75,7 @@ def honest(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     return matrix
 
 
+@pytest.mark.slow
 def test_a_system_that_hides_nothing_passes_all(honest: Matrix) -> None:
     assert set(checked(honest).values()) == {OK}
 

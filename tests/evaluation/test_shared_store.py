@@ -6,6 +6,7 @@ import csv
 from collections import Counter
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -59,6 +60,7 @@ def test_runs_share_fits_and_attacked_images(tmp_path: Path):
     assert seconds(tmp_path / "second") > 0.5 * seconds(tmp_path / "first")  # a replay's cell says what the fit took
 
 
+@pytest.mark.slow
 def test_a_sweep_over_T_fits_once(tmp_path: Path):
     store = (f"store={tmp_path / 'store'}", "store_T=[14,20]", "~defenses.dip_fixed", "~attacks.fgsm_8")
     wanted, _ = cells(tmp_path / "plain", *store[2:], "defenses.paper.T=14")
@@ -71,6 +73,7 @@ def test_a_sweep_over_T_fits_once(tmp_path: Path):
     assert (counts["fitted"], counts["decided"], counts["replayed"]) == (0, 0, 3)
 
 
+@pytest.mark.slow
 def test_train_runs_share_a_store(tmp_path: Path):
     options = (
         "data.limit=2", "defense.engine=native", "defense.network=small", "defense.T=20", "defense.decisions=10",

@@ -63,6 +63,7 @@ def test_each_rule_chooses_among_the_steps_of_its_fit(images: Tensor, engine: st
     assert len(set(chosen["variance"])) > 1
 
 
+@pytest.mark.slow
 def test_a_rule_changes_no_other_result(images: Tensor, victim: nn.Module) -> None:
     watches = [StopRuleCallback(rule) for rule in rules().values()]
     watched, without = defend(images[:3], victim, *watches), defend(images[:3], victim)

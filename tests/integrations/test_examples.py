@@ -18,6 +18,7 @@ EXAMPLE = ROOT / "examples" / "lightning_project.py"
 QUICK = ["--steps", "8", "--epochs", "1"]
 
 
+@pytest.mark.slow
 def test_the_three_ways(capsys: pytest.CaptureFixture[str]) -> None:
     level = logging.getLogger("pytorch_lightning").level
     try:

@@ -65,6 +65,7 @@ def test_the_loops_that_were_asked_for(module: DigitsModule, loop: str, stages: 
     assert (f"{loop}_accuracy_defended" in runner.callback_metrics) == (loop in stages and loop != "predict")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_a_guards_draws_do_not_depend_on_the_batch_size(module: DigitsModule, batch_size: int) -> None:
     data, guard = DigitsData(batch_size=batch_size), DIPGuard(module, **TINY)

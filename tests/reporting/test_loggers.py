@@ -38,6 +38,7 @@ def test_second_session_leaves_the_first_ones_log(tmp_path: Path) -> None:
     assert len(read_rows(tmp_path / "logs" / "csv" / "session_1" / "metrics.csv")) == 1
 
 
+@pytest.mark.slow
 def test_tensorboard_holds_scalars_table_and_pictures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -198,6 +198,7 @@ def test_the_collector_by_command(finished: Path, tmp_path: Path, capsys: pytest
     assert "best mean accuracy" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "jobs"), [("reconstruction", 17), ("optimisation", 15), ("smoke", 8), ("template", 2)]
 )

@@ -92,6 +92,7 @@ def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
     assert "result/paper.mean_accuracy" in run.summary
 
 
+@pytest.mark.slow
 def test_a_csv_log_holds_the_curves_and_the_result(tmp_path: Path) -> None:
     import csv
 

@@ -45,6 +45,7 @@ def folder(request, tmp_path):
     return tmp_path / request.param
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_it_reads_pictures_as_its_own_processor_prepares_them(tmp_path, kind):
     name, options = PROCESSORS[kind]
