@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Sequence
+from math import isfinite
 from numbers import Integral
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -40,7 +41,7 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
     if not images.is_floating_point():
         raise TypeError(f"`{name}` must be floats in [0, 1], got {images.dtype}; divide integer images by 255")
     low, high = (float(v) for v in torch.aminmax(images.detach()))
-    if not (low == low and high == high) or not bool(torch.isfinite(images).all()):
+    if not (isfinite(low) and isfinite(high)):  # NaN anywhere makes both NaN
         raise ValueError(f"`{name}` must be finite, got NaN or infinite values")
     if low < -ROUNDING or high > 1 + ROUNDING:
         raise ValueError(f"`{name}` must lie in [0, 1], got values from {low:.8g} to {high:.8g}")

@@ -66,6 +66,5 @@ def draw_picture(
     else:
         names = [class_name(decision, classes) for decision in decisions]
         figure = draw_grid(("given", "purified"), {"": [Picture(given, names[0]), Picture(purified, names[1])]})
-    # A dollar sign in a file name is not a formula.
-    figure.suptitle(plain(title), fontsize=12, fontweight="bold", parse_math=False)
+    figure.suptitle(plain(title), fontsize=12, fontweight="bold")
     save_figure(figure, path)
