@@ -6,14 +6,17 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 LOCK = ".lock"
 """The file in a run folder that is locked while a process works there."""
+STALE_AFTER = 3600
+"""Seconds after which a half-written file belongs to no living process: no write takes longer."""
 
 
 class CommandError(Exception):
@@ -63,6 +66,8 @@ def exit_codes(program: str) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Work in a run folder as its only process; half-written files that a killed one left there are removed.
 
+    Only those older than an hour are: a store in this folder may be in use by another run.
+
     Raises:
         CommandError: Another process works in it.
         OSError: It cannot be written.
@@ -75,7 +80,9 @@ def locked(folder: Path) -> Iterator[None]:
         raise CommandError(f"another process works in {folder}; wait for its end, or take another folder") from None
     try:
         for path in folder.rglob(".*.part"):
-            path.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > STALE_AFTER:
+                    path.unlink()
         yield
     finally:
         lock.release()

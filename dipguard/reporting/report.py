@@ -246,7 +246,7 @@ def _log_matrix(log: RunLog, matrix: Matrix, results: pd.DataFrame) -> None:
         for name, values in found.items():
             for step, value in zip(trace.steps.tolist(), torch.stack(values).double().mean(dim=0), strict=True):
                 by_step.setdefault(step, {})[f"fit/{defense}.{attack}.{name}"] = float(value)
-        figures.append(_draw_cell(matrix, result, f"_{defense}_{attack}"))
+        figures.append(_draw_cell(matrix, result, f"_{defense}.{attack}"))
     for step, metrics in sorted(by_step.items()):
         log.log_metrics(metrics, step=step)
     # All panels and traces of the first images come before those of the second.

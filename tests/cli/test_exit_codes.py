@@ -86,8 +86,12 @@ def test_a_folder_is_worked_in_by_one_and_cleaned(tmp_path):
     left = tmp_path / "run" / "deep" / ".0123456789abcdef.part"
     left.parent.mkdir(parents=True)
     left.touch()
+    os.utime(left, (0, 0))
+    young = left.with_name(".fedcba9876543210.part")  # another run may be writing to a store in this folder
+    young.touch()
     with locked(tmp_path / "run"):
         assert not left.exists()
+        assert young.exists()
         with pytest.raises(CommandError, match="another process works in"), locked(tmp_path / "run"):
             pass
     with locked(tmp_path / "run"):

@@ -115,8 +115,8 @@ def test_matrix_report_has_tables_comparisons_and_a_log(several: Matrix) -> None
     assert page.startswith("# Table 1: accuracy, %")
     assert "![figure9 pgd 8](figure9_pgd_8.png)" in page
     assert {path.name for path in (several.folder / "figures").iterdir()} == {
-        *(f"panel_paper_{attack}.png" for attack in ("clean", "pgd_8")),
-        *(f"trace_paper_{attack}_000000.png" for attack in ("clean", "pgd_8")),
+        *(f"panel_paper.{attack}.png" for attack in ("clean", "pgd_8")),
+        *(f"trace_paper.{attack}_000000.png" for attack in ("clean", "pgd_8")),
     }
     with (several.folder / "logs" / "csv" / "session_0" / "metrics.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))

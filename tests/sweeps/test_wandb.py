@@ -60,8 +60,8 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
         table = {key.split("/")[1]: value for key, value in run.history[-1].items() if key.startswith("images/")}
         assert (table["nrows"], table["_type"]) == (2 * 5, "table-file")
         pictures = {key.split("/")[1] for key in run.history[-1] if key.startswith("figures/")}
-        traces = {f"trace_paper_{column}_{i:06d}" for column in ("clean", "pgd_8") for i in (0, 1)}
-        assert pictures == traces | {"panel_paper_clean", "panel_paper_pgd_8"}
+        traces = {f"trace_paper.{column}_{i:06d}" for column in ("clean", "pgd_8") for i in (0, 1)}
+        assert pictures == traces | {"panel_paper.clean", "panel_paper.pgd_8"}
         for name in ("accuracy", "low", "high", "ssim", "psnr"):
             assert f"result/paper.pgd_8.{name}" in run.summary
         means = [run.summary[f"result/paper.{column}.accuracy"] for column in ("clean", "pgd_8")]
