@@ -76,14 +76,15 @@ def reference_of(classifier: nn.Module, default: Tensor) -> Tensor:
     return next((tensor for tensor in tensors if tensor.is_floating_point()), default)
 
 
-def logits_of(classifier: nn.Module, images: Tensor) -> Tensor:
-    """Return checked logits [n, C], float32 at least, on the device of ``images`` [n, 3, H, W]; differentiable.
-
-    The classifier gets the images on its own device, in its own dtype.
-    """
+def asked(classifier: nn.Module, images: Tensor) -> Any:
+    """Return a classifier's output for images, which it gets on its own device, in its own dtype."""
     reference = reference_of(classifier, images)
-    output = check_logits(classifier(images.to(device=reference.device, dtype=reference.dtype)), count=len(images))
-    return output.to(images.device, torch.promote_types(output.dtype, torch.float32))
+    return classifier(images.to(device=reference.device, dtype=reference.dtype))
+
+
+def logits_of(classifier: nn.Module, images: Tensor) -> Tensor:
+    """Return checked logits [n, C], float32 at least, on the device of ``images`` [n, 3, H, W]; differentiable."""
+    return check_logits(asked(classifier, images), images)
 
 
 def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
@@ -102,17 +103,20 @@ def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
     return classifier
 
 
-def check_logits(output: Any, *, count: int, name: str = "victim") -> Tensor:
-    """Return a classifier's output if it is finite floats [count, C] with C >= 2; TypeError or ValueError else."""
+def check_logits(output: Any, images: Tensor, *, name: str = "victim") -> Tensor:
+    """Return a classifier's output for n images, float32 at least, on their device.
+
+    TypeError or ValueError if it is not finite floats [n, C] with C >= 2.
+    """
     if not isinstance(output, Tensor) or not output.is_floating_point():
         kind = output.dtype if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"`{name}` must return a floating-point tensor [B, C] of logits, got {kind}")
-    if output.ndim != 2 or len(output) != count or output.shape[1] < 2:
-        got = f"shape {tuple(output.shape)} for {count} images"
+    if output.ndim != 2 or len(output) != len(images) or output.shape[1] < 2:
+        got = f"shape {tuple(output.shape)} for {len(images)} images"
         raise ValueError(f"`{name}` must return logits [B, C] with C of at least 2, got {got}")
     if not bool(output.isfinite().all()):
         raise ValueError(f"`{name}` must return finite logits, got NaN or infinite values")
-    return output
+    return output.to(images.device, torch.promote_types(output.dtype, torch.float32))
 
 
 def probability_warning(logits: Tensor, *, name: str = "victim") -> str | None:

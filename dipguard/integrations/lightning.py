@@ -256,7 +256,7 @@ class PurifyCallback(pl.Callback):
             for name, given, metric in zip(("undefended", "defended"), (images, purified), metrics, strict=True):
                 with torch.no_grad(), isolate_rng():
                     output = pl_module(given)
-                logits = check_logits(getattr(output, "logits", output), count=len(given), name="module")
+                logits = check_logits(getattr(output, "logits", output), given, name="module")
                 metric.to(labels.device).update((logits.argmax(dim=1) == labels).float(), weights)
                 options = {"on_step": False, "on_epoch": True, "batch_size": len(given)}
                 # Lightning needs the name of the metric's attribute; there is none.

@@ -11,14 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
-from dipguard.classifier import (
-    check_is_module,
-    check_logits,
-    frozen,
-    is_out_of_memory,
-    probability_warning,
-    reference_of,
-)
+from dipguard.classifier import asked, check_is_module, check_logits, frozen, is_out_of_memory, probability_warning
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -87,10 +80,9 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
     """
     check_is_module(victim, name=name)
     images = check_images(images)
-    reference = reference_of(victim, images)
     with frozen(victim), torch.no_grad():
         try:
-            output = victim(images.to(device=reference.device, dtype=reference.dtype))
+            output = asked(victim, images)
         except Exception as error:  # each library has its own type for images of a wrong size
             sizes = [images.shape[-2:], getattr(victim, "size", None)]
             here, own = (f"{size[0]}x{size[1]}" if size else "" for size in sizes)
@@ -98,8 +90,7 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
                 raise
             advice = f"; it was made for {own} (give `data.size`, or resize them)" if own else ""
             raise ValueError(f"`{name}` cannot read images of {here} pixels{advice}: {first_line(error)}") from error
-        scores = check_logits(output, count=len(images), name=name)
-    scores = scores.to(images.device, torch.promote_types(scores.dtype, torch.float32))
+        scores = check_logits(output, images, name=name)
     text = probability_warning(scores, name=name)
     if text is not None:
         warnings.warn(text, UserWarning, stacklevel=2)

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from dipguard.decision import stitch
 from dipguard.decision.class_scores import mirrored
@@ -40,16 +39,6 @@ NAMES = {
 FITS = {"paper": 1, "mirror": 2, "dip_fixed": 1, "jpeg": 0}
 
 
-@pytest.fixture(scope="module")
-def images(images: Tensor) -> Tensor:
-    return images[:, :, ::2, ::2].contiguous()  # a fit takes a fraction of the time
-
-
-@pytest.fixture(scope="module")
-def victim(victim: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Upsample(size=32), victim)
-
-
 def defended(name, victim, **options):
     quiet = {} if name == "jpeg" else {"progress": False}
     return build_defense(name, victim, **{**TINY[name], **quiet, **options})
@@ -58,12 +47,12 @@ def defended(name, victim, **options):
 @pytest.mark.parametrize(
     ("name", "mode"), [*((name, torch.inference_mode) for name in TINY), ("jpeg", torch.enable_grad)]
 )
-def test_the_answer_is_among_them_and_is_what_purify_returns(images, victim, name, mode):
-    defense, indices = defended(name, victim), torch.tensor([4, 2, 2**35 + 7])
-    expected = defense.purify(images[:3], indices=indices)
+def test_the_answer_is_among_them_and_is_what_purify_returns(small_images, small_victim, name, mode):
+    defense, indices = defended(name, small_victim), torch.tensor([4, 2, 2**35 + 7])
+    expected = defense.purify(small_images[:3], indices=indices)
     state = torch.get_rng_state()
     with mode():
-        made = defense.intermediates(images[:3], indices=indices)
+        made = defense.intermediates(small_images[:3], indices=indices)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(made["stitched"].views[0], expected)
     assert set(made) == set(defense.intermediate_views) == NAMES[name]
@@ -76,19 +65,19 @@ def test_the_answer_is_among_them_and_is_what_purify_returns(images, victim, nam
 
 
 @pytest.mark.parametrize("name", ["paper", "mirror"])
-def test_stacks_change_nothing_and_neither_do_neighbours(images, victim, name):
-    defense, small = defended(name, victim), defended(name, victim, stack_size=2)
+def test_stacks_change_nothing_and_neither_do_neighbours(small_images, small_victim, name):
+    defense, small = defended(name, small_victim), defended(name, small_victim, stack_size=2)
     indices = torch.tensor([4, 2, 7])
-    whole, parts = (d.intermediates(images[:3], indices=indices) for d in (defense, small))
-    alone = defense.intermediates(images[1:2], indices=indices[1:2])
+    whole, parts = (d.intermediates(small_images[:3], indices=indices) for d in (defense, small))
+    alone = defense.intermediates(small_images[1:2], indices=indices[1:2])
     for key in whole:
         assert torch.allclose(whole[key].views, parts[key].views, atol=1e-5)
         assert torch.allclose(whole[key].views[:, 1:2], alone[key].views, atol=1e-5)
 
 
-def test_the_papers_are_those_of_its_traces(images, victim):
-    defense = defended("paper", victim)
-    made, result = defense.intermediates(images[:4]), defense.defend(images[:4])
+def test_the_papers_are_those_of_its_traces(small_images, small_victim):
+    defense = defended("paper", small_victim)
+    made, result = defense.intermediates(small_images[:4]), defense.defend(small_images[:4])
     crossed = 0
     for i, trace in enumerate(result.traces):
         assert torch.equal(made["last"].views[0, i], trace.last[-1].float())
@@ -100,10 +89,10 @@ def test_the_papers_are_those_of_its_traces(images, victim):
     assert made["last"].view is made["on_boundary"].view is None
 
 
-def test_mirrors_are_those_of_its_windows(images, victim):
-    defense = defended("mirror", victim)
-    made = defense.intermediates(images[:2])
-    samples = torch.stack([trace.samples for trace in defense.defend(images[:2]).traces], dim=1).float()
+def test_mirrors_are_those_of_its_windows(small_images, small_victim):
+    defense = defended("mirror", small_victim)
+    made = defense.intermediates(small_images[:2])
+    samples = torch.stack([trace.samples for trace in defense.defend(small_images[:2]).traces], dim=1).float()
     assert len(samples) == 12
     assert torch.equal(made["last"].views, samples[[5, 11]])
     assert torch.allclose(made["mean"].views[0], samples.mean(0), atol=1e-6)
@@ -115,11 +104,11 @@ def test_mirrors_are_those_of_its_windows(images, victim):
     assert torch.equal(made["last"].viewed(samples[5]), samples[5])
 
 
-def test_few_windows_are_all_shown(images, victim):
-    defense = defended("mirror", victim, T=3)
+def test_few_windows_are_all_shown(small_images, small_victim):
+    defense = defended("mirror", small_victim, T=3)
     assert defense.intermediate_views["mirrored"] == 4
-    (trace,) = defense.defend(images[:1]).traces
-    assert torch.equal(defense.intermediates(images[:1])["mirrored"].views[:, 0], trace.samples.float())
+    (trace,) = defense.defend(small_images[:1]).traces
+    assert torch.equal(defense.intermediates(small_images[:1])["mirrored"].views[:, 0], trace.samples.float())
 
 
 @pytest.mark.parametrize(
@@ -131,7 +120,7 @@ def test_few_windows_are_all_shown(images, victim):
         ({"indices": torch.tensor([0, -1])}, ValueError, "`indices`"),
     ],
 )
-def test_bad_input_is_refused(images, victim, change, error, message):
-    given = {"images": images[:2], "indices": torch.tensor([0, 1]), **change}
+def test_bad_input_is_refused(small_images, small_victim, change, error, message):
+    given = {"images": small_images[:2], "indices": torch.tensor([0, 1]), **change}
     with pytest.raises(error, match=message):
-        defended("paper", victim).intermediates(given["images"], indices=given["indices"])
+        defended("paper", small_victim).intermediates(given["images"], indices=given["indices"])

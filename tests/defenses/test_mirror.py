@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from torch import Tensor, nn
 
 from dipguard.decision import DecisionTrace
 from dipguard.decision.class_scores import mirrored
@@ -24,48 +23,38 @@ TINY = {
 }
 
 
-@pytest.fixture(scope="module")
-def images(images: Tensor) -> Tensor:
-    return images[:, :, ::2, ::2].contiguous()  # a fit takes a fraction of the time
-
-
-@pytest.fixture(scope="module")
-def victim(victim: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Upsample(size=32), victim)
-
-
 def guard(victim, **options):
     return build_defense("mirror", victim, **{**TINY, **options})
 
 
-def test_it_is_a_defence_with_settings_for_json(victim):
-    defense = guard(victim)
+def test_it_is_a_defence_with_settings_for_json(small_victim):
+    defense = guard(small_victim)
     assert isinstance(defense, MirrorGuard)
     assert isinstance(defense, Defense)
     settings = json.loads(json.dumps(defense.settings))
     assert (settings["name"], settings["T"], settings["t0"], len(settings["fit"])) == ("mirror", 12, 2, 2)
     assert defense.steps_per_image == 22
     assert defense.windows == 3
-    assert guard(victim, seed=4).settings != settings
+    assert guard(small_victim, seed=4).settings != settings
 
 
-def test_its_networks_are_dipdefends_and_one_twice_as_wide(victim):
-    defense = MirrorGuard(victim)
+def test_its_networks_are_dipdefends_and_one_twice_as_wide(small_victim):
+    defense = MirrorGuard(small_victim)
     assert [tuple(fit.network.n_d) for fit in defense.fits] == [(4, 8, 16), (8, 16, 32)]
     assert [fit.network for fit in defense.fits] == list(NETWORKS.values())
-    assert MirrorGuard(victim, networks=list(NETWORKS.values())).settings == defense.settings
-    named = MirrorGuard(victim, networks=["small", "wide"])
+    assert MirrorGuard(small_victim, networks=list(NETWORKS.values())).settings == defense.settings
+    named = MirrorGuard(small_victim, networks=["small", "wide"])
     assert [fit.network for fit in named.fits] == ["small", NETWORKS["wide"]]
     assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, True) for fit in defense.fits)
     assert defense.betas == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
 
 
-def test_the_image_is_what_its_trace_says(images, victim):
-    defense = guard(victim, beta=0.2)
-    part, indices = images[:3], [5, 0, 9]
+def test_the_image_is_what_its_trace_says(small_images, small_victim):
+    defense = guard(small_victim, beta=0.2)
+    part, indices = small_images[:3], [5, 0, 9]
     result = defense.defend(part, indices=indices)
     assert torch.equal(defense.purify(part, indices=torch.tensor(indices)), result.reconstructions)
-    decide = Decider(victim)
+    decide = Decider(small_victim)
     own = decide(part).argmax(-1)
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
@@ -81,19 +70,19 @@ def test_the_image_is_what_its_trace_says(images, victim):
         assert torch.allclose(result.reconstructions[i].double(), tried[chosen[0] if chosen else 0], atol=1e-6)
 
 
-def test_an_image_does_not_depend_on_its_neighbours_or_on_the_callers_mode(images, victim):
-    defense = guard(victim, stack_size=2)
-    alone = torch.cat([defense.purify(images[i : i + 1], indices=torch.tensor([i])) for i in range(3)])
+def test_an_image_does_not_depend_on_its_neighbours_or_on_the_callers_mode(small_images, small_victim):
+    defense = guard(small_victim, stack_size=2)
+    alone = torch.cat([defense.purify(small_images[i : i + 1], indices=torch.tensor([i])) for i in range(3)])
     state = torch.get_rng_state()
     with torch.inference_mode():
-        together = defense.purify(images[:3])
+        together = defense.purify(small_images[:3])
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.allclose(together, alone, atol=1e-5)
-    assert not torch.equal(guard(victim, seed=1).purify(images[:1]), alone[:1])
+    assert not torch.equal(guard(small_victim, seed=1).purify(small_images[:1]), alone[:1])
 
 
-def test_progress_counts_the_steps_of_all_networks(images, victim, capsys):
-    guard(victim, progress=True, stack_size=2).purify(images[:3])
+def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, capsys):
+    guard(small_victim, progress=True, stack_size=2).purify(small_images[:3])
     last = capsys.readouterr().err.replace("\r", "\n").strip().splitlines()[-1]
     assert "100%" in last
     assert "66.0/66.0" in last  # 3 images, 2 networks, t0 and 3 windows of 3 steps
@@ -115,47 +104,47 @@ def test_progress_counts_the_steps_of_all_networks(images, victim, capsys):
         ({"jiter": 3}, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
     ],
 )
-def test_bad_options_are_refused(victim, options, message):
+def test_bad_options_are_refused(small_victim, options, message):
     with pytest.raises((TypeError, ValueError), match=message):
-        guard(victim, **options)
+        guard(small_victim, **options)
 
 
-def test_images_that_are_too_small_are_refused(victim):
+def test_images_that_are_too_small_are_refused(small_victim):
     with pytest.raises(ValueError, match="at least 9x9 pixels"):
-        MirrorGuard(victim).purify(torch.rand(1, 3, 8, 8))
+        MirrorGuard(small_victim).purify(torch.rand(1, 3, 8, 8))
 
 
-def test_the_constructor_takes_no_network(victim):
+def test_the_constructor_takes_no_network(small_victim):
     with pytest.raises(TypeError, match=r"'mirror' takes no option 'network' \(did you mean 'networks'\?\)"):
-        MirrorGuard(victim, network="small")
+        MirrorGuard(small_victim, network="small")
 
 
 @pytest.mark.parametrize("mirror", [True, False])
-def test_traces_say_why_and_give_the_image_again(images, victim, tmp_path, mirror):
+def test_traces_say_why_and_give_the_image_again(small_images, small_victim, tmp_path, mirror):
     options = {"T": 8, "t0": 2, "every": 2, "engine": "torch", "stack_size": 2, "mirror": mirror}
-    defense, order = guard(victim, networks=("narrow", "wide"), **options), [4, 0, 7]
-    result = defense.defend(images[:3], indices=order)
-    assert torch.equal(result.reconstructions, defense.purify(images[:3], indices=torch.tensor(order)))
-    decide = Decider(victim)
+    defense, order = guard(small_victim, networks=("narrow", "wide"), **options), [4, 0, 7]
+    result = defense.defend(small_images[:3], indices=order)
+    assert torch.equal(result.reconstructions, defense.purify(small_images[:3], indices=torch.tensor(order)))
+    decide = Decider(small_victim)
     for i, trace in enumerate(result.traces):
         assert trace.index == order[i]
         assert trace.steps.tolist() == [3, 5, 7, 11, 13, 15]
         loaded = DecisionTrace.load(trace.save(tmp_path / f"{i}.safetensors"))
         assert loaded.equals(trace)
-        assert torch.equal(defense.rebuild(loaded).image.to(images), result.reconstructions[i])
+        assert torch.equal(defense.rebuild(loaded).image.to(small_images), result.reconstructions[i])
         assert torch.allclose(trace.scores, decide(trace.samples).cpu(), atol=1e-5)
         copies = mirrored(trace.samples, shift=(0, 2), flip=mirror)
         assert torch.allclose(trace.mirrored_logits, decide(copies).cpu(), atol=1e-5)
         assert torch.equal(trace.last, trace.samples[[2, 5]])
-        assert int(trace.given_scores.argmax()) == int(decide(images[i : i + 1]).argmax())
+        assert int(trace.given_scores.argmax()) == int(decide(small_images[i : i + 1]).argmax())
     assert min(result.seconds["fit"], result.seconds["decide"]) > 0
     assert set(result.reasons) <= {"class_scores", "no_sample_of_class"}
     assert torch.equal(result.decisions_after, decide(result.reconstructions).argmax(1))
 
 
-def test_a_trace_without_mirrored_logits_is_refused(images, victim):
-    defense = guard(victim)
-    (trace,) = defense.defend(images[:1]).traces
+def test_a_trace_without_mirrored_logits_is_refused(small_images, small_victim):
+    defense = guard(small_victim)
+    (trace,) = defense.defend(small_images[:1]).traces
     tensors = {**trace.tensors(), "index": trace.index, "settings": trace.settings}
     for name in ("mirrored_logits", "samples"):
         less = DecisionTrace(**{key: value for key, value in tensors.items() if key != name})
@@ -163,9 +152,9 @@ def test_a_trace_without_mirrored_logits_is_refused(images, victim):
             defense.rebuild(less)
 
 
-def test_the_logger_gets_the_means_of_each_window(images, victim, tmp_path):
+def test_the_logger_gets_the_means_of_each_window(small_images, small_victim, tmp_path):
     logger = CSVLogger(tmp_path)
-    guard(victim, stack_size=2).defend(images[:4], logger=logger)
+    guard(small_victim, stack_size=2).defend(small_images[:4], logger=logger)
     logger.save()
     with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["fit/quality"]]

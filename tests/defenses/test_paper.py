@@ -25,26 +25,16 @@ from dipguard.fit import FitProgress
 QUICK: dict[str, Any] = {"network": "small", "T": 12, "decisions": 6, "tau": 0.0, "t0": 0, "K": 3, "progress": False}
 
 
-@pytest.fixture(scope="module")
-def images(images: Tensor) -> Tensor:
-    return images[:, :, ::2, ::2].contiguous()  # a fit takes a fraction of the time
-
-
-@pytest.fixture(scope="module")
-def victim(victim: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Upsample(size=32), victim)
-
-
-def test_purify_defend_and_forward_agree(images: Tensor, victim: nn.Module) -> None:
-    guard = DIPGuard(victim, **QUICK)
+def test_purify_defend_and_forward_agree(small_images: Tensor, small_victim: nn.Module) -> None:
+    guard = DIPGuard(small_victim, **QUICK)
     assert isinstance(guard, Defense)
-    result = guard.defend(images[:3])
-    assert torch.equal(result.reconstructions, guard.purify(images[:3]))
-    victim.eval()
+    result = guard.defend(small_images[:3])
+    assert torch.equal(result.reconstructions, guard.purify(small_images[:3]))
+    small_victim.eval()
     with torch.no_grad():
-        torch.testing.assert_close(guard(images[:3]), victim(result.reconstructions))
-        assert torch.equal(result.decisions_before, victim(images[:3]).argmax(1))
-        assert torch.equal(result.decisions_after, victim(result.reconstructions).argmax(1))
+        torch.testing.assert_close(guard(small_images[:3]), small_victim(result.reconstructions))
+        assert torch.equal(result.decisions_before, small_victim(small_images[:3]).argmax(1))
+        assert torch.equal(result.decisions_after, small_victim(result.reconstructions).argmax(1))
     assert result.reconstructions.shape == (3, 3, 16, 16)
     assert 0 <= float(result.reconstructions.min()) <= float(result.reconstructions.max()) <= 1
     assert set(result.reasons) <= {"crossings", "no_crossing"}
@@ -67,29 +57,29 @@ class Stacks(pl.Callback):
         self.loggers.extend(trainer.loggers)
 
 
-def test_chunks_do_not_change_an_image(images: Tensor, victim: nn.Module) -> None:
+def test_chunks_do_not_change_an_image(small_images: Tensor, small_victim: nn.Module) -> None:
     exact = {**QUICK, "dtype": "float64"}
-    whole = DIPGuard(victim, stack_size=5, **exact).defend(images[:5].double())
+    whole = DIPGuard(small_victim, stack_size=5, **exact).defend(small_images[:5].double())
     stacks = Stacks()
-    parts = DIPGuard(victim, stack_size=2, **exact).defend(images[:5].double(), callbacks=[stacks])
+    parts = DIPGuard(small_victim, stack_size=2, **exact).defend(small_images[:5].double(), callbacks=[stacks])
     assert stacks.sizes == [2, 2, 1]
     torch.testing.assert_close(parts.reconstructions, whole.reconstructions, rtol=0, atol=1e-9)
     assert [trace.index for trace in parts.traces] == [0, 1, 2, 3, 4]
 
 
-def test_the_stack_size_is_chosen_or_given(images: Tensor, victim: nn.Module) -> None:
-    chosen = DIPGuard(victim, **QUICK)
+def test_the_stack_size_is_chosen_or_given(small_images: Tensor, small_victim: nn.Module) -> None:
+    chosen = DIPGuard(small_victim, **QUICK)
     assert chosen.stack_size is None
-    for guard, count, sizes in ((chosen, 3, [3]), (DIPGuard(victim, stack_size=3, **QUICK), 8, [3, 3, 2])):
+    for guard, count, sizes in ((chosen, 3, [3]), (DIPGuard(small_victim, stack_size=3, **QUICK), 8, [3, 3, 2])):
         stacks = Stacks()
-        guard.defend(images[:count], callbacks=[stacks])
+        guard.defend(small_images[:count], callbacks=[stacks])
         assert stacks.sizes == sizes
     assert "stack_size" not in chosen.settings
 
 
-def test_the_logger_gets_the_means_of_each_stack(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
+def test_the_logger_gets_the_means_of_each_stack(small_images: Tensor, small_victim: nn.Module, tmp_path: Path) -> None:
     logger, stacks = CSVLogger(tmp_path), Stacks()
-    DIPGuard(victim, stack_size=2, **QUICK).defend(images[:4], logger=logger, callbacks=[stacks])
+    DIPGuard(small_victim, stack_size=2, **QUICK).defend(small_images[:4], logger=logger, callbacks=[stacks])
     assert stacks.loggers == [logger, logger]
     logger.save()
     with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
@@ -98,103 +88,108 @@ def test_the_logger_gets_the_means_of_each_stack(images: Tensor, victim: nn.Modu
     assert all(row["fit/quality"] and row["fit/crossings"] for row in rows)
 
 
-def test_arguments_of_the_trainer_reach_it(images: Tensor, victim: nn.Module) -> None:
+def test_arguments_of_the_trainer_reach_it(small_images: Tensor, small_victim: nn.Module) -> None:
     profiler = SimpleProfiler()
-    guard = DIPGuard(victim, trainer={"profiler": profiler}, **QUICK)
-    expected = DIPGuard(victim, **QUICK).purify(images[:2])
-    assert torch.equal(guard.purify(images[:2]), expected)
+    guard = DIPGuard(small_victim, trainer={"profiler": profiler}, **QUICK)
+    expected = DIPGuard(small_victim, **QUICK).purify(small_images[:2])
+    assert torch.equal(guard.purify(small_images[:2]), expected)
     assert any("training_step" in action for action in profiler.recorded_durations)
     assert guard.settings["trainer"] == {"profiler": "SimpleProfiler"}
     with pytest.raises(ValueError, match="max_steps"):
-        DIPGuard(victim, trainer={"max_steps": 3}, **QUICK).purify(images[:1])
+        DIPGuard(small_victim, trainer={"max_steps": 3}, **QUICK).purify(small_images[:1])
 
 
-def test_a_trace_is_stitched_again_with_other_parameters(images: Tensor, victim: nn.Module) -> None:
-    result = DIPGuard(victim, **QUICK).defend(images[:3])
-    other = DIPGuard(victim, **{**QUICK, "K": 2, "beta": 0.0})
-    expected = other.defend(images[:3])
+def test_a_trace_is_stitched_again_with_other_parameters(small_images: Tensor, small_victim: nn.Module) -> None:
+    result = DIPGuard(small_victim, **QUICK).defend(small_images[:3])
+    other = DIPGuard(small_victim, **{**QUICK, "K": 2, "beta": 0.0})
+    expected = other.defend(small_images[:3])
     for trace, image in zip(result.traces, expected.reconstructions, strict=True):
         assert torch.equal(other.rebuild(trace).image, image)
 
 
-def test_a_store_gives_the_same_images_without_another_fit(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
-    plain = DIPGuard(victim, **QUICK).defend(images[:3])
-    stored = DIPGuard(victim, store=tmp_path, store_T=(20,), **QUICK)
+def test_a_store_gives_the_same_images_without_another_fit(
+    small_images: Tensor, small_victim: nn.Module, tmp_path: Path
+) -> None:
+    plain = DIPGuard(small_victim, **QUICK).defend(small_images[:3])
+    stored = DIPGuard(small_victim, store=tmp_path, store_T=(20,), **QUICK)
     stacks = Stacks()
     for _ in range(2):
-        result = stored.defend(images[:3], callbacks=[stacks])
+        result = stored.defend(small_images[:3], callbacks=[stacks])
         torch.testing.assert_close(result.reconstructions, plain.reconstructions, rtol=0, atol=1e-6)
         assert (result.reasons, result.used) == (plain.reasons, plain.used)
-    assert DIPGuard(victim, **{**QUICK, "T": 20}, store=tmp_path).defend(images[:3], callbacks=[stacks]).traces
+    assert (
+        DIPGuard(small_victim, **{**QUICK, "T": 20}, store=tmp_path).defend(small_images[:3], callbacks=[stacks]).traces
+    )
     assert stacks.sizes == [3]
 
 
 def test_the_bar_ends_full_when_a_store_has_the_fits(
-    images: Tensor, victim: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    small_images: Tensor, small_victim: nn.Module, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    DIPGuard(victim, store=tmp_path, **QUICK).purify(images[:1])
-    guard = DIPGuard(victim, **{**QUICK, "progress": True, "stack_size": 1}, store=tmp_path)
+    DIPGuard(small_victim, store=tmp_path, **QUICK).purify(small_images[:1])
+    guard = DIPGuard(small_victim, **{**QUICK, "progress": True, "stack_size": 1}, store=tmp_path)
     capfd.readouterr()
-    guard.purify(images[:3])
+    guard.purify(small_images[:3])
     assert "24.0/24.0" in capfd.readouterr().err
-    guard.purify(images[:3])
+    guard.purify(small_images[:3])
     assert "fit: 0.00step" in capfd.readouterr().err  # tqdm's way to show that nothing is left of nothing
 
 
 def test_another_bar_takes_the_place_of_its_own(
-    images: Tensor, victim: nn.Module, capfd: pytest.CaptureFixture[str]
+    small_images: Tensor, small_victim: nn.Module, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with tqdm(total=24, disable=False) as bar:
         capfd.readouterr()
-        DIPGuard(victim, **{**QUICK, "progress": True}).defend(images[:2], callbacks=[FitProgress(bar)])
+        DIPGuard(small_victim, **{**QUICK, "progress": True}).defend(small_images[:2], callbacks=[FitProgress(bar)])
         assert bar.n == 24
     assert "fit:" not in capfd.readouterr().err
 
 
-def test_a_warm_up_beyond_the_fit_is_warned_of(victim: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
-    DIPGuard(victim, **QUICK)
+def test_a_warm_up_beyond_the_fit_is_warned_of(small_victim: nn.Module, caplog: pytest.LogCaptureFixture) -> None:
+    DIPGuard(small_victim, **QUICK)
     assert not caplog.records
-    DIPGuard(victim, **{**QUICK, "t0": 12})
+    DIPGuard(small_victim, **{**QUICK, "t0": 12})
     assert "`t0`=12 is past the end of the fit (12 steps): no crossing can count" in caplog.text
-    DIPGuard(victim, **{**QUICK, "t0": 6}, t0_unit="samples")
+    DIPGuard(small_victim, **{**QUICK, "t0": 6}, t0_unit="samples")
     assert "`t0`=6 is past the end of the fit (6 samples)" in caplog.text
 
 
-def test_steps_per_image_is_T(victim: nn.Module) -> None:
-    assert DIPGuard(victim, **QUICK).steps_per_image == 12
+def test_steps_per_image_is_T(small_victim: nn.Module) -> None:
+    assert DIPGuard(small_victim, **QUICK).steps_per_image == 12
 
 
-def test_an_images_index_settles_its_draws(images: Tensor, victim: nn.Module) -> None:
-    guard = DIPGuard(victim, **QUICK)
+def test_an_images_index_settles_its_draws(small_images: Tensor, small_victim: nn.Module) -> None:
+    guard = DIPGuard(small_victim, **QUICK)
     assert torch.equal(
-        guard.purify(images[:2], indices=torch.tensor([7, 3])), guard.defend(images[:2], indices=[7, 3]).reconstructions
+        guard.purify(small_images[:2], indices=torch.tensor([7, 3])),
+        guard.defend(small_images[:2], indices=[7, 3]).reconstructions,
     )
-    seventh = guard.defend(images[:1], indices=[7]).reconstructions
-    assert torch.equal(seventh, guard.defend(images[:1], indices=[7]).reconstructions)
-    assert not torch.equal(seventh, guard.defend(images[:1], indices=[8]).reconstructions)
+    seventh = guard.defend(small_images[:1], indices=[7]).reconstructions
+    assert torch.equal(seventh, guard.defend(small_images[:1], indices=[7]).reconstructions)
+    assert not torch.equal(seventh, guard.defend(small_images[:1], indices=[8]).reconstructions)
 
 
 @pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
 def test_works_under_any_gradient_mode_and_leaves_the_callers_state(
-    images: Tensor, victim: nn.Module, around: Any
+    small_images: Tensor, small_victim: nn.Module, around: Any
 ) -> None:
-    expected = DIPGuard(victim, **QUICK).purify(images[:2])
-    victim.train()
+    expected = DIPGuard(small_victim, **QUICK).purify(small_images[:2])
+    small_victim.train()
     torch.manual_seed(1)
     np.random.seed(2)
     random.seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     with around():
-        given = images[:2].clone()
+        given = small_images[:2].clone()
         grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        purified = DIPGuard(victim, **QUICK).purify(given)
+        purified = DIPGuard(small_victim, **QUICK).purify(given)
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (grad, inference)
     assert torch.equal(purified, expected)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
-    assert victim.training
-    assert all(p.requires_grad for p in victim.parameters())
+    assert small_victim.training
+    assert all(p.requires_grad for p in small_victim.parameters())
 
 
 class Classifier(pl.LightningModule):
@@ -206,18 +201,18 @@ class Classifier(pl.LightningModule):
         self.seen.append(self.guard.purify(batch))
 
 
-def test_works_inside_a_test_loop_with_inference_mode(images: Tensor, victim: nn.Module) -> None:
-    guard = DIPGuard(victim, **QUICK)
-    module = Classifier(victim, guard)
+def test_works_inside_a_test_loop_with_inference_mode(small_images: Tensor, small_victim: nn.Module) -> None:
+    guard = DIPGuard(small_victim, **QUICK)
+    module = Classifier(small_victim, guard)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    trainer.test(module, torch.utils.data.DataLoader(images[:4], batch_size=2), verbose=False)
-    assert torch.equal(module.seen[0], guard.purify(images[:2]))
+    trainer.test(module, torch.utils.data.DataLoader(small_images[:4], batch_size=2), verbose=False)
+    assert torch.equal(module.seen[0], guard.purify(small_images[:2]))
     assert len(module.seen) == 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
-def test_images_come_back_in_their_dtype(images: Tensor, victim: nn.Module, dtype: torch.dtype) -> None:
-    assert DIPGuard(victim, **QUICK).purify(images[:1].to(dtype)).dtype == dtype
+def test_images_come_back_in_their_dtype(small_images: Tensor, small_victim: nn.Module, dtype: torch.dtype) -> None:
+    assert DIPGuard(small_victim, **QUICK).purify(small_images[:1].to(dtype)).dtype == dtype
 
 
 @pytest.mark.parametrize(
@@ -236,10 +231,12 @@ def test_images_come_back_in_their_dtype(images: Tensor, victim: nn.Module, dtyp
         (lambda x: x[..., :4, :4], ValueError, "`images` must be at least 5x5 pixels for a network of 2 scales"),
     ],
 )
-def test_bad_images_are_named(images: Tensor, victim: nn.Module, bad: Any, error: type, message: str) -> None:
+def test_bad_images_are_named(
+    small_images: Tensor, small_victim: nn.Module, bad: Any, error: type, message: str
+) -> None:
     flat = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 4))
     with pytest.raises(error, match=message):
-        DIPGuard(flat, **QUICK).purify(bad(images[:2]))
+        DIPGuard(flat, **QUICK).purify(bad(small_images[:2]))
 
 
 @pytest.mark.parametrize(
@@ -272,9 +269,9 @@ def test_bad_images_are_named(images: Tensor, victim: nn.Module, bad: Any, error
         ({"divide_by": "k"}, ValueError, "`divide_by` must be one of found, K"),
     ],
 )
-def test_bad_options_are_named(victim: nn.Module, options: dict, error: type, message: str) -> None:
+def test_bad_options_are_named(small_victim: nn.Module, options: dict, error: type, message: str) -> None:
     with pytest.raises(error, match=message):
-        DIPGuard(victim, **{**QUICK, **options})
+        DIPGuard(small_victim, **{**QUICK, **options})
 
 
 @pytest.mark.parametrize(
@@ -289,9 +286,11 @@ def test_bad_options_are_named(victim: nn.Module, options: dict, error: type, me
         (nn.LSTM(32, 4), ValueError, "input"),
     ],
 )
-def test_a_victim_that_gives_no_logits_is_named(images: Tensor, net: nn.Module, error: type, message: str) -> None:
+def test_a_victim_that_gives_no_logits_is_named(
+    small_images: Tensor, net: nn.Module, error: type, message: str
+) -> None:
     with pytest.raises((error, RuntimeError), match=message):
-        DIPGuard(net, **QUICK).purify(images[:1])
+        DIPGuard(net, **QUICK).purify(small_images[:1])
 
 
 class Twofold(nn.Module):
@@ -299,42 +298,44 @@ class Twofold(nn.Module):
         return x.flatten(1), x
 
 
-def test_a_victim_that_is_no_module_or_returns_no_tensor_is_named(images: Tensor) -> None:
+def test_a_victim_that_is_no_module_or_returns_no_tensor_is_named(small_images: Tensor) -> None:
     with pytest.raises(TypeError, match=r"`victim` must be a torch\.nn\.Module, got function"):
         DIPGuard(lambda x: x, **QUICK)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"`victim` must return a floating-point tensor .* got tuple"):
-        DIPGuard(Twofold(), **QUICK).purify(images[:1])
+        DIPGuard(Twofold(), **QUICK).purify(small_images[:1])
 
 
-def test_probabilities_are_warned_of_and_logits_are_not(images: Tensor, victim: nn.Module) -> None:
+def test_probabilities_are_warned_of_and_logits_are_not(small_images: Tensor, small_victim: nn.Module) -> None:
     with pytest.warns(UserWarning, match="`victim` must return logits, but its outputs lie in"):
-        DIPGuard(nn.Sequential(victim, nn.Softmax(dim=1)), **QUICK).purify(images[:1])
+        DIPGuard(nn.Sequential(small_victim, nn.Softmax(dim=1)), **QUICK).purify(small_images[:1])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        DIPGuard(victim, **QUICK).purify(images[:1])
+        DIPGuard(small_victim, **QUICK).purify(small_images[:1])
 
 
-def test_wrong_number_of_indices_is_named(images: Tensor, victim: nn.Module) -> None:
+def test_wrong_number_of_indices_is_named(small_images: Tensor, small_victim: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"`indices` must hold one index per image \(2\), got 1"):
-        DIPGuard(victim, **QUICK).defend(images[:2], indices=[1])
+        DIPGuard(small_victim, **QUICK).defend(small_images[:2], indices=[1])
 
 
-def test_progress_tells_the_time_left(images: Tensor, victim: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
-    DIPGuard(victim, **{**QUICK, "progress": True, "stack_size": 1}).purify(images[:2])
+def test_progress_tells_the_time_left(
+    small_images: Tensor, small_victim: nn.Module, capfd: pytest.CaptureFixture[str]
+) -> None:
+    DIPGuard(small_victim, **{**QUICK, "progress": True, "stack_size": 1}).purify(small_images[:2])
     shown = capfd.readouterr().err
     assert "fit: 100%" in shown
     assert "24.0/24.0" in shown
 
 
-def test_settings_can_be_written_as_json(victim: nn.Module) -> None:
+def test_settings_can_be_written_as_json(small_victim: nn.Module) -> None:
     import json
 
-    settings = DIPGuard(victim, **QUICK).settings
+    settings = DIPGuard(small_victim, **QUICK).settings
     assert json.loads(json.dumps(settings)) == settings
     assert settings["z_scale"] == pytest.approx(1 / 30)
     assert {"T", "tau", "t0", "K", "beta", "seed", "network", "decisions", "N", "K_max", "jitter"} <= settings.keys()
 
 
-def test_more_decisions_than_steps_mean_every_step(images: Tensor, victim: nn.Module) -> None:
-    result = DIPGuard(victim, **{**QUICK, "decisions": 200}).defend(images[:1])
+def test_more_decisions_than_steps_mean_every_step(small_images: Tensor, small_victim: nn.Module) -> None:
+    result = DIPGuard(small_victim, **{**QUICK, "decisions": 200}).defend(small_images[:1])
     assert result.traces[0].steps.tolist() == list(range(12))

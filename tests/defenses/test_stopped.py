@@ -38,16 +38,6 @@ DEFENSES: dict[str, tuple[type[StoppedDIP], dict[str, Any]]] = {
 EVERY = pytest.mark.parametrize("name", DEFENSES)
 
 
-@pytest.fixture(scope="module")
-def images(images: Tensor) -> Tensor:
-    return images[:, :, ::2, ::2].contiguous()  # a fit takes a fraction of the time
-
-
-@pytest.fixture(scope="module")
-def victim(victim: nn.Module) -> nn.Module:
-    return nn.Sequential(nn.Upsample(size=32), victim)
-
-
 def build_stopped(name: str, victim: nn.Module, *, exact: bool = False, **change: Any) -> StoppedDIP:
     kind, options = DEFENSES[name]
     dtype = {"dtype": "float64"} if exact else {}
@@ -67,51 +57,55 @@ def stop(defense: StoppedDIP, images: Tensor, rule: FixedStep | None = None) -> 
 
 
 @EVERY
-def test_images_come_back_chosen_and_in_their_dtype(images: Tensor, victim: nn.Module, name: str) -> None:
-    defense = build_stopped(name, victim)
+def test_images_come_back_chosen_and_in_their_dtype(small_images: Tensor, small_victim: nn.Module, name: str) -> None:
+    defense = build_stopped(name, small_victim)
     assert isinstance(defense, Defense)
-    before = images[:2].clone()
+    before = small_images[:2].clone()
     for dtype in (torch.float64, torch.float16) if name == "dip_fixed" else (torch.float64,):
-        purified = defense.purify(images[:2].to(dtype))
+        purified = defense.purify(small_images[:2].to(dtype))
         assert (purified.shape, purified.dtype) == ((2, 3, 16, 16), dtype)
         assert 0 <= float(purified.min()) < float(purified.max()) <= 1
-    assert torch.equal(images[:2], before)
-    stopped = stop(defense, images[:2])
-    assert torch.equal(stopped.images, defense.purify(images[:2]))
+    assert torch.equal(small_images[:2], before)
+    stopped = stop(defense, small_images[:2])
+    assert torch.equal(stopped.images, defense.purify(small_images[:2]))
     assert stopped.steps.dtype == torch.int64
     assert 0 <= int(stopped.steps.min()) <= int(stopped.steps.max()) < T
     assert name != "dip_fixed" or stopped.steps.tolist() == [T - 1] * 2
-    start = stop(defense, images[:2], FixedStep(0)).images
-    assert float((stopped.images - images[:2]).square().mean()) < float((start - images[:2]).square().mean())
+    start = stop(defense, small_images[:2], FixedStep(0)).images
+    assert float((stopped.images - small_images[:2]).square().mean()) < float(
+        (start - small_images[:2]).square().mean()
+    )
 
 
 @pytest.mark.parametrize("name", ["dip_es_wmv", "dipdefend"])
-def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(images: Tensor, victim: nn.Module, name: str) -> None:
-    defense = build_stopped(name, victim, exact=True)
+def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(
+    small_images: Tensor, small_victim: nn.Module, name: str
+) -> None:
+    defense = build_stopped(name, small_victim, exact=True)
     order = torch.tensor([5, 0])
-    whole = defense.purify(images[:2], indices=order)
-    parts = build_stopped(name, victim, exact=True, stack_size=1).purify(images[:2], indices=order)
+    whole = defense.purify(small_images[:2], indices=order)
+    parts = build_stopped(name, small_victim, exact=True, stack_size=1).purify(small_images[:2], indices=order)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
     for other in (
-        defense.purify(images[:1]),
-        build_stopped(name, victim, exact=True, seed=1).purify(images[:1], indices=order[:1]),
+        defense.purify(small_images[:1]),
+        build_stopped(name, small_victim, exact=True, seed=1).purify(small_images[:1], indices=order[:1]),
     ):
         assert not torch.equal(other[0], whole[0])
 
 
 @pytest.mark.parametrize("name", ["dip_fixed", "dipdefend"])
-def test_defend_gives_the_images_of_purify(images: Tensor, victim: nn.Module, name: str) -> None:
-    defense = build_stopped(name, victim)
-    result = defense.defend(images[:2], indices=[3, 1])
-    assert torch.equal(result.reconstructions, defense.purify(images[:2], indices=[3, 1]))
+def test_defend_gives_the_images_of_purify(small_images: Tensor, small_victim: nn.Module, name: str) -> None:
+    defense = build_stopped(name, small_victim)
+    result = defense.defend(small_images[:2], indices=[3, 1])
+    assert torch.equal(result.reconstructions, defense.purify(small_images[:2], indices=[3, 1]))
     assert (result.traces, result.reasons, result.used) == ([], ["purified"] * 2, [0, 0])
     assert min(result.seconds["fit"], result.seconds["decide"]) > 0
     assert len(result.decisions_after) == 2
 
 
 @EVERY
-def test_settings_are_json_and_hold_each_option(victim: nn.Module, name: str) -> None:
-    defense = build_stopped(name, victim)
+def test_settings_are_json_and_hold_each_option(small_victim: nn.Module, name: str) -> None:
+    defense = build_stopped(name, small_victim)
     assert json.loads(json.dumps(defense.settings, allow_nan=False)) == defense.settings
     assert (defense.name, defense.settings["name"], defense.random, defense.unavailable) == (name, name, True, None)
     assert defense.steps_per_image == T
@@ -122,53 +116,55 @@ def test_settings_are_json_and_hold_each_option(victim: nn.Module, name: str) ->
         "dipdefend": [{"smoothing": 0.1}, {"tile": 16}, {"preset": "imagenet"}],
     }
     for change in [{"seed": 1}, {"T": T + 1}, {"lr": 0.02}, *changes[name]]:
-        assert build_stopped(name, victim, **change).settings != defense.settings
-    assert build_stopped(name, victim, stack_size=7).settings == defense.settings
+        assert build_stopped(name, small_victim, **change).settings != defense.settings
+    assert build_stopped(name, small_victim, stack_size=7).settings == defense.settings
 
 
 @pytest.mark.parametrize(("name", "around"), [("dip_es_wmv", torch.inference_mode), ("dip_fixed", torch.no_grad)])
-def test_the_caller_finds_all_as_it_was(images: Tensor, victim: nn.Module, name: str, around: Any) -> None:
-    expected = build_stopped(name, victim).purify(images[:1])
-    modes = [part.training for part in victim.modules()]
-    state = {key: value.clone() for key, value in victim.state_dict().items()}
+def test_the_caller_finds_all_as_it_was(small_images: Tensor, small_victim: nn.Module, name: str, around: Any) -> None:
+    expected = build_stopped(name, small_victim).purify(small_images[:1])
+    modes = [part.training for part in small_victim.modules()]
+    state = {key: value.clone() for key, value in small_victim.state_dict().items()}
     torch.manual_seed(1)
     np.random.seed(2)
     random.seed(3)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     with around():
-        assert torch.equal(build_stopped(name, victim).purify(images[:1].clone()), expected)
+        assert torch.equal(build_stopped(name, small_victim).purify(small_images[:1].clone()), expected)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert np.array_equal(np.random.get_state()[1], before[1])
     assert random.getstate() == before[2]
-    assert [part.training for part in victim.modules()] == modes
-    assert all(torch.equal(value, state[key]) for key, value in victim.state_dict().items())
+    assert [part.training for part in small_victim.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in small_victim.state_dict().items())
 
 
-def test_the_bar_ends_full(images: Tensor, victim: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
-    build_stopped("dip_fixed", victim, progress=True, stack_size=2).purify(images[:3])
+def test_the_bar_ends_full(small_images: Tensor, small_victim: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+    build_stopped("dip_fixed", small_victim, progress=True, stack_size=2).purify(small_images[:3])
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "18.0/18.0" in shown
 
 
-def test_without_options_the_fit_is_the_official_code_s_for_denoising(victim: nn.Module) -> None:
+def test_without_options_the_fit_is_the_official_code_s_for_denoising(small_victim: nn.Module) -> None:
     for kind in (FixedStepDIP, WindowedVarianceDIP, SmoothedPSNRDIP):
-        defense = kind(victim, seed=3)
+        defense = kind(small_victim, seed=3)
         assert defense.fit_options == FitOptions(seed=3, jitter=1 / 30, padding="reflect")
         assert defense.T == 1000
-        assert kind(victim, jitter=0.0, padding="zeros").fit_options == FitOptions()
+        assert kind(small_victim, jitter=0.0, padding="zeros").fit_options == FitOptions()
 
 
-def test_none_takes_the_presets_value(victim: nn.Module) -> None:
-    plain = DIPDefend(victim, preset="imagenet")
-    spelled_out = DIPDefend(victim, preset="imagenet", network=None, T=None, jitter=None, padding=None, z_scale=None)
+def test_none_takes_the_presets_value(small_victim: nn.Module) -> None:
+    plain = DIPDefend(small_victim, preset="imagenet")
+    spelled_out = DIPDefend(
+        small_victim, preset="imagenet", network=None, T=None, jitter=None, padding=None, z_scale=None
+    )
     assert spelled_out.settings == plain.settings
-    assert DIPDefend(victim, preset="imagenet", jitter=0.0).fit_options.jitter == 0.0
-    assert DIPDefend(victim, network="small", T=7).fit_options == FitOptions(network="small", optimise_z=True)
+    assert DIPDefend(small_victim, preset="imagenet", jitter=0.0).fit_options.jitter == 0.0
+    assert DIPDefend(small_victim, network="small", T=7).fit_options == FitOptions(network="small", optimise_z=True)
 
 
-def test_dipdefend_is_its_authors_configuration(victim: nn.Module) -> None:
-    cifar, imagenet = (DIPDefend(victim, preset=preset) for preset in PRESETS)
+def test_dipdefend_is_its_authors_configuration(small_victim: nn.Module) -> None:
+    cifar, imagenet = (DIPDefend(small_victim, preset=preset) for preset in PRESETS)
     assert (cifar.T, imagenet.T) == (4000, 2400)
     assert build(cifar.fit_options.network, stack_size=2).parameters_per_image() == 9_011
     for defense, depth, upsample, padding, jitter in (
@@ -184,12 +180,12 @@ def test_dipdefend_is_its_authors_configuration(victim: nn.Module) -> None:
     assert cifar.settings["tile"] == 32
 
 
-def test_dipdefend_fits_z_and_its_imagenet_network_runs(images: Tensor, victim: nn.Module) -> None:
-    larger = F.interpolate(images[:1], size=(33, 34))
-    defense = DIPDefend(victim, preset="imagenet", T=3, progress=False)
+def test_dipdefend_fits_z_and_its_imagenet_network_runs(small_images: Tensor, small_victim: nn.Module) -> None:
+    larger = F.interpolate(small_images[:1], size=(33, 34))
+    defense = DIPDefend(small_victim, preset="imagenet", T=3, progress=False)
     assert defense.purify(larger).shape == (1, 3, 33, 34)
     options = {"T": 6, "smoothing": 1.0, "progress": False}
-    both, network = (DIPDefend(victim, optimise_z=z, **options).purify(images[:1]) for z in (True, False))
+    both, network = (DIPDefend(small_victim, optimise_z=z, **options).purify(small_images[:1]) for z in (True, False))
     assert not torch.equal(both, network)
 
 
@@ -206,10 +202,10 @@ def test_dipdefend_fits_z_and_its_imagenet_network_runs(images: Tensor, victim: 
     ],
 )
 def test_bad_options_are_named(
-    victim: nn.Module, name: str, change: dict[str, Any], error: type[Exception], message: str
+    small_victim: nn.Module, name: str, change: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
-        build_stopped(name, victim, **change)
+        build_stopped(name, small_victim, **change)
 
 
 @pytest.mark.parametrize(
@@ -224,18 +220,18 @@ def test_bad_options_are_named(
     ],
 )
 def test_bad_options_of_one_defence_are_named(
-    victim: nn.Module, name: str, change: dict[str, Any], message: str
+    small_victim: nn.Module, name: str, change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        build_stopped(name, victim, **change)
+        build_stopped(name, small_victim, **change)
 
 
-def test_what_cannot_be_fitted_is_refused_before_the_fit(images: Tensor, victim: nn.Module) -> None:
+def test_what_cannot_be_fitted_is_refused_before_the_fit(small_images: Tensor, small_victim: nn.Module) -> None:
     with pytest.raises(ValueError, match="`images` must be at least 5x5 pixels"):
-        build_stopped("dip_fixed", victim).purify(images[:1, :, :4])
+        build_stopped("dip_fixed", small_victim).purify(small_images[:1, :, :4])
     with pytest.raises(ValueError, match=r"`engine` 'native' cannot be used here: upsampling is bilinear"):
-        DIPDefend(victim, preset="imagenet", T=3, engine="native", progress=False).purify(
-            F.interpolate(images[:1], size=(33, 33))
+        DIPDefend(small_victim, preset="imagenet", T=3, engine="native", progress=False).purify(
+            F.interpolate(small_images[:1], size=(33, 33))
         )
 
 
