@@ -192,6 +192,9 @@ def _checked(config: RunConfig) -> RunConfig:
     for key in ("store_samples", "rebuild", "keep_traces"):
         check_bool(getattr(config, key), name=key)
     logger, trainer, own = _mapping("logger", config.logger), _mapping("trainer", config.trainer), _trainer_own()
+    for group, key in (("trainer", "enable_progress_bar"), ("logger", "offline"), ("data", "mirrors")):
+        if (value := getattr(config, group).get(key)) is not None:
+            check_bool(value, name=f"{group}.{key}")
     check_choice(logger.get("name"), LOGGERS, name="logger.name")
     _check_keys("logger", logger, ("name", *LOGGERS[logger["name"]]))
     for name in trainer:

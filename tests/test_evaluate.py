@@ -152,6 +152,22 @@ def test_the_command_goes_on_where_it_was_killed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("many", [False, True])
+def test_a_terminated_run_or_sweep_says_so(tmp_path: Path, many: bool) -> None:
+    where = ["-m", f"hydra.sweep.dir={tmp_path}"] if many else [f"hydra.run.dir={tmp_path}/one"]
+    command = [sys.executable, str(ROOT / "evaluate.py"), *where, *TINY, "defenses.paper.T=20000"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    while not list(tmp_path.glob("*/results.csv")) and process.poll() is None:
+        time.sleep(0.05)
+    process.terminate()
+    said = process.communicate()[1].decode()
+    assert process.returncode == 143, said
+    assert "evaluate.py: terminated by SIGTERM; finished work is kept" in said
+    assert "Traceback" not in said
+    assert not list(tmp_path.glob("*/DONE"))
+
+
+@pytest.mark.slow
 def test_a_folder_that_another_process_works_in_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "evaluate.py"), f"hydra.run.dir={tmp_path}", *TINY]
     with locked(tmp_path):

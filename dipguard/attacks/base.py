@@ -12,6 +12,7 @@ from threading import RLock
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from lightning_fabric.plugins.precision.utils import _DtypeContextManager
 from torch import Tensor, nn
 
 from dipguard.attacks.libraries import load_library
@@ -260,10 +261,14 @@ _GENERATORS = RLock()  # the global ones: of several threads, one at a time draw
 
 @contextmanager
 def seeded(seed: int, index: int, device: torch.device, *, purpose: str = "attack") -> Iterator[None]:
-    """Seed the generators of the CPU and of the GPU in use from (seed, index, purpose); restore those of all GPUs."""
+    """Seed the generators of the CPU and of the GPU in use from (seed, index, purpose); restore those of all GPUs.
+
+    Libraries draw in the default dtype, which is float32 here.
+    """
     state = image_generator(seed=seed, index=index, purpose=purpose).initial_seed()
     started = torch.cuda.is_initialized() or device.type == "cuda"
-    with _GENERATORS, torch.random.fork_rng(devices=list(range(torch.cuda.device_count())) if started else []):
+    devices = list(range(torch.cuda.device_count())) if started else []
+    with _GENERATORS, _DtypeContextManager(torch.float32), torch.random.fork_rng(devices=devices):
         # torch.manual_seed, which torchattacks calls, would also seed the GPUs that are not in use here.
         torch.default_generator.manual_seed(state)
         if device.type == "cuda":

@@ -84,8 +84,10 @@ def _rows(archive: zipfile.ZipFile, name: str, part: slice) -> np.ndarray[Any, A
     shape, dtype, by_column, start = _header(archive, name)
     with archive.open(f"{name}.npy") as stream:
         if by_column:
-            whole: np.ndarray[Any, Any] = np.lib.format.read_array(stream, allow_pickle=False)
-            return np.ascontiguousarray(whole[part])
+            stream.seek(start)
+            own = slice(part.start * dtype.itemsize, part.stop * dtype.itemsize)
+            columns = b"".join(stream.read(shape[0] * dtype.itemsize)[own] for _ in range(prod(shape[1:])))
+            return np.ascontiguousarray(np.frombuffer(bytearray(columns), dtype).reshape(*shape[:0:-1], -1).T)
         row = prod(shape[1:]) * dtype.itemsize
         stream.seek(start + part.start * row)
         content = stream.read((part.stop - part.start) * row)

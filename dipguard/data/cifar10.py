@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from dipguard.cache import cache_folder
-from dipguard.checks import check_choice
+from dipguard.checks import check_bool, check_choice
 from dipguard.data.base import ImageSet, from_bytes, resize, window
 from dipguard.registry import import_extra
 
@@ -28,6 +28,7 @@ def load_cifar10(
     """
     datasets = import_extra("torchvision.datasets", owner="the data set 'cifar10'", extra="vision")
     check_choice(split, ("test", "train"), name="split")
+    check_bool(download, name="download")
     folder = cache_folder("cifar10") if path is None else Path(path).expanduser()
     try:
         data = datasets.CIFAR10(str(folder), train=split == "train", download=download)

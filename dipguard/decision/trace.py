@@ -146,7 +146,7 @@ class DecisionTrace:
         """
         path = Path(path)
         if not path.is_file():
-            raise FileNotFoundError(f"`path` must be a saved decision trace, got {path}, which does not exist")
+            raise FileNotFoundError(f"`path` must be a saved decision trace, got {path}, which is no file")
         try:
             with safe_open(str(path), framework="pt") as file:
                 header = file.metadata() or {}

@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_bool, check_int
+from dipguard.checks import check_int
 from dipguard.classifier import probability_warning
 from dipguard.decision import DecisionTrace, Reconstruction, stitch
 from dipguard.decision.intermediates import STITCHED, Intermediate
@@ -88,7 +88,7 @@ class DIPGuard(DIPDefense):
             N=N,
             scores=scores,
             K_max=max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K),
-            keep_samples=check_bool(keep_samples, name="keep_samples"),
+            keep_samples=keep_samples,
         )
         end = len(self.decide_options.steps) if t0_unit == "samples" else T
         if t0 >= end:

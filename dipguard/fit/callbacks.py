@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_choice, check_int
+from dipguard.checks import check_bool, check_choice, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision import DecisionTrace, Reconstruction, crosses, localise, quality, sampled_steps, stitch
 from dipguard.decision.boundary import SCORES
@@ -76,7 +76,7 @@ class DecisionLogger(pl.Callback):
         self.decider = Decider(victim)
         self.decisions, self.every = decisions, every
         self.K_max = check_int(K_max, name="K_max", low=1)
-        self.keep_samples, self.first_step = keep_samples, first_step
+        self.keep_samples, self.first_step = check_bool(keep_samples, name="keep_samples"), first_step
         self.seconds = 0.0
         self._steps: tuple[int, ...] = ()
         self._together = 1

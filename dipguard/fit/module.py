@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from dipguard.checks import check_images, check_int
+from dipguard.checks import Indices, check_images, check_indices, check_int
 from dipguard.decision import DecisionTrace, needed_for_replay
 from dipguard.engines import Engine, make_engine
 from dipguard.engines.jitter_feed import JitterFeed
@@ -72,7 +71,7 @@ class StackedDIP(pl.LightningModule):
         self,
         images: Tensor,
         *,
-        indices: Sequence[int] | None = None,
+        indices: Indices | None = None,
         options: FitOptions | None = None,
         steps_per_epoch: int | None = None,
     ) -> None:
@@ -218,15 +217,13 @@ class StackedDIP(pl.LightningModule):
 
 
 def init_networks(
-    images: Tensor, indices: Sequence[int] | None, *, options: FitOptions
+    images: Tensor, indices: Indices | None, *, options: FitOptions
 ) -> tuple[tuple[int, ...], StackedSkipNet, Tensor]:
     """The indices of B images, and their networks and z [B, input_depth, H, W] before the first step, on the CPU.
 
-    ValueError if the images are too small for the network, or their number is not that of the indices.
+    TypeError or ValueError for bad indices, ValueError if the images are too small for the network.
     """
-    order = tuple(range(len(images)) if indices is None else (operator.index(i) for i in indices))
-    if len(order) != len(images):
-        raise ValueError(f"`indices` must hold one index an image ({len(images)}), got {len(order)}")
+    order = tuple(check_indices(indices, count=len(images)))
     height, width = images.shape[-2:]
     options.spec.check_size(height, width)
     dtype = getattr(torch, options.dtype)

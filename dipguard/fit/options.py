@@ -124,6 +124,7 @@ class DecideOptions:
         check_int(self.N, name="N", low=1)
         check_choice(self.scores, SCORES, name="scores")
         check_int(self.K_max, name="K_max", low=1)
+        check_bool(self.keep_samples, name="keep_samples")
 
     @property
     def steps(self) -> tuple[int, ...]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from dipguard.checks import check_float, check_images, check_int
+from dipguard.checks import Indices, check_float, check_images, check_int
 from dipguard.fit.module import init_networks
 from dipguard.fit.options import FitOptions
 from dipguard.fit.runner import isolated_trainer
@@ -28,7 +26,7 @@ def unrolled_fit(
     *,
     T: int,
     fit: FitOptions,
-    indices: Sequence[int] | None = None,
+    indices: Indices | None = None,
     window: int = 1,
     floor: float = 0.0,
 ) -> Tensor:

@@ -8,7 +8,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_int
+from dipguard.checks import check_bool, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision.class_scores import mirrored
 from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
@@ -41,7 +41,7 @@ class WindowLogger(pl.Callback):
         self.warm_up = check_int(warm_up, name="warm_up", low=0)
         self.every = check_int(every, name="every", low=1)
         self.windows = check_int(windows, name="windows", low=1)
-        self.flip = flip
+        self.flip = check_bool(flip, name="flip")
         self.seconds = 0.0
         self.samples = self.errors = torch.empty(0, dtype=torch.float32)
         self._logits: list[tuple[Tensor, Tensor]] = []  # of each window that was read, and of its mirrored copy

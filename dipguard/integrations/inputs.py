@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning_fabric.plugins.precision.utils import _DtypeContextManager
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from dipguard.attacks.target import Purifies, check_defense
-from dipguard.checks import ROUNDING, check_choice, check_images
+from dipguard.checks import ROUNDING, Indices, check_choice, check_images
 from dipguard.victims.base import check_channels
 
 _ROUNDING = 1e-2  # how far outside [0, 1] a denormalised pixel may be (bfloat16 has 8 bits); it is clamped
@@ -116,7 +117,7 @@ class InputPurifier:
         self.draws = check_choice(draws, DRAWS, name="draws")
         self.quiet = quiet
 
-    def __call__(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+    def __call__(self, images: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return purified images [N, 3, H', W'], detached, of the images' dtype and device, normalised like them.
 
         ``images`` are [N, 3, H, W] as the classifier takes them, ``indices`` [N] their positions in the whole data set.
@@ -125,14 +126,14 @@ class InputPurifier:
             pixels = self.pixels.restore(images)
             if indices is None:
                 indices = content_indices(pixels) if self.draws == "content" else torch.arange(len(pixels))
-            purified: Tensor = self.defense.purify(pixels, indices=indices.detach().cpu().clone())
+            purified: Tensor = self.defense.purify(pixels, indices=torch.as_tensor(indices).detach().cpu().clone())
             return self.pixels.normalise(purified).to(images)
 
 
 @contextmanager
 def _isolated(purifier: InputPurifier, images: Any) -> Iterator[None]:
     # No autocast, and float32 as default dtype: what Lightning's precision plugins change around a step.
-    device, default = images.device.type if isinstance(images, Tensor) else "cpu", torch.get_default_dtype()
+    device = images.device.type if isinstance(images, Tensor) else "cpu"
     defense = purifier.defense
     hidden = purifier.quiet and getattr(defense, "progress", False) is True
     with (
@@ -141,13 +142,12 @@ def _isolated(purifier: InputPurifier, images: Any) -> Iterator[None]:
         torch.autocast("cpu", enabled=False),
         torch.autocast(device, enabled=False),
         isolate_rng(),
+        _DtypeContextManager(torch.float32),
     ):
-        torch.set_default_dtype(torch.float32)
         try:
             if hidden:
                 defense.progress = False
             yield
         finally:
-            torch.set_default_dtype(default)
             if hidden:
                 defense.progress = True

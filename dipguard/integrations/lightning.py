@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from dipguard.attacks.target import Purifies
-from dipguard.checks import check_choice, check_labels
+from dipguard.checks import Indices, check_choice, check_labels
 from dipguard.classifier import check_is_module, check_logits
 from dipguard.integrations.batches import Place, check_place, default_places, part_of, with_part
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions
@@ -55,7 +55,7 @@ class DefendedClassifier(nn.Module):
         self.classifier = check_is_module(classifier, name="classifier")
         self.purifier = InputPurifier(defense, mean=mean, std=std, draws=draws)
 
-    def forward(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+    def forward(self, images: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return the output for images [N, 3, H, W] with ``indices`` [N], their positions in the whole data set."""
         output: Tensor = self.classifier(self.purifier(images, indices=indices))
         return output

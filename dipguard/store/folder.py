@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
+from dipguard.checks import check_bool
 from dipguard.store.entry import DamagedEntryError, Entry, read_entry, write_entry
 from dipguard.store.keys import numerics
 
@@ -51,7 +52,7 @@ class Store:
         self.path = Path(path).expanduser().absolute()
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"`store` must be a folder, got {self.path}, which is a file")
-        self.keep_samples = keep_samples
+        self.keep_samples = check_bool(keep_samples, name="keep_samples")
         self.counts: Counter[str] = Counter()
 
     def file(self, layer: str, key: str) -> Path:

@@ -15,6 +15,7 @@ from PIL import Image
 from dipguard import DIPGuard
 from dipguard.cli import locked
 from dipguard.files import file_digest
+from dipguard.store import numerics
 from tests.cli.conftest import load, save
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,6 +135,17 @@ def test_what_is_done_is_not_done_again(pictures, purify, tmp_path, change, redo
     assert (f"{3 - len(redone)} pictures were done earlier" in said) == (len(redone) < 3)
     assert set(_rows(out)) == ALL
     assert len(printed.splitlines()) == 3
+
+
+@pytest.mark.parametrize("program", numerics())
+def test_another_version_purifies_again(pictures, purify, tmp_path, monkeypatch, program):
+    purify(pictures)
+    before = _times(tmp_path / "out")
+    monkeypatch.setattr("dipguard.cli.job.numerics", lambda: {**numerics(), program: "0.0.1"})
+    code, _, said = purify(pictures)
+    assert code == 0
+    assert "done earlier" not in said
+    assert all(before[name] != time for name, time in _times(tmp_path / "out").items())
 
 
 def test_a_renamed_picture_is_not_purified_again(pictures, purify, tmp_path):

@@ -73,8 +73,10 @@ def test_arrays_that_are_stored_by_columns_are_read_alike(tmp_path):
     assert np.array_equal((loaded.images * 255).round().byte().permute(0, 2, 3, 1).numpy(), PICTURES[1:3])
 
 
-def test_only_the_images_asked_for_are_held_in_memory(tmp_path):
-    path = _write(tmp_path, images=np.zeros((20_000, 32, 32, 3), dtype=np.uint8), labels=np.zeros(20_000, dtype=int))
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_only_the_images_asked_for_are_held_in_memory(tmp_path, order):
+    images = np.zeros((20_000, 32, 32, 3), dtype=np.uint8, order=order)
+    path = _write(tmp_path, images=images, labels=np.zeros(20_000, dtype=int))
     tracemalloc.start()
     loaded = load_data("arrays", path=path, offset=100, limit=2)
     peak = tracemalloc.get_traced_memory()[1]

@@ -66,8 +66,9 @@ def test_a_damaged_file_is_named(tmp_path: Path, keep: int) -> None:
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="which does not exist"):
-        DecisionTrace.load(tmp_path / "none.safetensors")
+    for path in (tmp_path / "none.safetensors", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"got {path}, which is no file"):
+            DecisionTrace.load(path)
     save_file({"a": torch.ones(1)}, tmp_path / "other.safetensors")
     with pytest.raises(ValueError, match="must be a decision trace"):
         DecisionTrace.load(tmp_path / "other.safetensors")

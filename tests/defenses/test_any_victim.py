@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -14,8 +15,11 @@ from torch import Tensor, nn
 
 from dipguard.attacks import ATTACKS, Attack, DefendedVictim, build_attack
 from dipguard.classifier import eval_mode, frozen
+from dipguard.data import load_data
 from dipguard.defenses import DEFENSES, build_defense
+from dipguard.fit import DecideOptions, DecisionLogger, WindowLogger
 from dipguard.registry import lookup, options_of
+from dipguard.store import Store
 from dipguard.victims import check_victim
 
 FIT = {"T": 4, "progress": False, "network": "small"}
@@ -27,6 +31,17 @@ QUICK: dict[str, dict[str, Any]] = {
     "dipdefend_rule": FIT,
     "dipdefend": {"T": 4, "progress": False},
 }
+FEW: dict[str, dict[str, Any]] = {
+    "square": {"n_queries": 5},
+    "cw": {"steps": 2},
+    "ddn": {"steps": 2},
+    "hopskipjump": {"queries": 10},
+    "autoattack": {"version": "rand", "steps": 1},
+    "bpda": {"steps": 2},
+    "defended_autoattack": {"steps": 1},
+    "defended_square": {"n_queries": 5},
+}
+"""Short attacks."""
 LOADED = ("comdefend", "sr", "nrp")  # need weights
 DEFENDED = [name for name in DEFENSES if name not in LOADED]
 
@@ -114,9 +129,8 @@ HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.fl
 @pytest.mark.parametrize("name", ["none", "pgd", "mifgsm", "cw", "ddn", "square", "adaptive_pgd", "hopskipjump"])
 def test_attacks_take_victims_of_any_floating_point_type(given: Tensor, name: str, dtype: torch.dtype) -> None:
     victim = Slow().eval().to(dtype)
-    few = {"square": {"n_queries": 5}, "cw": {"steps": 2}, "ddn": {"steps": 2}, "hopskipjump": {"queries": 10}}
     labels = check_victim(victim, given).argmax(1)
-    attack = built(name, victim, **few.get(name, {}))
+    attack = built(name, victim, **FEW.get(name, {}))
     attacked = attack(given, labels)
     assert attacked.dtype == torch.float32
     report = attack.report(given, attacked, labels)
@@ -132,6 +146,29 @@ def test_a_sure_victim_of_half_precision_has_a_gradient(given: Tensor) -> None:
     labels = check_victim(victim, given).argmax(1)
     attacked = [build_attack("fgsm", one)(given, labels) for one in (victim, victim.half())]
     assert all(bool((one != given).flatten(1).any(dim=1).all()) for one in attacked)
+
+
+@pytest.mark.parametrize("name", DEFENDED)
+def test_defences_do_not_depend_on_the_default_dtype(given: Tensor, name: str) -> None:
+    def purified() -> Tensor:
+        return build_defense(name, victim, **QUICK.get(name, {})).purify(given)
+
+    victim, usual = Slow().eval(), None
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)  # put back after each test
+        usual = purified() if usual is None else usual
+    assert torch.equal(purified(), usual)
+
+
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name != "unrolled"])  # tests/fit has that
+def test_attacks_do_not_depend_on_the_default_dtype(given: Tensor, name: str) -> None:
+    victim, labels = Slow().eval(), torch.tensor([0, 1])
+    made = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        made.append(built(name, victim, **FEW.get(name, {}))(given, labels))
+    assert made[0].dtype == made[1].dtype == torch.float32
+    assert torch.equal(*made)
 
 
 class Broken(nn.Module):
@@ -207,6 +244,22 @@ def test_a_boolean_is_no_string_and_no_number(group: str, name: str, option: str
     build = build_defense if group == "defense" else built
     with pytest.raises(TypeError, match=f"`{option}` must be true or false, got {value!r}"):
         build(name, Slow(), **{option: value})
+
+
+BUILT: dict[str, Callable[[Any], object]] = {
+    "DecideOptions.keep_samples": lambda value: DecideOptions(keep_samples=value),
+    "DecisionLogger.keep_samples": lambda value: DecisionLogger(Slow(), keep_samples=value),
+    "WindowLogger.flip": lambda value: WindowLogger(Slow(), warm_up=0, every=1, windows=1, flip=value),
+    "Store.keep_samples": lambda value: Store("nowhere", keep_samples=value),
+    "load_data.download": lambda value: load_data("cifar10", path="nowhere", download=value),
+}
+
+
+@pytest.mark.parametrize("door", BUILT)
+@pytest.mark.parametrize("value", ["no", "False", 0])
+def test_so_it_is_where_the_parts_of_a_defence_are_built(door: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{door.partition('.')[2]}` must be true or false, got {value!r}"):
+        BUILT[door](value)
 
 
 GOOD = (torch.tensor([7, 0]), torch.tensor([7, 0], dtype=torch.uint8), [7, 0], (7, 0), np.array([7, 0]))

@@ -70,6 +70,22 @@ def test_a_differentiable_fit(images: Tensor) -> None:
     in_both(lambda: [unrolled_fit(images[:1], T=3, fit=FitOptions(network="small", jitter=0.05))])
 
 
+def test_the_sums_of_a_window_need_float64() -> None:
+    """Far from the given image, float32 has no digits left for the variance of reconstructions that hardly differ."""
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(12, 1, 3, 16, 16, generator=draw, dtype=torch.float32)
+    sizes = [8e-5, 8e-5, 6e-5, 6e-5, 3e-5, 3e-5, 2e-5, 2e-5, 5e-5, 5e-5, 9e-5, 9e-5]
+
+    def work() -> list[Tensor]:
+        rule, given = WindowedVariance(window=2, patience=20), torch.full((1, 3, 16, 16), 0.25, dtype=torch.float32)
+        for t, size in enumerate(sizes):
+            rule.update(t, 0.75 + size * noise[t], given)
+        return list(rule.result())
+
+    in_both(work)
+    assert work()[1].tolist() == [7]
+
+
 def test_the_jitter_of_a_gpu() -> None:
     def work() -> list[Tensor]:
         feed = JitterFeed((2, 4, 4), indices=[1, 2], seed=0, std=0.5, device=CPU)

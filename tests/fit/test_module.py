@@ -174,5 +174,9 @@ def test_an_image_too_small_for_the_network_is_refused() -> None:
 
 
 def test_indices_must_match_the_images(images: Tensor) -> None:
-    with pytest.raises(ValueError, match=r"`indices` must hold one index an image \(2\), got 3"):
+    with pytest.raises(ValueError, match=r"`indices` must hold one index per image \(2\), got 3"):
         StackedDIP(images[:2], indices=[1, 2, 3])
+    assert StackedDIP(images[:2], indices=torch.tensor([5, 2])).indices == (5, 2)
+    for bad in ([0, -1], [0, 1.0], [True, False], torch.tensor([[0, 1]])):
+        with pytest.raises((TypeError, ValueError), match="`indices` must be"):
+            StackedDIP(images[:2], indices=bad)

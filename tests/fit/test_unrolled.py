@@ -114,7 +114,7 @@ def test_modes_and_the_random_state(images, mode):
         ({"T": 2.5}, TypeError, "`T`"),
         ({"window": 4}, ValueError, "`window` must be from 1 to 3"),
         ({"floor": -1.0}, ValueError, "`floor`"),
-        ({"indices": [0, 1]}, ValueError, "`indices` must hold one index an image \\(1\\), got 2"),
+        ({"indices": [0, 1]}, ValueError, "`indices` must hold one index per image \\(1\\), got 2"),
     ],
 )
 def test_bad_input_is_refused(images, change, error, message):

@@ -8,6 +8,7 @@ from dipguard import DIPGuard
 from dipguard.attacks import build_attack
 from dipguard.classifier import Decider
 from dipguard.victims import Normalised, build_victim, check_victim, frozen
+from dipguard.victims.base import first_line
 
 
 def _linear(outputs=10):
@@ -202,3 +203,11 @@ def test_images_of_a_size_that_it_cannot_read_are_named_with_its_own():
         match=r"`surrogate` cannot read images of 16x16 pixels; it was made for 32x32 \(give .*mat1",
     ):
         check_victim(victim, torch.rand(1, 3, 16, 16), name="surrogate")
+
+
+def test_messages_of_libraries_are_given_on_one_line_without_terminal_codes():
+    assert (
+        first_line(RuntimeError("\x1b[31m\nWeights only load \x1b[1;4mfailed\x1b[0m.\nMore"))
+        == "Weights only load failed."
+    )
+    assert first_line(KeyError()) == "KeyError"
