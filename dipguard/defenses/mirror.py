@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -28,6 +29,8 @@ NETWORKS: dict[str, NetworkSpec] = {
     "wide": hourglass((8, 16, 32), skips=0, input_depth=1),
 }
 """The network of DIPDefend, which strong perturbations survive least, and one twice as wide, which keeps more."""
+PHOTOGRAPH = 128
+"""From this size on, images are taken for photographs, for which these networks are too small."""
 MOST_MIRRORED = 8
 """Most mirrored windows of `MirrorGuard.intermediates`: each costs an attack a call of the victim and a gradient."""
 
@@ -99,6 +102,7 @@ class MirrorGuard(DIPDefense):
         self.mirror = check_bool(mirror, name="mirror")
         self.beta = check_float(beta, name="beta", low=0.0)
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
+        self._warned = False
         self.windows = (self.T - self.t0) // self.every
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
         count = int(self.beta / self.beta_step + 1e-6)
@@ -124,6 +128,15 @@ class MirrorGuard(DIPDefense):
         """The last window of each network, the mean of all, up to eight mirrored ones, and the stitched image."""
         count = len(self.fits)
         return {"last": count, "mean": 1, "mirrored": len(self._mirrored_windows), STITCHED: 1}
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the given size, once with a warning for photographs; ValueError if it is too small for a network."""
+        small = all(fit.network in NETWORKS.values() for fit in self.fits)
+        if small and min(height, width) >= PHOTOGRAPH and not self._warned:
+            self._warned = True
+            text = "the networks of the defence 'mirror' are too small for photographs: the victim misreads most clean ones"
+            warnings.warn(f"{text}; 'dipdefend' keeps more of them", UserWarning, stacklevel=2)
+        return super().output_size(height, width)
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; where a step away from x0 may be needed, the victim is asked."""

@@ -62,4 +62,7 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
     # Constructors draw from the global generator. Weights made in inference mode could not take part in autograd.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         victim: nn.Module = build(weights=weights, **options)
-    return victim.eval()
+    for part in victim.modules():
+        if hasattr(part, "training"):  # eval() fails for what TorchScript has frozen or torch.export made
+            part.training = False
+    return victim

@@ -109,6 +109,14 @@ def test_bad_options_are_refused(small_victim, options, message):
         guard(small_victim, **options)
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_photographs_are_warned_of(small_victim):
+    with pytest.warns(UserWarning, match="'mirror' are too small for photographs"):
+        assert MirrorGuard(small_victim).output_size(128, 200) == (128, 200)
+    assert MirrorGuard(small_victim).output_size(127, 200) == (127, 200)
+    assert MirrorGuard(small_victim, networks=["imagenet"]).output_size(128, 128) == (128, 128)
+
+
 def test_images_that_are_too_small_are_refused(small_victim):
     with pytest.raises(ValueError, match="at least 9x9 pixels"):
         MirrorGuard(small_victim).purify(torch.rand(1, 3, 8, 8))

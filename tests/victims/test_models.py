@@ -90,6 +90,23 @@ def test_any_other_model_says_it_by_options(tmp_path):
         build_victim(model, arch="resnet18")
 
 
+def _exported(model):
+    count = torch.export.Dim("n", min=1, max=64)
+    return torch.export.export(model, (torch.rand(2, 3, 32, 32),), dynamic_shapes=({0: count},)).module()
+
+
+@pytest.mark.parametrize(
+    "form",
+    [lambda model: torch.jit.freeze(torch.jit.script(model)), pytest.param(_exported, marks=pytest.mark.slow)],
+    ids=["frozen", "exported"],
+)
+def test_scripted_and_exported_models_are_taken(form):
+    model = _linear().eval()
+    victim = build_victim(form(model), mean=(0, 0, 0), std=(1, 1, 1), size=32)
+    images = torch.rand(3, 3, 32, 32)
+    assert torch.allclose(victim(images), model(images), atol=1e-5)
+
+
 def _wrapped(model):
     wrapper = nn.Module()
     wrapper._orig_mod = model
