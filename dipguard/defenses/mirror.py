@@ -134,7 +134,7 @@ class MirrorGuard(DIPDefense):
         small = all(fit.network in NETWORKS.values() for fit in self.fits)
         if small and min(height, width) >= PHOTOGRAPH and not self._warned:
             self._warned = True
-            text = "the networks of the defence 'mirror' are too small for photographs: the victim misreads most clean ones"
+            text = "the networks of 'mirror' are too small for photographs: the victim misreads most clean ones"
             warnings.warn(f"{text}; 'dipdefend' keeps more of them", UserWarning, stacklevel=2)
         return super().output_size(height, width)
 
