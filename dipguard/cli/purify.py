@@ -86,18 +86,18 @@ def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], dra
         except (ValueError, OSError) as error:  # such as a name that is too long for the output's
             rows[source.name] = {"picture": source.name, "problem": str(error)}
             continue
-        entry = job.store.read(LAYER, given.key)
-        if entry is None:
+        done = job.store.read_as(LAYER, given.key, lambda entry: (entry.arrays["pixels"], dict(entry.header["row"])))
+        if done is None:
             pending.append(given)
             continue
-        pixels = torch.from_numpy(entry.arrays["pixels"])
+        pixels = torch.from_numpy(done[0])
         whole = False
         with suppress(ValueError, OSError):
             whole = torch.equal(read_png(target), pixels)
         kept, restored = kept + whole, restored + (not whole)
         if not whole:
             _write(job, source, pixels)
-        rows[source.name] = {"picture": source.name, "output": source.output, **entry.header["row"]}
+        rows[source.name] = {"picture": source.name, "output": source.output, **done[1]}
     for count, what in ((kept, "were done earlier"), (restored, "were done earlier, and written again")):
         if count:
             _say(f"{count} pictures {what}")

@@ -25,6 +25,7 @@ BLACK_BOX = ("defended_square", "hopskipjump")
 BLIND = ("none", "noise", "square")
 """Static attacks that take no gradient."""
 DONE, NOT_RUN = "done", "not run yet"
+FIGURES = ("decisions_given", "decisions", "ssim_given", "ssim", "psnr", "used")
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +203,7 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
     attack: dict[str, Any] = {name: about["attack"][name] for name in ("history", "last_history", "flat")}
     attack["spent"] = Cost(**about["attack"]["spent"])
     for number, (eps_255, budget) in enumerate(about["snapshots"]):
-        own: dict[str, Any] = {name: torch.from_numpy(values[number]) for name, values in summary.arrays.items()}
+        own: dict[str, Any] = {name: torch.from_numpy(summary.arrays[name][number]) for name in FIGURES}
         own |= {"eps_255": eps_255, "budget": budget, "reasons": about["reasons"][number]}
         own["seconds"] = {**about["attack"]["seconds"], **about["seconds"][number]}
         made.append(CellResult(cell, DONE, **own, **attack))

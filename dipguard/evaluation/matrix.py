@@ -34,6 +34,10 @@ from dipguard.store import Entry, Store
 
 _log = logging.getLogger(__name__)
 
+ATTACKED = ("images", "decisions", "ssim", "snapshots", "seconds", "spent", "history", "last_history", "flat")
+PURIFIED = ("images", "used", "reasons", "seconds", "traced", "traces")
+"""What an entry of attacked images, and of a chunk, holds."""
+
 
 @dataclass(eq=False)
 class Matrix:
@@ -106,7 +110,7 @@ class Matrix:
             self._attacked.clear()  # the next cells have the same, or none that was before
             counts, key = self.store.counts, cell.attack_key
             before = counts["attacked"]
-            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell))
+            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell), holds=ATTACKED)
             if counts["attacked"] == before:
                 counts["attacks_found"] += len(cell.clean)
         return self._attacked[cell.attack_key]
@@ -143,10 +147,10 @@ class Matrix:
             content = {f"trace {index}": np.fromfile(path, dtype=np.uint8) for index, path in files.items()}
             return Entry({**arrays, **content}, about)
 
-        entry = self.store.arrays("cells", key, make)
+        entry = self.store.arrays("cells", key, make, holds=PURIFIED)
         if self._lacks_traces(entry, part.stop - part.start):
             self.store.remove("cells", key)
-            entry = self.store.arrays("cells", key, make)
+            entry = self.store.arrays("cells", key, make, holds=PURIFIED)
         for index in self._lost_traces(cell, entry):
             write_bytes(self.traces_path(*cell.place, int(index)), entry.arrays[f"trace {index}"].tobytes())
         return Entry({name: entry.arrays[name] for name in ("images", "used")}, entry.header)

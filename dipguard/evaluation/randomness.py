@@ -45,8 +45,11 @@ class Randomness:
     @classmethod
     def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
         """The stored result for a target of a matrix; None if there is none."""
-        entry = matrix.store.read("cells", _key(matrix, target))
-        return None if entry is None else cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
+
+        def parse(entry: Entry) -> Randomness:
+            return cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
+
+        return matrix.store.read_as("cells", _key(matrix, target), parse)
 
     @classmethod
     def find(cls, matrix: Matrix, target: Target) -> None:
@@ -56,7 +59,7 @@ class Randomness:
             found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
             return Entry({}, {"what": f"randomness of {target.label}", **asdict(found)})
 
-        matrix.store.arrays("cells", _key(matrix, target), make)
+        matrix.store.arrays("cells", _key(matrix, target), make, holds=cls.__dataclass_fields__)
 
 
 def _key(matrix: Matrix, target: Target) -> str:

@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -97,12 +97,21 @@ class Store:
         with suppress(OSError):
             self.file(layer, key).unlink()
 
-    def arrays(self, layer: str, key: str, make: Callable[[], Entry]) -> Entry:
-        """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone."""
-        entry = self.read(layer, key)
+    def arrays(self, layer: str, key: str, make: Callable[[], Entry], *, holds: Collection[str]) -> Entry:
+        """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone.
+
+        An entry that lacks an array or a field of the header that it must hold counts as damaged.
+        """
+
+        def parse(entry: Entry) -> Entry:
+            if missing := set(holds) - {*entry.arrays, *entry.header}:
+                raise DamagedEntryError(f"it lacks {', '.join(sorted(missing))}")
+            return entry
+
+        entry = self.read_as(layer, key, parse)
         if entry is None:
             with self.claim([key]):
-                entry = self.read(layer, key)
+                entry = self.read_as(layer, key, parse)
                 if entry is None:
                     entry = make()
                     self.write(layer, key, entry.arrays, entry.header)

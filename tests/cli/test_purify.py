@@ -16,7 +16,9 @@ from dipguard import DIPGuard
 from dipguard.cli import locked
 from dipguard.files import file_digest
 from dipguard.store import numerics
+from dipguard.store.entry import read_entry, write_entry
 from tests.cli.conftest import load, save
+from tests.store.parts import list_entries
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -146,6 +148,17 @@ def test_another_version_purifies_again(pictures, purify, tmp_path, monkeypatch,
     assert code == 0
     assert "done earlier" not in said
     assert all(before[name] != time for name, time in _times(tmp_path / "out").items())
+
+
+def test_an_entry_that_lacks_a_part_is_made_again(pictures, purify, tmp_path):
+    purify(pictures)
+    for info in list_entries(tmp_path / "out" / ".store"):
+        entry = read_entry(info.path)
+        if "row" in entry.header:
+            write_entry(info.path, {}, entry.header)
+    code, _, said = purify(pictures)
+    assert code == 0
+    assert "done earlier" not in said
 
 
 def test_a_renamed_picture_is_not_purified_again(pictures, purify, tmp_path):

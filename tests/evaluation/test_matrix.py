@@ -18,6 +18,7 @@ from dipguard.defenses import Defense
 from dipguard.evaluation import Matrix, prepare, run, write_results
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.runner import _share_out
+from dipguard.store.entry import read_entry, write_entry
 from dipguard.store.keys import numerics
 from tests.store.parts import list_entries
 from tests.tiny_matrix import TINY, tiny_matrix, typed_matrix
@@ -214,6 +215,30 @@ def test_a_damaged_entry_is_made_again(
     # Attacked images are only read where a cell is missing.
     assert ("is damaged" in caplog.text) == (layer == "cells")
     assert torch.equal(made, finished.reconstructions("pgd_8", "jpeg"))
+    assert same_figures((tmp_path / "results.csv").read_text(), results)
+
+
+LOSSES = {"attacks": ["images", "snapshots"], "chunks": ["used", "traces"], "cells": ["decisions", "snapshots"]}
+
+
+@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in LOSSES.items() for part in parts])
+def test_an_entry_that_lacks_a_part_is_made_again(tmp_path: Path, finished: Matrix, kind: str, part: str) -> None:
+    settings = typed_matrix(*few("jpeg"))
+    run(prepare(settings, tmp_path))
+    results, changed = (tmp_path / "results.csv").read_text(), 0
+    for info in list_entries(tmp_path / "store"):
+        entry = read_entry(info.path)
+        own = "cells" if "attack" in entry.header else "attacks" if "spent" in entry.header else "chunks"
+        if own == kind:
+            kept = [{k: v for k, v in parts.items() if k != part} for parts in (entry.arrays, entry.header)]
+            write_entry(info.path, *kept)
+            changed += 1
+        elif own == "cells":
+            info.path.unlink()  # what it was made from is only read where it is missing
+    again = prepare(settings, tmp_path)
+    assert run(again) == []
+    assert again.store.counts["damaged"] == changed > 0
+    assert torch.equal(again.reconstructions("pgd_8", "jpeg"), finished.reconstructions("pgd_8", "jpeg"))
     assert same_figures((tmp_path / "results.csv").read_text(), results)
 
 
