@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipguard.evaluation.cell import CLEAN, DONE, NOT_RUN, WORST, CellResult, Target, name_of
+from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, NOT_RUN, WORST, CellResult, Target, name_of
 from dipguard.evaluation.masking import masking_checks
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
@@ -78,9 +78,8 @@ def _image_rows(results: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
     for result in results:
         cell = result.cell
         first = {"attack": cell.label, "defense": cell.target.label, "eps_255": result.eps_255, "budget": result.budget}
-        own = ("decisions_given", "decisions", "ssim_given", "ssim", "psnr", "used")
         columns = [cell.clean.indices, cell.clean.labels, cell.target.decisions_clean]
-        columns += [getattr(result, name) for name in own]
+        columns += [getattr(result, name) for name in FIGURES]
         for *values, why in zip(*(column.tolist() for column in columns), result.reasons, strict=False):
             yield {**first, **dict(zip(IMAGE_FIELDS[4:-1], map(_short, values), strict=True)), "why": why}
 
