@@ -153,6 +153,14 @@ def test_a_damaged_entry_is_reported_and_made_again(filled: Store, layer: str, c
     check_as_direct(Store(filled.path))
 
 
+def test_the_file_of_another_entry_is_damaged(store: Store):
+    store.write("cells", "ab1", {}, {})
+    shutil.copy(store.file("cells", "ab1"), store.file("cells", "ab2"))
+    assert store.read("cells", "ab2") is None
+    assert store.counts["damaged"] == 1
+    assert store.read("cells", "ab1") is not None
+
+
 BAD_HEADERS: dict[str, Any] = {"seconds": None, "settings": {"K_max": "many"}}
 
 
