@@ -129,14 +129,19 @@ def test_code_in_the_folder_is_not_run(folder, tmp_path):
         build_victim("huggingface", weights=folder)
 
 
-@pytest.mark.parametrize("file", ["config.json", "preprocessor_config.json"])
-def test_code_that_a_config_names_is_neither_asked_for_nor_run(folder, monkeypatch, tmp_path, file):
-    monkeypatch.setattr("builtins.input", lambda *_: "yes")
-    ran = tmp_path / "ran"
+@pytest.mark.parametrize(
+    ("file", "changed"),
+    [("config.json", {"model_type": "own"}), ("config.json", {}), ("preprocessor_config.json", {})],
+    ids=["a kind that the library does not know", "model", "processor"],
+)
+def test_code_that_a_config_names_is_neither_asked_for_nor_run(folder, monkeypatch, tmp_path, file, changed):
+    asked, ran = [], tmp_path / "ran"
+    monkeypatch.setattr("builtins.input", lambda question: asked.append(question) or "yes")
     (folder / "own.py").write_text(f"open({str(ran)!r}, 'w')\n")
     config = json.loads((folder / file).read_text())
     names = ("AutoConfig", "AutoModelForImageClassification", "AutoImageProcessor")
-    (folder / file).write_text(json.dumps(config | {"auto_map": {name: "own.Own" for name in names}}))
+    (folder / file).write_text(json.dumps(config | changed | {"auto_map": {name: "own.Own" for name in names}}))
     with contextlib.suppress(RuntimeError):
         assert build_victim("huggingface", weights=folder)(torch.rand(1, 3, 32, 32)).shape == (1, 3)
     assert not ran.exists()
+    assert not asked
