@@ -178,6 +178,14 @@ def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
     assert states["200-small"] == ("done", "")
 
 
+def test_no_field_of_the_table_is_a_formula(folder: Path) -> None:
+    jobs = {"=1+1": job(folder / "=1+1", network="@sum"), "200-small": []}
+    with io.StringIO(long_csv(read_sweep(write_plan(folder, jobs))), newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert {(line["job"], line["network"]) for line in lines} >= {("'=1+1", "'@sum")}
+    assert not any(value[:1] in ("=", "+", "-", "@") for line in lines for value in line.values())
+
+
 def test_what_the_store_saved_is_told(folder: Path) -> None:
     (folder / "beta" / "store.json").write_text(json.dumps({"fitted": 3, "replayed": 5, "decided": 2, "attacked": 9}))
     assert "Fits, in images: 3 made, 7 taken from the store." in state_section(read_sweep(folder))

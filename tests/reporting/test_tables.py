@@ -266,6 +266,17 @@ def test_hostile_names_are_escaped_for_each_format(text: str, csv: str, markdown
     assert escape_markdown(text) == markdown
 
 
+def test_hostile_names_and_reasons_are_escaped_on_the_page(tmp_path: Path) -> None:
+    hostile = "<img src=x onerror=a()> | b"
+    write_results(tmp_path, [cell("clean", name, 4, victim=hostile) for name in (hostile, "jpeg")])
+    write_tables(tmp_path)
+    page = (tmp_path / "table1.md").read_text()
+    write_results(tmp_path, [cell("clean", "jpeg", 4), cell("cw", "jpeg", None, status=f"failed: {hostile}")])
+    pages = [page, tables_text(read_results(tmp_path / "results.csv"))]
+    assert "&lt;img src=x onerror=a()> \\| b" in page
+    assert not any("<img" in page for page in pages)
+
+
 def body(tex: str) -> list[str]:
     return [line for line in tex.splitlines() if line.endswith(r"\\")]
 
