@@ -30,6 +30,7 @@ PHOTOGRAPH = 128
 _FOR_PHOTOGRAPHS: dict[str, dict[str, Any]] = {
     "paper": {"network": "imagenet", "T": 3000},
     "dipdefend": {"preset": "imagenet"},
+    "mirror": {"preset": "imagenet"},
 }
 _PIXELS_AT_ONCE = 64 * 32 * 32
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dipguard.cli import locked
-from dipguard.cli.job import MARK, PHOTOGRAPH, Job, prepare
+from dipguard.cli.job import MARK, Job, prepare
 from dipguard.cli.pictures import Source, read_picture, read_png, write_png
 from dipguard.cli.results import decision_line, draw_picture, plain, write_decisions
 from dipguard.decision import DecisionTrace
@@ -50,11 +50,6 @@ def run(args: argparse.Namespace) -> int:
         f"{len(job.sources)} pictures, brought to {height}x{width} ({args.resize}, {job.settings['interpolation']}); "
         f"victim {args.victim}; defence {args.defense}{steps}, seed {args.seed}"
     )
-    if args.defense == "mirror" and min(height, width) >= PHOTOGRAPH:
-        _say(
-            "warning: the networks of the defence mirror are too small for photographs: the victim misreads most "
-            "clean ones; --defense dipdefend keeps more of them"
-        )
     can_draw = find_spec("matplotlib") is not None
     if job.figures and not can_draw:
         _say("no figures: matplotlib is not installed (pip install 'dipguard[app]')")

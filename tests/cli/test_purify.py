@@ -271,14 +271,6 @@ def test_it_refuses_folders_that_are_none(pictures, purify, tmp_path):
     assert os.listdir(tmp_path / "full") == ["thesis.txt"]
 
 
-def test_the_default_defence_says_that_it_does_not_fit_photographs(pictures, purify, monkeypatch):
-    words = ("--option", "T=8", "t0=2", "every=2")
-    assert "photographs" not in purify(pictures / "a.png", *words, defense="mirror")[2]
-    monkeypatch.setattr("dipguard.cli.purify.PHOTOGRAPH", 32)
-    assert "too small for photographs" in purify(pictures / "a.png", *words, defense="mirror")[2]
-    assert "photographs" not in purify(pictures / "a.png")[2]
-
-
 def test_odd_names_of_pictures_do_not_stop_the_others(pictures, purify, tmp_path):
     odd = [os.fsdecode(b"\xff\xfe.png"), "x" * 251 + ".png", "y" * 251 + ".bmp", "y" * 251 + ".png"]
     for name in odd:
