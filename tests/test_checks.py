@@ -47,7 +47,7 @@ def attacked(x: Tensor) -> None:
 
 
 SHORT = {"network": "small", "T": 3, "t0": 0, "decisions": 3, "engine": "torch", "progress": False}
-MIRROR = {"networks": ("narrow",), "T": 4, "t0": 0, "every": 2, "engine": "torch", "progress": False}
+MIRROR = {"networks": ("small",), "T": 4, "t0": 0, "every": 2, "engine": "torch", "progress": False}
 DOORS: dict[str, Callable[[Tensor], object]] = {
     "data": lambda x: ImageSet(x, torch.tensor([0]), torch.tensor([0])),
     "victim": lambda x: check_victim(Strict(), x),

@@ -17,7 +17,7 @@ from dipguard.networks.presets import hourglass
 DEFAULT_FIT = FitOptions(
     network=hourglass((4, 8, 16), skips=0, input_depth=1), padding="zeros", jitter=0.0, optimise_z=True
 )
-"""The fit that approximates a defence that makes none: the smaller one of MirrorGuard."""
+"""The fit that approximates a defence that makes none: DIPDefend's, on CIFAR-10."""
 SIGMA = 1.0
 """Standard deviation of `blur`, in pixels."""
 SHORT_T = 20

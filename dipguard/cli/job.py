@@ -18,7 +18,6 @@ from dipguard.cli import LOCK, CommandError, command_errors
 from dipguard.cli.pictures import Source, find_pictures
 from dipguard.data.image_folder import EXTENSIONS
 from dipguard.defenses import DEFENSES, Defense, build_defense
-from dipguard.defenses.mirror import PHOTOGRAPH
 from dipguard.registry import lookup, options_of, table_of
 from dipguard.store import Store
 from dipguard.store.keys import numerics, victim_digest
@@ -26,11 +25,13 @@ from dipguard.victims import VICTIMS, build_victim, check_victim
 
 MARK = "dipguard.json"
 """The file that marks a folder as ours: the settings of its last run."""
+PHOTOGRAPH = 128
+"""From this size on, a picture gets the papers' settings for ImageNet."""
 _FOR_PHOTOGRAPHS: dict[str, dict[str, Any]] = {
     "paper": {"network": "imagenet", "T": 3000},
     "dipdefend": {"preset": "imagenet"},
+    "mirror": {"preset": "imagenet"},
 }
-"""The papers' settings for ImageNet."""
 _PIXELS_AT_ONCE = 64 * 32 * 32
 
 

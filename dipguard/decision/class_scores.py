@@ -17,31 +17,57 @@ from dipguard.checks import check_float, check_int
 from dipguard.decision.stitching import Reconstruction, on_manifold
 from dipguard.decision.trace import DecisionTrace
 
-SHIFT = (0, 2)
-"""Shift (dy, dx) in pixels of the mirrored copies."""
 
-
-def mirrored(images: Tensor, *, shift: tuple[int, int] = SHIFT, flip: bool = True) -> Tensor:
+def mirrored(images: Tensor, *, shift: tuple[int, int] | None = None, flip: bool = True) -> Tensor:
     """Images mirrored left to right, then moved by ``shift`` = (dy, dx) pixels; the border is filled by reflection.
 
     Args:
         images: [n, 3, H, W].
-        shift: Towards the lower right, at least 0 and smaller than the side, else ValueError.
+        shift: Towards the lower right, at least 0 and smaller than the side, else ValueError; None moves them right by
+            a 32nd of their width, at least 2 pixels.
         flip: Mirror them. False only moves them, for images that mean something else in a mirror.
     """
     sides = images.shape[-2:]
+    shift = (0, max(2, sides[1] // 32)) if shift is None else shift
     dy, dx = (check_int(by, name="shift", low=0, high=side - 1) for by, side in zip(shift, sides, strict=True))
     padded = F.pad(images.flip(-1) if flip else images, (dx, 0, dy, 0), mode="reflect")
     return padded[..., : sides[0], : sides[1]]
 
 
-def class_scores(logits: Tensor, *, own: int, own_class_weight: float) -> Tensor:
-    """Mean over S readings of the victim's class probabilities; the given image's own class counts less.
+def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits: Sequence[float]) -> Tensor:
+    """Weights of the windows of one fit: of a noisy image the early ones count, of a clean one the late ones.
+
+    A deep image prior takes up the image first and the perturbation later. The mean of the windows that end by step
+    ``early`` and that of those which begin at step ``late`` are mixed; the share of the late ones falls from 1 to 0 as
+    the noise of the given image rises from ``limits[0]`` to ``limits[1]``.
+
+    Args:
+        steps: Last step of each window, [S]; windows have equal lengths.
+        noise: Of the given image (:func:`~dipguard.decision.noise.colour_noise`).
+        early: No window that ends after this step is early; the first window always is.
+        late: No window that begins before this step is late; the last window always is.
+        limits: Two levels of noise, the lower one first.
+
+    Returns:
+        [S], at least 0, with the sum 1.
+    """
+    low, high = limits
+    share = min(max((high - noise) / (high - low), 0.0), 1.0)
+    length = int(steps[1] - steps[0]) if len(steps) > 1 else 1
+    is_early, is_late = steps < early, steps - length + 1 >= late
+    is_early[0] = is_late[-1] = True
+    weights: Tensor = (1 - share) * is_early.double() / is_early.sum() + share * is_late.double() / is_late.sum()
+    return weights
+
+
+def class_scores(logits: Tensor, *, weights: Tensor, own: int, own_class_weight: float) -> Tensor:
+    """Weighted mean over S readings of the victim's class probabilities; the given image's own class counts less.
 
     If the image was attacked, the attacker has chosen that class, and a part of the perturbation is left in every x(t).
 
     Args:
         logits: [S, C], at least one reading.
+        weights: Of the readings, [S], at least 0, with the sum 1.
         own: The victim's decision on the given image.
         own_class_weight: Factor of that class's probability, in [0, 1].
 
@@ -54,23 +80,29 @@ def class_scores(logits: Tensor, *, own: int, own_class_weight: float) -> Tensor
     check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
-    mean = logits.softmax(dim=-1).mean(dim=0)
+    mean = weights.to(logits.dtype) @ logits.softmax(dim=-1)
     mean[own] *= own_class_weight
     return mean
 
 
 def stitch_mirrored(
-    trace: DecisionTrace, *, own_class_weight: float, classify: Callable[[Tensor], Tensor], betas: Sequence[float]
+    trace: DecisionTrace,
+    *,
+    weights: Tensor,
+    own_class_weight: float,
+    classify: Callable[[Tensor], Tensor],
+    betas: Sequence[float],
 ) -> Reconstruction:
     """Rebuild one image from its trace, as the class that scores highest on the mirrored copies of its samples.
 
-    :func:`class_scores` chooses the class. The image is the mean of the samples that the victim reads as this class:
-    Eq. 7 over another choice of images. If the mean is not read so, or no sample is, the mean (then that of all
+    :func:`class_scores` chooses the class. The image is the weighted mean of the samples that the victim reads as this
+    class: Eq. 7 over another choice of images. If the mean is not read so, or no sample is, the mean (then that of all
     samples) is pushed away from the given image by Eq. 6, by the smallest of ``betas`` for which the victim reads the
-    class; if there is none, it stays where it was.
+    class; if there is none, it stays where it was. Samples of weight 0 take no part.
 
     Args:
-        trace: With ``samples`` and ``mirrored_logits``.
+        trace: With ``samples`` and ``mirrored_logits``, S of them.
+        weights: Of the samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
         own_class_weight: See :func:`class_scores`.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         betas: Step sizes to try, increasing, each at least 0.
@@ -84,10 +116,13 @@ def stitch_mirrored(
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("`trace` must hold its `samples` and `mirrored_logits`, got a trace without")
     steps = [check_float(beta, name="betas", low=0.0) for beta in betas]
-    scores = class_scores(trace.mirrored_logits, own=trace.given_decision, own_class_weight=own_class_weight)
+    own = trace.given_decision
+    scores = class_scores(trace.mirrored_logits, weights=weights, own=own, own_class_weight=own_class_weight)
     target = int(scores.argmax())
-    used = torch.nonzero(trace.decisions == target).flatten()
-    image = (trace.samples[used] if len(used) else trace.samples).mean(dim=0).clamp(0, 1)
+    used = torch.nonzero((trace.decisions == target) & (weights > 0)).flatten()
+    share = weights[used] / weights[used].sum() if len(used) else weights
+    samples = trace.samples[used] if len(used) else trace.samples
+    image = torch.einsum("s,schw->chw", share.to(samples.dtype), samples).clamp(0, 1)
     # Nearly all means are read as the target at once: then the steps need not be classified.
     if steps and int(classify(image[None]).argmax()) != target:
         tried = torch.cat([on_manifold(image[None], trace.given, beta=beta) for beta in steps]).clamp(0, 1)

@@ -1,9 +1,8 @@
-"""Our own defence: two small deep image priors, whose class scores are those of mirrored copies."""
+"""Our own defence: deep image priors that are read mirrored, at steps that suit the noise of the given image."""
 
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,24 +12,27 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_bool, check_float, check_int
+from dipguard.checks import check_bool, check_choice, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, quality
-from dipguard.decision.class_scores import mirrored, stitch_mirrored
+from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_weights
 from dipguard.decision.intermediates import STITCHED, Intermediate
+from dipguard.decision.noise import colour_noise
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
 from dipguard.fit import FitOptions, WindowLogger, run_fit
 from dipguard.networks import NetworkSpec
 from dipguard.networks.presets import hourglass
 from dipguard.registry import check_options
+from dipguard.seeding import image_generator
 
-NETWORKS: dict[str, NetworkSpec] = {
-    "narrow": hourglass((4, 8, 16), skips=0, input_depth=1),
-    "wide": hourglass((8, 16, 32), skips=0, input_depth=1),
-}
-"""The network of DIPDefend, which strong perturbations survive least, and one twice as wide, which keeps more."""
-PHOTOGRAPH = 128
-"""From this size on, images are taken for photographs, for which these networks are too small."""
+PHOTOGRAPH = 96
+"""From this height or width on, an image gets the preset ``imagenet``."""
+PRESETS: dict[str, dict[str, Any]] = {
+    "cifar10": dict(networks=("medium",) * 3, T=250, t0=40, every=10, early=110, late=150, optimise_z=False),
+    "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=400, t0=100, every=25,
+                     early=200, late=300, optimise_z=True),
+}  # fmt: skip
+"""Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
 """Most mirrored windows of `MirrorGuard.intermediates`: each costs an attack a call of the victim and a gradient."""
 
@@ -38,25 +40,32 @@ MOST_MIRRORED = 8
 class MirrorGuard(DIPDefense):
     """The mean of the reconstructions that the victim assigns to the class with the highest scores on mirrored copies.
 
-    As in Ding et al. 2021, an untrained network is fitted to the given image alone, the victim's decisions along the
-    fit choose what is averaged (Eq. 7), and a step away from the given image (Eq. 6) is taken if the victim assigns the
-    mean to another class. What differs: two networks without skip connections (z is fitted with them, no jitter, zero
-    padding), and the class is the one with the highest mean probability on copies of x(t) that were mirrored and moved
-    by two pixels; the given image's own class counts half.
+    Like the defence of Ding et al. 2021, it fits untrained networks to the given image alone, lets the victim's
+    decisions along the fit choose what is averaged (Eq. 7), and takes a step away from the given image (Eq. 6) if the
+    victim assigns the mean to another class. Three things differ. Several networks are fitted, each from weights of its
+    own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and moved by a few
+    pixels, where the given image's own class counts half. And the noise of the given image decides which steps count:
+    the early ones of a noisy image, before the fit has taken up a perturbation, the late ones of a clean one.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
-    docs/limits.md says how far this one was tested.
+    docs/limits.md says how far this one was tested. The noise is read from colour differences, so a perturbation
+    that is equal in all channels passes for texture.
 
     A decision trace holds the means of x(t) over windows of all networks' fits, one network after the other, as
     ``samples``, the victim's logits on them and on their mirrored copies, each network's last window as ``last``, and
     no crossings.
 
     Args:
-        networks: Networks that are fitted to each image, one after the other: ``narrow``, ``wide``, the name of a
-            preset or a spec.
+        preset: What the options that are None take: ``cifar10`` (small images) or ``imagenet`` (photographs). None
+            goes by the victim's ``size``: photographs from 96 pixels on, ``cifar10`` if it is not known.
+        networks: Networks that are fitted to each image, one after the other: names of presets of appendix B, or specs.
         T: Optimiser steps of each.
         t0: Warm-up: the first step that counts, below T.
         every: Steps of a window; the last one ends at T or before.
+        early: Of a noisy image, windows that end by this step count (at least the first).
+        late: Of a clean image, windows from this step on count (at least the last).
+        noise: Between these two standard deviations of the noise, in units of 1/255, early and late windows are mixed
+            (:func:`~dipguard.decision.noise.colour_noise`).
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
@@ -66,17 +75,23 @@ class MirrorGuard(DIPDefense):
     """
 
     name: ClassVar[str] = "mirror"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("T", "t0", "every", "own_class_weight", "mirror", "beta", "beta_step")
-    FIT: ClassVar[dict[str, Any]] = {"optimise_z": True}
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "mirror", "beta", "beta_step",
+    )  # fmt: skip
+    FIT: ClassVar[dict[str, Any]] = {"optimise_z": None}
 
     def __init__(
         self,
         victim: nn.Module,
         *,
-        networks: Sequence[str | NetworkSpec] = ("narrow", "wide"),
-        T: int = 1000,
-        t0: int = 300,
-        every: int = 25,
+        preset: str | None = None,
+        networks: Sequence[str | NetworkSpec] | None = None,
+        T: int | None = None,
+        t0: int | None = None,
+        every: int | None = None,
+        early: int | None = None,
+        late: int | None = None,
+        noise: Sequence[float] = (1.0, 2.0),
         own_class_weight: float = 0.5,
         mirror: bool = True,
         beta: float = 0.5,
@@ -87,22 +102,33 @@ class MirrorGuard(DIPDefense):
         trainer: Mapping[str, Any] | None = None,
         **fit: Any,
     ) -> None:
-        if isinstance(networks, str) or not networks:
-            raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         if "network" in fit:
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
-        specs = [NETWORKS.get(network, network) if isinstance(network, str) else network for network in networks]
+        size = getattr(victim, "size", None)
+        self.chosen_by_size = preset is None
+        by_size = "imagenet" if size and max(size) >= PHOTOGRAPH else "cifar10"
+        self.preset = check_choice(preset, PRESETS, name="preset") if preset is not None else by_size
+        given = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
+        values = PRESETS[self.preset] | {name: value for name, value in given.items() if value is not None}
+        if isinstance(values["networks"], str) or not values["networks"]:
+            raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         own: dict[str, Any] = {"stack_size": stack_size, "progress": progress, "trainer": trainer}
-        super().__init__(victim, network=specs[0], seed=seed, **own, **fit)
-        self.fits = tuple(replace(self.fit_options, network=spec) for spec in specs)
-        self.T = check_int(T, name="T", low=2)
-        self.t0 = check_int(t0, name="t0", low=0, high=self.T - 1)
-        self.every = check_int(every, name="every", low=1, high=self.T - self.t0)
+        fit = {"optimise_z": values["optimise_z"], **fit}
+        super().__init__(victim, network=values["networks"][0], seed=seed, **own, **fit)
+        self.fits = tuple(
+            replace(self.fit_options, network=network, seed=_seed_of(self.seed, number))
+            for number, network in enumerate(values["networks"])
+        )
+        self.T = check_int(values["T"], name="T", low=2)
+        self.t0 = check_int(values["t0"], name="t0", low=0, high=self.T - 1)
+        self.every = check_int(values["every"], name="every", low=1, high=self.T - self.t0)
+        self.early = check_int(values["early"], name="early", low=0)
+        self.late = check_int(values["late"], name="late", low=0)
+        self.noise = _check_limits(noise)
         self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
         self.mirror = check_bool(mirror, name="mirror")
         self.beta = check_float(beta, name="beta", low=0.0)
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
-        self._warned = False
         self.windows = (self.T - self.t0) // self.every
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
         count = int(self.beta / self.beta_step + 1e-6)
@@ -129,18 +155,27 @@ class MirrorGuard(DIPDefense):
         count = len(self.fits)
         return {"last": count, "mean": 1, "mirrored": len(self._mirrored_windows), STITCHED: 1}
 
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the given size, once with a warning for photographs; ValueError if it is too small for a network."""
-        small = all(fit.network in NETWORKS.values() for fit in self.fits)
-        if small and min(height, width) >= PHOTOGRAPH and not self._warned:
-            self._warned = True
-            text = "the networks of 'mirror' are too small for photographs: the victim misreads most clean ones"
-            warnings.warn(f"{text}; 'dipdefend' keeps more of them", UserWarning, stacklevel=2)
-        return super().output_size(height, width)
-
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; where a step away from x0 may be needed, the victim is asked."""
-        return stitch_mirrored(trace, own_class_weight=self.own_class_weight, classify=self.decide, betas=self.betas)
+        one = window_weights(
+            trace.steps[: self.windows],
+            noise=255 * float(colour_noise(trace.given[None])),
+            early=self.early,
+            late=self.late,
+            limits=self.noise,
+        )
+        weights = one.repeat(len(self.fits)) / len(self.fits)
+        options: Any = {"own_class_weight": self.own_class_weight, "betas": self.betas}
+        return stitch_mirrored(trace, weights=weights, classify=self.decide, **options)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return the given size; ValueError if it is too small for a network, or not the preset's."""
+        if self.chosen_by_size and self.preset == "cifar10" and max(height, width) >= PHOTOGRAPH:
+            raise ValueError(
+                f"`preset` must be given for images of {height}x{width} pixels, since the victim does not say that it "
+                "reads such images: 'imagenet' for photographs"
+            )
+        return super().output_size(height, width)
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
@@ -222,3 +257,20 @@ def _log_means(logger: Logger, traces: Sequence[DecisionTrace], *, first_step: i
     for step, *values in zip(traces[0].steps.tolist(), *means, strict=True):
         names = ("fit/mse", "fit/quality", "fit/decision_changed")
         logger.log_metrics(dict(zip(names, values, strict=True)), step=first_step + step)
+
+
+def _seed_of(seed: int, number: int) -> int:
+    """The seed of one of a guard's networks: that of the guard for the first, unrelated ones for the others."""
+    if number == 0:
+        return seed
+    generator = image_generator(seed=seed, index=number, purpose="network")
+    return int(torch.randint(2**31, (1,), generator=generator))
+
+
+def _check_limits(noise: object) -> list[float]:
+    if not isinstance(noise, Sequence) or isinstance(noise, str) or len(noise) != 2:
+        raise ValueError(f"`noise` must be two levels, the lower one first, got {noise!r}")
+    low, high = (check_float(level, name="noise", low=0.0) for level in noise)
+    if low >= high:
+        raise ValueError(f"`noise` must be two levels, the lower one first, got {noise!r}")
+    return [low, high]

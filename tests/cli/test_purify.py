@@ -296,16 +296,6 @@ def test_it_refuses_folders_that_are_none(pictures, purify, tmp_path):
     assert os.listdir(tmp_path / "full") == ["thesis.txt"]
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_the_default_defence_says_that_it_does_not_fit_photographs(pictures, purify, monkeypatch):
-    words = ("--option", "T=8", "t0=2", "every=2")
-    purify(pictures / "a.png", *words, defense="mirror")
-    monkeypatch.setattr("dipguard.defenses.mirror.PHOTOGRAPH", 32)
-    with pytest.warns(UserWarning, match="'mirror' are too small for photographs.*'dipdefend' keeps more"):
-        purify(pictures / "a.png", *words, defense="mirror")
-    purify(pictures / "a.png")
-
-
 def test_odd_names_of_pictures_do_not_stop_the_others(pictures, purify, tmp_path):
     odd = [os.fsdecode(b"\xff\xfe.png"), "x" * 251 + ".png", "y" * 251 + ".bmp", "y" * 251 + ".png"]
     for name in odd:

@@ -5,14 +5,14 @@ import torch
 from torch import nn
 
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import SHIFT, class_scores, mirrored, stitch_mirrored
+from dipguard.decision.class_scores import class_scores, mirrored, stitch_mirrored, window_weights
 
 
-@pytest.mark.parametrize("shift", [(0, 0), SHIFT, (3, 1), (6, 7)])
+@pytest.mark.parametrize("shift", [(0, 0), None, (3, 1), (6, 7)])
 def test_a_mirrored_copy_is_the_same_picture_read_backwards(shift):
     images = torch.rand(2, 3, 9, 8, generator=torch.Generator().manual_seed(1))
     got = mirrored(images, shift=shift)
-    dy, dx = shift
+    dy, dx = shift or (0, 2)
 
     for row in range(9):
         for column in range(8):  # a reflecting border shows the pixel as far inside
@@ -25,18 +25,43 @@ def test_a_shift_beyond_the_image_is_refused(shift):
         mirrored(torch.rand(1, 3, 9, 8), shift=shift)
 
 
+@pytest.mark.parametrize("side", [32, 224, 512])
+def test_the_shift_grows_with_the_image(side):
+    images = torch.rand(1, 3, 3, side, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(mirrored(images), mirrored(images, shift=(0, {32: 2, 224: 7, 512: 16}[side])))
+
+
+@pytest.mark.parametrize(
+    ("noise", "early", "late", "expected"),
+    [
+        (0.0, 110, 140, [0, 0, 0, 0.5, 0.5]),
+        (1.0, 110, 140, [0, 0, 0, 0.5, 0.5]),
+        (1.25, 110, 140, [0.125, 0.125, 0, 0.375, 0.375]),
+        (2.0, 110, 140, [0.5, 0.5, 0, 0, 0]),
+        (9.0, 140, 150, [1 / 3, 1 / 3, 1 / 3, 0, 0]),
+        (0.5, 110, 110, [0, 0, 1 / 3, 1 / 3, 1 / 3]),
+        (1.5, 0, 999, [0.5, 0, 0, 0, 0.5]),  # the first and the last window always count
+    ],
+)
+def test_windows_count_early_in_noise_and_late_without(noise, early, late, expected):
+    steps = torch.tensor([79, 109, 139, 169, 199])
+    got = window_weights(steps, noise=noise, early=early, late=late, limits=(1.0, 2.0))
+    assert got.tolist() == pytest.approx(expected)
+
+
 def test_class_scores_are_mean_probabilities():
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
-    got = class_scores(logits, own=2, own_class_weight=1.0)
-    less = class_scores(logits, own=2, own_class_weight=0.25)
+    weights = torch.tensor([0.1, 0.2, 0.0, 0.4, 0.3])
+    got = class_scores(logits, weights=weights, own=2, own_class_weight=1.0)
+    less = class_scores(logits, weights=weights, own=2, own_class_weight=0.25)
     for c in range(4):
-        slow = sum(float(torch.exp(logits[s, c]) / torch.exp(logits[s]).sum()) for s in range(5)) / 5
+        slow = sum(float(weights[s]) * float(torch.exp(logits[s, c]) / torch.exp(logits[s]).sum()) for s in range(5))
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
         assert float(less[c]) == pytest.approx(slow * (0.25 if c == 2 else 1), abs=1e-6)
     with pytest.raises(ValueError, match="`own_class_weight`"):
-        class_scores(logits, own=2, own_class_weight=1.5)
+        class_scores(logits, weights=weights, own=2, own_class_weight=1.5)
     with pytest.raises(ValueError, match="at least one reading"):
-        class_scores(logits[:0], own=2, own_class_weight=1.0)
+        class_scores(logits[:0], weights=weights[:0], own=2, own_class_weight=1.0)
 
 
 class Brightness(nn.Module):
@@ -51,7 +76,7 @@ def grey(*levels):
     return torch.stack([torch.full((3, 4, 4), level) for level in levels])
 
 
-def stitched(images, given, *, target, betas, victim=None, **changed):
+def stitched(images, given, *, target, betas, victim=None, weights=None, **changed):
     """Samples stitched as a class, which is the one that the mirrored copies are read as."""
     victim, S = victim or Brightness(), len(images)
     trace = DecisionTrace(
@@ -60,7 +85,9 @@ def stitched(images, given, *, target, betas, victim=None, **changed):
         on_boundary=torch.zeros(0, 3, 4, 4), last=images[-1:], samples=images,
         mirrored_logits=torch.eye(2)[target].expand(S, 2),
     )  # fmt: skip
-    return stitch_mirrored(replace(trace, **changed), own_class_weight=1.0, classify=victim, betas=betas)
+    weights = torch.full((S,), 1 / S) if weights is None else torch.tensor(weights)
+    trace = replace(trace, **changed)
+    return stitch_mirrored(trace, weights=weights, own_class_weight=1.0, classify=victim, betas=betas)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +104,12 @@ def test_samples_of_the_target_are_averaged_and_pushed_if_they_must_be(levels, t
     made = stitched(grey(*levels), grey(0.2)[0], target=target, betas=[0.1, 0.2, 0.3, 0.4])
     assert (made.reason, made.used.tolist()) == ("class_scores" if used else "no_sample_of_class", used)
     assert torch.allclose(made.image, grey(level)[0])
+
+
+def test_samples_are_averaged_by_their_weights_and_those_of_weight_0_left_out():
+    made = stitched(grey(0.6, 0.8, 0.9), grey(0.2)[0], target=1, betas=[], weights=[0.25, 0.75, 0.0])
+    assert made.used.tolist() == [0, 1]
+    assert torch.allclose(made.image, grey(0.25 * 0.6 + 0.75 * 0.8)[0])
 
 
 def test_a_pushed_image_stays_in_range():

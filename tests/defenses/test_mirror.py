@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from torch import nn
 
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import mirrored
+from dipguard.decision.class_scores import mirrored, window_weights
+from dipguard.decision.noise import colour_noise
 from dipguard.defenses import Defense, MirrorGuard, build_defense
-from dipguard.defenses.mirror import NETWORKS
+from dipguard.defenses.mirror import PRESETS
 from dipguard.fit import Decider
 from dipguard.networks.presets import hourglass
 
@@ -18,6 +20,8 @@ TINY = {
     "T": 12,
     "t0": 2,
     "every": 3,
+    "early": 8,
+    "late": 8,
     "dtype": "float64",
     "progress": False,
 }
@@ -38,15 +42,41 @@ def test_it_is_a_defence_with_settings_for_json(small_victim):
     assert guard(small_victim, seed=4).settings != settings
 
 
-def test_its_networks_are_dipdefends_and_one_twice_as_wide(small_victim):
+def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_own(small_victim):
     defense = MirrorGuard(small_victim)
-    assert [tuple(fit.network.n_d) for fit in defense.fits] == [(4, 8, 16), (8, 16, 32)]
-    assert [fit.network for fit in defense.fits] == list(NETWORKS.values())
-    assert MirrorGuard(small_victim, networks=list(NETWORKS.values())).settings == defense.settings
-    named = MirrorGuard(small_victim, networks=["small", "wide"])
-    assert [fit.network for fit in named.fits] == ["small", NETWORKS["wide"]]
-    assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, True) for fit in defense.fits)
+    assert [fit.network for fit in defense.fits] == ["medium"] * 3
+    assert len({fit.seed for fit in defense.fits} | {fit.seed for fit in MirrorGuard(small_victim, seed=1).fits}) == 6
+    assert defense.fits[0].seed == 0
+    assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, False) for fit in defense.fits)
+    assert (defense.preset, defense.steps_per_image) == ("cifar10", 750)
     assert defense.betas == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("size", "options", "preset"),
+    [
+        (None, {}, "cifar10"),
+        ((64, 64), {}, "cifar10"),
+        ((96, 64), {}, "imagenet"),
+        ((224, 224), {"preset": "cifar10"}, "cifar10"),
+        (None, {"preset": "imagenet"}, "imagenet"),
+    ],
+)
+def test_the_preset_follows_the_victims_size(size, options, preset):
+    network = nn.Flatten()
+    network.size = size
+    defense = MirrorGuard(network, **options)
+    assert defense.preset == preset
+    wanted = PRESETS[preset]
+    assert [fit.network for fit in defense.fits] == list(wanted["networks"])
+    assert {name: getattr(defense, name) for name in ("T", "t0", "every", "early", "late")}.items() <= wanted.items()
+    assert MirrorGuard(network, **options, T=300).T == 300
+
+
+def test_photographs_for_a_victim_of_unknown_size_are_refused(small_victim):
+    with pytest.raises(ValueError, match="`preset` must be given for images of 96x128 pixels"):
+        MirrorGuard(small_victim).purify(torch.rand(1, 3, 96, 128))
+    assert MirrorGuard(small_victim, preset="cifar10").output_size(96, 128) == (96, 128)
 
 
 def test_the_image_is_what_its_trace_says(small_images, small_victim):
@@ -58,13 +88,17 @@ def test_the_image_is_what_its_trace_says(small_images, small_victim):
     own = decide(part).argmax(-1)
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
-        mean = trace.mirrored_logits.softmax(-1).mean(0)
+        noise = 255 * float(colour_noise(part[i : i + 1]))
+        one = window_weights(trace.steps[:3], noise=noise, early=8, late=8, limits=defense.noise)
+        weights = torch.cat([one, one]) / 2
+        mean = (weights[:, None] * trace.mirrored_logits.softmax(-1)).sum(0)
         mean[own[i]] *= 0.5
         target = int(mean.argmax())
-        right = trace.samples[trace.scores.argmax(-1) == target]
-        assert result.used[i] == len(right)
-        assert result.reasons[i] == ("class_scores" if len(right) else "no_sample_of_class")
-        base = (right if len(right) else trace.samples).mean(0)
+        right = (trace.scores.argmax(-1) == target) & (weights > 0)
+        assert result.used[i] == right.sum()
+        assert result.reasons[i] == ("class_scores" if right.any() else "no_sample_of_class")
+        share = weights * right if right.any() else weights
+        base = (share[:, None, None, None] * trace.samples).sum(0) / share.sum()
         tried = [(base + beta * (base - trace.given)).clamp(0, 1) for beta in (0.0, *defense.betas)]
         chosen = [n for n, x in enumerate(tried) if int(decide(x[None]).argmax()) == target]
         assert torch.allclose(result.reconstructions[i].double(), tried[chosen[0] if chosen else 0], atol=1e-6)
@@ -94,6 +128,12 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
         ({"networks": ()}, "`networks` must list at least one"),
         ({"networks": "medium"}, "`networks` must list at least one"),
         ({"networks": ("huge",)}, "`network` must be one of"),
+        ({"preset": "photo"}, "`preset` must be one of cifar10, imagenet, got 'photo'"),
+        ({"noise": (2.0, 1.0)}, "`noise` must be two levels, the lower one first"),
+        ({"noise": 1.0}, "`noise` must be two levels"),
+        ({"noise": (-1.0, 1.0)}, "`noise` must be"),
+        ({"early": -1}, "`early` must be"),
+        ({"late": 1.5}, "`late` must be"),
         ({"t0": 12}, "`t0` must be from 0 to 11"),
         ({"every": 11}, "`every` must be from 1 to 10"),
         ({"own_class_weight": 2.0}, "`own_class_weight`"),
@@ -109,14 +149,6 @@ def test_bad_options_are_refused(small_victim, options, message):
         guard(small_victim, **options)
 
 
-@pytest.mark.filterwarnings("error::UserWarning")
-def test_photographs_are_warned_of(small_victim):
-    with pytest.warns(UserWarning, match="'mirror' are too small for photographs"):
-        assert MirrorGuard(small_victim).output_size(128, 200) == (128, 200)
-    assert MirrorGuard(small_victim).output_size(127, 200) == (127, 200)
-    assert MirrorGuard(small_victim, networks=["imagenet"]).output_size(128, 128) == (128, 128)
-
-
 def test_images_that_are_too_small_are_refused(small_victim):
     with pytest.raises(ValueError, match="at least 9x9 pixels"):
         MirrorGuard(small_victim).purify(torch.rand(1, 3, 8, 8))
@@ -130,7 +162,7 @@ def test_the_constructor_takes_no_network(small_victim):
 @pytest.mark.parametrize("mirror", [True, False])
 def test_traces_say_why_and_give_the_image_again(small_images, small_victim, tmp_path, mirror):
     options = {"T": 8, "t0": 2, "every": 2, "engine": "torch", "stack_size": 2, "mirror": mirror}
-    defense, order = guard(small_victim, networks=("narrow", "wide"), **options), [4, 0, 7]
+    defense, order = guard(small_victim, **options), [4, 0, 7]
     result = defense.defend(small_images[:3], indices=order)
     assert torch.equal(result.reconstructions, defense.purify(small_images[:3], indices=torch.tensor(order)))
     decide = Decider(small_victim)
@@ -141,7 +173,7 @@ def test_traces_say_why_and_give_the_image_again(small_images, small_victim, tmp
         assert loaded.equals(trace)
         assert torch.equal(defense.rebuild(loaded).image.to(small_images), result.reconstructions[i])
         assert torch.allclose(trace.scores, decide(trace.samples).cpu(), atol=1e-5)
-        copies = mirrored(trace.samples, shift=(0, 2), flip=mirror)
+        copies = mirrored(trace.samples, flip=mirror)
         assert torch.allclose(trace.mirrored_logits, decide(copies).cpu(), atol=1e-5)
         assert torch.equal(trace.last, trace.samples[[2, 5]])
         assert int(trace.given_scores.argmax()) == int(decide(small_images[i : i + 1]).argmax())

@@ -62,7 +62,7 @@ def test_a_fit_and_what_the_callbacks_make_of_it(images: Tensor, undecided: nn.M
 
 
 def test_the_traces_of_our_own_defence(images: Tensor, undecided: nn.Module) -> None:
-    guard = MirrorGuard(undecided, networks=["narrow"], T=4, t0=2, every=1, progress=False)
+    guard = MirrorGuard(undecided, networks=["small"], T=4, t0=2, every=1, progress=False)
     in_both(lambda: list(guard.defend(images[:1]).traces[0].tensors().values()))
 
 
