@@ -63,6 +63,8 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         victim: nn.Module = build(weights=weights, **options)
     for part in victim.modules():
-        if hasattr(part, "training"):  # eval() fails for what TorchScript has frozen or torch.export made
+        if hasattr(
+            part, "training"
+        ):  # eval() fails for what torch.export made; what TorchScript has frozen has no mode
             part.training = False
     return victim

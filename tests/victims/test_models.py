@@ -12,6 +12,7 @@ from dipguard.data import load_data
 from dipguard.data.image_folder import open_rgb
 from dipguard.defenses import build_defense
 from dipguard.integrations.art import purify_preprocessor
+from dipguard.store import victim_digest
 from dipguard.victims import Normalised, build_victim
 
 
@@ -102,7 +103,8 @@ def _exported(model):
 )
 def test_scripted_and_exported_models_are_taken(form):
     model = _linear().eval()
-    victim = build_victim(form(model), mean=(0, 0, 0), std=(1, 1, 1), size=32)
+    victim, other = (build_victim(form(m), mean=(0, 0, 0), std=(1, 1, 1), size=32) for m in (model, _linear().eval()))
+    assert victim_digest(victim) != victim_digest(other)
     images = torch.rand(3, 3, 32, 32)
     assert torch.allclose(victim(images), model(images), atol=1e-5)
 
