@@ -63,8 +63,6 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
         victim: nn.Module = build(weights=weights, **options)
     for part in victim.modules():
-        if hasattr(
-            part, "training"
-        ):  # eval() fails for what torch.export made; what TorchScript has frozen has no mode
+        if hasattr(part, "training"):  # what TorchScript has frozen has no mode; eval() fails for an export
             part.training = False
     return victim
