@@ -9,6 +9,7 @@ import pytorch_lightning as pl
 
 from dipguard import DIPGuard
 from dipguard.cli import CommandError, exit_codes, locked
+from dipguard.cli.main import main
 from dipguard.data import load_data
 
 LIBRARY = """
@@ -40,18 +41,24 @@ def test_a_signal_ends_a_program_with_its_code_and_a_message(number, code, capsy
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_pipe_that_nothing_reads_ends_a_program_in_silence(monkeypatch, capsys):
+def say_something():
+    with exit_codes("program"):
+        print("something")
+
+
+@pytest.mark.parametrize("program", [say_something, lambda: main(["list"])], ids=["any", "list"])
+@pytest.mark.parametrize("buffering", [-1, 1])
+def test_a_pipe_that_nothing_reads_ends_a_program_in_silence(program, buffering, monkeypatch, capsys):
     read, write = os.pipe()
     os.close(read)
 
-    def program():
-        with os.fdopen(write, "w") as stream, monkeypatch.context() as patch:
+    def unread():
+        with os.fdopen(write, "w", buffering=buffering) as stream, monkeypatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            with exit_codes("program"):
-                print("something")
+            program()
 
     with pytest.raises(SystemExit) as stopped:
-        program()
+        unread()
     assert stopped.value.code == 141
     assert capsys.readouterr().err == ""
 
