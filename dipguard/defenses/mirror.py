@@ -113,7 +113,7 @@ class MirrorGuard(DIPDefense):
         if isinstance(values["networks"], str) or not values["networks"]:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         own: dict[str, Any] = {"stack_size": stack_size, "progress": progress, "trainer": trainer}
-        fit = {"optimise_z": values["optimise_z"], **fit}
+        fit |= {} if fit.get("optimise_z") is not None else {"optimise_z": values["optimise_z"]}
         super().__init__(victim, network=values["networks"][0], seed=seed, **own, **fit)
         self.fits = tuple(
             replace(self.fit_options, network=network, seed=_seed_of(self.seed, number))
