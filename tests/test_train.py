@@ -520,12 +520,13 @@ def test_the_default_defence_gives_what_the_class_gives(finished_mirror: tuple[P
 def test_figures_log_and_page_of_the_default_defence(finished_mirror: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = finished_mirror
     assert {path.name for path in (folder / "figures").iterdir()} == {"panel.png", "trace_000000.png"}
-    assert "defence `mirror` (40 DIP steps an image)" in (folder / "report.md").read_text()
+    assert "defence `mirror` (60 DIP steps an image)" in (folder / "report.md").read_text()
     with next((folder / "logs" / "csv").glob("*/metrics.csv")).open(newline="") as file:
         lines = [line for line in csv.DictReader(file) if line["fit/quality"]]
-    # Two chunks of two fits of 20 steps each; a window's mean stands at its last step.
-    assert [int(line["step"]) for line in lines] == [9, 14, 19, 29, 34, 39, 49, 54, 59, 69, 74, 79]
-    assert DecisionTrace.load(traces(folder)[0]).steps.tolist() == [9, 14, 19, 29, 34, 39]
+    # Two chunks of three fits of 20 steps each; a window's mean stands at its last step.
+    ends = [20 * fit + end for fit in range(6) for end in (9, 14, 19)]
+    assert [int(line["step"]) for line in lines] == ends
+    assert DecisionTrace.load(traces(folder)[0]).steps.tolist() == ends[:9]
 
 
 def test_a_continued_run_fits_only_what_is_missing(

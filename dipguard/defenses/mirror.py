@@ -109,12 +109,11 @@ class MirrorGuard(DIPDefense):
         by_size = "imagenet" if size and max(size) >= PHOTOGRAPH else "cifar10"
         self.preset = check_choice(preset, PRESETS, name="preset") if preset is not None else by_size
         given = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
-        given["optimise_z"] = fit.pop("optimise_z", None)
         values = PRESETS[self.preset] | {name: value for name, value in given.items() if value is not None}
         if isinstance(values["networks"], str) or not values["networks"]:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         own: dict[str, Any] = {"stack_size": stack_size, "progress": progress, "trainer": trainer}
-        own["optimise_z"] = values["optimise_z"]
+        fit |= {} if fit.get("optimise_z") is not None else {"optimise_z": values["optimise_z"]}
         super().__init__(victim, network=values["networks"][0], seed=seed, **own, **fit)
         self.fits = tuple(
             replace(self.fit_options, network=network, seed=_seed_of(self.seed, number))

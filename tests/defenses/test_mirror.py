@@ -70,9 +70,10 @@ def test_the_preset_follows_the_victims_size(size, options, preset):
     wanted = PRESETS[preset]
     assert [fit.network for fit in defense.fits] == list(wanted["networks"])
     assert {name: getattr(defense, name) for name in ("T", "t0", "every", "early", "late")}.items() <= wanted.items()
-    assert MirrorGuard(network, **options, T=300).T == 300
-    none = dict.fromkeys(("networks", "T", "t0", "every", "early", "late", "optimise_z"))  # as the config has them
-    assert MirrorGuard(network, **options, **none).settings == defense.settings
+    assert {fit.optimise_z for fit in defense.fits} == {preset == "imagenet"}
+    changed = MirrorGuard(network, **options, T=300, early=None, optimise_z=None)
+    assert (changed.T, changed.early, changed.fits[0].optimise_z) == (300, defense.early, preset == "imagenet")
+    assert not MirrorGuard(network, **options, optimise_z=False).fits[0].optimise_z
 
 
 def test_photographs_for_a_victim_of_unknown_size_are_refused(small_victim):
