@@ -24,8 +24,8 @@ ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "only", "note
 """Keys of an attack's node beside its options."""
 ATTACK_CHECKS = ("control", "large_eps")
 LOGGERS: dict[str, tuple[str, ...]] = dict.fromkeys(("none", "csv", "tensorboard"), ())
-LOGGERS["wandb"] = ("project", "entity", "group", "offline")
-"""Name of a logger -> its options."""
+LOGGERS["wandb"] = ("project", "entity", "group", "name", "tags", "notes", "offline", "artifacts")
+"""Kind of a logger -> its options."""
 TRAINER = "pytorch_lightning.trainer.trainer:Trainer"
 TRAINER_OWN = "dipguard.fit.runner:OWNED"
 """Arguments of Lightning's Trainer, and those that a fit sets itself; of these, ``accelerator`` is the run's device."""
@@ -192,8 +192,8 @@ def _checked(config: RunConfig) -> RunConfig:
     for key in ("store_samples", "rebuild", "keep_traces"):
         check_bool(getattr(config, key), name=key)
     logger, trainer, own = _mapping("logger", config.logger), _mapping("trainer", config.trainer), _trainer_own()
-    check_choice(logger.get("name"), LOGGERS, name="logger.name")
-    _check_keys("logger", logger, ("name", *LOGGERS[logger["name"]]))
+    check_choice(logger.get("kind"), LOGGERS, name="logger.kind")
+    _check_keys("logger", logger, ("kind", *LOGGERS[logger["kind"]]))
     for name in trainer:
         if name in own:
             raise TypeError(f"`trainer.{name}` is set by dipguard itself, got {trainer[name]!r}")

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "RunLog": "loggers",
-    "open_log": "loggers",
+    "RunLog": "run_log",
+    "open_log": "run_log",
     "results_text": "report",
     "write_matrix_report": "report",
     "write_sweep_report": "sweep_report",
