@@ -136,7 +136,7 @@ def test_unknown_key_is_refused(override: str) -> None:
         ("trainer.devices=2", "`trainer.devices` is set by dipguard itself"),
         ("trainer.max_steps=2", "`trainer.max_steps` is set by dipguard itself"),
         ("trainer.precison=16", "`trainer.precison` is unknown (did you mean 'trainer.precision'?)"),
-        ("logger.project=x", "`logger.project` is unknown; `logger` takes: name"),
+        ("logger.project=x", "`logger.project` is unknown; `logger` takes: kind"),
         ("callbacks.stop.monitor=x", "`callbacks.stop._target_` must name the class"),
     ],
 )
@@ -214,7 +214,7 @@ def test_bad_choice_is_refused_with_the_allowed_ones(override: str, allowed: lis
         ("eps_255=300", "`eps_255` must be from 0 to 255"),
         ("rebuild=perhaps", "`rebuild` must be true or false, got 'perhaps'"),
         ("keep_traces=1", "`keep_traces` must be true or false, got 1"),
-        ("logger.name=mlflow", "`logger.name` must be one of none, csv, tensorboard, wandb, got 'mlflow'"),
+        ("logger.kind=mlflow", "`logger.kind` must be one of none, csv, tensorboard, wandb, got 'mlflow'"),
         ("data.name=mnist", "`data.name` must be one of digits"),
         ("defense.name=papr", "got 'papr' (did you mean 'paper'?)"),
         ("~victim", "`victim` must hold keys and values, got None"),

@@ -82,7 +82,8 @@ class Rows:
                     self._axes |= row.keys()
                 self._to_wandb(row, step=step)
                 return
-            self.inner.log_metrics(dict(metrics), step=step)
+            if metrics:
+                self.inner.log_metrics(dict(metrics), step=step)
             if isinstance(self.inner, TensorBoardLogger):
                 for name, path in pictures.items():
                     self.inner.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
