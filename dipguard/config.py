@@ -194,12 +194,8 @@ def _checked(config: RunConfig) -> RunConfig:
     logger, trainer, own = _mapping("logger", config.logger), _mapping("trainer", config.trainer), _trainer_own()
     check_choice(logger.get("kind"), LOGGERS, name="logger.kind")
     _check_keys("logger", logger, ("kind", *LOGGERS[logger["kind"]]))
-    for name in ("offline", "artifacts"):
-        if logger.get(name) is not None:
-            check_bool(logger[name], name=f"logger.{name}")
-    tags = logger.get("tags") or []
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise TypeError(f"`logger.tags` must be a list of texts, got {tags!r}")
+    if not isinstance(logger.get("tags") or [], list):
+        raise TypeError(f"`logger.tags` must be a list, got {logger['tags']!r}")
     for name in trainer:
         if name in own:
             raise TypeError(f"`trainer.{name}` is set by dipguard itself, got {trainer[name]!r}")

@@ -54,8 +54,7 @@ class StoppedDIP(DIPDefense):
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit one stack until the rule has chosen."""
         start = time.perf_counter()
-        own: dict[str, Any] = {"fit": self.fit_options, "T": self.T, "first_step": first_step}
-        stopped = fit_rule(images, rule=self.make_rule(), indices=indices, **own, **run)
+        stopped = fit_rule(images, rule=self.make_rule(), indices=indices, fit=self.fit_options, T=self.T, **run)
         return Purified.plain(stopped.images.to(images), start=start)
 
 

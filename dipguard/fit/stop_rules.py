@@ -15,22 +15,19 @@ from dipguard.fit.runner import run_fit
 
 ASK_EVERY = 50
 """Steps between two checks whether the rule is done: on a GPU each of them waits for the step to end."""
-CURVE_POINTS = 50
-"""Steps of a whole fit that are logged, about."""
 
 
 class StopRuleCallback(pl.Callback):
     """Shows every step of a fit to a fresh stopping rule, which may end the fit but changes nothing else.
 
-    The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack; ``first_step`` is added to
-    the step numbers there.
+    The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps.
 
     Attributes:
         stopped: What the rule chose, after the fit; None before.
     """
 
-    def __init__(self, rule: StopRule, *, first_step: int = 0) -> None:
-        self.rule, self.first_step = rule, first_step
+    def __init__(self, rule: StopRule) -> None:
+        self.rule = rule
         self.stopped: Stopped | None = None
 
     def on_train_batch_end(
@@ -40,10 +37,10 @@ class StopRuleCallback(pl.Callback):
         given = as_stacked_dip(pl_module).given
         step, x, errors = step_output(outputs)
         self.rule.update(step, x, given)
-        if trainer.loggers and (step + 1) % max(1, trainer.max_steps // CURVE_POINTS) == 0:
+        if trainer.loggers and (step + 1) % max(1, trainer.max_steps // 50) == 0:
             means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}
             for logger in trainer.loggers:
-                logger.log_metrics(means, step=self.first_step + step)
+                logger.log_metrics(means, step=step)
         if (step + 1) % ASK_EVERY == 0 and self.rule.done:
             trainer.should_stop = True
 
@@ -52,25 +49,17 @@ class StopRuleCallback(pl.Callback):
         self.stopped = self.rule.result()
 
 
-def fit_rule(
-    images: Tensor,
-    *,
-    rule: StopRule,
-    T: int,
-    callbacks: Sequence[pl.Callback] = (),
-    first_step: int = 0,
-    **run: Any,
-) -> Stopped:
+def fit_rule(images: Tensor, *, rule: StopRule, T: int, callbacks: Sequence[pl.Callback] = (), **run: Any) -> Stopped:
     """Fit B networks to B images for a fresh stopping rule alone, and no longer than it needs.
 
-    ``callbacks`` run after the rule's; ``first_step`` is added to the logger's step numbers. The other arguments are
-    those of :func:`dipguard.fit.run_fit`. Returns what the rule chose, on the fit's device and in its dtype.
+    ``callbacks`` run after the rule's; the other arguments are those of :func:`dipguard.fit.run_fit`. Returns what the
+    rule chose, on the fit's device and in its dtype.
 
     Raises:
         TypeError, ValueError: Bad images or options.
         RuntimeError: The rule waits for a step beyond T.
     """
-    watch = StopRuleCallback(rule, first_step=first_step)
+    watch = StopRuleCallback(rule)
     run_fit(images, T=rule.steps_needed(T), callbacks=[watch, *callbacks], **run)
     assert watch.stopped is not None
     return watch.stopped

@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "RunLog": "run_log",
-    "open_log": "run_log",
+    "RunLog": "loggers",
+    "open_log": "loggers",
     "results_text": "report",
     "write_matrix_report": "report",
     "write_sweep_report": "sweep_report",

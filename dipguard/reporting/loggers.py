@@ -1,4 +1,4 @@
-"""Lightning's loggers for a run, and the rows that go into them. A log is a copy; the run folder's files count."""
+"""The log of a run, which is written while it works, into one of Lightning's loggers. The run folder's files count."""
 
 from __future__ import annotations
 
@@ -7,49 +7,147 @@ import logging
 import re
 import secrets
 import subprocess
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from matplotlib.image import imread
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
-from torch import Tensor
 
 from dipguard.config import RunConfig
-from dipguard.evaluation.cell import name_of
+from dipguard.decision import DecisionTrace
+from dipguard.evaluation.cell import Cell, name_of
+from dipguard.evaluation.curves import Row
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.results import result_row
 from dipguard.files import write_text
+from dipguard.reporting.report import draw_cell, trace_paths
 from dipguard.reporting.results import flatten
+from dipguard.store import digest_of
 from dipguard.version import __version__
 
 _log = logging.getLogger(__name__)
 
-Columns: TypeAlias = Mapping[str, Sequence[Tensor | None]]
-NO_PICTURES: Mapping[str, Path] = {}
 CODE = Path(__file__).resolve().parents[2]
 CELLS = "cells/done"
 """Number of finished cells: the axis of what is logged when a cell is finished."""
+FIGURES = ("accuracy", "low", "high", "ssim", "psnr", "n", "seconds_per_image", "attack_seconds")
+"""What is logged of a finished cell."""
+MOST_TRACES, MOST_PICTURES = 64, 1000
+"""Most traces of a cell that its curve of accuracy is a mean over; rows of W&B's table that have pictures, about."""
 WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 120.0, "console": "off", "silent": True}
 """After these seconds without W&B's server, the run or the rest of it is kept offline. The terminal is not captured:
 that would outlive the job in a process with several jobs."""
 
 
-class Rows:
-    """Rows of metrics and pictures on their way into a Lightning logger, each of them once.
+class RunLog:
+    """The log of a matrix (:class:`dipguard.evaluation.runner.Log`): curves, finished cells, and at the end the images.
 
-    A row has a key. A resumed run folder goes on with its W&B run, so the keys of W&B's rows are kept in ``journal``,
-    after the run's id in the first line. CSV and TensorBoard get a new log, with all rows.
+    Curves of a single cell are those of all its fits, one after the other. In a matrix of many, each cell is followed
+    in its first stack, under ``fit/<defense>/<attack>/``.
+
+    A row has a key, and is entered once. A resumed run folder goes on with its W&B run, so that the keys of W&B's rows
+    are kept in ``journal``, after the run's id in the first line. CSV and TensorBoard begin a new log, with all rows.
     """
 
-    def __init__(self, inner: Logger, journal: Path | None = None) -> None:
-        self.inner, self.journal = inner, journal
-        self.keys = set() if journal is None else set(journal.read_text(encoding="utf-8").splitlines()[1:])
+    def __init__(self, matrix: Matrix, inner: Logger, journal: Path | None = None) -> None:
+        self.matrix, self.inner, self.journal = matrix, inner, journal
         self.run: Any = inner.experiment if isinstance(inner, WandbLogger) else None
-        self._earlier = len(self.keys)
-        self._axes: set[str] = set()
+        self.keys = set() if journal is None else set(journal.read_text(encoding="utf-8").splitlines()[1:])
+        self._earlier, self._single = len(self.keys), len(matrix.cells) == 1
+        self._done: list[Cell] = []
+        self._summary: dict[str, Any] = {}
 
-    def claim(self, key: str) -> bool:
+    def curves(self, cell: Cell, *, chunk: int) -> Row | None:
+        """Where the curves of a chunk of this number go."""
+        if chunk and not self._single:
+            return None
+        self.inner.save()
+        first, longest = chunk * self.matrix.chunk_steps(cell), cell.defense.steps_per_image
+
+        def row(step: int, metrics: Mapping[str, float]) -> None:
+            if self._single or step < longest:
+                key = " ".join([cell.key[:16], f"{chunk}:{step}", *sorted(metrics)])
+                self.add(key, {self._name(cell, name): value for name, value in metrics.items()}, step=first + step)
+
+        return row
+
+    def finished(self, cell: Cell) -> None:
+        """Enter a finished cell, with pictures of its first images if it has a DIP."""
+        self._done.append(cell)
+        for chunk, curve in enumerate(self.matrix.curves(cell)):
+            row = self.curves(cell, chunk=chunk)
+            for step, metrics in curve if row is not None else ():
+                row(step, metrics)
+        result, (attack, defense) = self.matrix.results[cell.place][-1], cell.place
+        found = result_row(self.matrix, result)
+        figures = {name: found[name] for name in FIGURES if found[name] is not None}
+        alike = [done for done in self._done if done.target is cell.target and not done.check] or [cell]
+        rights = [float(self.matrix.results[done.place][-1].right.double().mean()) for done in alike]
+        of_cell = flatten({attack: figures, "mean_accuracy": sum(rights) / len(rights)}, f"result/{defense}/", sep="/")
+        self._summary |= of_cell
+        if cell.key in self.keys:
+            return
+        for step, right in self._accuracy_of_fits(cell):
+            name = self._name(cell, "fit/accuracy")
+            self.add(f"{cell.key[:16]} {step} {name}", {name: right}, step=step)
+        place, number = f"_{defense}.{attack}", len(self._done)
+        drawn = draw_cell(self.matrix, result, place) if cell.defense.steps_per_image and not self._single else []
+        pictures = {f"figures/{defense}/{attack}/{path.stem.replace(place, '')}": path for path in drawn}
+        own = flatten({**figures, "seconds": sum(result.seconds.values())}, "cells/")
+        self.add(cell.key, {CELLS: number, **own, **of_cell}, step=number, pictures=pictures)
+        self.inner.save()
+
+    def results(self, metrics: Mapping[str, Any], figures: Sequence[Path]) -> None:
+        """Enter the run's own metrics and figures, the table of its images and, if they are wanted, its artifacts."""
+        flat = {name: v for name, v in flatten(metrics, "result/", sep="/").items() if isinstance(v, int | float)}
+        key, images = digest_of([cell.key for cell in self._done]), pd.read_csv(self.matrix.folder / "images.csv")
+        self.add(f"result {key}", flat, pictures={f"figures/{path.stem}": path for path in figures})
+        if isinstance(self.inner, TensorBoardLogger):
+            self.inner.experiment.add_text("images", images.to_markdown(index=False))
+        elif self.run is not None:
+            import wandb
+
+            with self._as_copy():
+                table = images.astype(object).assign(**self._pictures())
+                self.add(f"images {key}", {"images": wandb.Table(dataframe=table)})
+                self.run.summary.update({**self._summary, **flat})  # a resumed offline run begins a new one
+                if self.matrix.config.logger["artifacts"] and self._claim(f"artifact {key}"):
+                    self._upload(wandb.Artifact(f"reconstructions-{self.run.id}", type="reconstructions"))
+
+    def add(
+        self,
+        key: str,
+        metrics: Mapping[str, Any],
+        *,
+        step: int | None = None,
+        pictures: Mapping[str, Path] | None = None,
+    ) -> None:
+        """Enter a row, unless one of this key is there. Pictures go to TensorBoard and W&B."""
+        shown = pictures or {}
+        if not self._claim(key):
+            return
+        if self.run is None:
+            if metrics:
+                self.inner.log_metrics(dict(metrics), step=step)
+            for name, path in shown.items() if isinstance(self.inner, TensorBoardLogger) else ():
+                self.inner.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+            return
+        import wandb
+
+        with self._as_copy():
+            if self._earlier and self.run.step < self._earlier:  # an offline record would count from 0 again
+                self.run.log({}, step=self._earlier, commit=False)
+            self._earlier = 0
+            for name in metrics if CELLS in metrics else ():
+                # Each by its name: W&B takes any one of the patterns that match, and Lightning has set "*".
+                self.run.define_metric(name, step_metric=CELLS)
+            row = {**metrics, **{name: wandb.Image(str(path)) for name, path in shown.items()}}
+            self.inner.log_metrics(row, step=None if CELLS in metrics else step)
+
+    def _claim(self, key: str) -> bool:
         """Note a key; False if it was there already."""
         if key in self.keys:
             return False
@@ -59,134 +157,89 @@ class Rows:
                 file.write(f"{key}\n")
         return True
 
-    def add(
-        self,
-        key: str,
-        metrics: Mapping[str, Any],
-        *,
-        step: int | None = None,
-        pictures: Mapping[str, Path] = NO_PICTURES,
-    ) -> None:
-        """Log a row, unless one of this key is there. Pictures go to TensorBoard and W&B."""
-        if not self.claim(key):
-            return
-        with self._as_copy():
-            if self.run is not None:
-                import wandb
-
-                row = {**metrics, **{name: wandb.Image(str(path)) for name, path in pictures.items()}}
-                if CELLS in row:  # by name: W&B takes any one of the patterns that match, and Lightning has set "*"
-                    step = None
-                    for name in row.keys() - self._axes:
-                        self.run.define_metric(name, step_metric=CELLS)
-                    self._axes |= row.keys()
-                self._to_wandb(row, step=step)
-                return
-            if metrics:
-                self.inner.log_metrics(dict(metrics), step=step)
-            if isinstance(self.inner, TensorBoardLogger):
-                for name, path in pictures.items():
-                    self.inner.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
-
-    def table(self, key: str, rows: pd.DataFrame, pictures: Callable[[], Columns]) -> None:
-        """Log the table of images: as text into TensorBoard, and into W&B with columns of pictures [3, H, W]."""
-        if isinstance(self.inner, TensorBoardLogger):
-            self.inner.experiment.add_text("images", rows.to_markdown(index=False))
-        elif self.run is not None and self.claim(key):
-            import wandb
-
-            with self._as_copy():
-                shown = {
-                    name: [None if x is None else wandb.Image(_pixels(x)) for x in column]
-                    for name, column in pictures().items()
-                }
-                self._to_wandb({"images": wandb.Table(dataframe=rows.astype(object).assign(**shown))})
-
-    def upload(self, key: str, name: str, fill: Callable[[Any], None]) -> None:
-        """Give W&B an artifact that ``fill`` adds files to; its size is logged before."""
-        if self.run is None or not self.claim(key):
-            return
-        import wandb
-
-        with self._as_copy():
-            artifact = wandb.Artifact(f"{name}-{self.run.id}", type=name)
-            fill(artifact)
-            count, size = len(artifact.manifest.entries), artifact.size / 1e6
-            _log.info("W&B artifact %s: %d files, %.1f MB", artifact.name, count, size)
-            self.run.log_artifact(artifact)
-
-    def summarise(self, metrics: Mapping[str, Any]) -> None:
-        """Complete W&B's summary, which a resumed offline run would begin anew."""
-        if self.run is not None:
-            with self._as_copy():
-                self.run.summary.update(dict(metrics))
-
-    def save(self) -> None:
-        """Write out what is buffered."""
-        self.inner.save()
-
-    def _to_wandb(self, row: Mapping[str, Any], *, step: int | None = None) -> None:
-        if self.run.step < self._earlier:  # a new offline record would count its rows from 0 again
-            self.run.log({}, step=self._earlier, commit=False)
-        self._earlier = 0
-        self.inner.log_metrics(dict(row), step=step)
-
     @contextlib.contextmanager
     def _as_copy(self) -> Iterator[None]:
         """A failure of W&B does not end the run."""
         try:
             yield
         except Exception as error:
-            if self.run is None:
-                raise
             _log.warning("W&B was not given some results: %s: %s", type(error).__name__, error)
 
+    def _name(self, cell: Cell, name: str) -> str:
+        return name if self._single else "/".join(["fit", *reversed(cell.place), name.removeprefix("fit/")])
 
-def _pixels(image: Tensor) -> np.ndarray[Any, Any]:
-    return (image * 255).round().byte().permute(1, 2, 0).numpy()
+    def _accuracy_of_fits(self, cell: Cell) -> Iterator[tuple[int, float]]:
+        """At each sampled step, the share of x(t) that are classified correctly, from the traces that are kept."""
+        paths = trace_paths(self.matrix, self.matrix.results[cell.place][-1])
+        right: dict[int, list[float]] = {}
+        for i, path in list(paths.items())[:MOST_TRACES]:
+            trace = DecisionTrace.load(path)  # one at a time: they are large
+            for step, decision in zip(trace.steps.tolist(), trace.decisions.tolist(), strict=True):
+                right.setdefault(step, []).append(decision == int(cell.clean.labels[i]))
+        yield from ((step, sum(values) / len(values)) for step, values in right.items())
+
+    def _pictures(self) -> dict[str, list[Any]]:
+        """Columns of pictures for images.csv: clean, given and reconstruction."""
+        import wandb
+
+        columns: dict[str, list[Any]] = {}
+        budgets = [(n, r) for cells in self.matrix.results.values() for n, r in enumerate(cells) if r.done]
+        wanted = self.matrix.config.figures
+        most = max(wanted, MOST_PICTURES // max(1, len(budgets)))
+        for budget, result in budgets if wanted else ():
+            place, clean = result.cell.place, result.cell.clean.images
+            made = self.matrix.reconstructions(*place, snapshot=budget)
+            three = {"clean": clean, "given": self.matrix.attacked(*place, snapshot=budget), "reconstruction": made}
+            for name, images in three.items():
+                pixels = (images[:most] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+                columns.setdefault(name, []).extend([*map(wandb.Image, pixels), *[None] * (len(images) - len(pixels))])
+        return columns
+
+    def _upload(self, artifact: Any) -> None:
+        """Give W&B all reconstructions, and the traces that are kept; their size is logged first."""
+        for cell in self._done:
+            with artifact.new_file(f"{'/'.join(['reconstructions', *cell.place])}.npz", mode="wb") as file:
+                images = self.matrix.reconstructions(*cell.place).numpy()
+                np.savez_compressed(file, images=images, indices=cell.clean.indices.numpy())
+        if (traces := self.matrix.folder / "traces").is_dir():
+            artifact.add_dir(str(traces), name="traces")
+        count, size = len(artifact.manifest.entries), artifact.size / 1e6
+        _log.info("W&B artifact %s: %d files, %.1f MB", artifact.name, count, size)
+        self.run.log_artifact(artifact)
 
 
 @contextlib.contextmanager
-def open_rows(config: RunConfig, folder: Path, *, job_type: str, group: str | None) -> Iterator[Rows | None]:
-    """The rows of the logger that the config asks for, closed at the end in any case; None for ``none``.
+def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None) -> Iterator[RunLog | None]:
+    """The run's log, closed at the end in any case; None if the config has ``logger.kind=none``.
 
     CSV files are in ``logs/csv/<session>/``, TensorBoard's in ``logs/tensorboard/<session>/``, W&B's in
-    ``logs/wandb/``. A resumed run opens a new session, and goes on with its W&B run.
-
-    Args:
-        config: The settings; its ``logger`` has the ``kind`` and the options of that logger.
-        folder: The run folder.
-        job_type: For W&B: ``fit``, ``evaluate`` or ``sweep``.
-        group: For W&B: the sweep.
+    ``logs/wandb/``. ``job_type`` (``fit``, ``evaluate`` or ``sweep``) and ``group`` (the sweep) are for W&B.
     """
-    kind, inner, rows = config.logger["kind"], None, None
+    config, folder, kind = matrix.config, matrix.folder, matrix.config.logger["kind"]
     if kind == "none":
         yield None
         return
     if kind == "wandb":
         inner, journal = _open_wandb(config, folder, job_type=job_type, group=group)
-        rows = Rows(inner, None if inner.experiment.disabled else journal)
+        log = RunLog(matrix, inner, None if inner.experiment.disabled else journal)
     else:
         root = folder / "logs" / kind
         session = f"session_{len(list(root.glob('session_*')))}"
-        rows = Rows((CSVLogger if kind == "csv" else TensorBoardLogger)(root, name="", version=session))
+        log = RunLog(matrix, (CSVLogger if kind == "csv" else TensorBoardLogger)(root, name="", version=session))
     status = "failed"
     try:
-        rows.inner.log_hyperparams(flat_settings(config))
-        yield rows
+        log.inner.log_hyperparams(flat_settings(config))
+        yield log
         status = "success"
     finally:
-        rows.save()
-        rows.inner.finalize(status)
-        if rows.run is not None:
-            _close(rows.run, exit_code=int(status == "failed"))
+        log.inner.save()
+        log.inner.finalize(status)
+        if log.run is not None:
+            _close(log.run, exit_code=int(status == "failed"))
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings with keys like ``defense/tau`` if there is one defence, else ``defenses/paper/tau``.
-
-    W&B's plots do not find keys with dots.
-    """
+    """The settings as ``defense/tau`` if there is one defence, else ``defenses/paper/tau``: W&B's plots find no dots."""
     values = {name: value for name, value in config.to_dict().items() if name != "logger"}
     for many, one in (("attacks", "attack"), ("defenses", "defense")):
         if len(values[many]) == 1:
@@ -209,9 +262,9 @@ def run_name(config: RunConfig, folder: Path, *, group: str | None) -> str:
         return re.sub(r"-[0-9a-f]{8}$", "", folder.name)
     many = [("attacks", list(config.attacks)), ("defences", list(config.defenses))]
     what = [labels[0] if len(labels) == 1 else f"{len(labels)} {kind}" for kind, labels in many]
-    victim = config.victim.get("arch") or name_of(config.victim)
     between = "-" if all(len(labels) == 1 for _, labels in many) else " x "
-    return "-".join([name_of(config.data), str(victim), between.join(what)])
+    victim = str(config.victim.get("arch") or name_of(config.victim))
+    return "-".join([name_of(config.data), victim, between.join(what)])
 
 
 def wandb_mode(offline: bool | None) -> str:
@@ -225,7 +278,7 @@ def wandb_mode(offline: bool | None) -> str:
 
 
 def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | None) -> tuple[WandbLogger, Path]:
-    """Lightning's logger with its run, and the run's journal; offline if the server is out of reach or refuses the key.
+    """Lightning's logger with its run, and its journal; offline if the server cannot be reached or refuses the key.
 
     What the config leaves open is as W&B's own settings say (``WANDB_NAME``, ``WANDB_PROJECT``, ...).
     """
@@ -236,14 +289,12 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     # W&B looks for a repository around the folder of its files, which may be anywhere.
     settings = {**WANDB_SETTINGS, "git_root": own.git_root or str(CODE)}
     options: dict[str, Any] = {
+        **{name: asked[name] for name in ("entity", "tags", "notes")},
         "save_dir": folder / "logs",
         "name": asked["name"] or own.run_name or run_name(config, folder, group=group),
         "project": asked["project"] or own.project or "dipguard",
-        "entity": asked["entity"],
         "group": asked["group"] or own.run_group or group,
         "job_type": own.run_job_type or job_type,
-        "tags": asked["tags"],
-        "notes": asked["notes"],
         "reinit": "create_new",  # the run of the next job in this process is another one
         "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
     }

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from functools import partial
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
+from dipguard.decision import DecisionTrace
 from dipguard.evaluation.cell import NOT_RUN, CellResult
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import accuracy
 from dipguard.evaluation.results import write_results
 from dipguard.files import write_json, write_npz, write_text
-from dipguard.reporting.canvas import save_figure
-from dipguard.reporting.cell_figures import draw_cell, pictures_of
+from dipguard.reporting.canvas import Picture, class_name, save_figure
 from dipguard.reporting.curves_figure import write_curves
-from dipguard.reporting.image_figures import draw_grid
+from dipguard.reporting.image_figures import draw_grid, draw_panel
 from dipguard.reporting.paper_figures import head_of
 from dipguard.reporting.results import DONE, WORST, in_suite, read_checks, read_results
-from dipguard.reporting.run_log import RunLog
 from dipguard.reporting.suite import suite_rows, suite_text, write_suite
 from dipguard.reporting.tables import tables_text, write_tables
+from dipguard.reporting.trace_figure import draw_trace
+
+if TYPE_CHECKING:
+    from dipguard.reporting.loggers import RunLog
 
 AVERAGED = {
     "crossings": "crossings_stitched",
@@ -167,6 +171,43 @@ Files: `metrics.json` (figures and settings), `images.csv` (a row for each image
 """
 
 
+def trace_paths(matrix: Matrix, result: CellResult) -> dict[int, Path]:
+    """The files of a cell's traces that are kept, by the position of the image."""
+    paths = [matrix.traces_path(*result.cell.place, index) for index in result.cell.clean.indices.tolist()]
+    return {i: path for i, path in enumerate(paths) if result.done and path.is_file()}
+
+
+def _pictures(matrix: Matrix, result: CellResult) -> list[list[Picture]]:
+    """Clean, attacked and purified picture of each image that is drawn."""
+    clean, place, count = result.cell.clean, result.cell.place, matrix.config.figures
+    images = (clean.images, matrix.attacked(*place), matrix.reconstructions(*place))
+    decisions = (result.cell.target.decisions_clean, result.decisions_given, result.decisions)
+    columns = []
+    for shown, found, ssim in zip(images, decisions, (None, result.ssim_given, result.ssim), strict=True):
+        captions = [f"SSIM {x:.3f}" if x == x else "" for x in ([] if ssim is None else ssim[:count].tolist())]
+        rows = zip(shown[:count], found.tolist(), clean.labels.tolist(), captions or [""] * count, strict=False)
+        columns.append([Picture(x, class_name(y, clean.classes), y == label, text) for x, y, label, text in rows])
+    return [list(row) for row in zip(*columns, strict=False)]
+
+
+def draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
+    """A panel of a cell's first images and the decision trace of each, as far as it is kept, in ``figures/``."""
+    if not matrix.config.figures:
+        return []
+    clean, folder, traces = result.cell.clean, matrix.folder / "figures", trace_paths(matrix, result)
+    rows, paths = {}, []
+    for i, pictures in enumerate(_pictures(matrix, result)):
+        index, label = int(clean.indices[i]), int(clean.labels[i])
+        rows[f"image {index}\ntrue: {class_name(label, clean.classes)}"] = pictures
+        if i in traces:
+            trace = DecisionTrace.load(traces[i])
+            known: dict[str, Any] = {"decision": int(result.decisions[i]), "label": label, "clean": clean.images[i]}
+            name_of = partial(class_name, classes=clean.classes)
+            figure = draw_trace(trace, result.cell.defense.rebuild(trace), name_of=name_of, **known)
+            paths.append(save_figure(figure, folder / f"trace{name}_{index:06d}.png"))
+    return [save_figure(draw_panel(rows), folder / f"panel{name}.png"), *paths]
+
+
 def _comparisons(matrix: Matrix) -> list[Path]:
     """figure9_<attack>.png for each attack that is the same for all defences."""
     made: list[Path] = []
@@ -180,7 +221,7 @@ def _comparisons(matrix: Matrix) -> list[Path]:
             continue
         given = [] if attack == "clean" else [f"attacked: {head_of(attack)}"]
         heads = ["clean", *given, *(r.cell.target.label for r in found)]
-        first, *others = (pictures_of(matrix, result) for result in found)
+        first, *others = (_pictures(matrix, result) for result in found)
         rows = {
             f"image {int(index)}": [pictures[0], *pictures[1 : 1 + len(given)], pictures[2], *(o[i][2] for o in others)]
             for i, (index, pictures) in enumerate(zip(found[0].cell.clean.indices, first, strict=False))
