@@ -30,6 +30,7 @@ from dipguard.version import __version__
 
 _log = logging.getLogger(__name__)
 
+NONE: Mapping[str, Path] = {}
 CODE = Path(__file__).resolve().parents[2]
 CELLS = "cells/done"
 """Number of finished cells: the axis of what is logged when a cell is finished."""
@@ -118,21 +119,15 @@ class RunLog:
                     self._upload(wandb.Artifact(f"reconstructions-{self.run.id}", type="reconstructions"))
 
     def add(
-        self,
-        key: str,
-        metrics: Mapping[str, Any],
-        *,
-        step: int | None = None,
-        pictures: Mapping[str, Path] | None = None,
+        self, key: str, metrics: Mapping[str, Any], *, step: int | None = None, pictures: Mapping[str, Path] = NONE
     ) -> None:
         """Enter a row, unless one of this key is there. Pictures go to TensorBoard and W&B."""
-        shown = pictures or {}
         if not self._claim(key):
             return
         if self.run is None:
             if metrics:
                 self.inner.log_metrics(dict(metrics), step=step)
-            for name, path in shown.items() if isinstance(self.inner, TensorBoardLogger) else ():
+            for name, path in pictures.items() if isinstance(self.inner, TensorBoardLogger) else ():
                 self.inner.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
             return
         import wandb
@@ -144,7 +139,7 @@ class RunLog:
             for name in metrics if CELLS in metrics else ():
                 # Each by its name: W&B takes any one of the patterns that match, and Lightning has set "*".
                 self.run.define_metric(name, step_metric=CELLS)
-            row = {**metrics, **{name: wandb.Image(str(path)) for name, path in shown.items()}}
+            row = {**metrics, **{name: wandb.Image(str(path)) for name, path in pictures.items()}}
             self.inner.log_metrics(row, step=None if CELLS in metrics else step)
 
     def _claim(self, key: str) -> bool:
@@ -239,7 +234,7 @@ def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None)
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
-    """The settings as ``defense/tau`` if there is one defence, else ``defenses/paper/tau``: W&B's plots find no dots."""
+    """Settings as ``defense/tau`` if there is one defence, else ``defenses/paper/tau``: W&B's plots find no dots."""
     values = {name: value for name, value in config.to_dict().items() if name != "logger"}
     for many, one in (("attacks", "attack"), ("defenses", "defense")):
         if len(values[many]) == 1:

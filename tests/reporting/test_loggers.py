@@ -9,7 +9,7 @@ import yaml
 
 from dipguard.evaluation import Matrix, run
 from dipguard.reporting import open_log, write_train_report
-from dipguard.reporting.loggers import Rows, code_state, flat_settings, open_rows, run_name, wandb_mode
+from dipguard.reporting.loggers import code_state, flat_settings, run_name, wandb_mode
 from tests.sweeps.wandb_reader import Run, read_run
 from tests.tiny_matrix import tiny_evaluation, typed_matrix
 from tests.tiny_run import tiny_run, typed_config
@@ -107,7 +107,7 @@ def test_wandb_keeps_one_run_with_a_table_of_pictures(matrix: Matrix, monkeypatc
         assert log is not None
         run(matrix, log=log)
         metrics = write_train_report(matrix, log=log)
-        kept = Path(log.rows.run.dir).parent
+        kept = Path(log.run.dir).parent
     assert wandb.run is None, "the run must not stay open for the next job of the process"
     (read,) = wandb_runs(matrix.folder)
     assert (read.name, read.job_type) == ("digits-digits_cnn-pgd-paper", "fit")
@@ -132,14 +132,14 @@ def test_wandb_keeps_one_run_with_a_table_of_pictures(matrix: Matrix, monkeypatc
 
 
 @pytest.mark.slow
-def test_rows_of_a_resumed_wandb_run_go_on_where_they_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_resumed_wandb_run_go_on_where_they_ended(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     for last in (2, 2, 5):  # the second session has nothing to add
-        with open_rows(typed_config("logger=wandb"), tmp_path, job_type="fit", group=None) as rows:
-            assert rows is not None
+        with open_log(logged(matrix, "logger=wandb")) as log:
+            assert log is not None
             for number in range(last):
-                rows.add(f"row {number}", {"fit/mse": 0.5}, step=10 * number)
-    runs = wandb_runs(tmp_path)
+                log.add(f"row {number}", {"fit/mse": 0.5}, step=10 * number)
+    runs = wandb_runs(matrix.folder)
     assert len(runs) == 3
     assert len({one.id for one in runs}) == 1
     assert all(one.resumes for one in runs)
@@ -148,40 +148,40 @@ def test_rows_of_a_resumed_wandb_run_go_on_where_they_ended(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_a_disabled_wandb_run_leaves_nothing_to_go_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disabled_wandb_run_leaves_nothing_to_go_on_with(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in ("disabled", "dryrun"):
         monkeypatch.setenv("WANDB_MODE", mode)
         fresh_settings()
-        with open_rows(typed_config("logger=wandb"), tmp_path, job_type="fit", group=None) as rows:
-            assert rows is not None
-            rows.add("row", {"cells/done": 1, "cells/accuracy": 0.5})
-    (read,) = wandb_runs(tmp_path)  # that of dryrun, W&B's old name of offline
+        with open_log(logged(matrix, "logger=wandb")) as log:
+            assert log is not None
+            log.add("row", {"cells/done": 1, "cells/accuracy": 0.5})
+    (read,) = wandb_runs(matrix.folder)  # that of dryrun, W&B's old name of offline
     assert [line["_step"] for line in read.history] == [0]
     assert ("cells/done", "cells/accuracy") in read.axes
 
 
 @pytest.mark.slow
-def test_wandb_run_is_closed_when_the_job_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_run_is_closed_when_the_job_fails(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     def fail() -> None:
-        with open_rows(typed_config("logger=wandb"), tmp_path, job_type="fit", group=None):
+        with open_log(logged(matrix, "logger=wandb")):
             raise RuntimeError("the job failed")
 
     with pytest.raises(RuntimeError, match="the job failed"):
         fail()
     assert wandb.run is None
-    assert [one.exit_code for one in wandb_runs(tmp_path)] == [1]
+    assert [one.exit_code for one in wandb_runs(matrix.folder)] == [1]
 
 
-def test_a_row_is_entered_once(tmp_path: Path) -> None:
-    with open_rows(typed_config("logger=csv"), tmp_path, job_type="fit", group=None) as rows:
-        assert isinstance(rows, Rows)
+def test_a_row_is_entered_once(matrix: Matrix) -> None:
+    with open_log(logged(matrix, "logger=csv")) as log:
+        assert log is not None
         for value in (1.0, 2.0):
-            rows.add("one", {"x": value}, step=3)
-    assert read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv") == [{"step": "3", "x": "1.0"}]
+            log.add("one", {"x": value}, step=3)
+    assert read_rows(matrix.folder / "logs" / "csv" / "session_0" / "metrics.csv") == [{"step": "3", "x": "1.0"}]
 
 
 def test_names_say_what_a_run_is() -> None:
