@@ -16,7 +16,7 @@ import pandas as pd
 from matplotlib.image import imread
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from dipguard.config import RunConfig
+from dipguard.config import LOGGERS, RunConfig
 from dipguard.decision import DecisionTrace
 from dipguard.evaluation.cell import Cell, name_of
 from dipguard.evaluation.curves import Row
@@ -85,9 +85,10 @@ class RunLog:
         result, (attack, defense) = self.matrix.results[cell.place][-1], cell.place
         found = result_row(self.matrix, result)
         figures = {name: found[name] for name in FIGURES if found[name] is not None}
-        alike = [done for done in self._done if done.target is cell.target and not done.check] or [cell]
+        alike = [done for done in self._done if done.target is cell.target and not done.check]
         rights = [float(self.matrix.results[done.place][-1].right.double().mean()) for done in alike]
-        of_cell = flatten({attack: figures, "mean_accuracy": sum(rights) / len(rights)}, f"result/{defense}/", sep="/")
+        mean = {"mean_accuracy": sum(rights) / len(rights)} if rights else {}
+        of_cell = flatten({attack: figures, **mean}, f"result/{defense}/", sep="/")
         self._summary |= of_cell
         if cell.key in self.keys:
             return
@@ -115,7 +116,7 @@ class RunLog:
                 table = images.astype(object).assign(**self._pictures())
                 self.add(f"images {key}", {"images": wandb.Table(dataframe=table)})
                 self.run.summary.update({**self._summary, **flat})  # a resumed offline run begins a new one
-                if self.matrix.config.logger["artifacts"] and self._claim(f"artifact {key}"):
+                if self.matrix.config.logger.get("artifacts") and self._claim(f"artifact {key}"):
                     self._upload(wandb.Artifact(f"reconstructions-{self.run.id}", type="reconstructions"))
 
     def add(
@@ -279,7 +280,7 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     """
     import wandb
 
-    own, asked = wandb.setup().settings, config.logger
+    own, asked = wandb.setup().settings, dict.fromkeys(LOGGERS["wandb"]) | config.logger
     known = wandb.Settings.model_fields  # older versions do not know all settings
     # W&B looks for a repository around the folder of its files, which may be anywhere.
     settings = {**WANDB_SETTINGS, "git_root": own.git_root or str(CODE)}
