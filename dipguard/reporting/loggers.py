@@ -36,8 +36,8 @@ CELLS = "cells/done"
 """Number of finished cells: the axis of what is logged when a cell is finished."""
 FIGURES = ("accuracy", "low", "high", "ssim", "psnr", "n", "seconds_per_image", "attack_seconds")
 """What is logged of a finished cell."""
-MOST_TRACES, MOST_PICTURES = 64, 1000
-"""Most traces of a cell that its curve of accuracy is a mean over; rows of W&B's table that have pictures, about."""
+MOST_TRACES, MOST_PIXELS = 64, 2**20
+"""Most traces of a cell that its curve of accuracy is a mean over; pixels of a column of W&B's table, about."""
 WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 120.0, "console": "off", "silent": True}
 """After these seconds without W&B's server, the run or the rest of it is kept offline. The terminal is not captured:
 that would outlive the job in a process with several jobs."""
@@ -180,8 +180,8 @@ class RunLog:
 
         columns: dict[str, list[Any]] = {}
         budgets = [(n, r) for cells in self.matrix.results.values() for n, r in enumerate(cells) if r.done]
-        wanted = self.matrix.config.figures
-        most = max(wanted, MOST_PICTURES // max(1, len(budgets)))
+        wanted, (height, width) = self.matrix.config.figures, self.matrix.clean.images.shape[-2:]
+        most = max(wanted, MOST_PIXELS // (height * width * max(1, len(budgets))))
         for budget, result in budgets if wanted else ():
             place, clean = result.cell.place, result.cell.clean.images
             made = self.matrix.reconstructions(*place, snapshot=budget)
