@@ -164,8 +164,9 @@ class Matrix:
         if self._lacks_traces(entry, part.stop - part.start):
             self.store.remove("cells", key)
             entry = self.store.arrays("cells", key, make)
-        for step, metrics in entry.header.get("curves", ()) if row is not None else ():
-            row(step, metrics)
+        if row is not None:
+            for step, metrics in entry.header.get("curves", ()):
+                row(step, metrics)
         for index in self._lost_traces(cell, entry):
             write_bytes(self.traces_path(*cell.place, int(index)), entry.arrays[f"trace {index}"].tobytes())
         return Entry({name: entry.arrays[name] for name in ("images", "used")}, entry.header)

@@ -45,8 +45,8 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     write_results(matrix)
     todo = [cell for cell in matrix.cells if cell.why is None and not matrix.results[cell.place][0].done]
     _announce(matrix, todo)
-    for cell in matrix.cells if log is not None else ():
-        if matrix.results[cell.place][0].done:
+    for cell in matrix.cells:
+        if log is not None and matrix.results[cell.place][0].done:
             log.finished(cell)
     if matrix.config.processes > 1 and todo:
         _share_out(matrix, todo)

@@ -79,9 +79,9 @@ class RunLog:
         """Enter a finished cell, with pictures of its first images if it has a DIP."""
         self._done.append(cell)
         for chunk, curve in enumerate(self.matrix.curves(cell)):
-            row = self.curves(cell, chunk=chunk)
-            for step, metrics in curve if row is not None else ():
-                row(step, metrics)
+            if (row := self.curves(cell, chunk=chunk)) is not None:
+                for step, metrics in curve:
+                    row(step, metrics)
         result, (attack, defense) = self.matrix.results[cell.place][-1], cell.place
         found = result_row(self.matrix, result)
         figures = {name: found[name] for name in FIGURES if found[name] is not None}
@@ -128,8 +128,9 @@ class RunLog:
         if self.run is None:
             if metrics:
                 self.inner.log_metrics(dict(metrics), step=step)
-            for name, path in pictures.items() if isinstance(self.inner, TensorBoardLogger) else ():
-                self.inner.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+            if isinstance(self.inner, TensorBoardLogger):
+                for name, path in pictures.items():
+                    self.inner.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
             return
         import wandb
 
