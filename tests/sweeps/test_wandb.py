@@ -44,6 +44,7 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
     folder = tmp_path / "betas"
     run_sweep(folder, *TINY, *ONE_DEFENSE, "logger=wandb", "defenses.paper.beta=0.1,0.9")
     assert wandb.run is None
+    wandb.teardown()  # all is written
     runs = runs_in(folder)
     assert len({run.id for run in runs}) == len(runs) == 2
     assert {run.config["defense/beta"] for run in runs} == {0.1, 0.9}

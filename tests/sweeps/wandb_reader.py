@@ -19,7 +19,7 @@ FULL, LAST = 1, 4
 
 @dataclass
 class Run:
-    """What a record holds; axes are (axis, metric), artifacts (name, files)."""
+    """What a record holds; axes are (axis, metric), artifacts (name, files by path)."""
 
     id: str = ""
     name: str = ""
@@ -33,7 +33,7 @@ class Run:
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     axes: list[tuple[str, str]] = field(default_factory=list)
-    artifacts: list[tuple[str, list[str]]] = field(default_factory=list)
+    artifacts: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     exit_code: int | None = None
 
 
@@ -60,7 +60,8 @@ def read_run(folder: Path) -> Run:
         elif kind == "metric":
             run.axes.append((record.metric.step_metric, record.metric.glob_name or record.metric.name))
         elif kind == "artifact":
-            run.artifacts.append((record.artifact.name, [file.path for file in record.artifact.manifest.contents]))
+            files = record.artifact.manifest.contents
+            run.artifacts.append((record.artifact.name, {file.path: file.local_path for file in files}))
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run
