@@ -24,8 +24,8 @@ ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "only", "note
 """Keys of an attack's node beside its options."""
 ATTACK_CHECKS = ("control", "large_eps")
 LOGGERS: dict[str, tuple[str, ...]] = dict.fromkeys(("none", "csv", "tensorboard"), ())
-LOGGERS["wandb"] = ("project", "entity", "group", "offline")
-"""Name of a logger -> its options."""
+LOGGERS["wandb"] = ("project", "entity", "group", "name", "tags", "notes", "offline", "artifacts")
+"""Kind of a logger -> its options."""
 TRAINER = "pytorch_lightning.trainer.trainer:Trainer"
 TRAINER_OWN = "dipguard.fit.runner:OWNED"
 """Arguments of Lightning's Trainer, and those that a fit sets itself; of these, ``accelerator`` is the run's device."""
@@ -192,11 +192,18 @@ def _checked(config: RunConfig) -> RunConfig:
     for key in ("store_samples", "rebuild", "keep_traces"):
         check_bool(getattr(config, key), name=key)
     logger, trainer, own = _mapping("logger", config.logger), _mapping("trainer", config.trainer), _trainer_own()
-    for group, key in (("trainer", "enable_progress_bar"), ("logger", "offline"), ("data", "mirrors")):
+    for group, key in (
+        ("trainer", "enable_progress_bar"),
+        ("logger", "offline"),
+        ("logger", "artifacts"),
+        ("data", "mirrors"),
+    ):
         if (value := getattr(config, group).get(key)) is not None:
             check_bool(value, name=f"{group}.{key}")
-    check_choice(logger.get("name"), LOGGERS, name="logger.name")
-    _check_keys("logger", logger, ("name", *LOGGERS[logger["name"]]))
+    check_choice(logger.get("kind"), LOGGERS, name="logger.kind")
+    _check_keys("logger", logger, ("kind", *LOGGERS[logger["kind"]]))
+    if not isinstance(logger.get("tags") or [], list):
+        raise TypeError(f"`logger.tags` must be a list, got {logger['tags']!r}")
     for name in trainer:
         if name in own:
             raise TypeError(f"`trainer.{name}` is set by dipguard itself, got {trainer[name]!r}")

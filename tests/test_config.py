@@ -51,7 +51,7 @@ def test_every_config_composes_and_holds_its_options(row: int) -> None:
     config = compose_config(*(f"{group}={choice}" for group, choice in choices.items()))
     assert from_hydra(config)
     for group, choice in choices.items():
-        assert config[group]["name"] == choice
+        assert config[group]["kind" if group == "logger" else "name"] == choice
         if group in GROUPS:
             assert set(config[group]) == {"name", *node_of(group, choice)}
 
@@ -136,7 +136,7 @@ def test_unknown_key_is_refused(override: str) -> None:
         ("trainer.devices=2", "`trainer.devices` is set by dipguard itself"),
         ("trainer.max_steps=2", "`trainer.max_steps` is set by dipguard itself"),
         ("trainer.precison=16", "`trainer.precison` is unknown (did you mean 'trainer.precision'?)"),
-        ("logger.project=x", "`logger.project` is unknown; `logger` takes: name"),
+        ("logger.project=x", "`logger.project` is unknown; `logger` takes: kind"),
         ("callbacks.stop.monitor=x", "`callbacks.stop._target_` must name the class"),
     ],
 )
@@ -217,7 +217,7 @@ def test_bad_choice_is_refused_with_the_allowed_ones(override: str, allowed: lis
         ("trainer.enable_progress_bar=no", "`trainer.enable_progress_bar` must be true or false, got 'no'"),
         ("logger=wandb logger.offline=no", "`logger.offline` must be true or false, got 'no'"),
         ("data.mirrors=no", "`data.mirrors` must be true or false, got 'no'"),
-        ("logger.name=mlflow", "`logger.name` must be one of none, csv, tensorboard, wandb, got 'mlflow'"),
+        ("logger.kind=mlflow", "`logger.kind` must be one of none, csv, tensorboard, wandb, got 'mlflow'"),
         ("data.name=mnist", "`data.name` must be one of digits"),
         ("defense.name=papr", "got 'papr' (did you mean 'paper'?)"),
         ("~victim", "`victim` must hold keys and values, got None"),

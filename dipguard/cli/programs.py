@@ -148,8 +148,8 @@ def _run(
     if config.rebuild:
         return report(matrix)
     kind = job_type if sweep is None else "sweep"
-    with open_log(config.logger, folder, settings=config.to_dict(), job_type=kind, group=sweep) as run_log:
-        failed = run(matrix, log=None if run_log is None else run_log.starting_at)
+    with open_log(matrix, job_type=kind, group=sweep) as run_log:
+        failed = run(matrix, log=run_log)
         if config.store is not None:
             write_json(folder / "store.json", dict(matrix.store.counts))
         made = report(matrix, log=run_log)

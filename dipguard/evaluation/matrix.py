@@ -21,13 +21,13 @@ import hydra.utils
 import numpy as np
 import torch
 from pytorch_lightning import Callback
-from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense, DefenseResult
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
+from dipguard.evaluation.curves import Curves, Row
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
 from dipguard.store import Entry, Store
@@ -94,6 +94,20 @@ class Matrix:
         parts = [self.chunk(cell, number, part) for part in parts_of(len(cell.clean), size)]
         return torch.from_numpy(np.concatenate([part.arrays["images"] for part in parts]))
 
+    def curves(self, cell: Cell) -> Iterator[Sequence[tuple[int, dict[str, float]]]]:
+        """What the fits of each stored chunk have logged, for the last budget: steps and metrics."""
+        summary = self.store.read("cells", cell.key)
+        if summary is not None:
+            last, size = len(summary.header["snapshots"]) - 1, summary.header.get("chunk", self.chunk_size)
+            for part in parts_of(len(cell.clean), size):
+                entry = self.store.read("cells", cell.sub_key("chunk", last, part.start, part.stop))
+                yield () if entry is None else entry.header.get("curves", ())
+
+    def chunk_steps(self, cell: Cell) -> int:
+        """Steps that the fits of a whole chunk take, one stack after the other."""
+        stack = getattr(cell.defense, "stack_size", None) or self.chunk_size
+        return -(-self.chunk_size // stack) * cell.defense.steps_per_image
+
     def traces_path(self, attack: str, defense: str, index: int) -> Path:
         """The file of an image's decision trace; it exists if the defence leaves traces and they are kept."""
         return self.folder / "traces" / attack / defense / f"{index:06d}.safetensors"
@@ -116,11 +130,12 @@ class Matrix:
         return self._attacked[cell.attack_key]
 
     def chunk(
-        self, cell: Cell, snapshot: int, part: slice, *, progress: Callback | None = None, logger: Logger | None = None
+        self, cell: Cell, snapshot: int, part: slice, *, progress: Callback | None = None, row: Row | None = None
     ) -> Entry:
         """Some images of a cell, purified: ``images`` [B, 3, H', W'] and ``used`` [B]; stored, or made now.
 
-        ``snapshot`` is the number of the budget. The callback ``progress`` comes before those of the config.
+        ``snapshot`` is the number of the budget. The callback ``progress`` comes before those of the config. ``row`` is
+        given the curves of the fits, also if they were made earlier.
         """
         key = cell.sub_key("chunk", snapshot, part.start, part.stop)
 
@@ -129,17 +144,19 @@ class Matrix:
             last = snapshot == len(attacked.header["snapshots"]) - 1  # a cell has the traces of one budget
             callbacks = [] if progress is None else [progress]
             callbacks += [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
+            curves = Curves(row)
             result = cell.defense.defend(
                 torch.from_numpy(attacked.arrays["images"][snapshot][part]).to(self.device),
                 indices=cell.clean.indices[part],
                 callbacks=callbacks,
-                logger=logger,
+                logger=curves,
             )
             files = self._save_traces(cell, result, part) if last else {}
             about = {
                 "what": f"{cell.label} x {cell.target.label}, images {part.start} to {part.stop - 1}",
                 "reasons": result.reasons,
                 "seconds": result.seconds,
+                "curves": curves.rows,
                 "traced": last and bool(result.traces),
                 "traces": {index: file_digest(path) for index, path in files.items()},
             }
@@ -151,6 +168,9 @@ class Matrix:
         if self._lacks_traces(entry, part.stop - part.start):
             self.store.remove("cells", key)
             entry = self.store.arrays("cells", key, make, holds=PURIFIED)
+        if row is not None:
+            for step, metrics in entry.header.get("curves", ()):
+                row(step, metrics)
         for index in self._lost_traces(cell, entry):
             write_bytes(self.traces_path(*cell.place, int(index)), entry.arrays[f"trace {index}"].tobytes())
         return Entry({name: entry.arrays[name] for name in ("images", "used")}, entry.header)

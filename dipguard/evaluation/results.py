@@ -34,7 +34,7 @@ CHECK_FIELDS = ("defense", "check", "verdict", "figures")
 def write_results(matrix: Matrix, *, images: bool = True) -> None:
     """Write all tables from what is stored, or all but images.csv; nothing is run."""
     matrix.load()
-    rows = [_row(matrix, result) for cell in matrix.cells for result in matrix.results[cell.place]]
+    rows = [result_row(matrix, result) for cell in matrix.cells for result in matrix.results[cell.place]]
     tables: dict[str, tuple[Sequence[str], list[dict[str, Any]]]] = {"results.csv": (FIELDS, rows)}
     if any(cell.suite for cell in matrix.cells):
         rows += [_worst_row(matrix, target) for target in matrix.targets.values()]
@@ -84,7 +84,8 @@ def _image_rows(results: Iterable[CellResult]) -> Iterator[dict[str, Any]]:
             yield {**first, **dict(zip(IMAGE_FIELDS[4:-1], map(_short, values), strict=True)), "why": why}
 
 
-def _row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
+def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
+    """A row of results.csv."""
     cell = result.cell
     row = {
         **_of_target(matrix, cell.target),

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from multiprocessing import get_context
-from typing import TypeAlias
+from typing import Protocol
 
-from pytorch_lightning.loggers import Logger
 from tqdm import tqdm
 
 from dipguard.attacks import Cost
 from dipguard.evaluation.cell import CLEAN, Cell, CellResult
+from dipguard.evaluation.curves import Row
 from dipguard.evaluation.matrix import Matrix, parts_of
 from dipguard.evaluation.randomness import Randomness
 from dipguard.evaluation.results import write_results
@@ -22,21 +22,32 @@ from dipguard.store import Entry
 
 _log = logging.getLogger(__name__)
 
-LogAt: TypeAlias = Callable[[int], Logger]
-"""The logger for a fit whose step 0 is this step of the run."""
 IMAGE = 25
 """Steps of a fit that take about as long as an attack on one image, or a feed-forward defence of one."""
 
 
-def run(matrix: Matrix, *, log: LogAt | None = None) -> list[str]:
+class Log(Protocol):
+    """What is told about a run while it works."""
+
+    def curves(self, cell: Cell, *, chunk: int) -> Row | None:
+        """Where the curves of a cell's chunk of this number go; None: they are not wanted."""
+
+    def finished(self, cell: Cell) -> None:
+        """A cell is finished, now or by an earlier run."""
+
+
+def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     """Attack, purify and evaluate what is not stored yet. results.csv is brought up to date after each cell.
 
     A cell that fails is logged and noted, and the others are run all the same; a matrix of one cell raises its error.
-    The curves of the fits go to ``log`` if there is one cell. Returns the cells that failed, in words.
+    ``log`` is told of each finished cell at once. Returns the cells that failed, in words.
     """
     write_results(matrix)
     todo = [cell for cell in matrix.cells if cell.why is None and not matrix.results[cell.place][0].done]
     _announce(matrix, todo)
+    for cell in matrix.cells:
+        if log is not None and matrix.results[cell.place][0].done:
+            log.finished(cell)
     if matrix.config.processes > 1 and todo:
         _share_out(matrix, todo)
     single, before = len(matrix.cells) == 1, Counter(matrix.store.counts)
@@ -48,7 +59,7 @@ def run(matrix: Matrix, *, log: LogAt | None = None) -> list[str]:
             name = f"{cell.label} x {cell.target.label}"
             bar.set_postfix_str(name)
             try:
-                _run_cell(matrix, cell, FitProgress(bar), log if single else None)
+                _run_cell(matrix, cell, FitProgress(bar), log)
             except Exception as problem:
                 if single:
                     raise
@@ -58,6 +69,8 @@ def run(matrix: Matrix, *, log: LogAt | None = None) -> list[str]:
                 matrix.results[cell.place] = [CellResult(cell, f"failed: {error}", cell.eps_255)]
                 failed.append(f"{name}: {error}")
             write_results(matrix, images=False)
+            if log is not None and matrix.results[cell.place][0].done:
+                log.finished(cell)
             reached += units[cell.place]
             bar.total = total  # fits take off what they were spared
             bar.update(reached - bar.n)
@@ -68,16 +81,14 @@ def run(matrix: Matrix, *, log: LogAt | None = None) -> list[str]:
     return failed
 
 
-def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: LogAt | None) -> None:
-    # Steps that the fits of a chunk take in the log, one stack after the other.
-    stack = getattr(cell.defense, "stack_size", None) or matrix.chunk_size
-    steps = -(-matrix.chunk_size // stack) * cell.defense.steps_per_image
+def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: Log | None) -> None:
     chunks: list[list[Entry]] = []
-    for snapshot in range(len(matrix.attack_entry(cell).header["snapshots"])):
+    snapshots = len(matrix.attack_entry(cell).header["snapshots"])
+    for snapshot in range(snapshots):
         chunks.append([])
         for number, part in enumerate(parts_of(len(cell.clean), matrix.chunk_size)):
-            logger = None if log is None else log(number * steps)
-            chunks[-1].append(matrix.chunk(cell, snapshot, part, progress=progress, logger=logger))
+            row = log.curves(cell, chunk=number) if log is not None and snapshot == snapshots - 1 else None
+            chunks[-1].append(matrix.chunk(cell, snapshot, part, progress=progress, row=row))
     matrix.finish(cell, chunks)
     right = matrix.results[cell.place][-1].right
     _log.info("%s x %s: %d of %d right", *cell.place, int(right.sum()), len(right))

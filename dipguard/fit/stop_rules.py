@@ -8,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 from torch import Tensor
 
+from dipguard.decision import quality
 from dipguard.decision.stopping import Stopped, StopRule
 from dipguard.fit.callbacks import as_stacked_dip, step_output
 from dipguard.fit.runner import run_fit
@@ -18,6 +19,8 @@ ASK_EVERY = 50
 
 class StopRuleCallback(pl.Callback):
     """Shows every step of a fit to a fresh stopping rule, which may end the fit but changes nothing else.
+
+    The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps.
 
     Attributes:
         stopped: What the rule chose, after the fit; None before.
@@ -32,8 +35,12 @@ class StopRuleCallback(pl.Callback):
     ) -> None:
         """Show x(t), which was made before this step's update, to the rule."""
         given = as_stacked_dip(pl_module).given
-        step, x, _ = step_output(outputs)
+        step, x, errors = step_output(outputs)
         self.rule.update(step, x, given)
+        if trainer.loggers and (step + 1) % max(1, trainer.max_steps // 50) == 0:
+            means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}
+            for logger in trainer.loggers:
+                logger.log_metrics(means, step=step)
         if (step + 1) % ASK_EVERY == 0 and self.rule.done:
             trainer.should_stop = True
 

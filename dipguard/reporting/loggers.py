@@ -1,122 +1,267 @@
-"""One log for a whole run: the curves of its fits, then its results. It is a copy; the run folder's files count."""
+"""The log of a run, which is written while it works, into one of Lightning's loggers. The run folder's files count."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import secrets
+import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from matplotlib.image import imread
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
+from dipguard.config import LOGGERS, RunConfig
+from dipguard.decision import DecisionTrace
+from dipguard.evaluation.cell import Cell, name_of
+from dipguard.evaluation.curves import Row
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.results import result_row
 from dipguard.files import write_text
+from dipguard.reporting.report import draw_cell, trace_paths
 from dipguard.reporting.results import flatten
+from dipguard.store import digest_of
+from dipguard.version import __version__
 
 _log = logging.getLogger(__name__)
 
-MOST_FIGURES = 16
-"""Most figures that a log is given; all of them are in the run folder."""
+NONE: Mapping[str, Path] = {}
+CODE = Path(__file__).resolve().parents[2]
+CELLS = "cells/done"
+"""Number of finished cells: the axis of what is logged when a cell is finished."""
+FIGURES = ("accuracy", "low", "high", "ssim", "psnr", "n", "seconds_per_image", "attack_seconds")
+"""What is logged of a finished cell."""
+MOST_TRACES, MOST_PIXELS = 64, 2**20
+"""Most traces of a cell that its curve of accuracy is a mean over; pixels of a column of W&B's table, about."""
 WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 120.0, "console": "off", "silent": True}
 """After these seconds without W&B's server, the run or the rest of it is kept offline. The terminal is not captured:
 that would outlive the job in a process with several jobs."""
 
 
-class RunLog(Logger):
-    """A Lightning logger that collects all stacks of a run: many short Trainers write into ``inner``.
+class RunLog:
+    """The log of a matrix (:class:`dipguard.evaluation.runner.Log`): curves, finished cells, and at the end the images.
 
-    ``first_step`` is added to the Trainer's step numbers.
+    Curves of a single cell are those of all its fits, one after the other. In a matrix of many, each cell is followed
+    in its first stack, under ``fit/<defense>/<attack>/``.
+
+    A row has a key, and is entered once. A resumed run folder goes on with its W&B run, so that the keys of W&B's rows
+    are kept in ``journal``, after the run's id in the first line. CSV and TensorBoard begin a new log, with all rows.
     """
 
-    def __init__(self, inner: Logger, *, first_step: int = 0) -> None:
-        super().__init__()
-        self.inner, self.first_step = inner, first_step
+    def __init__(self, matrix: Matrix, inner: Logger, journal: Path | None = None) -> None:
+        self.matrix, self.inner, self.journal = matrix, inner, journal
+        self.run: Any = inner.experiment if isinstance(inner, WandbLogger) else None
+        self.keys = set() if journal is None else set(journal.read_text(encoding="utf-8").splitlines()[1:])
+        self._earlier, self._single = len(self.keys), len(matrix.cells) == 1
+        self._done: list[Cell] = []
+        self._summary: dict[str, Any] = {}
 
-    name = property(lambda self: self.inner.name)
-    version = property(lambda self: self.inner.version)
+    def curves(self, cell: Cell, *, chunk: int) -> Row | None:
+        """Where the curves of a chunk of this number go."""
+        if chunk and not self._single:
+            return None
+        self.inner.save()
+        first, longest = chunk * self.matrix.chunk_steps(cell), cell.defense.steps_per_image
 
-    def starting_at(self, first_step: int) -> RunLog:
-        """The same log, for a fit whose step 0 is the run's ``first_step``."""
-        return RunLog(self.inner, first_step=first_step)
+        def row(step: int, metrics: Mapping[str, float]) -> None:
+            if self._single or step < longest:
+                key = " ".join([cell.key[:16], f"{chunk}:{step}", *sorted(metrics)])
+                self.add(key, {self._name(cell, name): value for name, value in metrics.items()}, step=first + step)
 
-    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Write one line of metrics. A failure of W&B does not end the run."""
-        try:
-            self.inner.log_metrics(dict(metrics), step=None if step is None else self.first_step + step)
-        except Exception as error:
-            if not isinstance(self.inner, WandbLogger):
-                raise
-            _log.warning("W&B was not given some results: %s: %s", type(error).__name__, error)
+        return row
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Do nothing: `open_log` enters the run's settings once, instead of those of each stack's Trainer."""
-
-    def finalize(self, status: str) -> None:
-        """Write out what is buffered; `open_log` closes the inner logger at the end of the run."""
+    def finished(self, cell: Cell) -> None:
+        """Enter a finished cell, with pictures of its first images if it has a DIP."""
+        self._done.append(cell)
+        for chunk, curve in enumerate(self.matrix.curves(cell)):
+            if (row := self.curves(cell, chunk=chunk)) is not None:
+                for step, metrics in curve:
+                    row(step, metrics)
+        result, (attack, defense) = self.matrix.results[cell.place][-1], cell.place
+        found = result_row(self.matrix, result)
+        figures = {name: found[name] for name in FIGURES if found[name] is not None}
+        alike = [done for done in self._done if done.target is cell.target and not done.check]
+        rights = [float(self.matrix.results[done.place][-1].right.double().mean()) for done in alike]
+        mean = {"mean_accuracy": sum(rights) / len(rights)} if rights else {}
+        of_cell = flatten({attack: figures, **mean}, f"result/{defense}/", sep="/")
+        self._summary |= of_cell
+        if cell.key in self.keys:
+            return
+        for step, right in self._accuracy_of_fits(cell):
+            name = self._name(cell, "fit/accuracy")
+            self.add(f"{cell.key[:16]} {step} {name}", {name: right}, step=step)
+        place, number = f"_{defense}.{attack}", len(self._done)
+        drawn = draw_cell(self.matrix, result, place) if cell.defense.steps_per_image and not self._single else []
+        pictures = {f"figures/{defense}/{attack}/{path.stem.replace(place, '')}": path for path in drawn}
+        own = flatten({**figures, "seconds": sum(result.seconds.values())}, "cells/")
+        self.add(cell.key, {CELLS: number, **own, **of_cell}, step=number, pictures=pictures)
         self.inner.save()
 
-    def log_results(self, metrics: Mapping[str, Any], images: pd.DataFrame, figures: Sequence[Path]) -> None:
-        """Enter the final metrics and, into TensorBoard and W&B, the table of images and ``MOST_FIGURES`` figures."""
-        final = flatten({f"result/{name}": value for name, value in metrics.items() if name != "settings"})
-        self.log_metrics({name: value for name, value in final.items() if isinstance(value, int | float)})
-        figures = figures[:MOST_FIGURES]
-        if isinstance(self.inner, WandbLogger):
+    def results(self, metrics: Mapping[str, Any], figures: Sequence[Path]) -> None:
+        """Enter the run's own metrics and figures, the table of its images and, if they are wanted, its artifacts."""
+        flat = {name: v for name, v in flatten(metrics, "result/", sep="/").items() if isinstance(v, int | float)}
+        key, images = digest_of([cell.key for cell in self._done]), pd.read_csv(self.matrix.folder / "images.csv")
+        self.add(f"result {key}", flat, pictures={f"figures/{path.stem}": path for path in figures})
+        if isinstance(self.inner, TensorBoardLogger):
+            self.inner.experiment.add_text("images", images.to_markdown(index=False))
+        elif self.run is not None:
             import wandb
 
-            pictures = {f"figures/{path.stem}": wandb.Image(str(path)) for path in figures}
-            self.log_metrics({"images": wandb.Table(dataframe=images), **pictures})
-        elif isinstance(self.inner, TensorBoardLogger):
-            writer: Any = self.inner.experiment
-            writer.add_text("images", images.to_markdown(index=False))
-            for path in figures:
-                writer.add_image(f"figures/{path.stem}", imread(path)[..., :3], dataformats="HWC")
+            with self._as_copy():
+                table = images.astype(object).assign(**self._pictures())
+                self.add(f"images {key}", {"images": wandb.Table(dataframe=table)})
+                self.run.summary.update({**self._summary, **flat})  # a resumed offline run begins a new one
+                if self.matrix.config.logger.get("artifacts") and self._claim(f"artifact {key}"):
+                    self._upload(wandb.Artifact(f"reconstructions-{self.run.id}", type="reconstructions"))
+
+    def add(
+        self, key: str, metrics: Mapping[str, Any], *, step: int | None = None, pictures: Mapping[str, Path] = NONE
+    ) -> None:
+        """Enter a row, unless one of this key is there. Pictures go to TensorBoard and W&B."""
+        if not self._claim(key):
+            return
+        if self.run is None:
+            if metrics:
+                self.inner.log_metrics(dict(metrics), step=step)
+            if isinstance(self.inner, TensorBoardLogger):
+                for name, path in pictures.items():
+                    self.inner.experiment.add_image(name, imread(path)[..., :3], step, dataformats="HWC")
+            return
+        import wandb
+
+        with self._as_copy():
+            if self._earlier and self.run.step < self._earlier:  # an offline record would count from 0 again
+                self.run.log({}, step=self._earlier, commit=False)
+            self._earlier = 0
+            for name in metrics if CELLS in metrics else ():
+                # Each by its name: W&B takes any one of the patterns that match, and Lightning has set "*".
+                self.run.define_metric(name, step_metric=CELLS)
+            row = {**metrics, **{name: wandb.Image(str(path)) for name, path in pictures.items()}}
+            self.inner.log_metrics(row, step=None if CELLS in metrics else step)
+
+    def _claim(self, key: str) -> bool:
+        """Note a key; False if it was there already."""
+        if key in self.keys:
+            return False
+        self.keys.add(key)
+        if self.journal is not None:  # before the row: a killed run may lack a row, and has none twice
+            with self.journal.open("a", encoding="utf-8") as file:
+                file.write(f"{key}\n")
+        return True
+
+    @contextlib.contextmanager
+    def _as_copy(self) -> Iterator[None]:
+        """A failure of W&B does not end the run."""
+        try:
+            yield
+        except Exception as error:
+            _log.warning("W&B was not given some results: %s: %s", type(error).__name__, error)
+
+    def _name(self, cell: Cell, name: str) -> str:
+        return name if self._single else "/".join(["fit", *reversed(cell.place), name.removeprefix("fit/")])
+
+    def _accuracy_of_fits(self, cell: Cell) -> Iterator[tuple[int, float]]:
+        """At each sampled step, the share of x(t) that are classified correctly, from the traces that are kept."""
+        paths = trace_paths(self.matrix, self.matrix.results[cell.place][-1])
+        right: dict[int, list[float]] = {}
+        for i, path in list(paths.items())[:MOST_TRACES]:
+            trace = DecisionTrace.load(path)  # one at a time: they are large
+            for step, decision in zip(trace.steps.tolist(), trace.decisions.tolist(), strict=True):
+                right.setdefault(step, []).append(decision == int(cell.clean.labels[i]))
+        yield from ((step, sum(values) / len(values)) for step, values in right.items())
+
+    def _pictures(self) -> dict[str, list[Any]]:
+        """Columns of pictures for images.csv: clean, given and reconstruction."""
+        import wandb
+
+        columns: dict[str, list[Any]] = {}
+        budgets = [(n, r) for cells in self.matrix.results.values() for n, r in enumerate(cells) if r.done]
+        wanted, (height, width) = self.matrix.config.figures, self.matrix.clean.images.shape[-2:]
+        most = max(wanted, MOST_PIXELS // (height * width * max(1, len(budgets))))
+        for budget, result in budgets if wanted else ():
+            place, clean = result.cell.place, result.cell.clean.images
+            made = self.matrix.reconstructions(*place, snapshot=budget)
+            three = {"clean": clean, "given": self.matrix.attacked(*place, snapshot=budget), "reconstruction": made}
+            for name, images in three.items():
+                pixels = (images[:most] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+                columns.setdefault(name, []).extend([*map(wandb.Image, pixels), *[None] * (len(images) - len(pixels))])
+        return columns
+
+    def _upload(self, artifact: Any) -> None:
+        """Give W&B all reconstructions, and the traces that are kept; their size is logged first."""
+        for cell in self._done:
+            with artifact.new_file(f"{'/'.join(['reconstructions', *cell.place])}.npz", mode="wb") as file:
+                images = self.matrix.reconstructions(*cell.place).numpy()
+                np.savez_compressed(file, images=images, indices=cell.clean.indices.numpy())
+        if (traces := self.matrix.folder / "traces").is_dir():
+            artifact.add_dir(str(traces), name="traces")
+        count, size = len(artifact.manifest.entries), artifact.size / 1e6
+        _log.info("W&B artifact %s: %d files, %.1f MB", artifact.name, count, size)
+        self.run.log_artifact(artifact)
 
 
 @contextlib.contextmanager
-def open_log(
-    config: Mapping[str, Any],
-    folder: Path,
-    *,
-    settings: Mapping[str, Any],
-    job_type: str = "fit",
-    group: str | None = None,
-) -> Iterator[RunLog | None]:
-    """The run's log, closed at the end in any case; None for ``none``.
+def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None) -> Iterator[RunLog | None]:
+    """The run's log, closed at the end in any case; None if the config has ``logger.kind=none``.
 
     CSV files are in ``logs/csv/<session>/``, TensorBoard's in ``logs/tensorboard/<session>/``, W&B's in
-    ``logs/wandb/``. A resumed run opens a new session, and with W&B online its old run.
-
-    Args:
-        config: ``name`` and the options of that logger (:data:`dipguard.config.LOGGERS`).
-        folder: The run folder.
-        settings: Entered once, with dotted keys.
-        job_type: For W&B: ``fit``, ``evaluate`` or ``sweep``.
-        group: For W&B: the sweep, unless the config has a ``group``.
+    ``logs/wandb/``. ``job_type`` (``fit``, ``evaluate`` or ``sweep``) and ``group`` (the sweep) are for W&B.
     """
-    name = config["name"]
-    if name == "none":
+    config, folder, kind = matrix.config, matrix.folder, matrix.config.logger["kind"]
+    if kind == "none":
         yield None
         return
-    inner: Logger
-    if name == "wandb":
-        inner = _open_wandb(config, folder, group=config.get("group") or group, job_type=job_type)
+    if kind == "wandb":
+        inner, journal = _open_wandb(config, folder, job_type=job_type, group=group)
+        log = RunLog(matrix, inner, None if inner.experiment.disabled else journal)
     else:
-        root = folder / "logs" / name
+        root = folder / "logs" / kind
         session = f"session_{len(list(root.glob('session_*')))}"
-        inner = (CSVLogger if name == "csv" else TensorBoardLogger)(root, name="", version=session)
+        log = RunLog(matrix, (CSVLogger if kind == "csv" else TensorBoardLogger)(root, name="", version=session))
     status = "failed"
     try:
-        inner.log_hyperparams(flatten(settings))
-        yield RunLog(inner)
+        log.inner.log_hyperparams(flat_settings(config))
+        yield log
         status = "success"
     finally:
-        inner.save()
-        inner.finalize(status)
-        if isinstance(inner, WandbLogger):
-            _close(inner.experiment, exit_code=int(status == "failed"))
+        log.inner.save()
+        log.inner.finalize(status)
+        if log.run is not None:
+            _close(log.run, exit_code=int(status == "failed"))
+
+
+def flat_settings(config: RunConfig) -> dict[str, Any]:
+    """Settings as ``defense/tau`` if there is one defence, else ``defenses/paper/tau``: W&B's plots find no dots."""
+    values = {name: value for name, value in config.to_dict().items() if name != "logger"}
+    for many, one in (("attacks", "attack"), ("defenses", "defense")):
+        if len(values[many]) == 1:
+            (values[one],) = values.pop(many).values()
+    return {"version": __version__, "code": code_state(), **flatten(values, sep="/")}
+
+
+def code_state() -> str | None:
+    """The commit of the code, followed by ``-dirty`` if files differ from it; None outside of a repository."""
+    command = ["git", "-C", str(CODE), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def run_name(config: RunConfig, folder: Path, *, group: str | None) -> str:
+    """A readable name: a sweep's job by its overrides, other runs by data, victim, attacks and defences."""
+    if group is not None:
+        return re.sub(r"-[0-9a-f]{8}$", "", folder.name)
+    many = [("attacks", list(config.attacks)), ("defences", list(config.defenses))]
+    what = [labels[0] if len(labels) == 1 else f"{len(labels)} {kind}" for kind, labels in many]
+    between = "-" if all(len(labels) == 1 for _, labels in many) else " x "
+    victim = str(config.victim.get("arch") or name_of(config.victim))
+    return "-".join([name_of(config.data), victim, between.join(what)])
 
 
 def wandb_mode(offline: bool | None) -> str:
@@ -129,30 +274,40 @@ def wandb_mode(offline: bool | None) -> str:
     return {True: "offline", False: "online", None: own.mode if key or own.mode != "online" else "offline"}[offline]
 
 
-def _open_wandb(config: Mapping[str, Any], folder: Path, **options: Any) -> WandbLogger:
-    """Lightning's logger with its run; offline if the server cannot be reached or refuses the key."""
+def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | None) -> tuple[WandbLogger, Path]:
+    """Lightning's logger with its run, and its journal; offline if the server cannot be reached or refuses the key.
+
+    What the config leaves open is as W&B's own settings say (``WANDB_NAME``, ``WANDB_PROJECT``, ...).
+    """
     import wandb
 
+    own, asked = wandb.setup().settings, dict.fromkeys(LOGGERS["wandb"]) | config.logger
     known = wandb.Settings.model_fields  # older versions do not know all settings
-    options |= {
+    # W&B looks for a repository around the folder of its files, which may be anywhere.
+    settings = {**WANDB_SETTINGS, "git_root": own.git_root or str(CODE)}
+    options: dict[str, Any] = {
+        **{name: asked[name] for name in ("entity", "tags", "notes")},
         "save_dir": folder / "logs",
-        "name": folder.name,
-        "project": config.get("project"),
-        "entity": config.get("entity"),
+        "name": asked["name"] or own.run_name or run_name(config, folder, group=group),
+        "project": asked["project"] or own.project or "dipguard",
+        "group": asked["group"] or own.run_group or group,
+        "job_type": own.run_job_type or job_type,
         "reinit": "create_new",  # the run of the next job in this process is another one
-        "settings": wandb.Settings(**{name: value for name, value in WANDB_SETTINGS.items() if name in known}),
+        "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
     }
-    path = folder / "logs" / "wandb_id.txt"
-    if not path.is_file():
-        write_text(path, secrets.token_hex(4))
-    logger = WandbLogger(version=path.read_text().strip(), mode=wandb_mode(config.get("offline")), **options)
+    journal = folder / "logs" / "wandb_run.txt"
+    first = journal.read_text(encoding="utf-8").partition("\n")[0] if journal.is_file() else ""
+    run_id = own.run_id or first or secrets.token_hex(4)
+    logger = WandbLogger(version=run_id, mode=wandb_mode(asked["offline"]), **options)
     try:
         _ = logger.experiment  # starts the run
     except Exception as error:  # W&B's errors have no common base
         _log.warning("W&B cannot be used online, so this run is kept offline: %s", error)
-        # W&B considers the other id to be in use.
-        logger = WandbLogger(version=secrets.token_hex(4), mode="offline", **options)
-    return logger
+        run_id = secrets.token_hex(4)  # W&B considers the other id to be in use
+        logger = WandbLogger(version=run_id, mode="offline", **options)
+    if run_id != first:
+        write_text(journal, f"{run_id}\n")
+    return logger, journal
 
 
 def _close(run: Any, *, exit_code: int) -> None:

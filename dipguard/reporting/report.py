@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from itertools import chain, zip_longest
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
-from torch import Tensor
 
 from dipguard.decision import DecisionTrace
 from dipguard.evaluation.cell import NOT_RUN, CellResult
@@ -21,12 +18,14 @@ from dipguard.files import write_json, write_npz, write_text
 from dipguard.reporting.canvas import Picture, class_name, save_figure
 from dipguard.reporting.curves_figure import write_curves
 from dipguard.reporting.image_figures import draw_grid, draw_panel
-from dipguard.reporting.loggers import RunLog
 from dipguard.reporting.paper_figures import head_of
 from dipguard.reporting.results import DONE, WORST, in_suite, read_checks, read_results
 from dipguard.reporting.suite import suite_rows, suite_text, write_suite
 from dipguard.reporting.tables import tables_text, write_tables
 from dipguard.reporting.trace_figure import draw_trace
+
+if TYPE_CHECKING:
+    from dipguard.reporting.loggers import RunLog
 
 AVERAGED = {
     "crossings": "crossings_stitched",
@@ -56,7 +55,7 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
     cell, folder = result.cell, matrix.folder
     if not result.done:
         raise RuntimeError(f"attack {cell.label} on defence {cell.target.label}: {result.status}")
-    figures, metrics = _draw_cell(matrix, result, ""), _metrics(result)
+    figures, metrics = draw_cell(matrix, result, ""), _metrics(result)
     metrics["settings"] = {**matrix.config.to_dict(), "defense": cell.defense.settings}
     images = matrix.reconstructions(*cell.place).float().numpy()
     labels, indices = cell.clean.labels.numpy(), cell.clean.indices.numpy()
@@ -64,7 +63,7 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
     write_text(folder / "report.md", _page(result, metrics) + _links(folder, figures))
     write_json(folder / "metrics.json", _finite(metrics))
     if log is not None:
-        log.log_results(metrics, pd.read_csv(folder / "images.csv"), figures)
+        log.results({name: value for name, value in metrics.items() if name != "settings"}, figures)
     return metrics
 
 
@@ -77,7 +76,7 @@ def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Pa
 
     Args:
         matrix: The matrix, finished or not.
-        log: A log that the results are entered into too, with panels and decision traces of the first images.
+        log: A log that the results are entered into too.
 
     Raises:
         ValueError: A stored file is damaged.
@@ -95,7 +94,9 @@ def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Pa
     pages = [path.read_text(encoding="utf-8") for path in made if path.suffix == ".md"]
     report = "\n".join(pages) + _links(folder, [path for path in made if path.suffix == ".png"])
     if log is not None:
-        _log_matrix(log, matrix, results)
+        worst = results[(results["attack"] == WORST) & (results["status"] == DONE)].set_index("defense")
+        figures = {name: {WORST: row.to_dict()} for name, row in worst[["accuracy", "low", "high", "n"]].iterrows()}
+        log.results(figures, [path for path in made if path.suffix == ".png"])
     return [write_text(folder / "report.md", report), *made]
 
 
@@ -170,7 +171,7 @@ Files: `metrics.json` (figures and settings), `images.csv` (a row for each image
 """
 
 
-def _trace_paths(matrix: Matrix, result: CellResult) -> dict[int, Path]:
+def trace_paths(matrix: Matrix, result: CellResult) -> dict[int, Path]:
     """The files of a cell's traces that are kept, by the position of the image."""
     paths = [matrix.traces_path(*result.cell.place, index) for index in result.cell.clean.indices.tolist()]
     return {i: path for i, path in enumerate(paths) if result.done and path.is_file()}
@@ -189,11 +190,11 @@ def _pictures(matrix: Matrix, result: CellResult) -> list[list[Picture]]:
     return [list(row) for row in zip(*columns, strict=False)]
 
 
-def _draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
+def draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
     """A panel of a cell's first images and the decision trace of each, as far as it is kept, in ``figures/``."""
     if not matrix.config.figures:
         return []
-    clean, folder, traces = result.cell.clean, matrix.folder / "figures", _trace_paths(matrix, result)
+    clean, folder, traces = result.cell.clean, matrix.folder / "figures", trace_paths(matrix, result)
     rows, paths = {}, []
     for i, pictures in enumerate(_pictures(matrix, result)):
         index, label = int(clean.indices[i]), int(clean.labels[i])
@@ -227,40 +228,3 @@ def _comparisons(matrix: Matrix) -> list[Path]:
         }
         made.append(save_figure(draw_grid(heads, rows), matrix.folder / f"figure9_{attack}.png"))
     return made
-
-
-def _log_matrix(log: RunLog, matrix: Matrix, results: pd.DataFrame) -> None:
-    """Enter a matrix into its log: final figures, images, panels and traces, and means over the kept traces by step."""
-    by_step: dict[int, dict[str, float]] = {}
-    figures = []
-    for result in (cells[-1] for cells in matrix.results.values()):
-        found: dict[str, list[Tensor]] = {"quality": [], "accuracy": [], "changed": []}
-        for i, path in _trace_paths(matrix, result).items():
-            trace = DecisionTrace.load(path)  # one at a time: they are large
-            found["quality"].append(trace.quality)
-            found["accuracy"].append(trace.decisions == result.cell.clean.labels[i])
-            found["changed"].append(trace.decisions != trace.given_decision)
-        if not found["quality"]:
-            continue
-        attack, defense = result.cell.place
-        for name, values in found.items():
-            for step, value in zip(trace.steps.tolist(), torch.stack(values).double().mean(dim=0), strict=True):
-                by_step.setdefault(step, {})[f"fit/{defense}.{attack}.{name}"] = float(value)
-        figures.append(_draw_cell(matrix, result, f"_{defense}.{attack}"))
-    for step, metrics in sorted(by_step.items()):
-        log.log_metrics(metrics, step=step)
-    # All panels and traces of the first images come before those of the second.
-    in_turn = [path for path in chain.from_iterable(zip_longest(*figures)) if path is not None]
-    log.log_results(_final(results), pd.read_csv(matrix.folder / "images.csv"), in_turn)
-
-
-def _final(results: pd.DataFrame) -> dict[str, Any]:
-    """The figures of merit by defence and attack, and each defence's mean accuracy."""
-    done = results[results["status"] == DONE].drop_duplicates(["defense", "attack"], keep="last")
-    final: dict[str, Any] = {}
-    for defense, rows in done.groupby("defense", sort=False):
-        figures = rows.set_index("attack")[["accuracy", "low", "high", "ssim", "psnr", "n"]]
-        final[defense] = {attack: values.dropna().to_dict() for attack, values in figures.iterrows()}
-        attacks = rows[(rows["check"] == "") & (rows["attack"] != WORST)]
-        final[defense]["mean_accuracy"] = attacks["accuracy"].mean()
-    return final

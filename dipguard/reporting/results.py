@@ -86,12 +86,12 @@ def interval_text(value: float, low: float, high: float) -> str:
     return f"{100 * value:.1f} ({100 * low:.0f}–{100 * high:.0f})"
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as one dict with dotted keys."""
+def flatten(settings: Mapping[str, Any], prefix: str = "", *, sep: str = ".") -> dict[str, Any]:
+    """Nested settings as one dict with dotted keys, or those with another ``sep``."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         nested = isinstance(value, Mapping) and value
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
+        flat |= flatten(value, f"{prefix}{key}{sep}", sep=sep) if nested else {f"{prefix}{key}": value}
     return flat
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.loggers import Logger
 
 from dipguard.defenses import build_defense
 from dipguard.evaluation import prepare, run, runner
+from dipguard.evaluation.cell import Cell
+from dipguard.evaluation.curves import Row
 from tests import tiny_run
 from tests.tiny_run import typed_config
 
@@ -41,31 +42,34 @@ def test_the_callers_random_numbers_are_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-class Log(Logger):
-    """Keeps the steps that are logged."""
+class Log:
+    """Keeps the steps of each chunk, and what is finished."""
 
-    def __init__(self, steps: list[int], first: int = 0) -> None:
-        self.steps, self.first = steps, first
+    def __init__(self) -> None:
+        self.steps: dict[int, list[int]] = {}
+        self.cells: list[str] = []
 
-    name = "log"
-    version = 0
+    def curves(self, cell: Cell, *, chunk: int) -> Row:
+        steps = self.steps.setdefault(chunk, [])
+        return lambda step, metrics: steps.append(step)
 
-    def starting_at(self, first_step: int) -> Log:
-        return Log(self.steps, first_step)
-
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        return
-
-    def log_metrics(self, metrics: Any, step: int | None = None) -> None:
-        if "fit/quality" in metrics:
-            self.steps.append(self.first + step)
+    def finished(self, cell: Cell) -> None:
+        self.cells.append(cell.label)
 
 
-def test_the_fits_of_one_cell_are_logged_one_after_the_other(tmp_path: Path) -> None:
-    steps: list[int] = []
+def test_a_log_is_told_of_fits_and_finished_cells_once_and_again_by_the_next_run(tmp_path: Path) -> None:
     short = ("defense.stack_size=1", "defense.T=10", "defense.every=5", "defense.decisions=5")
-    run(prepare(typed_config(*TINY, *short), tmp_path), log=Log(steps).starting_at)
-    assert steps == list(range(4, 40, 5))  # two chunks of two stacks of 10 steps
+    first, second = Log(), Log()
+    for log in (first, second):
+        matrix = prepare(typed_config(*TINY, *short), tmp_path)
+        run(matrix, log=log)
+        assert log.cells == ["pgd"]
+    stacks = [4, 9, 14, 19]  # two chunks of two stacks of 10 steps
+    assert {chunk: steps[:4] for chunk, steps in first.steps.items()} == {0: stacks, 1: stacks}
+    assert second.steps == {}
+    stored = [[step for step, _ in rows] for rows in matrix.curves(matrix.cells[0])]
+    assert stored == [stacks, stacks]
+    assert matrix.chunk_steps(matrix.cells[0]) == 20
 
 
 def test_the_bar_reaches_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,23 +1,43 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import yaml
 
-from dipguard.evaluation import Matrix
+from dipguard.evaluation import Matrix, run
 from dipguard.reporting import open_log, write_train_report
-from dipguard.reporting.loggers import wandb_mode
-from tests.tiny_run import tiny_run
+from dipguard.reporting.loggers import code_state, flat_settings, run_name, wandb_mode
+from tests.sweeps.wandb_reader import Run, read_run
+from tests.tiny_matrix import tiny_evaluation, typed_matrix
+from tests.tiny_run import tiny_run, typed_config
 
 SMALL = ("data.limit=2", "chunk=1")
-WANDB = {"name": "wandb", "project": "dipguard", "entity": None, "group": None, "offline": None}
+DIPS = ("~attacks.fgsm_8", "~defenses.none", "~defenses.jpeg", "~defenses.median", "data.limit=2", "figures=1")
+
+
+def logged(matrix: Matrix, *overrides: str) -> Matrix:
+    """The matrix with the logger of these overrides."""
+    return replace(matrix, config=replace(matrix.config, logger=typed_config(*overrides).logger))
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def fresh_settings() -> None:
+    """W&B reads its environment and its files once a process; its records are all written after this."""
+    import wandb
+
+    wandb.teardown()
+
+
+def wandb_runs(folder: Path) -> list[Run]:
+    fresh_settings()
+    return [read_run(path) for path in sorted(folder.glob("logs/wandb/offline-run-*"))]
 
 
 def test_csv_holds_the_curves_of_all_stacks_and_the_result(tmp_path: Path) -> None:
@@ -27,15 +47,40 @@ def test_csv_holds_the_curves_of_all_stacks_and_the_result(tmp_path: Path) -> No
     assert len(steps) == 2 * 20
     assert steps == sorted(set(steps)), "the second stack must go on where the first ended"
     assert max(steps) == 2 * 40 - 1
-    assert float(rows[-1]["result/accuracy.defended"]) == metrics["accuracy"]["defended"]
-    assert "defenses.paper.tau: 0.2" in (tmp_path / "logs" / "csv" / "session_0" / "hparams.yaml").read_text()
+    assert len([row for row in rows if row["fit/accuracy"]]) == 20
+    (cell,) = [row for row in rows if row["cells/done"]]
+    defended = metrics["accuracy"]["defended"]
+    assert float(cell["cells/accuracy"]) == float(cell["result/paper/pgd/accuracy"]) == defended
+    assert float(cell["cells/low"]) <= defended <= float(cell["cells/high"])
+    assert float(cell["cells/seconds"]) >= float(cell["cells/seconds_per_image"]) > 0
+    assert float(rows[-1]["result/accuracy/defended"]) == defended
+    settings = yaml.safe_load((tmp_path / "logs" / "csv" / "session_0" / "hparams.yaml").read_text())
+    assert (settings["defense/tau"], settings["attack/name"], settings["data/limit"]) == (0.2, "pgd", 2)
+    assert settings["code"] == code_state()
 
 
-def test_second_session_leaves_the_first_ones_log(tmp_path: Path) -> None:
-    for _ in range(2):
-        tiny_run(tmp_path, "data.limit=1", "figures=0", "logger=csv")
-    assert len(read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")) == 20 + 1
-    assert len(read_rows(tmp_path / "logs" / "csv" / "session_1" / "metrics.csv")) == 1
+def test_another_session_has_a_log_of_its_own_with_all_rows(tmp_path: Path) -> None:
+    for logger in ("none", "csv", "csv"):
+        tiny_run(tmp_path, "data.limit=1", "figures=0", f"logger={logger}")
+    first, second = (read_rows(tmp_path / "logs" / "csv" / f"session_{n}" / "metrics.csv") for n in range(2))
+    assert len([row for row in first if row["fit/mse"]]) == 20
+    assert first == second
+
+
+def test_every_dip_has_curves_and_pictures_while_a_matrix_is_run(tmp_path: Path) -> None:
+    tiny_evaluation(tmp_path, *DIPS, "logger=csv")
+    rows = read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")
+    assert [int(row["cells/done"]) for row in rows if row["cells/done"]] == list(range(1, 7))
+    for defense, steps in {"paper": range(1, 20, 2), "mirror": (7, 11, 19, 23, 31, 35), "dip_fixed": range(8)}.items():
+        for attack in ("clean", "pgd_8"):
+            curve = [row for row in rows if row[f"fit/{defense}/{attack}/quality"]]
+            assert [int(row["step"]) for row in curve] == list(steps)
+            assert all(float(row[f"fit/{defense}/{attack}/mse"]) > 0 for row in curve)
+            (cell,) = [row for row in rows if row[f"result/{defense}/{attack}/accuracy"]]
+            assert rows.index(cell) > rows.index(curve[-1])
+            assert (tmp_path / "figures" / f"panel_{defense}.{attack}.png").is_file()
+            assert (tmp_path / "figures" / f"trace_{defense}.{attack}_000000.png").is_file() == (defense != "dip_fixed")
+    assert len([row for row in rows if row["fit/mirror/pgd_8/accuracy"]]) == 4
 
 
 @pytest.mark.slow
@@ -46,70 +91,158 @@ def test_tensorboard_holds_scalars_table_and_pictures(tmp_path: Path) -> None:
     events = EventAccumulator(str(tmp_path / "logs" / "tensorboard" / "session_0"))
     events.Reload()
     assert len(events.Scalars("fit/quality")) == 2 * 20
-    assert events.Scalars("result/accuracy.undefended")[0].value == metrics["accuracy"]["undefended"]
+    assert events.Scalars("result/accuracy/undefended")[0].value == metrics["accuracy"]["undefended"]
+    assert events.Scalars("cells/accuracy")[0].step == 1
     assert set(events.Tags()["images"]) == {"figures/panel", "figures/trace_000000"}
     assert any("images" in tag for tag in events.Tags()["tensors"])
 
 
-def test_no_log_is_no_log(tmp_path: Path) -> None:
-    with open_log({"name": "none"}, tmp_path, settings={}) as log:
+def test_no_log_is_no_log(matrix: Matrix) -> None:
+    before = set(matrix.folder.rglob("*"))
+    with open_log(logged(matrix, "logger=none")) as log:
         assert log is None
-    assert list(tmp_path.iterdir()) == []
+    assert set(matrix.folder.rglob("*")) == before
 
 
 @pytest.mark.slow
-def test_wandb_offline_keeps_one_run_and_closes_it(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_keeps_one_run_with_a_table_of_pictures(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
-    with open_log(WANDB, matrix.folder, settings=matrix.config.to_dict()) as log:
+    asked = ("logger=wandb", "logger.tags=[a,b]", "logger.notes=why", "logger.artifacts=true")
+    matrix = logged(matrix, *asked)
+    with open_log(matrix) as log:
         assert log is not None
-        for stack in range(2):
-            trainers = log.starting_at(stack * 40)
-            trainers.log_metrics({"fit/mse": 0.5}, step=39)
-            trainers.finalize("success")
+        run(matrix, log=log)
         metrics = write_train_report(matrix, log=log)
-        run = log.inner.experiment
-        assert run.summary["result/accuracy.clean"] == metrics["accuracy"]["clean"]
-    runs = list((matrix.folder / "logs" / "wandb").glob("offline-run-*"))
-    assert len(runs) == 1
-    assert runs[0].name.endswith((matrix.folder / "logs" / "wandb_id.txt").read_text())
-    assert [path.name for path in runs[0].glob("*.wandb")]
-    assert {path.name.split("_")[0] for path in runs[0].glob("files/media/images/figures/*.png")} == {"panel", "trace"}
+        kept = Path(log.run.dir).parent
     assert wandb.run is None, "the run must not stay open for the next job of the process"
+    (read,) = wandb_runs(matrix.folder)
+    assert (read.name, read.job_type) == ("digits-digits_cnn-pgd-paper", "fit")
+    assert (read.tags, read.notes, read.exit_code) == (["a", "b"], "why", 0)
+    assert read.commit == str(read.config["code"]).removesuffix("-dirty")
+    assert (read.config["defense/tau"], read.config["attack/name"]) == (0.2, "pgd")
+    assert read.summary["result/accuracy/clean"] == metrics["accuracy"]["clean"]
+    assert [row["_step"] for row in read.history] == list(range(len(read.history)))
+    assert {path.name.split("_")[0] for path in kept.glob("files/media/images/figures/*.png")} == {"panel", "trace"}
+    table = next(files for name, files in read.artifacts if name.endswith("-images"))
+    content = yaml.safe_load(Path(table["images.table.json"]).read_text())
+    assert len(content["data"]) == 3
+    shown = [content["columns"].index(name) for name in ("clean", "given", "reconstruction")]
+    for line in content["data"]:
+        assert all(line[column]["_type"] == "image-file" and line[column]["path"] in table for column in shown)
+    assert {"decision_given", "decision_defended", "why"} <= set(content["columns"])
+    artifact = next(files for name, files in read.artifacts if name.startswith("reconstructions-"))
+    assert "reconstructions/pgd/paper.npz" in artifact
+    assert {path for path in artifact if path.startswith("traces/")} == {
+        f"traces/pgd/paper/{i:06d}.safetensors" for i in range(3)
+    }
 
 
 @pytest.mark.slow
-def test_wandb_run_is_closed_when_the_job_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_resumed_wandb_run_go_on_where_they_ended(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    for last in (2, 2, 5):  # the second session has nothing to add
+        with open_log(logged(matrix, "logger=wandb")) as log:
+            assert log is not None
+            for number in range(last):
+                log.add(f"row {number}", {"fit/mse": 0.5}, step=10 * number)
+    runs = wandb_runs(matrix.folder)
+    assert len(runs) == 3
+    assert len({one.id for one in runs}) == 1
+    assert all(one.resumes for one in runs)
+    lines = [line for one in runs for line in one.history]
+    assert [(line["_step"], line["trainer/global_step"]) for line in lines] == [(n, 10 * n) for n in range(5)]
+
+
+@pytest.mark.slow
+def test_a_disabled_wandb_run_leaves_nothing_to_go_on_with(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in ("disabled", "dryrun"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        fresh_settings()
+        with open_log(logged(matrix, "logger=wandb")) as log:
+            assert log is not None
+            log.add("row", {"cells/done": 1, "cells/accuracy": 0.5})
+    (read,) = wandb_runs(matrix.folder)  # that of dryrun, W&B's old name of offline
+    assert [line["_step"] for line in read.history] == [0]
+    assert ("cells/done", "cells/accuracy") in read.axes
+
+
+@pytest.mark.slow
+def test_wandb_run_is_closed_when_the_job_fails(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     monkeypatch.setenv("WANDB_MODE", "offline")
 
     def fail() -> None:
-        with open_log(WANDB, tmp_path, settings={}):
+        with open_log(logged(matrix, "logger=wandb")):
             raise RuntimeError("the job failed")
 
     with pytest.raises(RuntimeError, match="the job failed"):
         fail()
     assert wandb.run is None
+    assert [one.exit_code for one in wandb_runs(matrix.folder)] == [1]
 
 
+def test_a_row_is_entered_once(matrix: Matrix) -> None:
+    with open_log(logged(matrix, "logger=csv")) as log:
+        assert log is not None
+        for value in (1.0, 2.0):
+            log.add("one", {"x": value}, step=3)
+    assert read_rows(matrix.folder / "logs" / "csv" / "session_0" / "metrics.csv") == [{"step": "3", "x": "1.0"}]
+
+
+def test_names_say_what_a_run_is() -> None:
+    folder = Path("sweep") / "tau=0.5,K=15-0123abcd"
+    assert run_name(typed_config(), folder, group=None) == "digits-digits_cnn-pgd-mirror"
+    assert run_name(typed_matrix(), folder, group=None) == "digits-digits_cnn-3 attacks x 6 defences"
+    assert run_name(typed_matrix("defense=paper"), folder, group=None) == "digits-digits_cnn-3 attacks x paper"
+    assert run_name(typed_config(), folder, group="sweep") == "tau=0.5,K=15"
+
+
+def test_settings_are_flat_and_have_no_dots() -> None:
+    settings = flat_settings(typed_matrix("defense=paper"))
+    assert settings["defense/tau"] == 0.7
+    assert settings["attacks/pgd_8/eps_255"] == 8
+    assert not [key for key, value in settings.items() if "." in key or (isinstance(value, dict) and value)]
+    assert not [key for key in settings if key.startswith("logger")]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("own", "key", "offline", "mode"),
+    ("file", "environment", "offline", "mode"),
     [
-        ("online", None, None, "offline"),
-        ("online", "x" * 40, None, "online"),
-        ("online", None, False, "online"),
-        ("online", "x" * 40, True, "offline"),
-        ("disabled", "x" * 40, None, "disabled"),
-        ("dryrun", "x" * 40, None, "dryrun"),
-        ("offline", "x" * 40, None, "offline"),
+        (None, {}, None, "offline"),
+        (None, {"WANDB_API_KEY": "0" * 40}, None, "online"),
+        (None, {}, False, "online"),
+        (None, {"WANDB_API_KEY": "0" * 40}, True, "offline"),
+        (None, {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "disabled"}, None, "disabled"),
+        (None, {"WANDB_API_KEY": "0" * 40, "WANDB_MODE": "dryrun"}, None, "dryrun"),
+        ("offline", {"WANDB_API_KEY": "0" * 40}, None, "offline"),
+        ("disabled", {"WANDB_API_KEY": "0" * 40}, None, "disabled"),
+        ("offline", {"WANDB_API_KEY": "0" * 40}, False, "online"),
     ],
 )
 def test_mode_is_that_of_wandbs_own_settings_but_offline_without_a_key(
-    monkeypatch: pytest.MonkeyPatch, own: str, key: str | None, offline: bool | None, mode: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    file: str | None,
+    environment: dict[str, str],
+    offline: bool | None,
+    mode: str,
 ) -> None:
-    settings = SimpleNamespace(mode=own, api_key=key, base_url="https://api.wandb.ai")
-    monkeypatch.setattr("wandb.setup", lambda: SimpleNamespace(settings=settings))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", "nowhere")
-    assert wandb_mode(offline) == mode
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if file is not None:  # what `wandb offline` and `wandb disabled` write
+        (tmp_path / "wandb").mkdir()
+        (tmp_path / "wandb" / "settings").write_text(f"[default]\nmode = {file}\n")
+    fresh_settings()
+    try:
+        assert wandb_mode(offline) == mode
+    finally:
+        monkeypatch.undo()
+        fresh_settings()

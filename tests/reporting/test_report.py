@@ -105,7 +105,9 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
 
 
 def test_matrix_report_has_tables_comparisons_and_a_log(several: Matrix) -> None:
-    with open_log({"name": "csv"}, several.folder, settings={}) as log:
+    several = replace(several, config=replace(several.config, logger={"kind": "csv"}))
+    with open_log(several) as log:
+        run(several, log=log)
         made = write_matrix_report(several, log=log)
     assert {path.name for path in made} == {
         "report.md", "figure9_clean.png", "figure9_pgd_8.png",
@@ -120,11 +122,12 @@ def test_matrix_report_has_tables_comparisons_and_a_log(several: Matrix) -> None
     }
     with (several.folder / "logs" / "csv" / "session_0" / "metrics.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len([line for line in lines if line["fit/paper.clean.accuracy"]]) == 10
+    assert len([line for line in lines if line["fit/paper/clean/accuracy"]]) == 10
     results = [several.results[attack, "jpeg"][0] for attack in ("clean", "pgd_8")]
     right = [float(result.right.double().mean()) for result in results]
-    assert float(lines[-1]["result/jpeg.pgd_8.accuracy"]) == pytest.approx(right[1], abs=1e-6)
-    assert float(lines[-1]["result/jpeg.mean_accuracy"]) == pytest.approx(sum(right) / 2, abs=1e-6)
+    (_, last) = [line for line in lines if line["result/jpeg/mean_accuracy"]]
+    assert float(last["result/jpeg/pgd_8/accuracy"]) == pytest.approx(right[1], abs=1e-6)
+    assert float(last["result/jpeg/mean_accuracy"]) == pytest.approx(sum(right) / 2, abs=1e-6)
 
 
 def test_text_for_the_terminal_has_both_tables(several: Matrix) -> None:

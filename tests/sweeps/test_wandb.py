@@ -44,28 +44,68 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
     folder = tmp_path / "betas"
     run_sweep(folder, *TINY, *ONE_DEFENSE, "logger=wandb", "defenses.paper.beta=0.1,0.9")
     assert wandb.run is None
+    wandb.teardown()  # all is written
     runs = runs_in(folder)
     assert len({run.id for run in runs}) == len(runs) == 2
-    assert {run.config["defenses.paper.beta"] for run in runs} == {0.1, 0.9}
+    assert {run.config["defense/beta"] for run in runs} == {0.1, 0.9}
+    assert {run.name for run in runs} == {"beta=0.1", "beta=0.9"}
     for run in runs:
         assert (run.group, run.job_type, run.exit_code) == ("betas", "sweep", 0)
-        assert run.config["data.limit"] == 5
+        assert run.config["data/limit"] == 5
         assert ("trainer/global_step", "*") in run.axes
-        sampled = [line for line in run.history if "fit/paper.pgd_8.quality" in line]
-        assert [line["trainer/global_step"] for line in sampled] == list(range(1, 20, 2))
-        for line in sampled:
-            for column in ("clean", "pgd_8"):
-                assert all(0 <= line[f"fit/paper.{column}.{name}"] <= 1 for name in ("accuracy", "changed"))
-                assert -1 <= line[f"fit/paper.{column}.quality"] <= 1
+        for column in ("clean", "pgd_8"):
+            for name in ("quality", "mse", "decision_changed", "accuracy"):
+                sampled = [line for line in run.history if f"fit/paper/{column}/{name}" in line]
+                assert [line["trainer/global_step"] for line in sampled] == list(range(1, 20, 2))
+                assert all(-1 <= line[f"fit/paper/{column}/{name}"] <= 1 for line in sampled)
+        cells = [line for line in run.history if "cells/done" in line]
+        assert [line["cells/done"] for line in cells] == [1, 2]
+        assert {("cells/done", f"cells/{name}") for name in ("accuracy", "low", "high", "ssim", "seconds")} <= {
+            *run.axes
+        }
+        assert cells[0]["_runtime"] < cells[1]["_runtime"]
         table = {key.split("/")[1]: value for key, value in run.history[-1].items() if key.startswith("images/")}
         assert (table["nrows"], table["_type"]) == (2 * 5, "table-file")
-        pictures = {key.split("/")[1] for key in run.history[-1] if key.startswith("figures/")}
-        traces = {f"trace_paper.{column}_{i:06d}" for column in ("clean", "pgd_8") for i in (0, 1)}
-        assert pictures == traces | {"panel_paper.clean", "panel_paper.pgd_8"}
+        for column, line in zip(("clean", "pgd_8"), cells, strict=True):
+            pictures = {key.split("/")[-2] for key in line if key.startswith(f"figures/paper/{column}/")}
+            assert pictures == {"panel", "trace_000000", "trace_000001"}
         for name in ("accuracy", "low", "high", "ssim", "psnr"):
-            assert f"result/paper.pgd_8.{name}" in run.summary
-        means = [run.summary[f"result/paper.{column}.accuracy"] for column in ("clean", "pgd_8")]
-        assert run.summary["result/paper.mean_accuracy"] == pytest.approx(sum(means) / 2)
+            assert f"result/paper/pgd_8/{name}" in run.summary
+        means = [run.summary[f"result/paper/{column}/accuracy"] for column in ("clean", "pgd_8")]
+        assert run.summary["result/paper/mean_accuracy"] == pytest.approx(sum(means) / 2)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_stopped_and_resumed_is_one_run_that_goes_on(tmp_path: Path) -> None:
+    """SIGTERM in the middle of a matrix; then the same command again."""
+    given = ("~defenses.none", "~defenses.jpeg", "~defenses.median", "~attacks.fgsm_8", "logger=wandb")
+    long = ("defenses.mirror.T=100", "defenses.mirror.t0=20", f"hydra.run.dir={tmp_path / 'run'}")
+    command = [sys.executable, str(ROOT / "evaluate.py"), *TINY, *given, *long]
+    env = {**environment(), "WANDB_MODE": "offline"}
+    first = subprocess.Popen(command, cwd=tmp_path, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    journal, wanted = tmp_path / "run" / "logs" / "wandb_run.txt", time.monotonic() + 300
+    while not (journal.is_file() and len(journal.read_text().splitlines()) > 30) and time.monotonic() < wanted:
+        time.sleep(0.02)
+    first.terminate()
+    assert first.wait() == 143
+    for _ in range(2):  # the second finds all done
+        subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True)
+    runs = runs_in(tmp_path)
+    assert [run.exit_code for run in runs] == [1, 0, 0]
+    assert len({run.id for run in runs}) == 1
+    assert runs[0].history
+    assert runs[1].history
+    assert runs[2].history == []
+    lines = [line for run in runs for line in run.history]
+    steps = [line["_step"] for line in lines]
+    assert steps == sorted(set(steps))
+    assert [line["cells/done"] for line in lines if "cells/done" in line] == list(range(1, 7))
+    curves = [(key, line["trainer/global_step"]) for line in lines for key in line if key.startswith("fit/")]
+    assert len(curves) == len(set(curves))
+    for defense in ("paper", "mirror", "dip_fixed"):
+        for attack in ("clean", "pgd_8"):
+            assert (f"fit/{defense}/{attack}/quality", 7) in curves or (f"fit/{defense}/{attack}/quality", 99) in curves
+            assert all(f"result/{defense}/{attack}/accuracy" in run.summary for run in runs[1:])
 
 
 @pytest.mark.slow
@@ -89,7 +129,7 @@ def test_a_server_that_cannot_be_reached_neither_stops_nor_fails_a_run(
     assert "kept offline" in caplog.text
     (run,) = runs_in(tmp_path)
     assert run.job_type == "evaluate"
-    assert "result/paper.mean_accuracy" in run.summary
+    assert "result/paper/mean_accuracy" in run.summary
 
 
 @pytest.mark.slow
@@ -101,10 +141,10 @@ def test_a_csv_log_holds_the_curves_and_the_result(tmp_path: Path) -> None:
     tiny_evaluation(tmp_path, *fewer, "~attacks.fgsm_8", *small, "logger=csv")
     with (tmp_path / "logs" / "csv" / "session_0" / "metrics.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert len([line for line in lines if line["fit/paper.clean.accuracy"]]) == 10
-    assert lines[-1]["result/jpeg.pgd_8.accuracy"]
+    assert len([line for line in lines if line["fit/paper/clean/accuracy"]]) == 10
+    assert [line for line in lines if line["result/jpeg/pgd_8/accuracy"]]
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {
-        f"{kind}_paper_{column}{end}.png"
+        f"{kind}_paper.{column}{end}.png"
         for column in ("clean", "pgd_8")
         for kind, end in (("panel", ""), ("trace", "_000000"))
     }
@@ -149,6 +189,6 @@ def test_the_agent_of_wandb_drives_evaluate(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "wandb" / "run7" / "results.csv").is_file()
     (run,) = runs_in(tmp_path)
     assert (run.id, run.exit_code) == ("run7", 0)
-    assert {name: run.config[f"defenses.paper.{name.split('.')[-1]}"] for name in parameters} == parameters
+    assert {name: run.config[name.replace(".", "/")] for name in parameters} == parameters
     metric = yaml.safe_load((ROOT / "sweeps" / "wandb_sweep.yaml").read_text())["metric"]["name"]
     assert 0 <= run.summary[metric] <= 1

@@ -19,15 +19,21 @@ FULL, LAST = 1, 4
 
 @dataclass
 class Run:
-    """What a run holds: its names, its config, a dict a history line, its last summary, and (step, metrics) by axis."""
+    """What a record holds; axes are (axis, metric), artifacts (name, files by path)."""
 
     id: str = ""
+    name: str = ""
+    notes: str = ""
+    tags: list[str] = field(default_factory=list)
+    commit: str = ""
+    resumes: bool = False
     group: str = ""
     job_type: str = ""
     config: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     summary: dict[str, Any] = field(default_factory=dict)
     axes: list[tuple[str, str]] = field(default_factory=list)
+    artifacts: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     exit_code: int | None = None
 
 
@@ -42,6 +48,8 @@ def read_run(folder: Path) -> Run:
         kind = record.WhichOneof("record_type")
         if kind == "run":
             run.id, run.group, run.job_type = record.run.run_id, record.run.run_group, record.run.job_type
+            run.name, run.notes, run.tags = record.run.display_name, record.run.notes, list(record.run.tags)
+            run.commit, run.resumes = record.run.git.commit, record.run.resume
             run.config = _items(record.run.config.update)
         elif kind == "config":
             run.config |= _items(record.config.update)
@@ -51,6 +59,9 @@ def read_run(folder: Path) -> Run:
             run.summary |= _items(record.summary.update)
         elif kind == "metric":
             run.axes.append((record.metric.step_metric, record.metric.glob_name or record.metric.name))
+        elif kind == "artifact":
+            files = record.artifact.manifest.contents
+            run.artifacts.append((record.artifact.name, {file.path: file.local_path for file in files}))
         elif kind == "exit":
             run.exit_code = record.exit.exit_code
     return run
