@@ -7,19 +7,33 @@ carried out as given, or a file cannot be written; 130 Ctrl-C, 143 SIGTERM, 141 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
 from dipguard.cli import CommandError, exit_codes
+from dipguard.registry import import_extra
 from dipguard.version import __version__
 
+PROGRAMS: dict[str, tuple[tuple[str, ...], str]] = {
+    "train": (("train",), "run one attack and one defence, with pictures"),
+    "evaluate": (("evaluate",), "run attacks x defences, and write the tables"),
+    "sweep": (
+        ("evaluate", "hydra.mode=MULTIRUN"),
+        "run `evaluate` with many settings: +sweep=smoke, defense.tau=0.5,0.7",
+    ),
+}
+"""Command -> the Hydra program with its first arguments, and what it does. All further arguments are Hydra's."""
 _SEE = "`dipguard list` names them and their options"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; return its exit code. ``argv`` are arguments without the program's name."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in (*PROGRAMS, "-sc"):
+        return _run_program(argv[0], argv[1:])
     args = make_parser().parse_args(argv)
     with exit_codes("dipguard"):
         try:
@@ -31,6 +45,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"dipguard: error: {error}", file=sys.stderr)
             return 2
     return code
+
+
+def _run_program(command: str, arguments: Sequence[str]) -> int:
+    """Run one of `PROGRAMS`, or answer a shell that completes its arguments (``-sc``)."""
+    try:
+        import_extra("hydra", owner=f"dipguard {command}", extra="app")
+    except ImportError as error:
+        print(f"dipguard: error: {error}", file=sys.stderr)
+        return 2
+    if command == "-sc":
+        word, space, rest = os.environ.get("COMP_LINE", "").partition(" ")[2].partition(" ")
+        if word and not (space and word in PROGRAMS):
+            print(*PROGRAMS)
+            return 0
+        command, arguments = word or "evaluate", ("-sc", *arguments)
+        os.environ["COMP_LINE"] = f"dipguard {rest}"
+    (name, *first), _ = PROGRAMS[command]
+    from dipguard.cli.programs import main as run
+
+    run(name, [*first, *arguments])
+    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,6 +81,11 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(module="doctor")
     listing = commands.add_parser("list", help="name the victims and the defences, with their options")
     listing.set_defaults(module="listing")
+    collect = commands.add_parser("collect", help="make the tables and plots of a sweep again, finished or not")
+    collect.add_argument("folder", nargs="+", help="a sweep's folder, such as outputs/sweeps/smoke")
+    collect.set_defaults(module="collect")
+    for name, (_, what) in PROGRAMS.items():
+        commands.add_parser(name, help=f"{what} (its own --help)")
     return parser
 
 
