@@ -1,4 +1,7 @@
-"""Defend images: one attack, one defence, one run folder. Try ``python train.py --help``; ``dipguard train`` is the same."""
+"""Defend images: one attack, one defence, one run folder. Try ``python train.py --help``.
+
+``dipguard train`` is the same program.
+"""
 
 from dipguard.cli.programs import main
 

@@ -163,6 +163,8 @@ def explain(error: BaseException | None) -> str | None:
     options, config = getattr(error, "options", None), str(getattr(error, "missing_cfg_file", ""))
     if options:
         group, _, name = config.rpartition("/")
+        if group in ("hydra/launcher", "hydra/sweeper"):
+            return f"`{group}={name}` may come with an extra: pip install 'dipguard[sweep]'"
         hint = did_you_mean(name, options, prefix=f"{group}=")
         return f"`{group}={name}` is unknown{hint}" if hint else None
     cause = getattr(error, "__cause__", None)
@@ -171,7 +173,7 @@ def explain(error: BaseException | None) -> str | None:
         return None
     group, _, name = str(key).rpartition(".")
     if name in ("attack", "defense") and not group:
-        return f"no `{name}` is chosen: {name}=NAME chooses one; where a sweep chooses, its options need ++{name}.KEY=VALUE"
+        return f"no `{name}` is chosen: give {name}=NAME (where a sweep chooses, options need ++{name}.KEY=VALUE)"
     if group == "trainer" and name in _trainer_own():
         return f"`{key}` is set by dipguard itself"
     if name in (options_of(TRAINER) if group == "trainer" else ATTACK_KEYS if group.startswith("attack") else ()):

@@ -9,7 +9,6 @@ import ast
 import difflib
 import importlib.util
 import inspect
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
 from importlib import import_module
@@ -93,30 +92,6 @@ def options_of(path: str) -> dict[str, Any]:
     """
     module, _, name = path.partition(":")
     return dict(_options(module, name))
-
-
-@cache
-def documented(path: str) -> dict[str, str]:
-    """Return the first sentence about each option of `options_of`, and under ``name`` that about the whole.
-
-    They are those of the docstrings: of the class or function, of its base classes, and of ``FitOptions``.
-    """
-    home, node = _definition(*path.split(":"))
-    lineage = [node] if isinstance(node, ast.FunctionDef) else [kind for _, kind in _lineage(home, node)]
-    found: dict[str, str] = {}
-    fit = [_definition(*FIT_OPTIONS.split(":"))[1]] if "matmul_precision" in options_of(path) else []
-    for one in (*fit, *reversed(lineage)):
-        text = ast.get_docstring(one) or ""
-        for names, entry in re.findall(r"^ {4}(\w[\w, ]*): (.+?)(?=^ {4}\w|^\S|\Z)", text, flags=re.M | re.S):
-            found |= dict.fromkeys(names.split(", "), _sentence(entry))
-        found["name"] = _sentence(text)
-    return found
-
-
-def _sentence(text: str) -> str:
-    """The first sentence on one line, without markup."""
-    plain = re.sub(r"(?::\w+:)?`+~?([^`]*)`+", r"\1", " ".join(text.split()))
-    return re.split(r"(?<=[a-z0-9)]{2}[.])(?<!\bal[.])\s", plain, maxsplit=1)[0].rstrip(".:")
 
 
 def constant_of(path: str) -> Any:

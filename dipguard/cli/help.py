@@ -1,30 +1,19 @@
-"""What ``--help`` of the programs says: the config groups, and each key with a line on what it is.
-
-Lines about the options of data sets, victims, attacks and defences come from the docstrings of their constructors; all
-others are the comments above the keys in ``conf/``.
-"""
+"""What ``--help`` of the programs says: the config groups, and the config with a line on each key (conf/help.yaml)."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
-from functools import cache
-from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
-from dipguard.config import GROUPS, names_of
-from dipguard.registry import documented
 from hydra_plugins.dipguard_groups import conf_folder
 
-GROUP_OF = {"attacks": "attack", "defenses": "defense", "surrogate": "victim", "baseline": "victim"}
-COLUMN, WIDTH = 32, 160
-"""Where a comment begins, and where a line ends."""
+COLUMN = 33  # of the comments
 
 
 def register_help() -> None:
-    """Give OmegaConf the texts that the help template in ``conf/base.yaml`` asks for; harmless when repeated."""
+    """Give OmegaConf the texts that the template in conf/base.yaml asks for; harmless when repeated."""
     OmegaConf.register_new_resolver("dipguard_groups", groups_text, replace=True)
     OmegaConf.register_new_resolver("dipguard_keys", keys_text, replace=True)
 
@@ -37,54 +26,17 @@ def groups_text() -> str:
 
 
 def keys_text(*, _root_: DictConfig) -> str:
-    """The config with a comment on each key."""
-    values = OmegaConf.to_container(OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"]))
-    about = _comments("help", "logger/wandb", "base", str(_root_.hydra.job.name))
-    lines = _lines(values, about, "", "")
+    """The config as YAML, with a comment on each key."""
+    folder = conf_folder()
+    assert folder is not None  # the config came from it
+    about, path, lines = OmegaConf.load(folder / "help.yaml"), list[str](), []
+    shown = OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"])
+    for line in OmegaConf.to_yaml(shown).splitlines():
+        if match := re.match(r"( *)'?(\w[^ :']*)'?:", line):
+            path = [*path[: len(match[1]) // 2], match[2]]
+            label = len(path) > 1 and OmegaConf.is_dict(OmegaConf.select(shown, ".".join(path)))
+            name = OmegaConf.select(shown, ".".join([*path[:-1], "name"]))
+            comment = about.get(f"{name}.{path[-1]}" if name else "") or about.get("." * (len(path) > 1) + path[-1])
+            line = f"{line:<{COLUMN}} # {comment}" if comment and not label else line
+        lines.append(line)
     return "\n".join(lines).replace("$", "$$")  # it becomes a part of a template
-
-
-def _lines(values: Any, about: Mapping[str, str], group: str, indent: str) -> Iterator[str]:
-    """The lines of a node of the config; ``group`` is the config group of the node or, for labels, of what is below."""
-    name = values.get("name") if group in GROUPS else None
-    if name is not None:
-        options = _comments("help")
-        about = options | documented(names_of(group)[name]) | {"name": options["name"]}
-        about |= {key: options[f"{name}.{key}"] for key in values if f"{name}.{key}" in options}
-        values = {"name": name, **values}
-    for key, value in values.items():
-        below = group if indent else GROUP_OF.get(key, key)
-        comment = about.get(key, "")
-        if isinstance(value, dict) and value and name is None:
-            if indent and "name" in value:  # a label
-                comment = documented(names_of(group)[value["name"]])["name"]
-            yield _line(f"{indent}{key}:", comment)
-            yield from _lines(value, about, below, f"{indent}  ")
-        else:
-            text = (
-                str(value) if isinstance(value, list | dict) else OmegaConf.to_yaml([value]).strip().removeprefix("- ")
-            )
-            yield _line(f"{indent}{key}: {text}", comment)
-
-
-def _line(text: str, comment: str) -> str:
-    whole = f"{text:<{COLUMN}}  # {comment.replace('None', 'null')}" if comment else text
-    return whole if len(whole) <= WIDTH else f"{whole[: WIDTH - 3]}..."
-
-
-@cache
-def _comments(*files: str) -> dict[str, str]:
-    """Key -> the comment above it in files of ``conf/``."""
-    folder, found = conf_folder(), dict[str, str]()
-    for name in files if folder is not None else ():
-        comment: list[str] = []
-        for line in (folder / f"{name}.yaml").read_text(encoding="utf-8").splitlines():
-            text = line.strip()
-            if text.startswith("#"):
-                comment.append(text[1:].strip())
-                continue
-            key = re.match(r"(?:- )?(?:\w+@)?([\w.]+):", text)
-            if key and comment:
-                found[key[1]] = " ".join(comment).rstrip(".")
-            comment = []
-    return found

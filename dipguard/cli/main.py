@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from dipguard.cli import CommandError, exit_codes
+from dipguard.cli import CommandError, command_errors, exit_codes
 from dipguard.registry import import_extra
 from dipguard.version import __version__
 
@@ -31,12 +31,13 @@ _SEE = "`dipguard list` names them and their options"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; return its exit code. ``argv`` are arguments without the program's name."""
-    argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in (*PROGRAMS, "-sc"):
-        return _run_program(argv[0], argv[1:])
-    args = make_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    hydras = bool(given) and given[0] in (*PROGRAMS, "-sc")
+    args = None if hydras else make_parser().parse_args(given)
     with exit_codes("dipguard"):
         try:
+            if args is None:
+                return _run_program(*given)
             # Imported only now, so that --help does not load torch.
             code: int = import_module(f"dipguard.cli.{args.module}").run(args)
         except BrokenPipeError:
@@ -47,23 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run_program(command: str, arguments: Sequence[str]) -> int:
-    """Run one of `PROGRAMS`, or answer a shell that completes its arguments (``-sc``)."""
-    try:
+def _run_program(command: str, *arguments: str) -> int:
+    """Run one of `PROGRAMS`, or answer a shell that completes the arguments of one (``-sc``)."""
+    with command_errors():
         import_extra("hydra", owner=f"dipguard {command}", extra="app")
-    except ImportError as error:
-        print(f"dipguard: error: {error}", file=sys.stderr)
-        return 2
-    if command == "-sc":
-        word, space, rest = os.environ.get("COMP_LINE", "").partition(" ")[2].partition(" ")
-        if word and not (space and word in PROGRAMS):
-            print(*PROGRAMS)
-            return 0
-        command, arguments = word or "evaluate", ("-sc", *arguments)
-        os.environ["COMP_LINE"] = f"dipguard {rest}"
-    (name, *first), _ = PROGRAMS[command]
     from dipguard.cli.programs import main as run
 
+    if command == "-sc":
+        arguments = (command, *arguments)
+        command, space, rest = os.environ.get("COMP_LINE", "").partition(" ")[2].partition(" ")
+        if command and not (space and command in PROGRAMS):
+            print(*PROGRAMS)
+            return 0
+        os.environ["COMP_LINE"] = f"dipguard {rest}"
+    (name, *first), _ = PROGRAMS[command or "evaluate"]
     run(name, [*first, *arguments])
     return 0
 
@@ -81,9 +79,6 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(module="doctor")
     listing = commands.add_parser("list", help="name the victims and the defences, with their options")
     listing.set_defaults(module="listing")
-    collect = commands.add_parser("collect", help="make the tables and plots of a sweep again, finished or not")
-    collect.add_argument("folder", nargs="+", help="a sweep's folder, such as outputs/sweeps/smoke")
-    collect.set_defaults(module="collect")
     for name, (_, what) in PROGRAMS.items():
         commands.add_parser(name, help=f"{what} (its own --help)")
     return parser

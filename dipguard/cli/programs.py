@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dipguard")
 
-PATHS = ("path", "weights", "labels_csv", "model")
-"""Keys whose values may be paths, if something of that name exists."""
+PATHS = ("store", "path", "weights", "labels_csv")
+"""Keys whose values are paths; all but ``store`` only if something of that name exists."""
 
 
 def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[str, Any]:
@@ -72,7 +72,8 @@ def run_job(program: Callable[..., Any], cfg: DictConfig) -> float | None:
     """
     settings = HydraConfig.get()
     folder, root = Path(settings.runtime.output_dir), Path(settings.runtime.cwd)
-    _make_absolute(cfg, root)
+    if Path.cwd() != root:
+        _make_absolute(cfg, root)
     sweep = root / settings.sweep.dir if settings.mode == RunMode.MULTIRUN else None
     if sweep is not None and cfg.get("store") is None:
         cfg.store = str(sweep / "store")  # one set of fits for all jobs
@@ -88,14 +89,11 @@ def run_job(program: Callable[..., Any], cfg: DictConfig) -> float | None:
 
 
 def _make_absolute(node: DictConfig, root: Path) -> None:
-    """Let relative paths start from ``root``, where the command was given: with hydra.job.chdir=true jobs run elsewhere."""
-    if Path.cwd() == root:
-        return
-    for key in node:
-        value = None if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(value, DictConfig):
-            _make_absolute(value, root)
-        elif isinstance(value, str) and (key == "store" or (key in PATHS and (root / value).exists())):
+    """Let relative paths start from ``root``, where the command was given: hydra.job.chdir=true puts jobs elsewhere."""
+    for key, value in dict(OmegaConf.to_container(node)).items():  # type: ignore[arg-type]
+        if isinstance(value, dict):
+            _make_absolute(node[key], root)
+        elif isinstance(value, str) and key in PATHS and (key == "store" or (root / value).exists()):
             node[key] = str(root / Path(value).expanduser())
 
 
