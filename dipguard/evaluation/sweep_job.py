@@ -39,15 +39,16 @@ def job_folder(overrides: Sequence[str]) -> str:
     The sweep's own name and settings that no result depends on are left out, so that another logger continues a sweep.
     """
     kept = [text.lstrip("+") for text in overrides]
-    kept = [text for text in kept if not _is_aside(text) and not text.startswith("sweep=")]
+    kept = [text for text in kept if not is_aside(text)]
     digest = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:8]
     name = ",".join(_readable(text) for text in kept) or "job"
     return f"{name[:NAME_LENGTH].rstrip(',.')}-{digest}"
 
 
-def _is_aside(override: str) -> bool:
-    key = re.split("[=@/]", override.lstrip("~"), maxsplit=1)[0]
-    return any(key == name or key.startswith(f"{name}.") for name in ASIDE)
+def is_aside(override: str) -> bool:
+    """Whether no result depends on an override or its key; a sweep's name is none of them."""
+    key = re.split("[=@/]", override.lstrip("~+"), maxsplit=1)[0]
+    return any(key == name or key.startswith(f"{name}.") for name in (*ASIDE, "sweep"))
 
 
 def _readable(override: str) -> str:
