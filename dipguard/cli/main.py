@@ -17,23 +17,19 @@ from dipguard.cli import CommandError, command_errors, exit_codes
 from dipguard.registry import import_extra
 from dipguard.version import __version__
 
-PROGRAMS: dict[str, tuple[tuple[str, ...], str]] = {
-    "train": (("train",), "run one attack and one defence, with pictures"),
-    "evaluate": (("evaluate",), "run attacks x defences, and write the tables"),
-    "sweep": (
-        ("evaluate", "hydra.mode=MULTIRUN"),
-        "run `evaluate` with many settings: +sweep=smoke, defense.tau=0.5,0.7",
-    ),
+PROGRAMS = {
+    "train": "run one attack and one defence, with pictures",
+    "evaluate": "run attacks x defences, and write the tables",
+    "sweep": "run `evaluate` for many settings, such as defense.tau=0.5,0.7",
 }
-"""Command -> the Hydra program with its first arguments, and what it does. All further arguments are Hydra's."""
+"""Commands that are Hydra programs, with their help; all that follows on the command line is Hydra's."""
 _SEE = "`dipguard list` names them and their options"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; return its exit code. ``argv`` are arguments without the program's name."""
     given = list(sys.argv[1:] if argv is None else argv)
-    hydras = bool(given) and given[0] in (*PROGRAMS, "-sc")
-    args = None if hydras else make_parser().parse_args(given)
+    args = None if given[:1] and given[0] in (*PROGRAMS, "-sc") else make_parser().parse_args(given)
     with exit_codes("dipguard"):
         try:
             if args is None:
@@ -61,8 +57,7 @@ def _run_program(command: str, *arguments: str) -> int:
             print(*PROGRAMS)
             return 0
         os.environ["COMP_LINE"] = f"dipguard {rest}"
-    (name, *first), _ = PROGRAMS[command or "evaluate"]
-    run(name, [*first, *arguments])
+    run("train" if command == "train" else "evaluate", [*["hydra.mode=MULTIRUN"] * (command == "sweep"), *arguments])
     return 0
 
 
@@ -79,7 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(module="doctor")
     listing = commands.add_parser("list", help="name the victims and the defences, with their options")
     listing.set_defaults(module="listing")
-    for name, (_, what) in PROGRAMS.items():
+    for name, what in PROGRAMS.items():
         commands.add_parser(name, help=f"{what} (its own --help)")
     return parser
 
