@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
@@ -29,8 +30,9 @@ def keys_text(*, _root_: DictConfig) -> str:
     """The config as YAML, with a comment on each key."""
     folder = conf_folder()
     assert folder is not None  # the config came from it
-    about, path, lines = OmegaConf.load(folder / "help.yaml"), list[str](), []
-    shown = OmegaConf.masked_copy(_root_, [key for key in _root_ if key != "hydra"])
+    about: Any = OmegaConf.load(folder / "help.yaml")
+    shown = OmegaConf.masked_copy(_root_, [str(key) for key in _root_ if key != "hydra"])
+    path, lines = list[str](), list[str]()
     for line in OmegaConf.to_yaml(shown).splitlines():
         if match := re.match(r"( *)'?(\w[^ :']*)'?:", line):
             path = [*path[: len(match[1]) // 2], match[2]]

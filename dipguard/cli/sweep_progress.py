@@ -117,7 +117,7 @@ def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
         shapes = {re.sub(r"^(\S+\.\w+)=[^{].*", r"\1", text) for text in job["overrides"]}
         if not shapes <= seen:
             composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(job["overrides"]))
-            from_hydra(OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"]))
+            from_hydra(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
         seen |= shapes
 
 
