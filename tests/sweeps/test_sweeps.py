@@ -156,13 +156,12 @@ def test_jobs_over_groups_and_lists_of_settings(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summary(
-    tmp_path: Path, program: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, program: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, kept = tmp_path / "sweep", [text for text in FAST if not text.startswith(("~", "defense"))]
     short = ("data.limit=2", "defense.T=20", "defense.decisions=10", "defense.t0=2", "figures=1")
     grid = ("defense=paper", "defense.tau=0.2,0.7", "defense.K=5,15")
-    with caplog.at_level("INFO", logger="dipguard"):
-        run_sweep(folder, *kept, *short, *grid, program=program)
+    run_sweep(folder, *kept, *short, *grid, program=program)
     assert len(done_times(folder)) == 4
     sweep = read_sweep(folder)
     assert dict(sweep.parameters) == {"defense.tau": (0.2, 0.7), "defense.K": (5, 15)}
@@ -172,7 +171,7 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
     assert sum(count.get("replayed", 0) for count in counts) == 3 * 2 * columns
     assert len(list((folder / "store" / "traces").rglob("*.npz"))) == 2 * columns
     assert not list(folder.glob("*/store/*"))
-    for text in (summary(folder), caplog.text):
+    for text in (summary(folder), capsys.readouterr().out):
         assert "4 jobs: 4 done." in text
         assert "best mean accuracy of defence paper" in text
     assert len(list(folder.glob("*/metrics.json"))) == (4 if program == "train" else 0)
