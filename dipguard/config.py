@@ -78,6 +78,7 @@ class RunConfig:
     rebuild: bool
     keep_traces: bool
     figures: int
+    objective: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as nested dicts."""
@@ -90,9 +91,7 @@ def register() -> None:
     ``conf/defense/paper.yaml`` is based on ``defense/options/paper``. What another package registers needs no YAML.
     """
     from hydra.core.config_store import ConfigStore
-    from omegaconf import OmegaConf
 
-    OmegaConf.register_new_resolver("dipguard_groups", _groups_text, replace=True)
     store = ConfigStore.instance()
     for group, source in GROUPS.items():
         own = constant_of(source.table)
@@ -109,15 +108,6 @@ class _Shared(dict[str, Any]):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
-
-
-def _groups_text() -> str:
-    """The config groups and their options for ``--help``, without the groups of options that they are based on."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    loader = GlobalHydra.instance().config_loader()
-    groups = [group for group in loader.list_groups("") if group not in ("dipguard", "hydra")]
-    return "".join(f"{group}: {', '.join(loader.get_group_options(group))}\n" for group in groups)
 
 
 @cache
@@ -173,6 +163,8 @@ def explain(error: BaseException | None) -> str | None:
     options, config = getattr(error, "options", None), str(getattr(error, "missing_cfg_file", ""))
     if options:
         group, _, name = config.rpartition("/")
+        if group in ("hydra/launcher", "hydra/sweeper"):
+            return f"`{group}={name}` may come with an extra: pip install 'dipguard[sweep]'"
         hint = did_you_mean(name, options, prefix=f"{group}=")
         return f"`{group}={name}` is unknown{hint}" if hint else None
     cause = getattr(error, "__cause__", None)
@@ -180,6 +172,8 @@ def explain(error: BaseException | None) -> str | None:
     if not key or not isinstance(parent, Mapping):
         return None
     group, _, name = str(key).rpartition(".")
+    if name in ("attack", "defense") and not group:
+        return f"no `{name}` is chosen: give {name}=NAME (where a sweep chooses, options need ++{name}.KEY=VALUE)"
     if group == "trainer" and name in _trainer_own():
         return f"`{key}` is set by dipguard itself"
     if name in (options_of(TRAINER) if group == "trainer" else ATTACK_KEYS if group.startswith("attack") else ()):
@@ -223,6 +217,8 @@ def _checked(config: RunConfig) -> RunConfig:
     check_int(config.figures, name="figures", low=0)
     for key, value in [("processes", config.processes), *(("store_T", T) for T in config.store_T)]:
         check_int(value, name=key, low=1)
+    if config.objective is not None:
+        check_choice(config.objective, [*config.attacks, *defenses, "worst_case"], name="objective")
     if config.chunk is not None:
         check_int(config.chunk, name="chunk", low=1)
     return config

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dipguard import registry
 from dipguard.attacks import ATTACKS
-from dipguard.config import GROUPS, explain, from_hydra, names_of, node_of
+from dipguard.cli.help import keys_text
+from dipguard.config import GROUPS, LOGGERS, explain, from_hydra, names_of, node_of
 from dipguard.data import DATASETS
 from dipguard.defenses import DEFENSES
 from dipguard.victims import VICTIMS
@@ -163,6 +164,7 @@ def test_unknown_key_of_a_matrix_is_named_as_on_the_command_line(label: str) -> 
         ("trainer.devices=2", "`trainer.devices` is set by dipguard itself"),
         ("attack.epss=3", "`attack.epss` is unknown (did you mean 'attack.eps_255'?)"),
         ("zzz=3", "`zzz` is unknown; the settings are: data, victim, seed"),
+        ("hydra/sweeper=ax", "`hydra/sweeper=ax` may come with an extra: pip install 'dipguard[sweep]'"),
     ],
 )
 def test_hydras_own_refusal_is_explained(override: str, hint: str) -> None:
@@ -213,6 +215,7 @@ def test_bad_choice_is_refused_with_the_allowed_ones(override: str, allowed: lis
         ("store_T=[0]", "`store_T` must be at least 1"),
         ("eps_255=300", "`eps_255` must be from 0 to 255"),
         ("rebuild=perhaps", "`rebuild` must be true or false, got 'perhaps'"),
+        ("objective=pgd_16", "`objective` must be one of pgd, paper, worst_case, got 'pgd_16'"),
         ("keep_traces=1", "`keep_traces` must be true or false, got 1"),
         ("trainer.enable_progress_bar=no", "`trainer.enable_progress_bar` must be true or false, got 'no'"),
         ("logger=wandb logger.offline=no", "`logger.offline` must be true or false, got 'no'"),
@@ -328,6 +331,28 @@ def test_configs_name_no_place_of_this_machine() -> None:
     assert not any("/home/" in text or "file://" in text for text in texts)
 
 
+def test_help_has_a_line_for_every_key_and_no_other() -> None:
+    about = OmegaConf.load(CONF / "help.yaml")
+    assert all(isinstance(line, str) and line for line in about.values())
+    options = {(name, key) for group in GROUPS for name in names_of(group) for key in node_of(group, name)}
+    assert [pair for pair in sorted(options) if f".{pair[1]}" not in about and ".".join(pair) not in about] == []
+    top = {*compose_config(), *compose_matrix()}
+    assert top | {"surrogate", "baseline"} == {key for key in about if "." not in key}
+    known = {".".join(pair) for pair in options} | {f".{key}" for _, key in options} | {f".{key}" for key in OTHER_KEYS}
+    assert {key for key in about if "." in key} <= known
+
+
+OTHER_KEYS = ("name", "accelerator", "enable_progress_bar", *LOGGERS["wandb"])
+
+
+def test_help_explains_the_composed_config() -> None:
+    lines = keys_text(_root_=compose_config("defense=paper", "logger=wandb")).splitlines()
+    assert [line for line in lines if "#" not in line] == []
+    assert any(line.startswith("  tau: 0.7 ") and "Quality threshold" in line for line in lines)
+    mirror = keys_text(_root_=compose_config())
+    assert "$${oc.select:data.mirrors,true}" in mirror, "the text is a template"
+
+
 def test_every_config_says_what_it_is() -> None:
     for path in CONF.glob("*/*.yaml"):
         assert path.read_text().startswith("#") or path.parent.name == "logger", path
@@ -375,6 +400,9 @@ def test_help_and_mistyped_keys_on_the_command_line(program: str) -> None:
     assert shown.returncode == 0
     assert re.search(r"^defense: .*mirror.*paper", shown.stdout, flags=re.MULTILINE)
     assert "options" not in shown.stdout.split("== Config ==")[0]
+    groups = re.findall(r"^(\w+): .*, ", shown.stdout, flags=re.MULTILINE)
+    assert groups == ["attack", "data", "defense", "experiment", "logger", "sweep", "victim"]
+    assert re.search(r"eps_255: 8 +# Largest change", shown.stdout)
     for override, message in (("defense.taau=1", "did you mean 'defense.tau'?"), ("+bogus=1", "`bogus` is unknown")):
         refused = call("defense=paper", override)
         assert refused.returncode == 1

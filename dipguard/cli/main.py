@@ -7,22 +7,33 @@ carried out as given, or a file cannot be written; 130 Ctrl-C, 143 SIGTERM, 141 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from dipguard.cli import CommandError, exit_codes
+from dipguard.cli import CommandError, command_errors, exit_codes
+from dipguard.registry import import_extra
 from dipguard.version import __version__
 
+PROGRAMS = {
+    "train": "run one attack and one defence, with pictures",
+    "evaluate": "run attacks x defences, and write the tables",
+    "sweep": "run `evaluate` for many settings, such as defense.tau=0.5,0.7",
+}
+"""Commands that are Hydra programs, with their help; all that follows on the command line is Hydra's."""
 _SEE = "`dipguard list` names them and their options"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; return its exit code. ``argv`` are arguments without the program's name."""
-    args = make_parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = None if given[:1] and given[0] in (*PROGRAMS, "-sc") else make_parser().parse_args(given)
     with exit_codes("dipguard"):
         try:
+            if args is None:
+                return _run_program(*given)
             # Imported only now, so that --help does not load torch.
             code: int = import_module(f"dipguard.cli.{args.module}").run(args)
         except BrokenPipeError:
@@ -31,6 +42,23 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"dipguard: error: {error}", file=sys.stderr)
             return 2
     return code
+
+
+def _run_program(command: str, *arguments: str) -> int:
+    """Run one of `PROGRAMS`, or answer a shell that completes the arguments of one (``-sc``)."""
+    with command_errors():
+        import_extra("hydra", owner=f"dipguard {command}", extra="app")
+    from dipguard.cli.programs import main as run
+
+    if command == "-sc":
+        arguments = (command, *arguments)
+        command, space, rest = os.environ.get("COMP_LINE", "").partition(" ")[2].partition(" ")
+        if command and not (space and command in PROGRAMS):
+            print(*PROGRAMS)
+            return 0
+        os.environ["COMP_LINE"] = f"dipguard {rest}"
+    run("train" if command == "train" else "evaluate", [*["hydra.mode=MULTIRUN"] * (command == "sweep"), *arguments])
+    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -46,6 +74,8 @@ def make_parser() -> argparse.ArgumentParser:
     doctor.set_defaults(module="doctor")
     listing = commands.add_parser("list", help="name the victims and the defences, with their options")
     listing.set_defaults(module="listing")
+    for name, what in PROGRAMS.items():
+        commands.add_parser(name, help=f"{what} (its own --help)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What train.py and evaluate.py do: from the composed config to the report, alone or as one job of a sweep.
+"""The programs ``train`` and ``evaluate``: from the command line to the report, alone or as one job of a sweep.
 
 Importing this module is fast: torch is imported when the keys of the config have been checked.
 """
@@ -9,24 +9,30 @@ import logging
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from dipguard.cli import CommandError, exit_codes, locked
+from dipguard.cli.help import register_help
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
 from dipguard.config import RunConfig, explain, from_hydra, register
-from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key
+from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key, objective
+from hydra_plugins.dipguard_groups import conf_folder
 
 if TYPE_CHECKING:
     from dipguard.evaluation import Matrix
 
 log = logging.getLogger("dipguard")
+
+PATHS = ("store", "path", "weights", "labels_csv")
+"""Keys whose values are paths; all but ``store`` only if something of that name exists."""
 
 
 def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[str, Any]:
@@ -59,20 +65,39 @@ def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list
     return made
 
 
-def run_job(program: Callable[..., Any], cfg: DictConfig) -> None:
-    """Run `train` or `evaluate` in the folder that Hydra chose; as a job of a sweep, only if it is not done already."""
-    folder = Path(HydraConfig.get().runtime.output_dir)
+def run_job(program: Callable[..., Any], cfg: DictConfig) -> float | None:
+    """Run `train` or `evaluate` in the folder that Hydra chose; as a job of a sweep, only if it is not done already.
+
+    Returns the objective of the run, for sweepers that optimise.
+    """
+    settings = HydraConfig.get()
+    folder, root = Path(settings.runtime.output_dir), Path(settings.runtime.cwd)
+    if Path.cwd() != root:
+        _make_absolute(cfg, root)
+    sweep = root / settings.sweep.dir if settings.mode == RunMode.MULTIRUN else None
+    if sweep is not None and cfg.get("store") is None:
+        cfg.store = str(sweep / "store")  # one set of fits for all jobs
     try:
         with locked(folder):
-            if HydraConfig.get().mode == RunMode.MULTIRUN:
-                _sweep_job(program, cfg, folder)
-            else:
+            if sweep is None:
                 program(cfg, folder)
+            else:
+                _sweep_job(program, cfg, folder, sweep=sweep.name)
     except (CommandError, OSError) as error:
         raise CompactHydraException(str(error)) from error
+    return objective(folder, cfg.objective)
 
 
-def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path) -> None:
+def _make_absolute(node: DictConfig, root: Path) -> None:
+    """Let relative paths start from ``root``, where the command was given: hydra.job.chdir=true puts jobs elsewhere."""
+    for key, value in dict(OmegaConf.to_container(node)).items():  # type: ignore[arg-type]
+        if isinstance(value, dict):
+            _make_absolute(node[key], root)
+        elif isinstance(value, str) and key in PATHS and (key == "store" or (root / value).exists()):
+            node[key] = str(root / Path(value).expanduser())
+
+
+def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sweep: str) -> None:
     """Leave in the folder how the job ended (:mod:`dipguard.evaluation.sweep_job`); its error is raised again."""
     from dipguard.files import write_json
 
@@ -85,7 +110,7 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path) -> No
         for name in (DONE, FAILED):
             (folder / name).unlink(missing_ok=True)
         start = time.perf_counter()
-        program(cfg, folder, sweep=folder.resolve().parent.name)
+        program(cfg, folder, sweep=sweep)
         write_json(folder / DONE, {"key": key, "seconds": round(time.perf_counter() - start, 3)})
     except Exception as error:
         log.exception("this job failed")  # into its own log; the sweep's report names it too
@@ -94,13 +119,24 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path) -> No
         raise
 
 
-def start(main: Callable[[], None]) -> None:
-    """Run a Hydra main from the command line: explain mistyped keys, and report sweeps however they end."""
+def main(name: str, arguments: Sequence[str] | None = None) -> None:
+    """Run ``train`` or ``evaluate`` as a Hydra program: explain mistyped keys, and report sweeps however they end.
+
+    ``arguments`` take the place of those of this process.
+    """
+    program: Callable[..., Any] = {"train": train, "evaluate": evaluate}[name]
+
+    def task(cfg: DictConfig) -> float | None:
+        return run_job(program, cfg)
+
+    if arguments is not None:
+        sys.argv[1:] = arguments
     register()
     register_resolver()
-    with exit_codes(Path(sys.argv[0]).name):
+    register_help()
+    with exit_codes(name):
         try:
-            main()
+            hydra.main(config_path=str(conf_folder()), config_name=name, version_base="1.3")(task)()
         except SystemExit as end:
             hint = explain(end.__context__)  # Hydra's own message, already printed, does not say what was meant
             if hint is not None:

@@ -6,17 +6,23 @@ how it ended.
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import time
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.utils import JobReturn
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from dipguard.config import from_hydra
 from dipguard.evaluation.sweep_job import DONE, FAILED, job_folder
 
 _log = logging.getLogger("dipguard")
@@ -45,12 +51,15 @@ class SweepProgress(Callback):
         return SweepProgress, ()
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write the list of jobs."""
-        from dipguard.files import write_json  # here and below: torch is not loaded for --help
-
-        folder, jobs = Path(config.hydra.sweep.dir), planned_jobs(config)
-        began = {"began": time.time(), "sweep": config.hydra.runtime.choices.get("sweep"), "jobs": jobs}
-        write_json(folder / PLAN, began)
+        """Check the jobs and write their list."""
+        folder, jobs = _folder(config), planned_jobs(config)
+        try:
+            check_jobs(config, jobs or [])
+        except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
+            raise SystemExit(f"{error}\nNo job was started.") from None
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = {"began": time.time(), "sweep": config.hydra.runtime.choices.get("sweep"), "jobs": jobs}
+        (folder / PLAN).write_text(json.dumps(plan, indent=2), encoding="utf-8")
         _open.append(folder)
         if jobs:
             done = sum((folder / job["folder"] / DONE).is_file() for job in jobs)
@@ -59,7 +68,7 @@ class SweepProgress(Callback):
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Log the progress of the sweep."""
         if config.hydra.mode == RunMode.MULTIRUN:
-            _log.info("%s", progress_line(Path(config.hydra.sweep.dir)))
+            _log.info("%s", progress_line(_folder(config)))
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Write the sweep's report."""
@@ -69,9 +78,11 @@ class SweepProgress(Callback):
 def report_open_sweeps() -> None:
     """Write the reports of this process's sweeps; Hydra does not call its callbacks after a failed job or Ctrl-C."""
     while _open:
+        folder = _open.pop()
+        if not any(folder.glob("*/.hydra")):  # Hydra refused it
+            continue
         from dipguard.reporting.sweep_report import summary, write_sweep_report
 
-        folder = _open.pop()
         try:
             write_sweep_report(folder)
             _log.info("%s", summary(folder))
@@ -92,6 +103,27 @@ def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
     overrides = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
     (batch,) = BasicSweeper.split_arguments(overrides, None)
     return [{"folder": job_folder(job), "overrides": list(job)} for job in batch]
+
+
+def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
+    """Compose and check the first job with each key and each choice of a config group; all would take long.
+
+    Raises:
+        HydraException, TypeError, ValueError: See `from_hydra`.
+    """
+    seen: set[str] = set()
+    for job in jobs:
+        # Of a key with a plain value, the value is left out.
+        shapes = {re.sub(r"^(\S+\.\w+)=[^{].*", r"\1", text) for text in job["overrides"]}
+        if not shapes <= seen:
+            composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(job["overrides"]))
+            from_hydra(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+        seen |= shapes
+
+
+def _folder(config: DictConfig) -> Path:
+    """The sweep's folder; a job may have another working directory."""
+    return Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
 
 
 def progress_line(folder: Path) -> str:

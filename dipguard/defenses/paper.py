@@ -36,7 +36,8 @@ class DIPGuard(DIPDefense):
 
     Args:
         T: Optimiser steps.
-        tau, t0: Quality threshold, in [0, 1], and warm-up of Eq. 3.
+        tau: Quality threshold of Eq. 3, in [0, 1].
+        t0: Warm-up of Eq. 3.
         K: Number of on-boundary images that are stitched.
         beta: Step size of Eq. 6, at least 0.
         decisions: Number of reconstructions along the fit that the victim classifies; more than T means every step.

@@ -9,6 +9,7 @@ Hydra cannot resume a sweep: here a job that is DONE with the same settings retu
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -26,7 +27,7 @@ from dipguard.version import __version__
 DONE, FAILED = "DONE", "FAILED"
 ASIDE = (
     "logger", "trainer.accelerator", "trainer.enable_progress_bar", "store", "store_T", "store_samples", "processes",
-    "rebuild",
+    "rebuild", "objective",
 )  # fmt: skip
 """Settings that no result depends on: a finished job stays finished when they change."""
 NAME_LENGTH = 100  # of the readable part of a folder's name; file systems allow 255 bytes
@@ -38,15 +39,16 @@ def job_folder(overrides: Sequence[str]) -> str:
     The sweep's own name and settings that no result depends on are left out, so that another logger continues a sweep.
     """
     kept = [text.lstrip("+") for text in overrides]
-    kept = [text for text in kept if not _is_aside(text) and not text.startswith("sweep=")]
+    kept = [text for text in kept if not is_aside(text)]
     digest = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:8]
     name = ",".join(_readable(text) for text in kept) or "job"
     return f"{name[:NAME_LENGTH].rstrip(',.')}-{digest}"
 
 
-def _is_aside(override: str) -> bool:
-    key = re.split("[=@/]", override.lstrip("~"), maxsplit=1)[0]
-    return any(key == name or key.startswith(f"{name}.") for name in ASIDE)
+def is_aside(override: str) -> bool:
+    """Whether no result depends on an override or its key; a sweep's name is none of them."""
+    key = re.split("[=@/]", override.lstrip("~+"), maxsplit=1)[0]
+    return any(key == name or key.startswith(f"{name}.") for name in (*ASIDE, "sweep"))
 
 
 def _readable(override: str) -> str:
@@ -101,3 +103,18 @@ def is_done(folder: Path, key: str) -> bool:
         return bool(read_json(folder / DONE)["key"] == key) and (folder / "results.csv").is_file()
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return False
+
+
+def objective(folder: Path, label: str | None) -> float | None:
+    """The mean accuracy of a run over the cells of an attack or a defence, or over all; None if it has none.
+
+    The worst case and the checks of an attack suite count only if they are asked for.
+    """
+    if not (folder / "results.csv").is_file():
+        return None
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        # With several budgets, the last and largest.
+        rows = {(row["attack"], row["defense"]): row for row in csv.DictReader(file) if row["accuracy"]}
+    usual = {place for place, row in rows.items() if not row["check"] and row["attack"] != "worst_case"}
+    kept = [float(row["accuracy"]) for place, row in rows.items() if (label in place if label else place in usual)]
+    return sum(kept) / len(kept) if kept else None

@@ -15,14 +15,12 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml  # type: ignore[import-untyped]
 
-from dipguard.evaluation.sweep_job import ASIDE, DONE, FAILED
+from dipguard.evaluation.sweep_job import DONE, FAILED, is_aside
 from dipguard.reporting.results import flatten, read_results
 
 Value = str | int | float | bool | None
 STATES = ("done", "failed", "unfinished", "missing")
 """States of a job: ``unfinished`` is running or was killed; ``missing`` has not begun."""
-SIZES = ("small", "medium", "large")
-"""Names that have an order; others keep the order of their first appearance."""
 
 
 class Job(NamedTuple):
@@ -88,7 +86,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     if not overrides:
         raise FileNotFoundError(f"`folder` must be that of a sweep, got {folder}, which holds no job of one")
     given = {name: {k: v for text in texts for k, v in _parsed(text).items()} for name, texts in overrides.items()}
-    keys = [key for key in dict.fromkeys(key for values in given.values() for key in values) if not _is_aside(key)]
+    keys = [key for key in dict.fromkeys(key for values in given.values() for key in values) if not is_aside(key)]
     values = {name: _values(folder / name, keys, given[name]) for name in overrides}
     parameters = _parameters(keys, list(values.values()))
     jobs: dict[str, Job] = {}
@@ -151,11 +149,6 @@ def _parsed(text: str) -> Mapping[str, Value]:
     return {f"~{key}": "left out"} if override.is_delete() else _plain({key: override.value()})
 
 
-def _is_aside(key: str) -> bool:
-    """Whether no result depends on a key."""
-    return any(key == name or key.startswith((f"{name}.", f"{name}@")) for name in (*ASIDE, "sweep"))
-
-
 def _values(folder: Path, keys: Sequence[str], given: Mapping[str, Value]) -> dict[str, Value]:
     """The keys' values in a job: those of its config, which has the defaults too, or what it was given."""
     config = _plain(_yaml(folder / "config.yaml"))
@@ -168,8 +161,6 @@ def _parameters(keys: Sequence[str], jobs: Sequence[Mapping[str, Value]]) -> dic
     for key in keys:
         values = list(dict.fromkeys(job[key] for job in jobs if job[key] is not None))
         if len(values) > 1 or (values and any(job[key] is None for job in jobs)):
-            if set(values) <= set(SIZES):
-                values.sort(key=SIZES.index)
             found[key] = tuple(sorted(values) if is_numeric(values) else values)  # type: ignore[type-var]
     return found
 

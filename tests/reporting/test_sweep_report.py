@@ -59,7 +59,7 @@ def write_plan(folder: Path, jobs: dict[str, list[str]], **more: Any) -> Path:
 def folder(tmp_path: Path) -> Path:
     """A full grid of T and network, and beta varied alone."""
     jobs = {}
-    for T, network in product((300, 100, 200), ("large", "small")):
+    for T, network in product((300, 100, 200), ("small", "large")):
         jobs[f"{T}-{network}"] = job(tmp_path / f"{T}-{network}", T=T, network=network)
     jobs["beta"] = job(tmp_path / "beta", beta=0.9)
     return write_plan(tmp_path, jobs)

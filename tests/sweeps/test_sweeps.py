@@ -7,13 +7,17 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from dipguard.cli.sweep_progress import progress_line
 from dipguard.config import from_hydra, register
+from dipguard.data import load_data
+from dipguard.evaluation.sweep_job import objective
 from dipguard.reporting.sweep_jobs import read_sweep
 from dipguard.reporting.sweep_report import Grid, summary, write_sweep_report
 from sweeps.collect import main as collect
@@ -78,8 +82,8 @@ def test_what_the_grid_says_is_what_its_jobs_found(finished: Path) -> None:
 def test_started_again_only_what_is_missing_or_of_other_settings_runs(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
     before = done_times(folder)
-    kept, changed = (next(name for name in before if f"quality={q},steps=1-" in name) for q in (30, 90))
-    cells = {path: path.stat().st_mtime_ns for path in (folder / kept).rglob("*.npz")}
+    changed = next(name for name in before if "quality=90,steps=1-" in name)
+    cells = {path: path.stat().st_mtime_ns for path in (folder / "store" / "cells").rglob("*.npz")}
     (folder / changed / "DONE").write_text(json.dumps({"key": "of other settings", "seconds": 1}))
     (folder / "report.md").unlink()
     run_sweep(folder, *FAST, GRID[0], "attacks.pgd_8.steps=1", "logger=csv")
@@ -150,28 +154,77 @@ def test_jobs_over_groups_and_lists_of_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_grid_as_one_would_type_it(tmp_path: Path) -> None:
-    folder = tmp_path / "sweep"
-    short = ("defense.T=10", "defense.decisions=5", "defense.t0=2", "data.limit=1", "~attacks.pgd_8")
-    run_sweep(
-        folder, *FAST, "defense=paper", *short, "defense.tau=0.2,0.5", "defense.K=5,15", f"store={tmp_path / 'fits'}"
-    )
+@pytest.mark.parametrize("program", ["train", "evaluate"])
+def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summary(
+    tmp_path: Path, program: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, kept = tmp_path / "sweep", [text for text in FAST if not text.startswith(("~", "defense"))]
+    short = ("data.limit=2", "defense.T=20", "defense.decisions=10", "defense.t0=2", "figures=1")
+    grid = ("defense=paper", "defense.tau=0.2,0.7", "defense.K=5,15")
+    run_sweep(folder, *kept, *short, *grid, program=program)
     assert len(done_times(folder)) == 4
     sweep = read_sweep(folder)
-    assert dict(sweep.parameters) == {"defense.tau": (0.2, 0.5), "defense.K": (5, 15)}
+    assert dict(sweep.parameters) == {"defense.tau": (0.2, 0.7), "defense.K": (5, 15)}
     counts = [json.loads(path.read_text()) for path in folder.glob("*/store.json")]
-    assert sum(count.get("fitted", 0) for count in counts) == 1, "one set of fits serves all"
+    columns = {"train": 1, "evaluate": 3}[program]
+    assert sum(count.get("fitted", 0) for count in counts) == 2 * columns, "one set of fits serves all"
+    assert sum(count.get("replayed", 0) for count in counts) == 3 * 2 * columns
+    assert len(list((folder / "store" / "traces").rglob("*.npz"))) == 2 * columns
+    assert not list(folder.glob("*/store/*"))
+    for text in (summary(folder), capsys.readouterr().out):
+        assert "4 jobs: 4 done." in text
+        assert "best mean accuracy of defence paper" in text
+    assert len(list(folder.glob("*/metrics.json"))) == (4 if program == "train" else 0)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (("defense.qualty=30,90",), r"defense.qualty"),
+        (("+defense.qualty=30,90",), r"did you mean 'defense.quality'"),
+        (("+defense.qualty=1", "defense.quality=30,90"), r"did you mean 'defense.quality'"),
+        (("defense=jpeg,median", "defense.quality=30,90"), r"defense.quality"),
+        (("defense=jpeg,median", "+attack@attacks.x=fgsm", "+attacks.x.steps=1"), r"attacks.x.steps"),
+    ],
+)
+def test_a_key_that_the_defence_lacks_is_refused_before_the_first_job(
+    finished: Path, tmp_path: Path, grid: tuple[str, ...], message: str
+) -> None:
+    folder = copied(finished, tmp_path)
+    plan, before = (folder / "sweep.json").read_text(), sorted(folder.iterdir())
+    with pytest.raises((SystemExit, HydraException), match=message):
+        run_sweep(folder, *FAST, *grid)
+    assert ((folder / "sweep.json").read_text(), sorted(folder.iterdir())) == (plan, before)
+    with pytest.raises((SystemExit, HydraException), match=message):
+        run_sweep(tmp_path / "new", *FAST, *grid)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow
-def test_train_sweeps_end_with_the_same_summary(tmp_path: Path) -> None:
-    folder = tmp_path / "sweep"
-    fast = [override for override in FAST if not override.startswith("~")]
-    run_sweep(folder, *fast, "logger=none", "defense.quality=30,90", program="train")
-    assert len(done_times(folder)) == 2
-    assert len(list(folder.glob("*/metrics.json"))) == 2
-    assert "best mean accuracy of defence jpeg" in summary(folder)
-    assert {row["attack"] for row in lines(folder)} == {"pgd"}
+def test_relative_paths_are_those_of_the_command_line_also_where_jobs_change_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = load_data("digits", limit=2)
+    pixels = (images.images * 255).byte().permute(0, 2, 3, 1).numpy()
+    np.savez(tmp_path / "two.npz", images=pixels, labels=images.labels.numpy())
+    monkeypatch.chdir(tmp_path)
+    own = ("data=arrays", "data.path=two.npz", "store=fits", "data.limit=null")
+    kept = [text for text in FAST if not text.startswith("data")]
+    run_sweep(Path("sweep"), *kept, *own, "hydra.job.chdir=true", GRID[0])
+    assert Path.cwd() == tmp_path
+    assert len(done_times(tmp_path / "sweep")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fits", "sweep", "two.npz"]
+    assert "2 jobs: 2 done." in (tmp_path / "sweep" / "report.md").read_text()
+
+
+def test_the_objective_is_the_mean_accuracy_of_what_was_asked_for(finished: Path) -> None:
+    for name in done_times(finished):
+        with (finished / name / "results.csv").open(newline="") as file:
+            found = {row["attack"]: float(row["accuracy"]) for row in csv.DictReader(file)}
+        assert set(found) == {"clean", "pgd_8"}
+        assert objective(finished / name, None) == objective(finished / name, "jpeg") == sum(found.values()) / 2
+        assert objective(finished / name, "pgd_8") == found["pgd_8"]
+    assert objective(finished, None) is None
 
 
 @pytest.mark.slow

@@ -8,13 +8,13 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from hydra import initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 
-import evaluate
-import train
+from dipguard.cli.programs import evaluate, run_job, train
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
 from dipguard.config import register
 from tests.tiny_run import CONF, ROOT
@@ -36,13 +36,13 @@ def run_sweep(folder: Path, *overrides: str, program: str = "evaluate") -> None:
     """``evaluate.py -m`` or ``train.py -m`` in this process; its logging is left as it was."""
     register()
     register_resolver()
-    main = {"evaluate": evaluate.main, "train": train.main}[program]
+    task = partial(run_job, {"evaluate": evaluate, "train": train}[program])
     with logging_kept(), initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             GlobalHydra.instance().hydra.multirun(
                 config_name=program,
-                task_function=main.__wrapped__,
-                overrides=["hydra.mode=MULTIRUN", f"hydra.job.name={program}", f"hydra.sweep.dir={folder}", *overrides],
+                task_function=task,
+                overrides=["hydra.mode=MULTIRUN", f"hydra.sweep.dir={folder}", *overrides],
             )
         finally:
             report_open_sweeps()

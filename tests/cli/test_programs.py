@@ -1,0 +1,64 @@
+"""``dipguard train``, ``evaluate`` and ``sweep``: the Hydra programs from the command line."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dipguard.cli.main import PROGRAMS, make_parser
+from tests.tiny_run import ROOT
+
+
+def call(*arguments: str, folder: Path, line: str | None = None) -> subprocess.CompletedProcess[str]:
+    given = {**os.environ, "PYTHONPATH": str(ROOT), **({} if line is None else {"COMP_LINE": line})}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, check=False)
+
+
+def test_the_help_of_the_command_names_them() -> None:
+    text = make_parser().format_help()
+    assert all(f"    {name} " in text for name in PROGRAMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("defense=mi", {"defense=mirror"}),
+        ("victim=cifar10_resnet5", {"victim=cifar10_resnet50", "victim=cifar10_resnet56"}),
+        ("defense=paper defense.ta", {"defense.tau="}),
+        ("+sweep=sm", {"+sweep=smoke"}),
+    ],
+)
+def test_a_shell_completes_groups_options_and_keys(tmp_path: Path, typed: str, offered: set[str]) -> None:
+    script = call(str(ROOT / "evaluate.py"), "-sc", "query=bash", folder=tmp_path, line=f"python evaluate.py {typed}")
+    assert set(script.stdout.split()) == offered
+    command = call("-m", "dipguard", "-sc", "query=bash", folder=tmp_path, line=f"dipguard train {typed}")
+    assert set(command.stdout.split()) == offered
+
+
+@pytest.mark.slow
+def test_a_shell_completes_the_programs(tmp_path: Path) -> None:
+    found = call("-m", "dipguard", "-sc", "query=bash", folder=tmp_path, line="dipguard tr")
+    assert found.stdout.split() == list(PROGRAMS)
+    script = call("-m", "dipguard", "-sc", "install=bash", folder=tmp_path)
+    assert "hydra_bash_completion" in script.stdout
+
+
+@pytest.mark.slow
+def test_a_sweep_with_the_command_and_an_error_of_it(tmp_path: Path) -> None:
+    fast = ("data.limit=2", "attack=fgsm", "defense=jpeg", "figures=0", "trainer.enable_progress_bar=false")
+    done = call("-m", "dipguard", "sweep", *fast, "defense.quality=30,90", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "2 jobs: 2 done." in done.stdout
+    assert (tmp_path / "outputs" / "sweeps" / "evaluate" / "report.md").is_file()
+    shown = call("-m", "dipguard", "sweep", "+sweep=smoke", "--cfg", "job", "-p", "defense.tau", folder=tmp_path)
+    assert shown.stdout.strip() == "0.5"
+    refused = call("-m", "dipguard", "train", "defense.taau=1", folder=tmp_path)
+    assert refused.returncode == 1
+    assert "`defense.taau` is unknown" in refused.stderr
+    assert "Traceback" not in refused.stderr
