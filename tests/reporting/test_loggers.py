@@ -80,7 +80,7 @@ def test_every_dip_has_curves_and_pictures_while_a_matrix_is_run(tmp_path: Path)
             assert rows.index(cell) > rows.index(curve[-1])
             assert (tmp_path / "figures" / f"panel_{defense}.{attack}.png").is_file()
             assert (tmp_path / "figures" / f"trace_{defense}.{attack}_000000.png").is_file() == (defense != "dip_fixed")
-    assert len([row for row in rows if row["fit/mirror/pgd_8/accuracy"]]) == 4
+    assert len([row for row in rows if row["fit/mirror/pgd_8/accuracy"]]) == 6
 
 
 @pytest.mark.slow
