@@ -339,10 +339,10 @@ def test_help_has_a_line_for_every_key_and_no_other() -> None:
     top = {*compose_config(), *compose_matrix()}
     assert top | {"surrogate", "baseline"} == {key for key in about if "." not in key}
     known = {".".join(pair) for pair in options} | {f".{key}" for _, key in options} | {f".{key}" for key in OTHER_KEYS}
-    assert {key for key in about if "." in key} <= known
+    assert {key for key in about if "." in key} <= known | {"wandb.name"}
 
 
-OTHER_KEYS = ("name", "accelerator", "enable_progress_bar", *LOGGERS["wandb"])
+OTHER_KEYS = ("name", "kind", "accelerator", "enable_progress_bar", *LOGGERS["wandb"])
 
 
 def test_help_explains_the_composed_config() -> None:

@@ -37,7 +37,8 @@ def keys_text(*, _root_: DictConfig) -> str:
         if match := re.match(r"( *)'?(\w[^ :']*)'?:", line):
             path = [*path[: len(match[1]) // 2], match[2]]
             label = len(path) > 1 and OmegaConf.is_dict(OmegaConf.select(shown, ".".join(path)))
-            name = OmegaConf.select(shown, ".".join([*path[:-1], "name"]))
+            names = [OmegaConf.select(shown, ".".join([*path[:-1], key])) for key in ("kind", "name")]
+            name = names[0] or names[1]
             comment = about.get(f"{name}.{path[-1]}" if name else "") or about.get("." * (len(path) > 1) + path[-1])
             line = f"{line:<{COLUMN}} # {comment}" if comment and not label else line
         lines.append(line)

@@ -109,7 +109,8 @@ class MirrorGuard(DIPDefense):
         by_size = "imagenet" if size and max(size) >= PHOTOGRAPH else "cifar10"
         self.preset = check_choice(preset, PRESETS, name="preset") if preset is not None else by_size
         given = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
-        values = PRESETS[self.preset] | {name: value for name, value in given.items() if value is not None}
+        self.defaults = PRESETS[self.preset]
+        values = self.defaults | {name: value for name, value in given.items() if value is not None}
         if isinstance(values["networks"], str) or not values["networks"]:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         own: dict[str, Any] = {"stack_size": stack_size, "progress": progress, "trainer": trainer}

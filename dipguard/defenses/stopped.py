@@ -171,5 +171,6 @@ class DIPDefend(SmoothedPSNRDIP):
     ) -> None:
         given = {"network": network, "T": T, **options}
         chosen = {name: value for name, value in given.items() if value is not None}
-        super().__init__(victim, **{**PRESETS[check_choice(preset, PRESETS, name="preset")], **chosen})
+        self.defaults = PRESETS[check_choice(preset, PRESETS, name="preset")]
+        super().__init__(victim, **{**self.defaults, **chosen})
         self.preset = preset

@@ -56,6 +56,7 @@ class Target:
         """Whether a fit is shorter than its defence's default, in words; mostly empty."""
         node, steps = self.node or {}, self.defense.steps_per_image
         default = options_of(table_of("defenses", DEFENSES)[node["name"]]).get("T") if "name" in node else None
+        default = getattr(self.bare, "defaults", {}).get("T", default)
         if not steps or not isinstance(default, int) or node.get("T", default) >= default:
             return ""
         return f"{steps:,} of {steps * default // node['T']:,} DIP steps an image"
