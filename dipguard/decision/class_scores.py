@@ -53,8 +53,7 @@ def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits
     length = int(steps[1] - steps[0]) if len(steps) > 1 else 1
     is_early, is_late = steps < early, steps - length + 1 >= late
     is_early[0] = is_late[-1] = True
-    weights: Tensor = (1 - share) * is_early.double() / is_early.sum() + share * is_late.double() / is_late.sum()
-    return weights
+    return (1 - share) * is_early.double() / is_early.sum() + share * is_late.double() / is_late.sum()
 
 
 def class_scores(logits: Tensor, *, weights: Tensor, own: int, own_class_weight: float) -> Tensor:

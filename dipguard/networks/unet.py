@@ -139,8 +139,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * inputs, H, W] -> [1, B * outputs, H', W']."""
-        out: Tensor = self.norm(self.conv(x))
-        return out
+        return self.norm(self.conv(x))
 
 
 class Scale(nn.Module):
