@@ -30,7 +30,7 @@ def colour_noise(images: Tensor) -> Tensor:
     grey = differences.abs().amax(dim=(1, 2, 3)) == 0
     if grey.any():
         quartile = _filtered(green[grey, None]).flatten(1).quantile(0.25, dim=1)
-        noise[grey] = quartile / 0.318639 / 2  # the lower quartile of |N(0, 1)|
+        noise[grey] = quartile / 0.318639 / 2  # 0.318639 is the lower quartile of |N(0, 1)|
     return noise
 
 
