@@ -65,9 +65,9 @@ def select(
 ) -> Tensor:
     """I_K: positions in ``trace.on_boundary`` of the last K crossings that pass tau and t0 (Eq. 3, section 3.2).
 
-    K is from 1 to ``trace.K_max``. tau, t0 and ``rule`` are those of :func:`passes`, ``t0_unit`` is what t0 counts,
-    ``steps`` or ``samples``; TypeError or ValueError if one is out of range. Returns [k] int64 in the order of time,
-    k <= K.
+    K is from 1 to ``trace.K_max``. tau, t0 and ``rule`` are those of :func:`dipguard.decision.boundary.passes`,
+    ``t0_unit`` is what t0 counts, ``steps`` or ``samples``; TypeError or ValueError if one is out of range. Returns
+    [k] int64 in the order of time, k <= K.
     """
     check_int(K, name="K", low=1, high=trace.K_max)
     check_choice(t0_unit, T0_UNITS, name="t0_unit")

@@ -138,7 +138,7 @@ class DecideOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StitchOptions:
-    """How a trace becomes an image (section 4.1), with the choices that the paper leaves open; errors as `FitOptions`.
+    """How a trace becomes an image (section 4.1), and open choices of the paper; errors are those of `FitOptions`.
 
     Attributes:
         tau: Quality threshold, in [0, 1].

@@ -76,9 +76,9 @@ def run_fit(
     May be called under no_grad or inference_mode, inside another Trainer's loop, and in several threads at once. The
     global random state and the gradient mode are left as they were.
 
-    ``images`` are x0, [B, 3, H, W] in [0, 1], with these ``indices``; T is the number of optimiser steps. The other
-    arguments are those of :func:`make_trainer`. Returns seconds: ``start`` (up to the first step: choice of the engine,
-    compilation, the Trainer's own start) and ``fit``.
+    ``images`` are x0, [B, 3, H, W] in [0, 1], with their ``indices``; T is the number of optimiser steps. ``device``,
+    ``callbacks``, ``logger`` and ``trainer`` are those of :func:`make_trainer`. Returns seconds: ``start`` (up to the
+    first step: choice of the engine, compilation, the Trainer's own start) and ``fit``.
 
     Raises:
         TypeError, ValueError: Bad images or options.

@@ -76,8 +76,8 @@ def in_stacks(
 ) -> Iterator[Result]:
     """Yield the results of ``work`` on one stack of images after the other, each of ``size`` images and T steps.
 
-    If memory runs out, the stack is halved and begun again; later ones stay as small. One warning says so. A single
-    image that is too large raises the OutOfMemoryError, MemoryError or RuntimeError, with remedies.
+    If memory runs out, the stack is halved and begun again; later ones stay as small. One warning says so. If a single
+    image is too large, torch.OutOfMemoryError, MemoryError or RuntimeError is raised; the message names remedies.
     """
     first, calls, warned = 0, 0, False
     look: dict[str, Any] = {"desc": "fit", "unit": "step", "unit_scale": True, "dynamic_ncols": True}
