@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.func import functional_call
@@ -61,7 +59,7 @@ def unrolled_fit(
         values = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
         values += [z.clone().requires_grad_()] if fit.optimise_z else []
         moments = [(torch.zeros_like(value), torch.zeros_like(value)) for value in values]
-        shape: Any = z.shape[1:]
+        shape = (z.shape[1], z.shape[2], z.shape[3])
         jitter = Jitter(shape, indices=order, seed=fit.seed, std=fit.jitter) if fit.jitter > 0 else None
         for t in range(T):  # lines 3 and 7 of Algorithm 1
             seed = values[-1] if fit.optimise_z else z
