@@ -6,16 +6,6 @@ from dipguard.decision.stitching import Reconstruction, on_manifold, select, sti
 from dipguard.decision.trace import DecisionTrace, sampled_steps
 
 __all__ = [
-    "DecisionTrace",
-    "Reconstruction",
-    "crosses",
-    "localise",
-    "needed_for_replay",
-    "on_manifold",
-    "passes",
-    "quality",
-    "sampled_steps",
-    "select",
-    "stitch",
-    "stitch_images",
-]
+    "DecisionTrace", "Reconstruction", "crosses", "localise", "needed_for_replay", "on_manifold", "passes", "quality",
+    "sampled_steps", "select", "stitch", "stitch_images",
+]  # fmt: skip

@@ -37,15 +37,14 @@ def check_thresholds(*, tau: float, t0: int, rule: str) -> None:
 def passes(quality: Tensor, t: Tensor, *, tau: float, t0: int, rule: str = "at_least") -> Tensor:
     """The other two conditions of Eq. 3: v(t) over tau, and t past the warm-up; booleans [M].
 
+    TypeError or ValueError if a threshold is out of range, or the rule is unknown.
+
     Args:
         quality: v(t) of the pairs' first images, [M].
         t: Their optimiser steps or sample numbers, [M].
         tau: Threshold of the quality, in [0, 1].
         t0: Warm-up, at least 0, in the unit of ``t``.
         rule: ``at_least`` (>=, Algorithm 1 lines 9 and 11) or ``above`` (>, Eq. 3), for both thresholds.
-
-    Raises:
-        TypeError, ValueError: A threshold is out of range, or the rule is unknown.
     """
     check_thresholds(tau=tau, t0=t0, rule=rule)
     # In float64: a threshold rounded to float32 could decide ties differently.
@@ -70,21 +69,14 @@ def localise(
         \alpha = \arg\min_\alpha |f_{y^{(t)}}(x_{db}^{(t)}) - f_{y^{(t+1)}}(x_{db}^{(t)})|
 
     alpha is in {0, 1/N, ..., 1}; of equal differences the smallest alpha is taken. The ends are not classified again.
+    Returns alpha [M] and the on-boundary images [M, 3, H, W]. ValueError if N or ``scores`` is out of range.
 
     Args:
-        before: x(t), [M, 3, H, W].
-        after: x(t+1), the same shape.
-        scores_before: The victim's logits on x(t), [M, C].
-        scores_after: The victim's logits on x(t+1), [M, C].
+        before, after: x(t) and x(t+1), [M, 3, H, W] each.
+        scores_before, scores_after: The victim's logits on them, [M, C] each.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         N: Sections of the grid, at least 1; alpha is off by at most 1/(2N).
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
-
-    Returns:
-        alpha [M] and the on-boundary images [M, 3, H, W].
-
-    Raises:
-        ValueError: N or ``scores`` is out of range.
     """
     check_int(N, name="N", low=1)
     check_choice(scores, SCORES, name="scores")

@@ -39,7 +39,7 @@ def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits
 
     A deep image prior takes up the image first and the perturbation later. The mean of the windows that end by step
     ``early`` and that of those which begin at step ``late`` are mixed; the share of the late ones falls from 1 to 0 as
-    the noise of the given image rises from ``limits[0]`` to ``limits[1]``.
+    the noise of the given image rises from ``limits[0]`` to ``limits[1]``. Returns [S], at least 0, with the sum 1.
 
     Args:
         steps: Last step of each window, [S]; windows have equal lengths.
@@ -47,35 +47,25 @@ def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits
         early: No window that ends after this step is early; the first window always is.
         late: No window that begins before this step is late; the last window always is.
         limits: Two levels of noise, the lower one first.
-
-    Returns:
-        [S], at least 0, with the sum 1.
     """
     low, high = limits
     share = min(max((high - noise) / (high - low), 0.0), 1.0)
     length = int(steps[1] - steps[0]) if len(steps) > 1 else 1
     is_early, is_late = steps < early, steps - length + 1 >= late
     is_early[0] = is_late[-1] = True
-    weights: Tensor = (1 - share) * is_early.double() / is_early.sum() + share * is_late.double() / is_late.sum()
-    return weights
+    return (1 - share) * is_early.double() / is_early.sum() + share * is_late.double() / is_late.sum()
 
 
 def class_scores(logits: Tensor, *, weights: Tensor, own: int, own_class_weight: float) -> Tensor:
-    """Weighted mean over S readings of the victim's class probabilities; the given image's own class counts less.
+    """Weighted mean over S readings of the victim's class probabilities, [C]; the given image's own class counts less.
 
     If the image was attacked, the attacker has chosen that class, and a part of the perturbation is left in every x(t).
 
     Args:
-        logits: [S, C], at least one reading.
+        logits: [S, C]; ValueError for S = 0.
         weights: Of the readings, [S], at least 0, with the sum 1.
         own: The victim's decision on the given image.
-        own_class_weight: Factor of that class's probability, in [0, 1].
-
-    Returns:
-        [C].
-
-    Raises:
-        ValueError: No readings, or ``own_class_weight`` out of range.
+        own_class_weight: Factor of that class's probability, in [0, 1], else ValueError.
     """
     check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
     if len(logits) == 0:
@@ -98,20 +88,15 @@ def stitch_mirrored(
     :func:`class_scores` chooses the class. The image is the weighted mean of the samples that the victim reads as this
     class: Eq. 7 over another choice of images. If the mean is not read so, or no sample is, the mean (then that of all
     samples) is pushed away from the given image by Eq. 6, by the smallest of ``betas`` for which the victim reads the
-    class; if there is none, it stays where it was. Samples of weight 0 take no part.
+    class; if there is none, it stays where it was. Samples of weight 0 take no part. The reason is ``class_scores``, or
+    ``no_sample_of_class`` if the victim reads no sample as the class.
 
     Args:
-        trace: With ``samples`` and ``mirrored_logits``, S of them.
+        trace: With ``samples`` and ``mirrored_logits``, S of them, else ValueError.
         weights: Of the samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
         own_class_weight: See :func:`class_scores`.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
-        betas: Step sizes to try, increasing, each at least 0.
-
-    Returns:
-        With the reason ``class_scores``, or ``no_sample_of_class`` if the victim reads no sample as the class.
-
-    Raises:
-        ValueError: The trace lacks what is needed, or an option is out of range.
+        betas: Step sizes to try, increasing, each at least 0, else ValueError.
     """
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("`trace` must hold its `samples` and `mirrored_logits`, got a trace without")

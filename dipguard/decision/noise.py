@@ -21,21 +21,16 @@ def colour_noise(images: Tensor) -> Tensor:
     share. A grey image has no colour differences; half of the lower quartile of the same estimate on its grey values is
     taken, since texture and noise cannot be told apart there.
 
-    Args:
-        images: [n, 3, H, W] in [0, 1], at least 3x3 pixels.
-
-    Returns:
-        In units of [0, 1], like the images; clean CIFAR-10 images have a median of 0.6/255, attacked ones about 40 % of
-        the attack's eps.
+    ``images`` are [n, 3, H, W] in [0, 1], at least 3x3 pixels. The result is in the same units; clean CIFAR-10 images
+    have a median of 0.6/255, attacked ones about 40 % of the attack's eps.
     """
     red, green, blue = images.double().unbind(dim=1)
     differences = torch.stack([red - green, blue - green], dim=1)
     noise = math.sqrt(math.pi / 2) * _filtered(differences).mean(dim=(1, 2, 3)) / math.sqrt(2)
     grey = differences.abs().amax(dim=(1, 2, 3)) == 0
     if grey.any():
-        normal_quartile = 0.318639  # of |N(0, 1)|
         quartile = _filtered(green[grey, None]).flatten(1).quantile(0.25, dim=1)
-        noise[grey] = quartile / normal_quartile / 2
+        noise[grey] = quartile / 0.318639 / 2  # 0.318639 is the lower quartile of |N(0, 1)|
     return noise
 
 

@@ -15,9 +15,7 @@ def quality(reconstructions: Tensor, given: Tensor) -> Tensor:
 
     SSIM as in Wang et al. 2004: Gaussian window of 11 pixels, sigma 1.5, data range 1, mean over channels and all
     pixels, the image reflected at its border. Both images are [B, 3, H, W] in [0, 1]; returns [B], in [-1, 1].
-
-    Raises:
-        ValueError: The shapes differ, or a side is too short to be reflected.
+    ValueError if the shapes differ, or a side is too short to be reflected.
     """
     if reconstructions.shape != given.shape:
         shapes = f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"

@@ -49,12 +49,9 @@ def stitch_images(images: Tensor, *, K: int, divide_by: str = "found") -> Tensor
     .. math:: \hat{x}_{rec} = \frac{1}{K} \sum_{t \in I_K} x_{manifold}^{(t)}
 
     Args:
-        images: [k, 3, H, W] with 1 <= k <= K.
+        images: [k, 3, H, W] with 1 <= k <= K, else ValueError.
         K: Number of images that Eq. 7 divides by.
         divide_by: ``found`` divides by k, ``K`` by K even when k < K (which darkens the image).
-
-    Raises:
-        ValueError: No images, more than K, or an unknown choice.
     """
     check_int(K, name="K", low=1)
     check_choice(divide_by, DIVISORS, name="divide_by")
@@ -68,19 +65,9 @@ def select(
 ) -> Tensor:
     """I_K: positions in ``trace.on_boundary`` of the last K crossings that pass tau and t0 (Eq. 3, section 3.2).
 
-    Args:
-        trace: What the fit left.
-        tau: Quality threshold, in [0, 1].
-        t0: Warm-up, at least 0.
-        K: Largest number of crossings, from 1 to ``trace.K_max``.
-        rule: ``at_least`` or ``above`` (:func:`dipguard.decision.boundary.passes`).
-        t0_unit: What t0 counts, ``steps`` or ``samples``.
-
-    Returns:
-        [k] int64 in the order of time, k <= K.
-
-    Raises:
-        TypeError, ValueError: K is below 1 or above the trace's ``K_max``, or another option is out of range.
+    K is from 1 to ``trace.K_max``. tau, t0 and ``rule`` are those of :func:`dipguard.decision.boundary.passes`,
+    ``t0_unit`` is what t0 counts, ``steps`` or ``samples``; TypeError or ValueError if one is out of range. Returns
+    [k] int64 in the order of time, k <= K.
     """
     check_int(K, name="K", low=1, high=trace.K_max)
     check_choice(t0_unit, T0_UNITS, name="t0_unit")
@@ -95,10 +82,8 @@ def stitch(
     """Rebuild one image from its decision trace (Algorithm 1, lines 9-18), without fitting again.
 
     :func:`select` takes tau, t0, K and ``which`` (``rule``, ``t0_unit``), :func:`on_manifold` beta,
-    :func:`stitch_images` ``divide_by``. Without crossings the image is the mean of the last K samples.
-
-    Raises:
-        TypeError, ValueError: An option is out of range.
+    :func:`stitch_images` ``divide_by``; TypeError or ValueError if one is out of range. Without crossings the image is
+    the mean of the last K samples.
     """
     check_float(beta, name="beta", low=0.0)
     used = select(trace, tau=tau, t0=t0, K=K, **which)

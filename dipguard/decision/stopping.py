@@ -39,8 +39,7 @@ class StopRule(ABC):
     def update(self, t: int, reconstructions: Tensor, given: Tensor) -> None:
         """See x(t), [B, 3, H, W] in [0, 1], of the images ``given``; t is 0, 1, 2, ... What is kept is copied.
 
-        Raises:
-            ValueError: A step was left out or repeated, or the shapes differ.
+        ValueError if a step was left out or repeated, or the shapes differ.
         """
         if t != self._count:
             raise ValueError(f"`t` must be {self._count}, the next step of this rule's one fit, got {t}")

@@ -82,21 +82,14 @@ class DecisionTrace:
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        S, M = len(self.steps), len(self.crossing_at)
+        S, M, C = len(self.steps), len(self.crossing_at), len(self.given_scores)
         image = tuple(self.given.shape)
-        wanted = {
-            "scores": (S, len(self.given_scores)),
-            "quality": (S,),
-            "loss": (S,),
-            "alpha": (M,),
-            "on_boundary": (M, *image),
-            "last": (len(self.last), *image),
-            **({} if self.samples is None else {"samples": (S, *image)}),
-            **({} if self.mirrored_logits is None else {"mirrored_logits": (S, len(self.given_scores))}),
-        }
-        for name, shape in wanted.items():
-            got = tuple(getattr(self, name).shape)
-            if got != shape:
+        wanted: dict[str, tuple[int, ...]] = {"scores": (S, C), "quality": (S,), "loss": (S,), "alpha": (M,)}
+        wanted |= {"on_boundary": (M, *image), "last": (len(self.last), *image)}
+        wanted |= {"samples": (S, *image), "mirrored_logits": (S, C)}
+        for name, tensor in self.tensors().items():
+            shape, got = wanted.get(name), tuple(tensor.shape)
+            if shape is not None and got != shape:
                 raise ValueError(f"`{name}` of a trace must have shape {shape}, got {got}")
         if M and not (0 <= int(self.crossing_at.min()) and int(self.crossing_at.max()) < S - 1):
             raise ValueError(f"`crossing_at` of a trace must lie in [0, {S - 2}], got {self.crossing_at.tolist()}")
@@ -132,18 +125,13 @@ class DecisionTrace:
         """Write one safetensors file, atomically."""
         header = {"format": FORMAT, "index": str(self.index), "settings": json.dumps(self.settings, sort_keys=True)}
         # Copies: the format has no place for two tensors that share memory.
-        copies = {name: tensor.detach().cpu() for name, tensor in self.tensors().items()}
-        tensors = {name: copy.clone(memory_format=torch.contiguous_format) for name, copy in copies.items()}
+        order = torch.contiguous_format
+        tensors = {name: t.detach().cpu().clone(memory_format=order) for name, t in self.tensors().items()}
         return write_bytes(Path(path), serialise(tensors, metadata=header))
 
     @classmethod
     def load(cls, path: str | Path) -> DecisionTrace:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            FileNotFoundError: No such file.
-            ValueError: The file is damaged, or is no decision trace.
-        """
+        """Read what :meth:`save` wrote; FileNotFoundError, or ValueError if it is damaged or no decision trace."""
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"`path` must be a saved decision trace, got {path}, which is no file")

@@ -64,29 +64,23 @@ class Purified:
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class DefenseResult(Purified):
-    """N defended images: `Purified`, and the victim's decisions.
+    """N defended images: `Purified`, and the victim's decisions on both, each [N] int64, on the CPU."""
 
-    ``decisions_before`` are those on the given images, ``decisions_after`` those on the reconstructions, both [N]
-    int64, on the CPU.
-    """
-
-    decisions_before: Tensor
-    decisions_after: Tensor
+    decisions_before: Tensor  # on the given images
+    decisions_after: Tensor  # on the reconstructions
 
 
 class Defense(nn.Module, ABC):
     """Turns images that may be adversarial into images that the victim classifies correctly.
 
     A subclass sets ``name`` and implements `purify_image` or, if it works on several images at once, `_purify`.
-    Everything that its result depends on belongs into `OPTIONS` or `settings`.
+    Everything that its result depends on belongs into `OPTIONS` or `settings`. TypeError or ValueError for bad
+    arguments, ImportError if a library of the defence is not installed.
 
     Args:
         victim: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C]. Normalisation belongs inside. It is never
             changed; networks of a defence run on its device.
         seed: Seed of the defence's random draws, at least 0.
-
-    Raises:
-        TypeError, ValueError, ImportError: Bad arguments, or a library of the defence is not installed.
     """
 
     name: ClassVar[str]

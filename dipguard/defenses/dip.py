@@ -32,7 +32,8 @@ class StackRun(TypedDict):
 class DIPDefense(Defense):
     """A defence that fits untrained networks to each image, several images at once.
 
-    A subclass implements `_purify_stack`, `steps_per_image` and `images_kept`.
+    A subclass implements `_purify_stack`, `steps_per_image` and `images_kept`. TypeError or ValueError if an option is
+    unknown or out of range; the message names it. ``fit_options`` is how each image is fitted.
 
     Args:
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
@@ -43,12 +44,6 @@ class DIPDefense(Defense):
         progress: Show a progress bar, unless a `FitProgress` is among the callbacks.
         trainer: Further keyword arguments of ``pl.Trainer`` for each fit, such as a profiler.
         fit: Fields of :class:`~dipguard.fit.FitOptions`, such as ``jitter``, ``lr``, ``dtype`` or ``engine``.
-
-    Attributes:
-        fit_options: How each image is fitted.
-
-    Raises:
-        TypeError, ValueError: An option is unknown or out of range; the message names it.
     """
 
     FIT: ClassVar[dict[str, Any]] = {}

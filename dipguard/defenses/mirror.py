@@ -158,12 +158,9 @@ class MirrorGuard(DIPDefense):
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; where a step away from x0 may be needed, the victim is asked."""
+        noise = 255 * float(colour_noise(trace.given[None]))
         one = window_weights(
-            trace.steps[: self.windows],
-            noise=255 * float(colour_noise(trace.given[None])),
-            early=self.early,
-            late=self.late,
-            limits=self.noise,
+            trace.steps[: self.windows], noise=noise, early=self.early, late=self.late, limits=self.noise
         )
         weights = one.repeat(len(self.fits)) / len(self.fits)
         options: Any = {"own_class_weight": self.own_class_weight, "betas": self.betas}
@@ -201,33 +198,27 @@ class MirrorGuard(DIPDefense):
         self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int], own: Tensor
     ) -> list[DecisionTrace]:
         """One decision trace per image of a stack [B, 3, H, W] with the victim's logits ``own`` [B, C]; on the CPU."""
-        samples, logits, mirrored_logits, errors = (
-            torch.cat([getattr(log, name) for log in logs])
-            for name in ("samples", "logits", "mirrored_logits", "errors")
-        )
-        given = images.to(samples)
-        similar = quality(samples.flatten(0, 1), given.repeat(len(samples), 1, 1, 1)).reshape(len(samples), -1).cpu()
+        parts = {"samples": "samples", "scores": "logits", "mirrored_logits": "mirrored_logits", "loss": "errors"}
+        made = {name: torch.cat([getattr(log, part) for log in logs]) for name, part in parts.items()}
+        samples, given = made["samples"], images.to(made["samples"])
+        made["quality"] = quality(samples.flatten(0, 1), given.repeat(len(samples), 1, 1, 1)).reshape(len(samples), -1)
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
         steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
+        made = {name: tensor.cpu() for name, tensor in made.items()}
+        made["last"] = made["samples"][self.windows - 1 :: self.windows]
         none = torch.empty(0, dtype=samples.dtype)
-        samples, errors, logits, mirrored_logits = (x.cpu() for x in (samples, errors, logits, mirrored_logits))
         return [
             DecisionTrace(
                 index=index,
                 given=given[i].cpu(),
                 given_scores=own[i].clone(),
                 steps=steps,
-                scores=logits[:, i].contiguous(),
-                quality=similar[:, i].contiguous(),
-                loss=errors[:, i].contiguous(),
                 crossing_at=none.long(),
                 alpha=none,
                 on_boundary=none.new_empty(0, *images.shape[1:]),
-                last=samples[self.windows - 1 :: self.windows, i].contiguous(),
-                samples=samples[:, i].contiguous(),
-                mirrored_logits=mirrored_logits[:, i].contiguous(),
                 settings=self.settings,
+                **{name: tensor[:, i].contiguous() for name, tensor in made.items()},
             )
             for i, index in enumerate(indices)
         ]
@@ -268,10 +259,9 @@ def _seed_of(seed: int, number: int) -> int:
     return int(torch.randint(2**31, (1,), generator=generator))
 
 
-def _check_limits(noise: object) -> list[float]:
-    if not isinstance(noise, Sequence) or isinstance(noise, str) or len(noise) != 2:
+def _check_limits(noise: Any) -> list[float]:
+    two = isinstance(noise, Sequence) and not isinstance(noise, str) and len(noise) == 2
+    levels = [check_float(level, name="noise", low=0.0) for level in noise] if two else []
+    if not levels or levels[0] >= levels[1]:
         raise ValueError(f"`noise` must be two levels, the lower one first, got {noise!r}")
-    low, high = (check_float(level, name="noise", low=0.0) for level in noise)
-    if low >= high:
-        raise ValueError(f"`noise` must be two levels, the lower one first, got {noise!r}")
-    return [low, high]
+    return levels

@@ -60,5 +60,4 @@ class NetworkDefense(Defense):
         assert self.network is not None, "purify() checks that weights are there"
         device = device_of(self.victim, inputs[0].device)
         with torch.autocast(device.type, enabled=False), eval_mode(self.network.to(device)) as network:
-            output: Tensor = network(*(tensor.to(device, torch.float32) for tensor in inputs))
-        return output
+            return network(*(tensor.to(device, torch.float32) for tensor in inputs))

@@ -82,14 +82,10 @@ class DIPGuard(DIPDefense):
         self.stitch_options = StitchOptions(
             tau=tau, t0=t0, K=K, beta=beta, rule=rule, t0_unit=t0_unit, divide_by=divide_by
         )
+        decisions = None if every is not None else decisions
+        K_max = max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K)
         self.decide_options = DecideOptions(
-            T=T,
-            decisions=None if every is not None else decisions,
-            every=every,
-            N=N,
-            scores=scores,
-            K_max=max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K),
-            keep_samples=keep_samples,
+            T=T, decisions=decisions, every=every, N=N, scores=scores, K_max=K_max, keep_samples=keep_samples
         )
         end = len(self.decide_options.steps) if t0_unit == "samples" else T
         if t0 >= end:
@@ -140,16 +136,8 @@ class DIPGuard(DIPDefense):
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit one stack, or take it from the store, and stitch."""
         fit = fit_stack if self.store is None else partial(stored_stack, store=self.store, also=self.also)
-        made = fit(
-            images,
-            victim=self.victim,
-            indices=indices,
-            fit=self.fit_options,
-            decide=self.decide_options,
-            stitch=self.stitch_options,
-            first_step=first_step,
-            **run,
-        )
+        options: Any = {"fit": self.fit_options, "decide": self.decide_options, "stitch": self.stitch_options}
+        made = fit(images, victim=self.victim, indices=indices, first_step=first_step, **options, **run)
         return Purified.stitched(made.reconstructions, like=images, traces=made.traces, seconds=made.seconds)
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
@@ -158,8 +146,7 @@ class DIPGuard(DIPDefense):
         boundary = []
         for trace in made.traces:
             stitched = self.rebuild(trace)
-            crossed = len(stitched.used) > 0
-            boundary.append(trace.on_boundary[stitched.used].mean(dim=0) if crossed else stitched.image)
+            boundary.append(trace.on_boundary[stitched.used].mean(dim=0) if len(stitched.used) else stitched.image)
         last = [trace.last[-1] for trace in made.traces]
         views = {"last": last, "on_boundary": boundary, STITCHED: list(made.reconstructions)}
         return {name: Intermediate(torch.stack(view)[None].to(images)) for name, view in views.items()}

@@ -118,19 +118,15 @@ def make_engine(
 ) -> Engine:
     """The engine of a fit of ``steps`` steps to ``given``, x0 [B, 3, H, W], on the network's device and in its dtype.
 
+    ValueError for an unknown name or precision, or an engine that cannot run here or cannot do what is asked.
+
     Args:
         name: ``torch``; ``native`` (C++, CPU only, compiled on first use); ``cuda_graph`` (NVIDIA GPUs); or ``auto``:
             native where it can run, except for fits of fewer than 100 steps, else torch. The results of engines differ
             by rounding, which Adam amplifies.
-        net: The stack.
-        given: x0.
-        steps: Length of the fit.
         z_gradient: The loss's ``backward()`` must give z a gradient.
         matmul_precision: :func:`precision`; ``tf32`` and ``bfloat16`` need the engine ``torch`` or ``cuda_graph``.
         differentiable: Gradients must flow through the reconstructions; ``auto`` is then torch.
-
-    Raises:
-        ValueError: Unknown name or precision, or an engine that cannot run here or cannot do what is asked.
     """
     from dipguard.engines.native import NativeEngine
     from dipguard.engines.native_build import BuildError
@@ -176,10 +172,7 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     Forward and backward pass must both run inside, or be captured there. ``float32`` is exact, unlike torch's default
     on a GPU, where convolutions use TF32. ``tf32`` rounds factors to 10 bits of mantissa and sums in float32; on a CPU
     it is float32. ``bfloat16`` is torch's autocast; weights and optimiser stay in float32. The last two change results,
-    DIP reconstructions visibly; their effect on defended accuracy has not been checked.
-
-    Raises:
-        ValueError: Unknown name.
+    DIP reconstructions visibly; their effect on defended accuracy has not been checked. ValueError for other names.
     """
     check_choice(name, PRECISIONS, name="matmul_precision")
     # Each weight is used once per step: a cache of cast weights would only have to be kept out of CUDA graphs.

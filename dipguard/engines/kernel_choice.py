@@ -103,14 +103,9 @@ def choose_kernels(
 ) -> dict[str, str]:
     """The fastest kernel for each layer of a stack, by the layer's name (:func:`use_kernels`).
 
-    Call it inside the :func:`~dipguard.engines.precision` of the fit.
-
-    ``size`` is the height and width of the images. The candidates are by default all that can run on a GPU, and torch's
-    ``grouped`` and ``torch`` on a CPU.
-
-    Raises:
-        ValueError: Unknown name.
-        RuntimeError: No candidate works for some layer.
+    Call it inside the :func:`~dipguard.engines.precision` of the fit. ``size`` is the height and width of the images.
+    The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU. ValueError
+    for an unknown name, RuntimeError if no candidate works for some layer.
     """
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:

@@ -32,11 +32,7 @@ def compiler() -> str | None:
 
 @cache
 def library(dtype: str) -> ctypes.CDLL:
-    """The engine for float32 or float64, compiled unless an earlier run left it in the cache.
-
-    Raises:
-        BuildError: It cannot be compiled, kept in the cache folder or loaded.
-    """
+    """The engine for float32 or float64, compiled or from the cache; BuildError if it cannot be made or loaded."""
     made = _library(dtype)
     if isinstance(made, str):
         raise BuildError(made)

@@ -162,8 +162,7 @@ class Plan:
 def make_plan(spec: NetworkSpec, *, padding: str, height: int, width: int, z_gradient: bool = False) -> Plan:
     """The program of a network for images [3, height, width], optionally with the gradient with respect to z.
 
-    Raises:
-        UnsupportedError: The native engine cannot run this network.
+    UnsupportedError if the native engine cannot run this network.
     """
     if max(*spec.k_d, *spec.k_u, *spec.k_s) > MOST_KERNEL:
         raise UnsupportedError(f"kernels are at most {MOST_KERNEL}x{MOST_KERNEL}")

@@ -38,8 +38,7 @@ def triton_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, p
         # Without neighbours, all pixels form one row: its length is more often a multiple of 16, which loads faster.
         y = _Conv.apply(x.flatten(2).unsqueeze(2), weight, bias, stride, padding, precision)
         return y.unflatten(3, x.shape[-2:]).squeeze(2)
-    out: Tensor = _Conv.apply(x, weight, bias, stride, padding, precision)
-    return out
+    return _Conv.apply(x, weight, bias, stride, padding, precision)
 
 
 def triton_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1.0, eps: float = 1e-5) -> Tensor:
@@ -51,8 +50,7 @@ def triton_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: fl
     if x.shape[1] != weight.numel():
         raise ValueError(f"`x` must have {weight.numel()} channels, got shape {tuple(x.shape)}")
     check_device(x.device)
-    out: Tensor = _Norm.apply(x, weight, bias, slope, eps)
-    return out
+    return _Norm.apply(x, weight, bias, slope, eps)
 
 
 def check_device(device: torch.device) -> None:

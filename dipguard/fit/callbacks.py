@@ -45,7 +45,7 @@ class DecisionLogger(pl.Callback):
     Means over the stack go to the Trainer's loggers at each sampled step: ``fit/mse``, ``fit/quality`` (SSIM),
     ``fit/decision_changed`` (share of the images that are decided differently from x0) and ``fit/crossings`` (changes
     of decision so far, per image). ``trainer.callback_metrics`` hold the latest of them; at the end of each epoch the
-    first two are those of its last step.
+    first two are those of its last step. ``seconds`` is the time spent here.
 
     In a stack of fewer than 64 images, samples wait until they make a good batch for the victim, so that the last two
     metrics lag behind. If a callback has one of them as its ``monitor``, the victim is asked at every sample.
@@ -54,9 +54,6 @@ class DecisionLogger(pl.Callback):
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
         decisions: See :class:`~dipguard.fit.DecideOptions`, as for ``every``, ``K_max`` and ``keep_samples``.
         first_step: Added to the step numbers of log entries, for several fits in one log.
-
-    Attributes:
-        seconds: Time spent here.
 
     Raises:
         TypeError, ValueError: An option is out of range, or the module is no StackedDIP.
@@ -161,15 +158,12 @@ class BoundaryDetector(pl.Callback):
 
     The second of the three callbacks. A pair is kept when it is found, and localised when the fit is over: many pairs
     are dropped before that, because no replay can select them. The thresholds tau and t0 of Eq. 3 are not applied here
-    but in the stitch, so that a trace serves all of them.
+    but in the stitch, so that a trace serves all of them. ``seconds`` is the time spent here.
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
         N: Sections of the grid of Eq. 5, at least 1.
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
-
-    Attributes:
-        seconds: Time spent here.
 
     Raises:
         TypeError, ValueError: An option is out of range, or the module is no StackedDIP.

@@ -112,8 +112,7 @@ class StackedDIP(pl.LightningModule):
 
     def forward(self, z: Tensor) -> Tensor:
         """All networks once: z [B, input_depth, H, W] -> [B, 3, H, W] in (0, 1)."""
-        out: Tensor = self.net(z)
-        return out
+        return self.net(z)
 
     def training_step(self, batch: Any, batch_idx: int) -> StepOutput:
         """Lines 3 and 7 of Algorithm 1."""

@@ -18,6 +18,8 @@ Z_KINDS = ("uniform", "gaussian")
 class FitOptions:
     """How the DIP networks are fitted: appendix B, and the choices that the paper leaves open.
 
+    TypeError or ValueError if an option is out of range; the message names it.
+
     Attributes:
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``), or a spec.
         seed: Seed of weights, z and jitter.
@@ -33,9 +35,6 @@ class FitOptions:
         optimise_z: Optimise z together with the weights, as Dai et al. 2020 (DIPDefend) do; Ding et al. keep z fixed.
         matmul_precision: ``float32``, or ``tf32`` or ``bfloat16`` for convolutions with the engines ``torch`` and
             ``cuda_graph`` (:func:`dipguard.engines.precision`). The last two change results.
-
-    Raises:
-        TypeError, ValueError: An option is out of range; the message names it.
     """
 
     network: str | NetworkSpec = "cifar10"
@@ -94,7 +93,7 @@ class FitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DecideOptions:
-    """Which reconstructions the victim classifies, and what is kept of them.
+    """Which reconstructions the victim classifies, and what is kept of them; errors are those of `FitOptions`.
 
     Attributes:
         T: Optimiser steps (section 4.1: 1000 on CIFAR-10, 3000 on ImageNet).
@@ -104,9 +103,6 @@ class DecideOptions:
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
         K_max: The largest K that a trace can be replayed with.
         keep_samples: Keep all sampled reconstructions.
-
-    Raises:
-        TypeError, ValueError: An option is out of range; the message names it.
     """
 
     T: int = 1000
@@ -142,7 +138,7 @@ class DecideOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class StitchOptions:
-    """How a trace becomes an image (section 4.1), and the choices that the paper leaves open.
+    """How a trace becomes an image (section 4.1), and open choices of the paper; errors are those of `FitOptions`.
 
     Attributes:
         tau: Quality threshold, in [0, 1].
@@ -152,9 +148,6 @@ class StitchOptions:
         rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3), for tau and t0.
         t0_unit: What t0 counts, ``steps`` or ``samples``.
         divide_by: What Eq. 7 divides by with fewer than K crossings, ``found`` or ``K``.
-
-    Raises:
-        TypeError, ValueError: An option is out of range; the message names it.
     """
 
     tau: float

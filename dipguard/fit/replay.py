@@ -60,9 +60,7 @@ class _SampleKeeper(pl.Callback):
         given = as_stacked_dip(pl_module).given
         self._images = torch.empty(len(given), len(self.steps), *given.shape[1:], dtype=given.dtype)
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         step, x, errors = step_output(outputs)
         if step in self._place:
             self._images[:, self._place[step]].copy_(x)
@@ -86,18 +84,9 @@ def fit_samples(
 ) -> tuple[list[FitSamples], dict[str, float]]:
     """Fit B networks to B images and keep x(t) at some steps; the fit is that of :func:`dipguard.fit.fit_stack`.
 
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        steps: Optimiser steps to keep, at least one, from 0 to T-1.
-        callbacks: Further callbacks, run after ours.
-        run: The other arguments of :func:`dipguard.fit.run_fit`.
-
-    Returns:
-        The samples of each image, on the CPU, and the seconds of ``run_fit``.
-
-    Raises:
-        TypeError, ValueError: Bad images or options.
-        RuntimeError: The fit ended before the last of the steps.
+    ``steps`` are the optimiser steps to keep, at least one, from 0 to T-1; ``callbacks`` run after ours. The other
+    arguments and errors are those of :func:`dipguard.fit.run_fit`. Returns the samples of each image, on the CPU, and
+    the seconds of ``run_fit``; RuntimeError if the fit ended before the last of the steps.
     """
     keeper = _SampleKeeper(steps)
     seconds = run_fit(images, callbacks=[keeper, *callbacks], **run)
@@ -113,16 +102,8 @@ def decide_samples(
     so its logits may differ by rounding. Everything else is equal bit for bit, unless rounding changes a decision or
     the choice between two alphas.
 
-    Args:
-        fitted: One image's fit; a longer one than the T of ``decide`` serves too.
-        given: The given image x0, [3, H, W] in [0, 1].
-        index: Its index.
-        victim: The victim.
-        fit: How it was fitted.
-        decide: What the victim classifies, and what is kept.
-
-    Raises:
-        TypeError, ValueError: A bad victim, or steps that were not sampled.
+    ``given`` is the given image x0, [3, H, W] in [0, 1]. A longer fit than the T of ``decide`` serves too. TypeError or
+    ValueError for a bad victim, or steps that were not sampled.
     """
     seen = fitted.at(decide.steps)
     given = given.detach().to(device="cpu", dtype=seen.images.dtype, copy=True)

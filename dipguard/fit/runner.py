@@ -56,9 +56,7 @@ class _FirstStep(pl.Callback):
 
     at = 0.0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, *_: Any) -> None:
         self.at = self.at or time.perf_counter()
 
 
@@ -78,19 +76,9 @@ def run_fit(
     May be called under no_grad or inference_mode, inside another Trainer's loop, and in several threads at once. The
     global random state and the gradient mode are left as they were.
 
-    Args:
-        images: x0, [B, 3, H, W] in [0, 1].
-        T: Optimiser steps.
-        indices: The images' indices.
-        fit: How to fit.
-        device: Where to fit.
-        callbacks: The Trainer's callbacks.
-        logger: A Lightning logger, or None.
-        trainer: Further keyword arguments of ``pl.Trainer``; see :func:`make_trainer`.
-
-    Returns:
-        Seconds: ``start`` (up to the first step: choice of the engine, compilation, the Trainer's own start) and
-        ``fit``.
+    ``images`` are x0, [B, 3, H, W] in [0, 1], with their ``indices``; T is the number of optimiser steps. ``device``,
+    ``callbacks``, ``logger`` and ``trainer`` are those of :func:`make_trainer`. Returns seconds: ``start`` (up to the
+    first step: choice of the engine, compilation, the Trainer's own start) and ``fit``.
 
     Raises:
         TypeError, ValueError: Bad images or options.
@@ -136,10 +124,8 @@ def fit_stack(
     sampling = {name: getattr(decide, name) for name in ("decisions", "every", "K_max", "keep_samples")}
     sampler = DecisionLogger(victim, first_step=first_step, **sampling)
     detector, stitcher = BoundaryDetector(victim, N=decide.N, scores=decide.scores), Stitcher(**asdict(stitch))
-    every = [sampler, detector, stitcher, *callbacks]
-    seconds = run_fit(
-        images, T=decide.T, indices=indices, fit=fit, device=device, callbacks=every, logger=logger, trainer=trainer
-    )
+    run: dict[str, Any] = {"callbacks": [sampler, detector, stitcher, *callbacks], "logger": logger, "trainer": trainer}
+    seconds = run_fit(images, T=decide.T, indices=indices, fit=fit, device=device, **run)
     seconds["decide"] = sampler.seconds + detector.seconds + stitcher.seconds
     seconds["fit"] -= seconds["decide"]
     return StackResult(stitcher.traces, stitcher.reconstructions, seconds)
@@ -156,11 +142,8 @@ def make_trainer(
     """A Trainer for T steps, never part of the caller's own process group.
 
     It has no summary, and a progress bar or checkpoints only if there are callbacks for them. ``trainer`` holds further
-    keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; none of ``OWNED``.
-
-    Raises:
-        ValueError: ``trainer`` holds an argument that is set here.
-        TypeError: ``trainer`` holds one that ``pl.Trainer`` does not have.
+    keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; ValueError if one is among ``OWNED``,
+    TypeError if ``pl.Trainer`` does not have it.
     """
     further = dict(trainer or {})
     for name in OWNED:

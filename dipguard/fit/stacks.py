@@ -76,10 +76,8 @@ def in_stacks(
 ) -> Iterator[Result]:
     """Yield the results of ``work`` on one stack of images after the other, each of ``size`` images and T steps.
 
-    If memory runs out, the stack is halved and begun again; later ones stay as small. One warning says so.
-
-    Raises:
-        torch.OutOfMemoryError, MemoryError, RuntimeError: A single image is too large; the message names remedies.
+    If memory runs out, the stack is halved and begun again; later ones stay as small. One warning says so. If a single
+    image is too large, torch.OutOfMemoryError, MemoryError or RuntimeError is raised; the message names remedies.
     """
     first, calls, warned = 0, 0, False
     look: dict[str, Any] = {"desc": "fit", "unit": "step", "unit_scale": True, "dynamic_ncols": True}
@@ -124,16 +122,9 @@ def stack_size_for(
 ) -> int:
     """How many of ``count`` images to fit at once: 32 on a CPU, 256 on a GPU, fewer if half of the free memory is less.
 
-    Args:
-        count: Images in total.
-        size: Their height and width, pixels.
-        fit: How they are fitted.
-        kept: Images that are kept in memory for each image (``DecideOptions.images_kept``).
-        device: Where.
-        T: Steps of the fit, on which the engine depends, and with it the memory.
-
-    Returns:
-        ``count`` or a power of two, at least 1.
+    ``size`` is their height and width in pixels, ``kept`` the images that are kept in memory for each of them
+    (``DecideOptions.images_kept``), T the steps of the fit, on which the engine depends, and with it the memory.
+    Returns ``count`` or a power of two, at least 1.
     """
     wanted = min(count, SIZES["cuda" if device.type == "cuda" else "cpu"])
     if wanted <= 1 or (free_bytes := free_memory(device)) is None:

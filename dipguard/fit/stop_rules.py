@@ -52,12 +52,8 @@ class StopRuleCallback(pl.Callback):
 def fit_rule(images: Tensor, *, rule: StopRule, T: int, callbacks: Sequence[pl.Callback] = (), **run: Any) -> Stopped:
     """Fit B networks to B images for a fresh stopping rule alone, and no longer than it needs.
 
-    ``callbacks`` run after the rule's; the other arguments are those of :func:`dipguard.fit.run_fit`. Returns what the
-    rule chose, on the fit's device and in its dtype.
-
-    Raises:
-        TypeError, ValueError: Bad images or options.
-        RuntimeError: The rule waits for a step beyond T.
+    ``callbacks`` run after the rule's; the other arguments and errors are those of :func:`dipguard.fit.run_fit`.
+    Returns what the rule chose, on the fit's device and in its dtype; RuntimeError if it waits for a step beyond T.
     """
     watch = StopRuleCallback(rule)
     run_fit(images, T=rule.steps_needed(T), callbacks=[watch, *callbacks], **run)

@@ -22,20 +22,15 @@ images' float32 and float64 gradients, the cosines were 1.00 and -0.40, with it 
 
 
 def unrolled_fit(
-    images: Tensor,
-    *,
-    T: int,
-    fit: FitOptions,
-    indices: Indices | None = None,
-    window: int = 1,
-    floor: float = 0.0,
+    images: Tensor, *, T: int, fit: FitOptions, indices: Indices | None = None, window: int = 1, floor: float = 0.0
 ) -> Tensor:
     """Fit B networks to B images as :class:`~dipguard.fit.StackedDIP` does, in one graph that leads back to the images.
 
     The values are those of the ordinary fit, up to rounding. Each step stays in memory with its backward pass (about
     1.3 MB of float32 for a 32x32 image and MirrorGuard's smaller network). The exact gradient soon becomes chaotic:
     Adam divides by a gradient's size, so a number whose gradient is nearly zero gets an enormous slope. A ``floor``
-    above 0 leaves those slopes out; the values stay. Works under no_grad and inference_mode.
+    above 0 leaves those slopes out; the values stay. Works under no_grad and inference_mode. Returns [B, 3, H, W] in
+    (0, 1), of the images' dtype and on their device.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1]; where they require a gradient, the result has one.
@@ -46,9 +41,6 @@ def unrolled_fit(
         window: Number of reconstructions, the last ones, whose mean is returned, from 1 to T.
         floor: In the backward pass, weights whose gradient's running root mean square is at most this are taken to move
             independently of the image; 0 for the exact gradient, `FLOOR` for one that an attack can use.
-
-    Returns:
-        [B, 3, H, W] in (0, 1), of the images' dtype and on their device.
 
     Raises:
         TypeError, ValueError: Bad images or options, or images too small for the network.

@@ -139,8 +139,7 @@ class ConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * inputs, H, W] -> [1, B * outputs, H', W']."""
-        out: Tensor = self.norm(self.conv(x))
-        return out
+        return self.norm(self.conv(x))
 
 
 class Scale(nn.Module):
@@ -237,6 +236,8 @@ def build(
 ) -> StackedSkipNet:
     """A stack of B initialised networks; the weights of network b depend only on (seed, indices[b]).
 
+    ValueError if an option is out of range, or the number of indices is not B.
+
     Args:
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``), or a spec.
         stack_size: B, at least 1.
@@ -245,9 +246,6 @@ def build(
         init: ``default`` (PyTorch's for convolutions) or ``xavier`` (Algorithm 1, line 1).
         padding: ``zeros`` or ``reflect``.
         dtype: float32 or float64; both start from the same float32 draws.
-
-    Raises:
-        ValueError: An option is out of range, or the number of indices is not B.
     """
     stack = StackedSkipNet(network_spec(network), stack_size=stack_size, padding=padding).to(dtype)
     order = list(range(stack_size)) if indices is None else list(indices)

@@ -42,10 +42,8 @@ class Store:
     ``path`` is created with the first entry. With ``keep_samples`` x(t) is kept at all sampled steps (float32, 12 KiB
     for a sample of 32x32 pixels); else a stored fit serves other tau, t0, K and beta, but no other victim or decisions.
     ``counts`` is what this process did, in images: ``fitted``, ``decided`` (from stored samples), ``replayed``
-    (stitched from a stored trace), ``attacked``, ``attacks_found``, and ``damaged`` entries.
-
-    Raises:
-        ValueError: ``path`` exists and is not a folder.
+    (stitched from a stored trace), ``attacked``, ``attacks_found``, and ``damaged`` entries. ValueError if ``path``
+    exists and is not a folder.
     """
 
     def __init__(self, path: str | Path, *, keep_samples: bool = True) -> None:

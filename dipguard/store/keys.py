@@ -33,11 +33,8 @@ def digest_of(parts: Any) -> str:
 @cache
 def numerics() -> dict[str, str]:
     """The programs that numbers depend on, a part of every key. The same dict each time; it must not be changed."""
-    return {
-        "dipguard": f"{__version__}, {NUMERICS}",
-        "torch": torch.__version__,
-        "torchmetrics": version("torchmetrics"),
-    }
+    ours = f"{__version__}, {NUMERICS}"
+    return {"dipguard": ours, "torch": torch.__version__, "torchmetrics": version("torchmetrics")}
 
 
 def victim_digest(victim: nn.Module) -> str:
@@ -69,10 +66,8 @@ class StackKeys:
     ``engine`` is the engine's name, ``fits`` the key of each image's fit. A fit depends on the image x0, its index and
     the options, but neither on T, since x(t) is the same in every fit of at least t steps, nor on the victim, which the
     fit never asks. The keys do not distinguish what only changes rounding: another processor or GPU and, except for the
-    native engine, the number of images in a stack.
-
-    Raises:
-        ValueError: An engine that cannot run here, or images too small for the network.
+    native engine, the number of images in a stack. ValueError for an engine that cannot run here, or images too small
+    for the network.
     """
 
     def __init__(

@@ -29,10 +29,8 @@ def prune(folder: str | Path, *, older_than: float | None = None, max_gib: float
 
     Removes what was last used more than ``older_than`` days ago, then the least recently used entries until ``max_gib``
     GiB are left, and returns the removed entries. Processes that use the store at the same time are not disturbed: they
-    make again what they miss.
-
-    Raises:
-        FileNotFoundError, TypeError, ValueError: No such folder, or an argument is out of range.
+    make again what they miss. FileNotFoundError if there is no such folder, TypeError or ValueError for an argument out
+    of range.
     """
     days = float("inf") if older_than is None else check_float(older_than, name="older_than", low=0.0)
     most = float("inf") if max_gib is None else check_float(max_gib, name="max_gib", low=0.0) * 2**30

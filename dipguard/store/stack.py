@@ -55,10 +55,7 @@ def stored_stack(
 
     The arguments are those of :func:`dipguard.fit.fit_stack`, and ``also``: further decisions that a fit made now is to
     serve, such as those of other T. Such a fit may have fewer than B images and more than T steps. The seconds are
-    those that fits and decisions took when they were made.
-
-    Raises:
-        TypeError, ValueError: Bad images, options or victim.
+    those that fits and decisions took when they were made. TypeError or ValueError for bad images, options or victim.
     """
     start = time.perf_counter()
     images = check_images(images)
@@ -204,11 +201,10 @@ class _Stack:
 
     def _read_samples(self, b: int) -> tuple[FitSamples, float] | None:
         def parse(entry: Entry) -> tuple[FitSamples, float]:
-            tensors = {name: torch.from_numpy(array) for name, array in entry.arrays.items()}
-            samples = FitSamples(**tensors)
-            size = (len(samples.steps), *self.images.shape[1:])
-            if tuple(samples.images.shape) != size or not size[:1] == samples.quality.shape == samples.loss.shape:
-                raise ValueError(f"`images` must have shape {size}, got {tuple(samples.images.shape)}")
+            samples = FitSamples(**{name: torch.from_numpy(array) for name, array in entry.arrays.items()})
+            size, got = (len(samples.steps), *self.images.shape[1:]), tuple(samples.images.shape)
+            if got != size or not size[:1] == samples.quality.shape == samples.loss.shape:
+                raise ValueError(f"`images` must have shape {size}, got {got}")
             return samples, float(entry.header["seconds"])
 
         return self.store.read_as("fits", self.keys.fits[b], parse)
