@@ -202,11 +202,11 @@ class AutoAttack(LinfAttack):
         self.steps = check_int(steps, name="steps", low=1)
         self.targets = check_int(targets, name="targets", low=1)
 
-    def make(self, victim: nn.Module, *, num_classes: int = 10) -> Any:
+    def make(self, victim: nn.Module, *, num_classes: int = 10, **further: Any) -> Any:
         """Return torchattacks' AutoAttack on a victim of ``num_classes`` classes."""
         seed = torch.initial_seed()  # it would take the clock's
-        options = {"version": self.version, "n_classes": min(num_classes, self.targets + 1), "seed": seed}
-        attack = torchattacks().AutoAttack(victim, norm="Linf", eps=self.eps, **options)
+        further |= {"version": self.version, "n_classes": min(num_classes, self.targets + 1)}
+        attack = torchattacks().AutoAttack(victim, norm="Linf", eps=self.eps, seed=seed, **further)
         for part in attack._autoattack.attacks:
             if hasattr(part, "steps"):  # Square counts queries
                 part.steps = self.steps
