@@ -25,8 +25,9 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
     """
     purifier = InputPurifier(defense, draws=draws)
     art = import_extra("art.defences.preprocessor.preprocessor", owner="purify_preprocessor", extra="art")
+    base: Any = art.PreprocessorPyTorch
 
-    class PurifyPreprocessor(art.PreprocessorPyTorch):  # type: ignore[misc]
+    class PurifyPreprocessor(base):  # type: ignore[misc]
         params = ("purifier",)
 
         def __init__(self, purifier: InputPurifier) -> None:
