@@ -21,18 +21,15 @@ from dipguard.seeding import image_generator
 
 
 class DefendedPGD(DefendedSearch):
-    """PGD (Madry et al. 2018) in L-inf on gradients averaged over ``eot_iter`` draws.
-
-    Unlike the PGD of a library it looks at the last iterate too, and returns the best image that it saw. An image's
-    start depends on the seed and its index alone. A subclass implements `logits_of`.
+    """PGD (Madry et al. 2018) in L-inf that looks at the last iterate too, and returns the best image that it saw.
 
     Args:
         alpha_255: Step size in levels of 0 to 255, above 0.
         steps: Number of steps, at least 1.
         eot_iter: Draws whose gradients are averaged at each step, at least 1 (expectation over transformation, Athalye
             et al. 2018); with ``fixed`` draws more than 1 only adds cost.
-        random_start: Start at a uniformly drawn point of the ball, not at the image.
-        loss: Loss that is maximised: ``ce``, the negative logarithm of the true class's probability, mean over the
+        random_start: Start at a uniformly drawn point of the ball, not at the image; drawn from the seed and the index.
+        loss: Loss that is maximised: ``ce``, the negative logarithm of the true class's mean probability over the
             views; or ``margin``, the largest other logit minus that of the true class, mean over the views.
     """
 
@@ -66,10 +63,9 @@ class DefendedPGD(DefendedSearch):
         """
 
     def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor | None]:
-        """The loss's gradient by the iterate ``images`` [B, 3, H, W], mean over the draws, and what was seen.
+        """The loss's gradient by ``images`` [B, 3, H, W], mean over ``eot_iter`` draws from number ``look`` on.
 
-        ``look`` is how many draws of each image were used before; ``eot_iter`` more are used here. What was seen are
-        the victim's logits on the purified images, [eot_iter, B, C], or None if the defence was not asked.
+        Also the victim's logits on the purified images, [eot_iter, B, C], or None if the defence was not asked.
         """
         total, answers = torch.zeros_like(images), []
         for number in range(look, look + self.eot_iter):
@@ -119,17 +115,15 @@ class DefendedPGD(DefendedSearch):
 
 
 class AdaptivePGD(DefendedPGD):
-    """PGD through a defence without a gradient, on any of its intermediates, with an approximate backward pass.
+    """PGD through a defence without a gradient: forward the defence, backward an approximation (Athalye et al. 2018).
 
-    Forward it is the defence itself; backward, a differentiable approximation (BPDA, Athalye et al. 2018). The loss is
-    that of an intermediate of the defence (Tramer et al. 2020: attack what the defence decides by). Every iterate is
-    classified behind the defence at no further purification; `BestFound` says which of them is returned. The images of
-    a batch influence each other by rounding alone, if they do so in the defence.
+    Every iterate is classified behind the defence at no further purification; `BestFound` says which is returned. The
+    images of a batch influence each other by rounding alone, if they do so in the defence.
 
     Args:
         backward: Approximation of the defence's backward pass, a key of :data:`~dipguard.attacks.backward.BACKWARD`.
-        intermediate: What the loss is computed on: ``stitched``, the purified image, or another of the defence's
-            ``intermediates``.
+        intermediate: What the loss is computed on (Tramer et al. 2020: attack what the defence decides by):
+            ``stitched``, the purified image, or another of the defence's ``intermediates``.
     """
 
     name: ClassVar[str] = "adaptive_pgd"
@@ -167,12 +161,11 @@ class AdaptivePGD(DefendedPGD):
 class Unrolled(DefendedPGD):
     """PGD on the victim behind a short DIP fit, differentiated through all steps of its optimiser.
 
-    The forward and backward pass of a step are those of the defence's own fits (networks, rate, draws; each gives a
-    view) after T steps; the defence itself takes many more, and what was found is transferred to it. It classifies the
-    start, every ``evaluate_every``-th iterate and the last; `history` and `last_history` stay the same in between. A
-    defence without a DIP is attacked through :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch
-    influence each other by rounding alone, which many steps of Adam amplify. Memory grows with ``T``, at least 2, and
-    with ``batch_size``.
+    A step's forward and backward pass are those of the defence's own fits (networks, rate, draws; each gives a view)
+    after ``T`` steps, at least 2; what was found is transferred to the defence, which takes many more. It classifies
+    the start, every ``evaluate_every``-th iterate and the last. A defence without a DIP is attacked through
+    :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch influence each other by rounding alone, which
+    many steps of Adam amplify. Memory grows with ``T`` and ``batch_size``.
     """
 
     name: ClassVar[str] = "unrolled"

@@ -26,11 +26,7 @@ TOLERANCE = 1e-6
 
 
 class Snapshot(NamedTuple):
-    """The limits under which a set of attacked images was made; None if there is none.
-
-    ``eps_255`` is the largest distance from the clean image in levels of 0 to 255, ``budget`` the number of iterations
-    or queries per image.
-    """
+    """Limits of attacked images, or None: ``eps_255`` in levels of 0 to 255, iterations or queries of an image."""
 
     eps_255: float | None
     budget: int | None
@@ -196,11 +192,7 @@ class Attack(ABC):
             return AttackReport(fooled, wrong, linf, l2)
 
     def _run(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        indices: Indices | None,
-        attack: Callable[[Tensor, Tensor, Tensor], dict[Snapshot, Tensor]],
+        self, images: Tensor, labels: Tensor, indices: Indices | None, attack: Callable[..., dict[Snapshot, Tensor]]
     ) -> dict[Snapshot, Tensor]:
         """Run ``attack`` on batch after batch, with the victim frozen in eval mode; check and join."""
         images = check_images(images)
@@ -215,15 +207,13 @@ class Attack(ABC):
             self.finish(len(images))
             return {limit: torch.cat([part[limit] for part in parts]).to(images.device) for limit in parts[0]}
 
-    def _batches(
-        self, images: Tensor, labels: Tensor, indices: Indices | None
-    ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    def _batches(self, images: Tensor, labels: Tensor, indices: Indices | None) -> Iterator[tuple[Tensor, ...]]:
         """Copies of checked images and labels on the victim's device, and of indices on the CPU, batch by batch."""
         order = torch.tensor(check_indices(indices, count=len(images)))
         x = images.detach().clone().to(device_of(self.victim, images.device))
-        num_classes = check_victim(self.victim, x[: self.batch_size]).shape[1]
-        y = check_labels(labels, count=len(x), num_classes=num_classes).to(x.device, copy=True)
         size = self.batch_size
+        num_classes = check_victim(self.victim, x[:size]).shape[1]
+        y = check_labels(labels, count=len(x), num_classes=num_classes).to(x.device, copy=True)
         return zip(x.split(size), y.split(size), order.split(size), strict=True)
 
     def _check_result(self, given: Tensor, attacked: Tensor) -> Tensor:
@@ -261,10 +251,7 @@ _GENERATORS = RLock()  # the global ones: of several threads, one at a time draw
 
 @contextmanager
 def seeded(seed: int, index: int, device: torch.device, *, purpose: str = "attack") -> Iterator[None]:
-    """Seed the generators of the CPU and of the GPU in use from (seed, index, purpose); restore those of all GPUs.
-
-    Libraries draw in the default dtype, which is float32 here.
-    """
+    """Seed the generators of the CPU and the GPU in use, with float32 as default dtype; restore those of all GPUs."""
     state = image_generator(seed=seed, index=index, purpose=purpose).initial_seed()
     started = torch.cuda.is_initialized() or device.type == "cuda"
     devices = list(range(torch.cuda.device_count())) if started else []

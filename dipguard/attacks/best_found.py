@@ -36,12 +36,9 @@ class BestFound:
     """The best attacked version of each of B images, among those that the defended victim was asked about.
 
     The version that was misclassified under more of the draws of its look is better; of equals, the one with the larger
-    margin, mean over the draws. With ``fixed`` draws, an image that was once misclassified is so again at the
-    evaluation, and the margin guards it against rounding.
-
-    `history` counts, after each look, the images whose best version is classified correctly (under more than half of
-    its draws), `last_history` those that were so when they were last looked at. ``flat`` holds, for each gradient that
-    was taken, whether it was zero, bool [B].
+    margin, mean over the draws. `history` counts, after each look, the images whose best version is classified
+    correctly (under more than half of its draws), `last_history` those that were so when last looked at. ``flat``
+    holds, for each gradient that was taken, whether it was zero, bool [B].
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -59,10 +56,7 @@ class BestFound:
         return self._misread < 0.5
 
     def see(self, attacked: Tensor, logits: Tensor, *, rows: Tensor | None = None) -> None:
-        """Take note of one look at images [n, 3, H, W], with the victim's logits [R, n, C] under R draws.
-
-        ``rows``, int [n], says which images they are, each once; by default all of them.
-        """
+        """Note one look at images [n, 3, H, W], the ``rows`` int [n] (None: all), with logits [R, n, C] of R draws."""
         at = torch.arange(len(self.labels), device=self.labels.device) if rows is None else rows
         labels, scores = self.labels[at], logits.detach().to(self._margin)
         misread = (scores.argmax(dim=-1) != labels).float().mean(dim=0)
@@ -89,10 +83,7 @@ def joined(counts: Sequence[Sequence[int]], *, total: int) -> list[float]:
 
 
 class DefendedSearch(AdaptiveAttack):
-    """Looks at attacked images within ``eps_255`` levels of 0 to 255 (L-inf), and returns the best that it saw.
-
-    A subclass sets ``name`` and implements `search`.
-    """
+    """Looks at attacked images within ``eps_255`` levels of 0 to 255 (L-inf), and returns the best that it saw."""
 
     norm: str = "Linf"
 

@@ -16,23 +16,20 @@ from dipguard.attacks.static import check_classes
 from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
 from dipguard.checks import check_bool, check_int
 
-RAND = ("ce", "dlr")
-"""The losses of AutoAttack's version ``rand``: one run of APGD each."""
+RAND = ("ce", "dlr")  # the losses of AutoAttack's version ``rand``: one run of APGD each
 
 
 class BPDA(AdaptiveAttack):
     """Backward pass differentiable approximation (Athalye et al. 2018) with PGD in L-inf; Figure 4 of the paper.
 
-    At each step the loss's gradient by the *purified* image is applied to the given one (Section 4.3.1). Where a
-    defence changes the resolution, the gradient is brought back by the adjoint of a bilinear resize, where the paper
-    down-samples (appendix A). The steps are those of torchattacks' PGD.
+    At each step of torchattacks' PGD the loss's gradient by the *purified* image is applied to the given one (Section
+    4.3.1); across resolutions by the adjoint of a bilinear resize, where the paper down-samples (appendix A).
 
     Args:
         eps_255: Radius of the L-inf ball in levels of 0 to 255, above 0.
         alpha_255: Step size in levels of 0 to 255, above 0. The paper does not give it; 2 is that of its PGD.
         steps: Number of steps, at least 1.
-        budgets: Numbers of steps, from 1 to ``steps``, after each of which `snapshots` returns the images; by default
-            after the last.
+        budgets: Numbers of steps, from 1 to ``steps``, after which `snapshots` returns the images; by default the last.
         random_start: Start at a uniformly drawn point of the ball, not at the image.
     """
 
@@ -83,11 +80,9 @@ class BPDA(AdaptiveAttack):
 class DefendedAutoAttack(DefendedSearch):
     """AutoAttack's version ``rand`` (Croce and Hein 2020): APGD-CE, then APGD-DLR on the images that withstood it.
 
-    The gradient is BPDA's identity. AutoAttack averages 20 looks (``eot_iter``) and takes 100 ``steps``: a figure
-    comparable with its authors' needs both. The draws of a batch's starts depend on the seed and the index of its first
-    image, so the images of a batch influence each other. The victim needs at least 3 classes, for the DLR loss.
-
-    ``steps`` are those of each run, at least 1; each run has one look more.
+    The gradient is BPDA's identity. A figure comparable with its authors' needs their 20 looks (``eot_iter``, at least
+    1) and 100 ``steps`` of each run (at least 1; a run has one look more). The draws of the starts depend on the seed
+    and the index of a batch's first image. The victim needs at least 3 classes, for the DLR loss.
     """
 
     name: ClassVar[str] = "defended_autoattack"
@@ -128,12 +123,10 @@ class DefendedAutoAttack(DefendedSearch):
 class DefendedSquare(DefendedSearch):
     """Square attack (Andriushchenko et al. 2020): random search by squares, no gradients.
 
-    The queries for an image end once it was misclassified. `history` counts looks as steps; `last_history` is about
-    what was tried at a look, whether the search kept it or not. One square is drawn for all images of a batch, so they
-    influence each other. Images of a batch whose balls overlap are searched one group after the other, since the search
-    does not say which image it asks about.
-
-    It looks at an image at most ``n_queries`` times, at least 2: stripes, then a square more each time.
+    It looks at an image at most ``n_queries`` times, at least 2: stripes, then a square more each time, until it is
+    misclassified. `history` counts looks as steps; `last_history` is about what was tried at a look, kept or not. All
+    images of a batch get the same squares. Those whose balls overlap are searched one group after the other, since the
+    search does not say which image it asks about.
     """
 
     name: ClassVar[str] = "defended_square"
@@ -159,16 +152,12 @@ class DefendedSquare(DefendedSearch):
 
 
 class DefendedModule(Unsaturated):
-    """Victim and defence as the one classifier that a library's attack gets to see.
+    """Victim and defence as the one classifier that a library's attack gets to see, with BPDA's identity as gradient.
 
-    Its gradient by the given image is that by the purified one (BPDA's identity, Athalye et al. 2018). It uses the
-    target, the draws and the account of costs of ``attack``, for a batch with the positions ``indices``, int [B].
-    ``seen`` is called after each question with the images [n, 3, H, W], the logits [n, C] and the images' rows int [n].
-
-    Attributes:
-        at: Rows of the batch that are attacked, int [b]; at first all.
-        nearest_of: Given images of those rows, if a search may leave some out; each image asked about then belongs to
-            the nearest of them. None if all rows are asked about each time.
+    It uses the target, the draws and the account of costs of ``attack``, for a batch with the positions ``indices``,
+    int [B]. ``seen`` is called after each question with images [n, 3, H, W], logits [n, C] and the images' rows int
+    [n]. ``at`` are the rows of the batch that are attacked, int [b]; at first all. ``nearest_of`` are their given
+    images, if a search may leave some out; each image asked about then belongs to the nearest of them.
     """
 
     def __init__(self, attack: AdaptiveAttack, indices: Tensor, seen: Callable[[Tensor, Tensor, Tensor], None]) -> None:
@@ -198,10 +187,7 @@ def nearest(images: Tensor, given: Tensor) -> Tensor:
 
 
 def apart_by(distance: float, images: Tensor) -> list[Tensor]:
-    """Positions int [b] of groups of images [B, 3, H, W]; within a group all are further apart in L-inf than this.
-
-    Then `nearest` finds the image that another one lies within half that distance of.
-    """
+    """Positions int [b] of groups of images [B, 3, H, W]; within a group all are further apart in L-inf than this."""
     groups: list[list[int]] = []
     for position, image in enumerate(images):
         far = (g for g in groups if float((images[g] - image).abs().flatten(1).amax(dim=1).min()) > distance)

@@ -3,15 +3,15 @@
 The walk of one image along the decision boundary (Algorithm 2) is a generator that yields the images it wants to ask
 about and is sent the answers, so the questions of many images go through one stacked fit of a DIP defence together.
 
-ART's version (1.20.1) draws its start unseeded and may search a step without end on a random defence; foolbox's (3.3.4)
-stops with an AssertionError when an answer changes. Constants and thresholds are those of ART, which the paper used
-(appendix A); the tests compare the two.
+Constants and thresholds are those of ART (1.20.1), which the paper used (appendix A); but ART draws its start unseeded
+and may search a step without end on a random defence. foolbox (3.3.4) stops with an error when an answer changes.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import count
 from typing import Any, ClassVar, TypeVar
@@ -24,10 +24,8 @@ from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
 from dipguard.checks import check_float, check_int
 from dipguard.seeding import image_generator
 
-TOGETHER = 128
-"""Images that are purified and classified at once, at most."""
-HALVINGS = 30
-"""Halvings of a step, at most: on a random defence there could be more without end."""
+TOGETHER = 128  # images that are purified and classified at once, at most
+HALVINGS = 30  # of a step, at most: on a random defence there could be more without end
 
 _T = TypeVar("_T")
 Walk = Generator[Tensor, Tensor, _T]
@@ -37,11 +35,10 @@ Walk = Generator[Tensor, Tensor, _T]
 class HopSkipJump(AdaptiveAttack):
     """HopSkipJump in L-inf: needs nothing but decisions, and few of them; Figure 5 of the paper.
 
-    An image that goes through defence and victim is one query, from the first look at the clean image on; a walk ends
-    when ``queries`` are spent. All walks of a batch are asked about together; they do not influence each other, and an
-    image's draws depend on the seed and its index alone. The nearest image that was ever *seen* to be adversarial
-    counts, so on a random defence with ``fresh`` draws the evaluation may see less success. After a call, ``batches``
-    holds the `QuerySearch` of each image.
+    An image that goes through defence and victim is one query, from the first look at the clean image on. The images of
+    a batch do not influence each other; an image's draws depend on the seed and its index alone. The nearest image that
+    was ever *seen* to be adversarial counts, so on a random defence with ``fresh`` draws the evaluation may see less
+    success. After a call, ``batches`` holds the `QuerySearch` of each image.
 
     The paper gives no norm for Figure 5; its eps up to 25 is read as L-inf in levels of 0 to 255, like its other ones.
 
@@ -125,10 +122,9 @@ class HopSkipJump(AdaptiveAttack):
 class QuerySearch:
     """One image's walk: its queries are counted, and its nearest adversarial image is kept at each budget.
 
-    The images ``asked`` [n, 3, H, W], if any, are to be shown to the defended victim and their classes given to
-    `answer`. The walk ends with the last of the rising ``budgets``. ``queries`` is the number of images answered so
-    far; ``distance`` that of the nearest adversarial image, on the [0, 1] scale: 0 if the clean image itself was
-    misclassified, infinite if nothing was found.
+    The classes of the images ``asked`` [n, 3, H, W], if any, are to be given to `answer`. The walk ends with the last
+    of the rising ``budgets``. ``queries`` is the number of images answered so far; ``distance`` that of the nearest
+    adversarial image, in [0, 1]: 0 if the clean image itself was misclassified, infinite if nothing was found.
     """
 
     def __init__(self, image: Tensor, label: int, route: Walk[None], budgets: Sequence[int]) -> None:
@@ -151,10 +147,8 @@ class QuerySearch:
                 self._kept[self.queries] = (self._best, self.distance)
         left, self.asked = self.budgets[-1] - self.queries, None
         if left > 0 and self.distance > 0:
-            try:
+            with suppress(StopIteration):
                 self.asked = (next(self._walk) if first else self._walk.send(wrong))[:left]
-            except StopIteration:
-                return
 
     def at(self, budget: int | None) -> tuple[Tensor, float]:
         """The nearest adversarial image (or the clean one) and its distance after ``budget`` queries, or at the end."""
@@ -170,10 +164,10 @@ def _within(images: Tensor, searches: Sequence[QuerySearch], limit: Snapshot) ->
 
 
 def walk(image: Tensor, generator: torch.Generator, *, init_size: int = 100, init_eval: int = 100) -> Walk[None]:
-    """Walk from noise towards ``image`` [3, H, W] along the boundary, without end; each round asks a question or more.
+    """Walk from noise towards ``image`` [3, H, W] along the boundary, without end, all on the CPU.
 
-    The image is on the CPU, like all that is yielded. After ``init_size`` noise images that are no start the walk gives
-    up. Round t asks about ``init_eval`` times sqrt(t) probes of the gradient, at most 10,000.
+    It gives up after ``init_size`` noise images that are no start. Round t asks about ``init_eval`` times sqrt(t)
+    probes, at most 10,000.
     """
     current = yield from _start(image, generator, init_size)
     if current is None:

@@ -23,10 +23,8 @@ def load_library(name: str) -> Any:
     return import_extra(name, owner="this attack", extra="attacks")
 
 
-torchattacks = partial(load_library, "torchattacks")
-"""Imports torchattacks (Kim 2020)."""
-foolbox = partial(load_library, "foolbox")
-"""Imports foolbox (Rauber et al. 2020)."""
+torchattacks = partial(load_library, "torchattacks")  # Kim 2020
+foolbox = partial(load_library, "foolbox")  # Rauber et al. 2020
 
 
 class VictimView(nn.Module):
@@ -81,10 +79,7 @@ class Unsaturated(VictimView):
 
 
 class NeverFlat(Unsaturated):
-    """An `Unsaturated` victim whose gradient by an image is noise where it would be exactly zero.
-
-    Around such an image the victim is flat, and noise is the only way off the plateau (foolbox's DDN does the same).
-    """
+    """An `Unsaturated` victim; where its gradient by an image is exactly zero, it is noise (as in foolbox's DDN)."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [B, C]."""

@@ -2,8 +2,7 @@
 
 The libraries' attacks have the libraries' defaults. `Attack` and this module correct what is wrong in torchattacks
 3.5.1: it raises under ``no_grad``, leaves BatchNorms that were in eval mode in train mode, fixes the device when
-constructed, adds to the victim's gradients, and takes any eps without complaint. Where the victim is so confident that
-the loss has no gradient, the gradient sign attacks get one (`Unsaturated`).
+constructed, adds to the victim's gradients, and takes any eps without complaint.
 """
 
 from __future__ import annotations
@@ -57,8 +56,8 @@ class Noise(Attack):
 class TorchAttack(Attack):
     """An attack of torchattacks; the library's object is made anew for each batch, on the victim's device.
 
-    The subclass, or a base of it, is called like the library's class, which gets the subclass's options under their own
-    names; pixel distances are divided by 255, and lose the ending ``_255`` of their names.
+    The subclass, or a base of it, has the name of the library's class, which gets the subclass's options: those that
+    end in ``_255`` are divided by 255, and lose this ending.
     """
 
     library: ClassVar[str] = "torchattacks"
@@ -137,8 +136,7 @@ class EOTPGD(PGD):
 class MIFGSM(BIM):
     """Momentum iterative FGSM (Dong et al. 2018), from the image itself. It draws noise only where the victim is flat.
 
-    torchattacks divides each gradient by its mean size: where a confident victim's cross-entropy has underflowed that
-    is 0/0, and the image would never move.
+    There torchattacks' division of the gradient by its mean size is 0/0, and the image would never move.
     """
 
     name: ClassVar[str] = "mifgsm"
@@ -149,10 +147,9 @@ class CW(TorchAttack):
     """Carlini and Wagner's L2 attack (2017), in tanh space, with a fixed c (torchattacks has no binary search for it).
 
     Images that it cannot fool the victim on come back unchanged; pixels at exactly 0 or 1 never move. It stops when the
-    summed cost of a batch rises, so an image's result depends on its batch. It draws nothing.
-
-    ``c``, above 0, weighs misclassification against the squared L2 distance; ``kappa``, at least 0, is the logit margin
-    aimed at; ``steps`` and ``lr`` are those of Adam.
+    summed cost of a batch rises, so an image's result depends on its batch. It draws nothing. ``c``, above 0, weighs
+    misclassification against the squared L2 distance; ``kappa``, at least 0, is the logit margin aimed at; ``steps``
+    and ``lr`` are those of Adam.
     """
 
     name: ClassVar[str] = "cw"
@@ -172,8 +169,7 @@ class CW(TorchAttack):
 class Square(LinfAttack):
     """Square attack (Andriushchenko et al. 2020): random search by squares of colour, no gradients.
 
-    It takes at most ``n_queries`` queries an image, at least 1. torchattacks draws one square for all images of a
-    batch, so they influence each other.
+    ``n_queries``, at least 1, limits the queries an image. All images of a batch get the same squares.
     """
 
     name: ClassVar[str] = "square"
@@ -208,8 +204,8 @@ class AutoAttack(LinfAttack):
 
     def make(self, victim: nn.Module, *, num_classes: int = 10, **further: Any) -> Any:
         """Return torchattacks' AutoAttack on a victim of ``num_classes`` classes."""
-        further |= {"version": self.version, "n_classes": min(num_classes, self.targets + 1)}
         seed = torch.initial_seed()  # it would take the clock's
+        further |= {"version": self.version, "n_classes": min(num_classes, self.targets + 1)}
         attack = torchattacks().AutoAttack(victim, norm="Linf", eps=self.eps, seed=seed, **further)
         for part in attack._autoattack.attacks:
             if hasattr(part, "steps"):  # Square counts queries
@@ -248,7 +244,7 @@ class DDN(Attack):
 
 
 def check_classes(victim: nn.Module, images: Tensor, *, least: int, needed_by: str) -> int:
-    """Return the victim's number of classes; ValueError if its logits for the images have fewer than ``least``."""
+    """Return the victim's number of classes; ValueError if there are fewer than ``least``."""
     num_classes = check_victim(victim, images[:1]).shape[1]
     if num_classes < least:
         raise ValueError(f"`victim` must have at least {least} classes for {needed_by!r}, got {num_classes}")

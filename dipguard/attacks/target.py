@@ -20,9 +20,9 @@ _WORD = 2**32  # data sets are smaller: no index of an attack is one of the eval
 class Purifies(Protocol):
     """What an attack needs of a defence; each `dipguard.defenses.Defense` has it.
 
-    Also used, if a defence has them: ``intermediates(images, *, indices)``, a dict of
+    Also used, if there: ``intermediates(images, *, indices)``, a dict of
     :class:`~dipguard.decision.intermediates.Intermediate`; ``intermediate_views``, its names with the number of views;
-    ``steps_per_image``, the DIP steps of one image; and ``dip_fits``, the options of its DIP fits.
+    ``steps_per_image``, the DIP steps of one image; ``dip_fits``, the options of its DIP fits.
     """
 
     def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
@@ -31,12 +31,7 @@ class Purifies(Protocol):
 
 
 class DefendedVictim:
-    """A victim behind a defence, ``victim(defense.purify(images))``: the target of adaptive attacks.
-
-    Args:
-        victim: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C].
-        defense: Has ``purify(images, *, indices=None)``, and what else `Purifies` names.
-    """
+    """The target of adaptive attacks, ``victim(defense.purify(images))``; for the victim see `Attack`."""
 
     def __init__(self, victim: nn.Module, defense: Purifies) -> None:
         self.victim = check_is_module(victim)
@@ -79,10 +74,9 @@ class AdaptiveAttack(Attack):
     """An untargeted attack on a `DefendedVictim`.
 
     Args:
-        draws: What a random defence does while it is attacked. ``fresh``: each purification has draws of its own, none
-            of them those of the evaluation: the paper's setting (Section 4.3), where a DIP starts anew each time.
-            ``fixed``: an image gets the draws of its evaluation each time; the attacker knows the seed, and the target
-            is deterministic. That is the stronger attack: a defence must not rely on randomness.
+        draws: What a random defence does while it is attacked. ``fresh``: each purification has draws of its own, other
+            ones than the evaluation: the paper's setting (Section 4.3). ``fixed``: an image gets the draws of its
+            evaluation each time, as for an attacker who knows the seed: the stronger attack.
     """
 
     adaptive: ClassVar[bool] = True
@@ -104,10 +98,7 @@ class AdaptiveAttack(Attack):
         return self.target.purified(images, indices, seed=self.seed)
 
     def ask_indices(self, indices: Tensor, looks: Tensor | int) -> Tensor:
-        """Indices [B] to purify the images ``indices`` [B] with, so that the defence draws as ``draws`` says.
-
-        ``looks`` is how often the attack has had each image purified before; int or int [B].
-        """
+        """Indices [B] to purify the images ``indices`` [B] with after ``looks`` purifications, int or int [B]."""
         if self.draws == "fixed":
             return indices
         # A defence may seed a generator with the index itself, and torch's reads its lower 32 bits alone: those must

@@ -1,7 +1,4 @@
-"""Data sets: labelled images in [0, 1].
-
-To add one, write a loader and add a row to `DATASETS`, or register it as an entry point of ``dipguard.data``.
-"""
+"""Data sets: labelled images in [0, 1]. A new one is a row of `DATASETS` or an entry point of ``dipguard.data``."""
 
 from __future__ import annotations
 

@@ -32,8 +32,7 @@ def load_arrays(
     with _opened(file) as archive:
         names = [name.removesuffix(".npy") for name in archive.namelist()]
         headers = {name: _header(archive, name)[:2] for name in ("images", "labels", "test_index") if name in names}
-    missing = [name for name in ("images", "labels") if name not in headers]
-    if missing:
+    if missing := [name for name in ("images", "labels") if name not in headers]:
         raise ValueError(f"`path`: {file} has no array {', '.join(map(repr, missing))}; it holds {sorted(names)}")
     shape, dtype = headers.pop("images")
     if dtype != np.uint8:

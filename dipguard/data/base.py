@@ -74,12 +74,8 @@ class ImageSet:
                 "numbers from 0 on, or give a CSV of labels (`labels_csv`)"
             )
         if places:
-            warnings.warn(
-                f"`data`: the victim has no class {unknown[:200]}: the {outputs} classes of {self.name} are taken for "
-                "its own in this order",
-                UserWarning,
-                stacklevel=2,
-            )
+            taken = f"the {outputs} classes of {self.name} are taken for its own in this order"
+            warnings.warn(f"`data`: the victim has no class {unknown[:200]}: {taken}", UserWarning, stacklevel=2)
         return self
 
 
@@ -97,10 +93,8 @@ def shift_warning(labels: Tensor, decisions: Tensor, *, outputs: int) -> str | N
     for shift, what in ((-1, "lower"), (1, "higher")):
         if likelihood(0) > 0.05 and likelihood(shift) < 1e-3:
             now, then = (int((decisions == labels + by).sum()) for by in (0, shift))
-            return (
-                f"the victim is right on {now} of {len(labels)} clean images, and would be on {then} if all labels "
-                f"were one {what}: look at `data.label_base`"
-            )
+            shifted = f"would be on {then} if all labels were one {what}: look at `data.label_base`"
+            return f"the victim is right on {now} of {len(labels)} clean images, and {shifted}"
     return None
 
 
@@ -113,7 +107,7 @@ def window(count: int, *, offset: int = 0, limit: int | None = None) -> slice:
 
 
 def resize(images: Tensor, size: int | None) -> Tensor:
-    """Resize images [N, 3, H, W] to [N, 3, size, size] (bilinear, antialiased, clamped to [0, 1]); None: no change."""
+    """Resize images [N, C, H, W] to [N, C, size, size] (bilinear, antialiased, clamped to [0, 1]); None: no change."""
     if size is None or tuple(images.shape[-2:]) == (check_int(size, name="size", low=1),) * 2:
         return images
     resized = F.interpolate(images, size=(size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -34,9 +34,8 @@ def load_cifar10(
         data = datasets.CIFAR10(str(folder), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         how = "could not be downloaded" if download else "is missing or damaged, and `download` is off"
-        raise RuntimeError(
-            f"CIFAR-10 {how} (`path`: {folder}; expected there: the folder cifar-10-batches-py): {error}"
-        ) from error
+        where = f"`path`: {folder}; expected there: the folder cifar-10-batches-py"
+        raise RuntimeError(f"CIFAR-10 {how} ({where}): {error}") from error
     part = window(len(data.targets), offset=offset, limit=limit)
     images = resize(from_bytes(torch.from_numpy(data.data[part])), size)
     labels, indices = torch.tensor(data.targets), torch.arange(len(data.targets))

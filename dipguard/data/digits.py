@@ -1,7 +1,6 @@
 """The built-in data set: scikit-learn's handwritten digits, as 32x32 colour images.
 
 The 1,797 images (8x8, 17 grey levels) are the test part of the UCI "Optical Recognition of Handwritten Digits" set.
-They come with scikit-learn, so nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -10,11 +9,9 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dipguard.checks import check_int
-from dipguard.data.base import ImageSet, window
+from dipguard.data.base import ImageSet, resize, window
 from dipguard.registry import import_extra
 
 CLASSES = tuple("0123456789")
@@ -34,13 +31,11 @@ def load_digits(
 
 def digits_split(*, evaluation: bool, size: int = 32) -> tuple[Tensor, Tensor]:
     """Return images [N, 3, size, size] and labels [N] of the evaluation part (599) or the training part (1,198)."""
-    check_int(size, name="size", low=1)
     pictures, labels = _pictures()
     images = torch.from_numpy(pictures).float().reshape(-1, 1, 8, 8) / 16
     chosen = (torch.arange(len(images)) % _EVERY == 0) == evaluation
-    # Antialiasing matters only if `size` is below 8.
-    images = F.interpolate(images[chosen], size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    return images.clamp(0, 1).expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels).long()[chosen]
+    images = resize(images[chosen], size)
+    return images.expand(-1, 3, -1, -1).contiguous(), torch.from_numpy(labels).long()[chosen]
 
 
 @cache

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,8 +22,7 @@ if TYPE_CHECKING:
 
 EXTENSIONS = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
 KINDS = " ".join(sorted(EXTENSIONS))
-BACKGROUND = "white"
-"""What shows through the transparent parts of a picture."""
+BACKGROUND = "white"  # what shows through the transparent parts of a picture
 _PIL_8_BIT = frozenset({"1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr"})
 
 
@@ -80,20 +80,14 @@ def _from_subfolders(folder: Path) -> tuple[list[Path], list[int], tuple[str, ..
             f"`path`: {folder} has no sub-folders to take classes from; put each class into a sub-folder, "
             "or give a CSV of labels (`labels_csv`, `image_column`, `label_column`)"
         )
-    loose = [file.name for file in pictures_in(folder) if file.parent == folder]
-    if loose:
-        raise ValueError(
-            f"`path`: {folder} holds pictures beside its class folders, such as {loose[0]}; put each into a "
-            "sub-folder, or give a CSV of labels (`labels_csv`)"
-        )
-    files, labels = list[Path](), list[int]()
-    for label, subfolder in enumerate(subfolders):
-        pictures = pictures_in(subfolder)
-        if not pictures:
-            raise FileNotFoundError(f"`path`: the class folder {subfolder} holds no picture ({KINDS})")
-        files += pictures
-        labels += [label] * len(pictures)
-    return files, labels, tuple(subfolder.name for subfolder in subfolders)
+    if loose := [file.name for file in pictures_in(folder) if file.parent == folder]:
+        advice = "put each into a sub-folder, or give a CSV of labels (`labels_csv`)"
+        raise ValueError(f"`path`: {folder} holds pictures beside its class folders, such as {loose[0]}; {advice}")
+    files = [pictures_in(subfolder) for subfolder in subfolders]
+    if not all(files):
+        raise FileNotFoundError(f"`path`: the class folder {subfolders[files.index([])]} holds no picture ({KINDS})")
+    labels = [label for label, pictures in enumerate(files) for _ in pictures]
+    return list(chain.from_iterable(files)), labels, tuple(subfolder.name for subfolder in subfolders)
 
 
 def _from_csv(
@@ -141,9 +135,8 @@ def _rows(table: Path, image_column: str, label_column: str) -> list[tuple[int, 
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"`labels_csv`: {table} is not a readable UTF-8 CSV file: {error}") from error
     for argument, column in (("image_column", image_column), ("label_column", label_column)):
-        if header.count(column) != 1:
-            count = header.count(column) or "no"
-            raise ValueError(f"`{argument}`: {table} has {count} column {column!r}; it has {header}")
+        if (count := header.count(column)) != 1:
+            raise ValueError(f"`{argument}`: {table} has {count or 'no'} column {column!r}; it has {header}")
     if not rows:
         raise ValueError(f"`labels_csv`: {table} has a header and no rows")
     return [(line, (name or "").strip(), (label or "").strip()) for line, name, label in rows]

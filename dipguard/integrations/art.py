@@ -16,8 +16,7 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
     """Return the defence as an ``art.defences.preprocessor.PreprocessorPyTorch``.
 
     Use it in ``PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[...])``. Predictions are made on
-    purified images. The gradient is that of BPDA by the identity (Athalye et al. 2018); if the defence changes the
-    resolution, the adjoint of a bilinear resize. ART's ``fit`` trains on the images as they are.
+    purified images, with the gradient of `straight_through`. ART's ``fit`` trains on the images as they are.
 
     Args:
         defense: The defence, for images [N, 3, H, W] in [0, 1].
@@ -26,15 +25,12 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
     """
     purifier = InputPurifier(defense, draws=draws)
     art = import_extra("art.defences.preprocessor.preprocessor", owner="purify_preprocessor", extra="art")
-    return _make_class(art.PreprocessorPyTorch)(purifier, device_type=device_type)
+    base: Any = art.PreprocessorPyTorch
 
-
-def _make_class(base: Any) -> Any:
-    # Made here, since it must be a subclass of ART's own.
     class PurifyPreprocessor(base):  # type: ignore[misc]
         params = ("purifier",)
 
-        def __init__(self, purifier: InputPurifier, *, device_type: str) -> None:
+        def __init__(self, purifier: InputPurifier) -> None:
             super().__init__(device_type=device_type, is_fitted=True, apply_fit=False, apply_predict=True)
             self.purifier = purifier
 
@@ -42,4 +38,4 @@ def _make_class(base: Any) -> Any:
             images = x.float()  # some attacks of ART compute in float64, its classifiers do not
             return straight_through(images, self.purifier(images)), y
 
-    return PurifyPreprocessor
+    return PurifyPreprocessor(purifier)

@@ -15,12 +15,10 @@ class BPDAClassifier(Unsaturated):
     """``classifier(defense.purify(images))``, with the gradient of BPDA by the identity.
 
     The gradient with respect to the purified image is passed to the given one (Athalye et al. 2018); if the defence
-    changes the resolution, through the adjoint of a bilinear resize. Where the classifier is so confident that the
-    gradient of cross-entropy underflows, its limit is used, so that confidence is not mistaken for robustness. Use it
-    in foolbox as ``PyTorchModel(model, bounds=(0, 1), device=...)``, and as the model of an attack of torchattacks. The
-    classifier runs in eval mode and keeps its own modes.
-
-    Accuracy under this attack alone proves little: adaptive attacks (`dipguard.attacks`) are stronger.
+    changes the resolution, through the adjoint of a bilinear resize. Where it has underflowed, `Unsaturated` replaces
+    it. Use it in foolbox as ``PyTorchModel(model, bounds=(0, 1), device=...)``, and as the model of an attack of
+    torchattacks. The classifier runs in eval mode and keeps its own modes. Accuracy under this attack alone proves
+    little: adaptive attacks (`dipguard.attacks`) are stronger.
 
     Args:
         classifier: Takes images [N, 3, H, W] in [0, 1], returns logits [N, C]; normalisation belongs inside.

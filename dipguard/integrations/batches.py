@@ -22,11 +22,7 @@ def check_place(place: Any, *, name: str) -> tuple[Key, ...]:
 
 
 def default_places(batch: Any) -> tuple[tuple[Key, ...], tuple[Key, ...] | None]:
-    """Return where images and labels are by default: the batch itself and None, or the first items of a tuple or list.
-
-    Raises:
-        TypeError: Neither the batch nor its first item is a tensor.
-    """
+    """Return where images and labels are by default; TypeError if neither the batch nor its first item is a tensor."""
     if isinstance(batch, Tensor):
         return (), None
     items = [*batch[:2]] if isinstance(batch, (tuple, list)) else []

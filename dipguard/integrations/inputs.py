@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,20 +13,18 @@ from torch.utils.data.distributed import DistributedSampler
 
 from dipguard.attacks.target import Purifies, check_defense
 from dipguard.checks import ROUNDING, Indices, check_choice, check_images
-from dipguard.victims.base import check_channels
+from dipguard.victims.base import Channels, check_channels
 
 _ROUNDING = 1e-2  # how far outside [0, 1] a denormalised pixel may be (bfloat16 has 8 bits); it is clamped
 DRAWS = ("content", "position")
-"""Where the index of an image, which seeds its random draws, comes from if none is given.
-
-``content``: a hash of its pixels, the same in any batch and process. ``position``: its position in the batch.
-"""
+"""Where an image's index, which seeds its draws, comes from by default: a hash of its pixels, the same in any batch and
+process, or its position in the batch."""
 
 
 class Pixels:
     """Undoes a normalisation (x - mean) / std of three channels, and applies it again; None for images without one."""
 
-    def __init__(self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+    def __init__(self, mean: Channels = None, std: Channels = None) -> None:
         if (mean is None) != (std is None):
             raise ValueError(f"`mean` and `std` must be given together, got {mean!r} and {std!r}")
         self.normalised = mean is not None
@@ -45,9 +41,8 @@ class Pixels:
         slack = _ROUNDING if self.normalised else ROUNDING
         if low < -slack or high > 1 + slack:
             advice = "must be the pipeline's" if self.normalised else "are needed if your pipeline normalises them"
-            raise ValueError(
-                f"`images` must lie in [0, 1], got values from {low:.8g} to {high:.8g}: `mean` and `std` {advice}"
-            )
+            got = f"got values from {low:.8g} to {high:.8g}"
+            raise ValueError(f"`images` must lie in [0, 1], {got}: `mean` and `std` {advice}")
         return check_images(pixels.clamp(0, 1))
 
     def normalise(self, pixels: Tensor) -> Tensor:
@@ -76,10 +71,7 @@ class LoaderPositions:
         self._seen = 0
 
     def next(self, count: int) -> tuple[Tensor, Tensor]:
-        """Return the positions int64 [count] of the next images, and whether each is a repeat, bool [count].
-
-        A `DistributedSampler` repeats images so that all processes get the same number.
-        """
+        """Return positions int64 [count], and whether `DistributedSampler` repeats them to fill up, bool [count]."""
         order = torch.arange(self._seen, self._seen + count)
         self._seen += count
         if self._sampler is None:
@@ -92,13 +84,12 @@ class LoaderPositions:
 class InputPurifier:
     """Purifies the input of a classifier: of any float type, normalised or not, in any mode of torch.
 
-    Modes and dtypes of the caller do not reach the defence, and the caller's random state is restored. This is not a
-    module, so the defence is not part of any state dict, mode or device switch.
+    Modes and dtypes of the caller do not reach the defence, and the caller's random state is restored. As this is no
+    module, the defence is not part of any state dict, mode or device switch.
 
     Args:
         defense: The defence.
-        mean: Per-channel mean of the input's normalisation; None for input in [0, 1].
-        std: Per-channel standard deviation of the input's normalisation; None as for ``mean``.
+        mean, std: The input's normalisation, per channel; None for input in [0, 1].
         draws: One of `DRAWS`, for images that come without indices.
         quiet: Hide the progress bar of the defence.
     """
@@ -107,8 +98,8 @@ class InputPurifier:
         self,
         defense: Purifies,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Channels = None,
+        std: Channels = None,
         draws: str = "content",
         quiet: bool = False,
     ) -> None:
@@ -122,32 +113,25 @@ class InputPurifier:
 
         ``images`` are [N, 3, H, W] as the classifier takes them, ``indices`` [N] their positions in the whole data set.
         """
-        with _isolated(self, images):
+        hidden = self.quiet and getattr(self.defense, "progress", False) is True
+        # No autocast, and float32 as default dtype: what Lightning's precision plugins change around a step.
+        device = images.device.type if isinstance(images, Tensor) else "cpu"
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            torch.autocast("cpu", enabled=False),
+            torch.autocast(device, enabled=False),
+            isolate_rng(),
+            _DtypeContextManager(torch.float32),
+        ):
             pixels = self.pixels.restore(images)
             if indices is None:
                 indices = content_indices(pixels) if self.draws == "content" else torch.arange(len(pixels))
-            purified: Tensor = self.defense.purify(pixels, indices=torch.as_tensor(indices).detach().cpu().clone())
+            try:
+                if hidden:
+                    self.defense.progress = False
+                purified: Tensor = self.defense.purify(pixels, indices=torch.as_tensor(indices).detach().cpu().clone())
+            finally:
+                if hidden:
+                    self.defense.progress = True
             return self.pixels.normalise(purified).to(images)
-
-
-@contextmanager
-def _isolated(purifier: InputPurifier, images: Any) -> Iterator[None]:
-    # No autocast, and float32 as default dtype: what Lightning's precision plugins change around a step.
-    device = images.device.type if isinstance(images, Tensor) else "cpu"
-    defense = purifier.defense
-    hidden = purifier.quiet and getattr(defense, "progress", False) is True
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-        torch.autocast(device, enabled=False),
-        isolate_rng(),
-        _DtypeContextManager(torch.float32),
-    ):
-        try:
-            if hidden:
-                defense.progress = False
-            yield
-        finally:
-            if hidden:
-                defense.progress = True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, wraps
+from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
@@ -18,6 +18,7 @@ from dipguard.checks import Indices, check_choice, check_labels
 from dipguard.classifier import check_is_module, check_logits
 from dipguard.integrations.batches import Place, check_place, default_places, part_of, with_part
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions
+from dipguard.victims.base import Channels
 
 if TYPE_CHECKING:  # DefendedModule extends the class of the given module, which may come from the package lightning
     _Module = pl.LightningModule
@@ -31,14 +32,13 @@ STEPS = {"test": "test_step", "validate": "validation_step", "predict": "predict
 class DefendedClassifier(nn.Module):
     """``classifier(defense.purify(images))``.
 
-    Its parameters are those of the classifier; the defence is not part of the module or its state dict. There is no
-    gradient with respect to the images: for attacks, use :class:`~dipguard.integrations.attackable.BPDAClassifier`.
+    The defence is not part of the module or its state dict. There is no gradient with respect to the images: for
+    attacks, use :class:`~dipguard.integrations.attackable.BPDAClassifier`.
 
     Args:
         classifier: Takes images [N, 3, H, W].
         defense: The defence.
-        mean: Per-channel mean that the classifier's input is normalised with; None for input in [0, 1].
-        std: Per-channel standard deviation; None as for ``mean``.
+        mean, std: What the classifier's input is normalised with, per channel; None for input in [0, 1].
         draws: How a random defence draws without indices, one of :data:`~dipguard.integrations.inputs.DRAWS`.
     """
 
@@ -47,8 +47,8 @@ class DefendedClassifier(nn.Module):
         classifier: nn.Module,
         defense: Purifies,
         *,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Channels = None,
+        std: Channels = None,
         draws: str = "content",
     ) -> None:
         super().__init__()
@@ -65,15 +65,14 @@ class DefendedModule(_Module):
     """A LightningModule with the weights of ``module``, whose ``forward`` purifies its images first.
 
     It is an instance of a subclass of the module's class: steps, hooks, loggers, hyper-parameters and state dict are
-    the module's. During ``trainer.fit``, validation included, it is not defended. ``module`` itself is not changed. A
-    step that does not call ``self(images)`` would not be defended, and raises an error.
+    the module's, which is not changed. During ``trainer.fit``, validation included, it is not defended. A step that
+    does not call ``self(images)`` would not be defended, and raises an error.
 
     Args:
         module: The LightningModule, or any other module.
         defense: The defence; its victim may be ``module``. Its progress bar is hidden.
         images: The argument of ``forward`` that holds the images: a position or a keyword.
-        mean: Per-channel mean that the images are normalised with; None for images in [0, 1].
-        std: Per-channel standard deviation; None as for ``mean``.
+        mean, std: What the images are normalised with, per channel; None for images in [0, 1].
         draws: How a random defence draws, one of :data:`~dipguard.integrations.inputs.DRAWS`.
     """
 
@@ -92,8 +91,8 @@ class DefendedModule(_Module):
         defense: Purifies,
         *,
         images: int | str = 0,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Channels = None,
+        std: Channels = None,
         draws: str = "content",
     ) -> None:
         # nn.Module.__init__ is not called: parameters, submodules and hooks are shared with the module.
@@ -120,13 +119,9 @@ class DefendedModule(_Module):
         if isinstance(key, str) and key in kwargs:
             return args, {**kwargs, key: purifier(kwargs[key])}
         if isinstance(key, int) and -len(args) <= key < len(args):
-            parts = list(args)
-            parts[key] = purifier(parts[key])
-            return tuple(parts), kwargs
-        raise TypeError(
-            f"`images` must name an argument of forward, got {key!r}: forward was given {len(args)} by position and "
-            f"the keywords {sorted(kwargs)}"
-        )
+            return with_part(args, (key,), purifier(args[key])), kwargs
+        given = f"{len(args)} by position and the keywords {sorted(kwargs)}"
+        raise TypeError(f"`images` must name an argument of forward, got {key!r}: forward was given {given}")
 
     def _is_fitted(self) -> bool:
         state = getattr(vars(self).get("_trainer"), "state", None)
@@ -154,10 +149,8 @@ def _watched(step: Callable[..., Any]) -> Callable[..., Any]:
         before = vars(self)["_purified"]
         output = step(self, *args, **kwargs)
         if vars(self)["_purified"] == before and not self._is_fitted():
-            raise RuntimeError(
-                f"{step.__qualname__} did not call self(images), so its images were not purified: defend its batches "
-                "with dipguard.integrations.lightning.PurifyCallback"
-            )
+            problem = f"{step.__qualname__} did not call self(images), so its images were not purified"
+            raise RuntimeError(f"{problem}: defend its batches with dipguard.integrations.lightning.PurifyCallback")
         return output
 
     return watched
@@ -169,10 +162,8 @@ class PurifyCallback(pl.Callback):
     The step gets a copy of the batch with purified images. ``trainer.fit``, validation included, is left alone. Where
     there are labels, accuracy with and without the defence is logged through the module's ``log`` as
     ``test_accuracy_defended`` and ``test_accuracy_undefended`` (``validate_...``; a predict loop logs nothing), over
-    all processes, each image once. This calls the module twice per batch, in the Trainer's precision; the logits [N, C]
-    are its output, or its output's field ``logits``.
-
-    The index of an image, which seeds its random draws, is its position in the data set
+    all processes, each image once, from the module's output [N, C] or its field ``logits``. The index of an image,
+    which seeds its random draws, is its position in the data set
     (:class:`~dipguard.integrations.inputs.LoaderPositions`). If a loader shuffles, put the indices into the batch.
 
     Args:
@@ -182,8 +173,7 @@ class PurifyCallback(pl.Callback):
         labels: Place of the labels int [N]. None: the second item of a tuple or list if ``images`` is None too, else
             no labels and no accuracy.
         indices: Place of the indices int [N], if the batch holds them.
-        mean: Per-channel mean that the DataModule normalises with; None for images in [0, 1].
-        std: Per-channel standard deviation; None as for ``mean``.
+        mean, std: What the DataModule normalises with, per channel; None for images in [0, 1].
         stages: Any of ``test``, ``validate``, ``predict``.
     """
 
@@ -194,8 +184,8 @@ class PurifyCallback(pl.Callback):
         images: Place | None = None,
         labels: Place | None = None,
         indices: Place | None = None,
-        mean: Sequence[float] | None = None,
-        std: Sequence[float] | None = None,
+        mean: Channels = None,
+        std: Channels = None,
         stages: Sequence[str] = tuple(STEPS),
     ) -> None:
         self.purifier = InputPurifier(defense, mean=mean, std=std, quiet=True)
@@ -205,7 +195,7 @@ class PurifyCallback(pl.Callback):
         )
         names = (stages,) if isinstance(stages, str) else stages
         self.stages = tuple(check_choice(stage, STEPS, name="stages") for stage in names)
-        self._restore: Callable[[], None] | None = None
+        self._restore: Callable[[], Any] | None = None
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Put a step that purifies its batch in the place of the module's, except in ``fit``."""
@@ -213,7 +203,7 @@ class PurifyCallback(pl.Callback):
         if stage not in self.stages:
             return
         name = STEPS[stage]
-        step, own = getattr(pl_module, name), vars(pl_module).get(name)
+        step, own = getattr(pl_module, name), vars(pl_module)
         loaders: dict[int, tuple[LoaderPositions, MeanMetric, MeanMetric]] = {}
 
         @wraps(step)  # Lightning reads the step's signature
@@ -223,12 +213,8 @@ class PurifyCallback(pl.Callback):
                 loaders[loader] = LoaderPositions(_loader(trainer, stage, loader)), MeanMetric(), MeanMetric()
             return step(self._purified(stage, pl_module, batch, *loaders[loader]), *rest)
 
-        def restore() -> None:
-            vars(pl_module).pop(name)
-            if own is not None:
-                vars(pl_module)[name] = own
-
-        vars(pl_module)[name], self._restore = purified, restore
+        self._restore = partial(own.update, {name: step}) if name in own else partial(own.pop, name)
+        own[name] = purified
 
     on_validation_start = on_predict_start = on_test_start
 

@@ -1,8 +1,4 @@
-"""Victims: the classifiers that are attacked and defended. They take images in [0, 1] and return logits.
-
-To add one, write a ``build`` function and add a row to `VICTIMS`, or register it as an entry point of
-``dipguard.victims``.
-"""
+"""Victims: classifiers of images in [0, 1]. A new one is a row of `VICTIMS` or an entry point ``dipguard.victims``."""
 
 from __future__ import annotations
 
@@ -49,8 +45,7 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
         options: Options of the victim.
 
     Raises:
-        TypeError: Unknown option.
-        ValueError: Unknown name, bad option value, or weights that are damaged or do not fit.
+        TypeError, ValueError: Unknown name or option, bad value, or weights that are damaged or do not fit.
         FileNotFoundError, RuntimeError: No weights file, or no download.
         ImportError: A library that the victim needs is not installed.
     """

@@ -6,6 +6,7 @@ import difflib
 import re
 import warnings
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from dipguard.classifier import asked, check_is_module, check_logits, frozen, is
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+Channels: TypeAlias = Sequence[float] | None
+"""Mean or standard deviation of three channels; None for one that is known or not needed."""
 
 
 class Normalised(nn.Module):
@@ -22,8 +25,7 @@ class Normalised(nn.Module):
 
     Args:
         network: Classifier of normalised images.
-        mean: Per-channel mean, three numbers.
-        std: Per-channel standard deviation, three positive numbers; ValueError otherwise.
+        mean, std: Three numbers, one per channel, ``std`` above 0; ValueError otherwise.
         classes: Class names in the order of the logits; empty if unknown.
         size: Height and width in pixels of the images that the network was made for; None if unknown.
         interpolation: How to resize other images for the network: a name of ``PIL.Image.Resampling`` in lower case.
@@ -71,12 +73,11 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
     """Return a victim's logits [B, C] on images [B, 3, H, W] in [0, 1], float32 at least, on the images' device.
 
     It runs in eval mode without gradients, in its own precision; modes and flags are restored afterwards. A UserWarning
-    says if the outputs look like probabilities.
+    says if the outputs look like probabilities. Messages call the victim ``name``.
 
     Raises:
-        TypeError: ``victim`` is not a module, or its output is not a floating-point tensor.
-        ValueError: Bad ``images``, images that it cannot read, or an output that is not [B, C] with C >= 2, or not
-            finite. Messages call the victim ``name``.
+        TypeError, ValueError: No module, bad images, images that it cannot read, or outputs that are not finite floats
+            [B, C] with C >= 2.
     """
     check_is_module(victim, name=name)
     images = check_images(images)
@@ -91,8 +92,7 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
             advice = f"; it was made for {own} (give `data.size`, or resize them)" if own else ""
             raise ValueError(f"`{name}` cannot read images of {here} pixels{advice}: {first_line(error)}") from error
         scores = check_logits(output, images, name=name)
-    text = probability_warning(scores, name=name)
-    if text is not None:
+    if text := probability_warning(scores, name=name):
         warnings.warn(text, UserWarning, stacklevel=2)
     return scores
 

@@ -69,9 +69,8 @@ def _stage(inputs: int, outputs: int, *, stride: int, blocks: int) -> nn.Sequent
 
 
 def _resnet(depth: int, weights: str | Path | None) -> Normalised:
-    network = CifarResNet((depth - 2) // 6)
-    load_state_dict_strict(network, WEIGHTS_URL[depth] if weights is None else weights)
-    return _cifar10(network, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    weights = WEIGHTS_URL[depth] if weights is None else weights
+    return _cifar10(CifarResNet((depth - 2) // 6), weights, mean=IMAGENET_MEAN, std=IMAGENET_STD)
 
 
 def resnet20(*, weights: str | Path | None = None) -> Normalised:
@@ -102,9 +101,8 @@ def resnet50(
 ) -> Normalised:
     """The paper's CIFAR-10 victim: torchvision's ResNet-50 with a 3x3 first convolution of stride 1.
 
-    This is the network of huyvnphan/PyTorch_CIFAR10; its max-pooling stays (23,520,842 parameters). ``weights`` are
-    required; ``mean`` and ``std`` are those of their training. The repository's first ones (2019) had the ``std``
-    0.2023, 0.1994, 0.2010.
+    This is the network of huyvnphan/PyTorch_CIFAR10 (23,520,842 parameters). ``weights`` are required; ``mean`` and
+    ``std`` are those of their training. The repository's first ones (2019) had the ``std`` 0.2023, 0.1994, 0.2010.
     """
     if not weights:
         raise ValueError(
@@ -114,8 +112,7 @@ def resnet50(
     models = import_extra("torchvision.models", owner="the victim 'cifar10_resnet50'", extra="vision")
     network = models.resnet50(weights=None, num_classes=10)
     network.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    load_state_dict_strict(network, weights)
-    return _cifar10(network, mean=mean, std=std)
+    return _cifar10(network, weights, mean=mean, std=std)
 
 
 def cnn_a(*, weights: str | Path | None = None) -> Normalised:
@@ -125,9 +122,7 @@ def cnn_a(*, weights: str | Path | None = None) -> Normalised:
             "`victim.weights` must name a state dict for cifar_cnn_a, got none: its adversarially trained weights, "
             "cifar_cnn_a_adv4.pth and the like, come with collections of networks for verification"
         )
-    network = cnn_a_network()
-    load_state_dict_strict(network, weights)
-    return _cifar10(network, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
+    return _cifar10(cnn_a_network(), weights, mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))
 
 
 def cnn_a_network() -> nn.Sequential:
@@ -144,5 +139,6 @@ def cnn_a_network() -> nn.Sequential:
     )
 
 
-def _cifar10(network: nn.Module, *, mean: Sequence[float], std: Sequence[float]) -> Normalised:
+def _cifar10(network: nn.Module, weights: str | Path, *, mean: Sequence[float], std: Sequence[float]) -> Normalised:
+    load_state_dict_strict(network, weights)
     return Normalised(network, mean=mean, std=std, classes=CIFAR10_CLASSES, size=(32, 32))

@@ -26,8 +26,7 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
     """A CNN for the digits [B, 3, 32, 32] in [0, 1]: three strided convolutions with BatchNorm, one linear layer.
 
     It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained with
-    ``seed`` and saved in the cache folder; a damaged cache file is replaced, with a warning. ``weights`` is the path of
-    a state dict to load instead.
+    ``seed`` and saved in the cache folder; ``weights`` is the path of a state dict to load instead.
     """
     network = _network()
     victim = Normalised(network, mean=_MEAN, std=_STD, classes=CLASSES, size=(32, 32))
@@ -51,11 +50,8 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
     try:
         write_bytes(path, save({name: tensor.contiguous() for name, tensor in network.state_dict().items()}))
     except OSError as error:
-        warnings.warn(
-            f"the digits victim could not be kept in {path.parent} and will be trained again next time: {error}; "
-            "set DIPGUARD_CACHE to a folder that can be written",
-            stacklevel=2,
-        )
+        text = f"the digits victim could not be kept in {path.parent} and will be trained again next time: {error}"
+        warnings.warn(f"{text}; set DIPGUARD_CACHE to a folder that can be written", stacklevel=2)
     return victim
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.registry import import_extra
-from dipguard.victims.base import Normalised, first_line
+from dipguard.victims.base import Channels, Normalised, first_line
 
 _PROBE_SIDE = 512
 _COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
@@ -35,14 +35,13 @@ def build(
     *,
     weights: str | Path | None = None,
     revision: str | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     size: int | None = None,
 ) -> Normalised:
-    """Any image classifier of transformers (``AutoModelForImageClassification``), by hub id or folder.
+    """Any image classifier of transformers (``AutoModelForImageClassification``); code from the hub is never run.
 
-    Normalisation, channel order and size are measured on what the model's ``AutoImageProcessor`` makes of solid black,
-    red, green and blue images. Code from the hub is never run.
+    Normalisation, channel order and size are measured on what its ``AutoImageProcessor`` makes of one-colour images.
 
     Args:
         weights: Hub id such as ``google/vit-base-patch16-224``, or a folder written by ``save_pretrained`` that
@@ -51,9 +50,8 @@ def build(
         mean: Per-channel mean, for a model without processor; give ``std`` and ``size`` (pixels of the side) too.
     """
     if not weights:
-        raise ValueError(
-            "`victim.weights` must be the hub id of an image classifier, or a local folder of one, got none"
-        )
+        wanted = "the hub id of an image classifier, or a local folder of one"
+        raise ValueError(f"`victim.weights` must be {wanted}, got none")
     source = _source(weights)
     kind = _transformers().AutoModelForImageClassification
     problem = f"no image classifier could be loaded from {source}"
@@ -68,13 +66,7 @@ def build(
 
 
 def of_model(
-    network: Any,
-    *,
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    size: int | None,
-    source: str | None = None,
-    revision: str | None = None,
+    network: Any, *, mean: Channels, std: Channels, size: int | None, source: str = "", revision: str | None = None
 ) -> Normalised:
     """A model with the preprocessing of the processor that was saved with it, or the given one."""
     source = source or str(network.config.name_or_path)
@@ -115,7 +107,7 @@ def _load(kind: Any, source: str, revision: str | None, problem: str, **options:
 
 
 def _source(weights: str | Path) -> str:
-    # An existing folder, or what may be a hub id: `name` or `owner/name`.
+    """An existing folder, or what may be a hub id: `name` or `owner/name`."""
     path = Path(weights).expanduser()
     if path.is_dir():
         return str(path)
@@ -125,18 +117,14 @@ def _source(weights: str | Path) -> str:
 
 
 def _affine(output: Tensor, source: str) -> tuple[list[int], list[float], list[float]]:
-    """Channel order, mean and std of a processor, in the order of the input channels.
-
-    Channel c of its ``output`` for black and the primary colours is (x[order[c]] - mean) / std.
-    """
+    """Order, mean and std of a processor with the ``output`` (x[order[c]] - mean) / std for black, red, green, blue."""
     # The middle, since some processors pad images with a border.
     middle = output[:, :, output.shape[2] // 2, output.shape[3] // 2].double()
     slope = (middle[1:] - middle[0]).T  # slope[c, i]: output channel c over input channel i
     scale, order = slope.max(dim=1)
     alone = torch.zeros_like(slope).scatter_(1, order[:, None], scale[:, None])
     if sorted(order.tolist()) != [0, 1, 2] or not torch.allclose(slope, alone, rtol=0, atol=1e-3) or min(scale) <= 0:
-        raise ValueError(
-            f"`victim.weights`: the image processor of {source} does more to colours than to reorder and normalise them"
-        )
+        problem = "does more to colours than to reorder and normalise them"
+        raise ValueError(f"`victim.weights`: the image processor of {source} {problem}")
     std, back = 1 / scale, order.argsort()
     return order.tolist(), (-middle[0] * std)[back].tolist(), std[back].tolist()

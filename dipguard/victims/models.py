@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from torch import nn
 
 from dipguard.victims import huggingface_models, timm_models, torchvision_models
-from dipguard.victims.base import Normalised
+from dipguard.victims.base import Channels, Normalised
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -16,14 +15,11 @@ def of_model(
     model: nn.Module,
     *,
     weights: str | Path | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     size: int | None = None,
 ) -> Normalised:
-    """A model as a victim, out of the wrapper of torch.compile or DataParallel; see `build_victim`.
-
-    ``size`` is the side in pixels of its input; a `Normalised` stays as it is.
-    """
+    """A model as a victim, out of the wrapper of torch.compile or DataParallel; ``size`` is the side of its input."""
     network = getattr(model, "_orig_mod", model)
     network = network.module if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else network
     victim = network if isinstance(network, Normalised) else None
@@ -38,10 +34,9 @@ def of_model(
         victim = torchvision_models.of_model(network, mean=mean, std=std)
     if victim is None:
         if mean is None or std is None:
-            raise ValueError(
-                f"`name`: a {type(network).__name__} does not say how its images are normalised: give `mean` and `std` "
-                "(0, 0, 0 and 1, 1, 1 for images in [0, 1])"
-            )
+            problem = f"a {type(network).__name__} does not say how its images are normalised"
+            advice = "give `mean` and `std` (0, 0, 0 and 1, 1, 1 for images in [0, 1])"
+            raise ValueError(f"`name`: {problem}: {advice}")
         victim = Normalised(network, mean=mean, std=std)
     victim.size = victim.size if size is None else (size, size)
     return victim

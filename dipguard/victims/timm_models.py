@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from dipguard.checks import check_int
 from dipguard.registry import import_extra
-from dipguard.victims.base import Normalised, first_line, unknown_arch
+from dipguard.victims.base import Channels, Normalised, first_line, unknown_arch
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -19,8 +19,8 @@ def build(
     arch: str = "resnet50",
     weights: str | Path | None = None,
     num_classes: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     model: Mapping[str, Any] | None = None,
 ) -> Normalised:
     """Any classifier of timm, with normalisation, size and interpolation from its ``pretrained_cfg``.
@@ -30,7 +30,7 @@ def build(
             ``hf-hub:owner/name`` or ``local-dir:/folder`` for a model in timm's own format.
         weights: Path or https address of a state dict, loaded strictly. None downloads timm's weights for ``arch``.
         num_classes: Number of classes of your own state dict; None takes timm's number for ``arch``.
-        mean: Per-channel mean of the normalisation; None takes that of the ``pretrained_cfg``; so for ``std``.
+        mean, std: The normalisation, per channel; None takes that of the ``pretrained_cfg``.
         model: Further arguments of ``timm.create_model``, such as ``pad_type`` or ``img_size``.
     """
     timm = import_extra("timm", owner="the victim 'timm'", extra="timm")
@@ -41,10 +41,9 @@ def build(
     options = dict(model or {})
     if num_classes is not None:
         if weights is None:
-            raise ValueError(
-                "`victim.num_classes` is for weights of your own (`victim.weights`): with timm's, another number would "
-                f"give a classifier that was never trained, got {num_classes}"
-            )
+            problem = "with timm's, another number would give a classifier that was never trained"
+            own = "`victim.num_classes` is for weights of your own (`victim.weights`)"
+            raise ValueError(f"{own}: {problem}, got {num_classes}")
         options["num_classes"] = check_int(num_classes, name="victim.num_classes", low=2)
     network = _create(timm, arch, pretrained=weights is None, options=options)
     victim = of_model(network, mean=mean, std=std)
@@ -53,13 +52,12 @@ def build(
     return victim
 
 
-def of_model(network: Any, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised:
+def of_model(network: Any, *, mean: Channels, std: Channels) -> Normalised:
     """A model of timm with the preprocessing and the class names of its ``pretrained_cfg``."""
     timm = import_extra("timm", owner="a model of timm", extra="timm")
     if network.num_classes < 2:
-        raise ValueError(
-            f"`victim` must be a classifier, got a {type(network).__name__} that timm offers for its features alone"
-        )
+        kind = type(network).__name__
+        raise ValueError(f"`victim` must be a classifier, got a {kind} that timm offers for its features alone")
     own = timm.data.resolve_data_config(model=network)
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)  # a transformer's, if made for another one
     return Normalised(

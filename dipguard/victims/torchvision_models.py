@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from dipguard.checks import check_int
 from dipguard.files import file_digest
 from dipguard.registry import import_extra
-from dipguard.victims.base import Normalised, unknown_arch
+from dipguard.victims.base import Channels, Normalised, unknown_arch
 from dipguard.victims.weights import HASHED, load_state_dict_strict
 
 
@@ -21,8 +20,8 @@ def build(
     arch: str = "resnet101",
     weights: str | Path | None = None,
     num_classes: int = 1000,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
 ) -> Normalised:
     """Any classifier of torchvision, with the preprocessing of its weights.
 
@@ -32,7 +31,7 @@ def build(
             path or https address of a state dict, which gets transforms and class names of ``DEFAULT``. None means
             ``DEFAULT``.
         num_classes: Number of classes of your own state dict; torchvision's weights have 1000.
-        mean: Per-channel mean of the normalisation; None takes that of the weights' transforms; so for ``std``.
+        mean, std: The normalisation, per channel; None takes that of the weights' transforms.
     """
     models = import_extra("torchvision.models", owner="the victim 'torchvision'", extra="vision")
     archs = models.list_models(module=models)
@@ -44,10 +43,8 @@ def build(
     known = names[chosen if chosen in names else "DEFAULT"]
     if chosen not in names:
         if "." not in chosen and "/" not in chosen and not Path(chosen).is_file():
-            raise ValueError(
-                f"`victim.weights` for {arch} must be one of {', '.join(names)}, or the path of a state dict, "
-                f"got {chosen!r}"
-            )
+            known_names = f"one of {', '.join(names)}, or the path of a state dict"
+            raise ValueError(f"`victim.weights` for {arch} must be {known_names}, got {chosen!r}")
         # Inception and GoogLeNet otherwise warn about their slow initialisation, which is overwritten at once.
         extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
@@ -62,18 +59,14 @@ def build(
     try:
         network = models.get_model(arch, weights=known)
     except (OSError, RuntimeError) as error:
-        raise RuntimeError(
-            f"`victim.weights`: {arch}'s weights {chosen} could not be fetched from {known.url}: {error}. "
-            "Download the file in another way and give its path as `victim.weights`"
-        ) from error
+        advice = "Download the file in another way and give its path as `victim.weights`"
+        problem = f"{arch}'s weights {chosen} could not be fetched from {known.url}: {error}"
+        raise RuntimeError(f"`victim.weights`: {problem}. {advice}") from error
     return _with_transforms(network, known, classes=1000, mean=mean, std=std)
 
 
-def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[float] | None) -> Normalised | None:
-    """A model with the preprocessing of torchvision's weights for it; None if there are none.
-
-    An object does not know its name. The number of its parameters tells it, whatever the number of its classes.
-    """
+def of_model(network: nn.Module, *, mean: Channels, std: Channels) -> Normalised | None:
+    """A model with the preprocessing of torchvision's weights for as many parameters; None if there are none."""
     models = import_extra("torchvision.models", owner="a model of torchvision", extra="vision")
     # GoogLeNet's weights come without its auxiliary classifiers.
     sizes = [parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("aux")]
@@ -85,15 +78,8 @@ def of_model(network: nn.Module, *, mean: Sequence[float] | None, std: Sequence[
     return None if found is None else _with_transforms(network, found, classes=classes, mean=mean, std=std)
 
 
-def _with_transforms(
-    network: nn.Module, known: Any, *, classes: int, mean: Sequence[float] | None, std: Sequence[float] | None
-) -> Normalised:
+def _with_transforms(network: nn.Module, known: Any, *, classes: int, mean: Channels, std: Channels) -> Normalised:
     preset, names = known.transforms(), known.meta["categories"]
-    return Normalised(
-        network,
-        mean=mean or preset.mean,
-        std=std or preset.std,
-        classes=names if classes == len(names) else (),
-        size=(preset.crop_size[0], preset.crop_size[0]),
-        interpolation=preset.interpolation.value,
-    )
+    names, size = names if classes == len(names) else (), (preset.crop_size[0], preset.crop_size[0])
+    mean, std, mode = mean or preset.mean, std or preset.std, preset.interpolation.value
+    return Normalised(network, mean=mean, std=std, classes=names, size=size, interpolation=mode)

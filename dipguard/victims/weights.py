@@ -33,20 +33,16 @@ def load_state_dict_strict(
     their address; their SHA-256 is checked each time. Messages call the option ``argument``.
 
     Raises:
-        FileNotFoundError: No file at the path.
-        RuntimeError: The download failed.
+        FileNotFoundError, RuntimeError: No file at the path, or no download.
         ValueError: The file is damaged, holds other objects than tensors, or the weights of another network.
     """
     source, expected = str(path_or_url), module.state_dict()
     path = _download(source, argument=argument) if source.startswith("https://") else Path(source).expanduser()
     weights = _unwrap(_read(path, argument=argument), expected, source=source, argument=argument)
-    problems = _problems(expected, weights)
-    if problems:
+    if problems := _problems(expected, weights):
         count = sum(parameter.numel() for parameter in module.parameters())
-        raise ValueError(
-            f"`{argument}`: {source} does not hold the weights of this {type(module).__name__} "
-            f"({len(expected)} tensors, {count:,} parameters): {'; '.join(problems)}"
-        )
+        network = f"{type(module).__name__} ({len(expected)} tensors, {count:,} parameters)"
+        raise ValueError(f"`{argument}`: {source} does not hold the weights of this {network}: {'; '.join(problems)}")
     module.load_state_dict(weights)
     return module
 
@@ -63,10 +59,8 @@ def _download(url: str, *, argument: str) -> Path:
         torch.hub.download_url_to_file(url, str(path), hash_prefix=prefix or None)
         write_text(record, file_digest(path))
     except Exception as error:  # urllib, hash and disk errors share no base class
-        raise RuntimeError(
-            f"`{argument}`: the weights could not be fetched from {url}: {error}. "
-            f"Download the file in another way and give its path as `{argument}`"
-        ) from error
+        advice = f"Download the file in another way and give its path as `{argument}`"
+        raise RuntimeError(f"`{argument}`: the weights could not be fetched from {url}: {error}. {advice}") from error
     return path
 
 
@@ -80,9 +74,8 @@ def _read(path: Path, *, argument: str) -> Any:
             return load_file(path)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files surface as pickle, zip, runtime, end-of-file or key errors
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
         problem = f"is damaged or is no state dict of torch.save or safetensors: {first_line(error)}"
-        if foreign:
+        if foreign := re.search(r"GLOBAL (\S+)", str(error)):
             problem = (
                 f"holds pickled objects besides tensors ({foreign[1]}), which could run code and are not loaded: save "
                 "its state dict alone, by torch.save(checkpoint['state_dict'], ...)"
@@ -94,10 +87,8 @@ def _unwrap(state: Any, expected: Mapping[str, Tensor], *, source: str, argument
     if isinstance(state, Mapping):
         state = next((state[name] for name in _ENTRIES if isinstance(state.get(name), Mapping)), state)
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(
-            f"`{argument}`: {source} must hold a state dict (names -> tensors), or a dict with one of the entries "
-            f"{', '.join(_ENTRIES)}"
-        )
+        wanted = f"a state dict (names -> tensors), or a dict with one of the entries {', '.join(_ENTRIES)}"
+        raise ValueError(f"`{argument}`: {source} must hold {wanted}")
     weights = {str(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
     # Lightning, DataParallel and torch.compile put the name of their attribute before every name.
     first = next(iter(weights))
@@ -109,15 +100,11 @@ def _unwrap(state: Any, expected: Mapping[str, Tensor], *, source: str, argument
 
 
 def _problems(expected: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> list[str]:
-    """What keeps ``weights`` from being those of a network with the state dict ``expected``."""
     # BatchNorm's step counters came with torch 0.4.1: older files lack them, and evaluation does not use them.
     absent = [key for key in expected if key not in weights and not key.endswith("num_batches_tracked")]
     extra = [key for key in weights if key not in expected]
-    wrong = [
-        f"{key} {tuple(weights[key].shape)} instead of {tuple(value.shape)}"
-        for key, value in expected.items()
-        if key in weights and weights[key].shape != value.shape
-    ]
+    shapes = {key: (tuple(weights[key].shape), tuple(expected[key].shape)) for key in expected if key in weights}
+    wrong = [f"{key} {own} instead of {other}" for key, (own, other) in shapes.items() if own != other]
     return [
         f"{what}: {', '.join(keys[:3])}" + (f", and {len(keys) - 3} more" if len(keys) > 3 else "")
         for what, keys in (("missing", absent), ("unexpected", extra), ("of another shape", wrong))
