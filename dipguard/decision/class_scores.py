@@ -43,7 +43,7 @@ def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits
 
     Args:
         steps: Last step of each window, [S]; windows have equal lengths.
-        noise: Of the given image (:func:`~dipguard.decision.noise.colour_noise`).
+        noise: Of the given image (:func:`~dipguard.decision.quality.colour_noise`).
         early: No window that ends after this step is early; the first window always is.
         late: No window that begins before this step is late; the last window always is.
         limits: Two levels of noise, the lower one first.

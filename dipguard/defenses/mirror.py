@@ -16,7 +16,7 @@ from dipguard.checks import check_bool, check_choice, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, quality
 from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_weights
 from dipguard.decision.intermediates import STITCHED, Intermediate
-from dipguard.decision.noise import colour_noise
+from dipguard.decision.quality import colour_noise
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
 from dipguard.fit import FitOptions, WindowLogger, run_fit
@@ -65,7 +65,7 @@ class MirrorGuard(DIPDefense):
         early: Of a noisy image, windows that end by this step count (at least the first).
         late: Of a clean image, windows from this step on count (at least the last).
         noise: Between these two standard deviations of the noise, in units of 1/255, early and late windows are mixed
-            (:func:`~dipguard.decision.noise.colour_noise`).
+            (:func:`~dipguard.decision.quality.colour_noise`).
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,

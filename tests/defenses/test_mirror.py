@@ -9,7 +9,7 @@ from torch import nn
 
 from dipguard.decision import DecisionTrace
 from dipguard.decision.class_scores import mirrored, window_weights
-from dipguard.decision.noise import colour_noise
+from dipguard.decision.quality import colour_noise
 from dipguard.defenses import Defense, MirrorGuard, build_defense
 from dipguard.defenses.mirror import PRESETS
 from dipguard.fit import Decider
