@@ -42,7 +42,7 @@ def job_folder(overrides: Sequence[str]) -> str:
     kept = [text for text in kept if not is_aside(text)]
     digest = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:8]
     name = ",".join(_readable(text) for text in kept) or "job"
-    return f"{name[:NAME_LENGTH].rstrip(',.')}-{digest}"
+    return f"{name[-NAME_LENGTH:].lstrip(',.')}-{digest}"  # what is swept mostly stands last
 
 
 def is_aside(override: str) -> bool:

@@ -48,7 +48,7 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
     runs = runs_in(folder)
     assert len({run.id for run in runs}) == len(runs) == 2
     assert {run.config["defense/beta"] for run in runs} == {0.1, 0.9}
-    assert {run.name for run in runs} == {"beta=0.1", "beta=0.9"}
+    assert {run.name.rsplit(",", 1)[-1] for run in runs} == {"beta=0.1", "beta=0.9"}
     for run in runs:
         assert (run.group, run.job_type, run.exit_code) == ("betas", "sweep", 0)
         assert run.config["data/limit"] == 5
