@@ -162,7 +162,7 @@ def test_a_terminated_run_or_sweep_says_so(tmp_path: Path, many: bool) -> None:
     process.terminate()
     said = process.communicate()[1].decode()
     assert process.returncode == 143, said
-    assert "evaluate.py: terminated by SIGTERM; finished work is kept" in said
+    assert "evaluate: terminated by SIGTERM; finished work is kept" in said
     assert "Traceback" not in said
     assert not list(tmp_path.glob("*/DONE"))
 
