@@ -62,8 +62,14 @@ def test_runs_share_fits_and_attacked_images(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_sweep_over_T_fits_once(tmp_path: Path):
-    store = (f"store={tmp_path / 'store'}", "store_T=[14,20]", "~defenses.dip_fixed", "~attacks.fgsm_8")
-    wanted, _ = cells(tmp_path / "plain", *store[2:], "defenses.paper.T=14")
+    store = (
+        f"store={tmp_path / 'store'}",
+        "store_T=[14,20]",
+        "store_samples=true",
+        "~defenses.dip_fixed",
+        "~attacks.fgsm_8",
+    )
+    wanted, _ = cells(tmp_path / "plain", *store[3:], "defenses.paper.T=14")
     got, counts = cells(tmp_path / "14", *store, "defenses.paper.T=14")
     assert_same(got, wanted)
     assert counts["fitted"] == 3
@@ -77,7 +83,7 @@ def test_a_sweep_over_T_fits_once(tmp_path: Path):
 def test_train_runs_share_a_store(tmp_path: Path):
     options = (
         "data.limit=2", "defense.engine=native", "defense.network=small", "defense.T=20", "defense.decisions=10",
-        "figures=0",
+        "figures=0", "store_samples=true",
     )  # fmt: skip
     store = f"store={tmp_path / 'store'}"
     plain = tiny_run(tmp_path / "plain", *options)
