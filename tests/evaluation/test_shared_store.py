@@ -69,7 +69,7 @@ def test_a_sweep_over_T_fits_once(tmp_path: Path):
         "~defenses.dip_fixed",
         "~attacks.fgsm_8",
     )
-    wanted, _ = cells(tmp_path / "plain", *store[3:], "defenses.paper.T=14")
+    wanted, _ = cells(tmp_path / "plain", *less, "defenses.paper.T=14")
     got, counts = cells(tmp_path / "14", *store, "defenses.paper.T=14")
     assert_same(got, wanted)
     assert counts["fitted"] == 3
