@@ -62,13 +62,8 @@ def test_runs_share_fits_and_attacked_images(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_sweep_over_T_fits_once(tmp_path: Path):
-    store = (
-        f"store={tmp_path / 'store'}",
-        "store_T=[14,20]",
-        "store_samples=true",
-        "~defenses.dip_fixed",
-        "~attacks.fgsm_8",
-    )
+    less = ("~defenses.dip_fixed", "~attacks.fgsm_8")
+    store = (f"store={tmp_path / 'store'}", "store_T=[14,20]", "store_samples=true", *less)
     wanted, _ = cells(tmp_path / "plain", *less, "defenses.paper.T=14")
     got, counts = cells(tmp_path / "14", *store, "defenses.paper.T=14")
     assert_same(got, wanted)
