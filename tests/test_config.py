@@ -400,7 +400,7 @@ def test_help_and_mistyped_keys_on_the_command_line(program: str) -> None:
     assert shown.returncode == 0
     assert re.search(r"^defense: .*mirror.*paper", shown.stdout, flags=re.MULTILINE)
     assert "options" not in shown.stdout.split("== Config ==")[0]
-    groups = re.findall(r"^(\w+): .*, ", shown.stdout, flags=re.MULTILINE)
+    groups = re.findall(r"^(\w+): .*, ", shown.stdout.split("== Config ==")[0], flags=re.MULTILINE)
     assert groups == ["attack", "data", "defense", "experiment", "logger", "sweep", "victim"]
     assert re.search(r"eps_255: 8 +# Largest change", shown.stdout)
     for override, message in (("defense.taau=1", "did you mean 'defense.tau'?"), ("+bogus=1", "`bogus` is unknown")):
