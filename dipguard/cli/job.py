@@ -18,6 +18,7 @@ from dipguard.cli import LOCK, CommandError, command_errors
 from dipguard.cli.pictures import Source, find_pictures
 from dipguard.data.image_folder import EXTENSIONS
 from dipguard.defenses import DEFENSES, Defense, build_defense
+from dipguard.defenses.dip import preset_for
 from dipguard.registry import lookup, options_of, table_of
 from dipguard.store import Store
 from dipguard.store.keys import numerics, victim_digest
@@ -25,13 +26,8 @@ from dipguard.victims import VICTIMS, build_victim, check_victim
 
 MARK = "dipguard.json"
 """The file that marks a folder as ours: the settings of its last run."""
-PHOTOGRAPH = 128
-"""From this size on, a picture gets the papers' settings for ImageNet."""
-_FOR_PHOTOGRAPHS: dict[str, dict[str, Any]] = {
-    "paper": {"network": "imagenet", "T": 3000},
-    "dipdefend": {"preset": "imagenet"},
-    "mirror": {"preset": "imagenet"},
-}
+_PAPER_ON_IMAGENET: dict[str, Any] = {"network": "imagenet", "T": 3000}
+"""The paper's settings for photographs: appendix B and section 4.1."""
 _PIXELS_AT_ONCE = 64 * 32 * 32
 
 
@@ -169,7 +165,10 @@ def make_defense(
     with command_errors():
         table = table_of("defenses", DEFENSES)
         lookup(table, name, argument="--defense")
-        defaults: dict[str, Any] = _FOR_PHOTOGRAPHS.get(name, {}) if min(size) >= PHOTOGRAPH else {}
+        preset = preset_for(size)
+        defaults: dict[str, Any] = {"preset": preset} if "preset" in options_of(table[name]) else {}
+        if (name, preset) == ("paper", "imagenet"):
+            defaults = _PAPER_ON_IMAGENET
         # The command has a progress bar of its own.
         quiet = {"progress": False} if "progress" in options_of(table[name]) else {}
         defense = build_defense(name, victim, seed=seed, **{**defaults, **quiet, **options})

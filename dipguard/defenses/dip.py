@@ -13,11 +13,19 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_bool, check_int
+from dipguard.checks import check_bool, check_choice, check_int
 from dipguard.defenses.base import Callbacks, Defense, Purified
 from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks, stack_size_for
 from dipguard.networks import NetworkSpec, network_spec
 from dipguard.registry import check_options
+
+PHOTOGRAPH = 96
+"""From this height or width on, an image is a photograph, with the preset ``imagenet``."""
+
+
+def preset_for(size: tuple[int, int] | None) -> str:
+    """Return the preset for images of this height and width: ``imagenet``, or ``cifar10`` if small or not known."""
+    return "imagenet" if size is not None and max(size) >= PHOTOGRAPH else "cifar10"
 
 
 class StackRun(TypedDict):
@@ -48,6 +56,11 @@ class DIPDefense(Defense):
 
     FIT: ClassVar[dict[str, Any]] = {}
     """Where the fit differs from FitOptions' defaults; None stands for a value that the constructor chooses."""
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Values, by preset, of the options that may be None."""
+    defaults: Mapping[str, Any] = {}
+    """The values of the preset that was taken."""
+    chosen_by_size: bool = False
 
     def __init__(
         self,
@@ -68,6 +81,17 @@ class DIPDefense(Defense):
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.progress = check_bool(progress, name="progress")
         self.trainer = dict(trainer or {})
+
+    def from_preset(self, preset: str | None, given: Mapping[str, Any], *, victim: nn.Module) -> dict[str, Any]:
+        """Return the values of a preset, and in their place what is not None in ``given``.
+
+        If ``preset`` is None, the victim's ``size`` chooses. A constructor calls this before that of its base class.
+        """
+        self.chosen_by_size = preset is None
+        by_size = preset_for(getattr(victim, "size", None))
+        self.preset = by_size if preset is None else check_choice(preset, self.PRESETS, name="preset")
+        self.defaults = self.PRESETS[self.preset]
+        return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
 
     @property
     @abstractmethod
@@ -100,7 +124,12 @@ class DIPDefense(Defense):
         return (self.fit_options,)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the given size; raises ValueError if the image is too small for a network."""
+        """Return the given size; ValueError if it is too small for a network, or not the preset's."""
+        if self.chosen_by_size and preset_for((height, width)) != self.preset == "cifar10":
+            raise ValueError(
+                f"`preset` must be given for images of {height}x{width} pixels, since the victim does not say that it "
+                "reads such images: 'imagenet' for photographs"
+            )
         for fit in self.dip_fits:
             network_spec(fit.network).check_size(height, width)
         return height, width

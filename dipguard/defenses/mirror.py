@@ -12,7 +12,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_bool, check_choice, check_float, check_int
+from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction, quality
 from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_weights
 from dipguard.decision.intermediates import STITCHED, Intermediate
@@ -25,8 +25,6 @@ from dipguard.networks.presets import hourglass
 from dipguard.registry import check_options
 from dipguard.seeding import image_generator
 
-PHOTOGRAPH = 96
-"""From this height or width on, an image gets the preset ``imagenet``."""
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": dict(networks=("medium",) * 3, T=250, t0=40, every=10, early=110, late=150, optimise_z=False),
     "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=400, t0=100, every=25,
@@ -79,6 +77,7 @@ class MirrorGuard(DIPDefense):
         "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "mirror", "beta", "beta_step",
     )  # fmt: skip
     FIT: ClassVar[dict[str, Any]] = {"optimise_z": None}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def __init__(
         self,
@@ -104,13 +103,8 @@ class MirrorGuard(DIPDefense):
     ) -> None:
         if "network" in fit:
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
-        size = getattr(victim, "size", None)
-        self.chosen_by_size = preset is None
-        by_size = "imagenet" if size and max(size) >= PHOTOGRAPH else "cifar10"
-        self.preset = check_choice(preset, PRESETS, name="preset") if preset is not None else by_size
         given = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
-        self.defaults = PRESETS[self.preset]
-        values = self.defaults | {name: value for name, value in given.items() if value is not None}
+        values = self.from_preset(preset, given, victim=victim)
         if isinstance(values["networks"], str) or not values["networks"]:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         own: dict[str, Any] = {"stack_size": stack_size, "progress": progress, "trainer": trainer}
@@ -165,15 +159,6 @@ class MirrorGuard(DIPDefense):
         weights = one.repeat(len(self.fits)) / len(self.fits)
         options: Any = {"own_class_weight": self.own_class_weight, "betas": self.betas}
         return stitch_mirrored(trace, weights=weights, classify=self.decide, **options)
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return the given size; ValueError if it is too small for a network, or not the preset's."""
-        if self.chosen_by_size and self.preset == "cifar10" and max(height, width) >= PHOTOGRAPH:
-            raise ValueError(
-                f"`preset` must be given for images of {height}x{width} pixels, since the victim does not say that it "
-                "reads such images: 'imagenet' for photographs"
-            )
-        return super().output_size(height, width)
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""

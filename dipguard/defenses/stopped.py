@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from dipguard.checks import check_choice, check_float, check_int
+from dipguard.checks import check_float, check_int
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule, WindowedVariance
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
@@ -145,7 +146,8 @@ class DIPDefend(SmoothedPSNRDIP):
 
     A small untrained network is fitted to the image, network and z together (Adam, 0.01, mean squared error); the
     result is the reconstruction at the peak of a smoothed PSNR curve (`PeakOfSmoothedPSNR`), on CIFAR-10 mostly near
-    step 650. Options that are None take the value of the ``preset``, ``cifar10`` or ``imagenet``.
+    step 650. Options that are None take the value of the ``preset``, ``cifar10`` or ``imagenet``; without one, the
+    victim's ``size`` chooses.
 
     No official code is public; `PRESETS` follow ports of the authors' script. Two points of ``imagenet`` are open: the
     ports end that network without a sigmoid, where ours always has one; and with jitter on they feed a copy of z, so
@@ -159,18 +161,16 @@ class DIPDefend(SmoothedPSNRDIP):
     name: ClassVar[str] = "dipdefend"
     OPTIONS: ClassVar[tuple[str, ...]] = ("preset", "smoothing", "tile")
     FIT: ClassVar[dict[str, Any]] = {"jitter": None, "padding": None, "optimise_z": None}
+    PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def __init__(
         self,
         victim: nn.Module,
         *,
-        preset: str = "cifar10",
+        preset: str | None = None,
         network: str | NetworkSpec | None = None,
         T: int | None = None,
         **options: Any,
     ) -> None:
         given = {"network": network, "T": T, **options}
-        chosen = {name: value for name, value in given.items() if value is not None}
-        self.defaults = PRESETS[check_choice(preset, PRESETS, name="preset")]
-        super().__init__(victim, **{**self.defaults, **chosen})
-        self.preset = preset
+        super().__init__(victim, **self.from_preset(preset, given, victim=victim))

@@ -57,9 +57,10 @@ class Target:
         node, steps = self.node or {}, self.defense.steps_per_image
         default = options_of(table_of("defenses", DEFENSES)[node["name"]]).get("T") if "name" in node else None
         default = getattr(self.bare, "defaults", {}).get("T", default)
-        if not steps or not isinstance(default, int) or node.get("T", default) >= default:
+        given = node.get("T")
+        if not steps or default is None or given is None or given >= default:
             return ""
-        return f"{steps:,} of {steps * default // node['T']:,} DIP steps an image"
+        return f"{steps:,} of {steps * default // given:,} DIP steps an image"
 
 
 @dataclass(frozen=True, eq=False)

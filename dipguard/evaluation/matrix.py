@@ -137,14 +137,13 @@ class Matrix:
         ``snapshot`` is the number of the budget. The callback ``progress`` comes before those of the config. ``row`` is
         given the curves of the fits, also if they were made earlier.
         """
-        key = cell.sub_key("chunk", snapshot, part.start, part.stop)
+        key, curves = cell.sub_key("chunk", snapshot, part.start, part.stop), Curves(row)
 
         def make() -> Entry:
             attacked = self.attack_entry(cell)
             last = snapshot == len(attacked.header["snapshots"]) - 1  # a cell has the traces of one budget
             callbacks = [] if progress is None else [progress]
             callbacks += [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
-            curves = Curves(row)
             result = cell.defense.defend(
                 torch.from_numpy(attacked.arrays["images"][snapshot][part]).to(self.device),
                 indices=cell.clean.indices[part],
@@ -168,7 +167,7 @@ class Matrix:
         if self._lacks_traces(entry, part.stop - part.start):
             self.store.remove("cells", key)
             entry = self.store.arrays("cells", key, make, holds=PURIFIED)
-        if row is not None:
+        if row is not None and not curves.rows:  # made earlier
             for step, metrics in entry.header.get("curves", ()):
                 row(step, metrics)
         for index in self._lost_traces(cell, entry):

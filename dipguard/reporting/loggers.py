@@ -6,7 +6,9 @@ import contextlib
 import logging
 import re
 import secrets
+import signal
 import subprocess
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,9 +125,10 @@ class RunLog:
         self, key: str, metrics: Mapping[str, Any], *, step: int | None = None, pictures: Mapping[str, Path] = NONE
     ) -> None:
         """Enter a row, unless one of this key is there. Pictures go to TensorBoard and W&B."""
-        if not self._claim(key):
+        if key in self.keys:
             return
         if self.run is None:
+            self.keys.add(key)
             if metrics:
                 self.inner.log_metrics(dict(metrics), step=step)
             if isinstance(self.inner, TensorBoardLogger):
@@ -135,14 +138,20 @@ class RunLog:
         import wandb
 
         with self._as_copy():
-            if self._earlier and self.run.step < self._earlier:  # an offline record would count from 0 again
-                self.run.log({}, step=self._earlier, commit=False)
-            self._earlier = 0
-            for name in metrics if CELLS in metrics else ():
-                # Each by its name: W&B takes any one of the patterns that match, and Lightning has set "*".
-                self.run.define_metric(name, step_metric=CELLS)
             row = {**metrics, **{name: wandb.Image(str(path)) for name, path in pictures.items()}}
-            self.inner.log_metrics(row, step=None if CELLS in metrics else step)
+            with _signals_held():
+                self._claim(key)
+                self._log(row, step)
+
+    def _log(self, row: Mapping[str, Any], step: int | None) -> None:
+        """Give a row to W&B."""
+        if self._earlier and self.run.step < self._earlier:  # an offline record would count from 0 again
+            self.run.log({}, step=self._earlier, commit=False)
+        self._earlier = 0
+        for name in row if CELLS in row else ():
+            # Each by its name: W&B takes any one of the patterns that match, and Lightning has set "*".
+            self.run.define_metric(name, step_metric=CELLS)
+        self.inner.log_metrics(dict(row), step=None if CELLS in row else step)
 
     def _claim(self, key: str) -> bool:
         """Note a key; False if it was there already."""
@@ -203,6 +212,25 @@ class RunLog:
         count, size = len(artifact.manifest.entries), artifact.size / 1e6
         _log.info("W&B artifact %s: %d files, %.1f MB", artifact.name, count, size)
         self.run.log_artifact(artifact)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait until the end, so that a row and its key are entered together or not at all."""
+    if threading.current_thread() is not threading.main_thread():  # signals do not reach it
+        yield
+        return
+    came: list[int] = []
+    before = {
+        number: signal.signal(number, lambda got, _: came.append(got)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+        if came:
+            signal.raise_signal(came[0])
 
 
 @contextlib.contextmanager

@@ -52,34 +52,15 @@ def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_ow
     assert defense.betas == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
 
 
-@pytest.mark.parametrize(
-    ("size", "options", "preset"),
-    [
-        (None, {}, "cifar10"),
-        ((64, 64), {}, "cifar10"),
-        ((96, 64), {}, "imagenet"),
-        ((224, 224), {"preset": "cifar10"}, "cifar10"),
-        (None, {"preset": "imagenet"}, "imagenet"),
-    ],
-)
-def test_the_preset_follows_the_victims_size(size, options, preset):
-    network = nn.Flatten()
-    network.size = size
-    defense = MirrorGuard(network, **options)
-    assert defense.preset == preset
-    wanted = PRESETS[preset]
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
+    defense, wanted = MirrorGuard(small_victim, preset=preset), PRESETS[preset]
     assert [fit.network for fit in defense.fits] == list(wanted["networks"])
     assert {name: getattr(defense, name) for name in ("T", "t0", "every", "early", "late")}.items() <= wanted.items()
     assert {fit.optimise_z for fit in defense.fits} == {preset == "imagenet"}
-    changed = MirrorGuard(network, **options, T=300, early=None, optimise_z=None)
+    changed = MirrorGuard(small_victim, preset=preset, T=300, early=None, optimise_z=None)
     assert (changed.T, changed.early, changed.fits[0].optimise_z) == (300, defense.early, preset == "imagenet")
-    assert not MirrorGuard(network, **options, optimise_z=False).fits[0].optimise_z
-
-
-def test_photographs_for_a_victim_of_unknown_size_are_refused(small_victim):
-    with pytest.raises(ValueError, match="`preset` must be given for images of 96x128 pixels"):
-        MirrorGuard(small_victim).purify(torch.rand(1, 3, 96, 128))
-    assert MirrorGuard(small_victim, preset="cifar10").output_size(96, 128) == (96, 128)
+    assert not MirrorGuard(small_victim, preset=preset, optimise_z=False).fits[0].optimise_z
 
 
 def test_the_image_is_what_its_trace_says(small_images, small_victim):

@@ -290,6 +290,16 @@ def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> Non
         assert ours.equals(theirs)
 
 
+@pytest.mark.parametrize("name", ["dip_es_wmv", "dipdefend_rule", "dipdefend", "mirror", "paper"])
+def test_only_a_fit_below_its_default_length_is_called_cut(tmp_path: Path, name: str) -> None:
+    whole, given, short = (
+        prepare(typed_matrix("data.limit=1", f"defense={name}", *options), tmp_path / str(number))
+        for number, options in enumerate([[], ["defense.T=5000"], ["defense.T=200"]])
+    )
+    assert {cell.cut for cell in [*whole.cells, *given.cells]} == {""}
+    assert "DIP steps an image" in short.cell("clean", name).cut
+
+
 @pytest.mark.slow
 def test_keeping_traces_later_purifies_again(tmp_path: Path) -> None:
     cut = ("data.limit=3", "chunk=3", "figures=1")

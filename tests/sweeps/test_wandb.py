@@ -75,7 +75,6 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
         assert run.summary["result/paper/mean_accuracy"] == pytest.approx(sum(means) / 2)
 
 
-@pytest.mark.xfail(reason="the row of a cell that ends while the run is stopped can be lost")
 @pytest.mark.slow
 def test_a_run_that_is_stopped_and_resumed_is_one_run_that_goes_on(tmp_path: Path) -> None:
     """SIGTERM in the middle of a matrix; then the same command again."""
