@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
-from torch import nn
 
 from dipguard.decision import DecisionTrace
 from dipguard.decision.class_scores import mirrored, window_weights
