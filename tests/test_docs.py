@@ -17,8 +17,7 @@ DOCUMENTS = {
     "README.md": {
         'weights="DEFAULT"': "weights=None",
         "224, 224": "40, 40",
-        "T=3000": "T=20, decisions=10, progress=False",
-        '"mirror", victim': '"mirror", victim, T=20, t0=5, every=5, progress=False',
+        'preset="imagenet"': 'preset="cifar10", T=20, t0=5, every=5, progress=False',
     },
 }
 """Documents that are run (others by the tests of what they describe), and replacements for downloads and long fits."""

@@ -209,17 +209,17 @@ def test_no_circle_between_packages():
     graphlib.TopologicalSorter({name: below - {name} for name, below in graph.items()}).prepare()
 
 
-def readme_blocks(language: str) -> list[str]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def blocks_of(document: str, language: str) -> list[str]:
+    text = (ROOT / document).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
 
 
 def test_readme_ten_lines_call_dipguard_as_it_is():
-    block = readme_blocks("python")[0]
+    block = blocks_of("README.md", "python")[0]
     assert len([line for line in block.splitlines() if line]) == 10
     calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
-    (made,) = [call for call in calls if ast.unparse(call.func) == "DIPGuard"]
-    inspect.signature(dipguard.DIPGuard).bind(*made.args, **{word.arg: word.value for word in made.keywords})
+    (made,) = [call for call in calls if ast.unparse(call.func) == "MirrorGuard"]
+    inspect.signature(dipguard.MirrorGuard).bind(*made.args, **{word.arg: word.value for word in made.keywords})
     fields = {field.name for field in dataclasses.fields(dipguard.DefenseResult)}
     shown = set(re.findall(r"result\.(\w+)", block))
     assert shown
@@ -232,9 +232,14 @@ def test_readme_commands_compose(program: str):
     from dipguard import config
 
     config.register()
-    lines = [line for block in readme_blocks("sh") for line in block.splitlines()]
-    commands = [shlex.split(line.split(f"{program}.py")[1]) for line in lines if f"{program}.py" in line]
-    assert len(commands) >= 3
+    lines = [
+        line
+        for name in ("README.md", "docs/programs.md")
+        for block in blocks_of(name, "sh")
+        for line in block.splitlines()
+    ]
+    commands = [shlex.split(line.split(f"{program}.py")[1], comments=True) for line in lines if f"{program}.py" in line]
+    assert len(commands) >= 4
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for overrides in commands:
             assert hydra.compose(program, overrides=[o for o in overrides if o != "-m"]).seed == 0

@@ -62,7 +62,7 @@ def _outputs(names: Sequence[Path]) -> dict[Path, str]:
 
 
 def read_picture(path: Path, *, size: Sequence[int], resize: str, interpolation: str) -> Tensor:
-    """Read a picture (`open_rgb`) as uint8 [3, *size].
+    """Read a picture (`open_rgb`) as uint8 [3, height, width], of ``size``.
 
     ``resize`` is ``crop`` (keep the aspect ratio, cut out the centre) or ``stretch``, ``interpolation`` the name of a
     ``PIL.Image.Resampling`` in lower case. ValueError if the file cannot be read.

@@ -167,7 +167,7 @@ class Defense(nn.Module, ABC):
         return DefenseResult(**vars(made), decisions_before=before, decisions_after=after)
 
     def purify(self, images: Tensor, *, indices: Indices | None = None) -> Tensor:
-        """Return purified images [N, 3, *output_size(H, W)] in [0, 1], of the images' dtype and device, detached.
+        """Return purified images [N, 3, H', W'] (`output_size`) in [0, 1], of the images' dtype and device, detached.
 
         Arguments and errors are those of `defend`.
         """

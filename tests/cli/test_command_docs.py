@@ -28,11 +28,6 @@ def test_lines_of_the_command(line):
     check_options(lookup(DEFENSES, args.defense, argument="defense"), options, owner=args.defense)
 
 
-def test_the_line_that_builds_the_reference():
-    (line,) = [line for line in LINES if "docs/api" in line]
-    assert (ROOT / shlex.split(line)[1]).is_file()
-
-
 def test_every_option_of_purify_stands_in_its_help_and_the_usual_ones_in_the_page():
     parser = make_parser()
     parsed = vars(parser.parse_args(["purify", "a", "b", "--victim", "digits_cnn"]))
