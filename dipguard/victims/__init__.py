@@ -28,6 +28,7 @@ VICTIMS: dict[str, str] = {
     "torchvision": "dipguard.victims.torchvision_models:build",
     "timm": "dipguard.victims.timm_models:build",
     "huggingface": "dipguard.victims.huggingface_models:build",
+    "robustbench": "dipguard.victims.robustbench_models:build",
 }
 """Name -> function that builds the victim. It takes ``weights`` and its own options, all keyword-only."""
 

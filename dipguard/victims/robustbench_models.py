@@ -1,0 +1,67 @@
+"""Models of RobustBench (Croce et al. 2021), the zoo of robust classifiers."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from dipguard.cache import cache_folder
+from dipguard.checks import check_choice
+from dipguard.registry import import_extra
+from dipguard.victims.base import Normalised, first_line, unknown_arch
+from dipguard.victims.cifar import CIFAR10_CLASSES
+
+DATA = ("cifar10", "cifar100", "imagenet")
+THREATS = ("Linf", "L2", "corruptions")
+
+
+def build(
+    *,
+    arch: str = "Standard",
+    dataset: str = "cifar10",
+    threat_model: str = "Linf",
+    weights: str | Path | None = None,
+) -> Normalised:
+    """A model of RobustBench, for images in [0, 1]; its normalisation is inside.
+
+    Args:
+        arch: Its name in the zoo, such as ``Wang2023Better_WRN-28-10``.
+        dataset: ``cifar10``, ``cifar100`` (32x32) or ``imagenet`` (224x224).
+        threat_model: What it was trained against: ``Linf``, ``L2`` or ``corruptions``.
+        weights: Path of its checkpoint; None downloads it, once. An ensemble needs several files, so it takes None.
+    """
+    library()
+    from robustbench.model_zoo import model_dicts
+    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
+    from robustbench.utils import load_model
+
+    check_choice(dataset, DATA, name="victim.dataset")
+    check_choice(threat_model, THREATS, name="victim.threat_model")
+    zoo = model_dicts[BenchmarkDataset(dataset)].get(ThreatModel(threat_model), {})
+    if arch not in zoo:
+        raise unknown_arch(arch, list(zoo), library=f"RobustBench's {dataset} {threat_model}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = cache_folder("robustbench")
+        if weights is not None:  # a folder as the library lays it out: it knows how each checkpoint is read
+            path, folder = Path(weights).expanduser(), Path(temporary)
+            if not path.is_file():
+                raise FileNotFoundError(f"`victim.weights` must name an existing weights file, got {path}")
+            (folder / dataset / threat_model).mkdir(parents=True)
+            (folder / dataset / threat_model / f"{arch}.pt").symlink_to(path.absolute())
+        try:
+            network = load_model(arch, model_dir=folder, dataset=dataset, threat_model=threat_model)
+        except Exception as error:  # a download, a damaged file and other weights share no base class
+            source = weights or "its address"
+            raise ValueError(f"`victim.weights`: {arch} cannot be read from {source}: {first_line(error)}") from error
+    side, classes = (224 if dataset == "imagenet" else 32), (CIFAR10_CLASSES if dataset == "cifar10" else ())
+    return Normalised(network, mean=(0, 0, 0), std=(1, 1, 1), classes=classes, size=(side, side))
+
+
+def library() -> Any:
+    """Import RobustBench. Its release imports AutoAttack as ``autoattack``, but brings it as ``pyautoattack``."""
+    if find_spec("autoattack") is None and find_spec("pyautoattack") is not None:
+        sys.modules.setdefault("autoattack", import_extra("pyautoattack", owner="RobustBench", extra="robustbench"))
+    return import_extra("robustbench", owner="the victim 'robustbench'", extra="robustbench")
