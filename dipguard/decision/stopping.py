@@ -57,11 +57,6 @@ class StopRule(ABC):
             raise RuntimeError(f"{type(self).__name__} chose none of the {self._count} steps that it saw")
         return Stopped(self._images, self._steps)
 
-    @property
-    def done(self) -> bool:
-        """Whether no later step can change the choice (on a GPU, asking waits for it)."""
-        return False
-
     def steps_needed(self, T: int) -> int:
         """How many of T steps the rule has to see."""
         return T
@@ -141,57 +136,3 @@ class FixedStep(StopRule):
     def _watch(self, t: int, x: Tensor, given: Tensor) -> None:
         if t == self.step:
             self._take(torch.ones(len(x), dtype=torch.bool, device=x.device), t, x)
-
-
-class WindowedVariance(StopRule):
-    """ES-WMV (Wang et al. 2023, Early Stopping for Deep Image Prior): least variance over a moving window.
-
-    The variance of a window is the mean squared distance of its W reconstructions from their mean. Chosen is the newest
-    reconstruction of the window whose variance is the least so far; an image stops, for good, when P windows in a row
-    brought none that is less. Before the first full window the newest reconstruction is the choice.
-
-    Sums over the window are float64 and run along: each step adds one image and takes one away. The memory holds the
-    window's W images.
-
-    Args:
-        window: W, at least 2; the authors' is 100.
-        patience: P, at least 1; the authors' is 1000.
-    """
-
-    def __init__(self, *, window: int = 100, patience: int = 1000) -> None:
-        super().__init__()
-        self.window = check_int(window, name="window", low=2)
-        self.patience = check_int(patience, name="patience", low=1)
-
-    @property
-    def done(self) -> bool:
-        """Whether every image has stopped."""
-        return self._count >= self.window + self.patience and bool((self._waited >= self.patience).all())
-
-    def _watch(self, t: int, x: Tensor, given: Tensor) -> None:
-        if t == 0:
-            self._kept = x.new_empty(self.window, *x.shape)
-            self._sum = torch.zeros_like(x, dtype=torch.float64)
-            self._squares = self._sum.new_zeros(len(x))
-            self._least = torch.full_like(self._squares, torch.inf)
-            self._waited = torch.zeros_like(self._squares, dtype=torch.int64)
-        # Distances from the given image are small numbers: squares of the images themselves would cost digits.
-        place = self._kept[t % self.window]
-        added = x.double() - given
-        self._sum += added
-        self._squares += added.square().flatten(1).sum(dim=1)
-        if t >= self.window:
-            gone = place.double() - given
-            self._sum -= gone
-            self._squares -= gone.square().flatten(1).sum(dim=1)
-        place.copy_(x)
-        running = self._waited < self.patience
-        if t + 1 < self.window:
-            self._take(running, t, x)
-            return
-        mean_square = (self._sum / self.window).square().flatten(1).sum(dim=1)
-        variance = (self._squares / self.window - mean_square) / x[0].numel()
-        better = running & (variance < self._least)
-        self._take(better, t, x)
-        self._least = torch.where(better, variance, self._least)
-        self._waited = torch.where(better, 0, self._waited + running)

@@ -28,8 +28,6 @@ DEFENSES: dict[str, str] = {
     "sr": "dipguard.defenses.super_resolution:SuperResolution",
     "nrp": "dipguard.defenses.nrp:NRP",
     "dip_fixed": "dipguard.defenses.stopped:FixedStepDIP",
-    "dip_es_wmv": "dipguard.defenses.stopped:WindowedVarianceDIP",
-    "dipdefend_rule": "dipguard.defenses.stopped:SmoothedPSNRDIP",
     "dipdefend": "dipguard.defenses.stopped:DIPDefend",
     "mirror": "dipguard.defenses.mirror:MirrorGuard",
     "paper": "dipguard.defenses.paper:DIPGuard",

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from dipguard.checks import check_float, check_int
-from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule, WindowedVariance
+from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
 from dipguard.fit import fit_rule
@@ -21,13 +21,8 @@ from dipguard.networks.presets import hourglass
 class StoppedDIP(DIPDefense):
     """A fit of a deep image prior, and a rule that chooses one reconstruction of each image.
 
-    A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. By default the fit is that of the official DIP
-    code for denoising: slow and smooth, so that a rule can find the turning point. DIPGuard's own fit, without noise on
-    z, is past it after some 100 steps (docs/readings.md). A fit ends before ``T`` steps, at least 1, once the rule has
-    chosen for all images of a stack.
+    A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. ``T``, at least 1, is the number of steps.
     """
-
-    FIT: ClassVar[dict[str, Any]] = {"jitter": 0.03333333333333333, "padding": "reflect"}
 
     def __init__(self, victim: nn.Module, *, T: int = 1000, **options: Any) -> None:
         super().__init__(victim, **options)
@@ -39,7 +34,7 @@ class StoppedDIP(DIPDefense):
 
     @property
     def images_kept(self) -> int:
-        """The reconstructions that the rule holds at once."""
+        """The rule's choice."""
         return 1
 
     @property
@@ -62,6 +57,9 @@ class StoppedDIP(DIPDefense):
 class FixedStepDIP(StoppedDIP):
     """DIP stopped at ``step``, below T (Kattamis et al. 2019; Sutanto and Lee 2020), like for denoising.
 
+    By default the fit is that of the official DIP code for denoising, slow and smooth. DIPGuard's own fit, without
+    noise on z, has taken in the attack after some 100 steps (docs/readings.md).
+
     500 is half of the T of Ding et al. 2021 on CIFAR-10 and was not tuned. Later steps favour clean images and cost
     more; no step is right for clean and attacked images alike. It falls to attacks that differentiate through the fit,
     or step over it (BPDA, Athalye et al. 2018).
@@ -69,6 +67,7 @@ class FixedStepDIP(StoppedDIP):
 
     name: ClassVar[str] = "dip_fixed"
     OPTIONS: ClassVar[tuple[str, ...]] = ("step",)
+    FIT: ClassVar[dict[str, Any]] = {"jitter": 0.03333333333333333, "padding": "reflect"}
 
     def __init__(self, victim: nn.Module, *, step: int = 500, **options: Any) -> None:
         super().__init__(victim, **options)
@@ -77,59 +76,6 @@ class FixedStepDIP(StoppedDIP):
     def make_rule(self) -> FixedStep:
         """See `dipguard.decision.stopping.FixedStep`."""
         return FixedStep(self.step)
-
-
-class WindowedVarianceDIP(StoppedDIP):
-    """ES-WMV (Wang et al. 2023): stopped where a window of reconstructions varies least.
-
-    Its authors restore images; we know of no claim that it is a defence. With their window and patience, and T = 1000,
-    the variance of this fit falls nearly to the end.
-
-    Args:
-        window: Reconstructions W of a window, from 2 to T.
-        patience: Windows P without a smaller variance after which an image stops, at least 1; with P of T or more, the
-            rule looks at the whole fit.
-    """
-
-    name: ClassVar[str] = "dip_es_wmv"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("window", "patience")
-
-    def __init__(self, victim: nn.Module, *, window: int = 100, patience: int = 1000, **options: Any) -> None:
-        super().__init__(victim, **options)
-        self.window = check_int(window, name="window", low=2, high=self.T)
-        self.patience = check_int(patience, name="patience", low=1)
-
-    @property
-    def images_kept(self) -> int:
-        """The window's, the choice, and a sum of twice the precision."""
-        return self.window + 3
-
-    def make_rule(self) -> WindowedVariance:
-        """See `dipguard.decision.stopping.WindowedVariance`."""
-        return WindowedVariance(window=self.window, patience=self.patience)
-
-
-class SmoothedPSNRDIP(StoppedDIP):
-    """DIPDefend's stopping rule (Dai et al. 2020) on the official DIP code's fit for denoising.
-
-    The rule's trend starts from the rise of the first step, which jitter blurs; without a peak before T the last step
-    is taken.
-
-    ``smoothing``, in [0, 1], is that of the PSNR curve; ``tile`` the side in pixels of the tiles whose smallest PSNR is
-    taken.
-    """
-
-    name: ClassVar[str] = "dipdefend_rule"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("smoothing", "tile")
-
-    def __init__(self, victim: nn.Module, *, smoothing: float = 0.002, tile: int = 32, **options: Any) -> None:
-        super().__init__(victim, **options)
-        self.smoothing = check_float(smoothing, name="smoothing", low=0.0, high=1.0)
-        self.tile = check_int(tile, name="tile", low=1)
-
-    def make_rule(self) -> PeakOfSmoothedPSNR:
-        """See `dipguard.decision.stopping.PeakOfSmoothedPSNR`."""
-        return PeakOfSmoothedPSNR(smoothing=self.smoothing, tile=self.tile)
 
 
 _SMALL = hourglass((4, 8, 16), skips=0, input_depth=1)
@@ -141,13 +87,14 @@ PRESETS: dict[str, dict[str, Any]] = {
 """The authors' configurations; the rest is FitOptions' default."""
 
 
-class DIPDefend(SmoothedPSNRDIP):
+class DIPDefend(StoppedDIP):
     """DIPDefend (Dai et al. 2020, "DIPDefend: Deep Image Prior Driven Defense against Adversarial Examples").
 
     A small untrained network is fitted to the image, network and z together (Adam, 0.01, mean squared error); the
     result is the reconstruction at the peak of a smoothed PSNR curve (`PeakOfSmoothedPSNR`), on CIFAR-10 mostly near
     step 650. Options that are None take the value of the ``preset``, ``cifar10`` or ``imagenet``; without one, the
-    victim's ``size`` chooses.
+    victim's ``size`` chooses. ``smoothing``, in [0, 1], is that of the PSNR curve; ``tile`` the side in pixels of the
+    tiles whose smallest PSNR is taken.
 
     No official code is public; `PRESETS` follow ports of the authors' script. Two points of ``imagenet`` are open: the
     ports end that network without a sigmoid, where ours always has one; and with jitter on they feed a copy of z, so
@@ -170,7 +117,15 @@ class DIPDefend(SmoothedPSNRDIP):
         preset: str | None = None,
         network: str | NetworkSpec | None = None,
         T: int | None = None,
+        smoothing: float = 0.002,
+        tile: int = 32,
         **options: Any,
     ) -> None:
         given = {"network": network, "T": T, **options}
         super().__init__(victim, **self.from_preset(preset, given, victim=victim))
+        self.smoothing = check_float(smoothing, name="smoothing", low=0.0, high=1.0)
+        self.tile = check_int(tile, name="tile", low=1)
+
+    def make_rule(self) -> PeakOfSmoothedPSNR:
+        """See `dipguard.decision.stopping.PeakOfSmoothedPSNR`."""
+        return PeakOfSmoothedPSNR(smoothing=self.smoothing, tile=self.tile)

@@ -13,12 +13,9 @@ from dipguard.decision.stopping import Stopped, StopRule
 from dipguard.fit.callbacks import as_stacked_dip, step_output
 from dipguard.fit.runner import run_fit
 
-ASK_EVERY = 50
-"""Steps between two checks whether the rule is done: on a GPU each of them waits for the step to end."""
-
 
 class StopRuleCallback(pl.Callback):
-    """Shows every step of a fit to a fresh stopping rule, which may end the fit but changes nothing else.
+    """Shows every step of a fit to a fresh stopping rule.
 
     The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps.
 
@@ -41,8 +38,6 @@ class StopRuleCallback(pl.Callback):
             means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}
             for logger in trainer.loggers:
                 logger.log_metrics(means, step=step)
-        if (step + 1) % ASK_EVERY == 0 and self.rule.done:
-            trainer.should_stop = True
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect what the rule chose."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, Stopped, StopRule, WindowedVariance, tile_psnr
+from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, Stopped, StopRule, tile_psnr
 
 STEPS = 240
 
@@ -36,21 +36,6 @@ def literal_peak(curve: list[float], smoothing: float) -> int:
         b.append(smoothing * (s[-1] - s[-2]) + (1 - smoothing) * trend)
     best = max(range(len(s)), key=lambda t: s[t])
     return best if best else len(s) - 1
-
-
-def literal_windowed_variance(trace: list[Tensor], window: int, patience: int) -> int:
-    least, best, waited = math.inf, len(trace) - 1, 0
-    for t in range(window - 1, len(trace)):
-        images = trace[t - window + 1 : t + 1]
-        mean = sum(images) / window
-        variance = sum(float((image - mean).square().mean()) for image in images) / window
-        if variance < least:
-            least, best, waited = variance, t, 0
-        else:
-            waited += 1
-        if waited >= patience:
-            return best
-    return best
 
 
 def traces(side: int = 8, images: int = 5, steps: int = STEPS) -> tuple[list[Tensor], Tensor]:
@@ -92,14 +77,6 @@ def test_peak_of_smoothed_psnr_is_the_literal_recursion(smoothing: float, tile: 
     check(found, expected, seen)
 
 
-@pytest.mark.parametrize(("window", "patience"), [(2, 1000), (2, 3), (10, 20), (25, 1000), (25, 5), (240, 1)])
-def test_windowed_variance_is_the_literal_one(window: int, patience: int) -> None:
-    seen, given = traces()
-    expected = [literal_windowed_variance([x[b] for x in seen], window, patience) for b in range(len(given))]
-    assert len(set(expected)) > 1 or window == STEPS
-    check(run(WindowedVariance(window=window, patience=patience), seen, given), expected, seen)
-
-
 @pytest.mark.parametrize("step", [0, 1, 100, STEPS - 1])
 def test_fixed_step_takes_that_step(step: int) -> None:
     seen, given = traces(images=2)
@@ -110,7 +87,6 @@ def test_fixed_step_takes_that_step(step: int) -> None:
 
 RULES: dict[str, Callable[[], StopRule]] = {
     "peak": lambda: PeakOfSmoothedPSNR(smoothing=0.03, tile=4),
-    "variance": lambda: WindowedVariance(window=10, patience=20),
     "fixed": lambda: FixedStep(7),
 }
 EVERY = pytest.mark.parametrize("name", RULES)
@@ -162,10 +138,9 @@ def test_a_step_left_out_or_repeated_is_refused(name: str) -> None:
         rule.update(1, seen[1][:1], given)
 
 
-@pytest.mark.parametrize("name", ["peak", "variance"])
-def test_another_number_of_images_is_refused(name: str) -> None:
+def test_another_number_of_images_is_refused() -> None:
     seen, given = traces(images=2, steps=2)
-    rule = RULES[name]()
+    rule = RULES["peak"]()
     rule.update(0, seen[0], given)
     with pytest.raises(ValueError, match="one shape at all steps"):
         rule.update(1, seen[1][:1], given[:1])
@@ -203,41 +178,6 @@ def test_where_the_curve_never_rises_the_newest_is_taken() -> None:
     check(run(PeakOfSmoothedPSNR(smoothing=0.9), seen, given), [3, 1], seen)
 
 
-def test_before_the_first_full_window_the_newest_is_taken() -> None:
-    seen, given = traces(images=2, steps=9)
-    check(run(WindowedVariance(window=10), seen, given), [8, 8], seen)
-
-
-def test_a_stopped_image_stays_stopped_while_others_go_on() -> None:
-    draw = torch.Generator().manual_seed(2)
-    given = torch.full((2, 3, 4, 4), 0.5, dtype=torch.float64)
-    noise = torch.randn(60, 2, 3, 4, 4, generator=draw, dtype=torch.float64)
-    # Both are calm at steps 10 to 14 and calmer at 40 to 44; the second a little calmer all the time, too.
-    width = torch.full((60, 2), 0.1, dtype=torch.float64)
-    width[10:15], width[40:45] = 0.01, 0.001
-    width[:, 1] *= torch.linspace(1, 0.2, 60, dtype=torch.float64)
-    seen = list(given + noise * width[:, :, None, None, None])
-    assert run(WindowedVariance(window=5, patience=1000), seen, given).steps.tolist() == [44, 44]
-    rule, done = WindowedVariance(window=5, patience=12), []
-    for t, x in enumerate(seen):
-        rule.update(t, x, given)
-        done.append(rule.done)
-    assert rule.result().steps.tolist() == [14, 14]
-    assert done.index(True) == 26
-
-
-def test_running_sums_stay_exact_over_a_long_fit() -> None:
-    draw = torch.Generator().manual_seed(3)
-    given = torch.rand(1, 3, 4, 4, generator=draw)
-    seen = (given + 1e-4 * torch.randn(3000, *given.shape, generator=draw)).clamp(0, 1)
-    seen[1500:] = given + (seen[1500:] - given) * 0.9
-    found = run(WindowedVariance(window=50, patience=3000), seen, given)
-    windows = seen.double().unfold(0, 50, 1).var(dim=-1, unbiased=False).flatten(1).mean(dim=1)
-    least = windows.sort().values
-    assert float(least[0] / least[1]) > 0.99  # a close race, which lost digits would decide
-    assert found.steps.tolist() == [int(windows.argmin()) + 49]
-
-
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [
@@ -245,8 +185,6 @@ def test_running_sums_stay_exact_over_a_long_fit() -> None:
         (lambda: PeakOfSmoothedPSNR(tile=0), ValueError, "`tile` must be at least 1, got 0"),
         (lambda: FixedStep(-1), ValueError, "`step` must be at least 0, got -1"),
         (lambda: FixedStep(1.0), TypeError, "`step` must be an integer"),  # type: ignore[arg-type]
-        (lambda: WindowedVariance(window=1), ValueError, "`window` must be at least 2, got 1"),
-        (lambda: WindowedVariance(patience=0), ValueError, "`patience` must be at least 1, got 0"),
     ],
 )
 def test_bad_options_are_named(make: Callable[[], StopRule], error: type[Exception], message: str) -> None:

@@ -27,8 +27,6 @@ QUICK: dict[str, dict[str, Any]] = {
     "paper": {**FIT, "t0": 0, "tau": 0.0, "decisions": 4},
     "mirror": {"T": 4, "t0": 2, "every": 1, "networks": ["small"], "progress": False},
     "dip_fixed": {**FIT, "step": 3},
-    "dip_es_wmv": {**FIT, "window": 2},
-    "dipdefend_rule": FIT,
     "dipdefend": {"T": 4, "progress": False},
 }
 FEW: dict[str, dict[str, Any]] = {

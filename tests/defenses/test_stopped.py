@@ -15,14 +15,7 @@ from torch.nn import functional as F
 
 from dipguard.decision.stopping import FixedStep, Stopped
 from dipguard.defenses.base import Defense
-from dipguard.defenses.stopped import (
-    PRESETS,
-    DIPDefend,
-    FixedStepDIP,
-    SmoothedPSNRDIP,
-    StoppedDIP,
-    WindowedVarianceDIP,
-)
+from dipguard.defenses.stopped import PRESETS, DIPDefend, FixedStepDIP, StoppedDIP
 from dipguard.fit import FitOptions, fit_rule
 from dipguard.networks import build
 from dipguard.victims import build_victim
@@ -31,8 +24,6 @@ T = 6
 SMALL = {"network": "small", "engine": "torch"}
 DEFENSES: dict[str, tuple[type[StoppedDIP], dict[str, Any]]] = {
     "dip_fixed": (FixedStepDIP, {"step": T - 1, **SMALL}),
-    "dip_es_wmv": (WindowedVarianceDIP, {"window": 3, "patience": 5, **SMALL}),
-    "dipdefend_rule": (SmoothedPSNRDIP, {"smoothing": 0.3, **SMALL}),
     "dipdefend": (DIPDefend, {"smoothing": 0.3, "engine": "torch"}),
 }
 EVERY = pytest.mark.parametrize("name", DEFENSES)
@@ -77,7 +68,7 @@ def test_images_come_back_chosen_and_in_their_dtype(small_images: Tensor, small_
     )
 
 
-@pytest.mark.parametrize("name", ["dip_es_wmv", "dipdefend"])
+@EVERY
 def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(
     small_images: Tensor, small_victim: nn.Module, name: str
 ) -> None:
@@ -93,7 +84,7 @@ def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(
         assert not torch.equal(other[0], whole[0])
 
 
-@pytest.mark.parametrize("name", ["dip_fixed", "dipdefend"])
+@EVERY
 def test_defend_gives_the_images_of_purify(small_images: Tensor, small_victim: nn.Module, name: str) -> None:
     defense = build_stopped(name, small_victim)
     result = defense.defend(small_images[:2], indices=[3, 1])
@@ -111,8 +102,6 @@ def test_settings_are_json_and_hold_each_option(small_victim: nn.Module, name: s
     assert defense.steps_per_image == T
     changes: dict[str, list[dict[str, Any]]] = {
         "dip_fixed": [{"step": T - 2}],
-        "dip_es_wmv": [{"window": 4}, {"patience": 6}],
-        "dipdefend_rule": [{"smoothing": 0.1}, {"tile": 16}],
         "dipdefend": [{"smoothing": 0.1}, {"tile": 16}, {"preset": "imagenet"}],
     }
     for change in [{"seed": 1}, {"T": T + 1}, {"lr": 0.02}, *changes[name]]:
@@ -120,7 +109,7 @@ def test_settings_are_json_and_hold_each_option(small_victim: nn.Module, name: s
     assert build_stopped(name, small_victim, stack_size=7).settings == defense.settings
 
 
-@pytest.mark.parametrize(("name", "around"), [("dip_es_wmv", torch.inference_mode), ("dip_fixed", torch.no_grad)])
+@pytest.mark.parametrize(("name", "around"), [("dipdefend", torch.inference_mode), ("dip_fixed", torch.no_grad)])
 def test_the_caller_finds_all_as_it_was(small_images: Tensor, small_victim: nn.Module, name: str, around: Any) -> None:
     expected = build_stopped(name, small_victim).purify(small_images[:1])
     modes = [part.training for part in small_victim.modules()]
@@ -146,11 +135,10 @@ def test_the_bar_ends_full(small_images: Tensor, small_victim: nn.Module, capsys
 
 
 def test_without_options_the_fit_is_the_official_code_s_for_denoising(small_victim: nn.Module) -> None:
-    for kind in (FixedStepDIP, WindowedVarianceDIP, SmoothedPSNRDIP):
-        defense = kind(small_victim, seed=3)
-        assert defense.fit_options == FitOptions(seed=3, jitter=1 / 30, padding="reflect")
-        assert defense.T == 1000
-        assert kind(small_victim, jitter=0.0, padding="zeros").fit_options == FitOptions()
+    defense = FixedStepDIP(small_victim, seed=3)
+    assert defense.fit_options == FitOptions(seed=3, jitter=1 / 30, padding="reflect")
+    assert (defense.T, defense.step) == (1000, 500)
+    assert FixedStepDIP(small_victim, jitter=0.0, padding="zeros").fit_options == FitOptions()
 
 
 def test_none_takes_the_presets_value(small_victim: nn.Module) -> None:
@@ -212,10 +200,8 @@ def test_bad_options_are_named(
     ("name", "change", "message"),
     [
         ("dip_fixed", {"step": T}, f"`step` must be from 0 to {T - 1}, got {T}"),
-        ("dip_es_wmv", {"window": T + 1}, f"`window` must be from 2 to {T}"),
-        ("dip_es_wmv", {"patience": 0}, "`patience` must be at least 1"),
-        ("dipdefend_rule", {"smoothing": 2.0}, "`smoothing` must be from 0 to 1"),
-        ("dipdefend_rule", {"tile": 0}, "`tile` must be at least 1"),
+        ("dipdefend", {"smoothing": 2.0}, "`smoothing` must be from 0 to 1"),
+        ("dipdefend", {"tile": 0}, "`tile` must be at least 1"),
         ("dipdefend", {"preset": "mnist"}, "`preset` must be one of cifar10, imagenet, got 'mnist'"),
     ],
 )

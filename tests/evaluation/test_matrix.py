@@ -290,7 +290,7 @@ def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> Non
         assert ours.equals(theirs)
 
 
-@pytest.mark.parametrize("name", ["dip_es_wmv", "dipdefend_rule", "dipdefend", "mirror", "paper"])
+@pytest.mark.parametrize("name", ["dipdefend", "mirror", "paper"])
 def test_only_a_fit_below_its_default_length_is_called_cut(tmp_path: Path, name: str) -> None:
     whole, given, short = (
         prepare(typed_matrix("data.limit=1", f"defense={name}", *options), tmp_path / str(number))
