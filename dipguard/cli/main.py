@@ -69,6 +69,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dipguard {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_purify(commands)
+    demo = commands.add_parser("demo", help="attack and defend a photograph, and draw it")
+    demo.add_argument("output", metavar="OUT", nargs="?", default="demo.png", help="a PNG file (demo.png)")
+    demo.set_defaults(module="demo")
     doctor = commands.add_parser("doctor", help="check the installation, with a short self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the fit")
     doctor.set_defaults(module="doctor")
@@ -88,9 +91,11 @@ def _add_purify(commands: Any) -> None:
     )
     purify.set_defaults(module="purify")
     purify.add_argument("input", metavar="IN", help="a picture, or a folder that is searched for pictures")
-    purify.add_argument("output", metavar="OUT", help="a folder: a new or empty one, or one of an earlier run")
+    folder = "a folder: a new or empty one, or one of an earlier run; for one picture also NAME.png, beside the folder NAME"
+    purify.add_argument("output", metavar="OUT", help=folder)
     which = purify.add_argument_group("victim and defence")
-    which.add_argument("--victim", required=True, metavar="NAME[:MODEL]", help=f"the classifier; {_SEE}")
+    imagenet = "efficientnet_lite0"
+    which.add_argument("--victim", default=imagenet, metavar="NAME[:MODEL]", help=f"default: {imagenet}; {_SEE}")
     which.add_argument("--weights", metavar="PATH", help="the victim's weights; by default its own")
     which.add_argument("--defense", default="mirror", metavar="NAME", help=f"default: mirror; {_SEE}")
     for option, what in (("--option", "defence"), ("--victim-option", "victim")):
