@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import time
-from functools import partial
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,13 +16,10 @@ from dipguard.cli import CommandError, command_errors
 from dipguard.cli.job import choose_size, make_defense, make_victim
 from dipguard.cli.pictures import read_picture
 from dipguard.cli.purify import read_by_victim
+from dipguard.cli.results import draw_picture
 from dipguard.defenses import Defense, build_defense
 from dipguard.registry import import_extra
-from dipguard.reporting.canvas import class_name, save_figure
-from dipguard.reporting.trace_figure import draw_trace
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from dipguard.reporting.canvas import class_name
 
 EPS_255 = 8
 
@@ -37,26 +33,24 @@ def run(args: argparse.Namespace) -> int:
         for library in ("matplotlib", "skimage"):
             import_extra(library, owner="dipguard demo", extra="app")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    victim = make_victim("efficientnet_lite0", weights=None, options={}, device=device)
+    victim = make_victim(args.victim, weights=None, options={}, device=device)
     size = choose_size(victim, None)
     guard = make_defense("mirror", victim, seed=0, options={"progress": True}, size=size)
     coffee = Path(str(files("skimage"))) / "data" / "coffee.png"
-    pixels = read_picture(coffee, size=size, resize="crop", interpolation=str(victim.interpolation))
-    print(f"a fit of {guard.steps_per_image} steps: two minutes on two cores, seconds on a GPU", flush=True)
-    save_figure(attack_and_defend(pixels, guard), out)
+    print(f"a fit of {guard.steps_per_image} steps: some two minutes on two cores, seconds on a GPU", flush=True)
+    attack_and_defend(read_picture(coffee, size=size, resize="crop", interpolation="bicubic"), guard, out)
     print(f"{out} shows it; {time.perf_counter() - start:.0f} s")
     return 0
 
 
-def attack_and_defend(pixels: Tensor, guard: Defense) -> Figure:
-    """Attack a photograph, uint8 [3, H, W], and defend it; print what the victim reads, and draw the decision trace."""
-    victim, clean = guard.victim, pixels[None] / 255
-    name_of = partial(class_name, classes=tuple(getattr(victim, "classes", ())))
-    readings = list[str]()
+def attack_and_defend(pixels: Tensor, guard: Defense, out: Path) -> None:
+    """Attack a photograph, uint8 [3, H, W], and defend it; print the victim's readings, and draw them as ``out``."""
+    victim, clean, readings = guard.victim, pixels[None] / 255, list[str]()
+    classes: Any = getattr(victim, "classes", ())
 
     def read(what: str, images: Tensor) -> int:
         ((decision, confidence),) = read_by_victim(victim, (images * 255).round().to(torch.uint8))
-        readings.append(f"{what}: {name_of(decision)} {confidence:.0%}")
+        readings.append(f"{what}: {class_name(decision, classes)} {confidence:.0%}")
         print(readings[-1], flush=True)
         return decision
 
@@ -64,10 +58,9 @@ def attack_and_defend(pixels: Tensor, guard: Defense) -> Figure:
     undefended = DefendedVictim(victim, build_defense("none", victim))
     attack = build_attack("adaptive_pgd", undefended, eps_255=EPS_255, steps=10)
     attacked = (attack(clean, torch.tensor([label])) * 255).round() / 255
-    read(f"attacked (PGD, {EPS_255}/255)", attacked)
+    given = read(f"attacked (PGD, {EPS_255}/255)", attacked)
     made = guard.defend(attacked)
-    decision = read("defended", made.reconstructions)
-    how = {"decision": decision, "label": label, "clean": clean[0]}
-    figure = draw_trace(made.traces[0], guard.rebuild(made.traces[0]), name_of=name_of, **how)
-    figure.suptitle("      ".join(readings), fontsize=12, fontweight="bold")
-    return figure
+    decisions = given, read("defended", made.reconstructions)
+    how: dict[str, Any] = {"trace": made.traces[0], "defense": guard, "label": label, "clean": clean[0]}
+    title = "      ".join(readings)
+    draw_picture(out, attacked[0], made.reconstructions[0], decisions, classes=classes, title=title, **how)

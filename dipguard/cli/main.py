@@ -23,6 +23,8 @@ PROGRAMS = {
     "sweep": "run `evaluate` for many settings, such as defense.tau=0.5,0.7",
 }
 """Commands that are Hydra programs, with their help; all that follows on the command line is Hydra's."""
+VICTIM = "efficientnet_lite0"
+"""The default victim: its weights come with the extra ``photos``."""
 _SEE = "`dipguard list` names them and their options"
 
 
@@ -71,7 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_purify(commands)
     demo = commands.add_parser("demo", help="attack and defend a photograph, and draw it")
     demo.add_argument("output", metavar="OUT", nargs="?", default="demo.png", help="a PNG file (demo.png)")
-    demo.set_defaults(module="demo")
+    demo.set_defaults(module="demo", victim=VICTIM)
     doctor = commands.add_parser("doctor", help="check the installation, with a short self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the fit")
     doctor.set_defaults(module="doctor")
@@ -91,11 +93,10 @@ def _add_purify(commands: Any) -> None:
     )
     purify.set_defaults(module="purify")
     purify.add_argument("input", metavar="IN", help="a picture, or a folder that is searched for pictures")
-    folder = "a folder: a new or empty one, or one of an earlier run; for one picture also NAME.png, beside the folder NAME"
+    folder = "a folder: new, empty, or of an earlier run; for one picture also NAME.png, beside the folder NAME"
     purify.add_argument("output", metavar="OUT", help=folder)
     which = purify.add_argument_group("victim and defence")
-    imagenet = "efficientnet_lite0"
-    which.add_argument("--victim", default=imagenet, metavar="NAME[:MODEL]", help=f"default: {imagenet}; {_SEE}")
+    which.add_argument("--victim", default=VICTIM, metavar="NAME[:MODEL]", help=f"default: {VICTIM}; {_SEE}")
     which.add_argument("--weights", metavar="PATH", help="the victim's weights; by default its own")
     which.add_argument("--defense", default="mirror", metavar="NAME", help=f"default: mirror; {_SEE}")
     for option, what in (("--option", "defence"), ("--victim-option", "victim")):

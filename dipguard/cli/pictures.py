@@ -28,8 +28,8 @@ class Source(NamedTuple):
 def find_pictures(given: Path, out: Path, *, output: str = "") -> list[Source]:
     """Return the pictures of a file or folder, in alphabetical order, without those inside ``out``.
 
-    ``a/cat.jpg`` becomes ``a/cat.png``, or ``a/cat.jpg.png`` where that would be the output of another picture too; ``output`` names
-    that of a file.
+    ``a/cat.jpg`` becomes ``a/cat.png``, or ``a/cat.jpg.png`` where that would be the output of another picture too. A
+    file's is ``output``, if it is given.
 
     Raises:
         CommandError: No such file or folder, no pictures, or a purified picture would overwrite a given one.
