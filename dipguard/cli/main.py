@@ -72,7 +72,7 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_purify(commands)
     demo = commands.add_parser("demo", help="attack and defend a photograph, and draw it")
-    demo.add_argument("output", metavar="OUT", nargs="?", default="demo.png", help="a PNG file (demo.png)")
+    demo.add_argument("output", metavar="OUT", nargs="?", default="demo.png", help="a new PNG file (demo.png)")
     demo.set_defaults(module="demo", victim=VICTIM)
     doctor = commands.add_parser("doctor", help="check the installation, with a short self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the fit")
@@ -103,12 +103,10 @@ def _add_purify(commands: Any) -> None:
         pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
         which.add_argument(option, help=f"options of the {what}, such as T=500", **pairs)
     pictures = purify.add_argument_group("pictures")
-    size = "side of the square to which pictures are brought, pixels; by default what the victim was made for"
-    pictures.add_argument("--size", type=int, metavar="N", help=size)
-    resize = "crop: keep the shape and cut out the middle (default); stretch: keep all of it, change the shape"
+    pictures.add_argument("--size", type=int, metavar="N", help="side of the square, pixels; default: the victim's")
+    resize = "keep the shape and cut out the middle (crop), or keep all of it and change the shape (stretch)"
     pictures.add_argument("--resize", choices=("crop", "stretch"), default="crop", help=resize)
-    figures = "draw figures of the first N pictures (8) when they are purified"
-    pictures.add_argument("--figures", type=int, default=8, metavar="N", help=figures)
+    pictures.add_argument("--figures", type=int, default=8, metavar="N", help="draw figures of the first N (8)")
     work = purify.add_argument_group("work")
     work.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random draws (0)")
     work.add_argument("--batch", type=int, metavar="N", help="pictures that are purified, and saved, together")
