@@ -87,12 +87,11 @@ def draw_trace(
     elif len(used):
         style = {"color": USED, "markersize": 4, "label": f"averaged windows ({len(used)})"}
         bottom.plot(trace.steps[used], trace.quality[used], "o", **style)
-    inside = attack_inside(trace, decision if label is None else label)
+    inside = trace.steps[attack_inside(trace, decision if label is None else label)].tolist()
+    text = f"attack inside from\nt = {', '.join(map(str, inside))} on" if inside else ""
     for ax in (*plots, bottom):
-        text = f"attack inside from\nt = {', '.join(map(str, trace.steps[inside].tolist()))} on"
-        for at in trace.steps[inside].tolist():
-            ax.axvline(at, color=GIVEN, linewidth=1, linestyle=":", label=text if ax is bottom else "")
-            text = ""
+        dotted = {"colors": GIVEN, "linewidth": 1, "linestyles": ":", "label": text if ax is bottom else ""}
+        ax.vlines(inside, 0, 1, transform=ax.get_xaxis_transform(), **dotted)
     for number, part in enumerate(parts[:-1], start=2):
         border = int(trace.steps[part[-1]]) + 0.5
         for ax in (band, *plots, bottom):
@@ -187,10 +186,9 @@ def _draw_quality(ax: Axes, trace: DecisionTrace) -> None:
         warm_up = int(trace.steps[min(warm_up, len(trace.steps) - 1)])
     if warm_up > 0:
         starts = [0, *(int(trace.steps[part[-1]]) + 1 for part in _parts(trace)[:-1])]
-        label = f"warm-up, t₀ = {warm_up}"
-        for start in starts:
-            ax.axvspan(start, min(start + warm_up, last), color="#eeeeee", linewidth=0, zorder=0, label=label)
-            label = ""
+        grey: dict[str, Any] = {"color": "#eeeeee", "linewidth": 0, "zorder": 0, "label": f"warm-up, t₀ = {warm_up}"}
+        spans = [(start, min(warm_up, last - start)) for start in starts]
+        ax.broken_barh(spans, (0, 1), transform=ax.get_xaxis_transform(), **grey)
     low = min(0.5 if trace.mirrored_logits is not None else 0.0, float(trace.quality.min()))
     step = "optimiser step t" if len(_parts(trace)) == 1 else "optimiser step t, one network after the other"
     ax.set(ylim=(low - 0.03, 1.05), xlim=(0, max(1, last)), xlabel=step, ylabel="SSIM to given")
