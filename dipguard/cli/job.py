@@ -64,11 +64,14 @@ def prepare(args: argparse.Namespace) -> Job:
         if value is not None and value < low:
             raise CommandError(f"--{name} must be at least {low}, got {value}")
     given, out = Path(args.input).expanduser(), Path(args.output).expanduser()
+    beside = ""  # the purified picture, if OUT names it: all else then goes to a folder of the same name
+    if out.suffix.lower() == ".png" and given.is_file() and not out.is_dir():
+        out, beside = out.with_suffix(""), f"../{out.name}"
     if out.suffix.lower() in EXTENSIONS or (out.exists() and not out.is_dir()):
-        raise CommandError(f"OUT must be a folder, got {out}")
+        raise CommandError(f"OUT must be a folder or, for one picture, a name that ends in .png, got {out}")
     if out.is_dir() and {path.name for path in out.iterdir()} - {LOCK} and not (out / MARK).is_file():
         raise CommandError(f"OUT: {out} holds files that this command did not write; take a new or an empty folder")
-    sources = find_pictures(given, out)
+    sources = find_pictures(given, out, output=beside)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch sees no GPU here; `dipguard doctor` says more")
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")

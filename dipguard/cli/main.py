@@ -23,6 +23,8 @@ PROGRAMS = {
     "sweep": "run `evaluate` for many settings, such as defense.tau=0.5,0.7",
 }
 """Commands that are Hydra programs, with their help; all that follows on the command line is Hydra's."""
+VICTIM = "efficientnet_lite0"
+"""The default victim: its weights come with the extra ``photos``."""
 _SEE = "`dipguard list` names them and their options"
 
 
@@ -69,6 +71,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"dipguard {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_purify(commands)
+    demo = commands.add_parser("demo", help="attack and defend a photograph, and draw it")
+    demo.add_argument("output", metavar="OUT", nargs="?", default="demo.png", help="a new PNG file (demo.png)")
+    demo.set_defaults(module="demo", victim=VICTIM)
     doctor = commands.add_parser("doctor", help="check the installation, with a short self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the fit")
     doctor.set_defaults(module="doctor")
@@ -88,21 +93,20 @@ def _add_purify(commands: Any) -> None:
     )
     purify.set_defaults(module="purify")
     purify.add_argument("input", metavar="IN", help="a picture, or a folder that is searched for pictures")
-    purify.add_argument("output", metavar="OUT", help="a folder: a new or empty one, or one of an earlier run")
+    folder = "a folder: new, empty, or of an earlier run; for one picture also NAME.png, beside the folder NAME"
+    purify.add_argument("output", metavar="OUT", help=folder)
     which = purify.add_argument_group("victim and defence")
-    which.add_argument("--victim", required=True, metavar="NAME[:MODEL]", help=f"the classifier; {_SEE}")
+    which.add_argument("--victim", default=VICTIM, metavar="NAME[:MODEL]", help=f"default: {VICTIM}; {_SEE}")
     which.add_argument("--weights", metavar="PATH", help="the victim's weights; by default its own")
     which.add_argument("--defense", default="mirror", metavar="NAME", help=f"default: mirror; {_SEE}")
     for option, what in (("--option", "defence"), ("--victim-option", "victim")):
         pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
         which.add_argument(option, help=f"options of the {what}, such as T=500", **pairs)
     pictures = purify.add_argument_group("pictures")
-    size = "side of the square to which pictures are brought, pixels; by default what the victim was made for"
-    pictures.add_argument("--size", type=int, metavar="N", help=size)
-    resize = "crop: keep the shape and cut out the middle (default); stretch: keep all of it, change the shape"
+    pictures.add_argument("--size", type=int, metavar="N", help="side of the square, pixels; default: the victim's")
+    resize = "keep the shape and cut out the middle (crop), or keep all of it and change the shape (stretch)"
     pictures.add_argument("--resize", choices=("crop", "stretch"), default="crop", help=resize)
-    figures = "draw figures of the first N pictures (8) when they are purified"
-    pictures.add_argument("--figures", type=int, default=8, metavar="N", help=figures)
+    pictures.add_argument("--figures", type=int, default=8, metavar="N", help="draw figures of the first N (8)")
     work = purify.add_argument_group("work")
     work.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random draws (0)")
     work.add_argument("--batch", type=int, metavar="N", help="pictures that are purified, and saved, together")

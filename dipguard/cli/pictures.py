@@ -25,10 +25,11 @@ class Source(NamedTuple):
     output: str
 
 
-def find_pictures(given: Path, out: Path) -> list[Source]:
+def find_pictures(given: Path, out: Path, *, output: str = "") -> list[Source]:
     """Return the pictures of a file or folder, in alphabetical order, without those inside ``out``.
 
-    ``a/cat.jpg`` becomes ``a/cat.png``, or ``a/cat.jpg.png`` where that would be the output of another picture too.
+    ``a/cat.jpg`` becomes ``a/cat.png``, or ``a/cat.jpg.png`` where that would be the output of another picture too. A
+    file's is ``output``, if it is given.
 
     Raises:
         CommandError: No such file or folder, no pictures, or a purified picture would overwrite a given one.
@@ -43,7 +44,7 @@ def find_pictures(given: Path, out: Path) -> list[Source]:
     if not names:
         raise CommandError(f"IN: {given} holds no picture ({KINDS})")
     outputs = _outputs(list(names))
-    sources = [Source(file, path.as_posix(), outputs[path]) for path, file in names.items()]
+    sources = [Source(file, path.as_posix(), output or outputs[path]) for path, file in names.items()]
     givens = {source.path.resolve() for source in sources}
     for source in sources:
         if (out / source.output).resolve() in givens:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from dipguard.cli import locked
@@ -103,11 +103,11 @@ def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], dra
             _say(f"{count} pictures {what}")
     if not pending:
         return
-    before = _read_by_victim(job, torch.stack([given.pixels for given in pending]))
+    before = read_by_victim(job.victim, torch.stack([given.pixels for given in pending]))
     for given, first, (image, about, trace) in zip(pending, before, _purified(job, pending), strict=True):
         source = given.source
         pixels = (image * 255).round().to(torch.uint8).cpu()
-        (after,) = _read_by_victim(job, pixels[None])  # on the picture as it is saved, in 8 bits
+        (after,) = read_by_victim(job.victim, pixels[None])  # on the picture as it is saved, in 8 bits
         row = {
             "index": given.draw,
             "before": class_name(first[0], job.classes),
@@ -147,7 +147,7 @@ def _file_key(source: Source) -> str:
 
 
 def _figure(job: Job, source: Source) -> Path:
-    return (job.out / "figures" / source.output).with_suffix(".figure.png")
+    return (job.out / "figures" / source.output.removeprefix("../")).with_suffix(".figure.png")
 
 
 def _purified(job: Job, givens: Sequence[_Given]) -> Iterator[tuple[Tensor, _Row, DecisionTrace | None]]:
@@ -168,9 +168,9 @@ def _purified(job: Job, givens: Sequence[_Given]) -> Iterator[tuple[Tensor, _Row
                 yield image, {"used": used, "why": why}, trace
 
 
-def _read_by_victim(job: Job, pixels: Tensor) -> list[tuple[int, float]]:
+def read_by_victim(victim: nn.Module, pixels: Tensor) -> list[tuple[int, float]]:
     """Return the victim's decisions on uint8 pictures [N, 3, H, W], each with its softmax confidence."""
-    logits = torch.cat([check_victim(job.victim, part.float() / 255) for part in pixels.split(32)])
+    logits = torch.cat([check_victim(victim, part.float() / 255) for part in pixels.split(32)])
     confidence, decision = logits.double().softmax(dim=1).max(dim=1)
     return list(zip(decision.tolist(), confidence.tolist(), strict=True))
 

@@ -55,14 +55,16 @@ def draw_picture(
     defense: Defense,
     classes: Sequence[str],
     title: str,
+    **known: Any,
 ) -> None:
     """Draw a picture's decision trace or, without one, the picture before and after, as the PNG ``path``.
 
-    ``given`` [3, H, W] and ``purified`` [3, H', W'] are in [0, 1]; ``decisions`` are the victim's before and after.
+    ``given`` [3, H, W] and ``purified`` [3, H', W'] are in [0, 1]; ``decisions`` are the victim's before and after,
+    ``known`` the true label and the clean image, if they are known.
     """
     if trace is not None:
         name_of = partial(class_name, classes=classes)
-        figure = draw_trace(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of)
+        figure = draw_trace(trace, defense.rebuild(trace), decision=decisions[1], name_of=name_of, **known)
     else:
         names = [class_name(decision, classes) for decision in decisions]
         figure = draw_grid(("given", "purified"), {"": [Picture(given, names[0]), Picture(purified, names[1])]})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dipguard.decision import DecisionTrace, Reconstruction
@@ -52,7 +53,8 @@ def draw_trace(
         return Picture(image, name_of(y), None if label is None else y == label, caption)
 
     pictures = [] if clean is None else [Picture(clean, "" if label is None else name_of(label), caption="clean")]
-    pictures.append(picture("given", trace.given, trace.given_decision))
+    attacked = clean is not None and not torch.equal(clean, trace.given)
+    pictures.append(picture("given: attacked" if attacked else "given", trace.given, trace.given_decision))
     if len(used) and not mirrored:
         at = int(trace.crossing_at[used[-1]])
         pair = " | ".join(short(name_of(int(y)), 10) for y in trace.decisions[at : at + 2])
@@ -62,7 +64,7 @@ def draw_trace(
     else:
         ends = [int(part[-1]) for part in parts]
         for number, (end, image) in enumerate(zip(ends, trace.last[-len(ends) :], strict=True), start=1):
-            caption = f"network {number}" if len(ends) > 1 else "last sample"
+            caption = f"network {number}" if len(ends) > 1 else "end of the fit"
             pictures.append(picture(f"{caption}, t = {int(trace.steps[end])}", image, int(trace.decisions[end])))
     pictures.append(picture("reconstruction", reconstruction.image, decision))
     heights = (0.16, 1, 1, 0.8) if mirrored else (0.16, 2, 1)
@@ -72,25 +74,24 @@ def draw_trace(
         shown.draw_on(ax)
     band, *plots, bottom = below.subplots(len(heights), 1, sharex=True, height_ratios=heights)
     _draw_band(band, trace, class_colours(trace, label))
-    readings = {"x(t)": trace.scores}
+    readings = {"reading of x(t)": trace.scores}
     if trace.mirrored_logits is not None:
         kind = "mirrored" if trace.settings.get("mirror", True) else "shifted"
-        readings[f"its {kind} copy"] = trace.mirrored_logits
+        readings[f"{kind} reading"] = trace.mirrored_logits
     for ax, (name, logits) in zip(plots, readings.items(), strict=True):
         _draw_classes(ax, trace, logits, label=label, name_of=name_of, means=mirrored)
-        ax.set(ylim=(-0.03, 1.03 if mirrored else 1.1), ylabel=f"class confidence\non {name}")
+        ax.set(ylim=(-0.03, 1.03 if mirrored else 1.1), ylabel=f"class confidence,\n{name}")
     _draw_quality(bottom, trace)
     if not mirrored:
         _mark_crossings(plots[0], bottom, trace, reconstruction)
     elif len(used):
-        style = {"color": USED, "markersize": 4, "label": f"averaged ({len(used)})"}
+        style = {"color": USED, "markersize": 4, "label": f"averaged windows ({len(used)})"}
         bottom.plot(trace.steps[used], trace.quality[used], "o", **style)
-    inside = attack_inside(trace, decision if label is None else label)
+    inside = trace.steps[attack_inside(trace, decision if label is None else label)].tolist()
+    text = f"attack inside from\nt = {', '.join(map(str, inside))} on" if inside else ""
     for ax in (*plots, bottom):
-        text = f"attack inside from\nt = {', '.join(map(str, trace.steps[inside].tolist()))} on"
-        for at in trace.steps[inside].tolist():
-            ax.axvline(at, color=GIVEN, linewidth=1, linestyle=":", label=text if ax is bottom else "")
-            text = ""
+        dotted = {"colors": GIVEN, "linewidth": 1, "linestyles": ":", "label": text if ax is bottom else ""}
+        ax.vlines(inside, 0, 1, transform=ax.get_xaxis_transform(), **dotted)
     for number, part in enumerate(parts[:-1], start=2):
         border = int(trace.steps[part[-1]]) + 0.5
         for ax in (band, *plots, bottom):
@@ -144,7 +145,7 @@ def _draw_band(ax: Axes, trace: DecisionTrace, colours: dict[int, str]) -> None:
         shades = [colours.get(int(y), REST) for y in trace.decisions[part]]
         ax.bar(edges[:-1], 1, np.diff(edges), align="edge", linewidth=0, color=shades)
     ax.set(ylim=(0, 1), yticks=[])
-    ax.set_ylabel("y(t)", rotation=0, ha="right", va="center", fontsize=9)
+    ax.set_ylabel("decision\ny(t)", rotation=0, ha="right", va="center", fontsize=9)
     ax.tick_params(labelbottom=False, bottom=False)
 
 
@@ -171,7 +172,7 @@ def _draw_classes(
         line(name, confidence[:, c], color=colour, linewidth=1.4, zorder=3 - 0.1 * i)
     others = [c for c in range(confidence.shape[1]) if c not in colours]
     if others:
-        line("all others", confidence[:, others].sum(dim=1), color=REST, linewidth=1.0, zorder=1.0)
+        line(f"{len(others)} others together", confidence[:, others].sum(dim=1), color=REST, linewidth=1.0, zorder=1.0)
 
 
 def _draw_quality(ax: Axes, trace: DecisionTrace) -> None:
@@ -185,10 +186,9 @@ def _draw_quality(ax: Axes, trace: DecisionTrace) -> None:
         warm_up = int(trace.steps[min(warm_up, len(trace.steps) - 1)])
     if warm_up > 0:
         starts = [0, *(int(trace.steps[part[-1]]) + 1 for part in _parts(trace)[:-1])]
-        label = f"warm-up, t₀ = {warm_up}"
-        for start in starts:
-            ax.axvspan(start, min(start + warm_up, last), color="#eeeeee", linewidth=0, zorder=0, label=label)
-            label = ""
+        grey: dict[str, Any] = {"color": "#eeeeee", "linewidth": 0, "zorder": 0, "label": f"warm-up, t₀ = {warm_up}"}
+        spans = [(start, min(warm_up, last - start)) for start in starts]
+        ax.broken_barh(spans, (0, 1), transform=ax.get_xaxis_transform(), **grey)
     low = min(0.5 if trace.mirrored_logits is not None else 0.0, float(trace.quality.min()))
     step = "optimiser step t" if len(_parts(trace)) == 1 else "optimiser step t, one network after the other"
     ax.set(ylim=(low - 0.03, 1.05), xlim=(0, max(1, last)), xlabel=step, ylabel="SSIM to given")

