@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the folder need 
 
 from dipguard import DIPGuard
 from dipguard.data import load_data
-from dipguard.store import Store, store_size
+from dipguard.store import LAYERS, Store
 from dipguard.victims import build_victim
 
 GRID = {"tau": (0.5, 0.6, 0.7, 0.8, 0.9), "t0": (25, 50), "K": (5, 10, 15, 20), "beta": (0.0, 0.25, 0.5, 0.75, 1.0)}
@@ -100,7 +100,8 @@ def main() -> None:
     DIPGuard(victim, network=asked.network, T=100, decisions=2, engine="auto", progress=False).defend(images[:1])
     with tempfile.TemporaryDirectory(prefix="dipguard-replay-") as folder:
         one, rest, others = measure(images, victim, Path(folder), network=asked.network, T=asked.T)
-        sizes = store_size(folder)
+        files = {layer: list(Path(folder, layer).glob("??/*.npz")) for layer in LAYERS}
+        sizes = {layer: (len(paths), sum(path.stat().st_size for path in paths)) for layer, paths in files.items()}
     more = {name: getattr(rest, name) / getattr(one, name) for name in ("wall", "cpu")}
     print(
         f"{asked.images} images, T={asked.T}, {asked.network}, {torch.get_num_threads()} threads, {others + 1} settings"

@@ -23,7 +23,6 @@ DEFENSES: dict[str, str] = {
     "median": "dipguard.defenses.transforms:Median",
     "total_variation": "dipguard.defenses.transforms:TotalVariation",
     "bit_depth": "dipguard.defenses.transforms:BitDepth",
-    "blur": "dipguard.defenses.transforms:Blur",
     "comdefend": "dipguard.defenses.comdefend:ComDefend",
     "sr": "dipguard.defenses.super_resolution:SuperResolution",
     "nrp": "dipguard.defenses.nrp:NRP",

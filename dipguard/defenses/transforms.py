@@ -126,23 +126,3 @@ class BitDepth(Defense):
         """Round to the levels."""
         steps = 2**self.bits - 1
         return (image * steps).round() / steps
-
-
-class Blur(Defense):
-    """Gaussian blur with SciPy within each channel, mirrored at the border; ``sigma`` is in pixels, above 0.
-
-    It is linear and differentiable, so an adaptive attack simply differentiates through it: a baseline, no more.
-    """
-
-    name: ClassVar[str] = "blur"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("sigma",)
-    LIBRARIES: ClassVar[dict[str, str]] = {"scipy": "scipy"}
-
-    def __init__(self, victim: nn.Module, *, sigma: float = 0.6, **options: Any) -> None:
-        super().__init__(victim, **options)
-        self.sigma = check_positive(sigma, name="sigma")
-
-    def purify_image(self, image: Tensor, index: int) -> Tensor:
-        """Blur each channel."""
-        sigma = (self.sigma, self.sigma, 0)
-        return from_hwc(import_module("scipy.ndimage").gaussian_filter(to_hwc(image), sigma, mode="mirror"), image)

@@ -3,10 +3,9 @@
 from dipguard.store.entry import DamagedEntryError, Entry
 from dipguard.store.folder import LAYERS, Store, open_store
 from dipguard.store.keys import StackKeys, digest_of, numerics, victim_digest
-from dipguard.store.manage import prune, store_size
 from dipguard.store.stack import stored_stack
 
 __all__ = [
-    "LAYERS", "DamagedEntryError", "Entry", "StackKeys", "Store", "digest_of", "numerics", "open_store", "prune",
-    "store_size", "stored_stack", "victim_digest",
+    "LAYERS", "DamagedEntryError", "Entry", "StackKeys", "Store", "digest_of", "numerics", "open_store",
+    "stored_stack", "victim_digest",
 ]  # fmt: skip

@@ -130,11 +130,11 @@ def test_a_changed_setting_runs_that_defence_alone(finished: Matrix) -> None:
 
 
 def test_the_tables_of_an_unfinished_run_are_made_from_what_is_stored(finished: Matrix) -> None:
-    more = prepare(typed_matrix(*TINY, "+defense@defenses.blur=blur"), finished.folder)
+    more = prepare(typed_matrix(*TINY, "+defense@defenses.bits=bit_depth"), finished.folder)
     before = written(more)
     write_results(more)
     status = {row["defense"]: row["status"] for row in table(more, "results.csv")}
-    assert status.pop("blur") == "not run yet"
+    assert status.pop("bits") == "not run yet"
     assert set(status.values()) == {"done"}
     assert written(more) == before
     write_results(finished)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dipguard.evaluation import run
-from dipguard.store import store_size
+from tests.store.parts import list_entries
 from tests.tiny_matrix import tiny_matrix
 from tests.tiny_run import tiny_run
 
@@ -86,4 +86,4 @@ def test_train_runs_share_a_store(tmp_path: Path):
         got = tiny_run(tmp_path / name, *options, store)
         assert got["accuracy"] == plain["accuracy"]
         assert len(list((tmp_path / name / "traces/pgd/paper").iterdir())) == 2
-    assert store_size(tmp_path / "store")["fits"][0] == 2
+    assert len(list_entries(tmp_path / "store", layers=["fits"])) == 2

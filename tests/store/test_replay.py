@@ -14,7 +14,7 @@ import torch
 from pytorch_lightning.loggers import Logger
 
 from dipguard.defenses import DefenseResult
-from dipguard.store import Store, open_store, store_size
+from dipguard.store import Store, open_store
 from dipguard.store.entry import read_entry, write_entry
 from tests.store.parts import guard, list_entries, random_victim, smooth_images
 
@@ -192,7 +192,7 @@ def test_without_samples_it_serves_every_T_but_no_other_victim(tmp_path: Path):
     for more in ({"T": 18}, {}):
         check_as_direct(store, store_T=(18, 24), **more)
     assert (store.counts["fitted"], store.counts["replayed"]) == (3, 3)
-    assert store_size(tmp_path)["fits"] == (0, 0)
+    assert list_entries(tmp_path, layers=["fits"]) == []
     check_as_direct(store, victim=random_victim(7))
     assert store.counts["fitted"] == 6
 
