@@ -106,10 +106,12 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(program: tuple, t
         folder, folders = tmp_path / str(folders) / "out", folders + 1
         for _ in range(3):
             process = start(command(folder))
-            time.sleep(moments.uniform(0.3, 1.0) * seconds)
-            process.kill()
-            process.communicate()
-            kills += 1
+            try:
+                process.communicate(timeout=moments.uniform(0.3, 1.0) * seconds)
+            except subprocess.TimeoutExpired:  # else it has ended, and is no kill
+                process.kill()
+                process.communicate()
+                kills += 1
         finish(command(folder))
         assert results(folder) == whole
         assert not [path for path in folder.rglob(".*") if path.is_file() and path.name.count(".") > 2], "left over"
