@@ -10,7 +10,6 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -70,19 +69,10 @@ def run(images: Tensor, victim: nn.Module, *callbacks: pl.Callback) -> StackResu
     )
 
 
-@pytest.fixture
-def ctrl_c_is_heard() -> Iterator[None]:
-    """A shell starts its background jobs deaf to Ctrl-C, and Python inherits that."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def press_ctrl_c() -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.usefixtures("ctrl_c_is_heard")
 def test_ctrl_c_stays_ctrl_c_and_can_be_pressed_again(images: Tensor, victim: nn.Module) -> None:
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):

@@ -34,8 +34,8 @@ pytestmark = pytest.mark.slow
 
 TIMES = int(os.environ.get("DIPGUARD_TORTURE", "1"))
 KILLS, FULL_DISKS, DAMAGES = 3 * TIMES, 2 * TIMES, 12 * TIMES
-LONGEST = 300
-"""Seconds that one run may take."""
+LONGEST = 1200
+"""Seconds after which a run counts as hanging, also on a machine that has more to do."""
 Command = Callable[[Path], list[str]]
 
 
@@ -106,10 +106,12 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(program: tuple, t
         folder, folders = tmp_path / str(folders) / "out", folders + 1
         for _ in range(3):
             process = start(command(folder))
-            time.sleep(moments.uniform(0.3, 1.0) * seconds)
-            process.kill()
-            process.communicate()
-            kills += 1
+            try:
+                process.communicate(timeout=moments.uniform(0.3, 1.0) * seconds)
+            except subprocess.TimeoutExpired:  # else it has ended, and is no kill
+                process.kill()
+                process.communicate()
+                kills += 1
         finish(command(folder))
         assert results(folder) == whole
         assert not [path for path in folder.rglob(".*") if path.is_file() and path.name.count(".") > 2], "left over"
