@@ -202,11 +202,15 @@ class CellResult:
 def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
     """The results of a finished cell, one for each budget."""
     about, made = summary.header, []
+    if not 0 < len(about["snapshots"]) == len(summary.arrays["decisions"]):
+        raise ValueError(f"there must be figures for each budget, got budgets {about['snapshots']}")
     attack: dict[str, Any] = {name: about["attack"][name] for name in ("history", "last_history", "flat")}
     attack["spent"] = Cost(**about["attack"]["spent"])
     for number, (eps_255, budget) in enumerate(about["snapshots"]):
         own: dict[str, Any] = {name: torch.from_numpy(summary.arrays[name][number]) for name in FIGURES}
         own |= {"eps_255": eps_255, "budget": budget, "reasons": about["reasons"][number]}
+        if lengths := {name: len(own[name]) for name in (*FIGURES, "reasons") if len(own[name]) != len(cell.clean)}:
+            raise ValueError(f"there are {len(cell.clean)} images, got {lengths}")
         own["seconds"] = {**about["attack"]["seconds"], **about["seconds"][number]}
         made.append(CellResult(cell, DONE, **own, **attack))
     return made

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,9 @@ from dipguard.store import Entry, Store
 
 _log = logging.getLogger(__name__)
 
-ATTACKED = ("images", "decisions", "ssim", "snapshots", "seconds", "spent", "history", "last_history", "flat")
-PURIFIED = ("images", "used", "reasons", "seconds", "traced", "traces")
-"""What an entry of attacked images, and of a chunk, holds."""
+ATTACKED = {"snapshots": list, "history": list, "last_history": list, "seconds": dict, "spent": dict, "flat": object}
+PURIFIED = {"reasons": list, "seconds": dict, "traces": dict, "traced": bool}
+"""The header of attacked images, and of a chunk."""
 
 
 @dataclass(eq=False)
@@ -90,7 +91,7 @@ class Matrix:
         cell = self.cell(attack, defense)
         summary = self.store.read("cells", cell.key)
         known = self.attack_entry(cell) if summary is None else summary
-        number, size = range(len(known.header["snapshots"]))[snapshot], known.header.get("chunk", self.chunk_size)
+        number, size = range(len(known.header["snapshots"]))[snapshot], known.header.get("chunk") or self.chunk_size
         parts = [self.chunk(cell, number, part) for part in parts_of(len(cell.clean), size)]
         return torch.from_numpy(np.concatenate([part.arrays["images"] for part in parts]))
 
@@ -98,7 +99,7 @@ class Matrix:
         """What the fits of each stored chunk have logged, for the last budget: steps and metrics."""
         summary = self.store.read("cells", cell.key)
         if summary is not None:
-            last, size = len(summary.header["snapshots"]) - 1, summary.header.get("chunk", self.chunk_size)
+            last, size = len(summary.header["snapshots"]) - 1, summary.header.get("chunk") or self.chunk_size
             for part in parts_of(len(cell.clean), size):
                 entry = self.store.read("cells", cell.sub_key("chunk", last, part.start, part.stop))
                 yield () if entry is None else entry.header.get("curves", ())
@@ -123,8 +124,13 @@ class Matrix:
         if cell.attack_key not in self._attacked:
             self._attacked.clear()  # the next cells have the same, or none that was before
             counts, key = self.store.counts, cell.attack_key
+
+            def check(entry: Entry) -> None:
+                rows = len(entry.header["snapshots"]), len(cell.clean)
+                _check(entry, header=ATTACKED, images=(*rows, 3), decisions=rows, ssim=rows)
+
             before = counts["attacked"]
-            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell), holds=ATTACKED)
+            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell), check=check)
             if counts["attacked"] == before:
                 counts["attacks_found"] += len(cell.clean)
         return self._attacked[cell.attack_key]
@@ -163,10 +169,12 @@ class Matrix:
             content = {f"trace {index}": np.fromfile(path, dtype=np.uint8) for index, path in files.items()}
             return Entry({**arrays, **content}, about)
 
-        entry = self.store.arrays("cells", key, make, holds=PURIFIED)
-        if self._lacks_traces(entry, part.stop - part.start):
+        count = part.stop - part.start
+        check = partial(_check, header=PURIFIED, images=(count, 3), used=(count,), reasons=(count,))
+        entry = self.store.arrays("cells", key, make, check=check)
+        if self._lacks_traces(entry, count):
             self.store.remove("cells", key)
-            entry = self.store.arrays("cells", key, make, holds=PURIFIED)
+            entry = self.store.arrays("cells", key, make, check=check)
         if row is not None and not curves.rows:  # made earlier
             for step, metrics in entry.header.get("curves", ()):
                 row(step, metrics)
@@ -260,3 +268,14 @@ class Matrix:
 def parts_of(count: int, size: int) -> Iterator[slice]:
     """The chunks of ``count`` images."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _check(entry: Entry, *, header: Mapping[str, type], **shapes: tuple[int, ...]) -> None:
+    """Raise an error unless fields of the header have these types, and arrays and lists begin with these shapes."""
+    for name, kind in header.items():
+        if not isinstance(entry.header[name], kind):
+            raise TypeError(f"`{name}` must be a {kind.__name__}, got {entry.header[name]!r}")
+    for name, shape in shapes.items():
+        found = entry.arrays[name].shape if name in entry.arrays else (len(entry.header[name]),)
+        if found[: len(shape)] != shape:
+            raise ValueError(f"`{name}` must begin with the shape {shape}, got {found}")

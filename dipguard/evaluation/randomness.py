@@ -45,11 +45,12 @@ class Randomness:
     @classmethod
     def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
         """The stored result for a target of a matrix; None if there is none."""
+        return matrix.store.read_as("cells", _key(matrix, target), cls.of_entry)
 
-        def parse(entry: Entry) -> Randomness:
-            return cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
-
-        return matrix.store.read_as("cells", _key(matrix, target), parse)
+    @classmethod
+    def of_entry(cls, entry: Entry) -> Randomness:
+        """What an entry says."""
+        return cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
 
     @classmethod
     def find(cls, matrix: Matrix, target: Target) -> None:
@@ -59,7 +60,7 @@ class Randomness:
             found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
             return Entry({}, {"what": f"randomness of {target.label}", **asdict(found)})
 
-        matrix.store.arrays("cells", _key(matrix, target), make, holds=cls.__dataclass_fields__)
+        matrix.store.arrays("cells", _key(matrix, target), make, check=cls.of_entry)
 
 
 def _key(matrix: Matrix, target: Target) -> str:

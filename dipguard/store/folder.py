@@ -15,7 +15,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -95,15 +95,14 @@ class Store:
         with suppress(OSError):
             self.file(layer, key).unlink()
 
-    def arrays(self, layer: str, key: str, make: Callable[[], Entry], *, holds: Collection[str]) -> Entry:
+    def arrays(self, layer: str, key: str, make: Callable[[], Entry], *, check: Callable[[Entry], object]) -> Entry:
         """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone.
 
-        An entry that lacks an array or a field of the header that it must hold counts as damaged.
+        An entry for which ``check`` raises an error counts as damaged.
         """
 
         def parse(entry: Entry) -> Entry:
-            if missing := set(holds) - {*entry.arrays, *entry.header}:
-                raise DamagedEntryError(f"it lacks {', '.join(sorted(missing))}")
+            check(entry)
             return entry
 
         entry = self.read_as(layer, key, parse)

@@ -33,14 +33,11 @@ def build(
         threat_model: What it was trained against: ``Linf``, ``L2`` or ``corruptions``.
         weights: Path of its checkpoint; None downloads it, once. An ensemble needs several files, so it takes None.
     """
-    library()
-    from robustbench.model_zoo import model_dicts
-    from robustbench.model_zoo.enums import BenchmarkDataset, ThreatModel
-    from robustbench.utils import load_model
-
+    robustbench = library()
+    enums = robustbench.model_zoo.enums
     check_choice(dataset, DATA, name="victim.dataset")
     check_choice(threat_model, THREATS, name="victim.threat_model")
-    zoo = model_dicts[BenchmarkDataset(dataset)].get(ThreatModel(threat_model), {})
+    zoo = robustbench.model_zoo.model_dicts[enums.BenchmarkDataset(dataset)].get(enums.ThreatModel(threat_model), {})
     if arch not in zoo:
         raise unknown_arch(arch, list(zoo), library=f"RobustBench's {dataset} {threat_model}")
     with tempfile.TemporaryDirectory() as temporary:
@@ -52,7 +49,7 @@ def build(
             (folder / dataset / threat_model).mkdir(parents=True)
             (folder / dataset / threat_model / f"{arch}.pt").symlink_to(path.absolute())
         try:
-            network = load_model(arch, model_dir=folder, dataset=dataset, threat_model=threat_model)
+            network = robustbench.utils.load_model(arch, model_dir=folder, dataset=dataset, threat_model=threat_model)
         except Exception as error:  # a download, a damaged file and other weights share no base class
             source = weights or "its address"
             raise ValueError(f"`victim.weights`: {arch} cannot be read from {source}: {first_line(error)}") from error

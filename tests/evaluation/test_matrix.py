@@ -218,11 +218,17 @@ def test_a_damaged_entry_is_made_again(
     assert same_figures((tmp_path / "results.csv").read_text(), results)
 
 
-LOSSES = {"attacks": ["images", "snapshots"], "chunks": ["used", "traces"], "cells": ["decisions", "snapshots"]}
+BAD_PARTS = [
+    *(("attacks", *bad) for bad in (("images", "lacks"), ("decisions", "cut"), ("seconds", "null"))),
+    *(("chunks", *bad) for bad in (("images", "cut"), ("used", "lacks"), ("reasons", "cut"), ("traces", "null"))),
+    *(("cells", *bad) for bad in (("ssim", "cut"), ("reasons", "null"), ("snapshots", "cut"))),
+]
 
 
-@pytest.mark.parametrize(("kind", "part"), [(kind, part) for kind, parts in LOSSES.items() for part in parts])
-def test_an_entry_that_lacks_a_part_is_made_again(tmp_path: Path, finished: Matrix, kind: str, part: str) -> None:
+@pytest.mark.parametrize(("kind", "part", "how"), BAD_PARTS)
+def test_an_entry_with_a_bad_part_is_made_again(
+    tmp_path: Path, finished: Matrix, kind: str, part: str, how: str
+) -> None:
     settings = typed_matrix(*few("jpeg"))
     run(prepare(settings, tmp_path))
     results, changed = (tmp_path / "results.csv").read_text(), 0
@@ -230,8 +236,15 @@ def test_an_entry_that_lacks_a_part_is_made_again(tmp_path: Path, finished: Matr
         entry = read_entry(info.path)
         own = "cells" if "attack" in entry.header else "attacks" if "spent" in entry.header else "chunks"
         if own == kind:
-            kept = [{k: v for k, v in parts.items() if k != part} for parts in (entry.arrays, entry.header)]
-            write_entry(info.path, *kept)
+            arrays, header = dict(entry.arrays), dict(entry.header)
+            held = arrays.pop(part) if part in arrays else header.pop(part)
+            if how == "null":
+                header[part] = None
+            elif how == "cut" and part in entry.arrays:
+                arrays[part] = held[..., :-1] if held.ndim < 3 else held[:-1]
+            elif how == "cut":
+                header[part] = held[:-1]
+            write_entry(info.path, arrays, header)
             changed += 1
         elif own == "cells":
             info.path.unlink()  # what it was made from is only read where it is missing
