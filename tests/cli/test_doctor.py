@@ -16,6 +16,7 @@ def _findings(capsys):
     }
 
 
+@pytest.mark.slow
 def test_a_sound_installation(capsys):
     assert main(["doctor"]) == 0
     found = _findings(capsys)

@@ -72,6 +72,7 @@ def test_any_defence_draws_before_and_after(pictures, purify, tmp_path, defense)
     assert same == (defense == "none")
 
 
+@pytest.mark.slow
 def test_our_own_defence_is_the_default_one(pictures, capsys, tmp_path):
     words = ["--option", "T=30", "t0=5", "every=5", "--victim", "digits_cnn", "--batch", "2", "--figures", "0"]
     assert main(["purify", str(pictures), str(tmp_path / "out"), *words]) == 0

@@ -225,7 +225,10 @@ BAD_PARTS = [
 ]
 
 
-@pytest.mark.parametrize(("kind", "part", "how"), BAD_PARTS)
+@pytest.mark.parametrize(
+    ("kind", "part", "how"),
+    [pytest.param(*bad, marks=pytest.mark.slow if number % 3 else ()) for number, bad in enumerate(BAD_PARTS)],
+)
 def test_an_entry_with_a_bad_part_is_made_again(
     tmp_path: Path, finished: Matrix, kind: str, part: str, how: str
 ) -> None:

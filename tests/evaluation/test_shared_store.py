@@ -42,6 +42,7 @@ def seconds(folder: Path) -> float:
     return float(rows["fgsm_8", "paper"]["seconds_per_image"])
 
 
+@pytest.mark.slow
 def test_runs_share_fits_and_attacked_images(tmp_path: Path):
     store = f"store={tmp_path / 'store'}"
     plain, counts = cells(tmp_path / "plain")

@@ -67,6 +67,7 @@ def test_another_session_has_a_log_of_its_own_with_all_rows(tmp_path: Path) -> N
     assert first == second
 
 
+@pytest.mark.slow
 def test_every_dip_has_curves_and_pictures_while_a_matrix_is_run(tmp_path: Path) -> None:
     tiny_evaluation(tmp_path, *DIPS, "logger=csv")
     rows = read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")

@@ -180,9 +180,11 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
 @pytest.mark.parametrize(
     ("grid", "message"),
     [
-        (("defense.qualty=30,90",), r"defense.qualty"),
+        pytest.param(("defense.qualty=30,90",), r"defense.qualty", marks=pytest.mark.slow),
         (("+defense.qualty=30,90",), r"did you mean 'defense.quality'"),
-        (("+defense.qualty=1", "defense.quality=30,90"), r"did you mean 'defense.quality'"),
+        pytest.param(
+            ("+defense.qualty=1", "defense.quality=30,90"), r"did you mean 'defense.quality'", marks=pytest.mark.slow
+        ),
         (("defense=jpeg,median", "defense.quality=30,90"), r"defense.quality"),
         (("defense=jpeg,median", "+attack@attacks.x=fgsm", "+attacks.x.steps=1"), r"attacks.x.steps"),
     ],
