@@ -1,7 +1,8 @@
 """The commands, their arguments, and their exit codes.
 
 Exit codes: 0 success; 1 some pictures could not be purified, or the installation is broken; 2 the command cannot be
-carried out as given, or a file cannot be written; 130 Ctrl-C, 143 SIGTERM, 141 the output was not read to its end.
+carried out as given, or a file cannot be written; 130 Ctrl-C, 143 SIGTERM, 141 the output was not read to its end. The
+Hydra programs end with 1 after any error, as Hydra does.
 """
 
 from __future__ import annotations

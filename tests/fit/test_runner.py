@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
@@ -102,6 +103,16 @@ def test_runs_in_a_thread(images: Tensor, victim: nn.Module) -> None:
     thread.join()
     expected = run(images, victim)
     assert torch.equal(results[0].reconstructions[0].image, expected.reconstructions[0].image)
+
+
+def test_a_fit_inside_a_slurm_job_is_no_task_of_it(
+    images: Tensor, victim: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lightning would take the job's tasks for processes of this Trainer, and refuse them."""
+    for name, value in {"NTASKS": "2", "PROCID": "1", "LOCALID": "1", "JOB_ID": "1", "JOB_NAME": "mine"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    assert SLURMEnvironment.detect()
+    assert run(images, victim).traces
 
 
 def test_what_threads_share_is_put_back_by_the_last_of_them() -> None:
