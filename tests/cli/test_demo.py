@@ -9,6 +9,7 @@ from dipguard.defenses import build_defense
 from tests.cli.conftest import load
 
 
+@pytest.mark.slow
 def test_three_readings_are_printed_and_drawn(pictures, victim, capsys, tmp_path):
     guard = build_defense("mirror", victim, T=30, t0=10, every=5, mirror=False, progress=False)
     attack_and_defend(load(pictures / "a.png"), guard, tmp_path / "demo.png")

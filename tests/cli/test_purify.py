@@ -37,6 +37,7 @@ def _is_drawn(path):
     assert len(load(path).flatten(1).unique(dim=1)[0]) > 50, "an empty figure"
 
 
+@pytest.mark.slow
 def test_a_folder_is_purified_as_the_library_does_it(pictures, purify, victim, tmp_path):
     given = {path: file_digest(path) for path in pictures.rglob("*") if path.is_file()}
     words = ("--option", "T=20", "decisions=10", "K=3", "--seed", "5", "--figures", "1")

@@ -291,6 +291,7 @@ def test_a_damaged_trace_is_restored_from_the_store(tmp_path: Path, kept_traces:
     assert whats == {"pgd_8 x paper: 5 images"}, "nothing is purified again"
 
 
+@pytest.mark.slow
 def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> None:
     shared = f"store={tmp_path / 'store'}"
     cut = ("data.limit=2", "chunk=2", shared)

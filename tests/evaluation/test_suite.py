@@ -167,6 +167,7 @@ def test_tables_are_made_again_from_what_is_stored(finished: Matrix) -> None:
     assert stored(finished) == entries
 
 
+@pytest.mark.slow
 def test_a_failure_loses_no_finished_work(tmp_path: Path) -> None:
     matrix = tiny_suite(tmp_path, attacks=("transfer", "identity", "noise"), dip=False)
     parts = {label: node for label, node in matrix.config.attacks.items() if label in ("clean", "transfer")}

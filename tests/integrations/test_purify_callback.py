@@ -99,6 +99,7 @@ def test_normalised_batches_are_brought_to_pixels_and_back(module: DigitsModule)
     torch.testing.assert_close(pixels, median.purify(data.pictures.x), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_module_and_random_states_are_left_as_they_were(module: DigitsModule) -> None:
     module.net[1].eval()  # a frozen BatchNorm
     modes = [part.training for part in module.modules()]

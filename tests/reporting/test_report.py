@@ -104,6 +104,7 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     return matrix
 
 
+@pytest.mark.slow
 def test_matrix_report_has_tables_comparisons_and_a_log(several: Matrix) -> None:
     several = replace(several, config=replace(several.config, logger={"kind": "csv"}))
     with open_log(several) as log:

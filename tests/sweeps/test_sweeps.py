@@ -79,6 +79,7 @@ def test_what_the_grid_says_is_what_its_jobs_found(finished: Path) -> None:
     assert len(found) == 4
 
 
+@pytest.mark.slow
 def test_started_again_only_what_is_missing_or_of_other_settings_runs(finished: Path, tmp_path: Path) -> None:
     folder = copied(finished, tmp_path)
     before = done_times(folder)
@@ -181,7 +182,7 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
     ("grid", "message"),
     [
         pytest.param(("defense.qualty=30,90",), r"defense.qualty", marks=pytest.mark.slow),
-        (("+defense.qualty=30,90",), r"did you mean 'defense.quality'"),
+        pytest.param(("+defense.qualty=30,90",), r"did you mean 'defense.quality'", marks=pytest.mark.slow),
         pytest.param(
             ("+defense.qualty=1", "defense.quality=30,90"), r"did you mean 'defense.quality'", marks=pytest.mark.slow
         ),
