@@ -270,6 +270,7 @@ def test_a_class_by_its_import_path(options: str, message: str | None) -> None:
 
 def test_what_another_package_registers_is_an_option_without_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
     points = EntryPoints([EntryPoint("theirs", "dipguard.defenses.transforms:JPEG", "dipguard.defenses")])
+    monkeypatch.setattr(registry, "_registered", registry._registered.__wrapped__)
     monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
     monkeypatch.setattr(ConfigStore.instance(), "repo", {**ConfigStore.instance().repo})
     names_of.cache_clear()

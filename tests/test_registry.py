@@ -181,6 +181,7 @@ def test_other_packages_add_names_but_replace_none(monkeypatch):
         EntryPoint("jpeg", "their.package:JPEG", "dipguard.defenses"),
         EntryPoint("other", "their.package:Attack", "dipguard.attacks"),
     ])  # fmt: skip
+    monkeypatch.setattr(registry, "_registered", registry._registered.__wrapped__)
     monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
     assert table_of("defenses", {"jpeg": "own:JPEG"}) == {"jpeg": "own:JPEG", "theirs": "their.package:Defense"}
 

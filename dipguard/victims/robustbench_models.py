@@ -58,7 +58,16 @@ def build(
 
 
 def library() -> Any:
-    """Import RobustBench. Its release imports AutoAttack as ``autoattack``, but brings it as ``pyautoattack``."""
+    """Import RobustBench. Its release imports AutoAttack as ``autoattack``, but brings it as ``pyautoattack``.
+
+    The wheel of torchattacks 3.5.1 holds an old RobustBench under the same name: the one installed last stands.
+    """
     if find_spec("autoattack") is None and find_spec("pyautoattack") is not None:
         sys.modules.setdefault("autoattack", import_extra("pyautoattack", owner="RobustBench", extra="robustbench"))
-    return import_extra("robustbench", owner="the victim 'robustbench'", extra="robustbench")
+    robustbench = import_extra("robustbench", owner="the victim 'robustbench'", extra="robustbench")
+    if not hasattr(robustbench, "benchmark"):
+        raise ImportError(
+            "torchattacks has overwritten RobustBench with an old copy of it: "
+            "pip install --force-reinstall --no-deps robustbench, then start Python again"
+        )
+    return robustbench

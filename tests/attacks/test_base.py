@@ -9,7 +9,7 @@ import torchattacks
 from torch import nn
 
 from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, Snapshot, build_attack
-from dipguard.registry import lookup, options_of
+from dipguard.registry import _registered, lookup, options_of
 
 from .conftest import ADAPTIVE, STATIC, NoDefense, quick
 
@@ -150,6 +150,7 @@ def test_unknown_attacks_and_victims_are_refused(digits_cnn):
 
 def test_an_installed_package_adds_its_attacks(digits_cnn, digits, monkeypatch):
     points = {"dipguard.attacks": [EntryPoint("dark", f"{__name__}:Dark", "dipguard.attacks")]}
+    monkeypatch.setattr("dipguard.registry._registered", _registered.__wrapped__)
     monkeypatch.setattr("dipguard.registry.entry_points", lambda group: points.get(group, []))
     part = digits.select(0, 2)
     attack = build_attack("dark", digits_cnn, share=0.5)

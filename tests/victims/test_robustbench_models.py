@@ -66,6 +66,12 @@ def test_bad_options_are_refused(options: dict[str, Any], error: type, message: 
         build_victim("robustbench", **given)
 
 
+def test_torchattacks_old_copy_is_told_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(library(), "benchmark")  # what the copy lacks
+    with pytest.raises(ImportError, match=r"old copy of it: pip install --force-reinstall --no-deps robustbench"):
+        build_victim("robustbench")
+
+
 def test_a_defended_model_goes_through_their_benchmark(
     weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
