@@ -29,7 +29,11 @@ from dipguard.evaluation.metrics import decide
 from dipguard.victims import build_victim
 from tests.tiny_run import ROOT, TINY, compose_config, tiny_run, typed_config
 
-MIRROR = ("defense=mirror", "defense.T=20", "defense.t0=5", "defense.every=5", "data.limit=3", "attack.steps=2")
+NETWORKS = ["small"] * 3
+MIRROR = (
+    "defense=mirror", f"defense.networks={NETWORKS}".replace(" ", ""), "defense.T=20", "defense.t0=5", "defense.every=5",
+    "data.limit=3", "attack.steps=2",
+)  # fmt: skip
 """Overrides of a short run with the default defence; those of the paper's are left out."""
 
 
@@ -506,7 +510,8 @@ def test_the_default_defence_gives_what_the_class_gives(finished_mirror: tuple[P
     victim = build_victim("digits_cnn", seed=0)
     kept = [override for override in TINY if not override.startswith(("defense", "data.limit"))]
     given = prepare(typed_config(*kept, *MIRROR), folder).attacked("pgd", "mirror")
-    defense = build_defense("mirror", victim, T=20, t0=5, every=5, mirror=False, stack_size=2, progress=False)
+    options: dict[str, Any] = {"networks": NETWORKS, "T": 20, "t0": 5, "every": 5, "mirror": False}
+    defense = build_defense("mirror", victim, **options, stack_size=2, progress=False)
     purified = defense.purify(given, indices=torch.arange(3))
     with np.load(folder / "reconstructions.npz") as saved:
         assert np.array_equal(saved["images"], purified.numpy())

@@ -22,6 +22,7 @@ TINY = (
     "defenses.paper.decisions=10",
     "defenses.paper.t0=2",
     "defenses.paper.tau=0.2",
+    "defenses.mirror.networks=[small]",
     "defenses.mirror.T=12",
     "defenses.mirror.t0=4",
     "defenses.mirror.every=4",

@@ -18,6 +18,7 @@ SMALL = (
     "eps_255=24",
     "trainer.accelerator=cpu",
     "trainer.enable_progress_bar=false",
+    "defenses.mirror.networks=[small]",
     "defenses.mirror.T=20",
     "defenses.mirror.t0=5",
     "defenses.mirror.every=5",

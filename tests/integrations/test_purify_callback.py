@@ -122,6 +122,7 @@ def test_module_and_random_states_are_left_as_they_were(module: DigitsModule) ->
     assert all(p.requires_grad for p in module.parameters())
 
 
+@pytest.mark.slow
 def test_checkpoints_and_hyper_parameters_hold_nothing_of_it(module: DigitsModule, tmp_path: Path) -> None:
     fitted = trainer(PurifyCallback(DIPGuard(module, **TINY)), max_epochs=1, default_root_dir=tmp_path)
     fitted.fit(module, DigitsData(count=4))

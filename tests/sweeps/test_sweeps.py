@@ -245,6 +245,7 @@ def test_the_collector_refuses_what_is_no_sweep(tmp_path: Path, capsys: pytest.C
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_collector_by_command(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = copied(finished, tmp_path)
     for name in MADE:
