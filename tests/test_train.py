@@ -31,8 +31,8 @@ from tests.tiny_run import ROOT, TINY, compose_config, tiny_run, typed_config
 
 NETWORKS = ["small"] * 3
 MIRROR = (
-    "defense=mirror", f"defense.networks={NETWORKS}".replace(" ", ""), "defense.T=20", "defense.t0=5", "defense.every=5",
-    "data.limit=3", "attack.steps=2",
+    "defense=mirror", f"defense.networks={NETWORKS}".replace(" ", ""), "defense.T=20", "defense.t0=5",
+    "defense.every=5", "data.limit=3", "attack.steps=2",
 )  # fmt: skip
 """Overrides of a short run with the default defence; those of the paper's are left out."""
 
