@@ -44,8 +44,8 @@ def install() -> None:
         print("bootstrap: uv cannot do it, so pip does; this takes some minutes", file=sys.stderr)
         subprocess.run([*outer_pip, *locked], check=True)
     # The wheel of torchattacks holds an old copy of robustbench; where it came last, the real one is put back.
-    pinned = re.search(r"^robustbench==[^#]+", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.MULTILINE)
-    (VENV / "robustbench.lock").write_text(pinned[0] if pinned else "", encoding="utf-8")
+    pinned = re.findall(r"^robustbench==[^#]+", (ROOT / "requirements.lock").read_text(encoding="utf-8"), re.MULTILINE)
+    (VENV / "robustbench.lock").write_text("".join(pinned), encoding="utf-8")
     last = ["--force-reinstall", "--no-deps", "--require-hashes", "-r", str(VENV / "robustbench.lock")]
     subprocess.run([*outer_pip, *last], check=True)
     subprocess.run([*outer_pip, *editable], check=True)

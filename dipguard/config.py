@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dipguard.checks import check_bool, check_choice, check_float, check_int
@@ -110,7 +109,6 @@ class _Shared(dict[str, Any]):
         return self
 
 
-@cache
 def names_of(group: str) -> dict[str, str]:
     """Name -> "package.module:attribute" of a config group, with those of other packages."""
     source = GROUPS[group]

@@ -101,6 +101,7 @@ def options_of(path: str) -> dict[str, Any]:
     return dict(_options(module, name))
 
 
+@cache
 def constant_of(path: str) -> Any:
     """Return the literal value of a module's constant ("package.module:NAME") without importing it, or ValueError."""
     module, _, name = path.partition(":")

@@ -273,11 +273,9 @@ def test_what_another_package_registers_is_an_option_without_a_file(monkeypatch:
     monkeypatch.setattr(registry, "_registered", registry._registered.__wrapped__)
     monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
     monkeypatch.setattr(ConfigStore.instance(), "repo", {**ConfigStore.instance().repo})
-    names_of.cache_clear()
     try:
         config = typed_config("defense=theirs", "defense.quality=20")
     finally:
-        names_of.cache_clear()
         monkeypatch.undo()
         ConfigStore.instance().repo["defense"].pop("theirs.yaml")
     assert config.defenses["theirs"] == {"name": "theirs", "quality": 20}

@@ -29,10 +29,9 @@ from dipguard.evaluation.metrics import decide
 from dipguard.victims import build_victim
 from tests.tiny_run import ROOT, TINY, compose_config, tiny_run, typed_config
 
-NETWORKS = ["small"] * 3
 MIRROR = (
-    "defense=mirror", f"defense.networks={NETWORKS}".replace(" ", ""), "defense.T=20", "defense.t0=5",
-    "defense.every=5", "data.limit=3", "attack.steps=2",
+    "defense=mirror", "defense.networks=[small,small,small]", "defense.T=20", "defense.t0=5", "defense.every=5",
+    "data.limit=3", "attack.steps=2",
 )  # fmt: skip
 """Overrides of a short run with the default defence; those of the paper's are left out."""
 
@@ -510,7 +509,7 @@ def test_the_default_defence_gives_what_the_class_gives(finished_mirror: tuple[P
     victim = build_victim("digits_cnn", seed=0)
     kept = [override for override in TINY if not override.startswith(("defense", "data.limit"))]
     given = prepare(typed_config(*kept, *MIRROR), folder).attacked("pgd", "mirror")
-    options: dict[str, Any] = {"networks": NETWORKS, "T": 20, "t0": 5, "every": 5, "mirror": False}
+    options: dict[str, Any] = {"networks": ["small"] * 3, "T": 20, "t0": 5, "every": 5, "mirror": False}
     defense = build_defense("mirror", victim, **options, stack_size=2, progress=False)
     purified = defense.purify(given, indices=torch.arange(3))
     with np.load(folder / "reconstructions.npz") as saved:

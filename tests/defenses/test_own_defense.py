@@ -71,18 +71,14 @@ def test_the_programs_know_it(tmp_path: Path) -> None:
     compose = pytest.importorskip("hydra", reason="configs belong to the extra app").compose
     from hydra import initialize_config_module
 
-    from dipguard.config import from_hydra, names_of, register
+    from dipguard.config import from_hydra, register
 
-    names_of.cache_clear()
-    try:
-        register()
-        with initialize_config_module("conf", version_base="1.3"):
-            single = compose("train", overrides=["defense=random_resize", "defense.smallest=0.9"])
-            given = "+defenses.resized={_target_: own_defense.RandomResize, smallest: 0.8}"
-            many = compose("evaluate", overrides=["+defense@defenses.own=random_resize", given])
-        assert from_hydra(single).defenses == {"random_resize": {"name": "random_resize", "smallest": 0.9}}
-        defenses = from_hydra(many).defenses
-        assert defenses["own"] == {"name": "random_resize", "smallest": 0.85}
-        assert defenses["resized"] == {"_target_": "own_defense.RandomResize", "smallest": 0.8}
-    finally:
-        names_of.cache_clear()
+    register()
+    with initialize_config_module("conf", version_base="1.3"):
+        single = compose("train", overrides=["defense=random_resize", "defense.smallest=0.9"])
+        given = "+defenses.resized={_target_: own_defense.RandomResize, smallest: 0.8}"
+        many = compose("evaluate", overrides=["+defense@defenses.own=random_resize", given])
+    assert from_hydra(single).defenses == {"random_resize": {"name": "random_resize", "smallest": 0.9}}
+    defenses = from_hydra(many).defenses
+    assert defenses["own"] == {"name": "random_resize", "smallest": 0.85}
+    assert defenses["resized"] == {"_target_": "own_defense.RandomResize", "smallest": 0.8}

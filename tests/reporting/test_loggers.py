@@ -73,7 +73,7 @@ def test_every_dip_has_curves_and_pictures_while_a_matrix_is_run(tmp_path: Path)
     tiny_evaluation(tmp_path, *DIPS, "logger=csv")
     rows = read_rows(tmp_path / "logs" / "csv" / "session_0" / "metrics.csv")
     assert [int(row["cells/done"]) for row in rows if row["cells/done"]] == list(range(1, 7))
-    for defense, steps in {"paper": range(1, 20, 2), "mirror": (7, 11), "dip_fixed": range(8)}.items():
+    for defense, steps in {"paper": range(1, 20, 2), "mirror": (7, 11, 19, 23, 31, 35), "dip_fixed": range(8)}.items():
         for attack in ("clean", "pgd_8"):
             curve = [row for row in rows if row[f"fit/{defense}/{attack}/quality"]]
             assert [int(row["step"]) for row in curve] == list(steps)
@@ -82,7 +82,7 @@ def test_every_dip_has_curves_and_pictures_while_a_matrix_is_run(tmp_path: Path)
             assert rows.index(cell) > rows.index(curve[-1])
             assert (tmp_path / "figures" / f"panel_{defense}.{attack}.png").is_file()
             assert (tmp_path / "figures" / f"trace_{defense}.{attack}_000000.png").is_file() == (defense != "dip_fixed")
-    assert len([row for row in rows if row["fit/mirror/pgd_8/accuracy"]]) == 2
+    assert len([row for row in rows if row["fit/mirror/pgd_8/accuracy"]]) == 6
 
 
 @pytest.mark.slow
