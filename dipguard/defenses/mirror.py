@@ -9,11 +9,10 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
-from dipguard.decision import DecisionTrace, Reconstruction, quality
+from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_weights
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.decision.quality import colour_noise
@@ -162,37 +161,32 @@ class MirrorGuard(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
-        own = self.decide(images).cpu()  # a bad victim is noticed before the fit
+        windows: Any = {"warm_up": self.t0, "every": self.every, "windows": self.windows, "flip": self.mirror}
         seconds, logs = {"start": 0.0, "fit": 0.0}, []
-        for fit in self.fits:
-            log = WindowLogger(self.victim, warm_up=self.t0, every=self.every, windows=self.windows, flip=self.mirror)
+        for number, fit in enumerate(self.fits):
+            log = WindowLogger(self.victim, **windows, first_step=first_step + number * self.steps)
             options: Any = run | {"callbacks": [log, *run["callbacks"]]}
             spent = run_fit(images, T=self.steps, indices=indices, fit=fit, **options)
             seconds = {part: seconds[part] + spent[part] for part in seconds}
             logs.append(log)
         asked, fitted = sum(log.seconds for log in logs), time.perf_counter()
-        traces = self._traces(logs, images, indices, own)
+        traces = self._traces(logs, images, indices)
         rebuilt = [self.rebuild(trace) for trace in traces]
-        if run["logger"] is not None:
-            _log_means(run["logger"], traces, first_step=first_step)
         seconds["fit"] -= asked
         seconds["decide"] = time.perf_counter() - fitted + asked
         return Purified.stitched(rebuilt, like=images, traces=traces, seconds=seconds)
 
-    def _traces(
-        self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int], own: Tensor
-    ) -> list[DecisionTrace]:
-        """One decision trace per image of a stack [B, 3, H, W] with the victim's logits ``own`` [B, C]; on the CPU."""
-        parts = {"samples": "samples", "scores": "logits", "mirrored_logits": "mirrored_logits", "loss": "errors"}
+    def _traces(self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int]) -> list[DecisionTrace]:
+        """One decision trace per image of a stack [B, 3, H, W]; on the CPU."""
+        parts = {"scores": "logits", "loss": "errors", **{n: n for n in ("samples", "mirrored_logits", "quality")}}
         made = {name: torch.cat([getattr(log, part) for log in logs]) for name, part in parts.items()}
-        samples, given = made["samples"], images.to(made["samples"])
-        made["quality"] = quality(samples.flatten(0, 1), given.repeat(len(samples), 1, 1, 1)).reshape(len(samples), -1)
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
         steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
         made = {name: tensor.cpu() for name, tensor in made.items()}
         made["last"] = made["samples"][self.windows - 1 :: self.windows]
-        none = torch.empty(0, dtype=samples.dtype)
+        none = torch.empty(0, dtype=made["samples"].dtype)
+        given, own = images.to(made["samples"]), logs[0].given_logits.cpu()
         return [
             DecisionTrace(
                 index=index,
@@ -225,15 +219,6 @@ class MirrorGuard(DIPDefense):
             "mirrored": Intermediate(samples[self._mirrored_windows].to(images), view),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
-
-
-def _log_means(logger: Logger, traces: Sequence[DecisionTrace], *, first_step: int) -> None:
-    """Log the stack's means at each window."""
-    each = [(trace.loss, trace.quality, (trace.decisions != trace.given_decision).double()) for trace in traces]
-    means = [torch.stack(values).mean(dim=0).tolist() for values in zip(*each, strict=True)]
-    for step, *values in zip(traces[0].steps.tolist(), *means, strict=True):
-        names = ("fit/mse", "fit/quality", "fit/decision_changed")
-        logger.log_metrics(dict(zip(names, values, strict=True)), step=first_step + step)
 
 
 def _seed_of(seed: int, number: int) -> int:

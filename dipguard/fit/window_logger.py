@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
+from dipguard.decision import quality
 from dipguard.decision.class_scores import mirrored
 from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
 
@@ -17,7 +18,9 @@ from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
 class WindowLogger(pl.Callback):
     """Means of x(t) over windows of steps, and the victim's logits on each and on its mirrored, shifted copy.
 
-    The victim is asked when enough windows for a good batch are full, and at the end of the fit about the rest.
+    The victim is asked when enough windows for a good batch are full, and at the end of the fit about the rest. Then
+    means over the stack go to the Trainer's loggers, at each window's last step: ``fit/mse``, ``fit/quality`` (SSIM)
+    and ``fit/decision_changed`` (share of the images that are decided differently from x0).
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
@@ -25,10 +28,13 @@ class WindowLogger(pl.Callback):
         every: Steps of a window, at least 1.
         windows: Number of windows S, at least 1.
         flip: Mirror the copies; False only moves them.
+        first_step: Added to the step numbers of log entries, for several fits in one log.
 
     Attributes:
+        given_logits: The victim's logits on the given images, [B, C].
         samples: Means over the windows, [S, B, 3, H, W], after the fit.
         errors: Mean squared error to the given image, mean over each window, [S, B].
+        quality: SSIM of each window to the given image, [S, B].
         seconds: Time spent here.
 
     Raises:
@@ -36,14 +42,16 @@ class WindowLogger(pl.Callback):
         RuntimeError: The fit ended before the last window.
     """
 
-    def __init__(self, victim: nn.Module, *, warm_up: int, every: int, windows: int, flip: bool = True) -> None:
+    def __init__(
+        self, victim: nn.Module, *, warm_up: int, every: int, windows: int, flip: bool = True, first_step: int = 0
+    ) -> None:
         self._decide = Decider(victim)
         self.warm_up = check_int(warm_up, name="warm_up", low=0)
         self.every = check_int(every, name="every", low=1)
         self.windows = check_int(windows, name="windows", low=1)
-        self.flip = check_bool(flip, name="flip")
+        self.flip, self.first_step = check_bool(flip, name="flip"), first_step
         self.seconds = 0.0
-        self.samples = self.errors = torch.empty(0, dtype=torch.float32)
+        self.samples = self.errors = self.quality = self.given_logits = torch.empty(0, dtype=torch.float32)
         self._logits: list[tuple[Tensor, Tensor]] = []  # of each window that was read, and of its mirrored copy
         self._full = 0
 
@@ -58,10 +66,11 @@ class WindowLogger(pl.Callback):
         return torch.stack([logits for _, logits in self._logits])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Allocate the windows."""
+        """Allocate the windows; ask the victim about the given images."""
         given = as_stacked_dip(pl_module).given
+        self.given_logits = self._decide(given)
         self.samples = given.new_zeros(self.windows, *given.shape)
-        self.errors = given.new_zeros(self.windows, len(given))
+        self.errors, self.quality = given.new_zeros(2, self.windows, len(given))
         self._logits, self._full = [], 0
 
     @counted
@@ -80,12 +89,12 @@ class WindowLogger(pl.Callback):
             self.errors[window] /= self.every
             self._full = window + 1
             if self._full - len(self._logits) >= steps_together(2 * self.samples.shape[1]):
-                self._ask()
+                self._ask(trainer, as_stacked_dip(pl_module).given)
 
     @counted
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ask about the remaining windows."""
-        self._ask()
+        self._ask(trainer, as_stacked_dip(pl_module).given)
         if self._full < self.windows:
             needed = self.warm_up + self.windows * self.every
             raise RuntimeError(
@@ -93,9 +102,19 @@ class WindowLogger(pl.Callback):
                 f"windows, which needs {needed}"
             )
 
-    def _ask(self) -> None:
-        unread = self.samples[len(self._logits) : self._full]
-        parts = [torch.cat([window, mirrored(window, flip=self.flip)]) for window in unread]
-        for both in ask_together(self._decide, parts) if parts else ():
+    def _ask(self, trainer: pl.Trainer, given: Tensor) -> None:
+        first, own = len(self._logits), self.given_logits.argmax(1)
+        parts = [torch.cat([window, mirrored(window, flip=self.flip)]) for window in self.samples[first : self._full]]
+        for window, both in enumerate(ask_together(self._decide, parts) if parts else (), first):
             logits, mirrored_logits = both.chunk(2)
             self._logits.append((logits, mirrored_logits))
+            self.quality[window] = quality(self.samples[window], given)
+            changed = (logits.argmax(1) != own).to(given)
+            means = {
+                "fit/mse": self.errors[window],
+                "fit/quality": self.quality[window],
+                "fit/decision_changed": changed,
+            }
+            row = {name: float(values.mean()) for name, values in means.items()}
+            for logger in trainer.loggers:
+                logger.log_metrics(row, step=self.first_step + self.warm_up + self.every * (window + 1) - 1)

@@ -2,7 +2,9 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
+from dipguard.decision import quality
 from dipguard.decision.class_scores import mirrored
+from dipguard.evaluation.curves import Curves
 from dipguard.fit import Decider, FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
 
 OPTIONS = FitOptions(network="small", dtype="float64", jitter=0.0, optimise_z=True, engine="torch")
@@ -29,7 +31,7 @@ def test_windows_and_readings_are_those_of_a_slow_form(images, victim, windows, 
     log, keep, seen = WindowLogger(victim, warm_up=3, every=2, windows=windows), Keeper(), []
     with victim.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0]))):
         fit(images[:2], 2 * windows + 4, log, keep)
-    assert seen == calls  # of each window 2 images, as they are and mirrored
+    assert seen == [2, *calls]  # x0, then of each window 2 images, as they are and mirrored
     assert log.logits.shape == log.mirrored_logits.shape == (windows, 2, 10)
     decide = Decider(victim)
     for window in range(windows):
@@ -41,8 +43,24 @@ def test_windows_and_readings_are_those_of_a_slow_form(images, victim, windows, 
         given = images[:2].double()
         wrong = sum((keep.x[t] - given).square().flatten(1).mean(1) for t in (first, first + 1)) / 2
         assert torch.allclose(log.errors[window], wrong, atol=1e-12)
+        assert torch.allclose(log.quality[window], quality(mean, given), atol=1e-6)
     assert log.samples.shape == (windows, 2, 3, 32, 32)
     assert log.seconds > 0
+
+
+def test_rows_are_logged_while_the_fit_runs(images, victim):
+    curves, at = Curves(), []
+    log = WindowLogger(victim, warm_up=3, every=2, windows=40, first_step=100)
+    curves.row = lambda step, metrics: at.append(log._full)
+    with isolated_trainer(CPU):
+        make_trainer(84, device=CPU, callbacks=[log], logger=curves).fit(StackedDIP(images[:2], options=OPTIONS))
+    assert at == [16] * 16 + [32] * 16 + [40] * 8  # as many windows were full
+    assert [step for step, _ in curves.rows] == [100 + 3 + 2 * window + 1 for window in range(40)]
+    own = Decider(victim)(images[:2].double()).argmax(1)
+    for window, (_, row) in enumerate(curves.rows):
+        assert row["fit/mse"] == pytest.approx(float(log.errors[window].mean()))
+        assert row["fit/quality"] == pytest.approx(float(log.quality[window].mean()))
+        assert row["fit/decision_changed"] == float((log.logits[window].argmax(1) != own).double().mean())
 
 
 def test_a_logger_serves_another_fit(images, victim):
