@@ -168,13 +168,11 @@ def make_defense(
     with command_errors():
         table = table_of("defenses", DEFENSES)
         lookup(table, name, argument="--defense")
-        preset = preset_for(size)
-        defaults: dict[str, Any] = {"preset": preset} if "preset" in options_of(table[name]) else {}
+        defaults = {"preset": (preset := preset_for(size)), "progress": False}  # the command has a bar of its own
         if (name, preset) == ("paper", "imagenet"):
-            defaults = _PAPER_ON_IMAGENET
-        # The command has a progress bar of its own.
-        quiet = {"progress": False} if "progress" in options_of(table[name]) else {}
-        defense = build_defense(name, victim, seed=seed, **{**defaults, **quiet, **options})
+            defaults |= _PAPER_ON_IMAGENET
+        known = options_of(table[name]).keys() & defaults.keys()
+        defense = build_defense(name, victim, seed=seed, **{**{key: defaults[key] for key in known}, **options})
         if defense.unavailable is not None:
             raise CommandError(f"--defense {name} cannot run: {defense.unavailable}; give --option weights=PATH")
         defense.output_size(*size)

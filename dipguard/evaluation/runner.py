@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from itertools import product
 from multiprocessing import get_context
 from typing import Protocol
 
@@ -52,7 +53,7 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
         _share_out(matrix, todo)
     single, before = len(matrix.cells) == 1, Counter(matrix.store.counts)
     failed: list[str] = []
-    units = {cell.place: _units(cell) for cell in todo}
+    units = {cell.place: _units(matrix, cell) for cell in todo}
     total, reached, show = sum(units.values()), 0, bool(matrix.config.trainer.get("enable_progress_bar", True))
     with tqdm(total=total, desc="evaluate", unit_scale=True, disable=not show, dynamic_ncols=True) as bar:
         for cell in todo:
@@ -94,11 +95,14 @@ def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: Log | None
     _log.info("%s x %s: %d of %d right", *cell.place, int(right.sum()), len(right))
 
 
-def _units(cell: Cell) -> int:
-    """About how long a cell takes, in steps of one image's fit."""
+def _units(matrix: Matrix, cell: Cell) -> int:
+    """About how long what is not stored of a cell takes, in steps of one image's fit."""
     snapshots = len(cell.options.get("budgets") or [0]) * len(cell.options.get("radii_255") or [0])
     looks = cell.cost.purifications + len(cell.clean) * (1 + snapshots)
-    return looks * IMAGE + cell.cost.dip_steps + snapshots * len(cell.clean) * cell.defense.steps_per_image
+    chunks = product(range(snapshots), parts_of(len(cell.clean), matrix.chunk_size))
+    keys = {cell.sub_key("chunk", n, part.start, part.stop): part.stop - part.start for n, part in chunks}
+    left = sum(count for key, count in keys.items() if not matrix.store.file("cells", key).is_file())
+    return looks * IMAGE + cell.cost.dip_steps + left * cell.defense.steps_per_image
 
 
 def _check_randomness(matrix: Matrix) -> list[str]:
