@@ -10,15 +10,16 @@ if TYPE_CHECKING:
     from dipguard.defenses import Defense, DefenseResult, DIPGuard, MirrorGuard, build_defense
     from dipguard.fit import StackedDIP
     from dipguard.networks import NetworkSpec
+    from dipguard.victims import build_victim
 
 __all__ = [
     "DIPGuard", "DecisionTrace", "Defense", "DefenseResult", "MirrorGuard", "NetworkSpec", "Reconstruction",
-    "StackedDIP", "__version__", "build_defense", "stitch",
+    "StackedDIP", "__version__", "build_defense", "build_victim", "stitch",
 ]  # fmt: skip
 _HOMES = {
     "DIPGuard": "defenses", "DecisionTrace": "decision", "Defense": "defenses", "DefenseResult": "defenses",
     "MirrorGuard": "defenses", "NetworkSpec": "networks", "Reconstruction": "decision", "StackedDIP": "fit",
-    "build_defense": "defenses", "stitch": "decision",
+    "build_defense": "defenses", "build_victim": "victims", "stitch": "decision",
 }  # fmt: skip
 
 

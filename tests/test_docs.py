@@ -17,7 +17,7 @@ DOCUMENTS = {
     "README.md": {
         'weights="DEFAULT"': "weights=None",
         "224, 224": "40, 40",
-        'preset="imagenet"': 'preset="cifar10", T=20, t0=5, every=5, progress=False',
+        "victim, seed=0": 'victim, preset="cifar10", T=20, t0=5, every=5, progress=False',
     },
 }
 """Documents that are run (others by the tests of what they describe), and replacements for downloads and long fits."""

@@ -125,8 +125,7 @@ class MirrorGuard(DIPDefense):
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
         self.windows = (self.T - self.t0) // self.every
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
-        count = int(self.beta / self.beta_step + 1e-6)
-        self.betas = [round(self.beta_step * number, 6) for number in range(1, count + 1)]
+        self.betas = [round(self.beta_step * n, 6) for n in range(1, int(self.beta / self.beta_step + 1e-6) + 1)]
 
     @property
     def dip_fits(self) -> tuple[FitOptions, ...]:
