@@ -33,7 +33,7 @@ def command_errors(prefix: str = "") -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
-        raise CommandError(f"{prefix}{error}") from error
+        raise CommandError(prefix + str(error).replace("`victim.weights`", "--weights")) from error
 
 
 @contextmanager

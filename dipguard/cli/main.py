@@ -60,7 +60,7 @@ def _run_program(command: str, *arguments: str) -> int:
             print(*PROGRAMS)
             return 0
         os.environ["COMP_LINE"] = f"dipguard {rest}"
-    run("train" if command == "train" else "evaluate", [*["hydra.mode=MULTIRUN"] * (command == "sweep"), *arguments])
+    run("train" if command == "train" else "evaluate", [*["--multirun"] * (command == "sweep"), *arguments])
     return 0
 
 

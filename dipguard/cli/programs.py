@@ -113,9 +113,10 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sw
         program(cfg, folder, sweep=sweep)
         write_json(folder / DONE, {"key": key, "seconds": round(time.perf_counter() - start, 3)})
     except Exception as error:
-        log.exception("this job failed")  # into its own log; the sweep's report names it too
-        text = "".join(traceback.format_exception(error))
-        write_json(folder / FAILED, {"error": type(error).__name__, "message": str(error), "traceback": text})
+        refused = isinstance(error, CompactHydraException)  # its message says all
+        log.error("this job failed: %s", error, exc_info=not refused)  # into its own log; the sweep's report has it too
+        text, kind = "".join(traceback.format_exception(error)), "refused" if refused else type(error).__name__
+        write_json(folder / FAILED, {"error": kind, "message": str(error), "traceback": text})
         raise
 
 
@@ -184,6 +185,8 @@ def _run(
     if config.rebuild:
         return report(matrix)
     kind = job_type if sweep is None else "sweep"
+    if sweep is None:
+        log.info("run folder: %s (hydra.run.dir=%s goes on with a run that was stopped)", folder, folder)
     with open_log(matrix, job_type=kind, group=sweep) as run_log:
         failed = run(matrix, log=run_log)
         if config.store is not None:

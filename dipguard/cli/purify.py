@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     height, width = job.settings["size"]
     steps = f", {job.defense.steps_per_image} steps" if job.defense.steps_per_image else ""
     _say(
-        f"{len(job.sources)} pictures, brought to {height}x{width} ({args.resize}, {job.settings['interpolation']}); "
+        f"pictures: {len(job.sources)}, brought to {height}x{width} ({args.resize}, {job.settings['interpolation']}); "
         f"victim {args.victim}; defence {args.defense}{steps}, seed {args.seed}"
     )
     can_draw = find_spec("matplotlib") is not None
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     print(*map(decision_line, ordered[:MOST_PRINTED]), sep="\n")
     bad = [row for row in ordered if row.get("problem")]
     changed = sum(bool(row.get("changed")) for row in ordered)
-    _say(f"{len(ordered) - len(bad)} pictures, {changed} decisions changed; all in {job.out / 'decisions.csv'}")
+    _say(f"decisions changed: {changed} of {len(ordered) - len(bad)}; all in {job.out / 'decisions.csv'}")
     for row in bad:
         _say(decision_line(row))
     return 1 if bad else 0
@@ -98,9 +98,9 @@ def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], dra
         if not whole:
             _write(job, source, pixels)
         rows[source.name] = {"picture": source.name, "output": source.output, **done[1]}
-    for count, what in ((kept, "were done earlier"), (restored, "were done earlier, and written again")):
+    for count, what in ((kept, ""), (restored, ", and written again")):
         if count:
-            _say(f"{count} pictures {what}")
+            _say(f"pictures done earlier{what}: {count}")
     if not pending:
         return
     before = read_by_victim(job.victim, torch.stack([given.pixels for given in pending]))

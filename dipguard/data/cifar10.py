@@ -34,8 +34,8 @@ def load_cifar10(
         data = datasets.CIFAR10(str(folder), train=split == "train", download=download)
     except (OSError, RuntimeError) as error:
         how = "could not be downloaded" if download else "is missing or damaged, and `download` is off"
-        where = f"`path`: {folder}; expected there: the folder cifar-10-batches-py"
-        raise RuntimeError(f"CIFAR-10 {how} ({where}): {error}") from error
+        advice = f"Unpack {datasets.CIFAR10.url} in `path`, or take images of your own (`data=arrays`)"
+        raise RuntimeError(f"CIFAR-10 {how} (`path` is {folder}): {error}. {advice}") from error
     part = window(len(data.targets), offset=offset, limit=limit)
     images = resize(from_bytes(torch.from_numpy(data.data[part])), size)
     labels, indices = torch.tensor(data.targets), torch.arange(len(data.targets))

@@ -7,7 +7,7 @@ line per parameter through the common point, and a full grid gives many lines.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 from math import ceil, floor
 from pathlib import Path
@@ -68,7 +68,7 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
 def summary(folder: str | Path) -> str:
     """The sweep in some lines, for a terminal: how many jobs are done, what failed, the best setting."""
     sweep = read_sweep(folder)
-    lines = [f"sweep {sweep.name}: {state_section(sweep)}"]
+    lines = [f"sweep {sweep.name}: {state_section(sweep, escape=str)}"]
     for grid in _grids(sweep)[0]:
         for _, best in grid.ranking().head(1).iterrows():
             setting = sweep.setting(best["job"], grid.parameters)
@@ -184,14 +184,17 @@ def long_csv(sweep: Sweep) -> str:
     return str(table.to_csv(index=False, lineterminator="\n"))
 
 
-def state_section(sweep: Sweep) -> str:
+def state_section(sweep: Sweep, *, escape: Callable[[str], str] = escape_markdown) -> str:
     """How many jobs are done, and for the others what is missing or went wrong."""
     states = pd.Series([job.state for job in sweep.jobs.values()]).value_counts().reindex(STATES, fill_value=0)
     head = ", ".join(f"{count} {state}" for state, count in states.items() if count or state == "done")
     lines = [f"{len(sweep.jobs)} jobs: {head}."]
-    rest = {name: job for name, job in sweep.jobs.items() if job.state != "done"}
-    texts = [f"{job.state}: {sweep.setting(name)} ({name}): {job.problem}" for name, job in rest.items()]
-    lines += ["", *(f"- {escape_markdown(text)}" for text in texts)] if texts else []
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, job in sweep.jobs.items():
+        if job.state != "done":
+            alike.setdefault((job.state, job.problem), []).append(f"{sweep.setting(name)} ({name})")
+    texts = [f"{state}: {'; '.join(jobs)}: {problem}" for (state, problem), jobs in alike.items()]
+    lines += ["", *(f"- {escape(text)}" for text in texts)] if texts else []
     counts = [sum(job.store.get(name, 0) for job in sweep.jobs.values()) for name in ("fitted", "replayed", "decided")]
     if any(counts):
         lines += ["", f"Fits, in images: {counts[0]} made, {sum(counts[1:])} taken from the store."]

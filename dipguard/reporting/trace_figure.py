@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.reporting.canvas import DPI, Picture, plain_axes, short
+from dipguard.reporting.canvas import DPI, RIGHT, Picture, plain_axes, short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-TRUE, GIVEN = "#c1272d", "#0b62a4"
-"""The paper's colours: red is the true class, blue the class of the given image."""
-OTHERS = ("#1b8a5a", "#8457a8", "#5bb5c9")
+GIVEN = "#0b62a4"
+"""The class of the given image is blue, as in the paper; the true class is green, as right decisions are."""
+OTHERS = ("#8457a8", "#5bb5c9", "#9c6b30")
 REST = "#b8b8b8"
 USED, UNUSED = "#d98c00", "#aaaaaa"
 
@@ -108,7 +108,7 @@ def draw_trace(
 
 def class_colours(trace: DecisionTrace, label: int | None) -> dict[int, str]:
     """Colours of the true class, that of the given image, and the three others that x(t) is most often read as."""
-    colours = {trace.given_decision: GIVEN} if label is None else {label: TRUE}
+    colours = {trace.given_decision: GIVEN} if label is None else {label: RIGHT}
     colours.setdefault(trace.given_decision, GIVEN)
     values, counts = trace.decisions.unique(return_counts=True)
     often = values[counts.argsort(descending=True, stable=True)].tolist()

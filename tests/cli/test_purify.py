@@ -160,7 +160,7 @@ def test_what_is_done_is_not_done_again(pictures, purify, tmp_path, change, redo
     assert code == 0
     after = _times(out)
     assert {name for name in after if before.get(name) != after[name]} == redone
-    assert (f"{3 - len(redone)} pictures were done earlier" in said) == (len(redone) < 3)
+    assert (f"pictures done earlier: {3 - len(redone)}\n" in said) == (len(redone) < 3)
     assert set(_rows(out)) == ALL
     assert len(printed.splitlines()) == 3
 
@@ -193,8 +193,8 @@ def test_a_renamed_picture_is_not_purified_again(pictures, purify, tmp_path):
     (pictures / "b.png").rename(pictures / "new.png")
     code, _, said = purify(pictures)
     assert code == 0
-    assert "2 pictures were done earlier\n" in said
-    assert "1 pictures were done earlier, and written again" in said
+    assert "pictures done earlier: 2\n" in said
+    assert "pictures done earlier, and written again: 1" in said
     assert torch.equal(load(tmp_path / "out" / "new.png"), kept)
     assert set(_rows(tmp_path / "out")) == {"a.png", "new.png", "deep/c.png"}
 
@@ -205,7 +205,7 @@ def test_settings_that_were_used_before_cost_nothing(pictures, purify, tmp_path)
     purify(pictures, "--option", "quality=40")
     code, _, said = purify(pictures)
     assert code == 0
-    assert "3 pictures were done earlier, and written again" in said
+    assert "pictures done earlier, and written again: 3" in said
     assert all(torch.equal(load(tmp_path / "out" / name), pixels) for name, pixels in first.items())
 
 
@@ -406,6 +406,6 @@ def test_after_a_signal_it_goes_on_where_it_was(pictures, tmp_path, number, expe
     with _run(*words) as process:
         _, said = process.communicate()
     assert process.returncode == 0, said
-    assert f"{len(done)} pictures were done earlier" in said
+    assert f"pictures done earlier: {len(done)}" in said
     assert set(_rows(out)) == ALL
     assert _times(out)["a.png"] == first

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from dipguard.decision import DecisionTrace, Reconstruction, stitch
-from dipguard.reporting.canvas import DPI, save_figure
-from dipguard.reporting.trace_figure import GIVEN, TRUE, attack_inside, class_colours, draw_trace
+from dipguard.reporting.canvas import DPI, RIGHT, save_figure
+from dipguard.reporting.trace_figure import GIVEN, attack_inside, class_colours, draw_trace
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def test_trace_figure_without_crossings_is_as_large_as_any(trace: DecisionTrace,
 def test_true_class_is_red_and_that_of_the_given_image_blue(trace: DecisionTrace) -> None:
     other = (trace.given_decision + 1) % 10
     colours = class_colours(trace, other)
-    assert (colours[other], colours[trace.given_decision]) == (TRUE, GIVEN)
-    assert class_colours(trace, trace.given_decision)[trace.given_decision] == TRUE
+    assert (colours[other], colours[trace.given_decision]) == (RIGHT, GIVEN)
+    assert class_colours(trace, trace.given_decision)[trace.given_decision] == RIGHT
     assert class_colours(trace, None)[trace.given_decision] == GIVEN
     assert len(set(colours.values())) == len(colours) <= 5
 
