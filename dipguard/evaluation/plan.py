@@ -32,6 +32,8 @@ from dipguard.victims import build_victim, check_victim
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # it becomes the name of a folder
 PROGRAM_KEYS = ("accelerator", "enable_progress_bar")
 """Keys of ``trainer`` that concern the whole run; the others go to the Trainers of the fits."""
+NAMED = (FileNotFoundError, TypeError, ValueError, OSError, RuntimeError)
+"""Errors whose messages may name an argument."""
 
 
 def prepare(config: RunConfig, folder: str | Path) -> Matrix:
@@ -107,12 +109,11 @@ def keys_named(group: str, names: Iterable[str]) -> Iterator[None]:
     """Give the arguments in an error's message their names on the command line: ``data.path`` for ``path``."""
     try:
         yield
-    except (TypeError, ValueError, OSError) as error:
+    except NAMED as error:
         message = str(error)
         for name in names:
             message = message.replace(f"`{name}`", f"`{group}.{name}`")
-        kind = next(kind for kind in (FileNotFoundError, TypeError, ValueError, OSError) if isinstance(error, kind))
-        raise kind(message) from error
+        raise next(kind for kind in NAMED if isinstance(error, kind))(message) from error
 
 
 def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
