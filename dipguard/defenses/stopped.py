@@ -49,8 +49,9 @@ class StoppedDIP(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit one stack until the rule has chosen."""
-        start = time.perf_counter()
-        stopped = fit_rule(images, rule=self.make_rule(), indices=indices, fit=self.fit_options, T=self.T, **run)
+        start, fit = time.perf_counter(), self.fit_options
+        options: Any = {"rule": self.make_rule(), "first_step": first_step, **run}
+        stopped = fit_rule(images, indices=indices, fit=fit, T=self.T, **options)
         return Purified.plain(stopped.images.to(images), start=start)
 
 

@@ -15,16 +15,17 @@ from dipguard.fit.runner import run_fit
 
 
 class StopRuleCallback(pl.Callback):
-    """Shows every step of a fit to a fresh stopping rule.
+    """Shows every step of a fit to a fresh stopping rule, and changes nothing else.
 
-    The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps.
+    The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps, to whose
+    numbers ``first_step`` is added.
 
     Attributes:
         stopped: What the rule chose, after the fit; None before.
     """
 
-    def __init__(self, rule: StopRule) -> None:
-        self.rule = rule
+    def __init__(self, rule: StopRule, *, first_step: int = 0) -> None:
+        self.rule, self.first_step = rule, first_step
         self.stopped: Stopped | None = None
 
     def on_train_batch_end(
@@ -37,20 +38,23 @@ class StopRuleCallback(pl.Callback):
         if trainer.loggers and (step + 1) % max(1, trainer.max_steps // 50) == 0:
             means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}
             for logger in trainer.loggers:
-                logger.log_metrics(means, step=step)
+                logger.log_metrics(means, step=self.first_step + step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Collect what the rule chose."""
         self.stopped = self.rule.result()
 
 
-def fit_rule(images: Tensor, *, rule: StopRule, T: int, callbacks: Sequence[pl.Callback] = (), **run: Any) -> Stopped:
+def fit_rule(
+    images: Tensor, *, rule: StopRule, T: int, first_step: int = 0, callbacks: Sequence[pl.Callback] = (), **run: Any
+) -> Stopped:
     """Fit B networks to B images for a fresh stopping rule alone, and no longer than it needs.
 
-    ``callbacks`` run after the rule's; the other arguments and errors are those of :func:`dipguard.fit.run_fit`.
+    ``first_step`` is that of the rule's callback, after which ``callbacks`` run; the other arguments and errors are
+    those of :func:`dipguard.fit.run_fit`.
     Returns what the rule chose, on the fit's device and in its dtype; RuntimeError if it waits for a step beyond T.
     """
-    watch = StopRuleCallback(rule)
+    watch = StopRuleCallback(rule, first_step=first_step)
     run_fit(images, T=rule.steps_needed(T), callbacks=[watch, *callbacks], **run)
     assert watch.stopped is not None
     return watch.stopped

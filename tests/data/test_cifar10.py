@@ -6,7 +6,7 @@ from dipguard.data import load_data
 
 
 def test_missing_files_without_download_are_an_error_that_names_the_folder(tmp_path):
-    with pytest.raises(RuntimeError, match=rf"`path` is {tmp_path}.*Unpack https://\S+/cifar-10-python.tar.gz in `path`"):
+    with pytest.raises(RuntimeError, match=rf"`path` is {tmp_path}.*Unpack https://\S+python.tar.gz in `path`"):
         load_data("cifar10", path=tmp_path, download=False)
 
 

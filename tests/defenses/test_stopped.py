@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from dipguard.decision.stopping import FixedStep, Stopped
 from dipguard.defenses.base import Defense
 from dipguard.defenses.stopped import PRESETS, DIPDefend, FixedStepDIP, StoppedDIP
+from dipguard.evaluation.curves import Curves
 from dipguard.fit import FitOptions, fit_rule
 from dipguard.networks import build
 from dipguard.victims import build_victim
@@ -132,6 +133,13 @@ def test_the_bar_ends_full(small_images: Tensor, small_victim: nn.Module, capsys
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "18.0/18.0" in shown
+
+
+def test_curves_of_stacks_follow_each_other(small_images: Tensor, small_victim: nn.Module) -> None:
+    curves = Curves()
+    defense = FixedStepDIP(small_victim, network="small", T=20, step=9, stack_size=1, progress=False)
+    defense.defend(small_images[:2], logger=curves)
+    assert [step for step, _ in curves.rows] == list(range(20))  # ten steps, twice
 
 
 def test_without_options_the_fit_is_the_official_code_s_for_denoising(small_victim: nn.Module) -> None:
