@@ -193,7 +193,7 @@ def state_section(sweep: Sweep, *, escape: Callable[[str], str] = escape_markdow
     for name, job in sweep.jobs.items():
         if job.state != "done":
             alike.setdefault((job.state, job.problem), []).append(f"{sweep.setting(name)} ({name})")
-    texts = [f"{state}: {'; '.join(jobs)}: {problem}" for (state, problem), jobs in alike.items()]
+    texts = [f"{state}: {problem}: {'; '.join(jobs)}" for (state, problem), jobs in alike.items()]
     lines += ["", *(f"- {escape(text)}" for text in texts)] if texts else []
     counts = [sum(job.store.get(name, 0) for job in sweep.jobs.values()) for name in ("fitted", "replayed", "decided")]
     if any(counts):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,9 @@ def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
     sweep = read_sweep(folder)
     report = state_section(sweep)
     assert "10 jobs: 6 done, 2 failed, 1 unfinished, 1 missing." in report
-    assert "failed: T = 400, network = small, beta = 0.5 (failed): ValueError: bad \\| T" in report
-    assert "(100-small): its results are damaged" in report
-    assert "missing: T = 600 (gone): not begun" in report
+    assert "failed: ValueError: bad \\| T: T = 400, network = small, beta = 0.5 (failed)" in report
+    assert re.search(r"^- failed: its results are damaged: .*\(100-small\)$", report, flags=re.MULTILINE)
+    assert "missing: not begun: T = 600 (gone)" in report
     with io.StringIO(long_csv(sweep), newline="") as file:
         states = {line["job"]: (line["state"], line["problem"]) for line in csv.DictReader(file)}
     assert states["killed"] == ("unfinished", "running, or killed before its end")
