@@ -110,11 +110,7 @@ class WindowLogger(pl.Callback):
             self._logits.append((logits, mirrored_logits))
             self.quality[window] = quality(self.samples[window], given)
             changed = (logits.argmax(1) != own).to(given)
-            means = {
-                "fit/mse": self.errors[window],
-                "fit/quality": self.quality[window],
-                "fit/decision_changed": changed,
-            }
-            row = {name: float(values.mean()) for name, values in means.items()}
             for logger in trainer.loggers:
+                means = [float(values.mean()) for values in (self.errors[window], self.quality[window], changed)]
+                row = dict(zip(("fit/mse", "fit/quality", "fit/decision_changed"), means, strict=True))
                 logger.log_metrics(row, step=self.first_step + self.warm_up + self.every * (window + 1) - 1)
