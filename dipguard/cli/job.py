@@ -168,11 +168,13 @@ def make_defense(
     with command_errors():
         table = table_of("defenses", DEFENSES)
         lookup(table, name, argument="--defense")
-        defaults = {"preset": (preset := preset_for(size)), "progress": False}  # the command has a bar of its own
+        preset = preset_for(size)
+        defaults: dict[str, Any] = {"preset": preset, "progress": False}  # the command has a bar of its own
         if (name, preset) == ("paper", "imagenet"):
             defaults |= _PAPER_ON_IMAGENET
-        known = options_of(table[name]).keys() & defaults.keys()
-        defense = build_defense(name, victim, seed=seed, **{**{key: defaults[key] for key in known}, **options})
+        known = options_of(table[name])
+        given = {key: value for key, value in defaults.items() if key in known} | dict(options)
+        defense = build_defense(name, victim, seed=seed, **given)
         if defense.unavailable is not None:
             raise CommandError(f"--defense {name} cannot run: {defense.unavailable}; give --option weights=PATH")
         defense.output_size(*size)

@@ -115,7 +115,7 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sw
     except Exception as error:
         refused = isinstance(error, CompactHydraException)  # its message says all
         log.error("this job failed: %s", error, exc_info=not refused)  # into its own log; the sweep's report has it too
-        text, kind = "".join(traceback.format_exception(error)), "refused" if refused else type(error).__name__
+        kind, text = "refused" if refused else type(error).__name__, "".join(traceback.format_exception(error))
         write_json(folder / FAILED, {"error": kind, "message": str(error), "traceback": text})
         raise
 

@@ -125,7 +125,8 @@ class MirrorGuard(DIPDefense):
         self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
         self.windows = (self.T - self.t0) // self.every
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
-        self.betas = [round(self.beta_step * n, 6) for n in range(1, int(self.beta / self.beta_step + 1e-6) + 1)]
+        count = int(self.beta / self.beta_step + 1e-6)
+        self.betas = [round(self.beta_step * number, 6) for number in range(1, count + 1)]
 
     @property
     def dip_fits(self) -> tuple[FitOptions, ...]:
@@ -160,24 +161,30 @@ class MirrorGuard(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
+        own = self.decide(images).to(run["device"])  # a bad victim is noticed before the fit
         windows: Any = {"warm_up": self.t0, "every": self.every, "windows": self.windows, "flip": self.mirror}
         seconds, logs = {"start": 0.0, "fit": 0.0}, []
         for number, fit in enumerate(self.fits):
-            log = WindowLogger(self.victim, **windows, first_step=first_step + number * self.steps)
+            at = first_step + number * self.steps
+            log = WindowLogger(self.victim, **windows, given_logits=own, first_step=at)
             options: Any = run | {"callbacks": [log, *run["callbacks"]]}
             spent = run_fit(images, T=self.steps, indices=indices, fit=fit, **options)
             seconds = {part: seconds[part] + spent[part] for part in seconds}
             logs.append(log)
         asked, fitted = sum(log.seconds for log in logs), time.perf_counter()
-        traces = self._traces(logs, images, indices)
+        traces = self._traces(logs, images, indices, own.cpu())
         rebuilt = [self.rebuild(trace) for trace in traces]
         seconds["fit"] -= asked
         seconds["decide"] = time.perf_counter() - fitted + asked
         return Purified.stitched(rebuilt, like=images, traces=traces, seconds=seconds)
 
-    def _traces(self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int]) -> list[DecisionTrace]:
-        """One decision trace per image of a stack [B, 3, H, W]; on the CPU."""
-        parts = {"scores": "logits", "loss": "errors", **{n: n for n in ("samples", "mirrored_logits", "quality")}}
+    def _traces(
+        self, logs: Sequence[WindowLogger], images: Tensor, indices: list[int], own: Tensor
+    ) -> list[DecisionTrace]:
+        """One decision trace per image of a stack [B, 3, H, W] with the victim's logits ``own`` [B, C]; on the CPU."""
+        parts = dict(
+            samples="samples", scores="logits", mirrored_logits="mirrored_logits", loss="errors", quality="quality"
+        )
         made = {name: torch.cat([getattr(log, part) for log in logs]) for name, part in parts.items()}
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
@@ -185,7 +192,7 @@ class MirrorGuard(DIPDefense):
         made = {name: tensor.cpu() for name, tensor in made.items()}
         made["last"] = made["samples"][self.windows - 1 :: self.windows]
         none = torch.empty(0, dtype=made["samples"].dtype)
-        given, own = images.to(made["samples"]), logs[0].given_logits.cpu()
+        given = images.to(made["samples"])
         return [
             DecisionTrace(
                 index=index,

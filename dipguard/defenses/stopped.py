@@ -49,9 +49,9 @@ class StoppedDIP(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit one stack until the rule has chosen."""
-        start, fit = time.perf_counter(), self.fit_options
-        options: Any = {"rule": self.make_rule(), "first_step": first_step, **run}
-        stopped = fit_rule(images, indices=indices, fit=fit, T=self.T, **options)
+        start = time.perf_counter()
+        options: Any = {"rule": self.make_rule(), "fit": self.fit_options, "T": self.T, **run}
+        stopped = fit_rule(images, indices=indices, first_step=first_step, **options)
         return Purified.plain(stopped.images.to(images), start=start)
 
 

@@ -20,7 +20,7 @@ class WindowLogger(pl.Callback):
 
     The victim is asked when enough windows for a good batch are full, and at the end of the fit about the rest. Then
     means over the stack go to the Trainer's loggers, at each window's last step: ``fit/mse``, ``fit/quality`` (SSIM)
-    and ``fit/decision_changed`` (share of the images that are decided differently from x0).
+    and, with ``given_logits``, ``fit/decision_changed`` (share of the images that are decided differently from x0).
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
@@ -28,10 +28,10 @@ class WindowLogger(pl.Callback):
         every: Steps of a window, at least 1.
         windows: Number of windows S, at least 1.
         flip: Mirror the copies; False only moves them.
+        given_logits: The victim's logits on the given images, [B, C].
         first_step: Added to the step numbers of log entries, for several fits in one log.
 
     Attributes:
-        given_logits: The victim's logits on the given images, [B, C].
         samples: Means over the windows, [S, B, 3, H, W], after the fit.
         errors: Mean squared error to the given image, mean over each window, [S, B].
         quality: SSIM of each window to the given image, [S, B].
@@ -43,15 +43,24 @@ class WindowLogger(pl.Callback):
     """
 
     def __init__(
-        self, victim: nn.Module, *, warm_up: int, every: int, windows: int, flip: bool = True, first_step: int = 0
+        self,
+        victim: nn.Module,
+        *,
+        warm_up: int,
+        every: int,
+        windows: int,
+        flip: bool = True,
+        given_logits: Tensor | None = None,
+        first_step: int = 0,
     ) -> None:
         self._decide = Decider(victim)
         self.warm_up = check_int(warm_up, name="warm_up", low=0)
         self.every = check_int(every, name="every", low=1)
         self.windows = check_int(windows, name="windows", low=1)
-        self.flip, self.first_step = check_bool(flip, name="flip"), first_step
+        self.flip = check_bool(flip, name="flip")
+        self.given_logits, self.first_step = given_logits, first_step
         self.seconds = 0.0
-        self.samples = self.errors = self.quality = self.given_logits = torch.empty(0, dtype=torch.float32)
+        self.samples = self.errors = self.quality = torch.empty(0, dtype=torch.float32)
         self._logits: list[tuple[Tensor, Tensor]] = []  # of each window that was read, and of its mirrored copy
         self._full = 0
 
@@ -66,9 +75,8 @@ class WindowLogger(pl.Callback):
         return torch.stack([logits for _, logits in self._logits])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Allocate the windows; ask the victim about the given images."""
+        """Allocate the windows."""
         given = as_stacked_dip(pl_module).given
-        self.given_logits = self._decide(given)
         self.samples = given.new_zeros(self.windows, *given.shape)
         self.errors, self.quality = given.new_zeros(2, self.windows, len(given))
         self._logits, self._full = [], 0
@@ -103,14 +111,15 @@ class WindowLogger(pl.Callback):
             )
 
     def _ask(self, trainer: pl.Trainer, given: Tensor) -> None:
-        first, own = len(self._logits), self.given_logits.argmax(1)
+        first = len(self._logits)
         parts = [torch.cat([window, mirrored(window, flip=self.flip)]) for window in self.samples[first : self._full]]
         for window, both in enumerate(ask_together(self._decide, parts) if parts else (), first):
             logits, mirrored_logits = both.chunk(2)
             self._logits.append((logits, mirrored_logits))
             self.quality[window] = quality(self.samples[window], given)
-            changed = (logits.argmax(1) != own).to(given)
             for logger in trainer.loggers:
-                means = [float(values.mean()) for values in (self.errors[window], self.quality[window], changed)]
-                row = dict(zip(("fit/mse", "fit/quality", "fit/decision_changed"), means, strict=True))
-                logger.log_metrics(row, step=self.first_step + self.warm_up + self.every * (window + 1) - 1)
+                row = {"fit/mse": self.errors[window].mean(), "fit/quality": self.quality[window].mean()}
+                if self.given_logits is not None:
+                    row["fit/decision_changed"] = (logits.argmax(1) != self.given_logits.argmax(1)).double().mean()
+                step = self.first_step + self.warm_up + self.every * (window + 1) - 1
+                logger.log_metrics({name: float(value) for name, value in row.items()}, step=step)

@@ -125,9 +125,10 @@ class RunLog:
         self, key: str, metrics: Mapping[str, Any], *, step: int | None = None, pictures: Mapping[str, Path] = NONE
     ) -> None:
         """Enter a row, unless one of this key is there. Pictures go to TensorBoard and W&B."""
+        if key in self.keys:
+            return
         if self.run is None:
-            if not self._claim(key):
-                return
+            self.keys.add(key)
             if metrics:
                 self.inner.log_metrics(dict(metrics), step=step)
             if isinstance(self.inner, TensorBoardLogger):
@@ -139,8 +140,8 @@ class RunLog:
         with self._as_copy():
             row = {**metrics, **{name: wandb.Image(str(path)) for name, path in pictures.items()}}
             with _signals_held():
-                if self._claim(key):
-                    self._log(row, step)
+                self._claim(key)
+                self._log(row, step)
 
     def _log(self, row: Mapping[str, Any], step: int | None) -> None:
         """Give a row to W&B."""

@@ -75,7 +75,7 @@ def test_trace_figure_without_crossings_is_as_large_as_any(trace: DecisionTrace,
     assert plots[1].get_window_extent().height > 200, "the layout collapsed"
 
 
-def test_true_class_is_red_and_that_of_the_given_image_blue(trace: DecisionTrace) -> None:
+def test_true_class_is_green_and_that_of_the_given_image_blue(trace: DecisionTrace) -> None:
     other = (trace.given_decision + 1) % 10
     colours = class_colours(trace, other)
     assert (colours[other], colours[trace.given_decision]) == (RIGHT, GIVEN)
