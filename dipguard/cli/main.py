@@ -60,7 +60,10 @@ def _run_program(command: str, *arguments: str) -> int:
             print(*PROGRAMS)
             return 0
         os.environ["COMP_LINE"] = f"dipguard {rest}"
-    run("train" if command == "train" else "evaluate", [*["--multirun"] * (command == "sweep"), *arguments])
+    # Hydra refuses --multirun beside the flags that only show the config.
+    shows = any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments)
+    flags = ["--multirun"] * (command == "sweep" and not shows)
+    run("train" if command == "train" else "evaluate", [*flags, *arguments])
     return 0
 
 
