@@ -38,7 +38,7 @@ def _tune(*tiles: tuple[dict[str, int], int], key: list[str]) -> Any:
     ({"BLOCK_P": 128, "BLOCK_K": 32}, 4),
     ({"BLOCK_P": 256, "BLOCK_K": 16}, 4),
     ({"BLOCK_P": 32, "BLOCK_K": 32}, 2),
-    key=["inputs", "outputs", "pixels", "KERNEL", "STRIDE", "TRANSPOSED"],
+    key=["inputs", "outputs", "pixels", "KERNEL", "STRIDE", "TRANSPOSED", "PRECISION"],
 )
 @triton.jit
 def forward_kernel(
@@ -81,7 +81,7 @@ def forward_kernel(
 @_tune(
     ({"BLOCK_P": 64, "BLOCK_C": 32, "BLOCK_K": 16}, 4),
     ({"BLOCK_P": 32, "BLOCK_C": 32, "BLOCK_K": 32}, 2),
-    key=["inputs", "outputs", "height", "width", "KERNEL", "STRIDE"],
+    key=["inputs", "outputs", "height", "width", "KERNEL", "STRIDE", "PRECISION"],
 )
 @triton.jit
 def strided_gradient_kernel(
@@ -141,7 +141,7 @@ def strided_gradient_kernel(
     ({"BLOCK_P": 32, "BLOCK_K": 64}, 4),
     ({"BLOCK_P": 32, "BLOCK_K": 128}, 4),
     ({"BLOCK_P": 32, "BLOCK_K": 32}, 2),
-    key=["inputs", "outputs", "pixels", "KERNEL", "STRIDE"],
+    key=["inputs", "outputs", "pixels", "KERNEL", "STRIDE", "PRECISION"],
 )
 @triton.jit
 def weight_gradient_kernel(

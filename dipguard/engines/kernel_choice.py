@@ -2,9 +2,10 @@
 
 Stacked convolutions can be computed by torch as one convolution of B groups (``grouped``) or as one batched matrix
 product of all pixels' neighbourhoods (``matmul``, kernel ** 2 times the input's memory), or by our own kernels
-(``triton``, :mod:`dipguard.engines.triton_ops`); normalisations with LeakyReLU by ``torch`` or ``triton``. On a GPU
-every candidate is timed, once per process, on each distinct layer shape and compared with the first of its list; one
-that fails or disagrees is left out. On a CPU the first of each list is used.
+(``triton``, :mod:`dipguard.engines.triton_ops`; ``triton tf32x3`` splits float32 products into three of TF32);
+normalisations with LeakyReLU by ``torch`` or ``triton``. On a GPU every candidate is timed, once per process, on each
+distinct layer shape and compared with the first of its list in float64; one that fails or is too far off is left out.
+On a CPU the first of each list is used.
 
 The choice depends on the stack size. Kernels differ only by rounding, but a DIP fit amplifies that: in float32 an image
 may be reconstructed visibly differently in a stack of another size, as with torch's own kernels.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -32,7 +33,11 @@ from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d,
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUGH = 3e-2
-"""Largest relative difference from the first candidate in bfloat16 and TF32."""
+"""Largest relative error in bfloat16 and TF32."""
+SPLIT = "triton tf32x3"
+"""Its error may be twice the largest of the candidates that multiply in float32, no more."""
+CHECKED = 4
+"""Networks, the stack's last ones, whose results are compared: float64 is slow on many GPUs."""
 AHEAD = 2_000_000
 """Clock cycles, about a millisecond, for which the GPU waits while the host queues the work to be timed."""
 
@@ -51,15 +56,21 @@ def matmul_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, p
 
 
 Function: TypeAlias = Callable[..., Tensor]
-CONVOLUTIONS: dict[str, Function] = {"grouped": grouped_conv2d, "matmul": matmul_conv2d, "triton": triton_conv2d}
+CONVOLUTIONS: dict[str, Function] = {
+    "grouped": grouped_conv2d,
+    "matmul": matmul_conv2d,
+    "triton": triton_conv2d,
+    SPLIT: partial(triton_conv2d, products="tf32x3"),
+}
 NORMALISATIONS: dict[str, Function] = {"torch": norm_leaky_relu, "triton": triton_norm_leaky_relu}
 _MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
 
 
 def available(table: Mapping[str, Function], device: torch.device) -> tuple[str, ...]:
-    """The names of a table that can run on a device."""
+    """The names of a table that can run on a device, and are of use in the current precision."""
     with_triton = device.type == "cuda" and find_spec("triton") is not None
-    return tuple(name for name in table if name != "triton" or with_triton)
+    names = (name for name in table if with_triton or not name.startswith("triton"))
+    return tuple(name for name in names if name != SPLIT or _exact(device))
 
 
 @dataclass(frozen=True)
@@ -70,6 +81,11 @@ class LayerShape:
     weight: tuple[int, ...]  # [B, outputs, inputs, kernel, kernel] or, of a normalisation, [B, channels]
     options: tuple[tuple[str, Any], ...]  # stride and padding, or slope and eps
     gradient: bool = True  # whether x needs one
+
+    @property
+    def stack(self) -> int:
+        """B."""
+        return self.weight[0]
 
     @property
     def table(self) -> dict[str, Function]:
@@ -160,38 +176,54 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
 
 
 def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, names: Collection[str]) -> dict[str, float]:
-    """Seconds of a forward and backward pass of each candidate; infinite if it fails or disagrees with the first."""
+    """Seconds of a forward and backward pass of each candidate; infinite if it fails or its error is too large."""
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = _MEASURED.setdefault((card, *_precision(device), shape, dtype), {})
     missing = [name for name in names if name not in known]
-    if missing:
-        with torch.inference_mode(False), torch.enable_grad():
-            tensors = shape.example(device=device, dtype=dtype)
-            wanted = [t for t in tensors if t.requires_grad]
-            first = next(iter(shape.table))
-            like = shape.kernel(first)(*tensors).detach()
-            draw = torch.Generator(device).manual_seed(1)
-            dy = torch.randn(like.shape, generator=draw, device=device, dtype=like.dtype)
+    if not missing:
+        return {name: known[name] for name in names}
+    with torch.inference_mode(False), torch.enable_grad():
+        tensors = shape.example(device=device, dtype=dtype)
+        first = next(iter(shape.table))
+        like = shape.kernel(first)(*tensors).detach()
+        draw = torch.Generator(device).manual_seed(1)
+        dy = torch.randn(like.shape, generator=draw, device=device, dtype=like.dtype)
+        few = [_last(t, shape.stack) for t in (*tensors, dy)]
+        truth = _both(shape.kernel(first), [t.double() for t in few])
 
-            def both(name: str) -> tuple[Tensor, ...]:
-                y = shape.kernel(name)(*tensors)
-                return y, *torch.autograd.grad(y, wanted, dy)
+        def error(results: Sequence[Tensor]) -> float:
+            results = [_last(t, shape.stack) for t in results]
+            return max(float((a - b).norm() / b.norm()) for a, b in zip(results, truth, strict=True))
 
-            right = both(first)
-            for name in missing:
-                known[name] = float("inf")
-                try:
-                    if all(_close(a, b) for a, b in zip(both(name), right, strict=True)):
-                        known[name] = median_seconds(partial(both, name), device=device)
-                except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
-                    pass
+        tolerance = TOLERANCES.get(dtype, ROUGH) if _exact(device) else ROUGH
+        own = error(_both(shape.kernel(first), few))
+        for name in missing:
+            known[name] = float("inf")
+            try:
+                both = partial(_both, shape.kernel(name), [*tensors, dy])
+                off = error(both())
+                if off <= (min(tolerance, 2 * own) if name == SPLIT else tolerance):
+                    known[name] = median_seconds(both, device=device)
+                    own = max(own, off)
+            except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
+                pass
     return {name: known[name] for name in names}
 
 
-def _close(ours: Tensor, right: Tensor) -> bool:
-    exact = not any(word in ("tf32", torch.bfloat16) for word in _precision(right.device))
-    tolerance = TOLERANCES.get(right.dtype, ROUGH) if exact else ROUGH
-    return bool((ours.double() - right.double()).norm() <= tolerance * right.double().norm())
+def _both(kernel: Function, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The result, and the gradients of the tensors that require one; the last one is the result's own gradient."""
+    *inputs, dy = tensors
+    y = kernel(*inputs)
+    return y.detach(), *torch.autograd.grad(y, [t for t in inputs if t.requires_grad], dy)
+
+
+def _last(t: Tensor, stack: int) -> Tensor:
+    """The part of the last networks, of an activation [1, B * channels, H, W] or of parameters [B, ...]."""
+    return t[:, -(t.shape[1] // stack) * CHECKED :] if t.ndim == 4 else t[-CHECKED:]
+
+
+def _exact(device: torch.device) -> bool:
+    return not any(word in ("tf32", torch.bfloat16) for word in _precision(device))
 
 
 def _precision(device: torch.device) -> tuple[object, ...]:

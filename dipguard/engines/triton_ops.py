@@ -2,7 +2,7 @@
 
 For NVIDIA GPUs; on a CPU they run only in Triton's interpreter. float32, bfloat16 and float64 are supported; sums run
 in float32 (float64 for float64), and backward passes are deterministic. In float32 products are exact, unless TF32 is
-switched on (:func:`dipguard.engines.precision`). ``benchmarks/conv_forms.py`` measures them.
+switched on (:func:`dipguard.engines.precision`) or ``tf32x3`` is asked for. ``benchmarks/conv_forms.py`` measures them.
 """
 
 from __future__ import annotations
@@ -22,13 +22,17 @@ PROGRAMS = 512  # fill a large GPU about four times over
 GRADIENT_BLOCK = 64
 
 
-def triton_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:
+def triton_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros", products: str | None = None
+) -> Tensor:
     """B convolutions with the arguments and result of :func:`dipguard.networks.unet.grouped_conv2d`.
 
-    Under autocast x is cast to autocast's dtype, as torch's convolution does; weights are cast tile by tile, and their
-    gradient keeps their own dtype. ValueError for more than 65,535 networks, RuntimeError where Triton cannot run.
+    Float32 is multiplied as ``products`` says, ``ieee``, ``tf32`` or ``tf32x3`` (split into three TF32 products, nearly
+    exact); by default ``tf32`` where that is switched on, else ``ieee``. Under autocast x is cast to autocast's dtype,
+    as torch's convolution does; weights are cast tile by tile, and their gradient keeps their own dtype. ValueError for
+    more than 65,535 networks, RuntimeError where Triton cannot run.
     """
-    precision = "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    precision = products or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
     if len(weight) > LARGEST_STACK:
         raise ValueError(f"`weight` must be of at most {LARGEST_STACK} networks, got {len(weight)}")
     check_device(x.device)

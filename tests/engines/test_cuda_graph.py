@@ -89,7 +89,7 @@ def test_without_cuda_a_graph_is_refused() -> None:
     ("change", "message"),
     [
         ({"matmul_precision": "float16"}, "`matmul_precision` must be one of float32, tf32, bfloat16, got 'float16'"),
-        ({"convolutions": ["fft"]}, "`convolutions` must be one of grouped, matmul, triton, got 'fft'"),
+        ({"convolutions": ["fft"]}, "`convolutions` must be one of grouped, matmul, triton, triton tf32x3, got 'fft'"),
         ({"given": torch.rand(2, 3, 17, 18)}, r"`given` must be one image a network, \[3, 3, H, W\]"),
     ],
 )
@@ -106,10 +106,10 @@ def test_z_of_another_shape_is_refused() -> None:
 
 
 @needs_cuda
-@pytest.mark.parametrize("convolution", ["grouped", "matmul", "triton"])
+@pytest.mark.parametrize("convolution", ["grouped", "matmul", "triton", "triton tf32x3"])
 def test_a_graph_gives_what_eager_steps_give(convolution: str) -> None:
     results = []
-    normalisation = "triton" if convolution == "triton" else "torch"
+    normalisation = "triton" if convolution.startswith("triton") else "torch"
     for capture in (True, False):
         torch.manual_seed(0)
         net, given, z = problem(device="cuda")

@@ -119,7 +119,11 @@ def test_torch_s_normalisation_is_its_two_operations(slope: float) -> None:
 def test_triton_is_offered_on_cuda_alone() -> None:
     assert ON_CPU == ("grouped", "matmul")
     assert available(NORMALISATIONS, CPU) == ("torch",)
-    assert set(available(CONVOLUTIONS, torch.device("cuda"))) <= set(CONVOLUTIONS) == {"grouped", "matmul", "triton"}
+    with precision("float32", CPU):
+        on_gpu = set(available(CONVOLUTIONS, torch.device("cuda")))
+    assert on_gpu <= set(CONVOLUTIONS) == {"grouped", "matmul", "triton", "triton tf32x3"}
+    with precision("tf32", CPU):
+        assert set(available(CONVOLUTIONS, torch.device("cuda"))) == on_gpu - {"triton tf32x3"}
 
 
 def flops(shape: LayerShape) -> int:
@@ -192,6 +196,27 @@ def test_a_candidate_that_disagrees_is_never_the_fastest(wrong: float, monkeypat
     assert math.isfinite(times["matmul"]) == (wrong == 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "noise", "allowed"),
+    [
+        ("triton tf32x3", 1e-7, True),
+        ("triton tf32x3", 2e-6, False),
+        ("matmul", 2e-6, True),
+    ],
+)
+def test_tf32x3_is_float32_only_where_its_error_is(
+    name: str, noise: float, allowed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noisy(x: Tensor, weight: Tensor, bias: Tensor, **options: object) -> Tensor:
+        return grouped_conv2d(x, weight * (1 + noise), bias, **options)
+
+    monkeypatch.setitem(CONVOLUTIONS, name, noisy)
+    monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", {})
+    with precision("float32", CPU):
+        times = measure(SHAPE, device=CPU, dtype=torch.float32, names=["grouped", name])
+    assert math.isfinite(times[name]) == allowed
+
+
 def test_measuring_works_under_inference_mode_and_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     with torch.inference_mode():
@@ -232,7 +257,7 @@ def test_a_choice_is_applied_to_the_layers_it_names() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"convolutions": ["fft"]}, "`convolutions` must be one of grouped, matmul, triton, got 'fft'"),
+        ({"convolutions": ["fft"]}, "`convolutions` must be one of grouped, matmul, triton, triton tf32x3, got 'fft'"),
         ({"normalisations": ("apex",)}, "`normalisations` must be one of torch, triton, got 'apex'"),
     ],
 )

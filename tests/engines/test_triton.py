@@ -71,11 +71,13 @@ def test_a_norm_of_other_channels_is_refused() -> None:
 COMPILED = [
     ("forward_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
     ("forward_kernel", "fp32", "tf32", r"mma\S*\.tf32", r"fma\.rn\.f32"),
+    ("forward_kernel", "fp32", "tf32x3", r"sub\S*\.f32[\s\S]*mma\S*\.tf32", r"fma\.rn\.f32"),
     ("forward_kernel", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
     ("transposed", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
     ("strided_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
     ("weight_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
     ("weight_gradient_kernel", "fp32", "tf32", r"mma\S*\.tf32", r"mma\S*\.bf16"),
+    ("weight_gradient_kernel", "fp32", "tf32x3", r"sub\S*\.f32[\s\S]*mma\S*\.tf32", r"fma\.rn\.f32"),
     ("weight_gradient_kernel", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
     ("fold_kernel", "fp32", "ieee", r"add\.f32", r"atom"),
     ("norm_kernel", "fp32", "ieee", r"sqrt", r"f64"),
