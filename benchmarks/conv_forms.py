@@ -33,6 +33,7 @@ from dipguard.engines import PRECISIONS, precision
 from dipguard.engines.cuda_graph import CudaGraphEngine
 from dipguard.engines.kernel_choice import (
     CONVOLUTIONS,
+    JOINS,
     LayerShape,
     available,
     layer_shapes,
@@ -111,7 +112,7 @@ def compared(
 
 
 def layer_rows(shape: LayerShape, device: torch.device) -> Iterator[Row]:
-    """All kernels on one layer shape; a normalisation's rates count every tensor once."""
+    """All kernels on one layer shape; rates of normalisations and joins count every tensor once."""
     inputs = shape.example(device=device, dtype=torch.float32)
     options, (height, width) = dict(shape.options), shape.x[-2:]
     ways = {name: partial(shape.kernel(name), *inputs) for name in available(shape.table, device)}
@@ -120,6 +121,11 @@ def layer_rows(shape: LayerShape, device: torch.device) -> Iterator[Row]:
         _, outputs, inner, kernel, _ = shape.weight
         kind = f"{kernel}x{kernel}/{options['stride']} {height}x{width} {options['padding']}"
         yield from compared(f"{inner}->{outputs} {kind}", ways, inputs, work, work * (1 + shape.gradient))
+    elif shape.table is JOINS:
+        read = sum(t.numel() * t.element_size() for t in inputs if t.ndim == 4) / 1e9
+        made = math.prod((shape.stack, shape.weight[1], *options["size"])) * inputs[0].element_size() / 1e9
+        name = f"join, {options['upsample']}, {shape.weight[1]} {options['size'][0]}x{options['size'][1]}"
+        yield from compared(name, ways, inputs, read + made, 2 * read + made)
     else:
         size = inputs[0].numel() * inputs[0].element_size() / 1e9
         name = f"norm, slope {options['slope']}, {shape.weight[1]} {height}x{width}"

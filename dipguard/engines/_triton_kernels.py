@@ -6,7 +6,8 @@ Convolutions are implicit matrix products within one network: a program computes
 entries of the unfolded input from where they lie. "Depth" is the product's inner dimension. Inputs are padded already,
 so an entry's place is the sum of a pixel's and a tap's, without any check of borders. Normalisation runs one program
 per plane, that is per channel of one network; planes are contiguous. A plane that fits into a block (SINGLE) is read
-once, a larger one in each pass, mostly from the cache.
+once, a larger one in each pass, mostly from the cache. The middle of a scale is a normalisation that reads its planes
+from the skip or, upsampled, from below.
 
 Sums run in float32 (float64 for float64), in an order that depends on tile and plane sizes and on no other network.
 """
@@ -245,20 +246,63 @@ def _before(came, unit, w, b, SLOPE: tl.constexpr):
 
 
 @triton.jit
+def _upsampled(low, i, j, inside, rows, columns, UPSAMPLE: tl.constexpr, SUM: tl.constexpr):
+    """Pixel (i, j) of a plane of ``rows`` x ``columns`` pixels, ``low``, upsampled by 2."""
+    row = i // 2 * columns
+    column = j // 2
+    value = tl.load(low + row + column, mask=inside, other=0).to(SUM)
+    if UPSAMPLE == "bilinear":
+        # An even pixel takes a quarter from the pixel before its own, an odd one from the pixel after it.
+        next_row = tl.minimum(tl.maximum(i // 2 + i % 2 * 2 - 1, 0), rows - 1) * columns
+        next_column = tl.minimum(tl.maximum(column + j % 2 * 2 - 1, 0), columns - 1)
+        beside = tl.load(low + row + next_column, mask=inside, other=0).to(SUM)
+        below = tl.load(low + next_row + column, mask=inside, other=0).to(SUM)
+        across = tl.load(low + next_row + next_column, mask=inside, other=0).to(SUM)
+        value += (beside - value) * 0.25
+        below += (across - below) * 0.25
+        value += (below - value) * 0.25
+    return value
+
+
+@triton.jit
+def _read(skip, low, n, own, count, width, rows, columns, UPSAMPLE: tl.constexpr, SUM: tl.constexpr):
+    """Pixels n of a plane before the normalisation: the first ``own`` of the skip, the others upsampled."""
+    value = tl.load(skip + n, mask=n < own, other=0).to(SUM)
+    if UPSAMPLE != "none":
+        value += _upsampled(low, n // width, n % width, (n >= own) & (n < count), rows, columns, UPSAMPLE, SUM)
+    return value
+
+
+@triton.jit
+def _write(dskip, dhigh, n, own, count, out, UPSAMPLE: tl.constexpr):
+    """Gradients of what `_read` gives."""
+    tl.store(dskip + n, out.to(dskip.dtype.element_ty), mask=n < own)
+    if UPSAMPLE != "none":
+        tl.store(dhigh + n, out.to(dhigh.dtype.element_ty), mask=(n >= own) & (n < count))
+
+
+@triton.jit
 def norm_kernel(
-    x, weight, bias, y, means, scales, count,
-    EPS: tl.constexpr, SLOPE: tl.constexpr,
+    skip, low, weight, bias, y, means, scales, channels, skips, height, width, rows, columns,
+    EPS: tl.constexpr, SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr,
     SUM: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """y = leaky((x - mean) * scale * weight + bias), with scale = 1 / sqrt(variance + EPS)."""
+    """y = leaky((x - mean) * scale * weight + bias), with scale = 1 / sqrt(variance + EPS).
+
+    x are each network's ``skips`` planes of the skip, then those of ``low``, upsampled; UPSAMPLE "none": only skips.
+    """
     plane = tl.program_id(0).to(tl.int64)
-    x += plane * count
+    count = height * width
+    channel = plane % channels
+    own = tl.where(channel < skips, count, 0)  # pixels from the skip: all or none
+    skip += (plane // channels * skips + channel) * count
+    low += (plane // channels * (channels - skips) + channel - skips) * rows * columns
     y += plane * count
     w = tl.load(weight + plane).to(SUM)
     b = tl.load(bias + plane).to(SUM)
     n = tl.arange(0, BLOCK)
     if SINGLE:
-        value = tl.load(x + n, mask=n < count, other=0).to(SUM)
+        value = _read(skip, low, n, own, count, width, rows, columns, UPSAMPLE, SUM)
         mean = tl.sum(value, axis=0) / count
         off = tl.where(n < count, value - mean, 0)
         scale = 1 / tl.sqrt(tl.sum(off * off, axis=0) / count + EPS)
@@ -266,16 +310,16 @@ def norm_kernel(
     else:
         sums = tl.zeros((BLOCK,), dtype=SUM)
         for start in range(0, count, BLOCK):
-            sums += tl.load(x + start + n, mask=start + n < count, other=0).to(SUM)
+            sums += _read(skip, low, start + n, own, count, width, rows, columns, UPSAMPLE, SUM)
         mean = tl.sum(sums, axis=0) / count
         squares = tl.zeros((BLOCK,), dtype=SUM)
         for start in range(0, count, BLOCK):
-            value = tl.load(x + start + n, mask=start + n < count, other=0).to(SUM)
+            value = _read(skip, low, start + n, own, count, width, rows, columns, UPSAMPLE, SUM)
             off = tl.where(start + n < count, value - mean, 0)
             squares += off * off
         scale = 1 / tl.sqrt(tl.sum(squares, axis=0) / count + EPS)
         for start in range(0, count, BLOCK):
-            value = tl.load(x + start + n, mask=start + n < count, other=0).to(SUM)
+            value = _read(skip, low, start + n, own, count, width, rows, columns, UPSAMPLE, SUM)
             out = _activated((value - mean) * scale, w, b, SLOPE)
             tl.store(y + start + n, out.to(y.dtype.element_ty), mask=start + n < count)
     tl.store(means + plane, mean)
@@ -284,42 +328,76 @@ def norm_kernel(
 
 @triton.jit
 def norm_gradient_kernel(
-    x, dy, weight, bias, means, scales, dx, dw, db, count,
-    SLOPE: tl.constexpr, SUM: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
+    skip, low, dy, weight, bias, means, scales, dskip, dhigh, dw, db, channels, skips, height, width, rows, columns,
+    SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr,
+    SUM: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Gradients with respect to x, weight and bias."""
+    """Gradients with respect to the skip, to ``low`` after its upsampling, to weight and bias."""
     plane = tl.program_id(0).to(tl.int64)
-    x += plane * count
+    count = height * width
+    channel = plane % channels
+    own = tl.where(channel < skips, count, 0)
+    skip_plane = plane // channels * skips + channel
+    low_plane = plane // channels * (channels - skips) + channel - skips
+    skip += skip_plane * count
+    dskip += skip_plane * count
+    low += low_plane * rows * columns
+    dhigh += low_plane * count
     dy += plane * count
-    dx += plane * count
     mean = tl.load(means + plane)
     scale = tl.load(scales + plane)
     w = tl.load(weight + plane).to(SUM)
     b = tl.load(bias + plane).to(SUM)
     n = tl.arange(0, BLOCK)
     if SINGLE:
-        unit = (tl.load(x + n, mask=n < count, other=0).to(SUM) - mean) * scale
+        unit = (_read(skip, low, n, own, count, width, rows, columns, UPSAMPLE, SUM) - mean) * scale
         came = _before(tl.load(dy + n, mask=n < count, other=0).to(SUM), unit, w, b, SLOPE)
         plain = tl.sum(came, axis=0)
         along = tl.sum(came * unit, axis=0)
         out = (came - plain / count - unit * (along / count)) * (w * scale)
-        tl.store(dx + n, out.to(dx.dtype.element_ty), mask=n < count)
+        _write(dskip, dhigh, n, own, count, out, UPSAMPLE)
     else:
         plains = tl.zeros((BLOCK,), dtype=SUM)
         alongs = tl.zeros((BLOCK,), dtype=SUM)
         for start in range(0, count, BLOCK):
-            inside = start + n < count
-            unit = (tl.load(x + start + n, mask=inside, other=0).to(SUM) - mean) * scale
-            came = _before(tl.load(dy + start + n, mask=inside, other=0).to(SUM), unit, w, b, SLOPE)
+            value = _read(skip, low, start + n, own, count, width, rows, columns, UPSAMPLE, SUM)
+            unit = (value - mean) * scale
+            came = _before(tl.load(dy + start + n, mask=start + n < count, other=0).to(SUM), unit, w, b, SLOPE)
             plains += came
             alongs += came * unit
         plain = tl.sum(plains, axis=0)
         along = tl.sum(alongs, axis=0)
         for start in range(0, count, BLOCK):
-            inside = start + n < count
-            unit = (tl.load(x + start + n, mask=inside, other=0).to(SUM) - mean) * scale
-            came = _before(tl.load(dy + start + n, mask=inside, other=0).to(SUM), unit, w, b, SLOPE)
+            value = _read(skip, low, start + n, own, count, width, rows, columns, UPSAMPLE, SUM)
+            unit = (value - mean) * scale
+            came = _before(tl.load(dy + start + n, mask=start + n < count, other=0).to(SUM), unit, w, b, SLOPE)
             out = (came - plain / count - unit * (along / count)) * (w * scale)
-            tl.store(dx + start + n, out.to(dx.dtype.element_ty), mask=inside)
+            _write(dskip, dhigh, start + n, own, count, out, UPSAMPLE)
     tl.store(dw + plane, along)
     tl.store(db + plane, plain)
+
+
+@triton.jit
+def upsampling_gradient_kernel(
+    dhigh, dlow, count, height, width, rows, columns,
+    UPSAMPLE: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Each pixel of ``dlow`` collects, in a fixed order, from the pixels that it fed; both contiguous.
+
+    Torch's own kernel for bilinear upsampling adds atomically, so two runs of it round differently.
+    """
+    n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    dhigh += n // (rows * columns) * height * width
+    # Pixels 2 k and 2 k + 1 show pixel k; bilinear ones beside them, 2 k - 1 and 2 k + 2, do so by a quarter.
+    FED: tl.constexpr = 4 if UPSAMPLE == "bilinear" else 2
+    total = tl.zeros((BLOCK,), dtype=SUM)
+    for r in tl.static_range(FED):
+        # Beyond an edge, the edge's own pixel shows k once more.
+        i = tl.minimum(tl.maximum(n // columns % rows * 2 + r - (FED // 2 - 1), 0), 2 * rows - 1)
+        for s in tl.static_range(FED):
+            j = tl.minimum(tl.maximum(n % columns * 2 + s - (FED // 2 - 1), 0), 2 * columns - 1)
+            came = tl.load(dhigh + i * width + j, mask=(n < count) & (i < height) & (j < width), other=0).to(SUM)
+            if FED == 4:
+                came *= (0.25 if r % 3 == 0 else 0.75) * (0.25 if s % 3 == 0 else 0.75)
+            total += came
+    tl.store(dlow + n, total.to(dlow.dtype.element_ty), mask=n < count)

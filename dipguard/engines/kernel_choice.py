@@ -3,9 +3,9 @@
 Stacked convolutions can be computed by torch as one convolution of B groups (``grouped``) or as one batched matrix
 product of all pixels' neighbourhoods (``matmul``, kernel ** 2 times the input's memory), or by our own kernels
 (``triton``, :mod:`dipguard.engines.triton_ops`; ``triton tf32x3`` splits float32 products into three of TF32);
-normalisations with LeakyReLU by ``torch`` or ``triton``. On a GPU every candidate is timed, once per process, on each
-distinct layer shape and compared with the first of its list in float64; one that fails or is too far off is left out.
-On a CPU the first of each list is used.
+normalisations with LeakyReLU, and the middle of a scale (upsampling, concatenation, normalisation), by ``torch`` or
+``triton``. On a GPU every candidate is timed, once per process, on each distinct layer shape and compared with the
+first of its list in float64; one that fails or is too far off is left out. On a CPU the first of each list is used.
 
 The choice depends on the stack size. Kernels differ only by rounding, but a DIP fit amplifies that: in float32 an image
 may be reconstructed visibly differently in a stack of another size, as with torch's own kernels.
@@ -27,9 +27,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard.checks import check_choice
-from dipguard.engines.triton_ops import triton_conv2d, triton_norm_leaky_relu
+from dipguard.engines.triton_ops import triton_conv2d, triton_join_norm, triton_norm_leaky_relu
 from dipguard.networks import StackedSkipNet
-from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu, pad_border
+from dipguard.networks.unet import (
+    StackedConv2d,
+    StackedJoin2d,
+    StackedNorm2d,
+    grouped_conv2d,
+    join_norm,
+    norm_leaky_relu,
+    pad_border,
+)
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUGH = 3e-2
@@ -63,6 +71,7 @@ CONVOLUTIONS: dict[str, Function] = {
     SPLIT: partial(triton_conv2d, products="tf32x3"),
 }
 NORMALISATIONS: dict[str, Function] = {"torch": norm_leaky_relu, "triton": triton_norm_leaky_relu}
+JOINS: dict[str, Function] = {"torch": join_norm, "triton": triton_join_norm}
 _MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
 
 
@@ -75,11 +84,11 @@ def available(table: Mapping[str, Function], device: torch.device) -> tuple[str,
 
 @dataclass(frozen=True)
 class LayerShape:
-    """What the speed of a convolution or normalisation depends on."""
+    """What the speed of a convolution, a normalisation, or the join of a scale depends on."""
 
     x: tuple[int, ...]  # [1, B * inputs, H, W]
-    weight: tuple[int, ...]  # [B, outputs, inputs, kernel, kernel] or, of a normalisation, [B, channels]
-    options: tuple[tuple[str, Any], ...]  # stride and padding, or slope and eps
+    weight: tuple[int, ...]  # [B, outputs, inputs, kernel, kernel] or, of a normalisation or a join, [B, channels]
+    options: tuple[tuple[str, Any], ...]  # stride and padding; slope and eps; or upsample, eps and size
     gradient: bool = True  # whether x needs one
 
     @property
@@ -89,23 +98,28 @@ class LayerShape:
 
     @property
     def table(self) -> dict[str, Function]:
-        """All candidates, as functions of x, weight, bias and the options."""
-        return CONVOLUTIONS if len(self.weight) == 5 else NORMALISATIONS
+        """All candidates, as functions of :meth:`example` and the options."""
+        if len(self.weight) == 5:
+            return CONVOLUTIONS
+        return JOINS if "size" in dict(self.options) else NORMALISATIONS
 
     def kernel(self, name: str) -> Function:
-        """One candidate, as a function of x, weight and bias."""
+        """One candidate, as a function of :meth:`example`."""
         return partial(self.table[name], **dict(self.options))
 
     def example(self, *, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Random x (of a normalisation in autocast's dtype where that is on), weight and bias."""
-        cast = self.table is NORMALISATIONS and torch.is_autocast_enabled(device.type)
-        dtypes = (torch.get_autocast_dtype(device.type) if cast else dtype), dtype, dtype
+        """Random x (but for convolutions in autocast's dtype where that is on), weight, bias and a join's skip."""
+        cast = self.table is not CONVOLUTIONS and torch.is_autocast_enabled(device.type)
+        activation = torch.get_autocast_dtype(device.type) if cast else dtype
+        drawn = [(self.x, activation, self.gradient), (self.weight, dtype, True), (self.weight[:2], dtype, True)]
+        skips = self.weight[1] * self.stack - self.x[1]
+        if self.table is JOINS and skips:
+            drawn.append(((1, skips, *dict(self.options)["size"]), activation, True))
         draw = torch.Generator(device).manual_seed(0)
-        x, weight, bias = (
-            torch.randn(size, generator=draw, device=device, dtype=kind)
-            for size, kind in zip((self.x, self.weight, self.weight[:2]), dtypes, strict=True)
+        return tuple(
+            torch.randn(size, generator=draw, device=device, dtype=kind).requires_grad_(gradient)
+            for size, kind, gradient in drawn
         )
-        return x.requires_grad_(self.gradient), weight.requires_grad_(), bias.requires_grad_()
 
 
 def choose_kernels(
@@ -120,8 +134,8 @@ def choose_kernels(
     """The fastest kernel for each layer of a stack, by the layer's name (:func:`use_kernels`).
 
     Call it inside the :func:`~dipguard.engines.precision` of the fit. ``size`` is the height and width of the images.
-    The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU. ValueError
-    for an unknown name, RuntimeError if no candidate works for some layer.
+    The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU; joins have
+    those of normalisations. ValueError for an unknown name, RuntimeError if no candidate works for some layer.
     """
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
@@ -132,7 +146,7 @@ def choose_kernels(
     chosen: dict[str, str] = {}
     dtype = net.head.weight.dtype
     for layer, shape in layer_shapes(net, size=size, z_gradient=z_gradient).items():
-        offered = offers[shape.table is NORMALISATIONS]
+        offered = offers[shape.table is not CONVOLUTIONS]
         chosen[layer] = offered[0]
         if len(offered) > 1:
             seconds = measure(shape, device=device, dtype=dtype, names=offered)
@@ -148,27 +162,29 @@ def use_kernels(net: nn.Module, chosen: Mapping[str, str]) -> None:
         layer = net.get_submodule(layer_name)
         if isinstance(layer, StackedConv2d):
             layer.convolve = CONVOLUTIONS[name]
-        else:
-            assert isinstance(layer, StackedNorm2d)
+        elif isinstance(layer, StackedNorm2d):
             layer.normalise = NORMALISATIONS[name]
+        else:
+            assert isinstance(layer, StackedJoin2d)
+            layer.join = JOINS[name]
 
 
 def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool = False) -> dict[str, LayerShape]:
-    """Shapes of all convolutions and normalisations by layer name, in running order; computes nothing."""
+    """Shapes of all convolutions, normalisations and joins by layer name, in running order; computes nothing."""
     with torch.device("meta"):
         twin = StackedSkipNet(net.spec, stack_size=net.stack_size, padding=net.padding)
         z = torch.empty(net.stack_size, net.spec.input_depth, *size, dtype=torch.float32, requires_grad=z_gradient)
     shapes: dict[str, LayerShape] = {}
 
-    def note(layer: Any, arguments: tuple[Tensor, ...], *, name: str) -> None:
-        (x,) = arguments
-        assert isinstance(layer, StackedConv2d | StackedNorm2d)
-        options = ("stride", "padding") if isinstance(layer, StackedConv2d) else ("slope", "eps")
-        how = tuple((option, getattr(layer, option)) for option in options)
-        shapes[name] = LayerShape(tuple(x.shape), tuple(layer.weight.shape), how, x.requires_grad)
+    def note(layer: Any, arguments: tuple[Any, ...], *, name: str) -> None:
+        x, *rest = arguments
+        how = [(option, getattr(layer, option)) for option in kinds[type(layer)]]
+        how += [("size", rest[1])] if rest else []
+        shapes[name] = LayerShape(tuple(x.shape), tuple(layer.weight.shape), tuple(how), x.requires_grad)
 
+    kinds = {StackedConv2d: ("stride", "padding"), StackedNorm2d: ("slope", "eps"), StackedJoin2d: ("upsample", "eps")}
     for name, module in twin.named_modules():
-        if isinstance(module, StackedConv2d | StackedNorm2d):
+        if type(module) in kinds:
             module.register_forward_pre_hook(partial(note, name=name))
     with torch.enable_grad():
         twin(z)

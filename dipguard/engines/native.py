@@ -20,7 +20,7 @@ from dipguard.engines.base import Engine, HandOver, Step
 from dipguard.engines.native_build import library
 from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError, make_plan
 from dipguard.networks import StackedSkipNet
-from dipguard.networks.unet import SLOPE, StackedConv2d, StackedNorm2d
+from dipguard.networks.unet import SLOPE, StackedConv2d, StackedJoin2d, StackedNorm2d
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 TRIAL, PERIOD = 3, 500
@@ -52,7 +52,7 @@ class NativeEngine(Engine):
         self.z_gradient = z_gradient
         self.library = library(DTYPES[given.dtype])
         self.given = given.contiguous()
-        (self.eps,) = {module.eps for module in net.modules() if isinstance(module, StackedNorm2d)}
+        (self.eps,) = {module.eps for module in net.modules() if isinstance(module, StackedNorm2d | StackedJoin2d)}
         flat = given.new_zeros(len(given), self.plan.parameters)
         for parameter, view in _views(net, self.plan, flat):
             view.copy_(parameter.data)
@@ -125,7 +125,7 @@ def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.P
     modules = dict(net.named_modules())
     for name, slots in plan.layers.items():
         module = modules[name]
-        assert isinstance(module, (StackedConv2d, StackedNorm2d))
+        assert isinstance(module, StackedConv2d | StackedNorm2d | StackedJoin2d)
         for parameter, slot in zip((module.weight, module.bias), slots, strict=True):
             count = torch.Size(slot.shape).numel()
             view = flat[:, slot.offset : slot.offset + count].view(len(flat), *slot.shape)[..., : slot.outputs]

@@ -1,4 +1,4 @@
-"""The stacked convolution, and normalisation with LeakyReLU, by Triton kernels with their gradients.
+"""Stacked convolution, normalisation with LeakyReLU, and a scale's join, by Triton kernels with their gradients.
 
 For NVIDIA GPUs; on a CPU they run only in Triton's interpreter. float32, bfloat16 and float64 are supported; sums run
 in float32 (float64 for float64), and backward passes are deterministic. In float32 products are exact, unless TF32 is
@@ -54,7 +54,29 @@ def triton_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: fl
     if x.shape[1] != weight.numel():
         raise ValueError(f"`x` must have {weight.numel()} channels, got shape {tuple(x.shape)}")
     check_device(x.device)
-    return _Norm.apply(x, weight, bias, slope, eps)
+    return _Norm.apply(x, None, weight, bias, (x.shape[-2], x.shape[-1]), "none", slope, eps)
+
+
+def triton_join_norm(
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    skip: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    upsample: str = "bilinear",
+    eps: float = 1e-5,
+) -> Tensor:
+    """Upsampling, concatenation and normalisation in one kernel, as :func:`dipguard.networks.unet.join_norm`.
+
+    Neither the upsampled image nor its gradient is ever in memory. ValueError unless low and skip have weight's number
+    of channels together, and skip has the size, RuntimeError where Triton cannot run.
+    """
+    shapes = [tuple(t.shape) for t in (low, skip) if t is not None]
+    if sum(shape[1] for shape in shapes) != weight.numel() or (skip is not None and shapes[1][2:] != size):
+        raise ValueError(f"`low` and `skip` must have {weight.numel()} channels and skip the size {size}, got {shapes}")
+    check_device(low.device)
+    return _Norm.apply(skip, low, weight, bias, size, upsample, 1.0, eps)
 
 
 def check_device(device: torch.device) -> None:
@@ -101,20 +123,38 @@ class _Conv(torch.autograd.Function):
 
 
 class _Norm(torch.autograd.Function):
+    """Normalises the planes of ``skip``, and those of ``low`` upsampled; either of the two may be None."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, slope: float, eps: float) -> Tensor:
+    def forward(
+        ctx: Any,
+        skip: Tensor | None,
+        low: Tensor | None,
+        weight: Tensor,
+        bias: Tensor,
+        size: tuple[int, int],
+        upsample: str,
+        slope: float,
+        eps: float,
+    ) -> Tensor:
         from dipguard.engines._triton_kernels import norm_kernel
 
-        x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-        planes, count = x.shape[1], x.shape[-2] * x.shape[-1]
-        y = torch.empty_like(x)
+        skip, low = (None if t is None else t.contiguous() for t in (skip, low))
+        weight, bias = weight.contiguous(), bias.contiguous()
+        read = _pointers(skip, low)
+        planes, x = weight.numel(), read[1]
+        y = x.new_empty(1, planes, *size)
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         means, scales = x.new_empty(planes, dtype=wide), x.new_empty(planes, dtype=wide)
+        skips = 0 if skip is None else skip.shape[1] // len(weight)
+        ctx.sizes = weight.shape[1], skips, *size, *x.shape[-2:]
+        count = size[0] * size[1]
         block = min(LARGEST_BLOCK, 1 << max(4, (count - 1).bit_length()))
         ctx.options = {"SLOPE": float(slope), "SUM": _sum_dtype(x), "SINGLE": count <= block, "BLOCK": block}
-        ctx.options["num_warps"] = max(1, min(8, block // 512))
-        _launch(norm_kernel, (planes,), (x, weight, bias, y, means, scales, count), {"EPS": float(eps), **ctx.options})
-        ctx.save_for_backward(x, weight, bias, means, scales)
+        ctx.options |= {"UPSAMPLE": upsample, "num_warps": max(1, min(8, block // 512))}
+        arguments = (*read, weight, bias, y, means, scales, *ctx.sizes)
+        _launch(norm_kernel, (planes,), arguments, {"EPS": float(eps), **ctx.options})
+        ctx.save_for_backward(skip, low, weight, bias, means, scales)
         return y
 
     @staticmethod
@@ -122,11 +162,15 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         from dipguard.engines._triton_kernels import norm_gradient_kernel
 
-        x, weight, bias, means, scales = ctx.saved_tensors
-        dx, dw, db = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
-        arguments = (x, dy.contiguous(), weight, bias, means, scales, dx, dw, db, x.shape[-2] * x.shape[-1])
-        _launch(norm_gradient_kernel, (x.shape[1],), arguments, ctx.options)
-        return dx, dw, db, None, None
+        skip, low, weight, bias, means, scales = ctx.saved_tensors
+        dskip = None if skip is None else torch.empty_like(skip)
+        dhigh = None if low is None else low.new_empty(1, low.shape[1], *dy.shape[-2:])
+        dw, db = torch.empty_like(weight), torch.empty_like(bias)
+        read, made = _pointers(skip, low), _pointers(dskip, dhigh)
+        arguments = (*read, dy.contiguous(), weight, bias, means, scales, *made, dw, db, *ctx.sizes)
+        _launch(norm_gradient_kernel, (weight.numel(),), arguments, ctx.options)
+        dlow = None if dhigh is None else _upsampling_gradient(dhigh, low, upsample=ctx.options["UPSAMPLE"])
+        return dskip, dlow, dw, db, None, None, None, None
 
 
 def _correlate(padded: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *, stride: int, precision: str) -> None:
@@ -209,6 +253,25 @@ def _fold(padded: Tensor, *, before: int, after: int, reflect: bool) -> Tensor:
         {"BEFORE": before, "AFTER": after, "REFLECT": reflect, "BLOCK": block, "SUM": _sum_dtype(padded)},
     )
     return dx
+
+
+def _pointers(skip: Tensor | None, low: Tensor | None) -> tuple[Any, Any]:
+    """Both; a kernel wants a pointer also where it reads nothing."""
+    return low if skip is None else skip, skip if low is None else low
+
+
+def _upsampling_gradient(dhigh: Tensor, low: Tensor, *, upsample: str) -> Tensor:
+    """Gradient with respect to ``low`` of the image made of it."""
+    from dipguard.engines._triton_kernels import upsampling_gradient_kernel
+
+    dlow, block = torch.empty_like(low), 1024
+    _launch(
+        upsampling_gradient_kernel,
+        (-(-low.numel() // block),),
+        (dhigh, dlow, low.numel(), *dhigh.shape[-2:], *low.shape[-2:]),
+        {"UPSAMPLE": upsample, "SUM": _sum_dtype(low), "BLOCK": block},
+    )
+    return dlow
 
 
 def _output_block(channels: int) -> int:

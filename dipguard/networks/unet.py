@@ -73,6 +73,30 @@ def norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1
     return y if slope == 1 else F.leaky_relu_(y, slope)
 
 
+def join_norm(
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    skip: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    upsample: str = "bilinear",
+    eps: float = 1e-5,
+) -> Tensor:
+    """Upsample by 2, concatenate behind each network's skip channels, and normalise.
+
+    low is [1, B * channels, h, w], skip [1, B * n_s, H, W] with ``size`` (H, W), to which the upsampled image is cut,
+    and weight and bias are [B, n_s + channels]. Returns [1, B * (n_s + channels), H, W].
+    """
+    corners = False if upsample == "bilinear" else None  # torch accepts it only where it has a meaning
+    high = F.interpolate(low, scale_factor=2, mode=upsample, align_corners=corners)
+    if high.shape[-2:] != size:
+        # An odd side is one pixel too long. An even one is not sliced: the slice's backward pass would copy it.
+        high = high[..., : size[0], : size[1]]
+    joined = high if skip is None else _join(skip, high, stack=len(weight))
+    return norm_leaky_relu(joined, weight, bias, eps=eps)
+
+
 class StackedConv2d(nn.Module):
     """B convolutions, each applied to its own network's channels only; stride 2 halves the size, rounding up.
 
@@ -127,6 +151,24 @@ class StackedNorm2d(nn.Module):
         return self.normalise(x, self.weight, self.bias, slope=self.slope, eps=self.eps)
 
 
+class StackedJoin2d(nn.Module):
+    """The middle of B scales: what comes from below is upsampled, joined with the skip channels, and normalised.
+
+    An engine may set another ``join``, with the arguments of :func:`join_norm`.
+    """
+
+    def __init__(self, stack: int, channels: int, *, upsample: str, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.upsample, self.eps = upsample, eps
+        self.join: Callable[..., Tensor] = join_norm
+        self.weight = nn.Parameter(torch.ones(stack, channels, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.zeros(stack, channels, dtype=torch.float32))
+
+    def forward(self, low: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """[1, B * (channels - n_s), h, w] and [1, B * n_s, H, W] -> [1, B * channels, H, W], the size."""
+        return self.join(low, self.weight, self.bias, skip, size=size, upsample=self.upsample, eps=self.eps)
+
+
 class ConvBlock(nn.Module):
     """Convolution, normalisation, LeakyReLU."""
 
@@ -152,7 +194,6 @@ class Scale(nn.Module):
         self, stack: int, spec: NetworkSpec, level: int, *, inputs: int, deeper: Scale | None, padding: str
     ) -> None:
         super().__init__()
-        self.stack = stack
         n_d, n_u, n_s = spec.n_d[level], spec.n_u[level], spec.n_s[level]
         below = n_d if deeper is None else spec.n_u[level + 1]
         self.skip = ConvBlock(stack, inputs, n_s, kernel=spec.k_s[level], padding=padding) if n_s else None
@@ -161,8 +202,7 @@ class Scale(nn.Module):
             ConvBlock(stack, n_d, n_d, kernel=spec.k_d[level], padding=padding),
         )
         self.deeper = deeper
-        self.upsample = spec.upsample
-        self.norm = StackedNorm2d(stack, n_s + below)
+        self.norm = StackedJoin2d(stack, n_s + below, upsample=spec.upsample)
         self.up = nn.Sequential(
             ConvBlock(stack, n_s + below, n_u, kernel=spec.k_u[level], padding=padding),
             ConvBlock(stack, n_u, n_u, kernel=1),
@@ -173,13 +213,8 @@ class Scale(nn.Module):
         low = self.down(x)
         if self.deeper is not None:
             low = self.deeper(low)
-        corners = False if self.upsample == "bilinear" else None  # torch accepts it only where it has a meaning
-        high = F.interpolate(low, scale_factor=2, mode=self.upsample, align_corners=corners)
-        if high.shape[-2:] != x.shape[-2:]:
-            # An odd side is one pixel too long. An even one is not sliced: the slice's backward pass would copy it.
-            high = high[..., : x.shape[-2], : x.shape[-1]]
-        joined = high if self.skip is None else _join(self.skip(x), high, stack=self.stack)
-        return self.up(self.norm(joined))
+        skip = None if self.skip is None else self.skip(x)
+        return self.up(self.norm(low, skip, (x.shape[-2], x.shape[-1])))
 
 
 class StackedSkipNet(nn.Module):

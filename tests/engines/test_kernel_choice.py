@@ -7,13 +7,14 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from dipguard.engines import precision
 from dipguard.engines.kernel_choice import (
     CONVOLUTIONS,
+    JOINS,
     NORMALISATIONS,
     LayerShape,
     available,
@@ -23,12 +24,20 @@ from dipguard.engines.kernel_choice import (
     use_kernels,
 )
 from dipguard.networks import build
-from dipguard.networks.unet import StackedConv2d, StackedNorm2d, grouped_conv2d, norm_leaky_relu
+from dipguard.networks.unet import (
+    StackedConv2d,
+    StackedJoin2d,
+    StackedNorm2d,
+    grouped_conv2d,
+    join_norm,
+    norm_leaky_relu,
+)
 
 CPU = torch.device("cpu")
 ON_CPU = available(CONVOLUTIONS, CPU)
 SHAPE = LayerShape((1, 6, 8, 8), (2, 4, 3, 3, 3), (("stride", 1), ("padding", "reflect")))
 NORM = LayerShape((1, 6, 8, 8), (2, 3), (("slope", 0.2), ("eps", 1e-5)))
+JOIN = LayerShape((1, 4, 4, 4), (2, 3), (("upsample", "bilinear"), ("eps", 1e-5), ("size", (8, 7))))
 
 # kernel, stride, padding, height, width; the last but one is a 4x4 kernel on 2x2 pixels, where the border is repeated.
 GEOMETRIES = [
@@ -147,17 +156,37 @@ def test_layer_shapes_account_for_every_flop(network: str, side: int) -> None:
     assert all(with_gradient[name].gradient for name in shapes)
 
 
-def test_every_normalisation_has_its_shape_and_slope() -> None:
+def test_every_normalisation_and_join_has_its_shape_and_options() -> None:
     net = build("small", stack_size=3)
-    shapes = {n: s for n, s in layer_shapes(net, size=(17, 18)).items() if s.table is NORMALISATIONS}
-    assert set(shapes) == {name for name, module in net.named_modules() if isinstance(module, StackedNorm2d)}
-    # A scale's own normalisation has no activation behind it, a block's has.
-    slopes = {name: dict(shape.options)["slope"] for name, shape in shapes.items()}
-    assert set(slopes.values()) == {0.2, 1.0}
-    channels = net.get_submodule("body.norm").weight.shape[1]
-    wanted = LayerShape((1, 3 * channels, 17, 18), (3, channels), (("slope", 1.0), ("eps", 1e-5)))
-    assert shapes["body.norm"] == wanted
-    assert slopes["body.up.1.norm"] == 0.2
+    shapes = {n: s for n, s in layer_shapes(net, size=(17, 18)).items() if s.table is not CONVOLUTIONS}
+    modules = {name: module for name, module in net.named_modules() if name in shapes}
+    assert set(shapes) == {n for n, m in net.named_modules() if isinstance(m, StackedNorm2d | StackedJoin2d)}
+    for name, shape in shapes.items():
+        assert shape.table is (NORMALISATIONS if isinstance(modules[name], StackedNorm2d) else JOINS)
+    assert shapes["body.up.1.norm"] == LayerShape((1, 48, 17, 18), (3, 16), (("slope", 0.2), ("eps", 1e-5)))
+    join = shapes["body.norm"]
+    assert join == LayerShape((1, 48, 9, 9), (3, 20), (("upsample", "bilinear"), ("eps", 1e-5), ("size", (17, 18))))
+    assert [t.shape for t in join.example(device=CPU, dtype=torch.float32)] == [
+        (1, 48, 9, 9),
+        (3, 20),
+        (3, 20),
+        (1, 12, 17, 18),
+    ]
+
+
+@pytest.mark.parametrize("upsample", ["bilinear", "nearest"])
+@pytest.mark.parametrize("skips", [0, 2])
+def test_a_join_is_upsampling_concatenation_and_normalisation_network_by_network(skips: int, upsample: str) -> None:
+    low, skip = torch.randn(1, 6, 3, 4), torch.randn(1, 2 * skips, 5, 8) if skips else None
+    weight, bias = torch.rand(2, 3 + skips), torch.rand(2, 3 + skips)
+    parts = []
+    for b in range(2):
+        image = nn.Upsample(scale_factor=2, mode=upsample)(low[:, 3 * b : 3 * b + 3])[..., :5, :8]
+        if skip is not None:
+            image = torch.cat([skip[:, 2 * b : 2 * b + 2], image], dim=1)
+        parts.append(F.batch_norm(image, None, None, weight[b], bias[b], training=True, eps=1e-3))
+    y = join_norm(low, weight, bias, skip, size=(5, 8), upsample=upsample, eps=1e-3)
+    torch.testing.assert_close(y, torch.cat(parts, dim=1))
 
 
 def test_a_cpu_takes_torch_s_kernels_without_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +208,7 @@ def test_measuring_times_each_candidate_once_a_process(gradient: bool) -> None:
     assert other != first
 
 
-@pytest.mark.parametrize("shape", [SHAPE, NORM])
+@pytest.mark.parametrize("shape", [SHAPE, NORM, JOIN])
 def test_a_candidate_that_cannot_run_is_never_the_fastest(shape: LayerShape) -> None:
     usual = next(iter(shape.table))
     times = measure(shape, device=CPU, dtype=torch.float32, names=[usual, "triton"])
@@ -241,12 +270,14 @@ def test_layers_for_which_no_candidate_works_are_named() -> None:
 def test_a_choice_is_applied_to_the_layers_it_names() -> None:
     net = build("small", stack_size=1)
     usual = choose_kernels(net, CPU, size=(16, 16))
-    use_kernels(net, {"head": "matmul", "body.up.0.conv": "triton", "body.norm": "triton"})
+    use_kernels(net, {"head": "matmul", "body.up.0.conv": "triton", "body.norm": "triton", "body.up.1.norm": "triton"})
     changed = {n: m.convolve for n, m in net.named_modules() if isinstance(m, StackedConv2d)}
     changed = {name: function for name, function in changed.items() if function is not grouped_conv2d}
     assert changed == {"head": CONVOLUTIONS["matmul"], "body.up.0.conv": CONVOLUTIONS["triton"]}
     norms = {n: m.normalise for n, m in net.named_modules() if isinstance(m, StackedNorm2d)}
-    assert {n: f for n, f in norms.items() if f is not norm_leaky_relu} == {"body.norm": NORMALISATIONS["triton"]}
+    assert {n: f for n, f in norms.items() if f is not norm_leaky_relu} == {"body.up.1.norm": NORMALISATIONS["triton"]}
+    joins = {n: m.join for n, m in net.named_modules() if isinstance(m, StackedJoin2d)}
+    assert joins == {"body.norm": JOINS["triton"], "body.deeper.norm": join_norm}
     z = torch.rand(1, net.spec.input_depth, 16, 16)
     with pytest.raises(RuntimeError, match="the kernel 'triton' needs"):
         net(z)

@@ -8,13 +8,14 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from dipguard.engines.triton_ops import triton_conv2d, triton_norm_leaky_relu
+from dipguard.engines.triton_ops import triton_conv2d, triton_join_norm, triton_norm_leaky_relu
 
 CASES = Path(__file__).with_name("triton_cases.py")
 TOLERANCES = {"float64": 1e-10, "float32": 2e-6}
@@ -67,6 +68,13 @@ def test_a_norm_of_other_channels_is_refused() -> None:
         triton_norm_leaky_relu(torch.rand(1, 5, 4, 4), torch.rand(2, 3), torch.rand(2, 3))
 
 
+@pytest.mark.parametrize(("channels", "size"), [(3, (8, 9)), (4, (8, 10))])
+def test_a_join_of_other_shapes_is_refused(channels: int, size: tuple[int, int]) -> None:
+    low, skip, weight = torch.rand(1, channels, 4, 5), torch.rand(1, 2, 8, 9), torch.rand(2, 3)
+    with pytest.raises(ValueError, match=r"`low` and `skip` must have 6 channels and skip the size \(8, "):
+        triton_join_norm(low, weight, weight, skip, size=size)
+
+
 # kernel, entries' dtype, float32 products, what the PTX must hold, what it must not
 COMPILED = [
     ("forward_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
@@ -82,6 +90,10 @@ COMPILED = [
     ("fold_kernel", "fp32", "ieee", r"add\.f32", r"atom"),
     ("norm_kernel", "fp32", "ieee", r"sqrt", r"f64"),
     ("norm_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"atom"),
+    ("join", "fp32", "ieee", r"sqrt", r"f64"),
+    ("join", "bf16", "ieee", r"sqrt", r"f64"),
+    ("join_gradient", "fp32", "ieee", r"fma\.rn\.f32", r"atom|f64"),
+    ("upsampling_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"atom|f64"),
 ]
 
 
@@ -97,19 +109,32 @@ def constants(name: str, precision: str) -> dict[str, Any]:
         "strided_gradient_kernel": {"KERNEL": 3, "STRIDE": 2, "FIRST": 0, **products},
         "weight_gradient_kernel": {**tile, "SPLITS": 2},
         "fold_kernel": {"BEFORE": 1, "AFTER": 1, "REFLECT": True, **block},
-        "norm_kernel": {"EPS": 1e-5, "SLOPE": 0.2, "SINGLE": True, **block},
-        "norm_gradient_kernel": {"SLOPE": 0.2, "SINGLE": False, **block},
+        "norm_kernel": {"EPS": 1e-5, "SLOPE": 0.2, "UPSAMPLE": "none", "SINGLE": True, **block},
+        "norm_gradient_kernel": {"SLOPE": 0.2, "UPSAMPLE": "none", "SINGLE": False, **block},
+        "join": {"EPS": 1e-5, "SLOPE": 1.0, "UPSAMPLE": "bilinear", "SINGLE": True, **block},
+        "join_gradient": {"SLOPE": 1.0, "UPSAMPLE": "bilinear", "SINGLE": False, **block},
+        "upsampling_gradient_kernel": {"UPSAMPLE": "bilinear", **block},
     }[name]
 
 
 @needs_triton
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton carries its assembler on Linux alone")
 @pytest.mark.parametrize(
-    ("name", "entries", "precision", "has", "has_not"),
-    [pytest.param(*row, marks=() if row[0] == "norm_kernel" else pytest.mark.slow) for row in COMPILED],
+    ("capability", "name", "entries", "precision", "has", "has_not"),
+    [
+        pytest.param(capability, *row, marks=() if (capability, row[0]) == (90, "norm_kernel") else pytest.mark.slow)
+        for capability, row in product((90, 80), COMPILED)
+    ],
 )
-def test_kernels_compile_for_hopper(
-    name: str, entries: str, precision: str, has: str, has_not: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_kernels_compile_for_hopper_and_ampere(
+    capability: int,
+    name: str,
+    entries: str,
+    precision: str,
+    has: str,
+    has_not: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # The interpreter takes Python that the compiler refuses, so this is no luxury; it needs no GPU.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -119,7 +144,8 @@ def test_kernels_compile_for_hopper(
 
     from dipguard.engines import _triton_kernels
 
-    kernel = getattr(_triton_kernels, "forward_kernel" if name == "transposed" else name)
+    variants = {"transposed": "forward_kernel", "join": "norm_kernel", "join_gradient": "norm_gradient_kernel"}
+    kernel = getattr(_triton_kernels, variants.get(name, name))
     fixed, options = constants(name, precision), {"enable_fp_fusion": True}
     if hasattr(kernel, "configs"):
         options["num_warps"] = kernel.configs[0].num_warps
@@ -127,10 +153,11 @@ def test_kernels_compile_for_hopper(
         kernel = kernel.fn
     names = kernel.arg_names
     own_dtype = {"w", "bias", "weight", "dw", "db", "means", "scales"}
-    types = {n: f"*{entries}" for n in ("x", "y", "dy", "dx", "padded")} | dict.fromkeys(own_dtype, "*fp32")
+    activations = ("x", "y", "dy", "dx", "padded", "skip", "low", "dskip", "dhigh", "dlow")
+    types = {n: f"*{entries}" for n in activations} | dict.fromkeys(own_dtype, "*fp32")
     signature = {n: "constexpr" if n in fixed else types.get(n, "i32") for n in names}
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in fixed.items()})
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     assert len(compiled.asm["cubin"]) > 1000
     assert re.search(has, compiled.asm["ptx"])
     assert not re.search(has_not, compiled.asm["ptx"])

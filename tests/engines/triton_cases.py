@@ -27,9 +27,9 @@ sys.modules["dipguard"].__path__ = [str(ROOT / "dipguard")]
 
 from dipguard.engines import triton_ops  # noqa: E402
 from dipguard.engines.kernel_choice import choose_kernels, use_kernels  # noqa: E402
-from dipguard.engines.triton_ops import triton_conv2d, triton_norm_leaky_relu  # noqa: E402
-from dipguard.networks import build  # noqa: E402
-from dipguard.networks.unet import grouped_conv2d  # noqa: E402
+from dipguard.engines.triton_ops import triton_conv2d, triton_join_norm, triton_norm_leaky_relu  # noqa: E402
+from dipguard.networks import NetworkSpec, build  # noqa: E402
+from dipguard.networks.unet import grouped_conv2d, join_norm  # noqa: E402
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
@@ -54,6 +54,17 @@ NORMS = {
     "several blocks": (5, 6, 0.2, 16),
     "no activation": (5, 6, 1.0, 4096),
     "two pixels": (1, 2, 0.2, 4096),
+}
+# upsampling, height, width, skip channels, channels from below, largest block
+JOINS = {
+    "bilinear, even": ("bilinear", 6, 8, 2, 3, 4096),
+    "bilinear, odd": ("bilinear", 7, 5, 2, 3, 4096),
+    "bilinear, no skip": ("bilinear", 6, 7, 0, 3, 4096),
+    "bilinear, one pixel below": ("bilinear", 2, 2, 1, 2, 4096),
+    "bilinear, one row": ("bilinear", 1, 4, 1, 2, 4096),
+    "bilinear, several blocks": ("bilinear", 11, 10, 1, 2, 16),
+    "nearest, odd": ("nearest", 5, 7, 3, 2, 4096),
+    "nearest, no skip, several blocks": ("nearest", 8, 9, 0, 2, 16),
 }
 
 
@@ -97,12 +108,45 @@ def norm(name: str, dtype: torch.dtype, device: torch.device) -> list[float]:
     return compare(y, F.leaky_relu(right, slope), (x, weight, bias))
 
 
-def network(device: torch.device) -> list[float]:
-    """A whole small network, all of whose convolutions, normalisations and activations are Triton's."""
-    net = build("small", stack_size=2, dtype=torch.float64).to(device)
-    z = torch.rand(2, 4, 8, 8, dtype=torch.float64, device=device)
+def join(name: str, dtype: torch.dtype, device: torch.device) -> list[float]:
+    upsample, height, width, skips, channels, triton_ops.LARGEST_BLOCK = JOINS[name]
+    B, rows, columns = 2, -(-height // 2), -(-width // 2)
+    low = 3 * torch.randn(1, B * channels, rows, columns, dtype=dtype, device=device) + 1
+    skip = torch.randn(1, B * skips, height, width, dtype=dtype, device=device)
+    parameters = (torch.randn(B, skips + channels, dtype=dtype, device=device) for _ in range(2))
+    tensors = tuple(t.requires_grad_() for t in (low, *parameters, *([skip] if skips else [])))
+    options = {"size": (height, width), "upsample": upsample, "eps": 1e-3}
+    right = join_norm(*tensors, **options)
+    y = triton_join_norm(*(in_the_midst_of_nan(t) if t.ndim == 4 else t for t in tensors), **options)
+    assert y.shape == right.shape
+    return compare(y, right, tensors)
+
+
+def neighbours(device: torch.device) -> list[float]:
+    """Whether an image's part of a join depends on the other network's numbers: no difference may come of them."""
+    low, skip = torch.randn(1, 4, 3, 3, device=device), torch.randn(1, 2, 5, 6, device=device)
+    weight, bias = torch.randn(2, 3, device=device), torch.randn(2, 3, device=device)
+    tensors = tuple(t.requires_grad_() for t in (low, weight, bias, skip))
+    alone = [t[:, : t.shape[1] // 2] if t.ndim == 4 else t[:1] for t in tensors]
+    y, mine = triton_join_norm(*tensors, size=(5, 6)), triton_join_norm(*alone, size=(5, 6))
+    dy = torch.randn_like(y)
+    both, only = (torch.autograd.grad(a, tensors, b) for a, b in ((y, dy), (mine, dy[:, :3])))
+    halves = [
+        (a[:, : a.shape[1] // 2], b[:, : b.shape[1] // 2]) if a.ndim == 4 else (a[:1], b[:1])
+        for a, b in zip((y, *both), (torch.cat([mine, mine], 1), *only), strict=True)
+    ]
+    # NaN, which no tolerance lets pass, unless every bit is the same.
+    return [0.0 if torch.equal(a, b) else math.nan for a, b in halves]
+
+
+def network(spec: str | NetworkSpec, stack: int, side: int, device: torch.device) -> list[float]:
+    """A whole network, all of whose convolutions, normalisations and joins are Triton's."""
+    net = build(spec, stack_size=stack, dtype=torch.float64).to(device)
+    z = torch.rand(stack, 4, side, side + 1, dtype=torch.float64, device=device)
     right = net(z)
-    all_triton = choose_kernels(net, device, size=(8, 8), convolutions=["triton"], normalisations=["triton"])
+    size = (side, side + 1)
+    all_triton = choose_kernels(net, device, size=size, convolutions=["triton"], normalisations=["triton"])
+    assert set(all_triton.values()) == {"triton"}
     use_kernels(net, all_triton)
     return compare(net(z), right, tuple(net.parameters()))
 
@@ -121,7 +165,15 @@ def main(device: torch.device) -> dict[str, list[float]]:
         found[f"float64, {case}, {layout}"] = convolution(case, torch.float64, layout, device)
     for case, (kind, dtype) in itertools.product(NORMS, DTYPES.items()):
         found[f"{kind}, norm, {case}"] = norm(case, dtype, device)
-    found["float64, network"] = network(device)
+    for case in JOINS:
+        found[f"float64, join, {case}"] = join(case, torch.float64, device)
+    for case in ("bilinear, odd", "bilinear, several blocks", "nearest, odd"):
+        found[f"float32, join, {case}"] = join(case, torch.float32, device)
+    triton_ops.LARGEST_BLOCK = 4096
+    found["float32, join, without its neighbours"] = neighbours(device)
+    tiny = NetworkSpec((4, 3), (2, 4), (1, 0), (3, 2), (3, 2), (2, 1), upsample="nearest")
+    for case, spec, stack, side in (("small", "small", 2, 5), ("medium", "medium", 1, 9), ("tiny", tiny, 3, 6)):
+        found[f"float64, network, {case}"] = network(spec, stack, side, device)
     return found
 
 
