@@ -14,6 +14,7 @@ Sums run in float32 (float64 for float64), in an order that depends on tile and 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from dipguard.engines.kernel_choice import median_seconds
 
 def _bench(call: Any, quantiles: Any) -> list[float]:
     # Triton's own default takes a tenth of a second per candidate: too long for dozens of layer shapes.
-    return [median_seconds(call, device=torch.device("cuda"))] * len(quantiles)
+    return [median_seconds(call, device=torch.device("cuda"), best=math.inf)] * len(quantiles)
 
 
 def _tune(*tiles: tuple[dict[str, int], int], key: list[str]) -> Any:
@@ -144,11 +145,12 @@ def strided_gradient_kernel(
     ({"BLOCK_P": 32, "BLOCK_K": 32}, 2),
     key=["inputs", "outputs", "pixels", "KERNEL", "STRIDE", "PRECISION"],
 )
-@triton.jit
+# A variant for each number of splits would be compiled for each size of image.
+@triton.jit(do_not_specialize=["share", "splits"])
 def weight_gradient_kernel(
     x, dy, dw, db,
-    inputs, outputs, pixels, width, share, x_network, x_channel, x_row, x_column,
-    KERNEL: tl.constexpr, STRIDE: tl.constexpr, SPLITS: tl.constexpr,
+    inputs, outputs, pixels, width, share, splits, x_network, x_channel, x_row, x_column,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     SUM: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -158,9 +160,9 @@ def weight_gradient_kernel(
     splits up. dy is contiguous.
     """
     network = tl.program_id(2).to(tl.int64)
-    split = tl.program_id(1) % SPLITS
+    split = tl.program_id(1) % splits
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    o = tl.program_id(1) // SPLITS * BLOCK_O + tl.arange(0, BLOCK_O)
+    o = tl.program_id(1) // splits * BLOCK_O + tl.arange(0, BLOCK_O)
     depth = inputs * KERNEL * KERNEL
     tap = k // (KERNEL * KERNEL) * x_channel + k // KERNEL % KERNEL * x_row + k % KERNEL * x_column
     x += network * x_network
@@ -281,9 +283,9 @@ def _write(dskip, dhigh, n, own, count, out, UPSAMPLE: tl.constexpr):
         tl.store(dhigh + n, out.to(dhigh.dtype.element_ty), mask=(n >= own) & (n < count))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "skips", "width", "rows", "columns"])
 def norm_kernel(
-    skip, low, weight, bias, y, means, scales, channels, skips, height, width, rows, columns,
+    skip, low, weight, bias, y, means, scales, channels, skips, count, width, rows, columns,
     EPS: tl.constexpr, SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr,
     SUM: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -292,7 +294,6 @@ def norm_kernel(
     x are each network's ``skips`` planes of the skip, then those of ``low``, upsampled; UPSAMPLE "none": only skips.
     """
     plane = tl.program_id(0).to(tl.int64)
-    count = height * width
     channel = plane % channels
     own = tl.where(channel < skips, count, 0)  # pixels from the skip: all or none
     skip += (plane // channels * skips + channel) * count
@@ -326,15 +327,14 @@ def norm_kernel(
     tl.store(scales + plane, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["channels", "skips", "width", "rows", "columns"])
 def norm_gradient_kernel(
-    skip, low, dy, weight, bias, means, scales, dskip, dhigh, dw, db, channels, skips, height, width, rows, columns,
+    skip, low, dy, weight, bias, means, scales, dskip, dhigh, dw, db, channels, skips, count, width, rows, columns,
     SLOPE: tl.constexpr, UPSAMPLE: tl.constexpr,
     SUM: tl.constexpr, SINGLE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Gradients with respect to the skip, to ``low`` after its upsampling, to weight and bias."""
     plane = tl.program_id(0).to(tl.int64)
-    count = height * width
     channel = plane % channels
     own = tl.where(channel < skips, count, 0)
     skip_plane = plane // channels * skips + channel
@@ -377,7 +377,7 @@ def norm_gradient_kernel(
     tl.store(db + plane, plain)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "rows", "columns"])
 def upsampling_gradient_kernel(
     dhigh, dlow, count, height, width, rows, columns,
     UPSAMPLE: tl.constexpr, SUM: tl.constexpr, BLOCK: tl.constexpr,

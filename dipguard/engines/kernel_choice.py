@@ -13,13 +13,13 @@ may be reconstructed visibly differently in a stack of another size, as with tor
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
-from itertools import pairwise
 from typing import Any, TypeAlias
 
 import torch
@@ -46,6 +46,12 @@ SPLIT = "triton tf32x3"
 """Its error may be twice the largest of the candidates that multiply in float32, no more."""
 CHECKED = 4
 """Networks, the stack's last ones, whose results are compared: float64 is slow on many GPUs."""
+BUDGET = 5.0
+"""Seconds after which a choice measures nothing more; the next one in the process goes on from there."""
+SLOW = 0.01
+"""Seconds of a run that need not be repeated."""
+MATMUL_SHARE = 1 / 8
+"""Of the GPU's memory, for the neighbourhoods of ``matmul``."""
 AHEAD = 2_000_000
 """Clock cycles, about a millisecond, for which the GPU waits while the host queues the work to be timed."""
 
@@ -136,6 +142,10 @@ def choose_kernels(
     Call it inside the :func:`~dipguard.engines.precision` of the fit. ``size`` is the height and width of the images.
     The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU; joins have
     those of normalisations. ValueError for an unknown name, RuntimeError if no candidate works for some layer.
+
+    No candidate is begun after 5 seconds, most of which go into compiling. Normalisations and joins come first, since
+    they compile fast, then convolutions, each time the largest layers first; when the time is up, a layer without a
+    measurement takes its first candidate that agrees.
     """
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
@@ -144,14 +154,15 @@ def choose_kernels(
 
     offers = offer(CONVOLUTIONS, convolutions, "convolutions"), offer(NORMALISATIONS, normalisations, "normalisations")
     chosen: dict[str, str] = {}
-    dtype = net.head.weight.dtype
-    for layer, shape in layer_shapes(net, size=size, z_gradient=z_gradient).items():
+    dtype, deadline = net.head.weight.dtype, time.perf_counter() + BUDGET
+    shapes = layer_shapes(net, size=size, z_gradient=z_gradient)
+    for layer, shape in sorted(shapes.items(), key=lambda item: (len(item[1].weight), -math.prod(item[1].x))):
         offered = offers[shape.table is not CONVOLUTIONS]
         chosen[layer] = offered[0]
         if len(offered) > 1:
-            seconds = measure(shape, device=device, dtype=dtype, names=offered)
+            seconds = measure(shape, device=device, dtype=dtype, names=offered, deadline=deadline)
             chosen[layer] = min(offered, key=seconds.__getitem__)
-            if seconds[chosen[layer]] == float("inf"):
+            if seconds[chosen[layer]] == math.inf:
                 raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")
     return chosen
 
@@ -191,13 +202,27 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
     return shapes
 
 
-def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, names: Collection[str]) -> dict[str, float]:
-    """Seconds of a forward and backward pass of each candidate; infinite if it fails or its error is too large."""
+def measure(
+    shape: LayerShape,
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
+    names: Collection[str],
+    deadline: float = math.inf,
+) -> dict[str, float]:
+    """Seconds of a forward and backward pass of each candidate; infinite if it fails or its error is too large.
+
+    After the deadline, by ``time.perf_counter``, candidates are tried only until one works; the others are infinite.
+    """
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = _MEASURED.setdefault((card, *_precision(device), shape, dtype), {})
     missing = [name for name in names if name not in known]
-    if not missing:
-        return {name: known[name] for name in names}
+
+    def late() -> bool:
+        return time.perf_counter() > deadline and min(known.values(), default=math.inf) < math.inf
+
+    if not missing or late():
+        return {name: known.get(name, math.inf) for name in names}
     with torch.inference_mode(False), torch.enable_grad():
         tensors = shape.example(device=device, dtype=dtype)
         first = next(iter(shape.table))
@@ -214,16 +239,31 @@ def measure(shape: LayerShape, *, device: torch.device, dtype: torch.dtype, name
         tolerance = TOLERANCES.get(dtype, ROUGH) if _exact(device) else ROUGH
         own = error(_both(shape.kernel(first), few))
         for name in missing:
-            known[name] = float("inf")
+            if late():
+                break
+            best = min(known.values(), default=math.inf)
+            known[name] = math.inf
+            if name == "matmul" and _neighbourhoods(shape, dtype) > MATMUL_SHARE * _memory(device):
+                continue
             try:
                 both = partial(_both, shape.kernel(name), [*tensors, dy])
                 off = error(both())
                 if off <= (min(tolerance, 2 * own) if name == SPLIT else tolerance):
-                    known[name] = median_seconds(both, device=device)
+                    known[name] = median_seconds(both, device=device, best=best)
                     own = max(own, off)
             except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
                 pass
-    return {name: known[name] for name in names}
+    return {name: known.get(name, math.inf) for name in names}
+
+
+def _neighbourhoods(shape: LayerShape, dtype: torch.dtype) -> float:
+    """Bytes of a convolution's unfolded input."""
+    stride = dict(shape.options)["stride"]
+    return math.prod(shape.x) * shape.weight[-1] ** 2 / stride**2 * dtype.itemsize
+
+
+def _memory(device: torch.device) -> float:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
 
 
 def _both(kernel: Function, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -248,21 +288,34 @@ def _precision(device: torch.device) -> tuple[object, ...]:
     return torch.backends.cuda.matmul.fp32_precision, convolution, cast
 
 
-def median_seconds(work: Callable[[], object], *, device: torch.device, runs: int = 5) -> float:
-    """The median of ``runs`` runs after a warm-up; on a GPU without the gaps between kernels, which a graph closes."""
+def median_seconds(
+    work: Callable[[], object], *, device: torch.device, runs: int = 5, best: float | None = None
+) -> float:
+    """The median of ``runs`` runs after a warm-up; on a GPU without the gaps between kernels, which a graph closes.
+
+    Given ``best``, the seconds of another way, what takes over 10 ms or over 1.5 times as long is run only once.
+    """
     work()
-    if device.type != "cuda":
-        times = [time.perf_counter()]
-        for _ in range(runs):
-            work()
-            times.append(time.perf_counter())
-        return statistics.median(after - before for before, after in pairwise(times))
+    times: list[float] = []
+    while len(times) < runs:
+        times.append(_on_gpu(work, device) if device.type == "cuda" else _on_cpu(work))
+        if best is not None and times[-1] > min(SLOW, 1.5 * best):
+            break
+    return statistics.median(times)
+
+
+def _on_cpu(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def _on_gpu(work: Callable[[], object], device: torch.device) -> float:
     with torch.cuda.device(device):
-        pairs = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(runs)]
-        for start, end in pairs:
-            torch.cuda._sleep(AHEAD)
-            start.record()
-            work()
-            end.record()
-        torch.cuda.synchronize()
-    return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(AHEAD)
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+    return start.elapsed_time(end) / 1e3

@@ -147,8 +147,8 @@ class _Norm(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         means, scales = x.new_empty(planes, dtype=wide), x.new_empty(planes, dtype=wide)
         skips = 0 if skip is None else skip.shape[1] // len(weight)
-        ctx.sizes = weight.shape[1], skips, *size, *x.shape[-2:]
         count = size[0] * size[1]
+        ctx.sizes = weight.shape[1], skips, count, size[1], *x.shape[-2:]
         block = min(LARGEST_BLOCK, 1 << max(4, (count - 1).bit_length()))
         ctx.options = {"SLOPE": float(slope), "SUM": _sum_dtype(x), "SINGLE": count <= block, "BLOCK": block}
         ctx.options |= {"UPSAMPLE": upsample, "num_warps": max(1, min(8, block // 512))}
@@ -230,12 +230,12 @@ def _weight_gradient(
     splits = max(1, min(-(-PROGRAMS // programs), pixels // (4 * GRADIENT_BLOCK)))
     share = -(-pixels // (splits * GRADIENT_BLOCK)) * GRADIENT_BLOCK
     dw, db = weight.new_empty(splits, *weight.shape), weight.new_empty(splits, B, outputs)
-    arguments = (padded, dy, dw, db, inputs, outputs, pixels, dy.shape[-1], share, *_strides(padded, inputs))
+    arguments = (padded, dy, dw, db, inputs, outputs, pixels, dy.shape[-1], share, splits, *_strides(padded, inputs))
     _launch(
         weight_gradient_kernel,
         lambda tile: (-(-depth // tile["BLOCK_K"]), -(-outputs // block) * splits, B),
         arguments,
-        {"KERNEL": kernel, "STRIDE": stride, "SPLITS": splits, "BLOCK_O": block, **_sums(padded, precision)},
+        {"KERNEL": kernel, "STRIDE": stride, "BLOCK_O": block, **_sums(padded, precision)},
     )
     return (dw[0], db[0]) if splits == 1 else (dw.sum(0), db.sum(0))
 

@@ -246,6 +246,32 @@ def test_tf32x3_is_float32_only_where_its_error_is(
     assert math.isfinite(times[name]) == allowed
 
 
+def test_when_the_time_is_up_a_layer_takes_its_first_candidate_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured: dict = {}
+    monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", measured)
+    net = build("small", stack_size=1)
+    offered = {"convolutions": ("triton", "matmul", "grouped")}
+    monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", -1.0)
+    chosen = choose_kernels(net, CPU, size=(16, 16), **offered)
+    assert set(chosen.values()) == {"matmul", "torch"}
+    assert {frozenset(known) for known in measured.values()} == {frozenset(("triton", "matmul"))}
+    assert choose_kernels(net, CPU, size=(16, 16), **offered) == chosen
+    monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", 1e9)
+    choose_kernels(net, CPU, size=(16, 16), **offered)
+    assert {frozenset(known) for known in measured.values()} == {frozenset(("triton", "matmul", "grouped"))}
+
+
+@pytest.mark.parametrize(("memory", "tried"), [(30_000, False), (28_000 * 8, True)])
+def test_matmul_is_not_tried_where_its_neighbourhoods_fill_the_memory(
+    memory: float, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 6 channels of 64 pixels with 9 neighbours each, in float64: 27,648 bytes.
+    monkeypatch.setattr("dipguard.engines.kernel_choice._memory", lambda device: memory)
+    monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", {})
+    times = measure(SHAPE, device=CPU, dtype=torch.float64, names=["grouped", "matmul"])
+    assert math.isfinite(times["matmul"]) == tried
+
+
 def test_measuring_works_under_inference_mode_and_leaves_the_random_state_alone() -> None:
     state = torch.get_rng_state()
     with torch.inference_mode():

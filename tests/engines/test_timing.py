@@ -24,6 +24,18 @@ def test_the_median_of_the_runs_after_a_warm_one(runs: int) -> None:
     assert 0.01 <= seconds < 0.05
 
 
+@pytest.mark.parametrize(("wait", "best", "runs"), [(0.0, None, 5), (0.02, None, 5), (0.02, 1.0, 1), (0.002, 1e-4, 1)])
+def test_what_is_slow_or_cannot_be_the_best_is_run_once(wait: float, best: float | None, runs: int) -> None:
+    seen = []
+
+    def work() -> None:
+        seen.append(wait)
+        time.sleep(wait)
+
+    median_seconds(work, device=torch.device("cpu"), best=best)
+    assert len(seen) == runs + 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu_more_work_takes_longer() -> None:
     device = torch.device("cuda")

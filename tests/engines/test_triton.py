@@ -107,7 +107,7 @@ def constants(name: str, precision: str) -> dict[str, Any]:
         "forward_kernel": {**tile, "TRANSPOSED": False},
         "transposed": {**tile, "TRANSPOSED": True},
         "strided_gradient_kernel": {"KERNEL": 3, "STRIDE": 2, "FIRST": 0, **products},
-        "weight_gradient_kernel": {**tile, "SPLITS": 2},
+        "weight_gradient_kernel": tile,
         "fold_kernel": {"BEFORE": 1, "AFTER": 1, "REFLECT": True, **block},
         "norm_kernel": {"EPS": 1e-5, "SLOPE": 0.2, "UPSAMPLE": "none", "SINGLE": True, **block},
         "norm_gradient_kernel": {"SLOPE": 0.2, "UPSAMPLE": "none", "SINGLE": False, **block},
