@@ -46,8 +46,8 @@ SPLIT = "triton tf32x3"
 """Its error may be twice the largest of the candidates that multiply in float32, no more."""
 CHECKED = 4
 """Networks, the stack's last ones, whose results are compared: float64 is slow on many GPUs."""
-BUDGET = 5.0
-"""Seconds after which a choice measures nothing more; the next one in the process goes on from there."""
+BUDGET = 4.0
+"""Seconds after which a choice compiles no further kernel; the next one in the process goes on from there."""
 SLOW = 0.01
 """Seconds of a run that need not be repeated."""
 MATMUL_SHARE = 1 / 8
@@ -143,9 +143,8 @@ def choose_kernels(
     The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU; joins have
     those of normalisations. ValueError for an unknown name, RuntimeError if no candidate works for some layer.
 
-    No candidate is begun after 5 seconds, most of which go into compiling. Normalisations and joins come first, since
-    they compile fast, then convolutions, each time the largest layers first; when the time is up, a layer without a
-    measurement takes its first candidate that agrees.
+    Most of the time goes into compiling. Normalisations and joins come first, since they compile fast, then
+    convolutions, each time the largest layers first; after 4 seconds only torch's own candidates are measured.
     """
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
@@ -212,16 +211,16 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of a forward and backward pass of each candidate; infinite if it fails or its error is too large.
 
-    After the deadline, by ``time.perf_counter``, candidates are tried only until one works; the others are infinite.
+    After the deadline, by ``time.perf_counter``, Triton's are not tried where another works; they are infinite then.
     """
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     known = _MEASURED.setdefault((card, *_precision(device), shape, dtype), {})
-    missing = [name for name in names if name not in known]
 
-    def late() -> bool:
-        return time.perf_counter() > deadline and min(known.values(), default=math.inf) < math.inf
+    def wanted(name: str) -> bool:
+        late = time.perf_counter() > deadline and min(known.values(), default=math.inf) < math.inf
+        return name not in known and not (late and name.startswith("triton"))
 
-    if not missing or late():
+    if not any(map(wanted, names)):
         return {name: known.get(name, math.inf) for name in names}
     with torch.inference_mode(False), torch.enable_grad():
         tensors = shape.example(device=device, dtype=dtype)
@@ -238,9 +237,7 @@ def measure(
 
         tolerance = TOLERANCES.get(dtype, ROUGH) if _exact(device) else ROUGH
         own = error(_both(shape.kernel(first), few))
-        for name in missing:
-            if late():
-                break
+        for name in filter(wanted, names):
             best = min(known.values(), default=math.inf)
             known[name] = math.inf
             if name == "matmul" and _neighbourhoods(shape, dtype) > MATMUL_SHARE * _memory(device):

@@ -246,19 +246,21 @@ def test_tf32x3_is_float32_only_where_its_error_is(
     assert math.isfinite(times[name]) == allowed
 
 
-def test_when_the_time_is_up_a_layer_takes_its_first_candidate_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_when_the_time_is_up_nothing_is_compiled_where_a_kernel_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: dict = {}
     monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", measured)
     net = build("small", stack_size=1)
-    offered = {"convolutions": ("triton", "matmul", "grouped")}
-    monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", -1.0)
-    chosen = choose_kernels(net, CPU, size=(16, 16), **offered)
-    assert set(chosen.values()) == {"matmul", "torch"}
-    assert {frozenset(known) for known in measured.values()} == {frozenset(("triton", "matmul"))}
-    assert choose_kernels(net, CPU, size=(16, 16), **offered) == chosen
-    monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", 1e9)
-    choose_kernels(net, CPU, size=(16, 16), **offered)
-    assert {frozenset(known) for known in measured.values()} == {frozenset(("triton", "matmul", "grouped"))}
+
+    def tried(budget: float, *names: str) -> set[frozenset[str]]:
+        monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", budget)
+        chosen = choose_kernels(net, CPU, size=(16, 16), convolutions=names)
+        assert "triton" not in chosen.values()
+        return {frozenset(known) for known in measured.values()}
+
+    assert tried(-1.0, "grouped", "triton", "matmul") == {frozenset(("grouped", "matmul"))}
+    assert tried(1e9, "grouped", "triton", "matmul") == {frozenset(("grouped", "matmul", "triton"))}
+    measured.clear()
+    assert tried(-1.0, "triton", "matmul") == {frozenset(("triton", "matmul"))}
 
 
 @pytest.mark.parametrize(("memory", "tried"), [(30_000, False), (28_000 * 8, True)])
