@@ -143,8 +143,8 @@ def choose_kernels(
     The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU; joins have
     those of normalisations. ValueError for an unknown name, RuntimeError if no candidate works for some layer.
 
-    Most of the time goes into compiling. Normalisations and joins come first, since they compile fast, then
-    convolutions, each time the largest layers first; after 4 seconds only torch's own candidates are measured.
+    Most of the time goes into compiling; after 4 seconds only torch's own candidates are measured. So joins and
+    normalisations, which gain most and compile fast, come first, and of each kind the largest layer.
     """
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
@@ -155,7 +155,8 @@ def choose_kernels(
     chosen: dict[str, str] = {}
     dtype, deadline = net.head.weight.dtype, time.perf_counter() + BUDGET
     shapes = layer_shapes(net, size=size, z_gradient=z_gradient)
-    for layer, shape in sorted(shapes.items(), key=lambda item: (len(item[1].weight), -math.prod(item[1].x))):
+    kinds = JOINS, NORMALISATIONS, CONVOLUTIONS
+    for layer, shape in sorted(shapes.items(), key=lambda item: (kinds.index(item[1].table), -math.prod(item[1].x))):
         offered = offers[shape.table is not CONVOLUTIONS]
         chosen[layer] = offered[0]
         if len(offered) > 1:
@@ -240,7 +241,7 @@ def measure(
         for name in filter(wanted, names):
             best = min(known.values(), default=math.inf)
             known[name] = math.inf
-            if name == "matmul" and _neighbourhoods(shape, dtype) > MATMUL_SHARE * _memory(device):
+            if name == "matmul" and _unfolded(shape, dtype) > MATMUL_SHARE * _memory(device):
                 continue
             try:
                 both = partial(_both, shape.kernel(name), [*tensors, dy])
@@ -253,10 +254,9 @@ def measure(
     return {name: known.get(name, math.inf) for name in names}
 
 
-def _neighbourhoods(shape: LayerShape, dtype: torch.dtype) -> float:
-    """Bytes of a convolution's unfolded input."""
-    stride = dict(shape.options)["stride"]
-    return math.prod(shape.x) * shape.weight[-1] ** 2 / stride**2 * dtype.itemsize
+def _unfolded(shape: LayerShape, dtype: torch.dtype) -> float:
+    """Bytes of a convolution's neighbourhoods."""
+    return math.prod(shape.x) * (shape.weight[-1] / dict(shape.options)["stride"]) ** 2 * dtype.itemsize
 
 
 def _memory(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -246,6 +247,23 @@ def test_tf32x3_is_float32_only_where_its_error_is(
     assert math.isfinite(times[name]) == allowed
 
 
+def test_what_gains_most_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LayerShape] = []
+
+    def note(shape: LayerShape, *, names: tuple[str, ...], **options: object) -> dict[str, float]:
+        seen.append(shape)
+        return dict.fromkeys(names, 1.0)
+
+    monkeypatch.setattr("dipguard.engines.kernel_choice.measure", note)
+    offered = {"convolutions": ("grouped", "matmul"), "normalisations": ("torch", "triton")}
+    choose_kernels(build("small", stack_size=1), CPU, size=(16, 16), **offered)
+    tables = [shape.table for shape in seen]
+    assert [len(list(group)) for _, group in itertools.groupby(tables, key=id)] == [2, 10, 11]
+    assert (tables[0], tables[2], tables[-1]) == (JOINS, NORMALISATIONS, CONVOLUTIONS)
+    assert seen[0].x[-2:] == (8, 8)
+    assert seen[1].x[-2:] == (4, 4)
+
+
 def test_when_the_time_is_up_nothing_is_compiled_where_a_kernel_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: dict = {}
     monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", measured)
@@ -326,7 +344,8 @@ def test_unknown_candidates_are_named(options: dict, message: str) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_a_gpu_the_fastest_kernel_is_chosen() -> None:
+def test_on_a_gpu_the_fastest_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", 1e9)
     device = torch.device("cuda")
     net = build("small", stack_size=4).to(device)
     shapes = layer_shapes(net, size=(32, 32))
