@@ -22,7 +22,7 @@ Finding = tuple[str, str, str]
 
 def run(args: argparse.Namespace) -> int:
     """Print all findings; return 1 if something essential is broken, 0 otherwise."""
-    checks = [libraries, pair_of_builds, device, compiler, caches, wandb]
+    checks = [libraries, pair_of_builds, device, compiler, gpu_engine, caches, wandb]
     broken = False
     for check in checks if args.no_self_test else [*checks, self_test]:
         try:
@@ -83,6 +83,21 @@ def compiler() -> Iterator[Finding]:
         yield "ok", "native engine", f"compiled by {find_compiler()}"
     except BuildError as error:
         yield "note", "native engine", f"{error}; torch takes its place on a CPU, 2 to 3 times slower"
+
+
+def gpu_engine() -> Iterator[Finding]:
+    """Which engine fits take on a GPU, and how far it is ahead."""
+    import torch
+
+    if torch.cuda.is_available():
+        from dipguard.engines.cuda_graph import engine_times
+        from dipguard.networks import build
+
+        images = torch.rand(IMAGES, 3, 32, 32, device="cuda")
+        times = engine_times(build("medium", stack_size=IMAGES).cuda(), images)
+        name = min(times, key=times.__getitem__)
+        steps = ", ".join(f"{1000 * seconds:.2f} ms with {engine}" for engine, seconds in times.items())
+        yield "ok", "GPU engine", f"{name}; a step of {IMAGES} images takes {steps}"
 
 
 def caches() -> Iterator[Finding]:

@@ -8,6 +8,7 @@ still recognised. Figures on tuning images: docs/trials.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -76,14 +77,14 @@ def class_scores(logits: Tensor, *, weights: Tensor, own: int, own_class_weight:
 
 
 def stitch_mirrored(
-    trace: DecisionTrace,
+    traces: Sequence[DecisionTrace],
     *,
-    weights: Tensor,
+    weights: Sequence[Tensor],
     own_class_weight: float,
     classify: Callable[[Tensor], Tensor],
     betas: Sequence[float],
-) -> Reconstruction:
-    """Rebuild one image from its trace, as the class that scores highest on the mirrored copies of its samples.
+) -> list[Reconstruction]:
+    """Rebuild B images from their traces, each as the class that scores highest on the mirrored copies of its samples.
 
     :func:`class_scores` chooses the class. The image is the weighted mean of the samples that the victim reads as this
     class: Eq. 7 over another choice of images. If the mean is not read so, or no sample is, the mean (then that of all
@@ -92,15 +93,34 @@ def stitch_mirrored(
     ``no_sample_of_class`` if the victim reads no sample as the class.
 
     Args:
-        trace: With ``samples`` and ``mirrored_logits``, S of them, else ValueError.
-        weights: Of the samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
+        traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
+        weights: Of each trace's samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
         own_class_weight: See :func:`class_scores`.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         betas: Step sizes to try, increasing, each at least 0, else ValueError.
     """
-    if trace.samples is None or trace.mirrored_logits is None:
-        raise ValueError("`trace` must hold its `samples` and `mirrored_logits`, got a trace without")
     steps = [check_float(beta, name="betas", low=0.0) for beta in betas]
+    each = zip(traces, weights, strict=True)
+    made = [_mean_of_class(trace, share, own_class_weight=own_class_weight) for trace, share in each]
+    if not steps:
+        return [reconstruction for _, reconstruction in made]
+    # Nearly all means are read as their class at once: only the others' steps are classified.
+    read = classify(torch.stack([reconstruction.image for _, reconstruction in made])).argmax(dim=1).tolist()
+    rebuilt = []
+    for trace, (target, reconstruction), decision in zip(traces, made, read, strict=True):
+        image = reconstruction.image
+        if decision != target:
+            tried = torch.cat([on_manifold(image[None], trace.given, beta=beta) for beta in steps]).clamp(0, 1)
+            right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
+            image = tried[right[0]] if right else image
+        rebuilt.append(replace(reconstruction, image=image))
+    return rebuilt
+
+
+def _mean_of_class(trace: DecisionTrace, weights: Tensor, *, own_class_weight: float) -> tuple[int, Reconstruction]:
+    """The class with the highest score, and the mean of the samples that are read as it."""
+    if trace.samples is None or trace.mirrored_logits is None:
+        raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
     own = trace.given_decision
     scores = class_scores(trace.mirrored_logits, weights=weights, own=own, own_class_weight=own_class_weight)
     target = int(scores.argmax())
@@ -108,9 +128,4 @@ def stitch_mirrored(
     share = weights[used] / weights[used].sum() if len(used) else weights
     samples = trace.samples[used] if len(used) else trace.samples
     image = torch.einsum("s,schw->chw", share.to(samples.dtype), samples).clamp(0, 1)
-    # Nearly all means are read as the target at once: then the steps need not be classified.
-    if steps and int(classify(image[None]).argmax()) != target:
-        tried = torch.cat([on_manifold(image[None], trace.given, beta=beta) for beta in steps]).clamp(0, 1)
-        right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
-        image = tried[right[0]] if right else image
-    return Reconstruction(image, "class_scores" if len(used) else "no_sample_of_class", used)
+    return target, Reconstruction(image, "class_scores" if len(used) else "no_sample_of_class", used)

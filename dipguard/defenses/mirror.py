@@ -151,13 +151,21 @@ class MirrorGuard(DIPDefense):
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; where a step away from x0 may be needed, the victim is asked."""
+        return self._rebuild([trace])[0]
+
+    def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
+        """Stitch the images of a stack."""
+        options: Any = {"own_class_weight": self.own_class_weight, "betas": self.betas}
+        weights = [self._weights(trace) for trace in traces]
+        return stitch_mirrored(traces, weights=weights, classify=self.decide, **options)
+
+    def _weights(self, trace: DecisionTrace) -> Tensor:
+        """Of the windows of all networks, [S]."""
         noise = 255 * float(colour_noise(trace.given[None]))
         one = window_weights(
             trace.steps[: self.windows], noise=noise, early=self.early, late=self.late, limits=self.noise
         )
-        weights = one.repeat(len(self.fits)) / len(self.fits)
-        options: Any = {"own_class_weight": self.own_class_weight, "betas": self.betas}
-        return stitch_mirrored(trace, weights=weights, classify=self.decide, **options)
+        return one.repeat(len(self.fits)) / len(self.fits)
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
@@ -173,7 +181,7 @@ class MirrorGuard(DIPDefense):
             logs.append(log)
         asked, fitted = sum(log.seconds for log in logs), time.perf_counter()
         traces = self._traces(logs, images, indices, own.cpu())
-        rebuilt = [self.rebuild(trace) for trace in traces]
+        rebuilt = self._rebuild(traces)
         seconds["fit"] -= asked
         seconds["decide"] = time.perf_counter() - fitted + asked
         return Purified.stitched(rebuilt, like=images, traces=traces, seconds=seconds)

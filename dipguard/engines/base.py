@@ -20,7 +20,7 @@ _log = logging.getLogger(__name__)
 ENGINES = ("auto", "torch", "native", "cuda_graph")
 PRECISIONS = ("float32", "tf32", "bfloat16")
 SHORT = 100
-"""Fits of fewer steps never compile the native engine under ``auto``: compiling takes seconds, once per machine."""
+"""Fits of fewer steps are torch's under ``auto``: compiling or choosing another engine takes seconds."""
 
 
 class Step(NamedTuple):
@@ -122,8 +122,9 @@ def make_engine(
 
     Args:
         name: ``torch``; ``native`` (C++, CPU only, compiled on first use); ``cuda_graph`` (NVIDIA GPUs); or ``auto``:
-            native where it can run, except for fits of fewer than 100 steps, else torch. The results of engines differ
-            by rounding, which Adam amplifies.
+            for fits of at least 100 steps native on a CPU, where it can run, and on an NVIDIA GPU the faster one of
+            torch and cuda_graph (:func:`~dipguard.engines.cuda_graph.fastest_engine`); otherwise torch. The results of
+            engines differ by rounding, which Adam amplifies.
         z_gradient: The loss's ``backward()`` must give z a gradient.
         matmul_precision: :func:`precision`; ``tf32`` and ``bfloat16`` need the engine ``torch`` or ``cuda_graph``.
         differentiable: Gradients must flow through the reconstructions; ``auto`` is then torch.
@@ -148,21 +149,26 @@ def make_engine(
         plain: dict[str, Any] = {"convolutions": ("grouped",), "normalisations": ("torch",), "capture": False}
         options = {"z_gradient": z_gradient, "matmul_precision": matmul_precision, **({} if graph else plain)}
         return CudaGraphEngine(net, given, **options)
-    short = name == "auto" and (given.device.type != "cpu" or steps < SHORT)
-    if name == "torch" or short or differentiable:
+    device = given.device.type
+    if name == "torch" or differentiable or (name == "auto" and (steps < SHORT or device not in ("cpu", "cuda"))):
         return TorchEngine(net, given)
+    if name == "auto" and device == "cuda":
+        from dipguard.engines.cuda_graph import fastest_engine
+
+        return fastest_engine(net, given, z_gradient=z_gradient)
     try:
         return NativeEngine(net, given, z_gradient=z_gradient)
     except (BuildError, UnsupportedError) as problem:
         if name == "native":
             raise ValueError(f"`engine` 'native' cannot be used here: {problem}") from problem
-        _say_once(f"the engine 'native' cannot be used, torch's takes its place: {problem}")
+        say_once(f"the engine 'native' cannot be used, torch's takes its place: {problem}")
         return TorchEngine(net, given)
 
 
 @cache
-def _say_once(text: str) -> None:
-    _log.warning(text)
+def say_once(text: str, *, level: int = logging.WARNING) -> None:
+    """Log a text, unless this process has logged it before."""
+    _log.log(level, text)
 
 
 @contextmanager

@@ -1,21 +1,32 @@
 """The engine for NVIDIA GPUs: the fastest kernel for each layer, and the step recorded once as a CUDA graph.
 
 The some 300 kernels of a step then follow each other without the host: on an H200 twice as fast as torch's engine.
+Whether it is here, `fastest_engine` measures once.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Collection
+from copy import deepcopy
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from dipguard.engines.base import Engine, HandOver, Step, precision
+from dipguard.cache import cache_folder
+from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, precision, say_once
 from dipguard.engines.kernel_choice import choose_kernels, use_kernels
+from dipguard.files import read_json, write_json
 from dipguard.networks import StackedSkipNet
+
+_log = logging.getLogger(__name__)
 
 WARMUP = 3
 """Eager runs on a side stream before the recording, as torch asks for: the first chooses algorithms and compiles."""
+MEASURED = 5
+"""Steps of each engine that are timed, after one that is not."""
 
 
 class CudaGraphEngine(Engine):
@@ -117,3 +128,75 @@ class CudaGraphEngine(Engine):
             with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._results = self._run()
         self._graph = graph
+
+
+def fastest_engine(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> Engine:
+    """Torch's engine or the CUDA graph, whichever takes less time a step (`engine_times`); the log says which and why.
+
+    Arguments are those of `CudaGraphEngine`. On a CPU the step is not recorded.
+    """
+    times = engine_times(net, given, z_gradient=z_gradient)
+    name = min(times, key=times.__getitem__)
+    found = ", ".join(f"{engine} {1000 * seconds:.2f} ms" for engine, seconds in times.items())
+    say_once(f"fits of {len(given)} images at once: engine {name} (a step with {found})", level=logging.INFO)
+    return _engine(name, net, given, z_gradient=z_gradient)
+
+
+def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> dict[str, float]:
+    """Seconds of a step of the engines ``torch`` and ``cuda_graph``; infinite for one that cannot run here.
+
+    Measured once for each network, size of image and (to a power of two) of stack, GPU and version of torch, and kept
+    in ``engines.json`` of the cache folder. The network's parameters stay as they are.
+    """
+    where = torch.cuda.get_device_name(given.device) if given.is_cuda else given.device.type
+    stack = 1 << (len(given) - 1).bit_length()
+    about = [where, torch.__version__, stack, list(given.shape[2:]), str(given.dtype), net.padding, z_gradient]
+    key, place = " ".join(map(str, [*about, net.spec])), cache_folder("engines.json")
+    known = _kept(place)
+    if key not in known:
+        known[key] = {
+            name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in ("torch", "cuda_graph")
+        }
+        if all(seconds < float("inf") for seconds in known[key].values()):  # a lack of memory may pass
+            try:
+                write_json(place, _kept(place) | {key: known[key]})
+            except OSError as problem:
+                _log.warning("the choice of the engine cannot be kept: %s", problem)
+    return known[key]
+
+
+def _kept(place: Path) -> dict[str, dict[str, float]]:
+    """What was measured before; nothing if the file is damaged."""
+    try:
+        kept = read_json(place)
+        return {key: {name: float(times[name]) for name in ("torch", "cuda_graph")} for key, times in kept.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return {}
+
+
+def _engine(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> Engine:
+    if name == "torch":
+        return TorchEngine(net, given)
+    return CudaGraphEngine(net, given, z_gradient=z_gradient, capture=given.is_cuda)
+
+
+def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> float:
+    """Seconds of a step as the program sees it, with the host's share."""
+    try:
+        engine = _engine(name, net, given, z_gradient=z_gradient)
+        z = given.new_zeros(len(given), net.spec.input_depth, *given.shape[2:]).requires_grad_(z_gradient)
+        engine.step(z).loss.backward()
+        _wait(given.device)
+        start = time.perf_counter()
+        for _ in range(MEASURED):
+            engine.step(z).loss.backward()
+        _wait(given.device)
+        return (time.perf_counter() - start) / MEASURED
+    except RuntimeError as problem:  # no memory for both graphs, or no kernel works
+        _log.warning("the engine %r cannot be used here: %s", name, problem)
+        return float("inf")
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

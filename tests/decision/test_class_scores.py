@@ -76,8 +76,8 @@ def grey(*levels):
     return torch.stack([torch.full((3, 4, 4), level) for level in levels])
 
 
-def stitched(images, given, *, target, betas, victim=None, weights=None, **changed):
-    """Samples stitched as a class, which is the one that the mirrored copies are read as."""
+def traced(images, given, *, target, victim=None, **changed):
+    """A trace with samples whose mirrored copies are read as a class."""
     victim, S = victim or Brightness(), len(images)
     trace = DecisionTrace(
         index=0, given=given, given_scores=victim(given[None])[0], steps=torch.arange(S), scores=victim(images),
@@ -85,9 +85,14 @@ def stitched(images, given, *, target, betas, victim=None, weights=None, **chang
         on_boundary=torch.zeros(0, 3, 4, 4), last=images[-1:], samples=images,
         mirrored_logits=torch.eye(2)[target].expand(S, 2),
     )  # fmt: skip
-    weights = torch.full((S,), 1 / S) if weights is None else torch.tensor(weights)
-    trace = replace(trace, **changed)
-    return stitch_mirrored(trace, weights=weights, own_class_weight=1.0, classify=victim, betas=betas)
+    return replace(trace, **changed)
+
+
+def stitched(images, given, *, betas, victim=None, weights=None, **about):
+    """Samples stitched as a class, which is the one that the mirrored copies are read as."""
+    weights = torch.full((len(images),), 1 / len(images)) if weights is None else torch.tensor(weights)
+    traces, classify = [traced(images, given, victim=victim, **about)], victim or Brightness()
+    return stitch_mirrored(traces, weights=[weights], own_class_weight=1.0, classify=classify, betas=betas)[0]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +123,26 @@ def test_a_pushed_image_stays_in_range():
 
 
 def test_bad_arguments_of_the_stitch_are_refused():
-    with pytest.raises(ValueError, match="`trace` must hold its `samples` and `mirrored_logits`"):
+    with pytest.raises(ValueError, match="trace must hold its `samples` and `mirrored_logits`"):
         stitched(grey(0.1), grey(0.1)[0], target=0, betas=[], samples=None)
     with pytest.raises(ValueError, match="`betas`"):
         stitched(grey(0.1), grey(0.1)[0], target=0, betas=[-0.1])
+
+
+def test_images_that_are_stitched_together_are_those_of_one_at_a_time():
+    given, even, asked = grey(0.2)[0], torch.full((2,), 0.5), []
+    # Read as their class at once; pushed by one step, by three; not within reach; pushed the other way.
+    cases = [((0.6, 0.8), 1), ((0.48, 0.48), 1), ((0.44, 0.44), 1), ((0.21, 0.21), 1), ((0.6, 0.7), 0)]
+    traces = [traced(grey(*levels), given, target=target) for levels, target in cases]
+
+    def classify(images):
+        asked.append(len(images))
+        return Brightness()(images)
+
+    options = {"own_class_weight": 1.0, "classify": classify, "betas": [0.1, 0.2, 0.3]}
+    together = stitch_mirrored(traces, weights=[even] * len(traces), **options)
+    assert asked == [5, 3, 3, 3, 3]  # all means at once; then the steps of those that are read otherwise
+    for trace, ours in zip(traces, together, strict=True):
+        (alone,) = stitch_mirrored([trace], weights=[even], **options)
+        assert torch.equal(ours.image, alone.image)
+        assert ours.used.tolist() == alone.used.tolist()

@@ -171,7 +171,7 @@ def test_a_trace_without_mirrored_logits_is_refused(small_images, small_victim):
     tensors = {**trace.tensors(), "index": trace.index, "settings": trace.settings}
     for name in ("mirrored_logits", "samples"):
         less = DecisionTrace(**{key: value for key, value in tensors.items() if key != name})
-        with pytest.raises(ValueError, match="`trace` must hold"):
+        with pytest.raises(ValueError, match="trace must hold its `samples` and `mirrored_logits`"):
             defense.rebuild(less)
 
 

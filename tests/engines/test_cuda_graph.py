@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dipguard.engines.cuda_graph import CudaGraphEngine
+from dipguard.engines import TorchEngine, make_engine
+from dipguard.engines.cuda_graph import CudaGraphEngine, engine_times, fastest_engine
 from dipguard.networks import StackedSkipNet, build
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -127,3 +130,85 @@ def test_a_graph_gives_what_eager_steps_give(convolution: str) -> None:
         results.append(seen)
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of measured engines, in a cache of the test's own."""
+    monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path))
+    return tmp_path / "engines.json"
+
+
+@pytest.mark.parametrize("z_gradient", [False, True])
+def test_engines_are_measured_once_and_the_network_stays_as_it_was(z_gradient: bool, kept: Path) -> None:
+    net, given, _ = problem()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    times = engine_times(net, given, z_gradient=z_gradient)
+    assert sorted(times) == ["cuda_graph", "torch"]
+    assert all(0 < seconds < 60 for seconds in times.values())
+    assert engine_times(net, given, z_gradient=z_gradient) == times  # to the last digit: it was read
+    assert list(json.loads(kept.read_text()).values()) == [times]
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
+    assert all(p.grad is None for p in net.parameters())
+
+
+@pytest.mark.parametrize("faster", ["torch", "cuda_graph"])
+def test_the_faster_engine_is_taken(faster: str, kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net, given, _ = problem()
+    engine_times(net, given)
+    (key,) = json.loads(kept.read_text())
+    kept.write_text(json.dumps({key: {"torch": 0.25, "cuda_graph": 0.25, faster: 0.125}}))
+    with caplog.at_level("INFO", logger="dipguard"):
+        engine = fastest_engine(net, given)
+    assert isinstance(engine, TorchEngine if faster == "torch" else CudaGraphEngine)
+    assert f"fits of 3 images at once: engine {faster} (a step with " in caplog.text
+    assert f"{faster} 125.00 ms" in caplog.text
+
+
+def test_each_network_size_and_stack_is_measured_on_its_own(kept: Path) -> None:
+    for network, count in (("small", 3), ("small", 4), ("small", 5), ("medium", 3)):
+        net = build(network, stack_size=count)
+        for side in (16, 24) if count == 4 else (16,):
+            engine_times(net, torch.rand(count, 3, side, side))
+    assert len(json.loads(kept.read_text())) == 4  # stacks of 3 and 4 count as one size
+
+
+@pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', '{"a": {"torch": "x", "cuda_graph": 1}}'])
+def test_a_damaged_file_is_measured_again(damage: str, kept: Path) -> None:
+    net, given, _ = problem()
+    kept.write_text(damage)
+    times = engine_times(net, given)
+    assert list(json.loads(kept.read_text()).values()) == [times]
+
+
+def test_an_engine_that_cannot_run_is_never_the_fastest(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
+    net, given, _ = problem()
+    wrong = given.half()  # torch's engine subtracts it; the graph's has no z of the network's dtype
+    assert engine_times(net, wrong)["cuda_graph"] == float("inf")
+    assert "the engine 'cuda_graph' cannot be used here" in caplog.text
+    assert not kept.exists()
+
+
+@needs_cuda
+def test_auto_is_measured_on_a_gpu(kept: Path) -> None:
+    net, given, _ = problem(dtype=torch.float32, device="cuda")
+    engine = make_engine("auto", net, given, steps=100)
+    (times,) = json.loads(kept.read_text()).values()
+    assert engine.name == min(times, key=times.__getitem__)
+    assert make_engine("auto", net, given, steps=99).name == "torch"
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["auto", "cuda_graph"])
+def test_a_fit_gives_the_same_bits_twice(name: str, kept: Path) -> None:
+    from dipguard import MirrorGuard
+
+    images = torch.rand(4, 3, 32, 32, device="cuda")
+    victim = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 32 * 32, 10)).cuda()
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        made = [MirrorGuard(victim, engine=name, progress=False).purify(images) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(before)
+    assert torch.equal(*made)

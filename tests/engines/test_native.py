@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dipguard.engines import Engine, TorchEngine, make_engine
-from dipguard.engines.base import _say_once
+from dipguard.engines.base import say_once
 from dipguard.engines.native import NativeEngine
 from dipguard.engines.native_build import BuildError, _library, compiler, library
 from dipguard.engines.native_plan import UnsupportedError, make_plan
@@ -206,10 +206,10 @@ def test_what_native_cannot_run_is_named_and_auto_goes_without() -> None:
 def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """An empty cache folder, and nothing is loaded yet."""
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path / "cache"))
-    for known in (library, _library, _say_once):
+    for known in (library, _library, say_once):
         known.cache_clear()
     yield tmp_path / "cache" / "native"
-    for known in (library, _library, _say_once):
+    for known in (library, _library, say_once):
         known.cache_clear()
 
 
