@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from dipguard.classifier import is_out_of_memory
-from dipguard.engines import make_engine
+from dipguard.engines.base import make_engine, say_once
 from dipguard.fit.callbacks import as_stacked_dip
 from dipguard.fit.memory import free_memory, memory_need
 from dipguard.fit.module import StackedDIP
@@ -137,4 +138,7 @@ def stack_size_for(
             engine = make_engine(fit.engine, module.net, module.given, steps=T, **further).name
         shared, each = memory_need(size, fit=fit, kept=kept, engine=engine)
     bound = max(1, int(OURS * free_bytes - shared) // each)
-    return wanted if bound >= wanted else 2 ** int(math.log2(bound))
+    taken = wanted if bound >= wanted else 2 ** int(math.log2(bound))
+    gib = (shared + taken * each) / 2**30
+    say_once(f"fits of {taken} images of {size[0]}x{size[1]} pixels at once need {gib:.2f} GiB", level=logging.INFO)
+    return taken

@@ -253,13 +253,16 @@ def test_a_fixed_number_at_once_where_memory_allows(count: int, expected: int) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the free memory is not known")
-def test_memory_bounds_the_number_at_once() -> None:
+def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog: pytest.LogCaptureFixture) -> None:
     size, fit = (256, 256), FitOptions(network="small", engine="torch")
     kept = 40_000
-    _, each = memory_need(size, fit=fit, kept=kept, engine="torch")
+    shared, each = memory_need(size, fit=fit, kept=kept, engine="torch")
     free = free_memory(CPU)
     assert free is not None
-    chosen = stack_size_for(32, size=size, fit=fit, kept=kept, device=CPU)
+    with caplog.at_level("INFO", logger="dipguard"):
+        chosen = stack_size_for(32, size=size, fit=fit, kept=kept, device=CPU)
+    gib = (shared + chosen * each) / 2**30
+    assert f"fits of {chosen} images of 256x256 pixels at once need {gib:.2f} GiB" in caplog.text
     assert chosen <= max(1, 1.5 * free / 2 / each), "what is free changes from moment to moment"
     assert chosen < 32
     assert math.log2(chosen).is_integer()

@@ -110,7 +110,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_it_had_not_been(program: tuple, t
         for _ in range(3):
             process = start(command(folder))
             try:
-                process.communicate(timeout=moments.uniform(0.3, 1.0) * seconds)
+                process.communicate(timeout=moments.uniform(0.25, 0.8) * seconds)
             except subprocess.TimeoutExpired:  # else it has ended, and is no kill
                 process.kill()
                 process.communicate()
