@@ -66,6 +66,7 @@ class RunConfig:
     attacks: dict[str, dict[str, Any]]
     defenses: dict[str, dict[str, Any]]
     eps_255: float
+    judge: int
     trainer: dict[str, Any]
     callbacks: dict[str, dict[str, Any]]
     logger: dict[str, Any]
@@ -213,7 +214,8 @@ def _checked(config: RunConfig) -> RunConfig:
     check_int(config.seed, name="seed", low=0, high=2**32 - 1)
     check_float(config.eps_255, name="eps_255", low=0.0, high=255.0)
     check_int(config.figures, name="figures", low=0)
-    for key, value in [("processes", config.processes), *(("store_T", T) for T in config.store_T)]:
+    whole = {"judge": config.judge, "processes": config.processes}
+    for key, value in [*whole.items(), *(("store_T", T) for T in config.store_T)]:
         check_int(value, name=key, low=1)
     if config.objective is not None:
         check_choice(config.objective, [*config.attacks, *defenses, "worst_case"], name="objective")

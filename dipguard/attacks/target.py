@@ -15,6 +15,8 @@ from dipguard.decision.intermediates import STITCHED, Intermediate
 
 DRAWS = ("fresh", "fixed")
 _WORD = 2**32  # data sets are smaller: no index of an attack is one of the evaluation's
+JUDGE = 2**30
+"""The first look of those that judge attacked images; no attack looks as often."""
 
 
 class Purifies(Protocol):
@@ -101,9 +103,14 @@ class AdaptiveAttack(Attack):
         """Indices [B] to purify the images ``indices`` [B] with after ``looks`` purifications, int or int [B]."""
         if self.draws == "fixed":
             return indices
-        # A defence may seed a generator with the index itself, and torch's reads its lower 32 bits alone: those must
-        # differ from look to look too, and from image to image. The factors are odd, so that they do.
-        return (looks + 1) * _WORD + (indices * 0x9E3779B1 + (looks + 1) * 0x85EBCA6B) % _WORD
+        return fresh_indices(indices, looks)
+
+
+def fresh_indices(indices: Tensor, looks: Tensor | int) -> Tensor:
+    """Indices that give the images ``indices`` [B] draws of their own at their look of this number, int or int [B]."""
+    # A defence may seed a generator with the index itself, and torch's reads its lower 32 bits alone: those must
+    # differ from look to look too, and from image to image. The factors are odd, so that they do.
+    return (looks + 1) * _WORD + (indices * 0x9E3779B1 + (looks + 1) * 0x85EBCA6B) % _WORD
 
 
 def check_defense(defense: Any) -> Any:

@@ -25,6 +25,8 @@ BLACK_BOX = ("defended_square", "hopskipjump")
 BLIND = ("none", "noise", "square")
 """Static attacks that take no gradient."""
 DONE, NOT_RUN = "done", "not run yet"
+JUDGED = ("accuracy", "worst", "vote")
+"""How right an image is over its draws: in what share of them, whether in all, whether by their majority."""
 FIGURES = ("decisions_given", "decisions", "ssim_given", "ssim", "psnr", "used")
 
 
@@ -75,7 +77,8 @@ class Cell:
         eps_255: Its budget in levels of 0 to 255; None if it has no L-infinity bound.
         suite: Whether it belongs to the attack suite.
         attack_key: Digest of everything that the attacked images depend on.
-        key: Digest of everything that the result depends on.
+        key: Digest of everything that the result depends on, with the evaluation's own draw.
+        judge: Draws of the defence that each image is judged by.
         cost: What an adaptive attack will cost, at most.
     """
 
@@ -90,6 +93,7 @@ class Cell:
     suite: bool
     attack_key: str = ""
     key: str = ""
+    judge: int = 1
     cost: Cost = field(default_factory=Cost)
 
     @property
@@ -100,6 +104,17 @@ class Cell:
     def sub_key(self, *parts: str | int) -> str:
         """The key of a further entry that depends on what the cell depends on."""
         return digest_of([self.key, *parts])
+
+    @property
+    def summary_key(self) -> str:
+        """The key of the cell's figures."""
+        return self.key if self.judge == 1 else self.sub_key("judged", self.judge)
+
+    @property
+    def judging(self) -> Cost:
+        """Cost of the purifications that the cell is judged by, for one budget."""
+        count = len(self.clean) * self.judge
+        return Cost(count, count * self.defense.steps_per_image, count)
 
     @property
     def name(self) -> str:
@@ -159,8 +174,10 @@ class CellResult:
         decisions_given, ssim_given: The victim's decisions on the attacked images, and their SSIM to the clean ones.
         decisions, ssim, psnr: The same of the purified images, and their PSNR in dB, infinite for equal images.
         used: Number of images that each purified image was averaged from.
+        draws: The victim's decisions under each further draw of the defence, [judge - 1, n].
         reasons: Why each purified image looks as it does.
-        seconds: Wall time by part: ``attack``, and those of the defence, ``start``, ``fit`` and ``decide``.
+        seconds: Wall time by part: ``attack``, those of the defence, ``start``, ``fit`` and ``decide``, and ``judge``
+            for all further draws.
         history: Share of images that withstand after each step of the attack, the best step so far counting.
         last_history: The same, each step on its own.
         flat: Share of the gradients that were exactly zero; None if the attack does not tell.
@@ -176,6 +193,7 @@ class CellResult:
     ssim: Tensor = _NONE
     psnr: Tensor = _NONE
     used: Tensor = _NO_DECISION
+    draws: Tensor = _NO_DECISION
     reasons: Sequence[str] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     spent: Cost = field(default_factory=Cost)
@@ -190,8 +208,17 @@ class CellResult:
 
     @property
     def right(self) -> Tensor:
-        """Whether each purified image is classified correctly, bool [n]."""
-        return self.decisions == self.cell.clean.labels[: len(self.decisions)]
+        """Share of an image's draws that are classified correctly, float [n] in [0, 1]."""
+        return self.judged("accuracy")
+
+    def judged(self, by: str) -> Tensor:
+        """How right each image is by a figure of `JUDGED`, float64 [n] in [0, 1]; a tied vote is not right."""
+        decisions = torch.stack([self.decisions, *self.draws])
+        right = decisions == self.cell.clean.labels[: len(self.decisions)]
+        if by == "vote":
+            votes = (decisions[:, None] == decisions).sum(dim=1)  # for each draw, how many agree with it
+            return (right.sum(dim=0) > (votes * ~right).amax(dim=0)).double()
+        return right.all(dim=0).double() if by == "worst" else right.double().mean(dim=0)
 
     @property
     def attacks(self) -> bool:
@@ -211,6 +238,8 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
         own |= {"eps_255": eps_255, "budget": budget, "reasons": about["reasons"][number]}
         if lengths := {name: len(own[name]) for name in (*FIGURES, "reasons") if len(own[name]) != len(cell.clean)}:
             raise ValueError(f"there are {len(cell.clean)} images, got {lengths}")
+        if cell.judge > 1:
+            own["draws"] = torch.from_numpy(summary.arrays["draws"][number])
         own["seconds"] = {**about["attack"]["seconds"], **about["seconds"][number]}
         made.append(CellResult(cell, DONE, **own, **attack))
     return made

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
+
 from dipguard.evaluation.cell import BLACK_BOX, CONTROL, LARGE_EPS, CellResult
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.randomness import Randomness
@@ -55,7 +57,7 @@ def large_eps(done: Sequence[CellResult]) -> Check:
     name, found = "a large eps reaches 0 %", [r for r in done if r.cell.check == LARGE_EPS]
     if not found:
         return Check(name, NOT_CHECKED, "no attack with check: large_eps was run")
-    figures = ", ".join(f"{_right(r)} of {len(r.right)} right at {r.eps_255:g}/255" for r in found)
+    figures = ", ".join(f"{_right(r):g} of {len(r.right)} right at {r.eps_255:g}/255" for r in found)
     return Check(name, WARNING if all(_right(r) for r in found) else OK, figures)
 
 
@@ -67,10 +69,12 @@ def black_box(done: Sequence[CellResult]) -> Check:
         return Check(name, NOT_CHECKED, f"no {'black' if white else 'white'}-box attack was run")
     n = min(len(result.right) for result in attacks)  # attacks on fewer images are compared on those
     best_white, best_black = (min(side, key=lambda r: _right(r, n)) for side in (white, black))
-    alone = sum(any(not r.right[i] for r in black) and all(r.right[i] for r in white) for i in range(n))
+    # An image is broken if it is read rightly in less than half of its draws.
+    withstood = [torch.stack([r.right[:n] for r in side]).amin(dim=0) >= 0.5 for side in (white, black)]
+    alone = int((withstood[0] & ~withstood[1]).sum())
     figures = (
-        f"black box at best {_right(best_black, n)} of {n} right ({best_black.cell.label}), white box "
-        f"{_right(best_white, n)} ({best_white.cell.label}); {alone} broken by black box alone"
+        f"black box at best {_right(best_black, n):g} of {n} right ({best_black.cell.label}), white box "
+        f"{_right(best_white, n):g} ({best_white.cell.label}); {alone} broken by black box alone"
     )
     return Check(name, WARNING if _right(best_black, n) < _right(best_white, n) else OK, figures)
 
@@ -121,10 +125,11 @@ def control(done: Sequence[CellResult]) -> Check:
     least = min(_right(result, n) for result in noise)
     best = min(attacks, key=lambda result: _right(result, n))
     weak = [result.cell.label for result in attacks if _right(result, n) >= least > 0]
-    figures = f"{least} of {n} right under noise, {_right(best, n)} under {best.cell.label}"
+    figures = f"{least:g} of {n} right under noise, {_right(best, n):g} under {best.cell.label}"
     figures += f"; no better than noise: {', '.join(weak)}" if weak else ""
     return Check(name, OK if _right(best, n) < least or not _right(best, n) else WARNING, figures)
 
 
-def _right(result: CellResult, n: int | None = None) -> int:
-    return int(result.right[:n].sum())
+def _right(result: CellResult, n: int | None = None) -> float:
+    """How many of the first n images are right, each by the share of its draws."""
+    return round(float(result.right[:n].sum()), 6)

@@ -3,7 +3,8 @@
 Entries of the store, each under the digest of everything that it depends on:
 
     attacks   attacked images of an attack: once for all defences, or once per defence if the attack is adaptive
-    cells     the purified images and decision traces of a chunk of a cell; the figures of a finished cell
+    cells     the purified images and decision traces of a chunk of a cell; the decisions on it under a further draw
+              of the defence; the figures of a finished cell
 
 The run folder has a copy of each trace that is kept, ``traces/<attack>/<defense>/<index>.safetensors``.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -24,6 +26,7 @@ import torch
 from pytorch_lightning import Callback
 from torch import Tensor, nn
 
+from dipguard.attacks.target import JUDGE, fresh_indices
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense, DefenseResult
@@ -89,7 +92,7 @@ class Matrix:
     def reconstructions(self, attack: str, defense: str, *, snapshot: int = -1) -> Tensor:
         """The purified images [n, 3, H', W'] of a cell, stored or made now, for the budget of this number."""
         cell = self.cell(attack, defense)
-        summary = self.store.read("cells", cell.key)
+        summary = self.store.read("cells", cell.summary_key)
         known = self.attack_entry(cell) if summary is None else summary
         number, size = range(len(known.header["snapshots"]))[snapshot], known.header.get("chunk") or self.chunk_size
         parts = [self.chunk(cell, number, part) for part in parts_of(len(cell.clean), size)]
@@ -97,7 +100,7 @@ class Matrix:
 
     def curves(self, cell: Cell) -> Iterator[Sequence[tuple[int, dict[str, float]]]]:
         """What the fits of each stored chunk have logged, for the last budget: steps and metrics."""
-        summary = self.store.read("cells", cell.key)
+        summary = self.store.read("cells", cell.summary_key)
         if summary is not None:
             last, size = len(summary.header["snapshots"]) - 1, summary.header.get("chunk") or self.chunk_size
             for part in parts_of(len(cell.clean), size):
@@ -146,16 +149,9 @@ class Matrix:
         key, curves = cell.sub_key("chunk", snapshot, part.start, part.stop), Curves(row)
 
         def make() -> Entry:
-            attacked = self.attack_entry(cell)
-            last = snapshot == len(attacked.header["snapshots"]) - 1  # a cell has the traces of one budget
-            callbacks = [] if progress is None else [progress]
-            callbacks += [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
-            result = cell.defense.defend(
-                torch.from_numpy(attacked.arrays["images"][snapshot][part]).to(self.device),
-                indices=cell.clean.indices[part],
-                callbacks=callbacks,
-                logger=curves,
-            )
+            # A cell has the traces of one budget.
+            last = snapshot == len(self.attack_entry(cell).header["snapshots"]) - 1
+            result = self._defend(cell, snapshot, part, progress, logger=curves)
             files = self._save_traces(cell, result, part) if last else {}
             about = {
                 "what": f"{cell.label} x {cell.target.label}, images {part.start} to {part.stop - 1}",
@@ -182,11 +178,27 @@ class Matrix:
             write_bytes(self.traces_path(*cell.place, int(index)), entry.arrays[f"trace {index}"].tobytes())
         return Entry({name: entry.arrays[name] for name in ("images", "used")}, entry.header)
 
-    def finish(self, cell: Cell, chunks: Sequence[Sequence[Entry]]) -> None:
-        """Compute the figures of a cell from its chunks (one sequence for each budget), and store them."""
+    def draw(self, cell: Cell, snapshot: int, part: slice, number: int, progress: Callback | None = None) -> Entry:
+        """``decisions`` [B] on some images of a cell under the further draw ``number``, from 1; stored, or made now."""
+
+        def make() -> Entry:
+            result = self._defend(cell, snapshot, part, progress, draw=number)
+            what = f"{cell.label} x {cell.target.label}, images {part.start} to {part.stop - 1}, draw {number}"
+            decisions = decide(cell.target.victim, result.reconstructions).numpy()
+            return Entry({"decisions": decisions}, {"what": what, "seconds": sum(result.seconds.values())})
+
+        key = cell.sub_key("draw", number, snapshot, part.start, part.stop)
+        check = partial(_check, header={"seconds": float}, decisions=(part.stop - part.start,))
+        return self.store.arrays("cells", key, make, check=check)
+
+    def finish(self, cell: Cell, chunks: Sequence[Sequence[Entry]], *, progress: Callback | None = None) -> None:
+        """Compute the figures of a cell from its chunks (one sequence for each budget), and store them.
+
+        The further draws that it is judged by are made first; ``progress`` as in `chunk`.
+        """
         attacked, clean = self.attack_entry(cell), cell.clean.images
-        arrays: dict[str, list[Any]] = {name: [] for name in ("decisions", "ssim", "psnr", "used")}
-        for parts in chunks:
+        arrays, seconds = defaultdict[str, list[Any]](list), []
+        for snapshot, parts in enumerate(chunks):
             images = torch.from_numpy(np.concatenate([part.arrays["images"] for part in parts]))
             same = images.shape == clean.shape
             comparable = images if same else torch.nn.functional.interpolate(images, clean.shape[-2:], mode="area")
@@ -194,6 +206,13 @@ class Matrix:
             arrays["ssim"].append(similarity(comparable, clean).numpy())
             arrays["psnr"].append(psnr(comparable, clean).numpy())
             arrays["used"].append(np.concatenate([part.arrays["used"] for part in parts]))
+            names = parts[0].header["seconds"]
+            seconds.append({name: sum(part.header["seconds"][name] for part in parts) for name in names})
+            if cell.judge > 1:
+                places = parts_of(len(clean), self.chunk_size)
+                entries = [[self.draw(cell, snapshot, p, n, progress) for n in range(1, cell.judge)] for p in places]
+                arrays["draws"].append(np.hstack([[e.arrays["decisions"] for e in part] for part in entries]))
+                seconds[-1]["judge"] = sum(entry.header["seconds"] for part in entries for entry in part)
         given = {f"{name}_given": attacked.arrays[name] for name in ("decisions", "ssim")}
         made = {name: np.stack(values) for name, values in arrays.items()} | given
         headers = [[part.header for part in parts] for parts in chunks]
@@ -202,15 +221,25 @@ class Matrix:
             "snapshots": attacked.header["snapshots"],
             "attack": {name: attacked.header[name] for name in ("seconds", "spent", "history", "last_history", "flat")},
             "reasons": [[reason for part in parts for reason in part["reasons"]] for parts in headers],
-            "seconds": [
-                {n: sum(part["seconds"][n] for part in parts) for n in parts[0]["seconds"]} for parts in headers
-            ],
+            "seconds": seconds,
             "chunk": self.chunk_size,
             "traced": headers[-1][0]["traced"],
             "traces": {index: file for part in headers[-1] for index, file in part["traces"].items()},
         }
-        self.store.write("cells", cell.key, made, about)
+        self.store.write("cells", cell.summary_key, made, about)
         self.results[cell.place] = results_of(cell, Entry(made, about))
+
+    def _defend(
+        self, cell: Cell, snapshot: int, part: slice, progress: Callback | None, *, draw: int = 0, **options: Any
+    ) -> DefenseResult:
+        """Purify some images of a cell under a draw of the defence; 0 is the evaluation's own."""
+        callbacks = [] if progress is None else [progress]
+        callbacks += [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
+        images = torch.from_numpy(self.attack_entry(cell).arrays["images"][snapshot][part]).to(self.device)
+        defense, indices = cell.defense, cell.clean.indices[part]
+        if draw > 0:  # without a store: these fits are used once
+            defense, indices = cell.target.bare, fresh_indices(indices, JUDGE + draw)
+        return defense.defend(images, indices=indices, callbacks=callbacks, **options)
 
     def _known(self, cell: Cell) -> list[CellResult]:
         unknown = [CellResult(cell, cell.why or NOT_RUN, cell.eps_255)]
@@ -219,7 +248,7 @@ class Matrix:
             lacks = self._lacks_traces(summary, len(cell.clean)) or self._lost_traces(cell, summary)
             return unknown if lacks else results_of(cell, summary)
 
-        known = None if cell.why is not None else self.store.read_as("cells", cell.key, parse)
+        known = None if cell.why is not None else self.store.read_as("cells", cell.summary_key, parse)
         return unknown if known is None else known
 
     def _attack(self, cell: Cell) -> Entry:

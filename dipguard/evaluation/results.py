@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from math import isfinite
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, NOT_RUN, WORST, CellResult, Target, name_of
+from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, JUDGED, NOT_RUN, WORST, CellResult, Target, name_of
 from dipguard.evaluation.masking import masking_checks
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
@@ -24,6 +24,11 @@ FIELDS = (
     "key",
 )  # fmt: skip
 """Columns of results.csv: a row for each cell and, for attacks with several budgets, for each of them."""
+JUDGE_FIELDS = (
+    "judge", "worst", "worst_low", "worst_high", "vote", "vote_low", "vote_high", "judge_dip_steps", "judge_queries",
+    "judge_seconds",
+)  # fmt: skip
+"""Further columns where images are judged by several draws."""
 IMAGE_FIELDS = (
     "attack", "defense", "eps_255", "budget", "index", "label", "decision_clean", "decision_given",
     "decision_defended", "ssim_given", "ssim", "psnr", "used", "why",
@@ -35,7 +40,9 @@ def write_results(matrix: Matrix, *, images: bool = True) -> None:
     """Write all tables from what is stored, or all but images.csv; nothing is run."""
     matrix.load()
     rows = [result_row(matrix, result) for cell in matrix.cells for result in matrix.results[cell.place]]
-    tables: dict[str, tuple[Sequence[str], list[dict[str, Any]]]] = {"results.csv": (FIELDS, rows)}
+    tables: dict[str, tuple[Sequence[str], list[dict[str, Any]]]] = {
+        "results.csv": ((*FIELDS, *(JUDGE_FIELDS if matrix.config.judge > 1 else ())), rows)
+    }
     if any(cell.suite for cell in matrix.cells):
         rows += [_worst_row(matrix, target) for target in matrix.targets.values()]
         checks = [row for target in matrix.targets.values() for row in _checks(matrix, target)]
@@ -53,18 +60,21 @@ def suite_results(matrix: Matrix, target: Target) -> list[CellResult]:
     return [matrix.results[cell.place][-1] for cell in cells]
 
 
-def worst_case(results: Iterable[CellResult], count: int, clean: Tensor | None = None) -> Tensor | None:
-    """Whether each of ``count`` images is classified correctly under every attack, bool [count]; None without one.
+def worst_case(
+    results: Iterable[CellResult], count: int, clean: CellResult | None = None, *, by: str = "accuracy"
+) -> Tensor | None:
+    """How right each of ``count`` images is under the attack that is worst for it, [count]; None without an attack.
 
-    An attack on fewer images counts for those alone. Checks do not count. Not to attack is within every budget, so an
-    image that is misclassified without an attack (``clean``, bool [count]) does not withstand.
+    ``by`` is a figure of `JUDGED`. An attack on fewer images counts for those alone. Checks do not count. Not to attack
+    is within every budget: the result on ``clean`` images counts too, if it is done.
     """
-    attacks = [result.right for result in results if result.attacks]
+    attacks = [result for result in results if result.attacks]
     if not attacks:
         return None
-    right = torch.ones(count, dtype=torch.bool) if clean is None else clean.clone()
-    for one in attacks:
-        right[: len(one)] &= one
+    right = torch.ones(count, dtype=torch.float64)
+    for result in attacks if clean is None or not clean.done else [clean, *attacks]:
+        own = result.judged(by)
+        right[: len(own)] = torch.minimum(right[: len(own)], own)
     return right
 
 
@@ -105,10 +115,13 @@ def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         return row
     # An image that comes back unchanged has an infinite PSNR: the mean is over the others.
     finite = result.psnr[result.psnr.isfinite()]
-    spent = sum(value for name, value in result.seconds.items() if name != "attack")
+    spent = sum(value for name, value in result.seconds.items() if name not in ("attack", "judge"))
+    cost = {"dip_steps": cell.judging.dip_steps, "queries": cell.judging.victim_queries}
+    judging = {**cost, "seconds": _short(spent + result.seconds.get("judge", 0))}
     return {
         **row,
-        **_share(result.right),
+        **_shares(matrix, cell.judge, {by: result.judged(by) for by in JUDGED}),
+        **({f"judge_{name}": value for name, value in judging.items()} if matrix.config.judge > 1 else {}),
         "ssim": _short(float(result.ssim.double().mean())),
         "psnr": _short(float(finite.mean())),
         "seconds_per_image": _short(spent / len(result.right)),
@@ -120,10 +133,13 @@ def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
 def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
     results = suite_results(matrix, target)
     (clean,) = matrix.results[CLEAN, target.label]
-    right = worst_case(results, len(matrix.clean), clean.right if len(clean.right) == len(matrix.clean) else None)
+    worst = ((by, worst_case(results, len(matrix.clean), clean, by=by)) for by in JUDGED)
+    rights = {by: right for by, right in worst if right is not None}
     over = sum(result.attacks for result in results)
     row = {**_of_target(matrix, target), "attack": WORST, "eps_255": matrix.config.eps_255, "number": "9"}
-    return row | ({"status": NOT_RUN} if right is None else {**_share(right), "note": f"over {over} attacks"})
+    if not rights:
+        return row | {"status": NOT_RUN}
+    return row | _shares(matrix, clean.cell.judge, rights) | {"note": f"over {over} attacks"}
 
 
 def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
@@ -137,10 +153,15 @@ def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
     }
 
 
-def _share(right: Tensor) -> dict[str, Any]:
-    n, correct = len(right), int(right.sum())
-    low, high = (_short(bound) for bound in wilson(correct, n))
-    return {"n": n, "correct": correct, "status": DONE, "accuracy": _short(correct / n), "low": low, "high": high}
+def _shares(matrix: Matrix, judge: int, rights: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The figures of `JUDGED` with their intervals, from how right each image is by each; ``judge`` draws of it."""
+    n, correct = len(rights["accuracy"]), round(float(rights["accuracy"].sum()), 6)
+    row: dict[str, Any] = {"n": n, "correct": int(correct) if correct == int(correct) else correct, "status": DONE}
+    for by, right in rights.items():
+        ends = (_short(bound) for bound in wilson(float(right.sum()), n))
+        row |= {by: _short(float(right.mean())), **dict(zip((f"{by}_low", f"{by}_high"), ends, strict=True))}
+    row |= {"judge": judge, "low": row.pop("accuracy_low"), "high": row.pop("accuracy_high")}
+    return row if matrix.config.judge > 1 else {name: value for name, value in row.items() if name in FIELDS}
 
 
 def _short(value: float) -> float | None:

@@ -90,17 +90,18 @@ def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: Log | None
         for number, part in enumerate(parts_of(len(cell.clean), matrix.chunk_size)):
             row = log.curves(cell, chunk=number) if log is not None and snapshot == snapshots - 1 else None
             chunks[-1].append(matrix.chunk(cell, snapshot, part, progress=progress, row=row))
-    matrix.finish(cell, chunks)
+    matrix.finish(cell, chunks, progress=progress)
     right = matrix.results[cell.place][-1].right
-    _log.info("%s x %s: %d of %d right", *cell.place, int(right.sum()), len(right))
+    _log.info("%s x %s: %g of %d right", *cell.place, right.sum(), len(right))
 
 
 def _units(matrix: Matrix, cell: Cell) -> int:
     """About how long what is not stored of a cell takes, in steps of one image's fit."""
     snapshots = len(cell.options.get("budgets") or [0]) * len(cell.options.get("radii_255") or [0])
     looks = cell.cost.purifications + len(cell.clean) * (1 + snapshots)
-    chunks = product(range(snapshots), parts_of(len(cell.clean), matrix.chunk_size))
-    keys = {cell.sub_key("chunk", n, part.start, part.stop): part.stop - part.start for n, part in chunks}
+    draws = [("chunk",), *(("draw", number) for number in range(1, cell.judge))]
+    chunks = product(draws, range(snapshots), parts_of(len(cell.clean), matrix.chunk_size))
+    keys = {cell.sub_key(*draw, n, part.start, part.stop): part.stop - part.start for draw, n, part in chunks}
     left = sum(count for key, count in keys.items() if not matrix.store.file("cells", key).is_file())
     return looks * IMAGE + cell.cost.dip_steps + left * cell.defense.steps_per_image
 
@@ -120,7 +121,7 @@ def _check_randomness(matrix: Matrix) -> list[str]:
 
 def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
     """Say what will be run, and what it costs at most."""
-    steps = sum(cell.defense.steps_per_image * len(cell.clean) for cell in todo)
+    steps = sum(cell.judging.dip_steps for cell in todo)
     _log.info(
         "%d attacks x %d defences = %d cells, %d to be run, %s DIP steps beside those of adaptive attacks",
         len(matrix.attacks), len(matrix.targets), len(matrix.cells), len(todo), f"{steps:,}",

@@ -69,6 +69,8 @@ def job_key(config: RunConfig) -> str:
     for name in ASIDE:
         group, _, key = name.rpartition(".")
         (values[group] if group else values).pop(key, None)
+    if values["judge"] == 1:
+        del values["judge"]  # jobs from before there was a choice stay finished
     numerics = constant_of("dipguard.store.keys:NUMERICS")
     versions = [__version__, numerics, version("torch"), version("torchmetrics")]
     state = {"settings": values, "files": sorted(_files(values)), "versions": versions}

@@ -23,6 +23,12 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "psnr": (-1000, float("inf")),
 }
 """The columns of results.csv that are read as numbers, with their ranges."""
+JUDGED = {by: (by, f"{by}_low", f"{by}_high") for by in ("worst", "vote")}
+JUDGE_NUMBERS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys((name for names in JUDGED.values() for name in names), (0, 1)),
+    **dict.fromkeys(("judge", "judge_dip_steps", "judge_queries", "judge_seconds"), (0, float("inf"))),
+}
+"""The same of the columns that are there if images were judged by several draws of the defence."""
 FILLED = ("data", "victim", "attack", "defense", "seed", "status")
 COLUMNS = (*FILLED, "surrogate", "attack_name", "number", "check", "defense_name", *NUMBERS, "options", "cut", "note")
 KEY = ["data", "victim", "surrogate", "attack", "defense", "seed", "eps_255", "budget"]
@@ -52,7 +58,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
     for name in (*FILLED, "n", "correct", "accuracy", "low", "high"):
         refuse((text[name] == "") & (done | (name in FILLED)), name, "filled in")
-    for name, (low, high) in NUMBERS.items():
+    numbers = NUMBERS | {name: ends for name, ends in JUDGE_NUMBERS.items() if name in text}
+    for name, (low, high) in numbers.items():
         table[name] = pd.to_numeric(text[name], errors="coerce")
         bad = (text[name] != "") & ~table[name].between(low, high)
         refuse(bad, name, f"a number from {low:g} to {high:g}")

@@ -11,14 +11,19 @@ from matplotlib.figure import Figure
 from dipguard.files import write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
 from dipguard.reporting.escape import NONE, escape_markdown
-from dipguard.reporting.results import CLEAN, DONE, WORST, images_text, in_suite, interval_text
+from dipguard.reporting.results import CLEAN, DONE, JUDGED, WORST, images_text, in_suite, interval_text
 from dipguard.reporting.tables import in_short, markdown
 
 WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6
 """Inches: the figure's width, the height of an attack, and title with legend."""
+TITLES = {"worst": "Right in all", "vote": "Right by the majority"}
+"""Of the tables of the figures beside the mean over the draws."""
 SPREAD = 0.6
 """Share of an attack's height over which its defences are spread."""
-COSTS = ["dip_steps", "victim_queries", "attack_seconds"]
+COSTS = {
+    "attack": ["dip_steps", "victim_queries", "attack_seconds"],
+    "judge": ["judge_dip_steps", "judge_queries", "judge_seconds"],
+}
 
 
 def suite_rows(results: pd.DataFrame) -> pd.DataFrame:
@@ -46,12 +51,15 @@ def write_suite(folder: str | Path, rows: pd.DataFrame, checks: pd.DataFrame) ->
 def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     """The whole page as Markdown."""
     parts = ["# The attack suite: accuracy under attack, %", escape_markdown(_head(rows)), _accuracies(rows)]
+    for by, title in TITLES.items() if "judge" in rows else ():
+        parts += [f"## {title} of {rows['judge'].max():g} draws, %", _accuracies(rows, *JUDGED[by])]
     parts.append("\n".join(f"- {escape_markdown(text)}" for text in _reasons(rows)))
     parts += ["## Masking checks", _verdicts(checks)]
     for defense, found in checks.groupby("defense", sort=False):
         lines = [f"- {c.check}: **{c.verdict}**. {escape_markdown(c.figures)}" for c in found.itertuples()]
         parts.append("\n".join([f"{escape_markdown(defense)}:", "", *lines]))
     parts += ["## What it cost", "DIP steps / purified images read / seconds, as counted.", _cost_table(rows)]
+    parts += ["Judging the images:", _cost_table(rows, "judge")] if "judge" in rows else []
     parts += ["## Settings, and what was cut", _settings(rows)]
     cut = rows[(rows["attack"] == CLEAN) & (rows["cut"] != "")]
     parts += [f"- {escape_markdown(line.defense)}: {escape_markdown(line.cut)}" for line in cut.itertuples()]
@@ -64,7 +72,10 @@ def suite_text(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
 
 
 def draw_suite(rows: pd.DataFrame) -> Figure:
-    """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals."""
+    """Accuracy (to the right) of each defence under each attack (downwards), with 95 % Wilson intervals.
+
+    Where images were judged by several draws: the mean, and as open markers the images that are right in all of them.
+    """
     attacks, defenses = list(dict.fromkeys(rows["attack"])), list(dict.fromkeys(rows["defense"]))
     height = ATTACK_HEIGHT * len(attacks) * max(1.0, len(defenses) / 5) + MARGIN
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
@@ -76,13 +87,16 @@ def draw_suite(rows: pd.DataFrame) -> Figure:
         style = line_style(number) | {"linestyle": "none"}
         ax.hlines(y, 100 * cells["low"], 100 * cells["high"], color=style["color"], linewidth=3, alpha=0.22)
         ax.plot(100 * cells["accuracy"], y, markersize=5.5, label=short(defense, 20), **style)
+        if "judge" in rows:
+            ax.plot(100 * cells["worst"], y, markersize=5.5, markerfacecolor="none", **style)
     titles = dict(zip(rows["attack"], rows["title"], strict=True))
     ax.set_yticks(range(len(attacks)), [short(titles[attack], 32) for attack in attacks], fontsize=9)
     ax.set(xlim=(-2, 102), ylim=(len(attacks) - 0.5, -0.5), xlabel="accuracy, %")
     ax.hlines([line - 0.5 for line in range(1, len(attacks))], -2, 102, color="#dddddd", linewidth=0.7)
     plain_axes(ax, grid="x")
     figure.legend(loc="outside upper center", ncols=min(len(defenses), 6), frameon=False, fontsize=9)
-    figure.supxlabel(f"{_measured_on(rows)}; bars: 95 % Wilson intervals", fontsize=9)
+    marks = f"; open: right in all of {rows['judge'].max():g} draws" if "judge" in rows else ""
+    figure.supxlabel(f"{_measured_on(rows)}; bars: 95 % Wilson intervals{marks}", fontsize=9)
     return figure
 
 
@@ -93,9 +107,12 @@ def _measured_on(rows: pd.DataFrame) -> str:
 
 def _head(rows: pd.DataFrame) -> str:
     eps = rows[rows["attack"] == WORST]["eps_255"].iloc[0]
+    draws = "the evaluation's own draws"
+    if "judge" in rows:
+        draws = f"{rows['judge'].max():g} draws of a random defence, the evaluation's own first; the figure is the mean"
     return (
         f"{_measured_on(rows)}; L-inf eps {eps:g}/255, untargeted, white box. In brackets: 95 % intervals (Wilson). "
-        "Every attacked image is classified once more with the evaluation's own draws. The worst case is taken for "
+        f"Every attacked image is classified once more with {draws}. The worst case is taken for "
         "each image over all attacks and the clean image; the control and the large eps are not part of it."
     )
 
@@ -109,10 +126,9 @@ def _table(rows: pd.DataFrame, texts: Sequence[str]) -> tuple[list[str], list[li
     return ["attack", *heads], [[title, *line] for title, line in wide.T.items()]
 
 
-def _accuracies(rows: pd.DataFrame) -> str:
-    texts = [
-        interval_text(r.accuracy, r.low, r.high) if r.status == DONE else _brief(r.status) for r in rows.itertuples()
-    ]
+def _accuracies(rows: pd.DataFrame, *columns: str) -> str:
+    figures = zip(rows["status"], rows[list(columns or ("accuracy", "low", "high"))].to_numpy(), strict=True)
+    texts = [interval_text(*ends) if status == DONE else _brief(status) for status, ends in figures]
     return markdown(*_table(rows, texts))
 
 
@@ -135,9 +151,9 @@ def _verdicts(checks: pd.DataFrame) -> str:
     return markdown(["check", *wide.columns], [[name, *line] for name, line in wide.T.items()])
 
 
-def _cost_table(rows: pd.DataFrame) -> str:
-    attacks = rows[~rows["attack"].isin((CLEAN, WORST))]
-    counted = attacks[COSTS].where(attacks["status"] == DONE)
+def _cost_table(rows: pd.DataFrame, of: str = "attack") -> str:
+    attacks = rows[~rows["attack"].isin((CLEAN, WORST) if of == "attack" else (WORST,))]
+    counted = attacks[COSTS[of]].where(attacks["status"] == DONE)
     head, lines = _table(attacks, [_cost(line) for line in counted.to_numpy()])
     sums = counted.groupby(attacks["defense"], sort=False).sum()
     return markdown(head, [*lines, ["sum", *(_cost(line) for line in sums.to_numpy())]])

@@ -14,7 +14,7 @@ from dipguard.reporting.canvas import DPI
 from dipguard.reporting.results import read_checks, read_results
 from dipguard.reporting.suite import ATTACK_HEIGHT, MARGIN, WIDTH, draw_suite, suite_rows, suite_text
 from tests.reporting import stored_run
-from tests.reporting.stored_run import CHECK_FIELDS, NO_WEIGHTS, write_lines, write_results
+from tests.reporting.stored_run import CHECK_FIELDS, NO_WEIGHTS, RESULT_FIELDS, write_lines, write_results
 
 COST = {"purifications": 160, "dip_steps": 320_000, "victim_queries": 160, "gradients": 144, "attack_seconds": 161.4}
 
@@ -156,3 +156,46 @@ def test_the_picture_shows_each_defence_where_it_stands(folder: Path) -> None:
     picture = matplotlib.image.imread(suite.write_suite(folder, rows, checks)[1])
     assert picture.shape[:2] == (round((6 * ATTACK_HEIGHT + MARGIN) * DPI), round(WIDTH * DPI))
     assert (picture[..., :3] < 0.95).any(axis=2).mean() > 0.03
+
+
+JUDGE = {
+    "judge": 10, "worst": 0.25, "worst_low": 0.1, "worst_high": 0.5, "vote": 0.625, "vote_low": 0.39, "vote_high": 0.82,
+    "judge_dip_steps": 120_000, "judge_queries": 160, "judge_seconds": 40.4,
+}  # fmt: skip
+
+
+def judged(folder: Path) -> Path:
+    lines = [line | (JUDGE if line["status"] == "done" else {}) for line in LINES]
+    lines[7] |= {"correct": 9.6, "accuracy": 0.6}
+    write_lines(folder / "results.csv", (*RESULT_FIELDS, *JUDGE), lines)
+    write_lines(folder / "checks.csv", CHECK_FIELDS, CHECKS)
+    return folder
+
+
+def test_figures_over_several_draws_stand_beside_each_other(tmp_path: Path) -> None:
+    text = page_of(judged(tmp_path))
+    assert rows_after(text, "# The attack suite")["2 identity"][1] == "60.0 (33–77)"
+    assert rows_after(text, "## Right in all of 10 draws")["2 identity"][1] == "25.0 (10–50)"
+    assert rows_after(text, "## Right by the majority of 10 draws")["9 worst case"][1] == "62.5 (39–82)"
+    costs = rows_after(text, "Judging the images:")
+    assert costs["clean"][1] == "120,000 / 160 / 40 s"
+    assert costs["4a identity eot"] == ["–", "–", "–"]
+    assert "with 10 draws of a random defence" in text
+    figure = draw_suite(read(tmp_path)[0])
+    (ax,) = figure.axes
+    open_marks = [line for line in ax.get_lines() if line.get_markerfacecolor() == "none"]
+    assert [list(line.get_xdata()) for line in open_marks] == [[25.0] * 5, [25.0] * 5, [25.0] * 2]
+
+
+def test_a_run_of_one_draw_has_none_of_it(folder: Path) -> None:
+    text = page_of(folder)
+    assert "draws, %" not in text
+    assert "Judging" not in text
+
+
+@pytest.mark.parametrize(("name", "value"), [("worst", 1.5), ("judge", "many"), ("judge_seconds", -1)])
+def test_a_damaged_figure_of_several_draws_is_refused(tmp_path: Path, name: str, value: object) -> None:
+    lines = [LINES[0] | JUDGE | {name: value}]
+    path = write_lines(tmp_path / "results.csv", (*RESULT_FIELDS, *JUDGE), lines)
+    with pytest.raises(ValueError, match=f"line 2: `{name}` must be a number from 0 to"):
+        read_results(path)
