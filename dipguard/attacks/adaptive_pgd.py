@@ -139,7 +139,7 @@ class AdaptivePGD(DefendedPGD):
     def estimate(self, count: int) -> Cost:
         """Cost of one call, at most; exact if each image has the full number of views."""
         evaluated = self.target.cost(purifications=count * self.eot_iter)
-        return self._cost(count * self.eot_iter * self.steps, views=self.views) + evaluated
+        return self._cost(count * self.eot_iter * self.steps, views=self.views) + evaluated + self.final_cost(count)
 
     def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Logits of the intermediate's views, and those of the same purification."""
@@ -181,7 +181,8 @@ class Unrolled(DefendedPGD):
         """Cost of one call, exact; the unrolled steps count as DIP steps, though each takes longer."""
         evaluations = sum(self._is_evaluated(step) for step in range(self.steps + 1))
         looks = count * self.eot_iter
-        return self.target.cost(purifications=looks * evaluations) + self._unrolled_cost(looks * self.steps)
+        evaluated = self.target.cost(purifications=looks * evaluations)
+        return evaluated + self._unrolled_cost(looks * self.steps) + self.final_cost(count)
 
     def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, None]:
         """Logits of the unrolled fits' reconstructions."""

@@ -9,8 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipguard.attacks.base import check_levels
-from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
+from dipguard.attacks.base import Cost, check_levels
+from dipguard.attacks.target import FINAL, AdaptiveAttack, DefendedVictim, fresh_indices
+from dipguard.checks import check_int
+
+CANDIDATES = 4
+"""Versions of an image that are looked at again, at most."""
 
 
 def margins(logits: Tensor, labels: Tensor) -> Tensor:
@@ -36,24 +40,35 @@ class BestFound:
     """The best attacked version of each of B images, among those that the defended victim was asked about.
 
     The version that was misclassified under more of the draws of its look is better; of equals, the one with the larger
-    margin, mean over the draws. `history` counts, after each look, the images whose best version is classified
+    margin, mean over the draws; of equals, the first. ``top`` [K, B, 3, H, W] are the ``keep`` best, and ``seen``, bool
+    [K, B], says which of them there are. `history` counts, after each look, the images whose best version is classified
     correctly (under more than half of its draws), `last_history` those that were so when last looked at. ``flat``
     holds, for each gradient that was taken, whether it was zero, bool [B].
     """
 
-    def __init__(self, images: Tensor, labels: Tensor) -> None:
-        self.given, self.labels, self.images = images, labels, images.clone()
+    def __init__(self, images: Tensor, labels: Tensor, *, keep: int = 1) -> None:
+        self.given, self.labels, self.top = images, labels, images.repeat(keep, 1, 1, 1, 1)
         self.history: list[int] = []
         self.last_history: list[int] = []
         self.flat: list[Tensor] = []
-        self._misread = torch.full(labels.shape, -1.0, dtype=torch.float32, device=labels.device)
+        self._misread = torch.full((keep, len(labels)), -1.0, dtype=torch.float32, device=labels.device)
         self._margin = torch.full_like(self._misread, -torch.inf)
         self._right = torch.ones_like(labels, dtype=torch.bool)
 
     @property
+    def images(self) -> Tensor:
+        """The best version of each image, [B, 3, H, W]."""
+        return self.top[0]
+
+    @property
+    def seen(self) -> Tensor:
+        """Which of ``top`` were looked at."""
+        return self._misread >= 0
+
+    @property
     def withstood(self) -> Tensor:
         """Whether each image's best version is still classified correctly, bool [B]."""
-        return self._misread < 0.5
+        return self._misread[0] < 0.5
 
     def see(self, attacked: Tensor, logits: Tensor, *, rows: Tensor | None = None) -> None:
         """Note one look at images [n, 3, H, W], the ``rows`` int [n] (None: all), with logits [R, n, C] of R draws."""
@@ -61,10 +76,13 @@ class BestFound:
         labels, scores = self.labels[at], logits.detach().to(self._margin)
         misread = (scores.argmax(dim=-1) != labels).float().mean(dim=0)
         margin = margins(scores, labels).mean(dim=0)
-        ahead = (misread > self._misread[at]) | ((misread == self._misread[at]) & (margin > self._margin[at]))
-        better = at[ahead]
-        self.images[better] = attacked.detach()[ahead].to(self.images)
-        self._misread[better], self._margin[better] = misread[ahead], margin[ahead]
+        own, mark = self._misread[:, at], self._margin[:, at]
+        place = ((own > misread) | ((own == misread) & (mark >= margin))).sum(dim=0)
+        news = ((self.top, attacked.detach().to(self.top)), (self._misread, misread), (self._margin, margin))
+        for k in reversed(range(len(self.top))):
+            for kept, new in news:
+                kept[k, at[place < k]] = kept[k - 1, at[place < k]]  # one place down
+                kept[k, at[place == k]] = new[place == k]
         self._right[at] = misread < 0.5
         self.stay()
 
@@ -83,13 +101,26 @@ def joined(counts: Sequence[Sequence[int]], *, total: int) -> list[float]:
 
 
 class DefendedSearch(AdaptiveAttack):
-    """Looks at attacked images within ``eps_255`` levels of 0 to 255 (L-inf), and returns the best that it saw."""
+    """Looks at attacked images within ``eps_255`` levels of 0 to 255 (L-inf), and returns the best that it saw.
+
+    With ``final_looks`` above 0, the `CANDIDATES` best are looked at again under so many fresh draws, the same ones for
+    each, and the one that is misclassified under most of them is returned; of equals, the one that was better before.
+    """
 
     norm: str = "Linf"
 
-    def __init__(self, target: DefendedVictim, *, eps_255: float = 8, draws: str = "fixed", **options: Any) -> None:
+    def __init__(
+        self,
+        target: DefendedVictim,
+        *,
+        eps_255: float = 8,
+        draws: str = "fixed",
+        final_looks: int = 0,
+        **options: Any,
+    ) -> None:
         super().__init__(target, draws=draws, **options)
         self.eps_255 = check_levels(eps_255, name="eps_255")
+        self.final_looks = check_int(final_looks, name="final_looks", low=0)
 
     @abstractmethod
     def search(self, found: BestFound, indices: Tensor) -> None:
@@ -97,10 +128,27 @@ class DefendedSearch(AdaptiveAttack):
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Search, and return the best images found."""
-        found = BestFound(images, labels)
+        found = BestFound(images, labels, keep=CANDIDATES if self.final_looks else 1)
         self.batches.append(found)
         self.search(found, indices)
-        return found.images
+        return self._looked_at_again(found, indices) if self.final_looks else found.images
+
+    def final_cost(self, count: int) -> Cost:
+        """Cost of the final looks at the versions of ``count`` images, at most."""
+        return self.target.cost(purifications=count * CANDIDATES * self.final_looks)
+
+    def _looked_at_again(self, found: BestFound, indices: Tensor) -> Tensor:
+        """Of each image's best versions the one that fools the victim under most of the final looks."""
+        places, at = torch.nonzero(found.seen, as_tuple=True)
+        asked, images, labels = indices[at.to(indices.device)], found.top[places, at], found.labels[at]
+        fooled = torch.full(found.seen.shape, -1, device=labels.device)
+        for look in range(FINAL, FINAL + self.final_looks):
+            with torch.no_grad():
+                fooled[places, at] += self.decide(images, fresh_indices(asked, look)) != labels
+            self.spent += self.target.cost(purifications=len(at))
+        # Of equals the first, which argmax does not promise.
+        best = (fooled * CANDIDATES - torch.arange(CANDIDATES, device=labels.device)[:, None]).argmax(dim=0)
+        return found.top[best, torch.arange(len(best), device=labels.device)]
 
     def finish(self, count: int) -> None:
         """Join the batches' histories and gradients."""

@@ -96,7 +96,7 @@ class DefendedAutoAttack(DefendedSearch):
     def estimate(self, count: int) -> Cost:
         """Cost of one call, at most; less where the first run fooled the victim on some images."""
         looks = count * self.eot_iter * (self.steps + 1) * len(RAND)
-        return self.target.cost(purifications=looks, gradients=looks)
+        return self.target.cost(purifications=looks, gradients=looks) + self.final_cost(count)
 
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Run both losses."""
@@ -138,7 +138,7 @@ class DefendedSquare(DefendedSearch):
 
     def estimate(self, count: int) -> Cost:
         """Cost of one call, at most; less where images are misclassified before their queries are spent."""
-        return self.target.cost(purifications=count * self.n_queries)
+        return self.target.cost(purifications=count * self.n_queries) + self.final_cost(count)
 
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Try squares."""

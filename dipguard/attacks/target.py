@@ -15,8 +15,8 @@ from dipguard.decision.intermediates import STITCHED, Intermediate
 
 DRAWS = ("fresh", "fixed")
 _WORD = 2**32  # data sets are smaller: no index of an attack is one of the evaluation's
-JUDGE = 2**30
-"""The first look of those that judge attacked images; no attack looks as often."""
+FINAL, JUDGE = 2**29, 2**30
+"""The first of an attack's final looks, and of those that judge its images; no search looks as often."""
 
 
 class Purifies(Protocol):

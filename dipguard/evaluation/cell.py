@@ -266,6 +266,8 @@ def fitting_options(node: Mapping[str, Any], target: Target, *, adaptive: bool) 
         if name != "defended_autoattack":
             return options, "deterministic"  # the attack without EOT is the same
         options["eot_iter"] = 1
+    if not defense.random:
+        options.pop("final_looks", None)  # each look is the same
     if not defense.steps_per_image and (name == "unrolled" or options.get("backward") == "short_dip"):
         return options, "no DIP"
     return options, None

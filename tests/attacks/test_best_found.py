@@ -1,7 +1,10 @@
 import pytest
 import torch
 
-from dipguard.attacks.best_found import LOSSES, BestFound, joined, margins
+from dipguard.attacks.best_found import CANDIDATES, LOSSES, BestFound, joined, margins
+from dipguard.attacks.target import FINAL, fresh_indices
+
+from .conftest import Noise, adaptive
 
 
 def picture(value, count=1):
@@ -62,3 +65,82 @@ def test_some_of_the_images():
 def test_batches_of_several_lengths_are_joined_without_their_start():
     assert joined([[2, 2, 1], [2, 0]], total=4) == [0.5, 0.25]
     assert joined([[2], [1]], total=3) == [1.0]
+
+
+def test_the_best_few_are_kept_in_order():
+    draws = torch.Generator().manual_seed(3)
+    images, labels = torch.rand(4, 3, 2, 2, generator=draws), torch.tensor([0, 1, 0, 1])
+    looks = []
+    kept, single = BestFound(images, labels, keep=4), BestFound(images, labels)
+    for number in range(9):
+        rows = torch.arange(4) if number % 3 else torch.tensor([3, 1])  # the others keep what they have
+        attacked = torch.rand(len(rows), 3, 2, 2, generator=draws)
+        logits = torch.randn(2, len(rows), 2, generator=draws).round()  # some are equally good
+        looks.append((rows.tolist(), attacked, logits))
+        for found in (kept, single):
+            found.see(attacked, logits, rows=rows)
+        assert int(kept.seen[:, 0].sum()) == min(4, sum(0 in rows for rows, _, _ in looks))
+    assert torch.equal(kept.images, single.images)
+    assert kept.history == single.history
+    for b in range(4):
+        mine = [(x[rows.index(b)], s[:, rows.index(b)]) for rows, x, s in looks if b in rows]
+        wrong = [float((s.argmax(-1) != labels[b]).float().mean()) for _, s in mine]
+        margin = [float((s[:, 1 - labels[b]] - s[:, labels[b]]).mean()) for _, s in mine]
+        order = sorted(range(len(mine)), key=lambda i: (wrong[i], margin[i], -i), reverse=True)[:4]
+        assert all(torch.equal(kept.top[k, b], mine[i][0]) for k, i in enumerate(order))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("adaptive_pgd", {"steps": 3}),
+        ("adaptive_pgd", {"steps": 1}),  # fewer looks than are kept
+        ("unrolled", {"steps": 1, "T": 2}),
+        ("defended_autoattack", {"steps": 2}),
+        ("defended_square", {"n_queries": 5}),
+    ],
+)
+def test_final_looks_are_at_draws_of_their_own_and_are_paid_for(digits_cnn, digits, name, options):
+    part, defense = digits.select(0, 2), Noise()
+    attack = adaptive(name, digits_cnn, defense, final_looks=3, batch_size=2, **options)
+    without = adaptive(name, digits_cnn, Noise(), batch_size=2, **options)
+    attack(part.images, part.labels)
+    without(part.images, part.labels)
+    final = [index for index in defense.indices if index >= FINAL * 2**32]
+    assert set(final) == {int(i) for look in range(3) for i in fresh_indices(torch.arange(2), FINAL + look)}
+    assert attack.spent.purifications == without.spent.purifications + len(final) == len(defense.indices)
+    assert len(final) <= attack.final_cost(2).purifications == 2 * CANDIDATES * 3
+    assert attack.estimate(2) == without.estimate(2) + attack.final_cost(2)
+
+
+def test_the_version_that_fools_most_of_the_final_looks_is_returned(digits_cnn, digits):
+    """A version that fooled at the search's draws alone must lose to one that fools later too."""
+    part = digits.select(0, 1)
+    iterates = []
+
+    class Lucky:
+        def purify(self, images, *, indices=None):
+            final = bool((indices >= FINAL * 2**32).all())
+            if not final:
+                iterates.append(images[0].clone())
+                return images * 0  # all are misread equally, or none
+            # At the final looks the third iterate alone is read as what it is not.
+            wanted = torch.stack([(image == iterates[2]).all() for image in images]).view(-1, 1, 1, 1)
+            return torch.where(wanted, 1 - part.images, part.images)
+
+    assert int(digits_cnn(part.images).argmax()) == int(part.labels) != int(digits_cnn(1 - part.images).argmax())
+    options = {"steps": 3, "eps_255": 30, "alpha_255": 9, "draws": "fixed"}
+    assert torch.equal(
+        adaptive("adaptive_pgd", digits_cnn, Lucky(), **options)(part.images, part.labels)[0], iterates[0]
+    )
+    iterates.clear()
+    again = adaptive("adaptive_pgd", digits_cnn, Lucky(), final_looks=2, **options)(part.images, part.labels)
+    assert torch.equal(again[0], iterates[2])
+
+
+def test_no_final_look_leaves_the_stored_settings_as_they_were(digits_cnn):
+    plain = adaptive("adaptive_pgd", digits_cnn, Noise()).settings
+    assert not {"final_looks", "coarse"} & set(plain)
+    assert adaptive("adaptive_pgd", digits_cnn, Noise(), final_looks=2).settings == plain | {"final_looks": 2}
+    with pytest.raises(ValueError, match="`final_looks` must be at least 0"):
+        adaptive("adaptive_pgd", digits_cnn, Noise(), final_looks=-1)
