@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from math import ceil
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from dipguard.attacks.backward import BACKWARD, SHORT_T, fits_of, straight_through
+from dipguard.attacks.backward import BACKWARD, SHORT_T, fits_of, resized, straight_through
 from dipguard.attacks.base import Cost, check_levels
 from dipguard.attacks.best_found import LOSSES, BestFound, DefendedSearch
 from dipguard.attacks.libraries import Unsaturated
@@ -31,6 +32,8 @@ class DefendedPGD(DefendedSearch):
         random_start: Start at a uniformly drawn point of the ball, not at the image; drawn from the seed and the index.
         loss: Loss that is maximised: ``ce``, the negative logarithm of the true class's mean probability over the
             views; or ``margin``, the largest other logit minus that of the true class, mean over the views.
+        coarse: Above 1, the perturbation lives on a grid so many times coarser and is enlarged bilinearly, and a step
+            takes the sign of the gradient by that grid: purifiers let low frequencies pass (DiffBreak, NeurIPS 2025).
     """
 
     evaluate_every: int = 1
@@ -45,6 +48,7 @@ class DefendedPGD(DefendedSearch):
         eot_iter: int = 1,
         random_start: bool = True,
         loss: str = "ce",
+        coarse: int = 1,
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
@@ -53,6 +57,7 @@ class DefendedPGD(DefendedSearch):
         self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
         self.random_start = check_bool(random_start, name="random_start")
         self.loss = check_choice(loss, LOSSES, name="loss")
+        self.coarse = check_int(coarse, name="coarse", low=1)
         self.fits = fits_of(target.defense)
 
     @abstractmethod
@@ -85,8 +90,9 @@ class DefendedPGD(DefendedSearch):
 
     def search(self, found: BestFound, indices: Tensor) -> None:
         """Climb, and show ``found`` every iterate that was looked at."""
-        x, look = self._start(found.given, indices), 0
+        point, look = self._start(found.given, indices), 0
         for step in range(self.steps + 1):
+            x = self._image(point, found.given)
             gradient, answers = torch.zeros_like(x), None
             if step < self.steps:
                 gradient, answers = self.gradient(x, found.labels, indices, look=look)
@@ -99,19 +105,29 @@ class DefendedPGD(DefendedSearch):
                 found.stay()
             else:
                 found.see(x, answers)
-            x = self.into_ball(x + self.alpha_255 / 255 * gradient.sign(), found.given)
+            point = self._climb(point, gradient, found.given)
 
     def _is_evaluated(self, step: int) -> bool:
         return step % self.evaluate_every == 0 or step == self.steps
 
     def _start(self, given: Tensor, indices: Tensor) -> Tensor:
-        if not self.random_start:
-            return given.clone()
-        start = torch.empty(given.shape, dtype=torch.float32)
-        for image, index in zip(start, indices.tolist(), strict=True):
+        """The first point of the search: an image, or a perturbation on the coarse grid."""
+        height, width = (ceil(side / self.coarse) for side in given.shape[-2:])
+        start = torch.zeros(*given.shape[:2], height, width, dtype=torch.float32)
+        for image, index in zip(start, indices.tolist(), strict=True) if self.random_start else ():
             generator = image_generator(seed=self.seed, index=index, purpose="start")
             image.uniform_(-self.eps, self.eps, generator=generator)
-        return self.into_ball(given + start.to(given), given)
+        return start.to(given) if self.coarse > 1 else self.into_ball(given + start.to(given), given)
+
+    def _image(self, point: Tensor, given: Tensor) -> Tensor:
+        return self.into_ball(given + resized(point, like=given), given) if self.coarse > 1 else point
+
+    def _climb(self, point: Tensor, gradient: Tensor, given: Tensor) -> Tensor:
+        if self.coarse == 1:
+            return self.into_ball(point + self.alpha_255 / 255 * gradient.sign(), given)
+        grid = point.clone().requires_grad_()
+        (by_grid,) = torch.autograd.grad(resized(grid, like=given), grid, gradient)
+        return torch.clamp(point + self.alpha_255 / 255 * by_grid.sign(), -self.eps, self.eps)
 
 
 class AdaptivePGD(DefendedPGD):

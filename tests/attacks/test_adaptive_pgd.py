@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from dipguard.attacks import Cost, build_attack
 from dipguard.attacks.backward import BACKWARD, DEFAULT_FIT
+from dipguard.attacks.best_found import BestFound
 from dipguard.defenses import build_defense
 from dipguard.fit.unrolled import unrolled_fit
 from dipguard.networks.presets import hourglass
@@ -252,3 +253,42 @@ def test_bad_options_are_refused(digits_cnn, name, options, error, message):
 def test_an_intermediate_of_another_defence_is_refused(digits_cnn):
     with pytest.raises(ValueError, match="`intermediate` must be one of last, on_boundary, stitched, got 'mirrored'"):
         built("adaptive_pgd", digits_cnn, tiny(digits_cnn, "paper"), intermediate="mirrored")
+
+
+@pytest.mark.parametrize(("coarse", "grid"), [(4, 8), (5, 7), (32, 1)])
+def test_a_coarse_perturbation_is_a_coarse_grid_enlarged(digits_cnn, digits, coarse, grid):
+    part = digits.select(0, 3)
+    images = part.images * 0.5 + 0.25  # far from 0 and 1: nothing is clipped
+    attack = built("adaptive_pgd", digits_cnn, Median(), coarse=coarse, eps_255=20, alpha_255=6)
+    change = attack(images, part.labels) - images
+    assert 0 < float(change.abs().max()) <= 20 / 255 + 1e-6
+    # Least squares on the enlarged basis vectors leaves nothing.
+    basis = F.interpolate(torch.eye(grid**2).view(-1, 1, grid, grid), size=(32, 32), mode="bilinear").flatten(1)
+    values = change.flatten(2).double().flatten(0, 1).T
+    found = torch.linalg.lstsq(basis.double().T, values).solution
+    assert torch.allclose(basis.double().T @ found, values, atol=1e-5)
+    assert float(found.abs().max()) <= 20 / 255 + 1e-5
+    assert attack.settings["coarse"] == coarse
+
+
+def test_a_coarse_step_is_the_sign_of_the_gradient_by_the_grid(digits_cnn, digits):
+    part = digits.select(0, 2)
+    images = part.images * 0.5 + 0.25
+    grid = torch.zeros(2, 3, 8, 8, requires_grad=True)
+    enlarged = images + F.interpolate(grid, size=(32, 32), mode="bilinear", align_corners=False)
+    true = digits_cnn(enlarged).softmax(-1)[[0, 1], part.labels]
+    (by_grid,) = torch.autograd.grad(-true.log().sum(), grid)
+    expected = images + F.interpolate(8 / 255 * by_grid.sign(), size=(32, 32), mode="bilinear", align_corners=False)
+    options = {"steps": 1, "alpha_255": 8, "eps_255": 16, "random_start": False, "coarse": 4}
+    attack = built("adaptive_pgd", digits_cnn, NoDefense(), **options)
+    found = BestFound(images, part.labels, keep=4)
+    attack.search(found, torch.arange(2))
+    assert min(float((one - expected).abs().max()) for one in found.top) < 1e-6
+
+
+def test_coarse_perturbations_break_what_smooths(digits_cnn, digits):
+    part = digits.select(0, 16)
+    attack = built("adaptive_pgd", digits_cnn, Median(), coarse=2, eps_255=60, alpha_255=20, steps=5)
+    assert accuracy(attack, attack(part.images, part.labels), part) <= 0.25
+    with pytest.raises(ValueError, match="`coarse` must be at least 1"):
+        built("adaptive_pgd", digits_cnn, Median(), coarse=0)
