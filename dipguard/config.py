@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 NODE_KEYS = ("name", "_target_")
-ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "only", "note")
+ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "made_on", "only", "note")
 """Keys of an attack's node beside its options."""
 ATTACK_CHECKS = ("control", "large_eps")
 LOGGERS: dict[str, tuple[str, ...]] = dict.fromkeys(("none", "csv", "tensorboard"), ())
@@ -55,7 +55,8 @@ class RunConfig:
     ``mirrors``, ``data`` says whether an image means the same in a mirror. An attack may have, beside its options,
     ``number`` (before the label in tables), ``check`` (``control`` or ``large_eps``: not part of the worst case),
     ``full`` (the options of an uncut run), ``intermediate`` (names; the first that a defence has is attacked),
-    ``limit`` (of images), ``only`` (labels of defences) and ``note``.
+    ``limit`` (of images), ``only`` (labels of defences), ``made_on`` (the defence that an adaptive attack's images are
+    made on, for all defences) and ``note``.
     """
 
     seed: int
@@ -208,6 +209,8 @@ def _checked(config: RunConfig) -> RunConfig:
     for label, node in config.attacks.items():
         for defense in node.get("only") or ():
             check_choice(defense, defenses, name=f"attacks.{label}.only")
+        if node.get("made_on") is not None:
+            check_choice(node["made_on"], defenses, name=f"attacks.{label}.made_on")
     for label, node in _mapping("callbacks", config.callbacks).items():
         if "_target_" not in _mapping(f"callbacks.{label}", node):
             raise ValueError(f"`callbacks.{label}._target_` must name the class of a callback, got nothing")

@@ -76,10 +76,11 @@ class Cell:
         attack: The attack; None if it does not apply, and ``why`` says why not.
         eps_255: Its budget in levels of 0 to 255; None if it has no L-infinity bound.
         suite: Whether it belongs to the attack suite.
+        source: The target that the attack's images are made on: ``target``, or another one for all targets alike.
         attack_key: Digest of everything that the attacked images depend on.
         key: Digest of everything that the result depends on, with the evaluation's own draw.
         judge: Draws of the defence that each image is judged by.
-        cost: What an adaptive attack will cost, at most.
+        cost: What an adaptive attack will cost, at most; nothing if its images are made on another target.
     """
 
     label: str
@@ -91,6 +92,7 @@ class Cell:
     why: str | None
     eps_255: float | None
     suite: bool
+    source: Target
     attack_key: str = ""
     key: str = ""
     judge: int = 1
@@ -140,7 +142,7 @@ class Cell:
     def white_box(self) -> bool:
         """Whether the attack takes gradients of the very system that it meets."""
         if self.adaptive:
-            return self.name not in BLACK_BOX
+            return self.name not in BLACK_BOX and self.source is self.target
         return self.target.defense.name == "none" and self.name not in BLIND
 
     @property
@@ -233,6 +235,9 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
         raise ValueError(f"there must be figures for each budget, got budgets {about['snapshots']}")
     attack: dict[str, Any] = {name: about["attack"][name] for name in ("history", "last_history", "flat")}
     attack["spent"] = Cost(**about["attack"]["spent"])
+    before = about["attack"]["seconds"]
+    if cell.source is not cell.target:  # paid where they were made
+        attack["spent"], before = Cost(), dict.fromkeys(before, 0.0)
     for number, (eps_255, budget) in enumerate(about["snapshots"]):
         own: dict[str, Any] = {name: torch.from_numpy(summary.arrays[name][number]) for name in FIGURES}
         own |= {"eps_255": eps_255, "budget": budget, "reasons": about["reasons"][number]}
@@ -240,19 +245,24 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
             raise ValueError(f"there are {len(cell.clean)} images, got {lengths}")
         if cell.judge > 1:
             own["draws"] = torch.from_numpy(summary.arrays["draws"][number])
-        own["seconds"] = {**about["attack"]["seconds"], **about["seconds"][number]}
+        own["seconds"] = {**before, **about["seconds"][number]}
         made.append(CellResult(cell, DONE, **own, **attack))
     return made
 
 
-def fitting_options(node: Mapping[str, Any], target: Target, *, adaptive: bool) -> tuple[dict[str, Any], str | None]:
-    """The options of an attack (settings ``node``) for a target, and why it does not apply to it (None: it does)."""
-    defense, name = target.defense, name_of(node)
+def fitting_options(
+    node: Mapping[str, Any], target: Target, *, adaptive: bool, source: Target | None = None
+) -> tuple[dict[str, Any], str | None]:
+    """The options of an attack (settings ``node``) for a target, and why it does not apply to it (None: it does).
+
+    ``source`` is the target that it is made on, by default the same.
+    """
+    defense, name = (source or target).defense, name_of(node)
     options = {key: value for key, value in node.items() if key not in (*NODE_KEYS, *ATTACK_KEYS)}
     if options.get("eps_255", 0) is None:
         del options["eps_255"]
-    if defense.unavailable is not None:
-        return options, defense.unavailable
+    if missing := target.defense.unavailable or defense.unavailable:
+        return options, missing
     if node.get("only") is not None and target.label not in node["only"]:
         return options, "left out"
     if not adaptive:

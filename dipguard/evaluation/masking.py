@@ -87,7 +87,7 @@ def randomised(done: Sequence[CellResult], randomness: Randomness | None) -> Che
     change = f"logits differ by {randomness.drawn:.3g} with other draws"
     if not randomness.randomised:
         return Check(name, OK, f"not randomised: {change}")
-    options = [(r.cell.label, r.cell.options) for r in done if r.attacks]
+    options = [(r.cell.label, r.cell.options) for r in done if r.attacks and r.cell.white_box]
     over = [label for label, o in options if o.get("eot_iter", 1) > 1 and o.get("draws") == "fresh"]
     figures = f"randomised: {change}; EOT with fresh draws in {', '.join(over) or 'no attack'}"
     return Check(name, OK if over else WARNING, figures)

@@ -214,6 +214,9 @@ class Matrix:
                 arrays["draws"].append(np.hstack([[e.arrays["decisions"] for e in part] for part in entries]))
                 seconds[-1]["judge"] = sum(entry.header["seconds"] for part in entries for entry in part)
         given = {f"{name}_given": attacked.arrays[name] for name in ("decisions", "ssim")}
+        if cell.source is not cell.target:
+            each = (torch.from_numpy(images) for images in attacked.arrays["images"])
+            given["decisions_given"] = np.stack([decide(cell.target.victim, images).numpy() for images in each])
         made = {name: np.stack(values) for name, values in arrays.items()} | given
         headers = [[part.header for part in parts] for parts in chunks]
         about = {
@@ -254,7 +257,7 @@ class Matrix:
     def _attack(self, cell: Cell) -> Entry:
         assert cell.attack is not None
         attack, clean = cell.attack, cell.clean
-        _log.info("attack %s%s: %d images", cell.label, f" x {cell.target.label}" if cell.adaptive else "", len(clean))
+        _log.info("attack %s%s: %d images", cell.label, f" x {cell.source.label}" if cell.adaptive else "", len(clean))
         before, start = asdict(attack.spent), time.perf_counter()
         images, labels = clean.images.to(self.device), clean.labels.to(self.device)
         made = attack.snapshots(images, labels, indices=clean.indices)
@@ -272,7 +275,7 @@ class Matrix:
         attacked = [one.cpu() for one in made.values()]
         arrays = {
             "images": attacked,
-            "decisions": [decide(cell.target.victim, one) for one in attacked],
+            "decisions": [decide(cell.source.victim, one) for one in attacked],
             "ssim": [similarity(one, clean.images) for one in attacked],
         }
         return Entry({name: torch.stack(tensors).numpy() for name, tensors in arrays.items()}, about)

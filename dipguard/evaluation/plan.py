@@ -177,27 +177,30 @@ def _cells(
     for label, node in attacks.items():
         path = node.get("_target_") or table_of("attacks", ATTACKS)[node["name"]].replace(":", ".")
         adaptive = bool(hydra.utils.get_object(path).adaptive)
+        if node.get("made_on") and not adaptive:
+            raise ValueError(f"`attacks.{label}.made_on` is for adaptive attacks, got it for {name_of(node)!r}")
         limit = node.get("limit")
         in_suite = suite and bool(label == CLEAN or node.get("number") or node.get("check"))
         for target in targets.values():
-            options, why = fitting_options(node, target, adaptive=adaptive)
+            source = targets.get(node.get("made_on") or "", target)
+            options, why = fitting_options(node, target, adaptive=adaptive, source=source)
             attack: Attack | None = None
             if why is None:
                 with keys_named(f"attacks.{label}", [*node, *options]):
-                    victim = DefendedVictim(target.victim, target.bare) if adaptive else target.victim
+                    victim = DefendedVictim(source.victim, source.bare) if adaptive else target.victim
                     named = {key: node[key] for key in ("name", "_target_") if key in node}
                     attack = _build(named | options, build_attack, victim, seed=config.seed)
             # The largest budget, if there are several.
             own_eps = options.get("eps_255") if attack is None else attack.eps_255
             eps_255 = max(options.get("radii_255") or [own_eps])
             judge = config.judge if in_suite and target.defense.random else 1
-            cell = Cell(label, node, target, parts[limit], options, attack, why, eps_255, in_suite, judge=judge)
+            cell = Cell(label, node, target, parts[limit], options, attack, why, eps_255, in_suite, source, judge=judge)
             if attack is not None:
                 _check_suite(cell, config)
                 depends = target.depends
-                own = depends if adaptive else [depends[key] for key in ("versions", "device", "victim")]
+                own = source.depends if adaptive else [depends[key] for key in ("versions", "device", "victim")]
                 attacked = digest_of([attack.settings, digests[limit], own])
-                cost = attack.estimate(len(cell.clean)) if adaptive else Cost()
+                cost = attack.estimate(len(cell.clean)) if adaptive and source is target else Cost()
                 cell = replace(cell, attack_key=attacked, key=digest_of([attacked, depends]), cost=cost)
             cells.append(cell)
     return cells

@@ -109,8 +109,9 @@ def test_an_attack_on_fewer_images_counts_for_those_alone(tmp_path: Path) -> Non
     expected = [bool(rights["transfer"][i]) and (i >= 2 or bool(rights["identity"][i])) for i in range(4)]
     assert worst_case(results, 4).tolist() == expected
     assert worst_case([], 4) is None
-    misread = torch.tensor([True, True, False, True])
-    assert worst_case(results, 4, misread).tolist() == [e and bool(c) for e, c in zip(expected, misread, strict=True)]
+    labels, misread = matrix.clean.labels, torch.tensor([0, 0, 1, 0])
+    clean = replace(matrix.results["clean", "none"][0], decisions=(labels + misread) % 10)
+    assert worst_case(results, 4, clean).tolist() == [e and not m for e, m in zip(expected, misread, strict=True)]
 
 
 def test_costs_are_told_before_and_counted_after(finished: Matrix, caplog: pytest.LogCaptureFixture) -> None:
