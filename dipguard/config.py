@@ -150,6 +150,7 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         else:
             for label, one in _mapping(many, given.get(many)).items():
                 _check_node(single, f"{many}.{label}", one)
+            given[many] = {label: one for label, one in given[many].items() if one is not None}  # null leaves one out
     for key in ("data", "victim", "surrogate", "baseline"):
         _check_node("data" if key == "data" else "victim", key, given.setdefault(key, None))
     missing = [key for key in RunConfig.__dataclass_fields__ if key not in given]

@@ -23,33 +23,45 @@ SMALL = (
     "defenses.mirror.t0=5",
     "defenses.mirror.every=5",
     "defenses.dipdefend.T=20",
+    "defenses.paper.network=small",
+    "defenses.paper.T=20",
+    "defenses.paper.decisions=10",
+    "defenses.paper.t0=2",
+    "defenses.paper.tau=0.2",
+    "judge=1",
     "attacks.transfer.steps=5",
     "attacks.identity.steps=2",
     "attacks.identity_eot.steps=1",
     "attacks.identity_eot.eot_iter=2",
+    "attacks.identity_eot.final_looks=1",
     "attacks.unrolled.T=4",
     "attacks.autoattack_rand.steps=1",
+    "attacks.autoattack_rand.eot_iter=2",
+    "attacks.autoattack_rand.final_looks=0",
     "attacks.square.n_queries=4",
+    "attacks.square_500.n_queries=2",
     "attacks.hopskipjump.queries=12",
+    "attacks.hopskipjump.budgets=[]",
     "attacks.hopskipjump.init_size=4",
     "attacks.hopskipjump.init_eval=3",
 )
-"""Overrides of experiment=adaptive for a run of a minute."""
+"""Overrides of experiment=adaptive ladder=full for a run of a minute."""
 
-DIP_DEFENSES = ("~defenses.dipdefend", "~defenses.mirror")
+DIP_DEFENSES = ("~defenses.dipdefend", "~defenses.mirror", "~defenses.paper")
 """Left out if only feed-forward defences are needed."""
 
 
 @cache
 def attack_names() -> list[str]:
     """The attacks of experiment=adaptive, without the clean images."""
-    return [name for name in typed_matrix("experiment=adaptive").attacks if name != "clean"]
+    return [name for name in typed_matrix("experiment=adaptive", "ladder=full").attacks if name != "clean"]
 
 
 def suite_overrides(*overrides: str, attacks: tuple[str, ...] | None = None, dip: bool = True) -> list[str]:
-    """experiment=adaptive, made small: only ``attacks`` (None: all), with the DIP defences or without."""
-    defenses = [] if dip else [text for text in SMALL if text.startswith(("defenses.mirror", "defenses.dip"))]
-    dropped = [] if attacks is None else [name for name in attack_names() if name not in attacks]
+    """experiment=adaptive ladder=full, made small: only ``attacks`` (None: all), with the DIP defences or without."""
+    defenses = [] if dip else [text for text in SMALL if text.startswith("defenses.")]
+    made_on = [] if dip else [name for name in attack_names() if name.startswith("from_")]
+    dropped = made_on if attacks is None else [name for name in attack_names() if name not in attacks]
     # The steps of others are taken from identity: it is dropped last, by its own override.
     kept = [
         text
@@ -58,7 +70,7 @@ def suite_overrides(*overrides: str, attacks: tuple[str, ...] | None = None, dip
         and not any(text.startswith(f"attacks.{name}.") for name in dropped if name != "identity")
     ]
     leave = [f"~attacks.{name}" for name in dropped if name != "identity"]
-    return ["experiment=adaptive", *kept, *leave, *([] if dip else DIP_DEFENSES), *overrides]
+    return ["experiment=adaptive", "ladder=full", *kept, *leave, *([] if dip else DIP_DEFENSES), *overrides]
 
 
 def tiny_suite(folder: Path, *overrides: str, attacks: tuple[str, ...] | None = None, dip: bool = True) -> Matrix:

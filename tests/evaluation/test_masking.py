@@ -174,6 +174,7 @@ def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
         "none": (False, False),
         "jpeg": (False, False),
         "mirror": (True, True),
+        "paper": (True, True),
         "dipdefend": (True, True),
     }
     assert found["mirror"].backward == matrix.defenses["mirror"].steps_per_image

@@ -245,7 +245,7 @@ def test_white_and_black_box(finished: Matrix) -> None:
 
 
 def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
-    assert finished.cell("identity", "jpeg").cut == "steps 2 of 100"
+    assert finished.cell("identity", "jpeg").cut == "steps 2 of 200"
     assert suite.cell("clean", "mirror").cut == "60 of 750 DIP steps an image"
     assert finished.cell("clean", "jpeg").cut == ""
 
@@ -277,11 +277,20 @@ def test_a_defence_must_not_be_called_as_the_baseline(tmp_path: Path, baseline: 
         tiny_suite(tmp_path, *baseline, "+defense@defenses.baseline=none", attacks=("noise",), dip=False)
 
 
-def test_the_experiment_has_all_attacks() -> None:
-    attacks = typed_matrix("experiment=adaptive").attacks
+def test_the_experiment_has_all_attacks_and_the_short_ladder_some() -> None:
+    attacks, short = (typed_matrix("experiment=adaptive", *more).attacks for more in (("ladder=full",), ()))
     assert [node["number"] for node in attacks.values() if node.get("number")] == [
-        "1", "2", "3a", "3b", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "6", "7a", "7b", "8",
+        "1", "1b", "1c", "1d", "2", "3a", "3b", "3c", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "6", "7a", "7b", "8",
+        "7c",
     ]  # fmt: skip
+    assert [node["number"] for node in short.values() if node.get("number")] == [
+        "1", "1b", "1c", "1d", "2", "3a", "3c", "4a", "5b", "5d", "7a", "7b", "8",
+    ]  # fmt: skip
+    config = typed_matrix("experiment=adaptive", "ladder=full")
+    assert config.judge == typed_matrix("experiment=adaptive").judge == 10
+    assert set(config.defenses) == {"none", "jpeg", "dipdefend", "paper", "mirror"}
+    assert (attacks["blur"]["steps"], attacks["blur_eot"]["eot_iter"]) == (200, 20)
+    assert (attacks["hopskipjump"]["budgets"], attacks["square_500"]["n_queries"]) == ([500, 2500], 500)
     assert sorted(str(node["check"]) for node in attacks.values() if node.get("check")) == ["control", "large_eps"]
     for node in attacks.values():
         assert node["name"] in ATTACKS
@@ -333,3 +342,15 @@ def test_the_whole_experiment_on_digits(tmp_path: Path, baseline: tuple[str, ...
     run_tiny_suite(tmp_path, *overrides, "rebuild=true")
     assert {path: path.read_bytes() for path in texts} == texts
     assert stored(matrix) == before
+
+
+def test_the_short_ladder_takes_what_its_comment_says(tmp_path: Path) -> None:
+    overrides = ("experiment=adaptive", "data=digits", "victim=digits_cnn", "trainer.accelerator=cpu")
+    matrix = prepare(typed_matrix(*overrides, "data.limit=16", "defenses.mirror.preset=cifar10"), tmp_path)
+    dip = [cell for cell in matrix.cells if cell.why is None and cell.target.defense.steps_per_image]
+    made = {cell.attack_key: cell.cost for cell in dip if cell.cost.purifications}
+    judged = {cell.key: cell for cell in dip}
+    costs = [*made.values(), *(cell.judging for cell in judged.values())]
+    assert sum(cost.purifications for cost in made.values()) == 7536
+    assert sum(cell.judging.purifications for cell in judged.values()) == 6000
+    assert round(sum(cost.dip_steps for cost in costs) / 1e6, 1) == 11.5
