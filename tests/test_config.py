@@ -23,7 +23,7 @@ from dipguard.victims import VICTIMS
 from tests.tiny_matrix import compose_matrix, typed_matrix
 from tests.tiny_run import CONF, ROOT, compose_config, typed_config
 
-PROGRAMS = ("experiment", "sweep")
+PROGRAMS = ("experiment", "ladder", "sweep")
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in PROGRAMS)
 TABLES = {"data": DATASETS, "victim": VICTIMS, "attack": ATTACKS, "defense": DEFENSES}
 
@@ -311,8 +311,8 @@ def test_experiments_compose(name: str) -> None:
         assert sized == {f"{attack}_{eps}": eps for attack in ("fgsm", "pgd", "bim", "mifgsm") for eps in (2, 4, 8)}
         assert len(config.defenses) == 12
     elif name == "adaptive":
-        assert set(config.defenses) == {"none", "jpeg", "dipdefend", "mirror"}
-        assert len(attacks) == 1 + 17
+        assert set(config.defenses) == {"none", "jpeg", "dipdefend", "paper", "mirror"}
+        assert len(attacks) == 1 + 15
         judged = {key: node["eps_255"] for key, node in attacks.items() if node["name"] != "none"}
         assert {key for key, eps in judged.items() if eps != 8} == {"large_eps"}
         assert all(key == "clean" or node.get("number") or node.get("check") for key, node in attacks.items())
@@ -402,7 +402,7 @@ def test_help_and_mistyped_keys_on_the_command_line(program: str) -> None:
     assert re.search(r"^defense: .*mirror.*paper", shown.stdout, flags=re.MULTILINE)
     assert "options" not in shown.stdout.split("== Config ==")[0]
     groups = re.findall(r"^(\w+): .*, ", shown.stdout.split("== Config ==")[0], flags=re.MULTILINE)
-    assert groups == ["attack", "data", "defense", "experiment", "logger", "sweep", "victim"]
+    assert groups == ["attack", "data", "defense", "experiment", "ladder", "logger", "sweep", "victim"]
     assert re.search(r"eps_255: 8 +# Largest change", shown.stdout)
     for override, message in (("defense.taau=1", "did you mean 'defense.tau'?"), ("+bogus=1", "`bogus` is unknown")):
         refused = call("defense=paper", override)

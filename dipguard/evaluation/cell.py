@@ -13,6 +13,7 @@ from dipguard.attacks import Attack, Cost
 from dipguard.config import ATTACK_KEYS, NODE_KEYS
 from dipguard.data import ImageSet
 from dipguard.defenses import DEFENSES, Defense
+from dipguard.fit import FitOptions
 from dipguard.registry import options_of, table_of
 from dipguard.store import Entry, digest_of
 
@@ -63,6 +64,12 @@ class Target:
         if not steps or default is None or given is None or given >= default:
             return ""
         return f"{steps:,} of {steps * default // given:,} DIP steps an image"
+
+    @property
+    def options_text(self) -> str:
+        """The defence's options in words, without those of its fits."""
+        aside = ("name", "versions", "fit", *FitOptions.__dataclass_fields__)
+        return ", ".join(f"{n} {_text(v)}" for n, v in self.bare.settings.items() if n not in aside and v is not None)
 
 
 @dataclass(frozen=True, eq=False)

@@ -26,7 +26,7 @@ FIELDS = (
 """Columns of results.csv: a row for each cell and, for attacks with several budgets, for each of them."""
 JUDGE_FIELDS = (
     "judge", "worst", "worst_low", "worst_high", "vote", "vote_low", "vote_high", "judge_dip_steps", "judge_queries",
-    "judge_seconds",
+    "judge_seconds", "defense_options",
 )  # fmt: skip
 """Further columns where images are judged by several draws."""
 IMAGE_FIELDS = (
@@ -150,6 +150,7 @@ def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
         "defense": target.label,
         "defense_name": target.defense.name if target.node is None else name_of(target.node),
         "seed": matrix.config.seed,
+        **({"defense_options": target.options_text} if matrix.config.judge > 1 else {}),
     }
 
 

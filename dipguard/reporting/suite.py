@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from matplotlib.figure import Figure
 
-from dipguard.files import write_text
+from dipguard.files import write_json, write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
 from dipguard.reporting.escape import NONE, escape_markdown
 from dipguard.reporting.results import CLEAN, DONE, JUDGED, WORST, images_text, in_suite, interval_text
@@ -43,8 +44,9 @@ def suite_rows(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def write_suite(folder: str | Path, rows: pd.DataFrame, checks: pd.DataFrame) -> list[Path]:
-    """Write suite.md and suite.png, from `suite_rows` and `read_checks`; returns their paths."""
+    """Write suite.md, suite.png and robustbench.json, from `suite_rows` and `read_checks`; returns the first two."""
     page = write_text(Path(folder) / "suite.md", suite_page(rows, checks))
+    write_json(page.with_name("robustbench.json"), robustbench_records(rows, checks))
     return [page, save_figure(draw_suite(rows), page.with_suffix(".png"))]
 
 
@@ -60,10 +62,34 @@ def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
         parts.append("\n".join([f"{escape_markdown(defense)}:", "", *lines]))
     parts += ["## What it cost", "DIP steps / purified images read / seconds, as counted.", _cost_table(rows)]
     parts += ["Judging the images:", _cost_table(rows, "judge")] if "judge" in rows else []
-    parts += ["## Settings, and what was cut", _settings(rows)]
-    cut = rows[(rows["attack"] == CLEAN) & (rows["cut"] != "")]
-    parts += [f"- {escape_markdown(line.defense)}: {escape_markdown(line.cut)}" for line in cut.itertuples()]
+    parts += ["## Settings of attackers and defenders, and what was cut", _settings(rows)]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """For each defence the figures in the form of RobustBench's model_info files: text, accuracies in %.
+
+    ``autoattack_acc`` is that under AutoAttack's version for random defences, ``external`` and ``reported`` are the
+    worst case, and a warning of the checks makes it ``unreliable``. An accuracy that is missing is None.
+    """
+    (eps,) = set(rows[rows["attack"] == WORST]["eps_255"])
+    figures = {"clean_acc": ("attack", CLEAN), "autoattack_acc": ("attack_name", "defended_autoattack")}
+    figures |= dict.fromkeys(("external", "reported"), ("attack", WORST))
+    made = {}
+    for defense, cells in rows.groupby("defense", sort=False):
+        done, first = cells[cells["status"] == DONE], cells.iloc[0]
+        found = {name: [f"{100 * share:.2f}" for share in done[done[key] == value]["accuracy"]]
+                 for name, (key, value) in figures.items()}  # fmt: skip
+        made[str(defense)] = {
+            "dataset": first["data"],
+            "threat_model": "Linf",
+            "eps": f"{eps:g}/255",
+            "architecture": f"{first['victim']}, defence {first['defense_name']}",
+            **{name: shares[0] if shares else None for name, shares in found.items()},
+            "unreliable": bool((checks[checks["defense"] == defense]["verdict"] == "WARNING").any()),
+            "footnote": _head(rows),
+        }
+    return made
 
 
 def suite_text(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
@@ -164,7 +190,7 @@ def _cost(costs: Sequence[float]) -> str:
 
 
 def _settings(rows: pd.DataFrame) -> str:
-    """A line for each attack: its options, and what they lack of an uncut run."""
+    """A line for each attack and each defence: its options, and what they lack of an uncut run."""
     lines = []
     for title, cells in rows[~rows["attack"].isin((CLEAN, WORST))].groupby("title", sort=False):
         # What was cut may differ between defences (a deterministic one has no draws): the longest text is shown.
@@ -173,4 +199,8 @@ def _settings(rows: pd.DataFrame) -> str:
         eps = "" if shown.eps_255 != shown.eps_255 else f"eps {shown.eps_255:g}/255"
         options = ", ".join(filter(None, (eps, shown.options)))
         lines.append([title, shown.attack_name, options, shown.cut or NONE, shown.note or NONE])
-    return markdown(["attack", "name", "options", "cut to", "note"], lines, words=True)
+    for line in rows[rows["attack"] == CLEAN].itertuples():
+        draws = f"judged by {line.judge:g} draws" if "judge" in rows and line.status == DONE else NONE
+        options = getattr(line, "defense_options", "") or NONE
+        lines.append([f"defence {line.defense}", line.defense_name, options, line.cut or NONE, draws])
+    return markdown(["attack or defence", "name", "options", "cut to", "note"], lines, words=True)

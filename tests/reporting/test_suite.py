@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,10 @@ def test_costs_cuts_and_checks_are_told(folder: Path) -> None:
     assert costs["2 identity"][:2] == ["0 / 160 / 161 s", "320,000 / 160 / 161 s"]
     assert costs["sum"][1] == "640,000 / 320 / 323 s"
     assert "clean" not in costs
-    settings = rows_after(text, "## Settings, and what was cut")
+    settings = rows_after(text, "## Settings of attackers and defenders, and what was cut")
     assert settings["2 identity"] == ["x", "eps 8/255, steps 10, draws fixed", "steps 10 of 100", "–"]
     assert settings["large eps (check)"][1] == "eps 64/255"
-    assert "- mirror: 400 of 2,000 DIP steps an image" in text
+    assert settings["defence mirror"] == ["mirror", "–", "400 of 2,000 DIP steps an image", "–"]
     assert rows_after(text, "## Masking checks")["a large eps reaches 0 %"] == ["ok", "WARNING"]
     assert "- a large eps reaches 0 %: **WARNING**. 1 of 16 right at 64/255" in text
     assert "WARNING" in suite_text(*read(folder))
@@ -160,7 +161,7 @@ def test_the_picture_shows_each_defence_where_it_stands(folder: Path) -> None:
 
 JUDGE = {
     "judge": 10, "worst": 0.25, "worst_low": 0.1, "worst_high": 0.5, "vote": 0.625, "vote_low": 0.39, "vote_high": 0.82,
-    "judge_dip_steps": 120_000, "judge_queries": 160, "judge_seconds": 40.4,
+    "judge_dip_steps": 120_000, "judge_queries": 160, "judge_seconds": 40.4, "defense_options": "T 250, t0 40",
 }  # fmt: skip
 
 
@@ -181,6 +182,8 @@ def test_figures_over_several_draws_stand_beside_each_other(tmp_path: Path) -> N
     assert costs["clean"][1] == "120,000 / 160 / 40 s"
     assert costs["4a identity eot"] == ["–", "–", "–"]
     assert "with 10 draws of a random defence" in text
+    settings = rows_after(text, "## Settings of attackers and defenders, and what was cut")
+    assert settings["defence none"] == ["none", "T 250, t0 40", "–", "judged by 10 draws"]
     figure = draw_suite(read(tmp_path)[0])
     (ax,) = figure.axes
     open_marks = [line for line in ax.get_lines() if line.get_markerfacecolor() == "none"]
@@ -199,3 +202,20 @@ def test_a_damaged_figure_of_several_draws_is_refused(tmp_path: Path, name: str,
     path = write_lines(tmp_path / "results.csv", (*RESULT_FIELDS, *JUDGE), lines)
     with pytest.raises(ValueError, match=f"line 2: `{name}` must be a number from 0 to"):
         read_results(path)
+
+
+def test_a_record_has_robustbenchs_form(tmp_path: Path) -> None:
+    autoattack = cell("autoattack_rand", "mirror", 3, number="7a", attack_name="defended_autoattack")
+    write_results(tmp_path, [*LINES, autoattack])
+    write_lines(tmp_path / "checks.csv", CHECK_FIELDS, CHECKS)
+    suite.write_suite(tmp_path, *read(tmp_path))
+    records = json.loads((tmp_path / "robustbench.json").read_text(encoding="utf-8"))
+    assert set(records) == {"none", "mirror", "baseline"}
+    footnote = records["mirror"].pop("footnote")
+    assert records["mirror"].pop("architecture") == "cifar10_resnet56, defence mirror"
+    assert records["mirror"] == {
+        "dataset": "cifar10", "threat_model": "Linf", "eps": "8/255", "clean_acc": "81.25", "autoattack_acc": "18.75",
+        "external": "56.25", "reported": "56.25", "unreliable": True,
+    }  # fmt: skip
+    assert "16 images" in footnote
+    assert (records["none"]["autoattack_acc"], records["none"]["unreliable"]) == (None, False)
