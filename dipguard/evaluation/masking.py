@@ -131,5 +131,4 @@ def control(done: Sequence[CellResult]) -> Check:
 
 
 def _right(result: CellResult, n: int | None = None) -> float:
-    """How many of the first n images are right, each by the share of its draws."""
     return round(float(result.right[:n].sum()), 6)

@@ -87,7 +87,7 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
             "architecture": f"{first['victim']}, defence {first['defense_name']}",
             **{name: shares[0] if shares else None for name, shares in found.items()},
             "unreliable": bool((checks[checks["defense"] == defense]["verdict"] == "WARNING").any()),
-            "footnote": _head(rows),
+            "footnote": _measured_on(rows) + (f"; mean over {rows['judge'].max():g} draws" if "judge" in rows else ""),
         }
     return made
 
