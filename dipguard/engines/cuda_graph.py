@@ -11,13 +11,14 @@ import time
 from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dipguard.cache import cache_folder
 from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, precision, say_once
-from dipguard.engines.kernel_choice import choose_kernels, use_kernels
+from dipguard.engines.kernel_choice import BUDGET, choose_kernels, layer_shapes, use_kernels
 from dipguard.files import read_json, write_json
 from dipguard.networks import StackedSkipNet
 
@@ -72,8 +73,7 @@ class CudaGraphEngine(Engine):
             self._handle = given.new_zeros((), requires_grad=True)
         with precision(matmul_precision, given.device):
             candidates = {"convolutions": convolutions, "normalisations": normalisations}
-            size = (given.shape[-2], given.shape[-1])
-            self.choice = choose_kernels(net, given.device, size=size, z_gradient=z_gradient, **candidates)
+            self.choice = _kept_choice(net, given, z_gradient=z_gradient, precision=matmul_precision, **candidates)
         use_kernels(net, self.choice)
         self._wanted = [*net.parameters(), *([self.z] if z_gradient else [])]
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -148,30 +148,70 @@ def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False
     Measured once for each network, size of image and (to a power of two) of stack, GPU and version of torch, and kept
     in ``engines.json`` of the cache folder. The network's parameters stay as they are.
     """
-    where = torch.cuda.get_device_name(given.device) if given.is_cuda else given.device.type
     stack = 1 << (len(given) - 1).bit_length()
-    about = [where, torch.__version__, stack, list(given.shape[2:]), str(given.dtype), net.padding, z_gradient]
-    key, place = " ".join(map(str, [*about, net.spec])), cache_folder("engines.json")
-    known = _kept(place)
-    if key not in known:
-        known[key] = {
-            name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in ("torch", "cuda_graph")
-        }
-        if all(seconds < float("inf") for seconds in known[key].values()):  # a lack of memory may pass
-            try:
-                write_json(place, _kept(place) | {key: known[key]})
-            except OSError as problem:
-                _log.warning("the choice of the engine cannot be kept: %s", problem)
-    return known[key]
+    key, place = _situation(net, given, stack, z_gradient), cache_folder("engines.json")
+    known = {name: times for name, times in _kept(place).items() if _are(times, float, ("torch", "cuda_graph"))}
+    if key in known:
+        return known[key]
+    times = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in ("torch", "cuda_graph")}
+    if all(seconds < float("inf") for seconds in times.values()):  # a lack of memory may pass
+        _keep(place, key, times)
+    return times
 
 
-def _kept(place: Path) -> dict[str, dict[str, float]]:
+_CHOSEN: dict[str, dict[str, str]] = {}
+
+
+def _kept_choice(
+    net: StackedSkipNet, given: Tensor, *, z_gradient: bool, precision: str, **candidates: Any
+) -> dict[str, str]:
+    """`choose_kernels`, once for each size of stack: fits of one process never differ by the choice.
+
+    A choice that was not cut short is kept in ``kernels.json`` of the cache folder, for those of later processes.
+    """
+    options: Any = {"size": tuple(given.shape[2:]), "z_gradient": z_gradient}
+    if not given.is_cuda and all(len(names or ()) < 2 for names in candidates.values()):  # nothing is measured
+        return choose_kernels(net, given.device, **options, **candidates)
+    key, place = _situation(net, given, len(given), z_gradient, precision, candidates), cache_folder("kernels.json")
+    if key not in _CHOSEN:
+        kept: Any = _kept(place).get(key)
+        shapes = layer_shapes(net, **options)
+        if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
+            _CHOSEN[key] = kept
+        else:
+            start = time.perf_counter()
+            _CHOSEN[key] = choose_kernels(net, given.device, **options, **candidates)
+            if time.perf_counter() - start < BUDGET:
+                _keep(place, key, _CHOSEN[key])
+    return _CHOSEN[key]
+
+
+def _situation(net: StackedSkipNet, given: Tensor, *more: object) -> str:
+    """What measurements depend on."""
+    where = torch.cuda.get_device_name(given.device) if given.is_cuda else given.device.type
+    about = [where, torch.__version__, list(given.shape[2:]), given.dtype, net.padding, net.spec]
+    return " ".join(map(str, [*about, *more]))
+
+
+def _kept(place: Path) -> dict[str, Any]:
     """What was measured before; nothing if the file is damaged."""
     try:
         kept = read_json(place)
-        return {key: {name: float(times[name]) for name in ("torch", "cuda_graph")} for key, times in kept.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError):
         return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _keep(place: Path, key: str, value: Any) -> None:
+    try:
+        write_json(place, _kept(place) | {key: value})
+    except OSError as problem:
+        _log.warning("the choice cannot be kept: %s", problem)
+
+
+def _are(found: Any, kind: type, names: Collection[str]) -> bool:
+    """Whether ``found`` maps just these names to values of a kind."""
+    return isinstance(found, dict) and found.keys() == set(names) and all(type(v) is kind for v in found.values())
 
 
 def _engine(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> Engine:

@@ -176,9 +176,40 @@ def test_each_network_size_and_stack_is_measured_on_its_own(kept: Path) -> None:
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', '{"a": {"torch": "x", "cuda_graph": 1}}'])
 def test_a_damaged_file_is_measured_again(damage: str, kept: Path) -> None:
     net, given, _ = problem()
-    kept.write_text(damage)
+    key = "" if "a" not in damage else measured_key(kept)
+    kept.write_text(damage.replace("a", key, 1))
     times = engine_times(net, given)
-    assert list(json.loads(kept.read_text()).values()) == [times]
+    assert times in json.loads(kept.read_text()).values()
+    assert all(0 < seconds < 60 for seconds in times.values())
+
+
+def measured_key(kept: Path) -> str:
+    """The key of `problem`."""
+    net, given, _ = problem()
+    engine_times(net, given)
+    (key,) = json.loads(kept.read_text())
+    return str(key)
+
+
+def test_a_choice_of_kernels_is_made_once_and_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, chosen = kept.with_name("kernels.json"), {}
+    monkeypatch.setattr("dipguard.engines.cuda_graph._CHOSEN", chosen)
+    options = {"capture": False, "convolutions": ("grouped", "matmul")}
+    first = CudaGraphEngine(*problem()[:2], **options).choice
+    ((key, found),) = json.loads(file.read_text()).items()
+    assert found == first
+    other = {layer: {"grouped": "matmul", "matmul": "grouped"}.get(name, name) for layer, name in first.items()}
+    assert other != first
+    file.write_text(json.dumps({key: other}))
+    assert CudaGraphEngine(*problem()[:2], **options).choice == first  # of this process
+    chosen.clear()
+    assert CudaGraphEngine(*problem()[:2], **options).choice == other  # of the file
+    for damage in ({}, other | {"more": "torch"}, dict.fromkeys(other, "fft"), "text"):
+        chosen.clear()
+        file.write_text(json.dumps({key: damage}))
+        assert set(CudaGraphEngine(*problem()[:2], **options).choice.values()) <= {"grouped", "matmul", "torch"}
+    CudaGraphEngine(*problem()[:2], capture=False)
+    assert len(json.loads(file.read_text())) == 1  # nothing was measured for a single candidate
 
 
 def test_an_engine_that_cannot_run_is_never_the_fastest(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
