@@ -138,7 +138,7 @@ class Attack(ABC):
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on besides target and images, ready for JSON."""
         made = {"library": self.library, "library_version": self.library_version} if self.library else {}
-        options = {name: value for name, value in kept_options(self).items() if LATER.get(name) != value}
+        options = {name: value for name, value in kept_options(self).items() if (name, value) not in LATER.items()}
         return {"name": self.name, "norm": self.norm, **options, **made}
 
     @property
