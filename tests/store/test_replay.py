@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def check_as_direct(store: Store, *, count: int = 3, **options: Any) -> None:
     got = guard(store, **options).defend(smooth_images(count))
     wanted = direct(count, **{k: v for k, v in options.items() if k != "store_T"})
     for mine, other in zip(got.traces, wanted.traces, strict=True):
-        assert mine.equals(other), [n for n, x in mine.tensors().items() if not torch.equal(x, other.tensors()[n])]
+        # Some processors round a victim's logits otherwise in a batch of another size.
+        torch.testing.assert_close(mine.scores, other.scores, rtol=0, atol=1e-5)
+        rest = replace(mine, scores=other.scores)
+        assert rest.equals(other), [n for n, x in rest.tensors().items() if not torch.equal(x, other.tensors()[n])]
     assert torch.equal(got.reconstructions, wanted.reconstructions)
     assert (got.reasons, got.used) == (wanted.reasons, wanted.used)
     for name in ("decisions_before", "decisions_after"):
