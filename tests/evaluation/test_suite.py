@@ -324,7 +324,14 @@ def test_several_budgets_of_one_attack_are_a_row_each(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_experiment_on_digits(tmp_path: Path, baseline: tuple[str, ...]) -> None:
-    overrides = (*baseline, "data.limit=2", "~defenses.none")
+    aside = (
+        "~defenses.none",
+        "~defenses.paper",
+        "~attacks.from_paper",
+        "~attacks.from_dipdefend",
+        "~attacks.square_500",
+    )
+    overrides = (*baseline, "data.limit=1", "attacks.hopskipjump.queries=6", *aside)
     made = run_tiny_suite(tmp_path, *overrides)
     assert {"suite.md", "suite.png", "report.md"} <= {path.name for path in made}
     matrix = tiny_suite(tmp_path, *overrides)
