@@ -3,8 +3,7 @@
 Entries of the store, each under the digest of everything that it depends on:
 
     attacks   attacked images of an attack: once for all defences, or once per defence if the attack is adaptive
-    cells     the purified images and decision traces of a chunk of a cell; the decisions on it under a further draw
-              of the defence; the figures of a finished cell
+    cells     purified images and decision traces of a cell's chunk; further draws' decisions; a finished cell's figures
 
 The run folder has a copy of each trace that is kept, ``traces/<attack>/<defense>/<index>.safetensors``.
 """
