@@ -150,10 +150,10 @@ def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False
     """
     stack = 1 << (len(given) - 1).bit_length()
     key, place = _situation(net, given, stack, z_gradient), cache_folder("engines.json")
-    known = {name: times for name, times in _kept(place).items() if _are(times, float, ("torch", "cuda_graph"))}
-    if key in known:
-        return known[key]
-    times = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in ("torch", "cuda_graph")}
+    names, kept = ("torch", "cuda_graph"), _kept(place).get(key, {})
+    if _are(kept, float, names):
+        return dict(kept)
+    times = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in names}
     if all(seconds < float("inf") for seconds in times.values()):  # a lack of memory may pass
         _keep(place, key, times)
     return times
@@ -174,8 +174,7 @@ def _kept_choice(
         return choose_kernels(net, given.device, **options, **candidates)
     key, place = _situation(net, given, len(given), z_gradient, precision, candidates), cache_folder("kernels.json")
     if key not in _CHOSEN:
-        kept: Any = _kept(place).get(key)
-        shapes = layer_shapes(net, **options)
+        kept, shapes = _kept(place).get(key, {}), layer_shapes(net, **options)
         if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
             _CHOSEN[key] = kept
         else:

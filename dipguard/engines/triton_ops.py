@@ -256,7 +256,7 @@ def _fold(padded: Tensor, *, before: int, after: int, reflect: bool) -> Tensor:
 
 
 def _pointers(skip: Tensor | None, low: Tensor | None) -> tuple[Any, Any]:
-    """Both; a kernel wants a pointer also where it reads nothing."""
+    """Both tensors; where one is missing, the other takes its place, since a kernel needs a pointer for each."""
     return low if skip is None else skip, skip if low is None else low
 
 
