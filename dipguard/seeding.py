@@ -25,6 +25,12 @@ def image_generator(*, seed: int, index: int, purpose: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
+def further_index(index: int, number: int) -> int:
+    """Return an index of 63 bits that gives an image other draws, a different one for each ``number``."""
+    digest = hashlib.sha256(f"{index}:look:{number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
 def draw_z(
     shape: tuple[int, int, int], *, indices: Sequence[int], seed: int, kind: str = "uniform", scale: float
 ) -> Tensor:

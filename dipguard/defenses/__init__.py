@@ -37,7 +37,7 @@ _HOMES = {"Defense": "base", "DefenseResult": "base", "DIPGuard": "paper", "Mirr
 
 
 def build_defense(
-    name: str, victim: nn.Module, *, seed: int = 0, weights: str | Path | None = None, **options: Any
+    name: str, victim: nn.Module, *, seed: int | None = 0, weights: str | Path | None = None, **options: Any
 ) -> Defense:
     """Return the defence called ``name`` (a key of `DEFENSES` or an installed entry point) for ``victim``.
 

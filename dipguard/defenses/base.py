@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import secrets
 import time
 from abc import ABC
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
 import pytorch_lightning as pl
@@ -19,6 +20,7 @@ from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.fit import FitOptions
 from dipguard.registry import import_extra
+from dipguard.seeding import further_index
 
 Callbacks: TypeAlias = Sequence[pl.Callback]
 
@@ -80,7 +82,8 @@ class Defense(nn.Module, ABC):
     Args:
         victim: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C]. Normalisation belongs inside. It is never
             changed; networks of a defence run on its device.
-        seed: Seed of the defence's random draws, at least 0.
+        seed: Seed of the defence's random draws, at least 0. None takes 62 random bits of the operating system, which
+            no attacker knows; the attribute ``seed`` has them.
     """
 
     name: ClassVar[str]
@@ -88,11 +91,14 @@ class Defense(nn.Module, ABC):
     """Attributes that `settings` reports: the constructor's options, ready for JSON."""
     LIBRARIES: ClassVar[dict[str, str]] = {}
     """Libraries that the result depends on: distribution -> module. `settings` reports their versions."""
+    votes: int = 1
+    """Purifications of each image, each with draws of its own; the result is the first one that the victim assigns to
+    the class that it assigns most of them to (of classes that tie, the one that came first)."""
 
-    def __init__(self, victim: nn.Module, *, seed: int = 0) -> None:
+    def __init__(self, victim: nn.Module, *, seed: int | None = 0) -> None:
         super().__init__()
         self.victim = check_is_module(victim)
-        self.seed = check_int(seed, name="seed", low=0)
+        self.seed = secrets.randbits(62) if seed is None else check_int(seed, name="seed", low=0)
         self.decide = Decider(victim)
         self.versions = {
             key: str(import_extra(module, owner=f"the defence {self.name!r}", extra="defenses").__version__)
@@ -107,14 +113,20 @@ class Defense(nn.Module, ABC):
     @property
     def settings(self) -> dict[str, Any]:
         """Everything that a result depends on besides image, index and victim, ready for JSON."""
-        seed = {"seed": self.seed} if self.random else {}
+        drawn = {"seed": self.seed} if self.random else {}
+        drawn |= {"votes": self.votes} if self.votes > 1 else {}
         versions = {"versions": dict(self.versions)} if self.versions else {}
-        return {"name": self.name, **seed, **{option: getattr(self, option) for option in self.OPTIONS}, **versions}
+        return {"name": self.name, **drawn, **{option: getattr(self, option) for option in self.OPTIONS}, **versions}
+
+    @property
+    def steps_per_purification(self) -> int:
+        """Optimiser steps of a deep image prior for one purification of an image."""
+        return 0
 
     @property
     def steps_per_image(self) -> int:
-        """Optimiser steps of a deep image prior per image."""
-        return 0
+        """Optimiser steps of a deep image prior per image, over all votes."""
+        return self.votes * self.steps_per_purification
 
     @property
     def dip_fits(self) -> tuple[FitOptions, ...]:
@@ -181,11 +193,15 @@ class Defense(nn.Module, ABC):
     def intermediates(self, images: Tensor, *, indices: Indices | None = None) -> dict[str, Intermediate]:
         """Return what the defence looked at in one purification, by the names of `intermediate_views`.
 
-        Arguments and errors are those of `defend`. ``stitched`` is always among them: what `purify` returns.
+        With ``votes``, that is the purification that is the result. Arguments and errors are those of `defend`.
+        ``stitched`` is always among them: what `purify` returns.
         """
         images, positions = self._check_given(images, indices)
         with torch.inference_mode(False), torch.no_grad():
-            made = self._intermediates(images.detach().clone(), positions)
+            made = self._intermediates(*self._repeated(images, positions))
+            if self.votes > 1:
+                rows = self._winners(made[STITCHED].views[0])
+                made = {name: replace(one, views=one.views[:, rows]) for name, one in made.items()}
         self._check_result(images, made[STITCHED].views[0])
         return made
 
@@ -211,10 +227,33 @@ class Defense(nn.Module, ABC):
     def _checked_purify(
         self, images: Tensor, positions: list[int], *, callbacks: Callbacks = (), logger: Logger | None = None
     ) -> Purified:
-        # The caller has left inference mode: tensors made in it could never again take part in autograd.
-        made = self._purify(images.detach().clone(), positions, callbacks=callbacks, logger=logger)
+        made = self._purify(*self._repeated(images, positions), callbacks=callbacks, logger=logger)
+        if self.votes > 1:
+            start = time.perf_counter()
+            rows = self._winners(made.reconstructions)
+            made = Purified(
+                reconstructions=made.reconstructions[rows],
+                reasons=[made.reasons[row] for row in rows],
+                used=[made.used[row] for row in rows],
+                traces=[replace(made.traces[r], index=i) for r, i in zip(rows, positions, strict=True) if made.traces],
+                seconds=made.seconds,
+            )
+            made.seconds["decide"] += time.perf_counter() - start
         self._check_result(images, made.reconstructions)
         return made
+
+    def _repeated(self, images: Tensor, positions: list[int]) -> tuple[Tensor, list[int]]:
+        """Copy images [N, 3, H, W] once for each vote, [votes * N, 3, H, W], and give each copy an index."""
+        more = [further_index(index, number) for number in range(1, self.votes) for index in positions]
+        # The caller has left inference mode: tensors made in it could never again take part in autograd.
+        return images.detach().repeat(self.votes, 1, 1, 1), [*positions, *more]
+
+    def _winners(self, purified: Tensor) -> list[int]:
+        """Return which of the purified images [votes * N, 3, H, W] are the N results."""
+        decisions = self.decide(purified).argmax(dim=1).cpu().view(self.votes, -1)
+        agreeing = (decisions[:, None] == decisions).sum(dim=1)  # [votes, N]
+        count = decisions.shape[1]
+        return (agreeing.argmax(dim=0) * count + torch.arange(count)).tolist()
 
     def _check_given(self, images: Tensor, indices: Indices | None) -> tuple[Tensor, list[int]]:
         if self.unavailable is not None:

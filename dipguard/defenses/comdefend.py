@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dipguard.checks import check_bool, check_float
+from dipguard.checks import check_bool, check_float, check_int
 from dipguard.defenses.network_defense import NetworkDefense
 from dipguard.seeding import image_generator
 
@@ -58,6 +58,8 @@ class ComDefend(NetworkDefense):
             takes the whole image in the order red, green, blue, as for CIFAR-10. None takes patches where a side is
             longer than 32 pixels.
         noise: Standard deviation of the noise on the code, at least 0; the authors' is 1.
+        votes: Purifications of each image, each with noise of its own. The victim's decision is that of most of them.
+            Without noise it must be 1.
     """
 
     name: ClassVar[str] = "comdefend"
@@ -68,10 +70,19 @@ class ComDefend(NetworkDefense):
         "decoder.8.bias"
     )
 
-    def __init__(self, victim: nn.Module, *, patches: bool | None = None, noise: float = 1.0, **options: Any) -> None:
+    def __init__(
+        self,
+        victim: nn.Module,
+        *,
+        patches: bool | None = None,
+        noise: float = 1.0,
+        votes: int = 1,
+        **options: Any,
+    ) -> None:
         super().__init__(victim, **options)
         self.patches = None if patches is None else check_bool(patches, name="patches")
         self.noise = check_float(noise, name="noise", low=0)
+        self.votes = check_int(votes, name="votes", low=1, high=None if self.random else 1)
 
     def make_network(self) -> nn.Module:
         """Return the untrained network."""

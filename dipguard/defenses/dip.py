@@ -40,8 +40,8 @@ class StackRun(TypedDict):
 class DIPDefense(Defense):
     """A defence that fits untrained networks to each image, several images at once.
 
-    A subclass implements `_purify_stack`, `steps_per_image` and `images_kept`. TypeError or ValueError if an option is
-    unknown or out of range; the message names it. ``fit_options`` is how each image is fitted.
+    A subclass implements `_purify_stack`, `steps_per_purification` and `images_kept`. TypeError or ValueError if an
+    option is unknown or out of range; the message names it. ``fit_options`` is how each image is fitted.
 
     Args:
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
@@ -49,6 +49,8 @@ class DIPDefense(Defense):
         stack_size: Images fitted at once, fewer once memory has run out; None takes 32 on a CPU and 256 on a GPU,
             bounded by free memory. No image's result depends on it (in exact arithmetic; but for the native engine,
             Adam amplifies rounding).
+        votes: Purifications of each image, each with draws of its own. The victim's decision is that of most of them,
+            and the cost so many times higher.
         progress: Show a progress bar, unless a `FitProgress` is among the callbacks.
         trainer: Further keyword arguments of ``pl.Trainer`` for each fit, such as a profiler.
         fit: Fields of :class:`~dipguard.fit.FitOptions`, such as ``jitter``, ``lr``, ``dtype`` or ``engine``.
@@ -67,13 +69,15 @@ class DIPDefense(Defense):
         victim: nn.Module,
         *,
         network: str | NetworkSpec = "cifar10",
-        seed: int = 0,
+        seed: int | None = 0,
+        votes: int = 1,
         stack_size: int | None = None,
         progress: bool = True,
         trainer: Mapping[str, Any] | None = None,
         **fit: Any,
     ) -> None:
         super().__init__(victim, seed=seed)
+        self.votes = check_int(votes, name="votes", low=1)
         if not fit.keys() <= {field.name for field in fields(FitOptions)}:
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
         own = {name: value for name, value in self.FIT.items() if value is not None}
@@ -100,8 +104,8 @@ class DIPDefense(Defense):
 
     @property
     def longest_fit(self) -> int:
-        """Optimiser steps per image of what is fitted now, which may serve more than this call."""
-        return self.steps_per_image
+        """Optimiser steps of one purification as it is fitted now, which may serve more than this call."""
+        return self.steps_per_purification
 
     @property
     def random(self) -> bool:

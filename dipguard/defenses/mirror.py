@@ -94,7 +94,8 @@ class MirrorGuard(DIPDefense):
         mirror: bool = True,
         beta: float = 0.5,
         beta_step: float = 0.05,
-        seed: int = 0,
+        seed: int | None = 0,
+        votes: int = 1,
         stack_size: int | None = None,
         progress: bool = True,
         trainer: Mapping[str, Any] | None = None,
@@ -106,7 +107,7 @@ class MirrorGuard(DIPDefense):
         values = self.from_preset(preset, given, victim=victim)
         if isinstance(values["networks"], str) or not values["networks"]:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
-        own: dict[str, Any] = {"stack_size": stack_size, "progress": progress, "trainer": trainer}
+        own: dict[str, Any] = {"votes": votes, "stack_size": stack_size, "progress": progress, "trainer": trainer}
         fit |= {} if fit.get("optimise_z") is not None else {"optimise_z": values["optimise_z"]}
         super().__init__(victim, network=values["networks"][0], seed=seed, **own, **fit)
         self.fits = tuple(
@@ -134,7 +135,7 @@ class MirrorGuard(DIPDefense):
         return self.fits
 
     @property
-    def steps_per_image(self) -> int:
+    def steps_per_purification(self) -> int:
         """The steps of all networks."""
         return self.steps * len(self.fits)
 

@@ -27,7 +27,7 @@ class NetworkDefense(Defense):
 
     weights_source: str
 
-    def __init__(self, victim: nn.Module, *, weights: str | Path | None = None, seed: int = 0) -> None:
+    def __init__(self, victim: nn.Module, *, weights: str | Path | None = None, seed: int | None = 0) -> None:
         super().__init__(victim, seed=seed)
         self.network: nn.Module | None = None
         self._digest: str | None = None

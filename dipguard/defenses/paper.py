@@ -100,7 +100,7 @@ class DIPGuard(DIPDefense):
         return {**super().settings, **asdict(self.decide_options), **asdict(self.stitch_options)}
 
     @property
-    def steps_per_image(self) -> int:
+    def steps_per_purification(self) -> int:
         """T."""
         return self.decide_options.T
 

@@ -43,7 +43,7 @@ class StoppedDIP(DIPDefense):
         return {**super().settings, "T": self.T}
 
     @property
-    def steps_per_image(self) -> int:
+    def steps_per_purification(self) -> int:
         """The steps that the rule has to see."""
         return self.make_rule().steps_needed(self.T)
 

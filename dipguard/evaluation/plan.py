@@ -193,7 +193,7 @@ def _cells(
             # The largest budget, if there are several.
             own_eps = options.get("eps_255") if attack is None else attack.eps_255
             eps_255 = max(options.get("radii_255") or [own_eps])
-            judge = config.judge if in_suite and target.defense.random else 1
+            judge = config.judge if in_suite and target.defense.random and not node.get("check") else 1
             cell = Cell(label, node, target, parts[limit], options, attack, why, eps_255, in_suite, source, judge=judge)
             if attack is not None:
                 _check_suite(cell, config)

@@ -68,7 +68,7 @@ class RunLog:
         if chunk and not self._single:
             return None
         self.inner.save()
-        first, longest = chunk * self.matrix.chunk_steps(cell), cell.defense.steps_per_image
+        first, longest = chunk * self.matrix.chunk_steps(cell), cell.defense.steps_per_purification
 
         def row(step: int, metrics: Mapping[str, float]) -> None:
             if self._single or step < longest:

@@ -104,7 +104,8 @@ def test_the_draws_are_those_of_no_attack_and_of_no_other_image() -> None:
 def test_the_table_has_three_figures_and_what_they_cost(judged: Matrix) -> None:
     made, steps = lines(judged), judged.defenses["noisy"].steps_per_image
     for attack in ("clean", "transfer", "noise", "identity", "worst_case"):
-        for defense, draws in (("none", 1), ("noisy", 4)):
+        for defense in ("none", "noisy"):
+            draws = 4 if defense == "noisy" and attack != "noise" else 1  # a check is judged once
             line = made[attack, defense]
             assert int(line["judge"]) == draws
             assert float(line["accuracy"]) == pytest.approx(float(line["correct"]) / 3, abs=1e-6)
