@@ -26,8 +26,9 @@ BLACK_BOX = ("defended_square", "hopskipjump")
 BLIND = ("none", "noise", "square")
 """Static attacks that take no gradient."""
 DONE, NOT_RUN = "done", "not run yet"
-JUDGED = ("accuracy", "worst", "vote")
-"""How right an image is over its draws: in what share of them, whether in all, whether by their majority."""
+JUDGED = ("accuracy", "worst", "vote", "known")
+"""How right an image is over its draws: in what share of them, whether in all, by their majority, and in the first, the
+evaluation's own, which an attack with ``draws="fixed"`` knows."""
 FIGURES = ("decisions_given", "decisions", "ssim_given", "ssim", "psnr", "used")
 
 
@@ -227,6 +228,8 @@ class CellResult:
         if by == "vote":
             votes = (decisions[:, None] == decisions).sum(dim=1)  # for each draw, how many agree with it
             return (right.sum(dim=0) > (votes * ~right).amax(dim=0)).double()
+        if by == "known":
+            return right[0].double()
         return right.all(dim=0).double() if by == "worst" else right.double().mean(dim=0)
 
     @property

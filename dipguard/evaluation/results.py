@@ -25,8 +25,8 @@ FIELDS = (
 )  # fmt: skip
 """Columns of results.csv: a row for each cell and, for attacks with several budgets, for each of them."""
 JUDGE_FIELDS = (
-    "judge", "worst", "worst_low", "worst_high", "vote", "vote_low", "vote_high", "judge_dip_steps", "judge_queries",
-    "judge_seconds", "defense_options",
+    "judge", "worst", "worst_low", "worst_high", "vote", "vote_low", "vote_high", "known", "known_low", "known_high",
+    "judge_dip_steps", "judge_queries", "judge_seconds", "defense_options",
 )  # fmt: skip
 """Further columns where images are judged by several draws."""
 IMAGE_FIELDS = (

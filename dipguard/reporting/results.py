@@ -23,14 +23,26 @@ NUMBERS: dict[str, tuple[float, float]] = {
     "psnr": (-1000, float("inf")),
 }
 """The columns of results.csv that are read as numbers, with their ranges."""
-JUDGED = {by: (by, f"{by}_low", f"{by}_high") for by in ("worst", "vote")}
+JUDGED = {by: (by, f"{by}_low", f"{by}_high") for by in ("worst", "vote", "known")}
 JUDGE_NUMBERS: dict[str, tuple[float, float]] = {
     **dict.fromkeys((name for names in JUDGED.values() for name in names), (0, 1)),
     **dict.fromkeys(("judge", "judge_dip_steps", "judge_queries", "judge_seconds"), (0, float("inf"))),
 }
 """The same of the columns that are there if images were judged by several draws of the defence."""
 FILLED = ("data", "victim", "attack", "defense", "seed", "status")
-COLUMNS = (*FILLED, "surrogate", "attack_name", "number", "check", "defense_name", *NUMBERS, "options", "cut", "note")
+COLUMNS = (
+    *FILLED,
+    "surrogate",
+    "attack_name",
+    "number",
+    "check",
+    "defense_name",
+    *NUMBERS,
+    "options",
+    "cut",
+    "note",
+    "key",
+)
 KEY = ["data", "victim", "surrogate", "attack", "defense", "seed", "eps_255", "budget"]
 """What distinguishes the rows."""
 

@@ -17,7 +17,11 @@ from dipguard.reporting.tables import in_short, markdown
 
 WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6
 """Inches: the figure's width, the height of an attack, and title with legend."""
-TITLES = {"worst": "Right in all", "vote": "Right by the majority"}
+TITLES = {
+    "worst": "Right in all of {} draws",
+    "vote": "Right by the majority of {} draws",
+    "known": "Right in the first draw, which is known to attacks whose draws are fixed",
+}
 """Of the tables of the figures beside the mean over the draws."""
 SPREAD = 0.6
 """Share of an attack's height over which its defences are spread."""
@@ -54,7 +58,8 @@ def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     """The whole page as Markdown."""
     parts = ["# The attack suite: accuracy under attack, %", escape_markdown(_head(rows)), _accuracies(rows)]
     for by, title in TITLES.items() if "judge" in rows else ():
-        parts += [f"## {title} of {rows['judge'].max():g} draws, %", _accuracies(rows, *JUDGED[by])]
+        head = title.format(f"{rows['judge'].max():g}")
+        parts += [f"## {head}, %", _accuracies(rows, *JUDGED[by])]
     parts.append("\n".join(f"- {escape_markdown(text)}" for text in _reasons(rows)))
     parts += ["## Masking checks", _verdicts(checks)]
     for defense, found in checks.groupby("defense", sort=False):
@@ -181,6 +186,7 @@ def _cost_table(rows: pd.DataFrame, of: str = "attack") -> str:
     attacks = rows[~rows["attack"].isin((CLEAN, WORST) if of == "attack" else (WORST,))]
     counted = attacks[COSTS[of]].where(attacks["status"] == DONE)
     head, lines = _table(attacks, [_cost(line) for line in counted.to_numpy()])
+    counted = counted[~attacks.duplicated(["defense", "key"])]  # attacks that are the same are made, and judged, once
     sums = counted.groupby(attacks["defense"], sort=False).sum()
     return markdown(head, [*lines, ["sum", *(_cost(line) for line in sums.to_numpy())]])
 

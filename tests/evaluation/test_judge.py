@@ -15,6 +15,7 @@ from torch import Tensor
 from dipguard.attacks.target import JUDGE, fresh_indices
 from dipguard.defenses import Defense
 from dipguard.evaluation import CellResult, Matrix, prepare, run
+from dipguard.evaluation.cell import JUDGED
 from dipguard.evaluation.metrics import decide, wilson
 from dipguard.evaluation.results import suite_results, worst_case
 from dipguard.evaluation.sweep_job import job_key
@@ -60,23 +61,23 @@ def fits_of(matrix: Matrix) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("draws", "accuracy", "worst", "vote"),
+    ("draws", "accuracy", "worst", "vote", "known"),
     [  # the label is 1
-        ([1], 1, 1, 1),
-        ([2], 0, 0, 0),
-        ([1, 1, 1, 1], 1, 1, 1),
-        ([1, 1, 2, 1], 0.75, 0, 1),
-        ([1, 2, 1, 2], 0.5, 0, 0),
-        ([1, 2, 1, 3], 0.5, 0, 1),
-        ([2, 3, 2, 1], 0.25, 0, 0),
+        ([1], 1, 1, 1, 1),
+        ([2], 0, 0, 0, 0),
+        ([1, 1, 1, 1], 1, 1, 1, 1),
+        ([1, 1, 2, 1], 0.75, 0, 1, 1),
+        ([1, 2, 1, 2], 0.5, 0, 0, 1),
+        ([3, 2, 1, 1], 0.5, 0, 1, 0),
+        ([2, 3, 2, 1], 0.25, 0, 0, 0),
     ],
 )
-def test_three_figures_of_an_image(draws: list[int], accuracy: float, worst: float, vote: float) -> None:
+def test_four_figures_of_an_image(draws: list[int], accuracy: float, worst: float, vote: float, known: float) -> None:
     cell: Any = SimpleNamespace(clean=SimpleNamespace(labels=torch.tensor([1, 0])))
     first, *others = (torch.tensor([draw, 0]) for draw in draws)
     result = CellResult(cell, "done", decisions=first, draws=torch.stack(others) if others else torch.zeros(0))
-    assert [result.judged(by).tolist() for by in ("accuracy", "worst", "vote")] == [
-        [accuracy, 1], [worst, 1], [vote, 1],
+    assert [result.judged(by).tolist() for by in JUDGED] == [
+        [accuracy, 1], [worst, 1], [vote, 1], [known, 1],
     ]  # fmt: skip
 
 
@@ -101,7 +102,7 @@ def test_the_draws_are_those_of_no_attack_and_of_no_other_image() -> None:
     assert bool((asked >= 2**32).all())
 
 
-def test_the_table_has_three_figures_and_what_they_cost(judged: Matrix) -> None:
+def test_the_table_has_four_figures_and_what_they_cost(judged: Matrix) -> None:
     made, steps = lines(judged), judged.defenses["noisy"].steps_per_image
     for attack in ("clean", "transfer", "noise", "identity", "worst_case"):
         for defense in ("none", "noisy"):
@@ -110,7 +111,7 @@ def test_the_table_has_three_figures_and_what_they_cost(judged: Matrix) -> None:
             assert int(line["judge"]) == draws
             assert float(line["accuracy"]) == pytest.approx(float(line["correct"]) / 3, abs=1e-6)
             assert float(line["worst"]) <= float(line["accuracy"])
-            for by in ("worst", "vote"):
+            for by in ("worst", "vote", "known"):
                 ends = wilson(round(3 * float(line[by])), 3)
                 assert [float(line[f"{by}_{end}"]) for end in ("low", "high")] == pytest.approx(ends, abs=1e-6)
             if attack != "worst_case":
@@ -119,9 +120,9 @@ def test_the_table_has_three_figures_and_what_they_cost(judged: Matrix) -> None:
                 )  # fmt: skip
                 assert (float(line["judge_seconds"]) > 3.01 * float(line["seconds_per_image"])) == (draws > 1)
     worst = [torch.stack([judged.results[a, "noisy"][0].judged(by) for a in ("clean", "transfer", "identity")])
-             for by in ("accuracy", "worst", "vote")]  # fmt: skip
+             for by in JUDGED]  # fmt: skip
     line = made["worst_case", "noisy"]
-    assert [float(line[by]) for by in ("accuracy", "worst", "vote")] == pytest.approx(
+    assert [float(line[by]) for by in JUDGED] == pytest.approx(
         [float(one.amin(dim=0).mean()) for one in worst], abs=1e-6
     )
 
@@ -131,9 +132,9 @@ def test_the_worst_case_is_taken_for_each_image_by_each_figure(judged: Matrix) -
     right, wrong = judged.clean.labels, (judged.clean.labels + 1) % 10
     some = [replace(r, decisions=right, draws=torch.stack([right, wrong, wrong])) for r in found if r.attacks]
     clean = replace(judged.results["clean", "noisy"][0], decisions=right, draws=torch.stack([right] * 3))
-    figures = {by: worst_case(some[:1], 3, clean, by=by) for by in ("accuracy", "worst", "vote")}
+    figures = {by: worst_case(some[:1], 3, clean, by=by) for by in JUDGED}
     assert {by: one.tolist() for by, one in figures.items() if one is not None} == {
-        "accuracy": [0.5] * 3, "worst": [0] * 3, "vote": [0] * 3,
+        "accuracy": [0.5] * 3, "worst": [0] * 3, "vote": [0] * 3, "known": [1] * 3,
     }  # fmt: skip
 
 
@@ -158,7 +159,7 @@ def test_a_run_that_is_stopped_while_it_judges_goes_on(
     assert run(suite(tmp_path, 4)) == []
     now = {info.path: info.header["made"] for info in list_entries(matrix.store.path)}
     assert before.items() <= now.items()
-    kept = ("accuracy", "worst", "vote", "low", "key")
+    kept = (*JUDGED, "low", "key")
     assert {place: [line[name] for name in kept] for place, line in lines(matrix).items()} == {
         place: [line[name] for name in kept] for place, line in lines(judged).items()
     }

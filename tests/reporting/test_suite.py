@@ -25,7 +25,7 @@ def cell(attack: str, defense: str, correct: int | None, **changes: Any) -> dict
     if correct is None:
         line |= {"n": "", "status": "deterministic"}
     eps = {} if attack == "clean" else {"eps_255": 8}
-    return {**line, "attack_name": "x", **eps, **changes}
+    return {**line, "attack_name": "x", "key": f"{attack} x {defense}", **eps, **changes}
 
 
 LINES = [
@@ -98,6 +98,9 @@ def test_costs_cuts_and_checks_are_told(folder: Path) -> None:
     assert costs["2 identity"][:2] == ["0 / 160 / 161 s", "320,000 / 160 / 161 s"]
     assert costs["sum"][1] == "640,000 / 320 / 323 s"
     assert "clean" not in costs
+    write_results(folder, [*LINES, cell("from_mirror", "mirror", 9, number="1b", key="identity x mirror", **COST)])
+    costs = rows_after(page_of(folder), "## What it cost")
+    assert (costs["1b from mirror"][1], costs["sum"][1]) == ("320,000 / 160 / 161 s", "640,000 / 320 / 323 s")
     settings = rows_after(text, "## Settings of attackers and defenders, and what was cut")
     assert settings["2 identity"] == ["x", "eps 8/255, steps 10, draws fixed", "steps 10 of 100", "–"]
     assert settings["large eps (check)"][1] == "eps 64/255"
@@ -161,6 +164,7 @@ def test_the_picture_shows_each_defence_where_it_stands(folder: Path) -> None:
 
 JUDGE = {
     "judge": 10, "worst": 0.25, "worst_low": 0.1, "worst_high": 0.5, "vote": 0.625, "vote_low": 0.39, "vote_high": 0.82,
+    "known": 0.5, "known_low": 0.28, "known_high": 0.72,
     "judge_dip_steps": 120_000, "judge_queries": 160, "judge_seconds": 40.4, "defense_options": "T 250, t0 40",
 }  # fmt: skip
 
@@ -178,6 +182,8 @@ def test_figures_over_several_draws_stand_beside_each_other(tmp_path: Path) -> N
     assert rows_after(text, "# The attack suite")["2 identity"][1] == "60.0 (33–77)"
     assert rows_after(text, "## Right in all of 10 draws")["2 identity"][1] == "25.0 (10–50)"
     assert rows_after(text, "## Right by the majority of 10 draws")["9 worst case"][1] == "62.5 (39–82)"
+    known = "## Right in the first draw, which is known to attacks whose draws are fixed"
+    assert rows_after(text, known)["2 identity"][1] == "50.0 (28–72)"
     costs = rows_after(text, "Judging the images:")
     assert costs["clean"][1] == "120,000 / 160 / 40 s"
     assert costs["4a identity eot"] == ["–", "–", "–"]
