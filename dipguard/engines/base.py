@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class Step(NamedTuple):
     """One pass of all B networks (Eq. 2)."""
 
     loss: Tensor  # sum of the images' mean squared errors; its backward() gives the engine's parameters their gradients
-    reconstructions: Tensor  # [B, 3, H, W]; part of the autograd graph where the engine is differentiable
+    reconstructions: Tensor  # [B, 3, H, W]; part of the autograd graph with torch's engine alone
     errors: Tensor  # mean squared error of each image, [B], detached
 
 
@@ -40,7 +40,6 @@ class Engine(ABC):
 
     name: str  # ``torch``, ``native`` or ``cuda_graph``
     net: StackedSkipNet
-    differentiable: ClassVar[bool] = False  # whether gradients flow through a step's reconstructions, not only the loss
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser updates."""
@@ -58,7 +57,6 @@ class TorchEngine(Engine):
     """
 
     name = "torch"
-    differentiable = True
 
     def __init__(self, net: StackedSkipNet, given: Tensor) -> None:
         self.net = net

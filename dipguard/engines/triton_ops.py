@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from dipguard.networks.unet import pad_border, padding_mode, same_padding
+from dipguard.networks.unet import Size, pad_border, padding_mode, same_padding
 
 LARGEST_STACK = 65_535  # of the third axis of a CUDA grid
 LARGEST_BLOCK = 4096  # numbers that a normalisation program holds at once: 32 per thread
@@ -58,14 +58,7 @@ def triton_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: fl
 
 
 def triton_join_norm(
-    low: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    skip: Tensor | None = None,
-    *,
-    size: tuple[int, int],
-    upsample: str = "bilinear",
-    eps: float = 1e-5,
+    low: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None = None, *, size: Size, upsample: str, eps: float
 ) -> Tensor:
     """Upsampling, concatenation and normalisation in one kernel, as :func:`dipguard.networks.unet.join_norm`.
 
@@ -132,7 +125,7 @@ class _Norm(torch.autograd.Function):
         low: Tensor | None,
         weight: Tensor,
         bias: Tensor,
-        size: tuple[int, int],
+        size: Size,
         upsample: str,
         slope: float,
         eps: float,
@@ -190,9 +183,7 @@ def _correlate(padded: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, *
     )
 
 
-def _input_gradient(
-    dy: Tensor, weight: Tensor, *, size: tuple[int, int], first: int, stride: int, precision: str
-) -> Tensor:
+def _input_gradient(dy: Tensor, weight: Tensor, *, size: Size, first: int, stride: int, precision: str) -> Tensor:
     """Gradient with respect to the padded input, or to its part of ``size`` from row and column ``first`` on."""
     from dipguard.engines._triton_kernels import strided_gradient_kernel
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from dipguard.checks import check_choice, check_int
 from dipguard.networks.presets import NetworkSpec, network_spec
 from dipguard.seeding import image_generator
 
+Size: TypeAlias = tuple[int, int]
+"""Height and width in pixels."""
 PADDINGS = ("zeros", "reflect")
 INITS = ("default", "xavier")
 SLOPE = 0.2
@@ -74,14 +77,7 @@ def norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1
 
 
 def join_norm(
-    low: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    skip: Tensor | None = None,
-    *,
-    size: tuple[int, int],
-    upsample: str = "bilinear",
-    eps: float = 1e-5,
+    low: Tensor, weight: Tensor, bias: Tensor, skip: Tensor | None = None, *, size: Size, upsample: str, eps: float
 ) -> Tensor:
     """Upsample by 2, concatenate behind each network's skip channels, and normalise.
 
@@ -112,12 +108,6 @@ class StackedConv2d(nn.Module):
         self.convolve: Callable[..., Tensor] = grouped_conv2d
         self.weight = nn.Parameter(torch.empty(stack, outputs, inputs, kernel, kernel, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(stack, outputs, dtype=torch.float32))
-
-    def set_layout(self, *, channels_last: bool) -> None:
-        """Give the weights the memory layout of the activations; the numbers stay the same."""
-        flat = self.weight.data.flatten(0, 1)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        self.weight.data = flat.contiguous(memory_format=layout).unflatten(0, self.weight.shape[:2])
 
     def init_one(self, b: int, *, generator: torch.Generator, init: str) -> None:
         """Draw the weights of network b: PyTorch's default, or Xavier (Algorithm 1, line 1) with bias 0."""
@@ -164,19 +154,17 @@ class StackedJoin2d(nn.Module):
         self.weight = nn.Parameter(torch.ones(stack, channels, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(stack, channels, dtype=torch.float32))
 
-    def forward(self, low: Tensor, skip: Tensor | None, size: tuple[int, int]) -> Tensor:
+    def forward(self, low: Tensor, skip: Tensor | None, size: Size) -> Tensor:
         """[1, B * (channels - n_s), h, w] and [1, B * n_s, H, W] -> [1, B * channels, H, W], the size."""
         return self.join(low, self.weight, self.bias, skip, size=size, upsample=self.upsample, eps=self.eps)
 
 
 class ConvBlock(nn.Module):
-    """Convolution, normalisation, LeakyReLU."""
+    """Convolution (``options`` are those of :class:`StackedConv2d`), normalisation, LeakyReLU."""
 
-    def __init__(
-        self, stack: int, inputs: int, outputs: int, *, kernel: int, stride: int = 1, padding: str = "zeros"
-    ) -> None:
+    def __init__(self, stack: int, inputs: int, outputs: int, **options: Any) -> None:
         super().__init__()
-        self.conv = StackedConv2d(stack, inputs, outputs, kernel=kernel, stride=stride, padding=padding)
+        self.conv = StackedConv2d(stack, inputs, outputs, **options)
         self.norm = StackedNorm2d(stack, outputs, slope=SLOPE)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,8 +234,9 @@ class StackedSkipNet(nn.Module):
         Call it before creating an optimiser, because its moments copy the layout of the weights.
         """
         self.channels_last = channels_last
-        for convolution in self.convolutions():
-            convolution.set_layout(channels_last=channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        for weight in (convolution.weight for convolution in self.convolutions()):
+            weight.data = weight.data.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, weight.shape[:2])
 
     def parameters_per_image(self) -> int:
         """Number of parameters of one network."""
@@ -271,16 +260,9 @@ def build(
 ) -> StackedSkipNet:
     """A stack of B initialised networks; the weights of network b depend only on (seed, indices[b]).
 
-    ValueError if an option is out of range, or the number of indices is not B.
-
-    Args:
-        network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``), or a spec.
-        stack_size: B, at least 1.
-        seed: The configuration's seed.
-        indices: The images' B indices in their data set; 0 ... B-1 by default.
-        init: ``default`` (PyTorch's for convolutions) or ``xavier`` (Algorithm 1, line 1).
-        padding: ``zeros`` or ``reflect``.
-        dtype: float32 or float64; both start from the same float32 draws.
+    ``stack_size`` is B, at least 1, ``indices`` are the images' in their data set, 0 ... B-1 by default. ``network``,
+    ``init`` and ``padding`` are those of :class:`dipguard.fit.FitOptions`; ``dtype`` is float32 or float64, which start
+    from the same float32 draws. ValueError if an option is out of range, or the number of indices is not B.
     """
     stack = StackedSkipNet(network_spec(network), stack_size=stack_size, padding=padding).to(dtype)
     order = list(range(stack_size)) if indices is None else list(indices)

@@ -72,7 +72,7 @@ def test_a_norm_of_other_channels_is_refused() -> None:
 def test_a_join_of_other_shapes_is_refused(channels: int, size: tuple[int, int]) -> None:
     low, skip, weight = torch.rand(1, channels, 4, 5), torch.rand(1, 2, 8, 9), torch.rand(2, 3)
     with pytest.raises(ValueError, match=r"`low` and `skip` must have 6 channels and skip the size \(8, "):
-        triton_join_norm(low, weight, weight, skip, size=size)
+        triton_join_norm(low, weight, weight, skip, size=size, upsample="bilinear", eps=1e-5)
 
 
 # kernel, entries' dtype, float32 products, what the PTX must hold, what it must not
