@@ -131,11 +131,7 @@ def probability_warning(logits: Tensor, *, name: str = "victim") -> str | None:
 
 
 class Decider:
-    """Images to logits, at most ``batch`` at a time. The victim stays on its device and is not changed.
-
-    Raises:
-        TypeError, ValueError: An argument is out of range, or the victim returns something other than logits [n, C].
-    """
+    """Images to logits, at most ``batch`` at a time. The victim stays on its device and is not changed."""
 
     def __init__(self, victim: nn.Module, *, batch: int = 512) -> None:
         self.victim = check_is_module(victim)
@@ -145,9 +141,7 @@ class Decider:
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [n, C] of ``images`` [n, 3, H, W] in [0, 1], float32 at least, on the images' device.
 
-        Raises:
-            TypeError, ValueError: The victim returns something other than finite logits [n, C].
-            RuntimeError: A forked process that would hang.
+        TypeError or ValueError if the victim returns anything else, RuntimeError in a forked process that would hang.
         """
         check_not_forked()
         with torch.inference_mode(False), torch.no_grad(), eval_mode(self.victim):

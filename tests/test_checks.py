@@ -53,7 +53,7 @@ DOORS: dict[str, Callable[[Tensor], object]] = {
     "victim": lambda x: check_victim(Strict(), x),
     "attack": attacked,
     "module": lambda x: StackedDIP(x),
-    "unrolled": lambda x: unrolled_fit(x, T=1, window=1, fit=FitOptions(network="small")),
+    "unrolled": lambda x: unrolled_fit(x, T=1, fit=FitOptions(network="small")),
     "pipeline": lambda x: Pixels().restore(x),
     "transform": lambda x: build_defense("bit_depth", Strict()).defend(x),
     "paper": lambda x: DIPGuard(Strict(), **SHORT).defend(x),

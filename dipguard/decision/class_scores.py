@@ -14,25 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dipguard.checks import check_float, check_int
+from dipguard.checks import check_float
 from dipguard.decision.stitching import Reconstruction, on_manifold
 from dipguard.decision.trace import DecisionTrace
 
 
-def mirrored(images: Tensor, *, shift: tuple[int, int] | None = None, flip: bool = True) -> Tensor:
-    """Images mirrored left to right, then moved by ``shift`` = (dy, dx) pixels; the border is filled by reflection.
+def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
+    """Images [n, 3, H, W] mirrored left to right, and moved to the right by a 32nd of their width, at least 2 pixels.
 
-    Args:
-        images: [n, 3, H, W].
-        shift: Towards the lower right, at least 0 and smaller than the side, else ValueError; None moves them right by
-            a 32nd of their width, at least 2 pixels.
-        flip: Mirror them. False only moves them, for images that mean something else in a mirror.
+    The border is filled by reflection. Without ``flip`` they are only moved: some images mean something else in a
+    mirror.
     """
-    sides = images.shape[-2:]
-    shift = (0, max(2, sides[1] // 32)) if shift is None else shift
-    dy, dx = (check_int(by, name="shift", low=0, high=side - 1) for by, side in zip(shift, sides, strict=True))
-    padded = F.pad(images.flip(-1) if flip else images, (dx, 0, dy, 0), mode="reflect")
-    return padded[..., : sides[0], : sides[1]]
+    width = images.shape[-1]
+    padded = F.pad(images.flip(-1) if flip else images, (max(2, width // 32), 0, 0, 0), mode="reflect")
+    return padded[..., :width]
 
 
 def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits: Sequence[float]) -> Tensor:

@@ -25,10 +25,7 @@ def sampled_steps(T: int, *, decisions: int | None = 200, every: int | None = No
     i = 0 ... S-1, which spreads S samples as evenly as whole steps allow; if S is larger than T, every step is sampled.
     With ``every=n``, from 1 to T // 2, they are n-1, 2n-1, ...: a shorter T then gives a prefix of a longer one. Both
     end on or near step T-1, since Algorithm 1 falls back on the last reconstructions when no boundary was crossed.
-
-    Raises:
-        TypeError: An argument is not an integer, or neither ``decisions`` nor ``every`` is given.
-        ValueError: An argument is out of range.
+    TypeError for what is no integer, or if neither ``decisions`` nor ``every`` is given, ValueError if out of range.
     """
     check_int(T, name="T", low=1)
     if every is not None:

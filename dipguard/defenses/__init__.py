@@ -44,11 +44,9 @@ def build_defense(
     ``seed`` is that of `Defense`, ``options`` are the defence's own. ``weights`` is the path or https address of its
     weights, only for defences that have any; without them such a defence can be built, but is `unavailable`.
 
-    Raises:
-        TypeError: An option that the defence does not have (also ``weights`` where there is nothing to load).
-        ValueError: An unknown name, an option out of range, or weights that are damaged or do not fit.
-        FileNotFoundError, RuntimeError: No weights file, or no download.
-        ImportError: A library of the defence is not installed.
+    TypeError for an option that the defence does not have (also ``weights`` where there is nothing to load), ValueError
+    for an unknown name, an option out of range, or weights that are damaged or do not fit, FileNotFoundError or
+    RuntimeError without a weights file or a download, ImportError if a library of the defence is not installed.
     """
     make = lookup(table_of("defenses", DEFENSES), name, argument="defense")
     given = dict(options) if weights is None else {**options, "weights": weights}

@@ -153,7 +153,8 @@ class Defense(nn.Module, ABC):
         """Purify images and ask the victim for its decisions before and after.
 
         Works under ``no_grad`` and ``inference_mode``. The caller's random state stays as it was. An image's result
-        does not depend on the other images.
+        does not depend on the other images. TypeError or ValueError for bad images, indices or victim, or a size that
+        the defence cannot take; RuntimeError if it is unavailable, or broke its promise (shape, dtype, range).
 
         Args:
             images: Float [N, 3, H, W] in [0, 1].
@@ -161,10 +162,6 @@ class Defense(nn.Module, ABC):
                 default.
             callbacks: Lightning callbacks for the fits of a deep image prior.
             logger: Lightning logger for the means over each fit.
-
-        Raises:
-            TypeError, ValueError: Bad images, indices or victim, or a size that the defence cannot take.
-            RuntimeError: The defence is unavailable, or broke its promise (shape, dtype, range, finite values).
         """
         with torch.inference_mode(False), torch.no_grad():
             images, positions = self._check_given(images, indices)

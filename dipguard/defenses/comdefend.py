@@ -71,13 +71,7 @@ class ComDefend(NetworkDefense):
     )
 
     def __init__(
-        self,
-        victim: nn.Module,
-        *,
-        patches: bool | None = None,
-        noise: float = 1.0,
-        votes: int = 1,
-        **options: Any,
+        self, victim: nn.Module, *, patches: bool | None = None, noise: float = 1.0, votes: int = 1, **options: Any
     ) -> None:
         super().__init__(victim, **options)
         self.patches = None if patches is None else check_bool(patches, name="patches")

@@ -60,8 +60,6 @@ class DIPDefense(Defense):
     """Where the fit differs from FitOptions' defaults; None stands for a value that the constructor chooses."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Values, by preset, of the options that may be None."""
-    defaults: Mapping[str, Any] = {}
-    """The values of the preset that was taken."""
     chosen_by_size: bool = False
 
     def __init__(
@@ -94,8 +92,7 @@ class DIPDefense(Defense):
         self.chosen_by_size = preset is None
         by_size = preset_for(getattr(victim, "size", None))
         self.preset = by_size if preset is None else check_choice(preset, self.PRESETS, name="preset")
-        self.defaults = self.PRESETS[self.preset]
-        return {**self.defaults, **{name: value for name, value in given.items() if value is not None}}
+        return {**self.PRESETS[self.preset], **{name: value for name, value in given.items() if value is not None}}
 
     @property
     @abstractmethod

@@ -19,10 +19,8 @@ class NetworkDefense(Defense):
     """A defence with a trained network, which runs in float32 and without autocast.
 
     A subclass sets ``weights_source``, a sentence that says where weights can be found, and implements `make_network`.
-    ``weights`` is the path or https address of a state dict; without, a defence can be built, but is `unavailable`.
-
-    Raises:
-        ValueError, FileNotFoundError, RuntimeError: Weights that do not fit or are damaged, no file, no download.
+    ``weights`` is the path or https address of a state dict (errors are those of
+    :func:`~dipguard.victims.load_state_dict_strict`); without, a defence can be built, but is `unavailable`.
     """
 
     weights_source: str

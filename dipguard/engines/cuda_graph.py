@@ -39,10 +39,8 @@ class CudaGraphEngine(Engine):
     ``net`` and ``given`` (x0, [B, 3, H, W], copied) are of one dtype and on one CUDA device, or on any device without
     ``capture``, which runs the step eagerly (``name`` is then ``torch``). ``convolutions`` and ``normalisations`` are
     the candidates of :func:`~dipguard.engines.kernel_choice.choose_kernels`; ``choice`` is the kernel of each layer.
-
-    Raises:
-        ValueError: Images and network do not match, or an unknown name.
-        RuntimeError: ``capture`` without a CUDA device, or no candidate works for some layer.
+    ValueError if images and network do not match, or for an unknown name; RuntimeError for ``capture`` without a CUDA
+    device, or if no candidate works for some layer.
     """
 
     def __init__(
@@ -221,21 +219,20 @@ def _engine(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) 
 
 def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> float:
     """Seconds of a step as the program sees it, with the host's share."""
+
+    def run(steps: int) -> float:
+        start = time.perf_counter()
+        for _ in range(steps):
+            engine.step(z).loss.backward()
+        if given.is_cuda:
+            torch.cuda.synchronize(given.device)
+        return time.perf_counter() - start
+
     try:
         engine = _engine(name, net, given, z_gradient=z_gradient)
         z = given.new_zeros(len(given), net.spec.input_depth, *given.shape[2:]).requires_grad_(z_gradient)
-        engine.step(z).loss.backward()
-        _wait(given.device)
-        start = time.perf_counter()
-        for _ in range(MEASURED):
-            engine.step(z).loss.backward()
-        _wait(given.device)
-        return (time.perf_counter() - start) / MEASURED
+        run(1)
+        return run(MEASURED) / MEASURED
     except RuntimeError as problem:  # no memory for both graphs, or no kernel works
         _log.warning("the engine %r cannot be used here: %s", name, problem)
         return float("inf")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

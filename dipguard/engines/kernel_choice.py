@@ -78,6 +78,7 @@ CONVOLUTIONS: dict[str, Function] = {
 }
 NORMALISATIONS: dict[str, Function] = {"torch": norm_leaky_relu, "triton": triton_norm_leaky_relu}
 JOINS: dict[str, Function] = {"torch": join_norm, "triton": triton_join_norm}
+TABLES = {StackedConv2d: CONVOLUTIONS, StackedNorm2d: NORMALISATIONS, StackedJoin2d: JOINS}
 _MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
 
 
@@ -170,14 +171,8 @@ def choose_kernels(
 def use_kernels(net: nn.Module, chosen: Mapping[str, str]) -> None:
     """Let these layers be computed by these kernels."""
     for layer_name, name in chosen.items():
-        layer = net.get_submodule(layer_name)
-        if isinstance(layer, StackedConv2d):
-            layer.convolve = CONVOLUTIONS[name]
-        elif isinstance(layer, StackedNorm2d):
-            layer.normalise = NORMALISATIONS[name]
-        else:
-            assert isinstance(layer, StackedJoin2d)
-            layer.join = JOINS[name]
+        layer: Any = net.get_submodule(layer_name)
+        layer.compute = TABLES[type(layer)][name]
 
 
 def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool = False) -> dict[str, LayerShape]:
@@ -203,12 +198,7 @@ def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool
 
 
 def measure(
-    shape: LayerShape,
-    *,
-    device: torch.device,
-    dtype: torch.dtype,
-    names: Collection[str],
-    deadline: float = math.inf,
+    shape: LayerShape, *, device: torch.device, dtype: torch.dtype, names: Collection[str], deadline: float = math.inf
 ) -> dict[str, float]:
     """Seconds of a forward and backward pass of each candidate; infinite if it fails or its error is too large.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -31,14 +31,9 @@ class NativeEngine(Engine):
     """Forward and backward pass in C++ (CPU, float32 or float64).
 
     All weights move into one flat parameter, [B, P]; the network's own parameters become views of it, so that they
-    follow the fit.
-
-    ``given`` is x0, [B, 3, H, W], in the network's dtype; with ``z_gradient`` the loss's backward pass also gives z a
-    gradient.
-
-    Raises:
-        UnsupportedError: Not a CPU, a dtype or a network that the engine cannot run.
-        BuildError: The engine cannot be compiled here.
+    follow the fit. ``given`` is x0, [B, 3, H, W], in the network's dtype; with ``z_gradient`` the loss's backward pass
+    also gives z a gradient. UnsupportedError for a device, dtype or network that the engine cannot run, BuildError if
+    it cannot be compiled here.
     """
 
     name = "native"
@@ -62,13 +57,13 @@ class NativeEngine(Engine):
         self.threads = torch.get_num_threads()
         self.workspaces = given.new_zeros(min(len(given), self.threads), self.plan.room)
         self.team_choice = TeamChoice()
-        self._frames = _integers(self.plan.frames)
+        self._frames = torch.tensor(self.plan.frames, dtype=torch.int64)
         self.set_program(self.plan.program)
         self._handle = torch.zeros((), dtype=given.dtype, requires_grad=True)
 
     def set_program(self, program: Sequence[Instruction]) -> None:
         """Run this instead of the network's whole step (for profiling)."""
-        self._program = _integers(program)
+        self._program = torch.tensor(program, dtype=torch.int64)
         self._length = len(program)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -132,10 +127,6 @@ def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.P
             if len(slot.shape) == 4:  # [B, kernel, kernel, inputs, outputs]
                 view = view.permute(0, 4, 3, 1, 2)
             yield parameter, view
-
-
-def _integers(rows: Iterable[tuple[int, ...]]) -> Tensor:
-    return torch.tensor([list(row) for row in rows], dtype=torch.int64)
 
 
 def _as_c(value: Tensor | int | float | None) -> Any:

@@ -50,14 +50,10 @@ class DecisionLogger(pl.Callback):
     In a stack of fewer than 64 images, samples wait until they make a good batch for the victim, so that the last two
     metrics lag behind. If a callback has one of them as its ``monitor``, the victim is asked at every sample.
 
-    Args:
-        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        decisions: See :class:`~dipguard.fit.DecideOptions`, as for ``every``, ``K_max`` and ``keep_samples``.
-        first_step: Added to the step numbers of log entries, for several fits in one log.
-
-    Raises:
-        TypeError, ValueError: An option is out of range, or the module is no StackedDIP.
-        RuntimeError: The fit ended before the first sampled step.
+    ``victim`` takes [n, 3, H, W] in [0, 1] and returns logits [n, C]; ``first_step`` is added to the step numbers of
+    log entries, for several fits in one log. The other arguments are those of :class:`~dipguard.fit.DecideOptions`.
+    TypeError or ValueError if one is out of range, or the module is no StackedDIP; RuntimeError if the fit ends before
+    the first sampled step.
     """
 
     def __init__(
@@ -160,14 +156,9 @@ class BoundaryDetector(pl.Callback):
     are dropped before that, because no replay can select them. The thresholds tau and t0 of Eq. 3 are not applied here
     but in the stitch, so that a trace serves all of them. ``seconds`` is the time spent here.
 
-    Args:
-        victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
-        N: Sections of the grid of Eq. 5, at least 1.
-        scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
-
-    Raises:
-        TypeError, ValueError: An option is out of range, or the module is no StackedDIP.
-        RuntimeError: No DecisionLogger before this callback.
+    ``victim`` takes [n, 3, H, W] in [0, 1] and returns logits [n, C]; ``N`` and ``scores`` are those of
+    :class:`~dipguard.fit.DecideOptions`. TypeError or ValueError if one is out of range, or the module is no
+    StackedDIP; RuntimeError without a DecisionLogger before this callback.
     """
 
     def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits") -> None:
@@ -220,16 +211,10 @@ class BoundaryDetector(pl.Callback):
 class Stitcher(pl.Callback):
     """Makes one decision trace and the final reconstruction of each image (Algorithm 1, lines 17-19).
 
-    The last of the three callbacks. Its arguments are those of :class:`~dipguard.fit.StitchOptions`.
-
-    Attributes:
-        traces: One decision trace per image, after the fit.
-        reconstructions: What each image was rebuilt from, after the fit.
-        seconds: Time spent here.
-
-    Raises:
-        TypeError, ValueError: An option is out of range, or K is above the DecisionLogger's ``K_max``.
-        RuntimeError: No DecisionLogger and BoundaryDetector before this callback.
+    The last of the three callbacks. Its arguments are those of :class:`~dipguard.fit.StitchOptions`. After the fit,
+    ``traces`` and ``reconstructions`` hold one entry per image, and ``seconds`` is the time spent here. TypeError or
+    ValueError if an option is out of range, or K is above the DecisionLogger's ``K_max``; RuntimeError without a
+    DecisionLogger and a BoundaryDetector before this callback.
     """
 
     def __init__(self, *, tau: float, t0: int, K: int, beta: float, **choices: str) -> None:

@@ -44,6 +44,9 @@ class StackedDIP(pl.LightningModule):
     A subclass that overrides ``training_step`` may add to the ``loss`` (docs/own_trainer.md): its reconstructions are
     part of the autograd graph, which the torch engine alone provides.
 
+    TypeError or ValueError for bad images or options, or images too small for the network. Trainers that cannot run the
+    fit (docs/own_trainer.md lists them) are refused at its start, by ValueError or RuntimeError.
+
     Args:
         images: The given images x0, [B, 3, H, W] in [0, 1].
         indices: Their indices in the data set, 0 ... B-1 by default; every random draw of an image depends only on
@@ -56,12 +59,6 @@ class StackedDIP(pl.LightningModule):
         given: x0, in the dtype of the fit.
         step: Number of steps done in the present fit.
         trace: What the callbacks have recorded of the present, or the last, fit; None without a DecisionLogger.
-
-    Raises:
-        TypeError, ValueError: Bad images or options, or images too small for the network. At the start of a fit: a
-            Trainer without ``max_steps``, with several devices, accumulated gradients or weights in half precision; an
-            engine that cannot run it.
-        RuntimeError: At the start of a fit, a Trainer that has done steps already, or that resumes a checkpoint.
     """
 
     given: Tensor

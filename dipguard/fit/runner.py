@@ -24,7 +24,7 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.checks import check_not_forked
-from dipguard.classifier import check_is_module, device_of
+from dipguard.classifier import device_of
 from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.engines.base import product_switches
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
@@ -78,11 +78,8 @@ def run_fit(
 
     ``images`` are x0, [B, 3, H, W] in [0, 1], with their ``indices``; T is the number of optimiser steps. ``device``,
     ``callbacks``, ``logger`` and ``trainer`` are those of :func:`make_trainer`. Returns seconds: ``start`` (up to the
-    first step: choice of the engine, compilation, the Trainer's own start) and ``fit``.
-
-    Raises:
-        TypeError, ValueError: Bad images or options.
-        RuntimeError: A forked process that would hang.
+    first step: choice of the engine, compilation, the Trainer's own start) and ``fit``. TypeError or ValueError for bad
+    images or options, RuntimeError in a forked process that would hang.
     """
     start, first = time.perf_counter(), _FirstStep()
     every = [first, *callbacks]
@@ -105,27 +102,21 @@ def fit_stack(
     images: Tensor,
     *,
     victim: nn.Module,
-    indices: Sequence[int],
-    fit: FitOptions,
     decide: DecideOptions,
     stitch: StitchOptions,
-    device: torch.device,
-    logger: Logger | None = None,
     first_step: int = 0,
     callbacks: Sequence[pl.Callback] = (),
-    trainer: Mapping[str, Any] | None = None,
+    **run: Any,
 ) -> StackResult:
     """Fit B networks to B images, and rebuild each image (Algorithm 1).
 
     ``victim`` takes [n, 3, H, W] in [0, 1] and returns logits [n, C]; it is left as it was. ``first_step`` is added to
     the logger's step numbers; ``callbacks`` run after ours. Other arguments and errors are those of :func:`run_fit`.
     """
-    check_is_module(victim)
     sampling = {name: getattr(decide, name) for name in ("decisions", "every", "K_max", "keep_samples")}
     sampler = DecisionLogger(victim, first_step=first_step, **sampling)
     detector, stitcher = BoundaryDetector(victim, N=decide.N, scores=decide.scores), Stitcher(**asdict(stitch))
-    run: dict[str, Any] = {"callbacks": [sampler, detector, stitcher, *callbacks], "logger": logger, "trainer": trainer}
-    seconds = run_fit(images, T=decide.T, indices=indices, fit=fit, device=device, **run)
+    seconds = run_fit(images, T=decide.T, callbacks=[sampler, detector, stitcher, *callbacks], **run)
     seconds["decide"] = sampler.seconds + detector.seconds + stitcher.seconds
     seconds["fit"] -= seconds["decide"]
     return StackResult(stitcher.traces, stitcher.reconstructions, seconds)

@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 
 from dipguard.classifier import is_out_of_memory
-from dipguard.engines.base import make_engine, say_once
+from dipguard.engines.base import SHORT, make_engine, say_once
 from dipguard.fit.callbacks import as_stacked_dip
 from dipguard.fit.memory import free_memory, memory_need
 from dipguard.fit.module import StackedDIP
@@ -118,27 +118,28 @@ def _attempt(work: Work[Result], part: slice, first_step: int, bar: tqdm[Any]) -
         ) from error
 
 
-def stack_size_for(
-    count: int, *, size: tuple[int, int], fit: FitOptions, kept: int, device: torch.device, T: int = 1000
-) -> int:
+def stack_size_for(count: int, *, size: tuple[int, int], fit: FitOptions, kept: int, device: torch.device) -> int:
     """How many of ``count`` images to fit at once: 32 on a CPU, 256 on a GPU, fewer if half of the free memory is less.
 
     ``size`` is their height and width in pixels, ``kept`` the images that are kept in memory for each of them
-    (``DecideOptions.images_kept``), T the steps of the fit, on which the engine depends, and with it the memory.
-    Returns ``count`` or a power of two, at least 1.
+    (``DecideOptions.images_kept``). Returns ``count`` or a power of two, at least 1.
     """
     wanted = min(count, SIZES["cuda" if device.type == "cuda" else "cpu"])
     if wanted <= 1 or (free_bytes := free_memory(device)) is None:
         return wanted
     with isolated_trainer(device):
-        engine = fit.engine
-        if device.type == "cpu":
-            module = StackedDIP(torch.full((1, 3, *size), 0.5, dtype=torch.float32), options=fit)
-            further: dict[str, Any] = {"z_gradient": fit.optimise_z, "matmul_precision": fit.matmul_precision}
-            engine = make_engine(fit.engine, module.net, module.given, steps=T, **further).name
+        engine = engine_on_cpu(fit, size, SHORT) if device.type == "cpu" else fit.engine
         shared, each = memory_need(size, fit=fit, kept=kept, engine=engine)
     bound = max(1, int(OURS * free_bytes - shared) // each)
     taken = wanted if bound >= wanted else 2 ** int(math.log2(bound))
     gib = (shared + taken * each) / 2**30
     say_once(f"fits of {taken} images of {size[0]}x{size[1]} pixels at once need {gib:.2f} GiB", level=logging.INFO)
     return taken
+
+
+def engine_on_cpu(fit: FitOptions, size: tuple[int, int], T: int) -> str:
+    """The engine of a fit of T steps to images of this height and width on the CPU; may compile the native one."""
+    with isolated_trainer(torch.device("cpu")):
+        module = StackedDIP(torch.full((1, 3, *size), 0.5, dtype=torch.float32), options=fit)
+        how: dict[str, Any] = {"z_gradient": fit.optimise_z, "matmul_precision": fit.matmul_precision}
+        return make_engine(fit.engine, module.net, module.given, steps=T, **how).name

@@ -22,7 +22,7 @@ images' float32 and float64 gradients, the cosines were 1.00 and -0.40, with it 
 
 
 def unrolled_fit(
-    images: Tensor, *, T: int, fit: FitOptions, indices: Indices | None = None, window: int = 1, floor: float = 0.0
+    images: Tensor, *, T: int, fit: FitOptions, indices: Indices | None = None, floor: float = 0.0
 ) -> Tensor:
     """Fit B networks to B images as :class:`~dipguard.fit.StackedDIP` does, in one graph that leads back to the images.
 
@@ -30,27 +30,21 @@ def unrolled_fit(
     1.3 MB of float32 for a 32x32 image and MirrorGuard's smaller network). The exact gradient soon becomes chaotic:
     Adam divides by a gradient's size, so a number whose gradient is nearly zero gets an enormous slope. A ``floor``
     above 0 leaves those slopes out; the values stay. Works under no_grad and inference_mode. Returns [B, 3, H, W] in
-    (0, 1), of the images' dtype and on their device.
+    (0, 1), of the images' dtype and on their device; TypeError or ValueError for bad images or options.
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1]; where they require a gradient, the result has one.
-        T: Optimiser steps of the ordinary fit, at least 1; the last reconstruction is x(T - 1). With 1 the gradient is
-            zero, since x(0) does not depend on the image.
+        T: Optimiser steps of the ordinary fit, at least 1; the result is x(T - 1). With 1 the gradient is zero, since
+            x(0) does not depend on the image.
         fit: How to fit; its ``engine`` is ignored.
         indices: The images' indices, which determine their random draws; 0 to B - 1 by default.
-        window: Number of reconstructions, the last ones, whose mean is returned, from 1 to T.
         floor: In the backward pass, weights whose gradient's running root mean square is at most this are taken to move
             independently of the image; 0 for the exact gradient, `FLOOR` for one that an attack can use.
-
-    Raises:
-        TypeError, ValueError: Bad images or options, or images too small for the network.
     """
     images = check_images(images)
     check_int(T, name="T", low=1)
-    check_int(window, name="window", low=1, high=T)
     check_float(floor, name="floor", low=0.0)
     differentiable = images.requires_grad and torch.is_grad_enabled()
-    tail: list[Tensor] = []
     with isolated_trainer(images.device):
         given = (images if differentiable else images.detach().clone()).to(getattr(torch, fit.dtype))
         order, net, z = init_networks(given, indices, options=fit)
@@ -65,8 +59,6 @@ def unrolled_fit(
             seed = values[-1] if fit.optimise_z else z
             entered = seed if jitter is None else jitter.next(seed)
             x: Tensor = functional_call(net, dict(zip(names, values, strict=False)), (entered,))
-            if t >= T - window:
-                tail.append(x)
             if t < T - 1:
                 loss = (x - given).square().flatten(1).mean(dim=1).sum()
                 gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
@@ -75,8 +67,8 @@ def unrolled_fit(
                     values[i] = values[i] - _change(*moments[i], count=t + 1, lr=fit.lr, floor=floor)
                 if not differentiable:
                     values = [value.detach().requires_grad_() for value in values]
-        mean = torch.stack(tail).mean(dim=0).to(images.dtype)
-    return mean if differentiable else mean.detach()
+        last = x.to(images.dtype)
+    return last if differentiable else last.detach()
 
 
 def _moved(first: Tensor, second: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:

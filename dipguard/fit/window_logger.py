@@ -21,6 +21,8 @@ class WindowLogger(pl.Callback):
     The victim is asked when enough windows for a good batch are full, and at the end of the fit about the rest. Then
     means over the stack go to the Trainer's loggers, at each window's last step: ``fit/mse``, ``fit/quality`` (SSIM)
     and, with ``given_logits``, ``fit/decision_changed`` (share of the images that are decided differently from x0).
+    TypeError or ValueError if an argument is out of range, or the module is no StackedDIP; RuntimeError if the fit ends
+    before the last window.
 
     Args:
         victim: Takes [n, 3, H, W] in [0, 1], returns logits [n, C].
@@ -35,11 +37,8 @@ class WindowLogger(pl.Callback):
         samples: Means over the windows, [S, B, 3, H, W], after the fit.
         errors: Mean squared error to the given image, mean over each window, [S, B].
         quality: SSIM of each window to the given image, [S, B].
+        logits, mirrored_logits: The victim's logits on the windows and on their mirrored copies, [S, B, C] each.
         seconds: Time spent here.
-
-    Raises:
-        TypeError, ValueError: An argument is out of range, or the module is no StackedDIP.
-        RuntimeError: The fit ended before the last window.
     """
 
     def __init__(
@@ -60,19 +59,9 @@ class WindowLogger(pl.Callback):
         self.flip = check_bool(flip, name="flip")
         self.given_logits, self.first_step = given_logits, first_step
         self.seconds = 0.0
-        self.samples = self.errors = self.quality = torch.empty(0, dtype=torch.float32)
+        self.samples = self.errors = self.quality = self.logits = self.mirrored_logits = torch.empty(0)
         self._logits: list[tuple[Tensor, Tensor]] = []  # of each window that was read, and of its mirrored copy
         self._full = 0
-
-    @property
-    def logits(self) -> Tensor:
-        """The victim's logits on the windows, [S, B, C]."""
-        return torch.stack([logits for logits, _ in self._logits])
-
-    @property
-    def mirrored_logits(self) -> Tensor:
-        """The victim's logits on their mirrored copies, [S, B, C]."""
-        return torch.stack([logits for _, logits in self._logits])
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Allocate the windows."""
@@ -109,6 +98,7 @@ class WindowLogger(pl.Callback):
                 f"the fit ended after {as_stacked_dip(pl_module).step} steps, before the last of {self.windows} "
                 f"windows, which needs {needed}"
             )
+        self.logits, self.mirrored_logits = (torch.stack(logits) for logits in zip(*self._logits, strict=True))
 
     def _ask(self, trainer: pl.Trainer, given: Tensor) -> None:
         first = len(self._logits)

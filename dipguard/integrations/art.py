@@ -16,12 +16,10 @@ def purify_preprocessor(defense: Purifies, *, draws: str = "content", device_typ
     """Return the defence as an ``art.defences.preprocessor.PreprocessorPyTorch``.
 
     Use it in ``PyTorchClassifier(..., clip_values=(0, 1), preprocessing_defences=[...])``. Predictions are made on
-    purified images, with the gradient of `straight_through`. ART's ``fit`` trains on the images as they are.
-
-    Args:
-        defense: The defence, for images [N, 3, H, W] in [0, 1].
-        draws: How a random defence draws, one of :data:`~dipguard.integrations.inputs.DRAWS`.
-        device_type: ``cpu``, or ``gpu`` for torch's current one. A DIP is fitted on the device of the defence's victim.
+    purified images [N, 3, H, W] in [0, 1], with the gradient of `straight_through`. ART's ``fit`` trains on the images
+    as they are. ``draws``, one of :data:`~dipguard.integrations.inputs.DRAWS`, is how a random defence draws;
+    ``device_type`` is ``cpu``, or ``gpu`` for torch's current one. A DIP is fitted on the device of the defence's
+    victim.
     """
     purifier = InputPurifier(defense, draws=draws)
     art = import_extra("art.defences.preprocessor.preprocessor", owner="purify_preprocessor", extra="art")

@@ -20,12 +20,10 @@ class BPDAClassifier(Unsaturated):
     torchattacks. The classifier runs in eval mode and keeps its own modes. Accuracy under this attack alone proves
     little: adaptive attacks (`dipguard.attacks`) are stronger.
 
-    Args:
-        classifier: Takes images [N, 3, H, W] in [0, 1], returns logits [N, C]; normalisation belongs inside.
-        defense: The defence.
-        draws: How a random defence draws. ``content``: equal images get equal draws, so each step of an attack draws
-            anew. ``position``: an image keeps the draws of its position in the batch, the strongest attack; only for
-            attacks that never drop images from a batch.
+    ``classifier`` takes images [N, 3, H, W] in [0, 1] and returns logits [N, C]; normalisation belongs inside. A random
+    defence ``draws`` by ``content``, where equal images get equal draws, so that each step of an attack draws anew, or
+    by ``position``, where an image keeps the draws of its position in the batch: the strongest attack, only for attacks
+    that never drop images from a batch.
     """
 
     def __init__(self, classifier: nn.Module, defense: Purifies, *, draws: str = "content") -> None:

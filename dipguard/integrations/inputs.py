@@ -87,11 +87,8 @@ class InputPurifier:
     Modes and dtypes of the caller do not reach the defence, and the caller's random state is restored. As this is no
     module, the defence is not part of any state dict, mode or device switch.
 
-    Args:
-        defense: The defence.
-        mean, std: The input's normalisation, per channel; None for input in [0, 1].
-        draws: One of `DRAWS`, for images that come without indices.
-        quiet: Hide the progress bar of the defence.
+    ``mean`` and ``std`` are the input's normalisation per channel, None for input in [0, 1]; ``draws``, one of `DRAWS`,
+    is for images that come without indices; ``quiet`` hides the progress bar of the defence.
     """
 
     def __init__(

@@ -35,11 +35,8 @@ class DefendedClassifier(nn.Module):
     The defence is not part of the module or its state dict. There is no gradient with respect to the images: for
     attacks, use :class:`~dipguard.integrations.attackable.BPDAClassifier`.
 
-    Args:
-        classifier: Takes images [N, 3, H, W].
-        defense: The defence.
-        mean, std: What the classifier's input is normalised with, per channel; None for input in [0, 1].
-        draws: How a random defence draws without indices, one of :data:`~dipguard.integrations.inputs.DRAWS`.
+    ``classifier`` takes images [N, 3, H, W], normalised with ``mean`` and ``std`` per channel; None for images in
+    [0, 1]. Without indices a random defence ``draws`` by one of :data:`~dipguard.integrations.inputs.DRAWS`.
     """
 
     def __init__(

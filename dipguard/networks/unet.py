@@ -96,7 +96,7 @@ def join_norm(
 class StackedConv2d(nn.Module):
     """B convolutions, each applied to its own network's channels only; stride 2 halves the size, rounding up.
 
-    An engine may set another ``convolve``, with the arguments of :func:`grouped_conv2d`.
+    An engine may set another ``compute``, with the arguments of :func:`grouped_conv2d`.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class StackedConv2d(nn.Module):
         super().__init__()
         self.stride, self.kernel = stride, kernel
         self.padding = check_choice(padding, PADDINGS, name="padding")
-        self.convolve: Callable[..., Tensor] = grouped_conv2d
+        self.compute: Callable[..., Tensor] = grouped_conv2d
         self.weight = nn.Parameter(torch.empty(stack, outputs, inputs, kernel, kernel, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(stack, outputs, dtype=torch.float32))
 
@@ -119,44 +119,44 @@ class StackedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * inputs, H, W] -> [1, B * outputs, ceil(H / stride), ceil(W / stride)]."""
-        return self.convolve(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
+        return self.compute(x, self.weight, self.bias, stride=self.stride, padding=self.padding)
 
 
 class StackedNorm2d(nn.Module):
     """B batch normalisations in train mode, each over its own network's image (biased variance), then LeakyReLU.
 
     There are no running statistics: a DIP network is never used outside its own fit, so ``eval()`` changes nothing.
-    An engine may set another ``normalise``, with the arguments of :func:`norm_leaky_relu`.
+    An engine may set another ``compute``, with the arguments of :func:`norm_leaky_relu`.
     """
 
     def __init__(self, stack: int, channels: int, *, slope: float = 1.0, eps: float = 1e-5) -> None:
         super().__init__()
         self.slope, self.eps = slope, eps
-        self.normalise: Callable[..., Tensor] = norm_leaky_relu
+        self.compute: Callable[..., Tensor] = norm_leaky_relu
         self.weight = nn.Parameter(torch.ones(stack, channels, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(stack, channels, dtype=torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * channels, H, W] -> the same shape."""
-        return self.normalise(x, self.weight, self.bias, slope=self.slope, eps=self.eps)
+        return self.compute(x, self.weight, self.bias, slope=self.slope, eps=self.eps)
 
 
 class StackedJoin2d(nn.Module):
     """The middle of B scales: what comes from below is upsampled, joined with the skip channels, and normalised.
 
-    An engine may set another ``join``, with the arguments of :func:`join_norm`.
+    An engine may set another ``compute``, with the arguments of :func:`join_norm`.
     """
 
     def __init__(self, stack: int, channels: int, *, upsample: str, eps: float = 1e-5) -> None:
         super().__init__()
         self.upsample, self.eps = upsample, eps
-        self.join: Callable[..., Tensor] = join_norm
+        self.compute: Callable[..., Tensor] = join_norm
         self.weight = nn.Parameter(torch.ones(stack, channels, dtype=torch.float32))
         self.bias = nn.Parameter(torch.zeros(stack, channels, dtype=torch.float32))
 
     def forward(self, low: Tensor, skip: Tensor | None, size: Size) -> Tensor:
         """[1, B * (channels - n_s), h, w] and [1, B * n_s, H, W] -> [1, B * channels, H, W], the size."""
-        return self.join(low, self.weight, self.bias, skip, size=size, upsample=self.upsample, eps=self.eps)
+        return self.compute(low, self.weight, self.bias, skip, size=size, upsample=self.upsample, eps=self.eps)
 
 
 class ConvBlock(nn.Module):

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.classifier import device_of
-from dipguard.engines.base import SHORT, make_engine
+from dipguard.engines.base import SHORT
 from dipguard.engines.native_build import FLAGS, sources_digest
 from dipguard.files import tensor_digest
-from dipguard.fit import DecideOptions, FitOptions, StackedDIP
-from dipguard.fit.runner import isolated_trainer
+from dipguard.fit import DecideOptions, FitOptions
+from dipguard.fit.stacks import engine_on_cpu
 from dipguard.version import __version__
 
+_engine_on_cpu = cache(engine_on_cpu)
 NUMERICS = 1
 """To be raised with every change of dipguard that changes the numbers of a fit, of SSIM or of a decision."""
 
@@ -97,7 +98,7 @@ class StackKeys:
             return self._fit.engine
         if self._device.type != "cpu":
             return "fastest" if T >= SHORT else "torch"
-        return _auto_engine(replace(self._fit, seed=0), self._size, min(T, SHORT))
+        return _engine_on_cpu(replace(self._fit, seed=0), self._size, min(T, SHORT))
 
     def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:
         """The key of each image's trace, of all that it depends on but ``K_max``: a trace serves every smaller one."""
@@ -105,11 +106,3 @@ class StackKeys:
         own = {name: value for name, value in asdict(decide).items() if name not in aside}
         decided = digest_of([own, list(decide.steps), victim_digest(victim), device_of(victim).type])
         return [digest_of([key, decided]) for key in self.fits]
-
-
-@cache
-def _auto_engine(fit: FitOptions, size: tuple[int, int], T: int) -> str:
-    """What the engine ``auto`` is on the CPU."""
-    with isolated_trainer(torch.device("cpu")):
-        module = StackedDIP(torch.full((1, 3, *size), 0.5), options=fit)
-        return make_engine(fit.engine, module.net, module.given, steps=T, z_gradient=fit.optimise_z).name

@@ -37,6 +37,9 @@ VICTIMS: dict[str, str] = {
 def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **options: Any) -> nn.Module:
     """Return a victim in eval mode; it maps images [B, 3, H, W] in [0, 1] to logits [B, C].
 
+    TypeError or ValueError for an unknown name or option, a bad value, or weights that are damaged or do not fit,
+    FileNotFoundError or RuntimeError without a weights file or a download, ImportError if a library is not installed.
+
     Args:
         name: A key of `VICTIMS` or a name that another package registers; the victim is made on the CPU. Or a model of
             normalised images: one of timm, torchvision or transformers knows its normalisation, size and class names,
@@ -45,11 +48,6 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
             ``huggingface`` a hub id or a folder. None takes the victim's default: weights that are trained on first
             use (``digits_cnn``) or downloaded, or an error that says where to find them; a model keeps its own.
         options: Options of the victim.
-
-    Raises:
-        TypeError, ValueError: Unknown name or option, bad value, or weights that are damaged or do not fit.
-        FileNotFoundError, RuntimeError: No weights file, or no download.
-        ImportError: A library that the victim needs is not installed.
     """
     if isinstance(name, str):
         owner, build = f"the victim {name!r}", lookup(table_of("victims", VICTIMS), name, argument="victim")

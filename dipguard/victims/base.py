@@ -73,11 +73,8 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
     """Return a victim's logits [B, C] on images [B, 3, H, W] in [0, 1], float32 at least, on the images' device.
 
     It runs in eval mode without gradients, in its own precision; modes and flags are restored afterwards. A UserWarning
-    says if the outputs look like probabilities. Messages call the victim ``name``.
-
-    Raises:
-        TypeError, ValueError: No module, bad images, images that it cannot read, or outputs that are not finite floats
-            [B, C] with C >= 2.
+    says if the outputs look like probabilities. Messages call the victim ``name``. TypeError or ValueError for what is
+    no module, bad images, images that it cannot read, or outputs that are not finite floats [B, C] with C >= 2.
     """
     check_is_module(victim, name=name)
     images = check_images(images)

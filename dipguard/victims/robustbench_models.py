@@ -19,11 +19,7 @@ THREATS = ("Linf", "L2", "corruptions")
 
 
 def build(
-    *,
-    arch: str = "Standard",
-    dataset: str = "cifar10",
-    threat_model: str = "Linf",
-    weights: str | Path | None = None,
+    *, arch: str = "Standard", dataset: str = "cifar10", threat_model: str = "Linf", weights: str | Path | None = None
 ) -> Normalised:
     """A model of RobustBench, for images in [0, 1]; its normalisation is inside.
 

@@ -30,11 +30,9 @@ def load_state_dict_strict(
     Reads ``.safetensors`` and, with ``weights_only=True``, files of ``torch.save``. The state dict may be an entry of a
     checkpoint (``state_dict``, ``model_state_dict``, ``model``, ``net``), and all its names may have a prefix
     (``model.``, ``module.``, ``_orig_mod.``). Half precision becomes float32. Downloads are kept in the cache folder by
-    their address; their SHA-256 is checked each time. Messages call the option ``argument``.
-
-    Raises:
-        FileNotFoundError, RuntimeError: No file at the path, or no download.
-        ValueError: The file is damaged, holds other objects than tensors, or the weights of another network.
+    their address; their SHA-256 is checked each time. Messages call the option ``argument``. FileNotFoundError or
+    RuntimeError without a file or a download, ValueError for one that is damaged, holds other objects than tensors, or
+    the weights of another network.
     """
     source, expected = str(path_or_url), module.state_dict()
     path = _download(source, argument=argument) if source.startswith("https://") else Path(source).expanduser()

@@ -111,7 +111,7 @@ def test_a_whole_network_gives_the_same_with_every_convolution(network: str, nam
     results = []
     for chosen in ("grouped", name):
         use_kernels(net, choose_kernels(net, CPU, size=(32, 32), convolutions=[chosen]))
-        assert {layer.convolve for layer in net.modules() if isinstance(layer, StackedConv2d)} == {CONVOLUTIONS[chosen]}
+        assert {layer.compute for layer in net.modules() if isinstance(layer, StackedConv2d)} == {CONVOLUTIONS[chosen]}
         x = net(z)
         results.append((x, *torch.autograd.grad(x.square().sum(), list(net.parameters()))))
     for mine, theirs in zip(*results, strict=True):
@@ -317,12 +317,12 @@ def test_a_choice_is_applied_to_the_layers_it_names() -> None:
     net = build("small", stack_size=1)
     usual = choose_kernels(net, CPU, size=(16, 16))
     use_kernels(net, {"head": "matmul", "body.up.0.conv": "triton", "body.norm": "triton", "body.up.1.norm": "triton"})
-    changed = {n: m.convolve for n, m in net.named_modules() if isinstance(m, StackedConv2d)}
+    changed = {n: m.compute for n, m in net.named_modules() if isinstance(m, StackedConv2d)}
     changed = {name: function for name, function in changed.items() if function is not grouped_conv2d}
     assert changed == {"head": CONVOLUTIONS["matmul"], "body.up.0.conv": CONVOLUTIONS["triton"]}
-    norms = {n: m.normalise for n, m in net.named_modules() if isinstance(m, StackedNorm2d)}
+    norms = {n: m.compute for n, m in net.named_modules() if isinstance(m, StackedNorm2d)}
     assert {n: f for n, f in norms.items() if f is not norm_leaky_relu} == {"body.up.1.norm": NORMALISATIONS["triton"]}
-    joins = {n: m.join for n, m in net.named_modules() if isinstance(m, StackedJoin2d)}
+    joins = {n: m.compute for n, m in net.named_modules() if isinstance(m, StackedJoin2d)}
     assert joins == {"body.norm": JOINS["triton"], "body.deeper.norm": join_norm}
     z = torch.rand(1, net.spec.input_depth, 16, 16)
     with pytest.raises(RuntimeError, match="the kernel 'triton' needs"):

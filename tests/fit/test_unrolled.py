@@ -19,9 +19,8 @@ FITS = pytest.mark.parametrize(
 )
 
 
-def ordinary(images, *, T, fit, indices, steps=None):
-    steps = [T - 1] if steps is None else steps
-    made, _ = fit_samples(images, steps=steps, T=T, indices=indices, fit=fit, device=torch.device("cpu"))
+def ordinary(images, *, T, fit, indices):
+    made, _ = fit_samples(images, steps=[T - 1], T=T, indices=indices, fit=fit, device=torch.device("cpu"))
     return torch.stack([samples.images for samples in made], dim=1)
 
 
@@ -31,12 +30,6 @@ def test_its_values_are_the_ordinary_fits(images, fit):
     for T in (1, 2, 6):
         mine = unrolled_fit(given.clone().requires_grad_(), T=T, fit=fit, indices=indices)
         assert torch.allclose(mine, ordinary(given, T=T, fit=fit, indices=indices)[0], atol=1e-9)
-
-
-def test_the_mean_of_a_window(images):
-    fit = FitOptions(network=SMALL, dtype="float64", **OWN)
-    expected = ordinary(images[:2], T=9, fit=fit, indices=[0, 1], steps=[6, 7, 8]).mean(0)
-    assert torch.allclose(unrolled_fit(images[:2].double(), T=9, fit=fit, window=3), expected, atol=1e-9)
 
 
 @FITS
@@ -112,7 +105,6 @@ def test_modes_and_the_random_state(images, mode):
         ({"images": torch.rand(1, 3, 4, 4)}, ValueError, "at least 5x5 pixels"),
         ({"T": 0}, ValueError, "`T` must be at least 1"),
         ({"T": 2.5}, TypeError, "`T`"),
-        ({"window": 4}, ValueError, "`window` must be from 1 to 3"),
         ({"floor": -1.0}, ValueError, "`floor`"),
         ({"indices": [0, 1]}, ValueError, "`indices` must hold one index per image \\(1\\), got 2"),
     ],
