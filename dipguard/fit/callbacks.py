@@ -93,9 +93,7 @@ class DecisionLogger(pl.Callback):
         trainer.callback_metrics["fit/crossings"] = self._crossings
 
     @counted
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Sample x(t), which was made before this step's update; ask the victim when enough samples wait."""
         step, x, errors = step_output(outputs)
         module = as_stacked_dip(pl_module)
@@ -174,9 +172,7 @@ class BoundaryDetector(pl.Callback):
         opened(pl_module).settings |= {"N": self.N, "scores": self.scores}
 
     @counted
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Compare the samples that have become known with their predecessors."""
         self._detect(opened(pl_module))
 

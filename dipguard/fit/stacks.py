@@ -33,9 +33,7 @@ class FitProgress(pl.Callback):
         self.bar = bar
         self._pending = self._reported = self._skipped = 0
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Count this step."""
         module = as_stacked_dip(pl_module)
         self._pending += len(module.indices)

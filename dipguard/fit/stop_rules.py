@@ -15,22 +15,16 @@ from dipguard.fit.runner import run_fit
 
 
 class StopRuleCallback(pl.Callback):
-    """Shows every step of a fit to a fresh stopping rule, and changes nothing else.
+    """Shows every step of a fit to a fresh stopping rule, whose ``result`` is there afterwards; changes nothing else.
 
     The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps, to whose
     numbers ``first_step`` is added.
-
-    Attributes:
-        stopped: What the rule chose, after the fit; None before.
     """
 
     def __init__(self, rule: StopRule, *, first_step: int = 0) -> None:
         self.rule, self.first_step = rule, first_step
-        self.stopped: Stopped | None = None
 
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Show x(t), which was made before this step's update, to the rule."""
         given = as_stacked_dip(pl_module).given
         step, x, errors = step_output(outputs)
@@ -39,10 +33,6 @@ class StopRuleCallback(pl.Callback):
             means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}
             for logger in trainer.loggers:
                 logger.log_metrics(means, step=self.first_step + step)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Collect what the rule chose."""
-        self.stopped = self.rule.result()
 
 
 def fit_rule(
@@ -56,5 +46,4 @@ def fit_rule(
     """
     watch = StopRuleCallback(rule, first_step=first_step)
     run_fit(images, T=rule.steps_needed(T), callbacks=[watch, *callbacks], **run)
-    assert watch.stopped is not None
-    return watch.stopped
+    return rule.result()

@@ -71,9 +71,7 @@ class WindowLogger(pl.Callback):
         self._logits, self._full = [], 0
 
     @counted
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Add x(t) to its window; ask the victim once enough windows are full."""
         step, x, errors = step_output(outputs)
         window, place = divmod(step - self.warm_up, self.every)

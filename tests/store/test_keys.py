@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from dipguard.fit import DecideOptions, FitOptions
 from dipguard.networks import network_spec
-from dipguard.store import StackKeys, numerics, victim_digest
+from dipguard.store import numerics, victim_digest
+from dipguard.store.keys import StackKeys
 from tests.store.parts import random_victim, smooth_images
 
 CPU = torch.device("cpu")
