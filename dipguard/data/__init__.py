@@ -40,5 +40,4 @@ def load_data(
     """
     load = lookup(table_of("data", DATASETS), name, argument="data")
     check_options(load, options, owner=f"the data set {name!r}", hidden=("path", "offset", "limit", "size"))
-    image_set: ImageSet = load(path=path, offset=offset, limit=limit, size=size, **options)
-    return image_set
+    return load(path=path, offset=offset, limit=limit, size=size, **options)

@@ -64,6 +64,7 @@ class ComDefend(NetworkDefense):
 
     name: ClassVar[str] = "comdefend"
     OPTIONS: ClassVar[tuple[str, ...]] = ("patches", "noise")
+    network_class = ComDefendNetwork
     weights_source = (
         "the authors publish theirs at https://github.com/jiaxiaojunQAQ/Comdefend (checkpoints/enc20_0.0001.npy and "
         "dec20_0.0001.npy, for TensorFlow), to be saved as a torch state dict with the names encoder.0.weight to "
@@ -77,10 +78,6 @@ class ComDefend(NetworkDefense):
         self.patches = None if patches is None else check_bool(patches, name="patches")
         self.noise = check_float(noise, name="noise", low=0)
         self.votes = check_int(votes, name="votes", low=1, high=None if self.random else 1)
-
-    def make_network(self) -> nn.Module:
-        """Return the untrained network."""
-        return ComDefendNetwork()
 
     @property
     def random(self) -> bool:

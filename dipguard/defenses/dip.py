@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_bool, check_choice, check_int
 from dipguard.defenses.base import Callbacks, Defense, Purified
 from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks, stack_size_for
-from dipguard.networks import NetworkSpec, network_spec
+from dipguard.networks import NetworkSpec
 from dipguard.registry import check_options
 
 PHOTOGRAPH = 96
@@ -44,8 +44,7 @@ class DIPDefense(Defense):
     option is unknown or out of range; the message names it. ``fit_options`` is how each image is fitted.
 
     Args:
-        network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
-            :class:`~dipguard.networks.NetworkSpec`.
+        network: See :class:`~dipguard.fit.FitOptions`.
         stack_size: Images fitted at once, fewer once memory has run out; None takes 32 on a CPU and 256 on a GPU,
             bounded by free memory. No image's result depends on it (in exact arithmetic; but for the native engine,
             Adam amplifies rounding).
@@ -132,7 +131,7 @@ class DIPDefense(Defense):
                 "reads such images: 'imagenet' for photographs"
             )
         for fit in self.dip_fits:
-            network_spec(fit.network).check_size(height, width)
+            fit.spec.check_size(height, width)
         return height, width
 
     @abstractmethod

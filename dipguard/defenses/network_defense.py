@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +17,13 @@ from dipguard.victims.weights import load_state_dict_strict
 class NetworkDefense(Defense):
     """A defence with a trained network, which runs in float32 and without autocast.
 
-    A subclass sets ``weights_source``, a sentence that says where weights can be found, and implements `make_network`.
+    A subclass sets the class of the network, and ``weights_source``, a sentence that says where weights can be found.
     ``weights`` is the path or https address of a state dict (errors are those of
     :func:`~dipguard.victims.load_state_dict_strict`); without, a defence can be built, but is `unavailable`.
     """
 
-    weights_source: str
+    network_class: ClassVar[type[nn.Module]]
+    weights_source: ClassVar[str]
 
     def __init__(self, victim: nn.Module, *, weights: str | Path | None = None, seed: int | None = 0) -> None:
         super().__init__(victim, seed=seed)
@@ -32,14 +32,10 @@ class NetworkDefense(Defense):
         if weights is not None:
             # Initial weights, soon overwritten, are drawn from the global generator.
             with torch.random.fork_rng(devices=[]), torch.inference_mode(False):
-                network = load_state_dict_strict(self.make_network().float(), weights, argument="weights")
+                network = load_state_dict_strict(self.network_class().float(), weights, argument="weights")
             self.network = network.eval().requires_grad_(False)
             self._digest = tensor_digest(self.network.state_dict().values())
         self.versions["torch"] = torch.__version__
-
-    @abstractmethod
-    def make_network(self) -> nn.Module:
-        """Return the untrained network."""
 
     @property
     def unavailable(self) -> str | None:

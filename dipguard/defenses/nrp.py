@@ -61,13 +61,10 @@ class NRP(NetworkDefense):
     """
 
     name: ClassVar[str] = "nrp"
+    network_class = NRPNetwork
     weights_source = (
         "the authors link to theirs at https://github.com/Muzammal-Naseer/NRP (Pretrained Purifiers, NRP.pth)"
     )
-
-    def make_network(self) -> nn.Module:
-        """Return the untrained network."""
-        return NRPNetwork()
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Run the network, limit to [0, 1]."""

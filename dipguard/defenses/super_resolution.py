@@ -38,59 +38,6 @@ def wavelet_denoise(pixels: np.ndarray, *, sigma: float) -> np.ndarray:
     return np.clip(color.ycbcr2rgb(channels), 0, 1)
 
 
-class SuperResolution(NetworkDefense):
-    """Super-resolution as a defence (Mustafa et al. 2019): denoise, save as JPEG, double the size.
-
-    Mustafa et al. show security in gray-box settings. Ding et al. 2021 (section 4.3.1, Figure 4) show its accuracy fall
-    furthest of all under BPDA, with a down-sampling backward; we know of no paper that is devoted to breaking it.
-    Mustafa et al. doubled with EDSR (Lim et al. 2017); here it is IMDN (Hui et al. 2019).
-
-    Args:
-        weights: State dict of IMDN x2.
-        sigma: See `wavelet_denoise`; 0 leaves that step out.
-        quality: Quality of the JPEG file between the two steps, 1 to 100; its chroma is 4:2:0.
-        output: What to do with the doubled image, rounded to 8 bits like the authors' file: scale it down to the given
-            size (``bicubic``, anti-aliased), or keep it (``doubled``), like the authors with a classifier for that
-            size. Scaling down takes back much of what super-resolution added.
-    """
-
-    name: ClassVar[str] = "sr"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("sigma", "quality", "output")
-    LIBRARIES: ClassVar[dict[str, str]] = {"pillow": "PIL", "pywavelets": "pywt", "scikit-image": "skimage"}
-    weights_source = "IMDN's authors publish theirs at https://github.com/Zheng222/IMDN (checkpoints/IMDN_x2.pth)"
-
-    def __init__(
-        self, victim: nn.Module, *, sigma: float = 0.01, quality: int = 95, output: str = "bicubic", **options: Any
-    ) -> None:
-        super().__init__(victim, **options)
-        self.sigma = check_float(sigma, name="sigma", low=0)
-        self.quality = check_int(quality, name="quality", low=1, high=100)
-        self.output = check_choice(output, OUTPUTS, name="output")
-
-    def make_network(self) -> nn.Module:
-        """Return the untrained network."""
-        return IMDN()
-
-    def output_size(self, height: int, width: int) -> tuple[int, int]:
-        """Return twice the given size if the doubled image is kept."""
-        return (2 * height, 2 * width) if self.output == "doubled" else (height, width)
-
-    def purify_image(self, image: Tensor, index: int) -> Tensor:
-        """Denoise, compress, double, scale down."""
-        prepared = from_hwc(self.prepare(to_hwc(image)), image.float())
-        made = (self.run(prepared[None]).clamp(0, 1) * 255).round() / 255
-        if self.output == "bicubic":
-            made = F.interpolate(made, size=(image.shape[-2], image.shape[-1]), mode="bicubic", antialias=True)
-        return made[0].clamp(0, 1).to(image)
-
-    def prepare(self, pixels: np.ndarray) -> np.ndarray:
-        """Denoise and compress [H, W, 3] in [0, 1]: what the upscaler gets. Needs no weights."""
-        if self.sigma > 0:
-            # Cut down, not rounded, to 8 bits: only so is the file that the authors give met to 42.7 dB (else 40.6).
-            pixels = np.floor(wavelet_denoise(pixels, sigma=self.sigma) * 255) / 255
-        return jpeg_round_trip(pixels, quality=self.quality)
-
-
 def _conv(inputs: int, outputs: int) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, 3, padding=1)
 
@@ -145,3 +92,53 @@ class _ContrastAttention(nn.Module):
         mean = x.mean(dim=(2, 3), keepdim=True)
         contrast = ((x - mean) ** 2).mean(dim=(2, 3), keepdim=True).sqrt()
         return x * self.conv_du(contrast + mean)
+
+
+class SuperResolution(NetworkDefense):
+    """Super-resolution as a defence (Mustafa et al. 2019): denoise, save as JPEG, double the size.
+
+    Mustafa et al. show security in gray-box settings. Ding et al. 2021 (section 4.3.1, Figure 4) show its accuracy fall
+    furthest of all under BPDA, with a down-sampling backward; we know of no paper that is devoted to breaking it.
+    Mustafa et al. doubled with EDSR (Lim et al. 2017); here it is IMDN (Hui et al. 2019).
+
+    Args:
+        weights: State dict of IMDN x2.
+        sigma: See `wavelet_denoise`; 0 leaves that step out.
+        quality: Quality of the JPEG file between the two steps, 1 to 100; its chroma is 4:2:0.
+        output: What to do with the doubled image, rounded to 8 bits like the authors' file: scale it down to the given
+            size (``bicubic``, anti-aliased), or keep it (``doubled``), like the authors with a classifier for that
+            size. Scaling down takes back much of what super-resolution added.
+    """
+
+    name: ClassVar[str] = "sr"
+    OPTIONS: ClassVar[tuple[str, ...]] = ("sigma", "quality", "output")
+    LIBRARIES: ClassVar[dict[str, str]] = {"pillow": "PIL", "pywavelets": "pywt", "scikit-image": "skimage"}
+    network_class = IMDN
+    weights_source = "IMDN's authors publish theirs at https://github.com/Zheng222/IMDN (checkpoints/IMDN_x2.pth)"
+
+    def __init__(
+        self, victim: nn.Module, *, sigma: float = 0.01, quality: int = 95, output: str = "bicubic", **options: Any
+    ) -> None:
+        super().__init__(victim, **options)
+        self.sigma = check_float(sigma, name="sigma", low=0)
+        self.quality = check_int(quality, name="quality", low=1, high=100)
+        self.output = check_choice(output, OUTPUTS, name="output")
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Return twice the given size if the doubled image is kept."""
+        return (2 * height, 2 * width) if self.output == "doubled" else (height, width)
+
+    def purify_image(self, image: Tensor, index: int) -> Tensor:
+        """Denoise, compress, double, scale down."""
+        prepared = from_hwc(self.prepare(to_hwc(image)), image.float())
+        made = (self.run(prepared[None]).clamp(0, 1) * 255).round() / 255
+        if self.output == "bicubic":
+            made = F.interpolate(made, size=(image.shape[-2], image.shape[-1]), mode="bicubic", antialias=True)
+        return made[0].clamp(0, 1).to(image)
+
+    def prepare(self, pixels: np.ndarray) -> np.ndarray:
+        """Denoise and compress [H, W, 3] in [0, 1]: what the upscaler gets. Needs no weights."""
+        if self.sigma > 0:
+            # Cut down, not rounded, to 8 bits: only so is the file that the authors give met to 42.7 dB (else 40.6).
+            pixels = np.floor(wavelet_denoise(pixels, sigma=self.sigma) * 255) / 255
+        return jpeg_round_trip(pixels, quality=self.quality)

@@ -189,8 +189,10 @@ def _process_wide(device: torch.device) -> Iterator[None]:
     global _running
     with _lock:
         if _running == 0:
+            # Also after an error, unlike Lightning's ``isolate_rng``.
+            _state.callback(_set_rng_states, _collect_rng_states())
             # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
-            for context in (random_state_kept(), quiet(), kept_memory(device), product_switches("float32")):
+            for context in (quiet(), kept_memory(device), product_switches("float32")):
                 _state.enter_context(context)
         _running += 1
     try:
@@ -237,16 +239,6 @@ def free(device: torch.device) -> None:
 def _glibc(device: torch.device) -> ctypes.CDLL | None:
     libc = ctypes.CDLL(None) if sys.platform == "linux" and device.type == "cpu" else None
     return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
-
-
-@contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Put the global random states back afterwards, also after an error (unlike Lightning's ``isolate_rng``)."""
-    states = _collect_rng_states()
-    try:
-        yield
-    finally:
-        _set_rng_states(states)
 
 
 @contextmanager

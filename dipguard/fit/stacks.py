@@ -27,22 +27,20 @@ OURS = 0.5
 
 
 class FitProgress(pl.Callback):
-    """Advances a tqdm bar, whose total is images x T, by image-steps, every ten steps and at the end."""
+    """Advances a tqdm bar, whose total is images x T, by image-steps."""
 
     def __init__(self, bar: tqdm[Any]) -> None:
         self.bar = bar
-        self._pending = self._reported = self._skipped = 0
+        self._done = self._skipped = 0
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Count this step."""
-        module = as_stacked_dip(pl_module)
-        self._pending += len(module.indices)
-        if module.step % 10 == 0:
-            self._report()
+        images = len(as_stacked_dip(pl_module).indices)
+        self.bar.update(images)
+        self._done += images
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Report the rest; steps that the fit has not needed are taken off the bar's total."""
-        self._report()
+        """Take steps that the fit has not needed off the bar's total."""
         module = as_stacked_dip(pl_module)
         self.skip(len(module.indices) * (module.T - module.step))
 
@@ -55,14 +53,9 @@ class FitProgress(pl.Callback):
 
     def roll_back(self) -> None:
         """Take everything back, because the stack is fitted again from its start."""
-        self.bar.update(-self._reported)
+        self.bar.update(-self._done)
         self.skip(-self._skipped)
-        self._pending = self._reported = self._skipped = 0
-
-    def _report(self) -> None:
-        self.bar.update(self._pending)
-        self._reported += self._pending
-        self._pending = 0
+        self._done = self._skipped = 0
 
 
 Result = TypeVar("Result")

@@ -54,8 +54,7 @@ class DefendedClassifier(nn.Module):
 
     def forward(self, images: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return the output for images [N, 3, H, W] with ``indices`` [N], their positions in the whole data set."""
-        output: Tensor = self.classifier(self.purifier(images, indices=indices))
-        return output
+        return self.classifier(self.purifier(images, indices=indices))
 
 
 class DefendedModule(_Module):

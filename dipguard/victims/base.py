@@ -52,8 +52,7 @@ class Normalised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, 3, H, W] in [0, 1]."""
-        logits: Tensor = self.network((images - self.mean) / self.std)
-        return logits
+        return self.network((images - self.mean) / self.std)
 
 
 def check_channels(values: Sequence[float], *, name: str) -> Tensor:

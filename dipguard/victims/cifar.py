@@ -60,8 +60,7 @@ class CifarResNet(nn.Module):
         """Return the logits [B, 10] of normalised images [B, 3, H, W]."""
         x = F.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))
-        logits: Tensor = self.linear(torch.mean(x, dim=(2, 3)))
-        return logits
+        return self.linear(torch.mean(x, dim=(2, 3)))
 
 
 def _stage(inputs: int, outputs: int, *, stride: int, blocks: int) -> nn.Sequential:
