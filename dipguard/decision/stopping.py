@@ -33,8 +33,7 @@ class StopRule(ABC):
 
     def __init__(self) -> None:
         self._count = 0
-        self._images: Tensor | None = None
-        self._steps: Tensor | None = None
+        self._chosen: Stopped | None = None
 
     def update(self, t: int, reconstructions: Tensor, given: Tensor) -> None:
         """See x(t), [B, 3, H, W] in [0, 1], of the images ``given``; t is 0, 1, 2, ... What is kept is copied.
@@ -43,7 +42,7 @@ class StopRule(ABC):
         """
         if t != self._count:
             raise ValueError(f"`t` must be {self._count}, the next step of this rule's one fit, got {t}")
-        if reconstructions.shape != given.shape or (self._images is not None and given.shape != self._images.shape):
+        if reconstructions.shape != given.shape or (self._chosen and given.shape != self._chosen.images.shape):
             shapes = f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"
             raise ValueError(f"`reconstructions` and `given` must have one shape at all steps, got {shapes}")
         # Tensors made in inference mode could not be updated outside of it.
@@ -53,9 +52,9 @@ class StopRule(ABC):
 
     def result(self) -> Stopped:
         """The choice so far; RuntimeError if there is none yet."""
-        if self._images is None or self._steps is None:
+        if self._chosen is None:
             raise RuntimeError(f"{type(self).__name__} chose none of the {self._count} steps that it saw")
-        return Stopped(self._images, self._steps)
+        return self._chosen
 
     def steps_needed(self, T: int) -> int:
         """How many of T steps the rule has to see."""
@@ -67,11 +66,8 @@ class StopRule(ABC):
 
     def _take(self, chosen: Tensor, t: int, x: Tensor) -> None:
         """Let x(t) be the choice for the images that ``chosen``, [B] bool, names; for all of them at first."""
-        if self._images is None or self._steps is None:
-            self._images, self._steps = x.clone(), torch.full_like(chosen, t, dtype=torch.int64)
-            return
-        self._images = torch.where(chosen[:, None, None, None], x, self._images)
-        self._steps = torch.where(chosen, t, self._steps)
+        images, steps = self._chosen or (x, torch.full_like(chosen, t, dtype=torch.int64))
+        self._chosen = Stopped(torch.where(chosen[:, None, None, None], x, images), torch.where(chosen, t, steps))
 
 
 def tile_psnr(images: Tensor, given: Tensor, *, tile: int = TILE) -> Tensor:

@@ -194,18 +194,17 @@ class MirrorGuard(DIPDefense):
         parts = dict(
             samples="samples", scores="logits", mirrored_logits="mirrored_logits", loss="errors", quality="quality"
         )
-        made = {name: torch.cat([getattr(log, part) for log in logs]) for name, part in parts.items()}
+        made = {name: torch.cat([getattr(log, part) for log in logs]).cpu() for name, part in parts.items()}
         # A window's mean stands at its last step; the steps of the second network follow those of the first.
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
         steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
-        made = {name: tensor.cpu() for name, tensor in made.items()}
         made["last"] = made["samples"][self.windows - 1 :: self.windows]
         none = torch.empty(0, dtype=made["samples"].dtype)
         given = images.to(made["samples"])
         return [
             DecisionTrace(
                 index=index,
-                given=given[i].cpu(),
+                given=given[i],
                 given_scores=own[i].clone(),
                 steps=steps,
                 crossing_at=none.long(),

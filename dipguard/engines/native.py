@@ -20,7 +20,7 @@ from dipguard.engines.base import Engine, HandOver, Step
 from dipguard.engines.native_build import library
 from dipguard.engines.native_plan import Instruction, Plan, UnsupportedError, make_plan
 from dipguard.networks import StackedSkipNet
-from dipguard.networks.unet import SLOPE, StackedConv2d, StackedJoin2d, StackedNorm2d
+from dipguard.networks.unet import SLOPE, StackedJoin2d, StackedNorm2d
 
 DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 TRIAL, PERIOD = 3, 500
@@ -117,10 +117,8 @@ class TeamChoice:
 
 def _views(net: StackedSkipNet, plan: Plan, flat: Tensor) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """The network's parameters, each with its place in ``flat`` [B, P]."""
-    modules = dict(net.named_modules())
     for name, slots in plan.layers.items():
-        module = modules[name]
-        assert isinstance(module, StackedConv2d | StackedNorm2d | StackedJoin2d)
+        module: Any = net.get_submodule(name)
         for parameter, slot in zip((module.weight, module.bias), slots, strict=True):
             count = torch.Size(slot.shape).numel()
             view = flat[:, slot.offset : slot.offset + count].view(len(flat), *slot.shape)[..., : slot.outputs]

@@ -260,14 +260,10 @@ def interrupts() -> Iterator[None]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence a Trainer's start-up messages: one set of them for each stack would bury the progress bar."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), ExitStack() as put_back:
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning")
-        for logger in loggers:
+        for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
+            logger = logging.getLogger(name)
+            put_back.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
