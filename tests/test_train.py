@@ -437,7 +437,6 @@ def test_bad_setting_is_refused_before_anything_runs(tmp_path: Path, overrides: 
         ("defense.t0=1000", "`defense.t0` must be from 0 to 19"),
         ("defense.every=701", "`defense.every` must be from 1 to 15"),
         ("defense.own_class_weight=2", "`defense.own_class_weight` must be from 0 to 1"),
-        ("defense.beta_step=0", "`defense.beta_step` must be finite and at least 0.001"),
         ("+defense.tau=0.9", "`defense.tau` is unknown"),
     ],
 )
@@ -518,7 +517,7 @@ def test_the_default_defence_gives_what_the_class_gives(finished_mirror: tuple[P
     assert metrics["accuracy"]["defended"] == float((decide(victim, purified) == labels).double().mean())
     assert metrics["settings"]["defense"]["name"] == "mirror"
     assert metrics["settings"]["defense"]["mirror"] is False  # the digits say so
-    assert {row["why"] for row in rows(folder)} <= {"class_scores", "no_sample_of_class"}
+    assert {row["why"] for row in rows(folder)} <= {"class_scores", "mirrored_copies", "no_sample_of_class"}
 
 
 def test_figures_log_and_page_of_the_default_defence(finished_mirror: tuple[Path, dict[str, Any]]) -> None:

@@ -8,14 +8,13 @@ still recognised. Figures on tuning images: docs/trials.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dipguard.checks import check_float
-from dipguard.decision.stitching import Reconstruction, on_manifold
+from dipguard.decision.stitching import Reconstruction
 from dipguard.decision.trace import DecisionTrace
 
 
@@ -39,7 +38,7 @@ def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits
 
     Args:
         steps: Last step of each window, [S]; windows have equal lengths.
-        noise: Of the given image (:func:`~dipguard.decision.quality.colour_noise`).
+        noise: Of the given image (:func:`~dipguard.decision.quality.image_noise`).
         early: No window that ends after this step is early; the first window always is.
         late: No window that begins before this step is late; the last window always is.
         limits: Two levels of noise, the lower one first.
@@ -77,50 +76,46 @@ def stitch_mirrored(
     weights: Sequence[Tensor],
     own_class_weight: float,
     classify: Callable[[Tensor], Tensor],
-    betas: Sequence[float],
+    flip: bool = True,
 ) -> list[Reconstruction]:
     """Rebuild B images from their traces, each as the class that scores highest on the mirrored copies of its samples.
 
     :func:`class_scores` chooses the class. The image is the weighted mean of the samples that the victim reads as this
-    class: Eq. 7 over another choice of images. If the mean is not read so, or no sample is, the mean (then that of all
-    samples) is pushed away from the given image by Eq. 6, by the smallest of ``betas`` for which the victim reads the
-    class; if there is none, it stays where it was. Samples of weight 0 take no part. The reason is ``class_scores``, or
-    ``no_sample_of_class`` if the victim reads no sample as the class.
+    class: Eq. 7 over another choice of images. If it reads none so, it is the mean of their mirrored copies that it
+    reads so, and if it reads none of those so either, the mean of all samples. A mean that the victim reads otherwise
+    gives way to the one of its images that scores highest. Samples of weight 0 take no part. The reasons are
+    ``class_scores``, ``mirrored_copies`` (the image is mirrored) and ``no_sample_of_class``.
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
         weights: Of each trace's samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
         own_class_weight: See :func:`class_scores`.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
-        betas: Step sizes to try, increasing, each at least 0, else ValueError.
+        flip: Whether the copies were mirrored (:func:`mirrored`).
     """
-    steps = [check_float(beta, name="betas", low=0.0) for beta in betas]
     each = zip(traces, weights, strict=True)
-    made = [_mean_of_class(trace, share, own_class_weight=own_class_weight) for trace, share in each]
-    if not steps:
-        return [reconstruction for _, reconstruction in made]
-    # Nearly all means are read as their class at once: only the others' steps are classified.
-    read = classify(torch.stack([reconstruction.image for _, reconstruction in made])).argmax(dim=1).tolist()
-    rebuilt = []
-    for trace, (target, reconstruction), decision in zip(traces, made, read, strict=True):
-        image = reconstruction.image
-        if decision != target:
-            tried = torch.cat([on_manifold(image[None], trace.given, beta=beta) for beta in steps]).clamp(0, 1)
-            right = torch.nonzero(classify(tried).argmax(dim=1) == target).flatten().tolist()
-            image = tried[right[0]] if right else image
-        rebuilt.append(replace(reconstruction, image=image))
-    return rebuilt
+    chosen = [_of_class(trace, share, own_class_weight=own_class_weight, flip=flip) for trace, share in each]
+    read = classify(torch.stack([mean.image for _, mean, _ in chosen])).argmax(dim=1).tolist()
+    return [mean if decision == target else best for (target, mean, best), decision in zip(chosen, read, strict=True)]
 
 
-def _mean_of_class(trace: DecisionTrace, weights: Tensor, *, own_class_weight: float) -> tuple[int, Reconstruction]:
-    """The class with the highest score, and the mean of the samples that are read as it."""
+def _of_class(
+    trace: DecisionTrace, weights: Tensor, *, own_class_weight: float, flip: bool
+) -> tuple[int, Reconstruction, Reconstruction]:
+    """The class with the highest score, the mean of what is read as it, and the best of these images."""
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
     own = trace.given_decision
     scores = class_scores(trace.mirrored_logits, weights=weights, own=own, own_class_weight=own_class_weight)
     target = int(scores.argmax())
-    used = torch.nonzero((trace.decisions == target) & (weights > 0)).flatten()
-    share = weights[used] / weights[used].sum() if len(used) else weights
-    samples = trace.samples[used] if len(used) else trace.samples
-    image = torch.einsum("s,schw->chw", share.to(samples.dtype), samples).clamp(0, 1)
-    return target, Reconstruction(image, "class_scores" if len(used) else "no_sample_of_class", used)
+    readings = {"class_scores": trace.scores, "mirrored_copies": trace.mirrored_logits}
+    found = {reason: (logits.argmax(dim=1) == target) & (weights > 0) for reason, logits in readings.items()}
+    reason = next((reason for reason, read in found.items() if read.any()), "no_sample_of_class")
+    used = torch.nonzero(found.get(reason, weights > 0)).flatten()
+    logits = readings.get(reason, trace.scores)[used]
+    images = mirrored(trace.samples[used], flip=flip) if reason == "mirrored_copies" else trace.samples[used]
+    share = (weights[used] / weights[used].sum()).to(images.dtype)
+    mean = torch.einsum("s,schw->chw", share, images).clamp(0, 1)
+    best = int(logits.softmax(dim=1)[:, target].argmax())
+    single = Reconstruction(images[best].clamp(0, 1), reason, used[best : best + 1])
+    return target, Reconstruction(mean, reason, used), single

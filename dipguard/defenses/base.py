@@ -32,7 +32,7 @@ class Purified:
     Attributes:
         reconstructions: [N, 3, H', W'] in [0, 1], of the given images' dtype and on their device.
         reasons: Why each image looks as it does: ``crossings`` or ``no_crossing`` (paper), ``class_scores`` or
-            ``no_sample_of_class`` (mirror), ``purified`` (all others).
+            ``mirrored_copies`` or ``no_sample_of_class`` (mirror), ``purified`` (all others).
         used: Number of images that each one was averaged from; 0 for defences that do not average.
         traces: One decision trace per image, or none at all.
         seconds: Wall time by part: ``start`` (choice of the stack size and of the engine, compilation, the Trainer's

@@ -15,7 +15,7 @@ from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_weights
 from dipguard.decision.intermediates import STITCHED, Intermediate
-from dipguard.decision.quality import colour_noise
+from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
 from dipguard.fit import FitOptions, WindowLogger, run_fit
@@ -38,15 +38,15 @@ class MirrorGuard(DIPDefense):
     """The mean of the reconstructions that the victim assigns to the class with the highest scores on mirrored copies.
 
     Like the defence of Ding et al. 2021, it fits untrained networks to the given image alone, lets the victim's
-    decisions along the fit choose what is averaged (Eq. 7), and takes a step away from the given image (Eq. 6) if the
-    victim assigns the mean to another class. Three things differ. Several networks are fitted, each from weights of its
-    own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and moved by a few
-    pixels, where the given image's own class counts half. And the noise of the given image decides which steps count:
-    the early ones of a noisy image, before the fit has taken up a perturbation, the late ones of a clean one.
+    decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
+    weights of its own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and
+    moved by a few pixels, where the given image's own class counts half; where the victim reads no x(t) itself as this
+    class, the copies are averaged, so that about one attacked image in ten comes back mirrored. And the noise of the
+    given image decides which steps count: the early ones of a noisy image, before the fit has taken up a perturbation,
+    the late ones of a clean one.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
-    docs/limits.md says how far this one was tested. The noise is read from colour differences, so a perturbation
-    that is equal in all channels passes for texture.
+    docs/limits.md says how far this one was tested.
 
     A decision trace holds the means of x(t) over windows of all networks' fits, one network after the other, as
     ``samples``, the victim's logits on them and on their mirrored copies, each network's last window as ``last``, and
@@ -62,18 +62,16 @@ class MirrorGuard(DIPDefense):
         early: Of a noisy image, windows that end by this step count (at least the first).
         late: Of a clean image, windows from this step on count (at least the last).
         noise: Between these two standard deviations of the noise, in units of 1/255, early and late windows are mixed
-            (:func:`~dipguard.decision.quality.colour_noise`).
+            (:func:`~dipguard.decision.quality.image_noise`).
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
-        beta: Longest step away from the given image, in units of Eq. 6.
-        beta_step: Distance between the steps tried up to ``beta``.
     """
 
     name: ClassVar[str] = "mirror"
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "mirror", "beta", "beta_step",
+        "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "mirror",
     )  # fmt: skip
     FIT: ClassVar[dict[str, Any]] = {"optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
@@ -92,8 +90,6 @@ class MirrorGuard(DIPDefense):
         noise: Sequence[float] = (1.0, 2.0),
         own_class_weight: float = 0.5,
         mirror: bool = True,
-        beta: float = 0.5,
-        beta_step: float = 0.05,
         seed: int | None = 0,
         votes: int = 1,
         stack_size: int | None = None,
@@ -122,12 +118,8 @@ class MirrorGuard(DIPDefense):
         self.noise = _check_limits(noise)
         self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
         self.mirror = check_bool(mirror, name="mirror")
-        self.beta = check_float(beta, name="beta", low=0.0)
-        self.beta_step = check_float(beta_step, name="beta_step", low=1e-3)
         self.windows = (self.T - self.t0) // self.every
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
-        count = int(self.beta / self.beta_step + 1e-6)
-        self.betas = [round(self.beta_step * number, 6) for number in range(1, count + 1)]
 
     @property
     def dip_fits(self) -> tuple[FitOptions, ...]:
@@ -151,18 +143,18 @@ class MirrorGuard(DIPDefense):
         return {"last": count, "mean": 1, "mirrored": len(self._mirrored_windows), STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
-        """Stitch an image again from its trace; where a step away from x0 may be needed, the victim is asked."""
+        """Stitch an image again from its trace; the victim is asked once."""
         return self._rebuild([trace])[0]
 
     def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
         """Stitch the images of a stack."""
-        options: Any = {"own_class_weight": self.own_class_weight, "betas": self.betas}
+        options: Any = {"own_class_weight": self.own_class_weight, "flip": self.mirror}
         weights = [self._weights(trace) for trace in traces]
         return stitch_mirrored(traces, weights=weights, classify=self.decide, **options)
 
     def _weights(self, trace: DecisionTrace) -> Tensor:
         """Of the windows of all networks, [S]."""
-        noise = 255 * float(colour_noise(trace.given[None]))
+        noise = 255 * float(image_noise(trace.given[None]))
         one = window_weights(
             trace.steps[: self.windows], noise=noise, early=self.early, late=self.late, limits=self.noise
         )

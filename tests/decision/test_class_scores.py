@@ -74,60 +74,88 @@ def traced(images, given, *, target, victim=None, **changed):
     return replace(trace, **changed)
 
 
-def stitched(images, given, *, betas, victim=None, weights=None, **about):
+def stitched(images, given, *, victim=None, weights=None, flip=True, **about):
     """Samples stitched as a class, which is the one that the mirrored copies are read as."""
     weights = torch.full((len(images),), 1 / len(images)) if weights is None else torch.tensor(weights)
     traces, classify = [traced(images, given, victim=victim, **about)], victim or Brightness()
-    return stitch_mirrored(traces, weights=[weights], own_class_weight=1.0, classify=classify, betas=betas)[0]
+    return stitch_mirrored(traces, weights=[weights], own_class_weight=1.0, classify=classify, flip=flip)[0]
 
 
 @pytest.mark.parametrize(
-    ("levels", "target", "level", "used"),
-    [
-        ((0.6, 0.8, 0.2), 1, 0.7, [0, 1]),  # the mean of the two that are read as 1
-        ((0.6, 0.8, 0.2), 0, 0.2, [2]),
-        # None is read as 1: the mean, 0.44, is pushed away from x0 = 0.2 until it is at least a half, by beta = 0.3.
-        ((0.44, 0.44), 1, 0.512, []),
-        ((0.21, 0.21), 1, 0.21, []),  # no step is long enough
-    ],
+    ("levels", "target", "level", "used"), [((0.6, 0.8, 0.2), 1, 0.7, [0, 1]), ((0.6, 0.8, 0.2), 0, 0.2, [2])]
 )
-def test_samples_of_the_target_are_averaged_and_pushed_if_they_must_be(levels, target, level, used):
-    made = stitched(grey(*levels), grey(0.2)[0], target=target, betas=[0.1, 0.2, 0.3, 0.4])
-    assert (made.reason, made.used.tolist()) == ("class_scores" if used else "no_sample_of_class", used)
+def test_samples_of_the_target_are_averaged(levels, target, level, used):
+    made = stitched(grey(*levels), grey(0.2)[0], target=target)
+    assert (made.reason, made.used.tolist()) == ("class_scores", used)
     assert torch.allclose(made.image, grey(level)[0])
 
 
 def test_samples_are_averaged_by_their_weights_and_those_of_weight_0_left_out():
-    made = stitched(grey(0.6, 0.8, 0.9), grey(0.2)[0], target=1, betas=[], weights=[0.25, 0.75, 0.0])
+    made = stitched(grey(0.6, 0.8, 0.9), grey(0.2)[0], target=1, weights=[0.25, 0.75, 0.0])
     assert made.used.tolist() == [0, 1]
     assert torch.allclose(made.image, grey(0.25 * 0.6 + 0.75 * 0.8)[0])
 
 
-def test_a_pushed_image_stays_in_range():
-    made = stitched(grey(0.98), grey(0.0)[0], target=1, betas=[0.5], victim=lambda x: Brightness()(x - 0.49))
-    assert float(made.image.max()) == 1.0
+class LeftEdge(nn.Module):
+    """Class 1 where the left edge is bright, else class 0; the brighter, the surer."""
+
+    def forward(self, images):
+        edge = images[:, :, :, 0].flatten(1).mean(dim=1)
+        return torch.stack([0.5 - edge, edge - 0.5], dim=1)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_where_no_sample_is_read_as_the_class_the_copies_that_are_become_the_image(flip):
+    images = grey(0.1, 0.2, 0.3)
+    images[:2, :, :, 1 if flip else 2] = torch.tensor([0.7, 0.9])[:, None, None]  # comes to the left edge
+    copies = mirrored(images, flip=flip)
+    assert LeftEdge()(images).argmax(1).tolist() == [0, 0, 0]
+    assert LeftEdge()(copies).argmax(1).tolist() == [1, 1, 0]
+    about = {"victim": LeftEdge(), "mirrored_logits": 9 * LeftEdge()(copies), "target": 1, "flip": flip}
+    made = stitched(images, grey(0.2)[0], weights=[0.25, 0.65, 0.1], **about)
+    assert (made.reason, made.used.tolist()) == ("mirrored_copies", [0, 1])
+    assert torch.allclose(made.image, (0.25 * copies[0] + 0.65 * copies[1]) / 0.9)
+
+
+def test_where_neither_samples_nor_copies_are_read_as_the_class_all_are_averaged():
+    logits = torch.tensor([[4.0, 3.9, 0.0], [0.0, 3.9, 4.0]])  # the second class is ahead in the mean alone
+    images = grey(0.2, 0.3, 0.9)
+    about = {"scores": torch.tensor([[1.0, 0, 0]]).expand(3, 3), "mirrored_logits": logits[[0, 1, 1]], "target": 1}
+    made = stitched(images, grey(0.2)[0], weights=[0.5, 0.5, 0.0], **about)
+    assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0])  # the mean is not read so: a single one
+    assert torch.equal(made.image, images[0])
+
+
+def test_a_mean_that_is_read_otherwise_gives_way_to_the_sample_that_scores_highest():
+    class Far(nn.Module):
+        """Class 1 where the brightness is far from a half."""
+
+        def forward(self, images):
+            far = (images.flatten(1).mean(dim=1) - 0.5).abs() - 0.3
+            return torch.stack([-far, far], dim=1)
+
+    made = stitched(grey(0.1, 0.95, 0.88), grey(0.5)[0], target=1, victim=Far(), weights=[0.5, 0.2, 0.3])
+    assert (made.reason, made.used.tolist()) == ("class_scores", [1])
+    assert torch.equal(made.image, grey(0.95)[0])
 
 
 def test_bad_arguments_of_the_stitch_are_refused():
     with pytest.raises(ValueError, match="trace must hold its `samples` and `mirrored_logits`"):
-        stitched(grey(0.1), grey(0.1)[0], target=0, betas=[], samples=None)
-    with pytest.raises(ValueError, match="`betas`"):
-        stitched(grey(0.1), grey(0.1)[0], target=0, betas=[-0.1])
+        stitched(grey(0.1), grey(0.1)[0], target=0, samples=None)
 
 
 def test_images_that_are_stitched_together_are_those_of_one_at_a_time():
     given, even, asked = grey(0.2)[0], torch.full((2,), 0.5), []
-    # Read as their class at once; pushed by one step, by three; not within reach; pushed the other way.
-    cases = [((0.6, 0.8), 1), ((0.48, 0.48), 1), ((0.44, 0.44), 1), ((0.21, 0.21), 1), ((0.6, 0.7), 0)]
+    cases = [((0.6, 0.8), 1), ((0.4, 0.45), 1), ((0.6, 0.7), 0)]
     traces = [traced(grey(*levels), given, target=target) for levels, target in cases]
 
     def classify(images):
         asked.append(len(images))
         return Brightness()(images)
 
-    options = {"own_class_weight": 1.0, "classify": classify, "betas": [0.1, 0.2, 0.3]}
+    options = {"own_class_weight": 1.0, "classify": classify}
     together = stitch_mirrored(traces, weights=[even] * len(traces), **options)
-    assert asked == [5, 3, 3, 3, 3]  # all means at once; then the steps of those that are read otherwise
+    assert asked == [3]  # all means at once
     for trace, ours in zip(traces, together, strict=True):
         (alone,) = stitch_mirrored([trace], weights=[even], **options)
         assert torch.equal(ours.image, alone.image)

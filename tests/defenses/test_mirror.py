@@ -8,7 +8,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from dipguard.decision import DecisionTrace
 from dipguard.decision.class_scores import mirrored, window_weights
-from dipguard.decision.quality import colour_noise
+from dipguard.decision.quality import image_noise
 from dipguard.defenses import Defense, MirrorGuard, build_defense
 from dipguard.defenses.mirror import PRESETS
 from dipguard.fit import Decider
@@ -48,7 +48,6 @@ def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_ow
     assert defense.fits[0].seed == 0
     assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, False) for fit in defense.fits)
     assert (defense.preset, defense.steps_per_image) == ("cifar10", 750)
-    assert defense.betas == [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5]
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -63,7 +62,7 @@ def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
 
 
 def test_the_image_is_what_its_trace_says(small_images, small_victim):
-    defense = guard(small_victim, beta=0.2)
+    defense = guard(small_victim)
     part, indices = small_images[:3], [5, 0, 9]
     result = defense.defend(part, indices=indices)
     assert torch.equal(defense.purify(part, indices=torch.tensor(indices)), result.reconstructions)
@@ -71,20 +70,26 @@ def test_the_image_is_what_its_trace_says(small_images, small_victim):
     own = decide(part).argmax(-1)
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
-        noise = 255 * float(colour_noise(part[i : i + 1]))
+        noise = 255 * float(image_noise(part[i : i + 1]))
         one = window_weights(trace.steps[:3], noise=noise, early=8, late=8, limits=defense.noise)
         weights = torch.cat([one, one]) / 2
         mean = (weights[:, None] * trace.mirrored_logits.softmax(-1)).sum(0)
         mean[own[i]] *= 0.5
         target = int(mean.argmax())
-        right = (trace.scores.argmax(-1) == target) & (weights > 0)
-        assert result.used[i] == right.sum()
-        assert result.reasons[i] == ("class_scores" if right.any() else "no_sample_of_class")
-        share = weights * right if right.any() else weights
-        base = (share[:, None, None, None] * trace.samples).sum(0) / share.sum()
-        tried = [(base + beta * (base - trace.given)).clamp(0, 1) for beta in (0.0, *defense.betas)]
-        chosen = [n for n, x in enumerate(tried) if int(decide(x[None]).argmax()) == target]
-        assert torch.allclose(result.reconstructions[i].double(), tried[chosen[0] if chosen else 0], atol=1e-6)
+        readings = {"class_scores": trace.scores, "mirrored_copies": trace.mirrored_logits}
+        right = {why: (logits.argmax(-1) == target) & (weights > 0) for why, logits in readings.items()}
+        why = next((why for why, read in right.items() if read.any()), "no_sample_of_class")
+        assert result.reasons[i] == why
+        share = weights * right[why] if why in right else weights
+        samples = mirrored(trace.samples) if why == "mirrored_copies" else trace.samples
+        mean = (share[:, None, None, None] * samples).sum(0) / share.sum()
+        if int(decide(mean[None]).argmax()) == target:
+            assert result.used[i] == (share > 0).sum()
+            assert torch.allclose(result.reconstructions[i].double(), mean, atol=1e-6)
+        else:
+            assert result.used[i] == 1
+            likely = readings.get(why, trace.scores).softmax(-1)[:, target] * (share > 0)
+            assert torch.allclose(result.reconstructions[i].double(), samples[likely.argmax()], atol=1e-6)
 
 
 def test_an_image_does_not_depend_on_its_neighbours_or_on_the_callers_mode(small_images, small_victim):
@@ -120,8 +125,7 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
         ({"t0": 12}, "`t0` must be from 0 to 11"),
         ({"every": 11}, "`every` must be from 1 to 10"),
         ({"own_class_weight": 2.0}, "`own_class_weight`"),
-        ({"beta": -1.0}, "`beta`"),
-        ({"beta_step": 0.0}, "`beta_step`"),
+        ({"beta": 0.5}, "takes no option 'beta'"),
         ({"stack_size": 0}, "`stack_size`"),
         ({"network": "small"}, r"takes no option 'network' \(did you mean 'networks'\?\)"),
         ({"jiter": 3}, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
@@ -161,7 +165,7 @@ def test_traces_say_why_and_give_the_image_again(small_images, small_victim, tmp
         assert torch.equal(trace.last, trace.samples[[2, 5]])
         assert int(trace.given_scores.argmax()) == int(decide(small_images[i : i + 1]).argmax())
     assert min(result.seconds["fit"], result.seconds["decide"]) > 0
-    assert set(result.reasons) <= {"class_scores", "no_sample_of_class"}
+    assert set(result.reasons) <= {"class_scores", "mirrored_copies", "no_sample_of_class"}
     assert torch.equal(result.decisions_after, decide(result.reconstructions).argmax(1))
 
 
