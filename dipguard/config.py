@@ -146,7 +146,7 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         node = given.pop(single, None)
         _check_node(single, single, node)
         if node is not None:
-            given[many] = {str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1]): node}
+            given[many] = {name_of(node): node}
         else:
             for label, one in _mapping(many, given.get(many)).items():
                 _check_node(single, f"{many}.{label}", one)
@@ -157,6 +157,11 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
     if missing:
         raise ValueError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
     return _checked(RunConfig(**given))
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """The name of a node of the config, or of the class that it points to."""
+    return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
 
 
 def explain(error: BaseException | None) -> str | None:

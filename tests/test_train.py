@@ -24,8 +24,8 @@ from dipguard.cli.programs import train
 from dipguard.data import load_data
 from dipguard.decision import DecisionTrace
 from dipguard.defenses import build_defense
-from dipguard.evaluation import prepare
 from dipguard.evaluation.metrics import decide
+from dipguard.evaluation.plan import prepare
 from dipguard.victims import build_victim
 from tests.tiny_run import ROOT, TINY, compose_config, tiny_run, typed_config
 

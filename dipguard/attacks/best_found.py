@@ -110,13 +110,7 @@ class DefendedSearch(AdaptiveAttack):
     norm: str = "Linf"
 
     def __init__(
-        self,
-        target: DefendedVictim,
-        *,
-        eps_255: float = 8,
-        draws: str = "fixed",
-        final_looks: int = 0,
-        **options: Any,
+        self, target: DefendedVictim, *, eps_255: float = 8, draws: str = "fixed", final_looks: int = 0, **options: Any
     ) -> None:
         super().__init__(target, draws=draws, **options)
         self.eps_255 = check_levels(eps_255, name="eps_255")

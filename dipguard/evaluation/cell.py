@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.attacks import Attack, Cost
-from dipguard.config import ATTACK_KEYS, NODE_KEYS
+from dipguard.config import ATTACK_KEYS, NODE_KEYS, name_of, node_of
 from dipguard.data import ImageSet
-from dipguard.defenses import DEFENSES, Defense
+from dipguard.defenses import Defense
 from dipguard.fit import FitOptions
-from dipguard.registry import options_of, table_of
 from dipguard.store import Entry, digest_of
 
 CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
@@ -59,7 +58,7 @@ class Target:
     def cut(self) -> str:
         """Whether a fit is shorter than its defence's default, in words; mostly empty."""
         node, steps = self.node or {}, self.defense.steps_per_image
-        default = options_of(table_of("defenses", DEFENSES)[node["name"]]).get("T") if "name" in node else None
+        default = node_of("defense", node["name"]).get("T") if "name" in node else None
         default = getattr(self.bare, "defaults", {}).get("T", default)
         given = node.get("T")
         if not steps or default is None or given is None or given >= default:
@@ -291,11 +290,6 @@ def fitting_options(
     if not defense.steps_per_image and (name == "unrolled" or options.get("backward") == "short_dip"):
         return options, "no DIP"
     return options, None
-
-
-def name_of(node: Mapping[str, Any]) -> str:
-    """The name of a node of the config, or of the class that it points to."""
-    return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
 
 
 def _text(value: Any) -> str:

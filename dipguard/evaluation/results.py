@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, JUDGED, NOT_RUN, WORST, CellResult, Target, name_of
+from dipguard.config import name_of
+from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, JUDGED, NOT_RUN, WORST, CellResult, Target
 from dipguard.evaluation.masking import masking_checks
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson

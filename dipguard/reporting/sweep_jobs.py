@@ -73,11 +73,7 @@ class Sweep:
 
 
 def read_sweep(folder: str | Path) -> Sweep:
-    """Read a sweep's folder, also while its jobs run.
-
-    Raises:
-        FileNotFoundError: It holds no job, and no plan of any.
-    """
+    """Read a sweep's folder, also while its jobs run; FileNotFoundError if it holds no job, and no plan of any."""
     folder = Path(folder)
     plan = _yaml(folder / "sweep.json")
     planned = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}

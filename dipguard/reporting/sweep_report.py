@@ -43,9 +43,6 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
 
     report.md has what is missing or failed; for each defence that the parameters act on the settings and tables with
     intervals; the other defences; the figures. sweep.csv has a row for each job, attack and defence.
-
-    Raises:
-        FileNotFoundError: See `read_sweep`.
     """
     folder = Path(folder)
     sweep = read_sweep(folder)

@@ -14,10 +14,12 @@ from torch import Tensor
 
 from dipguard.attacks.target import JUDGE, fresh_indices
 from dipguard.defenses import Defense
-from dipguard.evaluation import CellResult, Matrix, prepare, run
-from dipguard.evaluation.cell import JUDGED
+from dipguard.evaluation.cell import JUDGED, CellResult
+from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, wilson
+from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import suite_results, worst_case
+from dipguard.evaluation.runner import run
 from dipguard.evaluation.sweep_job import job_key
 from dipguard.seeding import image_generator
 from tests.store.parts import list_entries
@@ -103,7 +105,7 @@ def test_the_draws_are_those_of_no_attack_and_of_no_other_image() -> None:
 
 
 def test_the_table_has_four_figures_and_what_they_cost(judged: Matrix) -> None:
-    made, steps = lines(judged), judged.defenses["noisy"].steps_per_image
+    made, steps = lines(judged), judged.targets["noisy"].defense.steps_per_image
     for attack in ("clean", "transfer", "noise", "identity", "worst_case"):
         for defense in ("none", "noisy"):
             draws = 4 if defense == "noisy" and attack != "noise" else 1  # a check is judged once
