@@ -84,16 +84,16 @@ def test_four_figures_of_an_image(draws: list[int], accuracy: float, worst: floa
 
 
 def test_each_draw_is_a_purification_of_its_own(judged: Matrix) -> None:
-    clean, defense, drawn = judged.clean, judged.targets["noisy"].bare, []
+    clean, target, drawn = judged.clean, judged.targets["noisy"], []
     for attack in ("clean", "transfer", "identity"):
         attacked = judged.attacked(attack, "noisy")
         (result,) = judged.results[attack, "noisy"]
         assert result.draws.shape == (3, 3)
         for number in (1, 2, 3):
             indices = fresh_indices(clean.indices, JUDGE + number)
-            drawn.append(decide(judged.victim, defense.purify(attacked, indices=indices)))
+            drawn.append(decide(target.victim, target.bare.purify(attacked, indices=indices)))
             assert torch.equal(result.draws[number - 1], drawn[-1])
-        assert torch.equal(result.decisions, decide(judged.victim, judged.reconstructions(attack, "noisy")))
+        assert torch.equal(result.decisions, decide(target.victim, judged.reconstructions(attack, "noisy")))
     assert len({tuple(one.tolist()) for one in drawn}) > 3  # the draws do differ
 
 
