@@ -60,11 +60,6 @@ class Sweep:
         """The defences that have results."""
         return list(self.results["defense"].unique())
 
-    @property
-    def attacks(self) -> list[str]:
-        """The attacks that have results."""
-        return list(self.results["attack"].unique())
-
     def setting(self, job: str, keys: Iterable[str] | None = None) -> str:
         """A job's values as text: those of ``keys``, or all that are known."""
         values = self.jobs[job].values

@@ -77,7 +77,7 @@ class Grid:
     """What the jobs of a sweep say about one defence: ``parameters`` are those that act on it."""
 
     def __init__(self, sweep: Sweep, defense: str) -> None:
-        self.sweep, self.defense, self.attacks = sweep, defense, sweep.attacks
+        self.sweep, self.defense, self.attacks = sweep, defense, list(sweep.results["attack"].unique())
         self.parameters = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
         results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
         results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget

@@ -26,7 +26,7 @@ from dipguard.evaluation.masking import (
 )
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.plan import prepare
-from dipguard.evaluation.randomness import Randomness, check_randomness, counting_backward
+from dipguard.evaluation.randomness import SAME, Randomness, check_randomness, counting_backward
 from dipguard.evaluation.results import suite_results
 from dipguard.evaluation.runner import run
 from dipguard.victims import build_victim
@@ -173,7 +173,7 @@ def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
     matrix = tiny_suite(tmp_path, attacks=("noise",))
     one = matrix.clean.select(limit=1)
     found = {label: check_randomness(t, one, matrix.device) for label, t in matrix.targets.items()}
-    assert {label: (p.randomised, p.dynamic) for label, p in found.items()} == {
+    assert {label: (p.drawn > SAME, p.backward > 0) for label, p in found.items()} == {
         "none": (False, False),
         "jpeg": (False, False),
         "mirror": (True, True),
