@@ -457,7 +457,7 @@ def test_warm_up_past_the_end_warns(caplog: pytest.LogCaptureFixture, tmp_path: 
 @pytest.mark.parametrize("name", ["mirror", "paper"])
 def test_defaults_of_the_config_are_those_of_the_class(name: str, tmp_path: Path) -> None:
     config = typed_config("data.limit=2", f"defense={name}", "data.mirrors=true")
-    defense = prepare(config, tmp_path).defenses[name]
+    defense = prepare(config, tmp_path).targets[name].defense
     assert defense.settings == build_defense(name, build_victim("digits_cnn")).settings
 
 

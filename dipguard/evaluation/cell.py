@@ -13,7 +13,6 @@ from dipguard.attacks import Attack, Cost
 from dipguard.config import ATTACK_KEYS, NODE_KEYS, name_of, node_of
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense
-from dipguard.fit import FitOptions
 from dipguard.store import Entry, digest_of
 
 CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
@@ -64,12 +63,6 @@ class Target:
         if not steps or default is None or given is None or given >= default:
             return ""
         return f"{steps:,} of {steps * default // given:,} DIP steps an image"
-
-    @property
-    def options_text(self) -> str:
-        """The defence's options in words, without those of its fits."""
-        aside = ("name", "versions", "fit", *FitOptions.__dataclass_fields__)
-        return ", ".join(f"{n} {_text(v)}" for n, v in self.bare.settings.items() if n not in aside and v is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,13 +154,7 @@ class Cell:
         if not self.target.defense.random:
             full.pop("eot_iter", None)  # a deterministic system has one draw
         given = {name: self.options[name] for name in full if name in self.options}
-        return ", ".join(f"{_text(n)} {_text(v)} of {_text(full[n])}" for n, v in given.items() if v != full[n])
-
-    @property
-    def options_text(self) -> str:
-        """The options in words, without the budget."""
-        aside = ("eps_255", "batch_size")
-        return ", ".join(f"{n} {_text(v)}" for n, v in self.options.items() if n not in aside and v is not None)
+        return ", ".join(f"{n} {text_of(v)} of {text_of(full[n])}" for n, v in given.items() if v != full[n])
 
 
 _NONE, _NO_DECISION = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
@@ -292,5 +279,6 @@ def fitting_options(
     return options, None
 
 
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """An option's value as text; numbers without trailing zeros."""
     return f"{value:g}" if isinstance(value, float) else str(value)
