@@ -24,7 +24,6 @@ from dipguard.victims.base import check_victim
 TOLERANCE = 1e-6
 """Rounding of x + delta in float32 for values in [0, 1]: a change of this much more than eps is no breach."""
 
-
 LATER = {"final_looks": 0, "coarse": 1}
 """Options that came later, with the values that change nothing: left out of `settings`, so that stored images stay."""
 

@@ -61,11 +61,6 @@ class Matrix:
     _attacked: dict[str, Entry] = field(default_factory=dict)
 
     @property
-    def attacks(self) -> dict[str, dict[str, Any]]:
-        """The attacks' settings by label, also that of clean images which belongs to every attack suite."""
-        return {cell.label: cell.node for cell in self.cells}
-
-    @property
     def chunk_size(self) -> int:
         """Images of a cell that are purified, and stored, together."""
         return self.config.chunk or (256 if self.device.type == "cuda" else 32)

@@ -31,7 +31,7 @@ def wilson(correct: float, count: int) -> tuple[float, float]:
 
 
 def similarity(images: Tensor, clean: Tensor) -> Tensor:
-    """SSIM of each image to its clean original, both [N, 3, H, W] in [0, 1]: [N] on the CPU; errors as in `quality`."""
+    """SSIM (:func:`dipguard.decision.quality`) of each image to its clean one, both [N, 3, H, W]: [N] on the CPU."""
     return _compare(quality, images, clean)
 
 

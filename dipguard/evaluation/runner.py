@@ -124,7 +124,7 @@ def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
     steps = sum(cell.judging.dip_steps for cell in todo)
     _log.info(
         "%d attacks x %d defences = %d cells, %d to be run, %s DIP steps beside those of adaptive attacks",
-        len(matrix.attacks), len(matrix.targets), len(matrix.cells), len(todo), f"{steps:,}",
+        len(matrix.cells) // len(matrix.targets), len(matrix.targets), len(matrix.cells), len(todo), f"{steps:,}",
     )  # fmt: skip
     for label, target in matrix.targets.items():
         if target.defense.unavailable is not None:

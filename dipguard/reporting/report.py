@@ -202,7 +202,7 @@ def _comparisons(matrix: Matrix) -> list[Path]:
     alike = [r for r in done if not (r.cell.adaptive or r.cell.node.get("number") or r.cell.check)]
     # The undefended victim would show the attacked image a second time.
     alike = [r for r in alike if r.cell.target.defense.name != "none"] if matrix.config.figures else []
-    for attack in matrix.attacks:
+    for attack in dict.fromkeys(cell.label for cell in matrix.cells):
         found = [r for r in alike if r.cell.label == attack]
         if not found:
             continue
