@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -299,6 +298,6 @@ def test_attacks_take_the_same_indices(given: Tensor, name: str) -> None:
     expected = attack(given, labels, indices=GOOD[0])
     assert all(torch.equal(attack(given, labels, indices=form), expected) for form in GOOD)
     for bad, error, message in WRONG:
-        for call in (attack, attack.snapshots, partial(attack.report, given)):
+        for call in (attack, attack.snapshots, attack.fooled):
             with pytest.raises(error, match=f"`indices` {message}"):
                 call(given, labels, indices=bad)
