@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
 Indices: TypeAlias = "Tensor | Sequence[int]"
 """Positions of N images in their data set: an integer tensor [N], or a list, range or array of N integers."""
-
-
 ROUNDING = 1e-6
 """What rounding may add to [0, 1], as when images are normalised and brought back."""
 
@@ -67,9 +65,7 @@ def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, 
 def check_indices(indices: Indices | None, *, count: int) -> list[int]:
     """Return the indices of ``count`` images as a list; 0 to ``count`` - 1 for None.
 
-    Raises:
-        TypeError: not a row of integers.
-        ValueError: wrong length, or an index below 0.
+    TypeError if they are no row of integers; ValueError for another number of them, or an index below 0.
     """
     given: Any = range(count) if indices is None else indices
     values = given.tolist() if hasattr(given, "tolist") else given

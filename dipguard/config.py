@@ -127,10 +127,8 @@ def node_of(group: str, name: str) -> dict[str, Any]:
 def from_hydra(cfg: DictConfig) -> RunConfig:
     """Check a composed config and return its settings, with every interpolation resolved.
 
-    ``attack`` and ``defense`` take the place of ``attacks`` and ``defenses``.
-
-    Raises:
-        TypeError, ValueError: A key is unknown or missing, or a value is not possible.
+    ``attack`` and ``defense`` take the place of ``attacks`` and ``defenses``. TypeError or ValueError if a key is
+    unknown or missing, or a value is not possible.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -146,7 +144,7 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         node = given.pop(single, None)
         _check_node(single, single, node)
         if node is not None:
-            given[many] = {str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1]): node}
+            given[many] = {name_of(node): node}
         else:
             for label, one in _mapping(many, given.get(many)).items():
                 _check_node(single, f"{many}.{label}", one)
@@ -157,6 +155,11 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
     if missing:
         raise ValueError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
     return _checked(RunConfig(**given))
+
+
+def name_of(node: Mapping[str, Any]) -> str:
+    """The name of a node of the config, or of the class that it points to."""
+    return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
 
 
 def explain(error: BaseException | None) -> str | None:
@@ -187,14 +190,10 @@ def _checked(config: RunConfig) -> RunConfig:
     for key in ("store_samples", "rebuild", "keep_traces"):
         check_bool(getattr(config, key), name=key)
     logger, trainer, own = _mapping("logger", config.logger), _mapping("trainer", config.trainer), _trainer_own()
-    for group, key in (
-        ("trainer", "enable_progress_bar"),
-        ("logger", "offline"),
-        ("logger", "artifacts"),
-        ("data", "mirrors"),
-    ):
+    for name in ("trainer.enable_progress_bar", "logger.offline", "logger.artifacts", "data.mirrors"):
+        group, _, key = name.partition(".")
         if (value := getattr(config, group).get(key)) is not None:
-            check_bool(value, name=f"{group}.{key}")
+            check_bool(value, name=name)
     check_choice(logger.get("kind"), LOGGERS, name="logger.kind")
     _check_keys("logger", logger, ("kind", *LOGGERS[logger["kind"]]))
     if not isinstance(logger.get("tags") or [], list):

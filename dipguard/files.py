@@ -10,10 +10,10 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_bytes(path: Path, content: bytes) -> Path:
@@ -56,18 +56,19 @@ def _refuse(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
 
 
-def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]], *, head: bool = True) -> str:
+def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
     """Rows as CSV; None and what is missing are empty fields."""
     buffer = io.StringIO(newline="")
     writer = csv.DictWriter(buffer, fields, lineterminator="\n")
-    if head:
-        writer.writeheader()
+    writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue()
 
 
 def write_npz(path: Path, **arrays: Any) -> Path:
     """Write arrays as a compressed NumPy archive, atomically."""
+    import numpy as np
+
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return write_bytes(path, buffer.getvalue())

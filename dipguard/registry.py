@@ -92,10 +92,7 @@ def options_of(path: str) -> dict[str, Any]:
 
     The source is read, nothing is imported. With ``**fit`` the fields of ``FitOptions`` are options too, with the
     defaults that the class attribute ``FIT`` changes; with other ``**keywords``, the options of the base class. The
-    options of a dataclass are its fields.
-
-    Raises:
-        ValueError: There is no such class or function, or a default is not a literal.
+    options of a dataclass are its fields. ValueError if there is no such class or function, or a default is no literal.
     """
     module, _, name = path.partition(":")
     return dict(_options(module, name))

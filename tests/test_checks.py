@@ -43,7 +43,6 @@ def attacked(x: Tensor) -> None:
     attack, label = build_attack("fgsm", Strict(), eps_255=8), torch.tensor([0])
     attack(x, label)
     attack.fooled(x, label)
-    attack.report(x, x, label)
 
 
 SHORT = {"network": "small", "T": 3, "t0": 0, "decisions": 3, "engine": "torch", "progress": False}

@@ -93,4 +93,4 @@ def test_file_digest_is_sha256(tmp_path: Path) -> None:
 def test_csv_keeps_commas_and_leaves_out_what_is_missing() -> None:
     text = csv_text(("name", "n", "why"), [{"name": 'tench, "Tinca tinca"', "n": 1, "why": None}])
     assert list(csv.DictReader(text.splitlines())) == [{"name": 'tench, "Tinca tinca"', "n": "1", "why": ""}]
-    assert csv_text(("name",), [{}], head=False) == '""\n'
+    assert csv_text(("name",), [{}]) == 'name\n""\n'

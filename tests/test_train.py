@@ -24,8 +24,8 @@ from dipguard.cli.programs import train
 from dipguard.data import load_data
 from dipguard.decision import DecisionTrace
 from dipguard.defenses import build_defense
-from dipguard.evaluation import prepare
 from dipguard.evaluation.metrics import decide
+from dipguard.evaluation.plan import prepare
 from dipguard.victims import build_victim
 from tests.tiny_run import ROOT, TINY, compose_config, tiny_run, typed_config
 
@@ -456,7 +456,7 @@ def test_warm_up_past_the_end_warns(caplog: pytest.LogCaptureFixture, tmp_path: 
 @pytest.mark.parametrize("name", ["mirror", "paper"])
 def test_defaults_of_the_config_are_those_of_the_class(name: str, tmp_path: Path) -> None:
     config = typed_config("data.limit=2", f"defense={name}", "data.mirrors=true")
-    defense = prepare(config, tmp_path).defenses[name]
+    defense = prepare(config, tmp_path).targets[name].defense
     assert defense.settings == build_defense(name, build_victim("digits_cnn")).settings
 
 

@@ -8,7 +8,8 @@ from omegaconf import DictConfig
 
 from dipguard.cli.programs import evaluate
 from dipguard.config import RunConfig, from_hydra
-from dipguard.evaluation import Matrix, prepare
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.plan import prepare
 from tests.tiny_run import compose_config
 
 TINY = (

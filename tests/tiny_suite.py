@@ -6,7 +6,8 @@ from functools import cache
 from pathlib import Path
 
 from dipguard.cli.programs import evaluate
-from dipguard.evaluation import Matrix, prepare
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.plan import prepare
 from tests.tiny_matrix import compose_matrix, typed_matrix
 
 SMALL = (

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from dipguard.attacks.base import Attack, AttackReport, Cost, Snapshot
+from dipguard.attacks.base import Attack, Cost, Snapshot
 from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
 from dipguard.registry import check_options, lookup, table_of
 
-__all__ = ["ATTACKS", "AdaptiveAttack", "Attack", "AttackReport", "Cost", "DefendedVictim", "Snapshot", "build_attack"]
+__all__ = ["ATTACKS", "AdaptiveAttack", "Attack", "Cost", "DefendedVictim", "Snapshot", "build_attack"]
 
 ATTACKS: dict[str, str] = {
     "none": "dipguard.attacks.static:NoAttack",

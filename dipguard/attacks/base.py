@@ -24,7 +24,6 @@ from dipguard.victims.base import check_victim
 TOLERANCE = 1e-6
 """Rounding of x + delta in float32 for values in [0, 1]: a change of this much more than eps is no breach."""
 
-
 LATER = {"final_looks": 0, "coarse": 1}
 """Options that came later, with the values that change nothing: left out of `settings`, so that stored images stay."""
 
@@ -60,24 +59,6 @@ class Cost:
         return f"{asked}, {self.victim_queries:,} victim queries, {self.gradients:,} gradients"
 
 
-class AttackReport(NamedTuple):
-    """What an attack achieved on N images; all tensors are on the CPU.
-
-    ``fooled`` and ``wrong_before``, bool [N], say which attacked and which clean images are misclassified; ``linf`` and
-    ``l2``, float [N], are the largest change of a pixel value and the Euclidean norm of the change, in [0, 1].
-    """
-
-    fooled: Tensor
-    wrong_before: Tensor
-    linf: Tensor
-    l2: Tensor
-
-    @property
-    def accuracy(self) -> float:
-        """Share of attacked images that are still classified correctly, in [0, 1]."""
-        return 1 - float(self.fooled.double().mean())
-
-
 class Attack(ABC):
     """An untargeted attack on one target: ``attack(images, labels)`` returns adversarial images.
 
@@ -92,7 +73,7 @@ class Attack(ABC):
         batch_size: Images attacked together, at least 1. In some attacks they influence each other.
 
     Attributes:
-        spent: Cost of all calls so far, but not of `report` and `fooled`; only adaptive attacks count it.
+        spent: Cost of all calls so far, but not of `fooled`; only adaptive attacks count it.
         history: Share of the last call's images whose best attacked version is still classified correctly after step
             1, 2, ...; empty for attacks that do not keep the best one.
         last_history: Share that was classified correctly at each step itself.
@@ -182,20 +163,6 @@ class Attack(ABC):
             batches = self._batches(attacked, labels, indices)
             return torch.cat([self.decide(given, positions) != classes for given, classes, positions in batches]).cpu()
 
-    def report(
-        self, images: Tensor, attacked: Tensor, labels: Tensor, *, indices: Indices | None = None
-    ) -> AttackReport:
-        """Return which ``attacked`` images the target misclassifies, and how far they are from the clean ones."""
-        images, attacked = check_images(images), check_images(attacked, name="attacked")
-        if attacked.shape != images.shape:
-            raise ValueError(f"`attacked` must have the shape {tuple(images.shape)}, got {tuple(attacked.shape)}")
-        with torch.inference_mode(False), torch.no_grad():
-            change = (attacked.detach() - images.detach().to(attacked)).flatten(1)
-            linf, l2 = (torch.linalg.vector_norm(change, ord=p, dim=1).cpu() for p in (math.inf, 2))
-            self._check_change(float(linf.max()))
-            fooled, wrong = (self.fooled(given, labels, indices=indices) for given in (attacked, images))
-            return AttackReport(fooled, wrong, linf, l2)
-
     def _run(
         self, images: Tensor, labels: Tensor, indices: Indices | None, attack: Callable[..., dict[Snapshot, Tensor]]
     ) -> dict[Snapshot, Tensor]:
@@ -226,12 +193,10 @@ class Attack(ABC):
             got = f"{tuple(attacked.shape)} of {attacked.dtype}"
             raise RuntimeError(f"attack {self.name!r} returned {got} for {tuple(given.shape)} of {given.dtype}")
         check_made(attacked, by=f"attack {self.name!r}")
-        self._check_change(float((attacked - given).abs().max()))
-        return attacked
-
-    def _check_change(self, change: float) -> None:
+        change = float((attacked - given).abs().max())
         if change > self.eps + TOLERANCE:
             raise RuntimeError(f"attack {self.name!r} changed a pixel by {change:.6g}, its budget is {self.eps:.6g}")
+        return attacked
 
 
 def kept_options(made: Any) -> dict[str, Any]:

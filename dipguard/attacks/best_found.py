@@ -56,11 +56,6 @@ class BestFound:
         self._right = torch.ones_like(labels, dtype=torch.bool)
 
     @property
-    def images(self) -> Tensor:
-        """The best version of each image, [B, 3, H, W]."""
-        return self.top[0]
-
-    @property
     def seen(self) -> Tensor:
         """Which of ``top`` were looked at."""
         return self._misread >= 0
@@ -110,13 +105,7 @@ class DefendedSearch(AdaptiveAttack):
     norm: str = "Linf"
 
     def __init__(
-        self,
-        target: DefendedVictim,
-        *,
-        eps_255: float = 8,
-        draws: str = "fixed",
-        final_looks: int = 0,
-        **options: Any,
+        self, target: DefendedVictim, *, eps_255: float = 8, draws: str = "fixed", final_looks: int = 0, **options: Any
     ) -> None:
         super().__init__(target, draws=draws, **options)
         self.eps_255 = check_levels(eps_255, name="eps_255")
@@ -131,7 +120,7 @@ class DefendedSearch(AdaptiveAttack):
         found = BestFound(images, labels, keep=CANDIDATES if self.final_looks else 1)
         self.batches.append(found)
         self.search(found, indices)
-        return self._looked_at_again(found, indices) if self.final_looks else found.images
+        return self._looked_at_again(found, indices) if self.final_looks else found.top[0]
 
     def final_cost(self, count: int) -> Cost:
         """Cost of the final looks at the versions of ``count`` images, at most."""

@@ -66,11 +66,8 @@ def exit_codes(program: str) -> Iterator[None]:
 def locked(folder: Path) -> Iterator[None]:
     """Work in a run folder as its only process; half-written files that a killed one left there are removed.
 
-    Only those older than an hour are: a store in this folder may be in use by another run.
-
-    Raises:
-        CommandError: Another process works in it.
-        OSError: It cannot be written.
+    Only those older than an hour are: a store in this folder may be in use by another run. CommandError if another
+    process works in the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)

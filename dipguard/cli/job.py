@@ -16,13 +16,14 @@ from torch import nn
 
 from dipguard.cli import LOCK, CommandError, command_errors
 from dipguard.cli.pictures import Source, find_pictures
+from dipguard.config import names_of
 from dipguard.data.image_folder import EXTENSIONS
-from dipguard.defenses import DEFENSES, Defense, build_defense
+from dipguard.defenses import Defense, build_defense
 from dipguard.defenses.dip import preset_for
-from dipguard.registry import lookup, options_of, table_of
+from dipguard.registry import lookup, options_of
 from dipguard.store import Store
 from dipguard.store.keys import numerics, victim_digest
-from dipguard.victims import VICTIMS, build_victim, check_victim
+from dipguard.victims import build_victim, check_victim
 
 MARK = "dipguard.json"
 """The file that marks a folder as ours: the settings of its last run."""
@@ -136,7 +137,7 @@ def make_victim(name: str, *, weights: str | None, options: Mapping[str, Any], d
     given = dict(options)
     with command_errors():
         if colon:
-            table = table_of("victims", VICTIMS)
+            table = names_of("victim")
             lookup(table, key, argument="--victim")
             by_arch = "arch" in options_of(table[key])
             if ("arch" in given) if by_arch else (weights is not None):
@@ -166,7 +167,7 @@ def make_defense(
 ) -> Defense:
     """Return the defence for images of ``size``; large images change the defaults of some options."""
     with command_errors():
-        table = table_of("defenses", DEFENSES)
+        table = names_of("defense")
         lookup(table, name, argument="--defense")
         preset = preset_for(size)
         defaults: dict[str, Any] = {"preset": preset, "progress": False}  # the command has a bar of its own

@@ -9,17 +9,16 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from dipguard.defenses import DEFENSES
-from dipguard.registry import REQUIRED, lookup, options_of, table_of
-from dipguard.victims import VICTIMS
+from dipguard.config import GROUPS, names_of
+from dipguard.registry import REQUIRED, lookup, options_of
 
 
 def run(args: argparse.Namespace) -> int:
     """Print both tables; return the exit code."""
     print("victims (--victim NAME, --victim-option KEY=VALUE):")
-    _print_table(table_of("victims", VICTIMS), hidden=("weights",))
+    _print_table(names_of("victim"), hidden=("weights",))
     print("\ndefences (--defense NAME, --option KEY=VALUE):")
-    _print_table(table_of("defenses", DEFENSES), hidden=("seed", "progress", "store", "store_T", "trainer"))
+    _print_table(names_of("defense"), hidden=GROUPS["defense"].hidden)
     return 0
 
 

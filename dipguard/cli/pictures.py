@@ -29,10 +29,7 @@ def find_pictures(given: Path, out: Path, *, output: str = "") -> list[Source]:
     """Return the pictures of a file or folder, in alphabetical order, without those inside ``out``.
 
     ``a/cat.jpg`` becomes ``a/cat.png``, or ``a/cat.jpg.png`` where that would be the output of another picture too. A
-    file's is ``output``, if it is given.
-
-    Raises:
-        CommandError: No such file or folder, no pictures, or a purified picture would overwrite a given one.
+    file's is ``output``, if it is given. CommandError if there is no picture, or one would be overwritten.
     """
     if not given.exists():
         raise CommandError(f"IN: {given} does not exist")

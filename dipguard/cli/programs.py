@@ -24,10 +24,11 @@ from dipguard.cli.help import register_help
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
 from dipguard.config import RunConfig, explain, from_hydra, register
 from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key, objective
+from dipguard.files import write_json, write_text
 from hydra_plugins.dipguard_groups import conf_folder
 
 if TYPE_CHECKING:
-    from dipguard.evaluation import Matrix
+    from dipguard.evaluation.matrix import Matrix
 
 log = logging.getLogger("dipguard")
 
@@ -43,7 +44,7 @@ def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[st
         RuntimeError: The cell failed.
     """
     matrix = _prepare(cfg, folder, single=True)
-    from dipguard.reporting import write_train_report
+    from dipguard.reporting.report import write_train_report
 
     metrics: dict[str, Any] = _run(matrix, cfg, folder, job_type="fit", sweep=sweep, report=write_train_report)
     right = metrics["accuracy"]
@@ -57,7 +58,7 @@ def train(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> dict[st
 def evaluate(cfg: DictConfig, folder: Path, *, sweep: str | None = None) -> list[Path]:
     """Run all attacks on all defences; return the files of the report. Arguments and errors are those of `train`."""
     matrix = _prepare(cfg, folder, single=False)
-    from dipguard.reporting import results_text, write_matrix_report
+    from dipguard.reporting.report import results_text, write_matrix_report
 
     made: list[Path] = _run(matrix, cfg, folder, job_type="evaluate", sweep=sweep, report=write_matrix_report)
     if sweep is None:
@@ -99,8 +100,6 @@ def _make_absolute(node: DictConfig, root: Path) -> None:
 
 def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sweep: str) -> None:
     """Leave in the folder how the job ended (:mod:`dipguard.evaluation.sweep_job`); its error is raised again."""
-    from dipguard.files import write_json
-
     try:
         config = _config(cfg)
         key = job_key(config)
@@ -177,8 +176,7 @@ def _run(
 ) -> Any:
     """Run what is missing, and write the report; return what ``report`` returns."""
     from dipguard.evaluation.runner import run
-    from dipguard.files import write_json, write_text
-    from dipguard.reporting import open_log
+    from dipguard.reporting.loggers import open_log
 
     config = matrix.config
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))

@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dipguard.config import from_hydra
 from dipguard.evaluation.sweep_job import DONE, FAILED, job_folder
+from dipguard.files import read_json
 
 _log = logging.getLogger("dipguard")
 
@@ -106,11 +107,7 @@ def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
 
 
 def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
-    """Compose and check the first job with each key and each choice of a config group; all would take long.
-
-    Raises:
-        HydraException, TypeError, ValueError: See `from_hydra`.
-    """
+    """Compose and check the first job with each key and each choice of a config group; all would take long."""
     seen: set[str] = set()
     for job in jobs:
         # Of a key with a plain value, the value is left out.
@@ -128,8 +125,6 @@ def _folder(config: DictConfig) -> Path:
 
 def progress_line(folder: Path) -> str:
     """How many jobs are done and failed, and the time left."""
-    from dipguard.files import read_json
-
     try:
         plan = dict(read_json(folder / PLAN))
     except (FileNotFoundError, ValueError, TypeError):  # none, or damaged

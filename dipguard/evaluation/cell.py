@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.attacks import Attack, Cost
-from dipguard.config import ATTACK_KEYS, NODE_KEYS
+from dipguard.config import ATTACK_KEYS, NODE_KEYS, name_of, node_of
 from dipguard.data import ImageSet
-from dipguard.defenses import DEFENSES, Defense
-from dipguard.fit import FitOptions
-from dipguard.registry import options_of, table_of
+from dipguard.defenses import Defense
 from dipguard.store import Entry, digest_of
 
 CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
@@ -59,18 +57,12 @@ class Target:
     def cut(self) -> str:
         """Whether a fit is shorter than its defence's default, in words; mostly empty."""
         node, steps = self.node or {}, self.defense.steps_per_image
-        default = options_of(table_of("defenses", DEFENSES)[node["name"]]).get("T") if "name" in node else None
+        default = node_of("defense", node["name"]).get("T") if "name" in node else None
         default = getattr(self.bare, "defaults", {}).get("T", default)
         given = node.get("T")
         if not steps or default is None or given is None or given >= default:
             return ""
         return f"{steps:,} of {steps * default // given:,} DIP steps an image"
-
-    @property
-    def options_text(self) -> str:
-        """The defence's options in words, without those of its fits."""
-        aside = ("name", "versions", "fit", *FitOptions.__dataclass_fields__)
-        return ", ".join(f"{n} {_text(v)}" for n, v in self.bare.settings.items() if n not in aside and v is not None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,13 +154,7 @@ class Cell:
         if not self.target.defense.random:
             full.pop("eot_iter", None)  # a deterministic system has one draw
         given = {name: self.options[name] for name in full if name in self.options}
-        return ", ".join(f"{_text(n)} {_text(v)} of {_text(full[n])}" for n, v in given.items() if v != full[n])
-
-    @property
-    def options_text(self) -> str:
-        """The options in words, without the budget."""
-        aside = ("eps_255", "batch_size")
-        return ", ".join(f"{n} {_text(v)}" for n, v in self.options.items() if n not in aside and v is not None)
+        return ", ".join(f"{n} {text_of(v)} of {text_of(full[n])}" for n, v in given.items() if v != full[n])
 
 
 _NONE, _NO_DECISION = torch.zeros(0), torch.zeros(0, dtype=torch.int64)
@@ -293,10 +279,6 @@ def fitting_options(
     return options, None
 
 
-def name_of(node: Mapping[str, Any]) -> str:
-    """The name of a node of the config, or of the class that it points to."""
-    return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
-
-
-def _text(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """An option's value as text; numbers without trailing zeros."""
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -14,7 +14,7 @@ import torch
 
 from dipguard.evaluation.cell import BLACK_BOX, CONTROL, LARGE_EPS, CellResult
 from dipguard.evaluation.metrics import wilson
-from dipguard.evaluation.randomness import Randomness
+from dipguard.evaluation.randomness import SAME, Randomness
 
 OK, WARNING, NOT_CHECKED = "ok", "WARNING", "not checked"
 
@@ -85,7 +85,7 @@ def randomised(done: Sequence[CellResult], randomness: Randomness | None) -> Che
     if randomness is None:
         return Check(name, NOT_CHECKED, "the clean images were not run")
     change = f"logits differ by {randomness.drawn:.3g} with other draws"
-    if not randomness.randomised:
+    if randomness.drawn <= SAME:
         return Check(name, OK, f"not randomised: {change}")
     options = [(r.cell.label, r.cell.options) for r in done if r.attacks and r.cell.white_box]
     over = [label for label, o in options if o.get("eot_iter", 1) > 1 and o.get("draws") == "fresh"]
@@ -98,7 +98,7 @@ def dynamic(done: Sequence[CellResult], randomness: Randomness | None) -> Check:
     name = "dynamic: attacked as such"
     if randomness is None:
         return Check(name, NOT_CHECKED, "the clean images were not run")
-    if not randomness.dynamic:
+    if randomness.backward == 0:
         return Check(name, OK, "not dynamic: no backward pass in a purification")
     adaptive = [r.cell.label for r in done if r.attacks and r.cell.adaptive and r.cell.white_box]
     by = ", ".join(adaptive) or "no attack"

@@ -23,12 +23,12 @@ import hydra.utils
 import numpy as np
 import torch
 from pytorch_lightning import Callback
-from torch import Tensor, nn
+from torch import Tensor
 
 from dipguard.attacks.target import JUDGE, fresh_indices
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
-from dipguard.defenses import Defense, DefenseResult
+from dipguard.defenses import DefenseResult
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.curves import Curves, Row
 from dipguard.evaluation.metrics import decide, psnr, similarity
@@ -59,21 +59,6 @@ class Matrix:
     cells: list[Cell]
     results: dict[tuple[str, str], list[CellResult]] = field(default_factory=dict)
     _attacked: dict[str, Entry] = field(default_factory=dict)
-
-    @property
-    def attacks(self) -> dict[str, dict[str, Any]]:
-        """The attacks' settings by label, also that of clean images which belongs to every attack suite."""
-        return {cell.label: cell.node for cell in self.cells}
-
-    @property
-    def defenses(self) -> dict[str, Defense]:
-        """The defences by label."""
-        return {label: target.defense for label, target in self.targets.items()}
-
-    @property
-    def victim(self) -> nn.Module:
-        """The classifier that is attacked, and decides on the purified images."""
-        return next(iter(self.targets.values())).victim
 
     @property
     def chunk_size(self) -> int:

@@ -1,4 +1,4 @@
-"""Accuracy with its confidence interval, and SSIM and PSNR to the clean image (section 4.1 and Table 2)."""
+"""The confidence interval of an accuracy, and SSIM and PSNR to the clean image (section 4.1 and Table 2)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,6 @@ BATCH = 64
 """Images decided or compared at once. Fixed, so that no figure depends on how a fit was cut into stacks."""
 
 
-def accuracy(decisions: Tensor, labels: Tensor) -> float:
-    """Share of correct ``decisions``, int64 [N], in [0, 1]; ValueError for other shapes than that of ``labels``."""
-    if decisions.shape != labels.shape or decisions.ndim != 1 or len(labels) == 0:
-        raise ValueError(
-            "`decisions` and `labels` must be of one shape [N] with N >= 1, "
-            f"got {tuple(decisions.shape)} and {tuple(labels.shape)}"
-        )
-    return float((decisions == labels).double().mean())
-
-
 def wilson(correct: float, count: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of ``correct`` out of ``count`` images, in [0, 1].
 
@@ -41,10 +31,7 @@ def wilson(correct: float, count: int) -> tuple[float, float]:
 
 
 def similarity(images: Tensor, clean: Tensor) -> Tensor:
-    """SSIM of each image to its clean original, both [N, 3, H, W] in [0, 1]: [N] on the CPU.
-
-    ValueError for different shapes, or a side too short for SSIM (:func:`dipguard.decision.quality`).
-    """
+    """SSIM (:func:`dipguard.decision.quality`) of each image to its clean one, both [N, 3, H, W]: [N] on the CPU."""
     return _compare(quality, images, clean)
 
 
@@ -60,8 +47,5 @@ def decide(victim: nn.Module, images: Tensor) -> Tensor:
 
 
 def _compare(figure: Callable[[Tensor, Tensor], Tensor], images: Tensor, clean: Tensor) -> Tensor:
-    if images.shape != clean.shape:
-        shapes = f"{tuple(images.shape)} and {tuple(clean.shape)}"
-        raise ValueError(f"`images` and `clean` must have one shape, got {shapes}")
     parts = zip(images.split(BATCH), clean.split(BATCH), strict=True)
     return torch.cat([figure(one, other).cpu() for one, other in parts])

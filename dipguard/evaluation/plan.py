@@ -14,18 +14,17 @@ import hydra.utils
 import torch
 from torch import nn
 
-from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, build_attack
+from dipguard.attacks import Attack, Cost, DefendedVictim, build_attack
 from dipguard.checks import check_labels
-from dipguard.config import RunConfig
+from dipguard.config import RunConfig, name_of, names_of
 from dipguard.data import ImageSet, load_data
 from dipguard.data.base import shift_warning
 from dipguard.defenses import Defense, build_defense
 from dipguard.defenses.dip import DIPDefense
-from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, name_of
+from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
-from dipguard.registry import table_of
 from dipguard.store import Store, digest_of, numerics, open_store, victim_digest
 from dipguard.victims import build_victim, check_victim
 
@@ -175,7 +174,7 @@ def _cells(
     parts = {limit: clean.select(limit=limit) if limit else clean for limit in limits}
     digests = {limit: tensor_digest([part.images, part.labels, part.indices]) for limit, part in parts.items()}
     for label, node in attacks.items():
-        path = node.get("_target_") or table_of("attacks", ATTACKS)[node["name"]].replace(":", ".")
+        path = node.get("_target_") or names_of("attack")[node["name"]].replace(":", ".")
         adaptive = bool(hydra.utils.get_object(path).adaptive)
         if node.get("made_on") and not adaptive:
             raise ValueError(f"`attacks.{label}.made_on` is for adaptive attacks, got it for {name_of(node)!r}")

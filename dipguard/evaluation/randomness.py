@@ -32,16 +32,6 @@ class Randomness:
     drawn: float
     backward: int
 
-    @property
-    def randomised(self) -> bool:
-        """Whether other draws give other logits."""
-        return self.drawn > SAME
-
-    @property
-    def dynamic(self) -> bool:
-        """Whether the forward pass itself takes gradients."""
-        return self.backward > 0
-
     @classmethod
     def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
         """The stored result for a target of a matrix; None if there is none."""

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, JUDGED, NOT_RUN, WORST, CellResult, Target, name_of
+from dipguard.config import name_of
+from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, JUDGED, NOT_RUN, WORST, CellResult, Target, text_of
 from dipguard.evaluation.masking import masking_checks
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.randomness import Randomness
 from dipguard.files import csv_text, write_text
+from dipguard.fit import FitOptions
 
 FIELDS = (
     "data", "victim", "surrogate", "attack", "attack_name", "number", "check", "eps_255", "budget", "defense",
@@ -106,7 +108,7 @@ def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         "eps_255": result.eps_255,
         "budget": result.budget,
         "status": result.status,
-        "options": cell.options_text,
+        "options": _in_words(cell.options, "eps_255", "batch_size"),
         "cut": cell.cut,
         "note": cell.node.get("note") or "",
         "key": cell.key,
@@ -143,15 +145,22 @@ def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
 
 
 def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
-    return {
+    row: dict[str, Any] = {
         "data": name_of(matrix.config.data),
         "victim": target.victim_name,
         "surrogate": target.surrogate,
         "defense": target.label,
         "defense_name": target.defense.name if target.node is None else name_of(target.node),
         "seed": matrix.config.seed,
-        **({"defense_options": target.options_text} if matrix.config.judge > 1 else {}),
     }
+    if matrix.config.judge > 1:
+        aside = ("name", "versions", "fit", *FitOptions.__dataclass_fields__)  # those of the fits are many
+        row["defense_options"] = _in_words(target.bare.settings, *aside)
+    return row
+
+
+def _in_words(options: Mapping[str, Any], *aside: str) -> str:
+    return ", ".join(f"{n} {text_of(v)}" for n, v in options.items() if n not in aside and v is not None)
 
 
 def _shares(matrix: Matrix, judge: int, rights: Mapping[str, Tensor]) -> dict[str, Any]:

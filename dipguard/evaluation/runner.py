@@ -124,11 +124,11 @@ def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
     steps = sum(cell.judging.dip_steps for cell in todo)
     _log.info(
         "%d attacks x %d defences = %d cells, %d to be run, %s DIP steps beside those of adaptive attacks",
-        len(matrix.attacks), len(matrix.targets), len(matrix.cells), len(todo), f"{steps:,}",
+        len(matrix.cells) // len(matrix.targets), len(matrix.targets), len(matrix.cells), len(todo), f"{steps:,}",
     )  # fmt: skip
-    for label, defense in matrix.defenses.items():
-        if defense.unavailable is not None:
-            _log.warning("defence %s: %s", label, defense.unavailable)
+    for label, target in matrix.targets.items():
+        if target.defense.unavailable is not None:
+            _log.warning("defence %s: %s", label, target.defense.unavailable)
     costs = {cell.place: cell.cost for cell in todo if cell.adaptive}
     for place, cost in costs.items():
         _log.info("%s x %s will cost at most %s", *place, cost)

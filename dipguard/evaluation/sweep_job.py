@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from dipguard.config import RunConfig
+from dipguard.files import file_digest, read_json
 from dipguard.registry import constant_of
 from dipguard.version import __version__
 
@@ -93,14 +94,11 @@ def _files(value: Any) -> Iterator[tuple[str, str]]:
 @cache
 def _content(file: Path, changed: int) -> str:
     """A digest of a file, which a process reads once unless it changes."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return file_digest(file)
 
 
 def is_done(folder: Path, key: str) -> bool:
     """Whether the job with this key is finished in this folder."""
-    from dipguard.files import read_json  # only now: it loads torch
-
     try:
         return bool(read_json(folder / DONE)["key"] == key) and (folder / "results.csv").is_file()
     except (FileNotFoundError, ValueError, KeyError, TypeError):

@@ -34,14 +34,6 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return write_bytes(path, buffer.getvalue())
 
 
-def show(ax: Axes, image: Tensor) -> None:
-    """Draw an image [3, H, W]; values are clipped to [0, 1]."""
-    values = image.detach().float().clamp(0, 1).permute(1, 2, 0).numpy()
-    # Small images are shown pixel by pixel: smoothing would hide the very noise that the figure is about.
-    ax.imshow(values, interpolation="nearest" if values.shape[0] < 128 else "antialiased")
-    ax.set(xticks=[], yticks=[])
-
-
 class Picture(NamedTuple):
     """An image [3, H, W], the victim's decision on it, and a caption; ``right`` is None without a true class."""
 
@@ -52,7 +44,10 @@ class Picture(NamedTuple):
 
     def draw_on(self, ax: Axes) -> None:
         """Draw the image under its decision, which is marked as right or wrong by sign and colour."""
-        show(ax, self.image)
+        values = self.image.detach().float().clamp(0, 1).permute(1, 2, 0).numpy()
+        # Small images are shown pixel by pixel: smoothing would hide the very noise that the figure is about.
+        ax.imshow(values, interpolation="nearest" if values.shape[0] < 128 else "antialiased")
+        ax.set(xticks=[], yticks=[])
         ax.set_xlabel(self.caption, fontsize=9)
         known = {None: ("", "black"), True: (" \N{CHECK MARK}", RIGHT), False: (" \N{BALLOT X}", WRONG)}
         sign, colour = known[self.right]

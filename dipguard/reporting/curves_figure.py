@@ -18,7 +18,6 @@ from dipguard.reporting.results import images_text
 PANEL_WIDTH, LEGEND_WIDTH, HEIGHT = 3.6, 1.8, 4.0
 """Inches: a panel, the legend beside the panels, and the figure's height."""
 
-
 KINDS: dict[str, tuple[str, str, str, str, str, str]] = {
     "bpda": ("figure4_bpda", "BPDA", "eps_255", "ε = {:g}/255", "budget", "iterations"),
     "hopskipjump": (

@@ -23,14 +23,9 @@ def draw_grid(heads: Sequence[str], rows: Mapping[str, Sequence[Picture]]) -> Fi
     """One column for each head, one row for each image; ``rows`` holds the pictures by the row's title.
 
     The figure is (``LEFT`` + ``WIDE`` per column) x (``TOP`` + ``TALL`` per row) inches.
-
-    Raises:
-        ValueError: No rows.
     """
     from matplotlib.figure import Figure
 
-    if not rows:
-        raise ValueError("`rows` must hold at least one image, got none")
     figure = Figure(figsize=(LEFT + WIDE * len(heads), TOP + TALL * len(rows)), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(rows), len(heads), squeeze=False)
     for axes, (title, pictures) in zip(grid, rows.items(), strict=True):
@@ -46,7 +41,7 @@ def draw_grid(heads: Sequence[str], rows: Mapping[str, Sequence[Picture]]) -> Fi
 def draw_panel(rows: Mapping[str, Sequence[Picture]]) -> Figure:
     """`draw_grid` of the clean, the given and the reconstructed image, and the amplified difference of the last two."""
     differences = [_difference(given.image, rebuilt.image) for *_, given, rebuilt in rows.values()]
-    factor = amplification(torch.stack(differences)) if rows else 1
+    factor = amplification(torch.stack(differences))
     full = {
         title: [*pictures, Picture(0.5 + factor * difference)]
         for (title, pictures), difference in zip(rows.items(), differences, strict=True)

@@ -18,9 +18,9 @@ import pandas as pd
 from matplotlib.image import imread
 from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 
-from dipguard.config import LOGGERS, RunConfig
+from dipguard.config import LOGGERS, RunConfig, name_of
 from dipguard.decision import DecisionTrace
-from dipguard.evaluation.cell import Cell, name_of
+from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.curves import Row
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.results import result_row
@@ -169,7 +169,7 @@ class RunLog:
         try:
             yield
         except Exception as error:
-            _log.warning("W&B was not given some results: %s: %s", type(error).__name__, error)
+            _log.warning("W&B did not take all results: %s: %s", type(error).__name__, error)
 
     def _name(self, cell: Cell, name: str) -> str:
         return name if self._single else "/".join(["fit", *reversed(cell.place), name.removeprefix("fit/")])
@@ -260,7 +260,10 @@ def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None)
         log.inner.save()
         log.inner.finalize(status)
         if log.run is not None:
-            _close(log.run, exit_code=int(status == "failed"))
+            with log._as_copy():
+                log.run.finish(exit_code=int(status == "failed"))
+            if (kept := Path(log.run.dir).parent).name.startswith("offline-run"):
+                _log.info("W&B run kept offline; to upload it: wandb sync %s", kept)
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -336,12 +339,3 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     if run_id != first:
         write_text(journal, f"{run_id}\n")
     return logger, journal
-
-
-def _close(run: Any, *, exit_code: int) -> None:
-    try:
-        run.finish(exit_code=exit_code)
-    except Exception as error:
-        _log.warning("W&B did not take the end of the run: %s: %s", type(error).__name__, error)
-    if (kept := Path(run.dir).parent).name.startswith("offline-run"):
-        _log.info("W&B run kept offline; to upload it: wandb sync %s", kept)

@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any
 import pandas as pd
 
 from dipguard.decision import DecisionTrace
-from dipguard.evaluation.cell import NOT_RUN, CellResult
+from dipguard.evaluation.cell import DONE, NOT_RUN, WORST, CellResult
 from dipguard.evaluation.matrix import Matrix
-from dipguard.evaluation.metrics import accuracy
 from dipguard.evaluation.results import write_results
 from dipguard.files import write_json, write_npz, write_text
 from dipguard.reporting.canvas import Picture, class_name, save_figure
 from dipguard.reporting.curves_figure import write_curves
 from dipguard.reporting.image_figures import draw_grid, draw_panel
 from dipguard.reporting.paper_figures import head_of
-from dipguard.reporting.results import DONE, WORST, in_suite, read_checks, read_results
+from dipguard.reporting.results import in_suite, read_checks, read_results
 from dipguard.reporting.suite import suite_rows, suite_text, write_suite
 from dipguard.reporting.tables import tables_text, write_tables
 from dipguard.reporting.trace_figure import draw_trace
@@ -38,17 +37,10 @@ AVERAGED = {
 
 
 def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str, Any]:
-    """Write the report of one attack and one defence; returns the metrics.
+    """Write the report of a finished matrix's first cell, enter it into the ``log`` too, and return its metrics.
 
     The run folder gets report.md, figures/, reconstructions.npz (``images`` float32 [N, 3, H', W'] in [0, 1],
-    ``indices`` and ``labels`` int64 [N]) and, last of all, metrics.json.
-
-    Args:
-        matrix: The finished matrix; its first cell is reported.
-        log: A log that the results are entered into too.
-
-    Raises:
-        RuntimeError: The cell has no result.
+    ``indices`` and ``labels`` int64 [N]) and, last of all, metrics.json. RuntimeError if the cell has no result.
     """
     if matrix.config.rebuild:
         write_results(matrix)
@@ -69,18 +61,12 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
 
 
 def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Path]:
-    """Write the report of all attacks and defences; returns its files, report.md first.
+    """Write the report of a matrix, finished or not, and enter it into the ``log`` too; returns its files.
 
     Tables 1 and 2 hold the attacks that are not part of an attack suite; suite.md and suite.png the suite;
     figure4_bpda.png and figure5_hopskipjump.png the adaptive attacks with several budgets; figure9_<attack>.png the
-    first images of an attack that is the same for all defences.
-
-    Args:
-        matrix: The matrix, finished or not.
-        log: A log that the results are entered into too.
-
-    Raises:
-        ValueError: A stored file is damaged.
+    first images of an attack that is the same for all defences. report.md, the first file, holds all of it. ValueError
+    if a stored file is damaged.
     """
     folder = matrix.folder
     if matrix.config.rebuild:
@@ -135,9 +121,10 @@ def _metrics(result: CellResult) -> dict[str, Any]:
     cell, n = result.cell, len(result.decisions)
     spent = sum(value for name, value in result.seconds.items() if name != "attack")
     found = {"clean": cell.target.decisions_clean[:n], "undefended": result.decisions_given}
+    found["defended"] = result.decisions
     figures = {
         "n": n,
-        "accuracy": {k: accuracy(v, cell.clean.labels) for k, v in {**found, "defended": result.decisions}.items()},
+        "accuracy": {name: float((y == cell.clean.labels).double().mean()) for name, y in found.items()},
         "ssim": {"given": float(result.ssim_given.mean()), "defended": float(result.ssim.mean())},
         "seconds": dict(result.seconds),
         "images_per_second": n / spent if spent else None,
@@ -216,7 +203,7 @@ def _comparisons(matrix: Matrix) -> list[Path]:
     alike = [r for r in done if not (r.cell.adaptive or r.cell.node.get("number") or r.cell.check)]
     # The undefended victim would show the attacked image a second time.
     alike = [r for r in alike if r.cell.target.defense.name != "none"] if matrix.config.figures else []
-    for attack in matrix.attacks:
+    for attack in dict.fromkeys(cell.label for cell in matrix.cells):
         found = [r for r in alike if r.cell.label == attack]
         if not found:
             continue

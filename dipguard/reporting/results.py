@@ -10,8 +10,7 @@ from typing import Any
 
 import pandas as pd
 
-DONE = "done"
-CLEAN, WORST = "clean", "worst_case"
+from dipguard.evaluation.cell import DONE, WORST
 
 _COUNTS = ("budget", "seed", "correct", "gradients", "purifications", "dip_steps", "victim_queries")
 NUMBERS: dict[str, tuple[float, float]] = {
@@ -31,33 +30,17 @@ JUDGE_NUMBERS: dict[str, tuple[float, float]] = {
 """The same of the columns that are there if images were judged by several draws of the defence."""
 FILLED = ("data", "victim", "attack", "defense", "seed", "status")
 COLUMNS = (
-    *FILLED,
-    "surrogate",
-    "attack_name",
-    "number",
-    "check",
-    "defense_name",
-    *NUMBERS,
-    "options",
-    "cut",
-    "note",
-    "key",
-)
+    *FILLED, "surrogate", "attack_name", "number", "check", "defense_name", *NUMBERS, "options", "cut", "note", "key",
+)  # fmt: skip
 KEY = ["data", "victim", "surrogate", "attack", "defense", "seed", "eps_255", "budget"]
 """What distinguishes the rows."""
 
 
 def read_results(path: str | Path) -> pd.DataFrame:
-    """Read and check a results.csv.
+    """Read and check a results.csv: its rows in their order, indexed by their lines in the file.
 
-    Returns:
-        Its rows in their order, indexed by their lines in the file. Text is stripped and empty where there is none;
-        numbers are floats, NaN where there are none. Further columns stay as text.
-
-    Raises:
-        FileNotFoundError: No such file.
-        ValueError: It is damaged: not CSV, a column is missing, a value is out of range, or a row occurs twice. The
-            message names the file and the line.
+    Text is stripped and empty where there is none; numbers are floats, NaN where there are none. Further columns stay
+    as text. ValueError, with the line, if it is no CSV, lacks a column, or has a value out of range or a row twice.
     """
     path = Path(path)
     text = _read_text(path, COLUMNS, KEY)
@@ -81,11 +64,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
 
 def read_checks(path: str | Path) -> pd.DataFrame:
-    """Read a checks.csv: ``defense``, ``check``, ``verdict`` and ``figures``, all text.
-
-    Raises:
-        FileNotFoundError, ValueError: See `read_results`.
-    """
+    """Read a checks.csv, all text; errors are those of `read_results`."""
     return _read_text(Path(path), ("defense", "check", "verdict", "figures"), ["defense", "check"])
 
 

@@ -9,10 +9,11 @@ from typing import Any
 import pandas as pd
 from matplotlib.figure import Figure
 
+from dipguard.evaluation.cell import CLEAN, DONE, WORST
 from dipguard.files import write_json, write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
 from dipguard.reporting.escape import NONE, escape_markdown
-from dipguard.reporting.results import CLEAN, DONE, JUDGED, WORST, images_text, in_suite, interval_text
+from dipguard.reporting.results import JUDGED, images_text, in_suite, interval_text
 from dipguard.reporting.tables import in_short, markdown
 
 WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6

@@ -60,11 +60,6 @@ class Sweep:
         """The defences that have results."""
         return list(self.results["defense"].unique())
 
-    @property
-    def attacks(self) -> list[str]:
-        """The attacks that have results."""
-        return list(self.results["attack"].unique())
-
     def setting(self, job: str, keys: Iterable[str] | None = None) -> str:
         """A job's values as text: those of ``keys``, or all that are known."""
         values = self.jobs[job].values
@@ -73,11 +68,7 @@ class Sweep:
 
 
 def read_sweep(folder: str | Path) -> Sweep:
-    """Read a sweep's folder, also while its jobs run.
-
-    Raises:
-        FileNotFoundError: It holds no job, and no plan of any.
-    """
+    """Read a sweep's folder, also while its jobs run; FileNotFoundError if it holds no job, and no plan of any."""
     folder = Path(folder)
     plan = _yaml(folder / "sweep.json")
     planned = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}

@@ -43,9 +43,6 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
 
     report.md has what is missing or failed; for each defence that the parameters act on the settings and tables with
     intervals; the other defences; the figures. sweep.csv has a row for each job, attack and defence.
-
-    Raises:
-        FileNotFoundError: See `read_sweep`.
     """
     folder = Path(folder)
     sweep = read_sweep(folder)
@@ -80,7 +77,7 @@ class Grid:
     """What the jobs of a sweep say about one defence: ``parameters`` are those that act on it."""
 
     def __init__(self, sweep: Sweep, defense: str) -> None:
-        self.sweep, self.defense, self.attacks = sweep, defense, sweep.attacks
+        self.sweep, self.defense, self.attacks = sweep, defense, list(sweep.results["attack"].unique())
         self.parameters = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
         results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
         results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import pandas as pd
 from tabulate import tabulate
 
+from dipguard.evaluation.cell import DONE
 from dipguard.files import write_text
 from dipguard.reporting import paper_figures as published
 from dipguard.reporting.canvas import short
 from dipguard.reporting.escape import NONE, escape_latex, escape_markdown
 from dipguard.reporting.paper_figures import ATTACKS, DEFENSES, head_of
-from dipguard.reporting.results import DONE, images_text
+from dipguard.reporting.results import images_text
 
 
 class Measure(NamedTuple):
@@ -39,12 +40,7 @@ def write_tables(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     """Write table1 (accuracy) and table2 (SSIM), each as .md and .tex; returns the four paths.
 
     ``results`` are rows of `read_results`, at most one for a data set, victim, surrogate, seed, attack and defence.
-
-    Raises:
-        ValueError: No rows.
     """
-    if not len(results):
-        raise ValueError("`results` must hold at least one cell, got none")
     paths = []
     for measure in MEASURES:
         tables, name = _split(results, measure), f"table{measure.number}"

@@ -37,13 +37,8 @@ def draw_trace(
     A trace with mirrored readings has a second plot of confidences, on the mirrored copies. If the image was attacked,
     by its label or else by the defence's decision, a line marks from where on x(t) is read as the given image.
 
-    Args:
-        trace: The image's decision trace; threshold and warm-up are those of its settings.
-        reconstruction: What was made from it.
-        decision: The victim's decision on the reconstruction.
-        label: The true class, if known.
-        clean: The clean image [3, H, W], if known.
-        name_of: Gives a class's name by its number.
+    ``decision`` is the victim's on the reconstruction, ``label`` the true class and ``clean`` the clean image, if they
+    are known; ``name_of`` gives a class's name by its number.
     """
     from matplotlib.figure import Figure
 

@@ -40,7 +40,7 @@ def test_the_best_is_misread_by_most_draws_and_then_by_most():
         scores = torch.tensor(logits)
         scores[:, 1] = scores[:, 1].flip(-1)  # of class 1
         found.see(picture(value, 2), scores)
-    assert [float(image.mean()) for image in found.images] == [pytest.approx(0.3), pytest.approx(0.6)]
+    assert [float(image.mean()) for image in found.top[0]] == [pytest.approx(0.3), pytest.approx(0.6)]
     assert found.history == [2, 1, 1, 1, 0]
     assert found.last_history == [2, 1, 1, 1, 0]
     assert found.withstood.tolist() == [False, False]
@@ -52,13 +52,13 @@ def test_the_last_look_may_be_worse_than_the_best():
         found.see(picture(value), torch.tensor([[logits]]))
     found.stay()
     assert (found.history, found.last_history) == ([0, 0, 0], [0, 1, 1])
-    assert torch.allclose(found.images, picture(0.1))
+    assert torch.allclose(found.top[0], picture(0.1))
 
 
 def test_some_of_the_images():
     found = BestFound(picture(0.5, 3), torch.tensor([0, 0, 0]))
     found.see(picture(0.7, 2), torch.tensor([[[0.0, 1.0], [1.0, 0.0]]]), rows=torch.tensor([2, 0]))
-    assert found.images[:, 0, 0, 0].tolist() == pytest.approx([0.7, 0.5, 0.7])
+    assert found.top[0][:, 0, 0, 0].tolist() == pytest.approx([0.7, 0.5, 0.7])
     assert found.withstood.tolist() == [True, True, False]
 
 
@@ -80,7 +80,7 @@ def test_the_best_few_are_kept_in_order():
         for found in (kept, single):
             found.see(attacked, logits, rows=rows)
         assert int(kept.seen[:, 0].sum()) == min(4, sum(0 in rows for rows, _, _ in looks))
-    assert torch.equal(kept.images, single.images)
+    assert torch.equal(kept.top[0], single.top[0])
     assert kept.history == single.history
     for b in range(4):
         mine = [(x[rows.index(b)], s[:, rows.index(b)]) for rows, x, s in looks if b in rows]

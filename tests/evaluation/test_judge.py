@@ -14,10 +14,12 @@ from torch import Tensor
 
 from dipguard.attacks.target import JUDGE, fresh_indices
 from dipguard.defenses import Defense
-from dipguard.evaluation import CellResult, Matrix, prepare, run
-from dipguard.evaluation.cell import JUDGED
+from dipguard.evaluation.cell import JUDGED, CellResult
+from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, wilson
+from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import suite_results, worst_case
+from dipguard.evaluation.runner import run
 from dipguard.evaluation.sweep_job import job_key
 from dipguard.seeding import image_generator
 from tests.store.parts import list_entries
@@ -82,16 +84,16 @@ def test_four_figures_of_an_image(draws: list[int], accuracy: float, worst: floa
 
 
 def test_each_draw_is_a_purification_of_its_own(judged: Matrix) -> None:
-    clean, defense, drawn = judged.clean, judged.targets["noisy"].bare, []
+    clean, target, drawn = judged.clean, judged.targets["noisy"], []
     for attack in ("clean", "transfer", "identity"):
         attacked = judged.attacked(attack, "noisy")
         (result,) = judged.results[attack, "noisy"]
         assert result.draws.shape == (3, 3)
         for number in (1, 2, 3):
             indices = fresh_indices(clean.indices, JUDGE + number)
-            drawn.append(decide(judged.victim, defense.purify(attacked, indices=indices)))
+            drawn.append(decide(target.victim, target.bare.purify(attacked, indices=indices)))
             assert torch.equal(result.draws[number - 1], drawn[-1])
-        assert torch.equal(result.decisions, decide(judged.victim, judged.reconstructions(attack, "noisy")))
+        assert torch.equal(result.decisions, decide(target.victim, judged.reconstructions(attack, "noisy")))
     assert len({tuple(one.tolist()) for one in drawn}) > 3  # the draws do differ
 
 
@@ -103,7 +105,7 @@ def test_the_draws_are_those_of_no_attack_and_of_no_other_image() -> None:
 
 
 def test_the_table_has_four_figures_and_what_they_cost(judged: Matrix) -> None:
-    made, steps = lines(judged), judged.defenses["noisy"].steps_per_image
+    made, steps = lines(judged), judged.targets["noisy"].defense.steps_per_image
     for attack in ("clean", "transfer", "noise", "identity", "worst_case"):
         for defense in ("none", "noisy"):
             draws = 4 if defense == "noisy" and attack != "noise" else 1  # a check is judged once

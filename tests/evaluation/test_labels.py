@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from dipguard.data import ImageSet, load_data
-from dipguard.evaluation import Matrix, prepare
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.plan import prepare
 from tests.tiny_matrix import TINY, typed_matrix
 
 

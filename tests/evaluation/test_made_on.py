@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dipguard.evaluation import Matrix, run
+from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide
 from dipguard.evaluation.results import result_row
+from dipguard.evaluation.runner import run
 from tests.store.parts import list_entries
 from tests.tiny_suite import tiny_suite
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dipguard.evaluation import CellResult, Matrix, prepare, run
+from dipguard.evaluation.cell import CellResult
 from dipguard.evaluation.masking import (
     NOT_CHECKED,
     OK,
@@ -24,8 +24,11 @@ from dipguard.evaluation.masking import (
     more_steps,
     randomised,
 )
-from dipguard.evaluation.randomness import Randomness, check_randomness, counting_backward
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.plan import prepare
+from dipguard.evaluation.randomness import SAME, Randomness, check_randomness, counting_backward
 from dipguard.evaluation.results import suite_results
+from dipguard.evaluation.runner import run
 from dipguard.victims import build_victim
 from tests.tiny_suite import tiny_suite
 
@@ -170,14 +173,14 @@ def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
     matrix = tiny_suite(tmp_path, attacks=("noise",))
     one = matrix.clean.select(limit=1)
     found = {label: check_randomness(t, one, matrix.device) for label, t in matrix.targets.items()}
-    assert {label: (p.randomised, p.dynamic) for label, p in found.items()} == {
+    assert {label: (p.drawn > SAME, p.backward > 0) for label, p in found.items()} == {
         "none": (False, False),
         "jpeg": (False, False),
         "mirror": (True, True),
         "paper": (True, True),
         "dipdefend": (True, True),
     }
-    assert found["mirror"].backward == matrix.defenses["mirror"].steps_per_image
+    assert found["mirror"].backward == matrix.targets["mirror"].defense.steps_per_image
 
 
 def test_backward_passes_are_counted_and_the_profiler_is_put_back() -> None:

@@ -15,9 +15,11 @@ import torch
 from dipguard.config import RunConfig
 from dipguard.decision import DecisionTrace
 from dipguard.defenses import Defense
-from dipguard.evaluation import Matrix, prepare, run, write_results
+from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
-from dipguard.evaluation.runner import _share_out
+from dipguard.evaluation.plan import prepare
+from dipguard.evaluation.results import write_results
+from dipguard.evaluation.runner import _share_out, run
 from dipguard.store.entry import read_entry, write_entry
 from dipguard.store.keys import numerics
 from tests.store.parts import list_entries
@@ -56,12 +58,12 @@ def few(*defenses: str, attacks: tuple[str, ...] = ("pgd_8",)) -> list[str]:
 
 
 def test_every_cell_is_there_and_agrees_with_its_defence_alone(finished: Matrix) -> None:
-    assert set(finished.results) == {(a, d) for a in STATIC for d in finished.defenses}
-    assert set(finished.defenses) == {"none", "jpeg", "median", "dip_fixed", "paper", "mirror"}
-    for label, defense in finished.defenses.items():
+    assert set(finished.results) == {(a, d) for a in STATIC for d in finished.targets}
+    assert set(finished.targets) == {"none", "jpeg", "median", "dip_fixed", "paper", "mirror"}
+    for label, target in finished.targets.items():
         # Alone, and all images at once: chunks do not change a result.
         given = finished.attacked("pgd_8", label)
-        alone = defense.purify(given, indices=finished.clean.indices)
+        alone = target.defense.purify(given, indices=finished.clean.indices)
         made = finished.reconstructions("pgd_8", label)
         tolerance = 1e-5 if label in ("none", "jpeg") else 0.1
         np.testing.assert_allclose(made.numpy(), alone.numpy(), rtol=0, atol=tolerance)
@@ -94,12 +96,12 @@ def test_results_are_those_of_the_images(finished: Matrix) -> None:
 
 def test_traces_of_the_first_images_are_kept(finished: Matrix) -> None:
     indices = finished.clean.indices.tolist()
-    for label in finished.defenses:
+    for label in finished.targets:
         files = [finished.traces_path("pgd_8", label, index).is_file() for index in indices]
         assert files == ([True, True, False, False, False] if label in ("paper", "mirror") else [False] * 5)
     trace = DecisionTrace.load(finished.traces_path("pgd_8", "paper", indices[1]))
     assert torch.equal(trace.given, finished.attacked("pgd_8", "paper")[1])
-    rebuilt = finished.defenses["paper"].rebuild(trace)
+    rebuilt = finished.targets["paper"].defense.rebuild(trace)
     assert torch.equal(rebuilt.image, finished.reconstructions("pgd_8", "paper")[1])
     (result,) = finished.results["pgd_8", "paper"]
     assert (result.reasons[1], int(result.used[1])) == (rebuilt.reason, len(rebuilt.used))
@@ -333,7 +335,7 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, monkeypatch: py
     def defend(images: torch.Tensor, **more: object) -> None:
         raise RuntimeError("the card fell off the bus,\nas cards do")
 
-    monkeypatch.setattr(matrix.defenses["jpeg"], "defend", defend)
+    monkeypatch.setattr(matrix.targets["jpeg"].defense, "defend", defend)
     failed = run(matrix)
     assert failed == [
         f"{attack} x jpeg: RuntimeError: the card fell off the bus, as cards do" for attack in ("clean", "pgd_8")
@@ -352,7 +354,7 @@ def test_a_matrix_of_one_cell_raises_its_error(tmp_path: Path, monkeypatch: pyte
     def defend(images: torch.Tensor, **more: object) -> None:
         raise MemoryError("too much")
 
-    monkeypatch.setattr(matrix.defenses["jpeg"], "defend", defend)
+    monkeypatch.setattr(matrix.targets["jpeg"].defense, "defend", defend)
     with pytest.raises(MemoryError, match="too much"):
         run(matrix)
 
@@ -381,9 +383,9 @@ def test_two_processes_share_the_chunks_also_inside_a_slurm_job(
 def test_a_surrogate_guides_the_defence_and_the_victim_decides(tmp_path: Path, finished: Matrix) -> None:
     settings = (*few("jpeg", "paper"), "victim@surrogate=digits_cnn", "surrogate.seed=5")
     matrix = prepare(typed_matrix(*settings), tmp_path)
-    asked = matrix.defenses["paper"].victim
-    assert asked is not matrix.victim
-    assert any(not torch.equal(a, b) for a, b in zip(asked.parameters(), matrix.victim.parameters(), strict=True))
+    asked, victim = matrix.targets["paper"].defense.victim, matrix.targets["paper"].victim
+    assert asked is not victim
+    assert any(not torch.equal(a, b) for a, b in zip(asked.parameters(), victim.parameters(), strict=True))
     same, other = (m.cell("pgd_8", "paper") for m in (matrix, finished))
     assert same.attack_key == other.attack_key
     assert same.key != other.key
@@ -401,9 +403,9 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
     )
     matrix = prepare(typed_matrix(*few("paper", "jpeg"), *more), tmp_path / "run")
     plain = prepare(typed_matrix(*few("paper", "jpeg"), *more[2:]), tmp_path / "run")
-    assert matrix.defenses["paper"].trainer == {"profiler": "simple"}
+    assert matrix.targets["paper"].defense.trainer == {"profiler": "simple"}
     # Callbacks may change a fit: it is neither taken from a shared store nor stored there.
-    assert (matrix.defenses["paper"].store, plain.defenses["paper"].store) == (None, plain.store)
+    assert (matrix.targets["paper"].defense.store, plain.targets["paper"].defense.store) == (None, plain.store)
     assert matrix.cell("pgd_8", "paper").key != plain.cell("pgd_8", "paper").key
     seen = []
 
@@ -411,7 +413,7 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
         seen.append([type(callback).__name__ for callback in callbacks])
         return defense.__class__.defend(defense, images, callbacks=callbacks, **rest)
 
-    defense = matrix.defenses["paper"]
+    defense = matrix.targets["paper"].defense
     object.__setattr__(defense, "defend", defend)
     assert run(matrix) == []
     assert seen == [["FitProgress", "Timer"]]

@@ -8,18 +8,8 @@ from torch import nn
 
 from dipguard.data import load_data
 from dipguard.decision import quality
-from dipguard.evaluation.metrics import BATCH, accuracy, decide, psnr, similarity, wilson
+from dipguard.evaluation.metrics import BATCH, decide, psnr, similarity, wilson
 from dipguard.victims import build_victim
-
-
-def test_accuracy_is_the_share_of_right_decisions() -> None:
-    assert accuracy(torch.tensor([1, 2, 3, 4]), torch.tensor([1, 2, 0, 4])) == 0.75
-
-
-@pytest.mark.parametrize(("decisions", "labels"), [([1, 2], [1]), ([], []), ([[1]], [[1]])])
-def test_accuracy_of_nothing_comparable_is_refused(decisions: list[int], labels: list[int]) -> None:
-    with pytest.raises(ValueError, match="must be of one shape"):
-        accuracy(torch.tensor(decisions), torch.tensor(labels))
 
 
 @pytest.mark.parametrize("count", [1, 7, 32, 1000])
@@ -59,15 +49,9 @@ def test_psnr_of_each_image_alone() -> None:
     assert psnr(clean, clean).tolist() == [math.inf] * len(clean)
 
 
-@pytest.mark.parametrize("figure", [similarity, psnr])
-def test_different_shapes_are_refused(figure: object) -> None:
-    with pytest.raises(ValueError, match="must have one shape"):
-        figure(torch.zeros(1, 3, 16, 16), torch.zeros(2, 3, 16, 16))
-
-
 def test_decisions_do_not_depend_on_batches() -> None:
     victim: nn.Module = build_victim("digits_cnn", progress=False)
     digits = load_data("digits", limit=BATCH + 5)
     together = decide(victim, digits.images)
     assert torch.equal(together, torch.cat([decide(victim, image[None]) for image in digits.images]))
-    assert accuracy(together, digits.labels) > 0.9
+    assert (together == digits.labels).double().mean() > 0.9

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from dipguard.defenses import build_defense
-from dipguard.evaluation import prepare, run, runner
+from dipguard.evaluation import runner
 from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.curves import Row
+from dipguard.evaluation.plan import prepare
+from dipguard.evaluation.runner import run
 from tests import tiny_run
 from tests.tiny_run import typed_config
 
@@ -25,7 +27,8 @@ def test_the_result_is_what_the_defence_gives_by_itself(tmp_path: Path) -> None:
     assert run(matrix) == []
     (result,) = matrix.results["pgd", "paper"]
     options = {name: value for name, value in config.defenses["paper"].items() if name != "name"}
-    alone = build_defense("paper", matrix.victim, seed=config.seed, **{**options, "stack_size": 32}, progress=False)
+    victim, options["stack_size"] = matrix.targets["paper"].victim, 32
+    alone = build_defense("paper", victim, seed=config.seed, **options, progress=False)
     direct = alone.defend(matrix.attacked("pgd", "paper"), indices=matrix.clean.indices)
     images = matrix.reconstructions("pgd", "paper")
     assert torch.allclose(images.double(), direct.reconstructions.double(), atol=1e-5)

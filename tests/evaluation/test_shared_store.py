@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dipguard.evaluation import run
+from dipguard.evaluation.runner import run
 from tests.store.parts import list_entries
 from tests.tiny_matrix import tiny_matrix
 from tests.tiny_run import tiny_run

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from dipguard.attacks import ATTACKS
-from dipguard.evaluation import Matrix, prepare, run, write_results
 from dipguard.evaluation.cell import fitting_options
+from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
-from dipguard.evaluation.results import suite_results, worst_case
+from dipguard.evaluation.plan import prepare
+from dipguard.evaluation.results import suite_results, worst_case, write_results
+from dipguard.evaluation.runner import run
 from dipguard.victims import build_victim
 from tests.store.parts import list_entries
 from tests.tiny_matrix import typed_matrix
@@ -76,9 +78,9 @@ def test_figures_are_those_of_the_attacked_images_behind_the_defence(finished: M
         (result,) = finished.results[attack, "jpeg"]
         assert attacked.dtype == torch.float32
         with torch.no_grad():
-            purified = finished.defenses["jpeg"].purify(attacked, indices=finished.clean.indices)
+            purified = finished.targets["jpeg"].defense.purify(attacked, indices=finished.clean.indices)
             assert torch.equal(purified, finished.reconstructions(attack, "jpeg"))
-            read = finished.victim(purified).argmax(1)
+            read = finished.targets["none"].victim(purified).argmax(1)
         assert result.right.tolist() == (read == labels).tolist()
         eps = 64 if attack == "large_eps" else 24
         assert float((attacked - finished.clean.images).abs().max()) <= eps / 255 + 1e-6
@@ -178,7 +180,7 @@ def test_a_failure_loses_no_finished_work(tmp_path: Path) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("the card fell off the bus,\nas cards do")
 
-    hook = matrix.victim.register_forward_pre_hook(broken)
+    hook = matrix.targets["none"].victim.register_forward_pre_hook(broken)
     failed = run(matrix)
     hook.remove()
     assert [text.split(":")[0] for text in failed] == [
@@ -194,7 +196,7 @@ def test_a_failure_loses_no_finished_work(tmp_path: Path) -> None:
 
 def test_the_baseline_is_attacked_itself(finished: Matrix) -> None:
     target = finished.targets["baseline"]
-    assert target.victim is not finished.victim
+    assert target.victim is not finished.targets["none"].victim
     assert target.defense.name == "none"
     ours, theirs = (finished.attacked("transfer", label) for label in ("none", "baseline"))
     assert (ours != theirs).any()
@@ -314,7 +316,7 @@ def test_several_budgets_of_one_attack_are_a_row_each(tmp_path: Path) -> None:
     assert not (tmp_path / "checks.csv").exists()  # there is no suite
     for number, result in enumerate(matrix.results["bpda", "jpeg"]):
         attacked = matrix.attacked("bpda", "jpeg", snapshot=number)
-        purified = matrix.defenses["jpeg"].purify(attacked, indices=matrix.clean.indices)
+        purified = matrix.targets["jpeg"].defense.purify(attacked, indices=matrix.clean.indices)
         assert torch.equal(purified, matrix.reconstructions("bpda", "jpeg", snapshot=number))
         assert int(rows[2 + number]["correct"]) == int(result.right.sum())
     first, last = (matrix.attacked("bpda", "jpeg", snapshot=number) for number in (0, 1))

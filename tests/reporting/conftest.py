@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from dipguard.evaluation import Matrix, prepare, run
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.plan import prepare
+from dipguard.evaluation.runner import run
 from tests.tiny_run import TINY, typed_config
 
 

@@ -70,11 +70,6 @@ def test_panel_of_a_reconstruction_of_another_size() -> None:
     assert np.asarray(figure.axes[3].images[0].get_array()) == pytest.approx(0.9, abs=1e-5)
 
 
-def test_empty_panel_is_refused() -> None:
-    with pytest.raises(ValueError, match="`rows` must hold at least one image"):
-        draw_panel({})
-
-
 def test_long_names_are_cut() -> None:
     assert short("tench") == "tench"
     assert len(short("great white shark, Carcharodon carcharias")) == 22

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dipguard.evaluation import Matrix, run
-from dipguard.reporting import open_log, write_train_report
-from dipguard.reporting.loggers import code_state, flat_settings, run_name, wandb_mode
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.runner import run
+from dipguard.reporting.loggers import code_state, flat_settings, open_log, run_name, wandb_mode
+from dipguard.reporting.report import write_train_report
 from tests.sweeps.wandb_reader import Run, read_run
 from tests.tiny_matrix import tiny_evaluation, typed_matrix
 from tests.tiny_run import tiny_run, typed_config

@@ -14,9 +14,12 @@ import numpy as np
 import pytest
 import torch
 
-from dipguard.evaluation import Matrix, prepare, run
+from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import IMAGE_FIELDS, write_results
-from dipguard.reporting import open_log, results_text, write_matrix_report, write_train_report
+from dipguard.evaluation.runner import run
+from dipguard.reporting.loggers import open_log
+from dipguard.reporting.report import results_text, write_matrix_report, write_train_report
 from dipguard.reporting.results import COLUMNS
 from dipguard.reporting.sweep_report import MEAN
 from tests.reporting.stored_run import CHECK_FIELDS, RESULT_FIELDS
