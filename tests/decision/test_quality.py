@@ -66,7 +66,7 @@ MASK = np.array([[1, -2, 1], [-2, 4, -2], [1, -2, 1]])
 
 
 def slow_noise(image: torch.Tensor) -> float:
-    """The estimates, pixel by pixel: the mean of the colour differences, and a third of the brightness's quartile."""
+    """The estimates, pixel by pixel: the mean of the colour differences, and a quarter of the brightness's quartile."""
     red, green, blue = image.double().numpy()
 
     def filtered(plane: np.ndarray) -> list[float]:
@@ -75,7 +75,7 @@ def slow_noise(image: torch.Tensor) -> float:
         return [abs(float((MASK * plane[row : row + 3, column : column + 3]).sum())) / 6 for row, column in corners]
 
     colour = math.sqrt(math.pi / 2) * float(np.mean(filtered(red - green) + filtered(blue - green))) / math.sqrt(2)
-    return max(colour, float(np.quantile(filtered((red + green + blue) / 3), 0.25)) / norm.ppf(0.625) / 3)
+    return max(colour, float(np.quantile(filtered((red + green + blue) / 3), 0.25)) / norm.ppf(0.625) / 4)
 
 
 def test_noise_equals_the_estimates_written_out() -> None:
@@ -100,10 +100,10 @@ def test_finds_the_standard_deviation_of_independent_noise(std: float) -> None:
 def test_noise_that_the_channels_share_is_read_from_the_brightness() -> None:
     draws = torch.Generator().manual_seed(2)
     flat, noise = torch.tensor([0.3, 0.5, 0.6])[:, None, None], torch.randn(1, 48, 48, generator=draws)
-    images = torch.stack([flat.expand(3, 48, 48), flat + 9 / 255 * noise])
+    images = torch.stack([flat.expand(3, 48, 48), flat + 12 / 255 * noise])
     clean, noisy = (255 * image_noise(images)).tolist()
     assert clean == pytest.approx(0, abs=1e-6)
-    assert noisy == pytest.approx(3, rel=0.1)  # a third of it
+    assert noisy == pytest.approx(3, rel=0.1)  # a quarter of it
 
 
 def test_the_noise_of_one_image_does_not_depend_on_the_others() -> None:
