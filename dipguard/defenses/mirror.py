@@ -25,7 +25,7 @@ from dipguard.registry import check_options
 from dipguard.seeding import image_generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(networks=("medium",) * 3, T=250, t0=40, every=10, early=110, late=150, optimise_z=False),
+    "cifar10": dict(networks=("medium",) * 3, T=250, t0=80, every=10, early=110, late=150, optimise_z=False),
     "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=400, t0=100, every=25,
                      early=200, late=300, optimise_z=True),
 }  # fmt: skip
