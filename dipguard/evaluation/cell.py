@@ -13,6 +13,7 @@ from dipguard.attacks import Attack, Cost
 from dipguard.config import ATTACK_KEYS, NODE_KEYS, name_of, node_of
 from dipguard.data import ImageSet
 from dipguard.defenses import Defense
+from dipguard.defenses.dip import DIPDefense
 from dipguard.store import Entry, digest_of
 
 CLEAN, WORST, BASELINE = "clean", "worst_case", "baseline"
@@ -56,9 +57,10 @@ class Target:
     @property
     def cut(self) -> str:
         """Whether a fit is shorter than its defence's default, in words; mostly empty."""
-        node, steps = self.node or {}, self.defense.steps_per_image
+        node, steps, bare = self.node or {}, self.defense.steps_per_image, self.bare
         default = node_of("defense", node["name"]).get("T") if "name" in node else None
-        default = getattr(self.bare, "defaults", {}).get("T", default)
+        if isinstance(bare, DIPDefense) and bare.PRESETS:
+            default = bare.PRESETS[bare.preset]["T"]
         given = node.get("T")
         if not steps or default is None or given is None or given >= default:
             return ""

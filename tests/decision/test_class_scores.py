@@ -120,7 +120,8 @@ def test_where_no_sample_is_read_as_the_class_the_copies_that_are_become_the_ima
 def test_where_neither_samples_nor_copies_are_read_as_the_class_all_are_averaged():
     logits = torch.tensor([[4.0, 3.9, 0.0], [0.0, 3.9, 4.0]])  # the second class is ahead in the mean alone
     images = grey(0.2, 0.3, 0.9)
-    about = {"scores": torch.tensor([[1.0, 0, 0]]).expand(3, 3), "mirrored_logits": logits[[0, 1, 1]], "target": 1}
+    first = torch.tensor([1.0, 0, 0])
+    about = {"given_scores": first, "scores": first.expand(3, 3), "mirrored_logits": logits[[0, 1, 1]], "target": 1}
     made = stitched(images, grey(0.2)[0], weights=[0.5, 0.5, 0.0], **about)
     assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0])  # the mean is not read so: a single one
     assert torch.equal(made.image, images[0])
