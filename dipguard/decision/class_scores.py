@@ -82,9 +82,10 @@ def stitch_mirrored(
 
     :func:`class_scores` chooses the class. The image is the weighted mean of the samples that the victim reads as this
     class: Eq. 7 over another choice of images. If it reads none so, it is the mean of their mirrored copies that it
-    reads so, and if it reads none of those so either, the mean of all samples. A mean that the victim reads otherwise
-    gives way to the one of its images that scores highest. Samples of weight 0 take no part. The reasons are
-    ``class_scores``, ``mirrored_copies`` (the image is mirrored) and ``no_sample_of_class``.
+    reads so; a mean that the victim reads otherwise gives way to the one of its images that scores highest. If it reads
+    none of the copies so either, or they were only moved, which is weak evidence against all direct readings, it is the
+    mean of all samples. Samples of weight 0 take no part. The reasons are ``class_scores``, ``mirrored_copies`` (the
+    image is mirrored) and ``no_sample_of_class``.
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
@@ -108,14 +109,14 @@ def _of_class(
     own = trace.given_decision
     scores = class_scores(trace.mirrored_logits, weights=weights, own=own, own_class_weight=own_class_weight)
     target = int(scores.argmax())
-    readings = {"class_scores": trace.scores, "mirrored_copies": trace.mirrored_logits}
+    readings = {"class_scores": trace.scores} | ({"mirrored_copies": trace.mirrored_logits} if flip else {})
     found = {reason: (logits.argmax(dim=1) == target) & (weights > 0) for reason, logits in readings.items()}
     reason = next((reason for reason, read in found.items() if read.any()), "no_sample_of_class")
     used = torch.nonzero(found.get(reason, weights > 0)).flatten()
-    logits = readings.get(reason, trace.scores)[used]
     images = mirrored(trace.samples[used], flip=flip) if reason == "mirrored_copies" else trace.samples[used]
     share = (weights[used] / weights[used].sum()).to(images.dtype)
-    mean = torch.einsum("s,schw->chw", share, images).clamp(0, 1)
-    best = int(logits.softmax(dim=1)[:, target].argmax())
-    single = Reconstruction(images[best].clamp(0, 1), reason, used[best : best + 1])
-    return target, Reconstruction(mean, reason, used), single
+    mean = Reconstruction(torch.einsum("s,schw->chw", share, images).clamp(0, 1), reason, used)
+    if reason not in readings:
+        return target, mean, mean
+    best = int(readings[reason][used].softmax(dim=1)[:, target].argmax())
+    return target, mean, Reconstruction(images[best].clamp(0, 1), reason, used[best : best + 1])

@@ -105,7 +105,7 @@ class LeftEdge(nn.Module):
 
 
 @pytest.mark.parametrize("flip", [True, False])
-def test_where_no_sample_is_read_as_the_class_the_copies_that_are_become_the_image(flip):
+def test_where_no_sample_is_read_as_the_class_mirrored_copies_that_are_become_the_image(flip):
     images = grey(0.1, 0.2, 0.3)
     images[:2, :, :, 1 if flip else 2] = torch.tensor([0.7, 0.9])[:, None, None]  # comes to the left edge
     copies = mirrored(images, flip=flip)
@@ -113,8 +113,12 @@ def test_where_no_sample_is_read_as_the_class_the_copies_that_are_become_the_ima
     assert LeftEdge()(copies).argmax(1).tolist() == [1, 1, 0]
     about = {"victim": LeftEdge(), "mirrored_logits": 9 * LeftEdge()(copies), "target": 1, "flip": flip}
     made = stitched(images, grey(0.2)[0], weights=[0.25, 0.65, 0.1], **about)
-    assert (made.reason, made.used.tolist()) == ("mirrored_copies", [0, 1])
-    assert torch.allclose(made.image, (0.25 * copies[0] + 0.65 * copies[1]) / 0.9)
+    if flip:
+        assert (made.reason, made.used.tolist()) == ("mirrored_copies", [0, 1])
+        assert torch.allclose(made.image, (0.25 * copies[0] + 0.65 * copies[1]) / 0.9)
+    else:
+        assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0, 1, 2])
+        assert torch.allclose(made.image, 0.25 * images[0] + 0.65 * images[1] + 0.1 * images[2])
 
 
 def test_where_neither_samples_nor_copies_are_read_as_the_class_all_are_averaged():
@@ -123,8 +127,8 @@ def test_where_neither_samples_nor_copies_are_read_as_the_class_all_are_averaged
     first = torch.tensor([1.0, 0, 0])
     about = {"given_scores": first, "scores": first.expand(3, 3), "mirrored_logits": logits[[0, 1, 1]], "target": 1}
     made = stitched(images, grey(0.2)[0], weights=[0.5, 0.5, 0.0], **about)
-    assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0])  # the mean is not read so: a single one
-    assert torch.equal(made.image, images[0])
+    assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0, 1])
+    assert torch.allclose(made.image, grey(0.25)[0])
 
 
 def test_a_mean_that_is_read_otherwise_gives_way_to_the_sample_that_scores_highest():
