@@ -90,7 +90,7 @@ def stitch_mirrored(
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
         weights: Of each trace's samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
-        own_class_weight: See :func:`class_scores`.
+        own_class_weight: Factor, in [0, 1], of the score of the victim's class of the given image.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         flip: Whether the copies were mirrored (:func:`mirrored`).
     """

@@ -44,7 +44,8 @@ class DIPDefense(Defense):
     option is unknown or out of range; the message names it. ``fit_options`` is how each image is fitted.
 
     Args:
-        network: See :class:`~dipguard.fit.FitOptions`.
+        network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
+            :class:`~dipguard.networks.NetworkSpec`.
         stack_size: Images fitted at once, fewer once memory has run out; None takes 32 on a CPU and 256 on a GPU,
             bounded by free memory. No image's result depends on it (in exact arithmetic; but for the native engine,
             Adam amplifies rounding).

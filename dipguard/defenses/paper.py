@@ -35,9 +35,20 @@ class DIPGuard(DIPDefense):
     have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022).
 
     Args:
-        T, decisions, every, N, scores, keep_samples: See :class:`~dipguard.fit.DecideOptions`.
-        tau, t0, K, beta, rule, t0_unit, divide_by: See :class:`~dipguard.fit.StitchOptions`.
+        T: Optimiser steps.
+        tau: Quality threshold of Eq. 3, in [0, 1].
+        t0: Warm-up of Eq. 3.
+        K: Number of on-boundary images that are stitched.
+        beta: Step size of Eq. 6, at least 0.
+        decisions: Number of reconstructions along the fit that the victim classifies; more than T means every step.
+        every: Distance between those in steps, instead of their number.
+        N: Sections of the grid of Eq. 5.
         K_max: Largest K that the traces can be stitched with, at least K; None takes the larger of K and 25.
+        scores: ``logits`` or ``probabilities`` (Eq. 5).
+        rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).
+        t0_unit: ``steps`` or ``samples``.
+        divide_by: ``found`` or ``K`` (Eq. 7 with fewer than K crossings).
+        keep_samples: Keep all sampled reconstructions in the traces.
         store: Folder of fits made earlier (:mod:`dipguard.store`), which other values of tau, t0, K, beta and T, and
             other victims, use again. Traces in the result are then shared and must not be changed.
         store_T: Other values of T that a fit made for the store is to serve.

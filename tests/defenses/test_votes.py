@@ -1,4 +1,4 @@
-"""The majority vote over several purifications of an image, against a literal form; and seeds that nobody knows."""
+"""The majority vote over several purifications of an image, against a literal form; and seeds drawn at random."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_bad_votes_are_refused(
 
 
 @pytest.mark.parametrize("name", ["paper", "mirror", "dip_fixed"])
-def test_without_a_seed_the_draws_are_known_to_nobody_and_can_be_repeated(
+def test_without_a_seed_each_defence_draws_its_own_which_can_be_used_again(
     small_images: Tensor, small_victim: nn.Module, name: str
 ) -> None:
     options = {"progress": False, **TINY[name]}
