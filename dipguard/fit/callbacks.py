@@ -154,9 +154,9 @@ class BoundaryDetector(pl.Callback):
     are dropped before that, because no replay can select them. The thresholds tau and t0 of Eq. 3 are not applied here
     but in the stitch, so that a trace serves all of them. ``seconds`` is the time spent here.
 
-    ``victim`` takes [n, 3, H, W] in [0, 1] and returns logits [n, C]; ``N``, at least 1, are the sections
-    of the grid of Eq. 5, and ``scores`` its f_c, ``logits`` or ``probabilities``. TypeError or ValueError if one is out of range, or the module is no
-    StackedDIP; RuntimeError without a DecisionLogger before this callback.
+    ``victim`` takes [n, 3, H, W] in [0, 1] and returns logits [n, C]; ``N``, at least 1, are the sections of the grid
+    of Eq. 5, and ``scores`` its f_c, ``logits`` or ``probabilities``. TypeError or ValueError if one is out of range,
+    or the module is no StackedDIP; RuntimeError without a DecisionLogger before this callback.
     """
 
     def __init__(self, victim: nn.Module, *, N: int = 10, scores: str = "logits") -> None:
