@@ -118,6 +118,7 @@ def plain_fit(
     lr: float = 0.01,
     noise: list[Tensor] | None = None,
     optimise_z: bool = False,
+    tolerance: float = 0.0,
 ) -> list[Tensor]:
     """Lines 2-8 of Algorithm 1 on one image, for ``steps`` steps.
 
@@ -129,6 +130,7 @@ def plain_fit(
         lr: Adam's learning rate.
         noise: What is added to z at each step, ``steps`` tensors of z's shape; nothing by default.
         optimise_z: Let Adam change z too (a copy of it), under whatever noise is added.
+        tolerance: Errors of a pixel up to it cost nothing, and larger ones what exceeds it, squared.
 
     Returns:
         x(0) ... x(steps - 1), each [1, 3, H, W].
@@ -139,7 +141,7 @@ def plain_fit(
     for t in range(steps):
         optimiser.zero_grad()
         x = net(z if noise is None else z + noise[t])
-        F.mse_loss(x, image).backward()
+        F.softshrink(x - image, tolerance).square().mean().backward()
         optimiser.step()
         trace.append(x.detach())
     return trace

@@ -25,9 +25,10 @@ from dipguard.registry import check_options
 from dipguard.seeding import image_generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(networks=("medium",) * 3, T=250, t0=80, every=10, early=110, late=150, optimise_z=False),
-    "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=400, t0=100, every=25,
-                     early=200, late=300, optimise_z=True),
+    "cifar10": dict(networks=("medium",) * 3, T=250, t0=80, every=10, early=110, late=150, dead_zone=0.0,
+                    optimise_z=False),
+    "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=600, t0=200, every=25,
+                     early=350, late=450, dead_zone=2.5, optimise_z=True),
 }  # fmt: skip
 """Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
@@ -73,7 +74,7 @@ class MirrorGuard(DIPDefense):
     OPTIONS: ClassVar[tuple[str, ...]] = (
         "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "mirror",
     )  # fmt: skip
-    FIT: ClassVar[dict[str, Any]] = {"optimise_z": None}
+    FIT: ClassVar[dict[str, Any]] = {"dead_zone": None, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     def __init__(
@@ -104,7 +105,7 @@ class MirrorGuard(DIPDefense):
         if isinstance(values["networks"], str) or not values["networks"]:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         own: dict[str, Any] = {"votes": votes, "stack_size": stack_size, "progress": progress, "trainer": trainer}
-        fit |= {} if fit.get("optimise_z") is not None else {"optimise_z": values["optimise_z"]}
+        fit |= {option: values[option] for option in self.FIT if fit.get(option) is None}
         super().__init__(victim, network=values["networks"][0], seed=seed, **own, **fit)
         self.fits = tuple(
             replace(self.fit_options, network=network, seed=_seed_of(self.seed, number))

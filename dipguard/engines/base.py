@@ -31,6 +31,19 @@ class Step(NamedTuple):
     errors: Tensor  # mean squared error of each image, [B], detached
 
 
+def fit_errors(x: Tensor, given: Tensor, tolerance: Tensor | None) -> Tensor:
+    """Mean squared error of each image, [B], of x and x0 [B, 3, H, W].
+
+    Of an image with a tolerance in ``tolerance`` [B], smaller errors of a pixel count as 0, and larger ones as what
+    exceeds it.
+    """
+    difference = x - given
+    if tolerance is not None:
+        width = tolerance[:, None, None, None]
+        difference = difference - difference.clamp(-width, width)
+    return difference.square().flatten(1).mean(dim=1)
+
+
 class Engine(ABC):
     """Computes the fit step of a stack.
 
@@ -53,20 +66,21 @@ class Engine(ABC):
 class TorchEngine(Engine):
     """Torch's operations and autograd, one grouped convolution per layer; runs every network on every device.
 
-    ``given`` is x0, [B, 3, H, W], in the network's dtype.
+    ``given`` is x0, [B, 3, H, W], in the network's dtype, ``tolerance`` that of `fit_errors`.
     """
 
     name = "torch"
 
-    def __init__(self, net: StackedSkipNet, given: Tensor) -> None:
+    def __init__(self, net: StackedSkipNet, given: Tensor, *, tolerance: Tensor | None = None) -> None:
         self.net = net
         self.given = given
+        self.tolerance = tolerance
         net.set_layout(channels_last=given.device.type == "cpu")
 
     def step(self, z: Tensor) -> Step:
         """One pass; the backward pass is autograd's."""
         x = self.net(z)
-        errors = (x - self.given).square().flatten(1).mean(dim=1)
+        errors = fit_errors(x, self.given, self.tolerance)
         return Step(errors.sum(), x, errors.detach())
 
 
@@ -110,6 +124,7 @@ def make_engine(
     given: Tensor,
     *,
     steps: int,
+    tolerance: Tensor | None = None,
     z_gradient: bool = False,
     matmul_precision: str = "float32",
     differentiable: bool = False,
@@ -123,6 +138,7 @@ def make_engine(
             for fits of at least 100 steps native on a CPU, where it can run, and on an NVIDIA GPU the faster one of
             torch and cuda_graph (:func:`~dipguard.engines.cuda_graph.fastest_engine`); otherwise torch. The results of
             engines differ by rounding, which Adam amplifies.
+        tolerance: Half widths of the loss's dead zones, [B], at least 0 (:class:`~dipguard.fit.FitOptions`).
         z_gradient: The loss's ``backward()`` must give z a gradient.
         matmul_precision: :func:`precision`; ``tf32`` and ``bfloat16`` need the engine ``torch`` or ``cuda_graph``.
         differentiable: Gradients must flow through the reconstructions; ``auto`` is then torch.
@@ -146,21 +162,21 @@ def make_engine(
 
         plain: dict[str, Any] = {"convolutions": ("grouped",), "normalisations": ("torch",), "capture": False}
         options = {"z_gradient": z_gradient, "matmul_precision": matmul_precision, **({} if graph else plain)}
-        return CudaGraphEngine(net, given, **options)
+        return CudaGraphEngine(net, given, tolerance=tolerance, **options)
     device = given.device.type
     if name == "torch" or differentiable or (name == "auto" and (steps < SHORT or device not in ("cpu", "cuda"))):
-        return TorchEngine(net, given)
+        return TorchEngine(net, given, tolerance=tolerance)
     if name == "auto" and device == "cuda":
         from dipguard.engines.cuda_graph import fastest_engine
 
-        return fastest_engine(net, given, z_gradient=z_gradient)
+        return fastest_engine(net, given, tolerance=tolerance, z_gradient=z_gradient)
     try:
-        return NativeEngine(net, given, z_gradient=z_gradient)
+        return NativeEngine(net, given, tolerance=tolerance, z_gradient=z_gradient)
     except (BuildError, UnsupportedError) as problem:
         if name == "native":
             raise ValueError(f"`engine` 'native' cannot be used here: {problem}") from problem
         say_once(f"the engine 'native' cannot be used, torch's takes its place: {problem}")
-        return TorchEngine(net, given)
+        return TorchEngine(net, given, tolerance=tolerance)
 
 
 @cache

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from dipguard.cache import cache_folder
-from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, precision, say_once
+from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, fit_errors, precision, say_once
 from dipguard.engines.kernel_choice import BUDGET, choose_kernels, layer_shapes, use_kernels
 from dipguard.files import read_json, write_json
 from dipguard.networks import StackedSkipNet
@@ -37,10 +37,11 @@ class CudaGraphEngine(Engine):
     loss's ``backward()`` hands over gradients that have been computed already.
 
     ``net`` and ``given`` (x0, [B, 3, H, W], copied) are of one dtype and on one CUDA device, or on any device without
-    ``capture``, which runs the step eagerly (``name`` is then ``torch``). ``convolutions`` and ``normalisations`` are
-    the candidates of :func:`~dipguard.engines.kernel_choice.choose_kernels`; ``choice`` is the kernel of each layer.
-    ValueError if images and network do not match, or for an unknown name; RuntimeError for ``capture`` without a CUDA
-    device, or if no candidate works for some layer.
+    ``capture``, which runs the step eagerly (``name`` is then ``torch``); so is ``tolerance`` [B], if there is one
+    (`fit_errors`). ``convolutions`` and ``normalisations`` are the candidates of
+    :func:`~dipguard.engines.kernel_choice.choose_kernels`; ``choice`` is the kernel of each layer. ValueError if images
+    and network do not match, or for an unknown name; RuntimeError for ``capture`` without a CUDA device, or if no
+    candidate works for some layer.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class CudaGraphEngine(Engine):
         net: StackedSkipNet,
         given: Tensor,
         *,
+        tolerance: Tensor | None = None,
         z_gradient: bool = False,
         matmul_precision: str = "float32",
         convolutions: Collection[str] | None = None,
@@ -67,6 +69,7 @@ class CudaGraphEngine(Engine):
         with torch.inference_mode(False):
             net.set_layout(channels_last=given.device.type == "cpu")
             self.given = given.detach().clone()
+            self.tolerance = None if tolerance is None else tolerance.detach().clone()
             self.z = given.new_zeros(len(given), net.spec.input_depth, *given.shape[-2:]).requires_grad_(z_gradient)
             self._handle = given.new_zeros((), requires_grad=True)
         with precision(matmul_precision, given.device):
@@ -107,7 +110,7 @@ class CudaGraphEngine(Engine):
     def _run(self) -> tuple[Tensor, Tensor, list[Tensor]]:
         with torch.inference_mode(False), torch.enable_grad(), precision(self.matmul_precision, self.given.device):
             x = self.net(self.z).to(self.given.dtype)
-            errors = (x - self.given).square().flatten(1).mean(dim=1)
+            errors = fit_errors(x, self.given, self.tolerance)
             # Not ``backward()``: this gives new tensors in the graph's own memory, and nothing has to be zeroed.
             gradients = torch.autograd.grad(errors.sum(), self._wanted)
         return x.detach(), errors.detach(), list(gradients)
@@ -128,7 +131,9 @@ class CudaGraphEngine(Engine):
         self._graph = graph
 
 
-def fastest_engine(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> Engine:
+def fastest_engine(
+    net: StackedSkipNet, given: Tensor, *, tolerance: Tensor | None = None, z_gradient: bool = False
+) -> Engine:
     """Torch's engine or the CUDA graph, whichever takes less time a step (`engine_times`); the log says which and why.
 
     Arguments are those of `CudaGraphEngine`. On a CPU the step is not recorded.
@@ -137,7 +142,7 @@ def fastest_engine(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = Fal
     name = min(times, key=times.__getitem__)
     found = ", ".join(f"{engine} {1000 * seconds:.2f} ms" for engine, seconds in times.items())
     say_once(f"fits of {len(given)} images at once: engine {name} (a step with {found})", level=logging.INFO)
-    return _engine(name, net, given, z_gradient=z_gradient)
+    return _engine(name, net, given, tolerance=tolerance, z_gradient=z_gradient)
 
 
 def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> dict[str, float]:
@@ -211,10 +216,12 @@ def _are(found: Any, kind: type, names: Collection[str]) -> bool:
     return isinstance(found, dict) and found.keys() == set(names) and all(type(v) is kind for v in found.values())
 
 
-def _engine(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> Engine:
+def _engine(
+    name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool, tolerance: Tensor | None = None
+) -> Engine:
     if name == "torch":
-        return TorchEngine(net, given)
-    return CudaGraphEngine(net, given, z_gradient=z_gradient, capture=given.is_cuda)
+        return TorchEngine(net, given, tolerance=tolerance)
+    return CudaGraphEngine(net, given, tolerance=tolerance, z_gradient=z_gradient, capture=given.is_cuda)
 
 
 def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> float:

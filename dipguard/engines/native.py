@@ -31,14 +31,16 @@ class NativeEngine(Engine):
     """Forward and backward pass in C++ (CPU, float32 or float64).
 
     All weights move into one flat parameter, [B, P]; the network's own parameters become views of it, so that they
-    follow the fit. ``given`` is x0, [B, 3, H, W], in the network's dtype; with ``z_gradient`` the loss's backward pass
-    also gives z a gradient. UnsupportedError for a device, dtype or network that the engine cannot run, BuildError if
-    it cannot be compiled here.
+    follow the fit. ``given`` is x0, [B, 3, H, W], in the network's dtype; ``tolerance`` [B] has the half widths of the
+    loss's dead zones, none by default; with ``z_gradient`` the loss's backward pass also gives z a gradient.
+    UnsupportedError for a device, dtype or network that the engine cannot run, BuildError if it cannot be compiled.
     """
 
     name = "native"
 
-    def __init__(self, net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> None:
+    def __init__(
+        self, net: StackedSkipNet, given: Tensor, *, tolerance: Tensor | None = None, z_gradient: bool = False
+    ) -> None:
         if given.device.type != "cpu" or given.dtype not in DTYPES:
             raise UnsupportedError(f"it needs float32 or float64 on a CPU, got {given.dtype} on {given.device.type}")
         height, width = given.shape[-2:]
@@ -47,6 +49,7 @@ class NativeEngine(Engine):
         self.z_gradient = z_gradient
         self.library = library(DTYPES[given.dtype])
         self.given = given.contiguous()
+        self.tolerance = given.new_zeros(len(given)) if tolerance is None else tolerance.to(given).contiguous()
         (self.eps,) = {module.eps for module in net.modules() if isinstance(module, StackedNorm2d | StackedJoin2d)}
         flat = given.new_zeros(len(given), self.plan.parameters)
         for parameter, view in _views(net, self.plan, flat):
@@ -79,7 +82,7 @@ class NativeEngine(Engine):
         spare = len(z) % self.threads > 0
         start = time.perf_counter()
         program = self._frames, self._program, self._length
-        images = z, z[0].numel(), self.given, self.given[0].numel()
+        images = z, z[0].numel(), self.given, self.given[0].numel(), self.tolerance
         weights = self.flat, self.gradient, self.plan.parameters
         made = reconstructions, errors, z_gradient, self.workspaces, self.plan.room
         how = len(z), self.threads, int(spare and self.team_choice.teams)

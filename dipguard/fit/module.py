@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dipguard.checks import Indices, check_images, check_indices, check_int
 from dipguard.decision import DecisionTrace, needed_for_replay
+from dipguard.decision.quality import image_noise
 from dipguard.engines import Engine, make_engine
 from dipguard.engines.jitter_feed import JitterFeed
 from dipguard.fit.options import FitOptions
@@ -63,6 +64,7 @@ class StackedDIP(pl.LightningModule):
 
     given: Tensor
     z: Tensor
+    tolerance: Tensor | None
 
     def __init__(
         self,
@@ -84,6 +86,7 @@ class StackedDIP(pl.LightningModule):
         else:
             self.register_buffer("z", z, persistent=False)
         self.register_buffer("given", images.detach().to(z.dtype).clone(), persistent=False)
+        self.register_buffer("tolerance", tolerance_of(self.given, options=options), persistent=False)
         self.step = 0
         self.trace: StackTrace | None = None
         self._engine: Engine | None = None
@@ -176,6 +179,7 @@ class StackedDIP(pl.LightningModule):
                     raise ValueError(f"{needs} `engine` 'auto' or 'torch', got {name!r}")
                 name = "torch"
         how: dict[str, Any] = {"z_gradient": options.optimise_z, "matmul_precision": options.matmul_precision}
+        how["tolerance"] = self.tolerance
         return make_engine(name, self.net, self.given, steps=steps, differentiable=self._adds_to_the_loss, **how)
 
     def _epoch_length(self) -> int:
@@ -228,6 +232,11 @@ def init_networks(
     shape = (net.spec.input_depth, height, width)
     z = draw_z(shape, indices=order, seed=options.seed, kind=options.z, scale=options.scale_of_z)
     return order, net, z.to(dtype)
+
+
+def tolerance_of(given: Tensor, *, options: FitOptions) -> Tensor | None:
+    """Half widths of the dead zones of the loss of B images x0 [B, 3, H, W], [B]; None without dead zones."""
+    return (options.dead_zone * image_noise(given)).to(given.dtype) if options.dead_zone > 0 else None
 
 
 class Sample(NamedTuple):

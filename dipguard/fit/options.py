@@ -32,6 +32,9 @@ class FitOptions:
         dtype: ``float32`` or ``float64``.
         engine: What computes a step, ``auto``, ``torch``, ``native`` or ``cuda_graph``
             (:func:`dipguard.engines.make_engine`).
+        dead_zone: Errors of a pixel up to this many times the noise of its image
+            (:func:`~dipguard.decision.quality.image_noise`) cost nothing, and larger ones what exceeds it, squared. At
+            least 0, which gives the mean squared error of Eq. 2.
         optimise_z: Optimise z together with the weights, as Dai et al. 2020 (DIPDefend) do; Ding et al. keep z fixed.
         matmul_precision: ``float32``, or ``tf32`` or ``bfloat16`` for convolutions with the engines ``torch`` and
             ``cuda_graph`` (:func:`dipguard.engines.precision`). The last two change results.
@@ -47,6 +50,7 @@ class FitOptions:
     lr: float = 0.01
     dtype: str = "float32"
     engine: str = "auto"
+    dead_zone: float = 0.0
     optimise_z: bool = False
     matmul_precision: str = "float32"
 
@@ -68,6 +72,7 @@ class FitOptions:
             raise ValueError(
                 f"`matmul_precision` {self.matmul_precision!r} needs `dtype` 'float32', got {self.dtype!r}"
             )
+        check_float(self.dead_zone, name="dead_zone", low=0.0)
         check_bool(self.optimise_z, name="optimise_z")
 
     @property
@@ -83,8 +88,10 @@ class FitOptions:
         return self.spec.z_scale if self.z_scale is None else self.z_scale
 
     def as_settings(self) -> dict[str, Any]:
-        """The options as JSON values, with ``z_scale`` resolved."""
+        """The options as JSON values, with ``z_scale`` resolved, and ``dead_zone`` only where there is one."""
         settings = {**asdict(self), "z_scale": self.scale_of_z}
+        if self.dead_zone == 0:  # fits that were stored before there were dead zones stay valid
+            del settings["dead_zone"]
         if not isinstance(self.network, str):
             spec = asdict(self.network)
             settings["network"] = {key: list(v) if isinstance(v, tuple) else v for key, v in spec.items()}

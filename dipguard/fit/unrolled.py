@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.func import functional_call
 
 from dipguard.checks import Indices, check_float, check_images, check_int
-from dipguard.fit.module import init_networks
+from dipguard.engines.base import fit_errors
+from dipguard.fit.module import init_networks, tolerance_of
 from dipguard.fit.options import FitOptions
 from dipguard.fit.runner import isolated_trainer
 from dipguard.seeding import Jitter
@@ -49,6 +50,7 @@ def unrolled_fit(
         given = (images if differentiable else images.detach().clone()).to(getattr(torch, fit.dtype))
         order, net, z = init_networks(given, indices, options=fit)
         net, z = net.to(given.device), z.to(given)
+        tolerance = tolerance_of(given, options=fit)
         names = [name for name, _ in net.named_parameters()]
         values = [parameter.detach().clone().requires_grad_() for parameter in net.parameters()]
         values += [z.clone().requires_grad_()] if fit.optimise_z else []
@@ -60,7 +62,7 @@ def unrolled_fit(
             entered = seed if jitter is None else jitter.next(seed)
             x: Tensor = functional_call(net, dict(zip(names, values, strict=False)), (entered,))
             if t < T - 1:
-                loss = (x - given).square().flatten(1).mean(dim=1).sum()
+                loss = fit_errors(x, given, tolerance).sum()
                 gradients = torch.autograd.grad(loss, values, create_graph=differentiable)
                 for i, gradient in enumerate(gradients):
                     moments[i] = _moved(*moments[i], gradient)

@@ -55,10 +55,11 @@ def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
     defense, wanted = MirrorGuard(small_victim, preset=preset), PRESETS[preset]
     assert [fit.network for fit in defense.fits] == list(wanted["networks"])
     assert {name: getattr(defense, name) for name in ("T", "t0", "every", "early", "late")}.items() <= wanted.items()
-    assert {fit.optimise_z for fit in defense.fits} == {preset == "imagenet"}
+    assert {(fit.optimise_z, fit.dead_zone) for fit in defense.fits} == {(wanted["optimise_z"], wanted["dead_zone"])}
     changed = MirrorGuard(small_victim, preset=preset, T=300, early=None, optimise_z=None)
     assert (changed.T, changed.early, changed.fits[0].optimise_z) == (300, defense.early, preset == "imagenet")
-    assert not MirrorGuard(small_victim, preset=preset, optimise_z=False).fits[0].optimise_z
+    fit = MirrorGuard(small_victim, preset=preset, optimise_z=False, dead_zone=1.0).fits[0]
+    assert (fit.optimise_z, fit.dead_zone) == (False, 1.0)
 
 
 def test_the_image_is_what_its_trace_says(small_images, small_victim):

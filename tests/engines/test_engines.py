@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dipguard.engines import Engine, TorchEngine, make_engine
+from dipguard.engines.base import fit_errors
 from dipguard.engines.cuda_graph import CudaGraphEngine
 from dipguard.engines.native_build import compiler
 from dipguard.networks import build
@@ -30,17 +31,29 @@ def fit(engine: Engine, z: Tensor, *, steps: int) -> list[Tensor]:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("z_gradient", [False, True])
-def test_the_graph_s_engine_does_what_torch_s_does(z_gradient: bool, device: str) -> None:
+@pytest.mark.parametrize("dead", [None, [0.0, 0.1, 0.4]])
+def test_the_graph_s_engine_does_what_torch_s_does(dead: list[float] | None, z_gradient: bool, device: str) -> None:
+    tolerance = None if dead is None else torch.tensor(dead, dtype=torch.float64, device=device)
     given, z = torch.rand(3, 3, 17, 18, dtype=torch.float64), torch.rand(3, 4, 17, 18, dtype=torch.float64)
     results = []
     for kind in (TorchEngine, CudaGraphEngine):
         net = build("small", stack_size=3, dtype=torch.float64).to(device)
         options = {} if kind is TorchEngine else {"z_gradient": z_gradient, "capture": device == "cuda"}
-        engine = kind(net, given.to(device), **options)
+        engine = kind(net, given.to(device), tolerance=tolerance, **options)
         results.append(fit(engine, z.to(device, copy=True).requires_grad_(z_gradient), steps=4))
     # All are compared after the last step: none may have been overwritten by a later one.
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
+
+
+def test_errors_within_the_tolerance_cost_nothing_and_others_what_exceeds_it() -> None:
+    x, given, tolerance = torch.rand(3, 3, 4, 5), torch.rand(3, 3, 4, 5), torch.tensor([0.0, 0.2, 2.0])
+    errors = fit_errors(x, given, tolerance).tolist()
+    for b, most in enumerate(tolerance.tolist()):
+        each = [max(abs(float(d)) - most, 0.0) ** 2 for d in (x[b] - given[b]).flatten()]
+        assert errors[b] == pytest.approx(sum(each) / len(each), rel=1e-5)
+    assert errors[2] == 0 < errors[1] < errors[0] == pytest.approx(float((x[0] - given[0]).square().mean()))
+    assert torch.equal(fit_errors(x, given, None), fit_errors(x, given, torch.zeros(3)))
 
 
 @pytest.mark.parametrize("name", ["torch", "graph", "native"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.plain_loop import PlainSkipNet, plain_fit
+from dipguard.decision.quality import image_noise
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.networks import PRESETS, NetworkSpec
 from dipguard.seeding import image_generator
@@ -80,6 +81,23 @@ def test_a_stack_equals_the_plain_loop(
         torch.testing.assert_close(seen[:1, b : b + 1], torch.stack(trace[:1]), rtol=0, atol=1e-13)
         torch.testing.assert_close(seen[:, b : b + 1], torch.stack(trace), rtol=0, atol=tolerance)
     assert float((seen[-1] - seen[0]).abs().mean()) > 0.01
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NATIVE)])
+def test_a_stack_with_dead_zones_equals_the_plain_loop(images: Tensor, engine: str) -> None:
+    options: dict[str, Any] = {"network": "small", "padding": "zeros", "dead_zone": 3.0, "engine": engine}
+    seen, module = fit(images[:2], [5, 2], 12, **options)
+    fresh = StackedDIP(images[:2], indices=[5, 2], options=FitOptions(dtype="float64", **options))
+    without, _ = fit(images[:2], [5, 2], 12, **{**options, "dead_zone": 0.0})
+    assert module.tolerance is not None
+    torch.testing.assert_close(module.tolerance, 3 * image_noise(images[:2]))
+    assert float((seen[-1] - without[-1]).abs().mean()) > 1e-4
+    for b in range(2):
+        plain = PlainSkipNet(fresh.net.spec, padding="zeros").double()
+        plain.copy_from(fresh.net, b)
+        made = {"steps": 12, "tolerance": float(module.tolerance[b])}
+        trace = plain_fit(plain, images[b : b + 1].double(), fresh.z[b : b + 1], **made)
+        torch.testing.assert_close(seen[:, b : b + 1], torch.stack(trace), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize(

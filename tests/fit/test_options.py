@@ -39,6 +39,11 @@ def test_settings_are_json_values_with_z_scale_resolved() -> None:
     assert FitOptions(z_scale=0.5).as_settings()["z_scale"] == 0.5
 
 
+def test_a_dead_zone_is_a_setting_only_where_there_is_one() -> None:
+    assert "dead_zone" not in FitOptions().as_settings()  # or fits stored by earlier versions would be made again
+    assert FitOptions(dead_zone=2.5).as_settings()["dead_zone"] == 2.5
+
+
 def test_kept_images_are_counted() -> None:
     assert DecideOptions(K_max=4).images_kept == 20
     assert DecideOptions(K_max=4, T=50, keep_samples=True).images_kept == 20 + 50
@@ -50,6 +55,7 @@ def test_kept_images_are_counted() -> None:
         ({"network": "tiny"}, ValueError, "`network` must be one of"),
         ({"z": "normal"}, ValueError, "`z` must be one of uniform, gaussian, got 'normal'"),
         ({"z_scale": 0.0}, ValueError, "`z_scale` must be above 0"),
+        ({"dead_zone": -1}, ValueError, "`dead_zone` must be finite and at least 0, got -1"),
         ({"jitter": -0.1}, ValueError, "`jitter` must be finite and at least 0, got -0.1"),
         ({"lr": 0.0}, ValueError, "`lr` must be above 0"),
         ({"dtype": "float16"}, ValueError, "`dtype` must be one of float32, float64, got 'float16'"),

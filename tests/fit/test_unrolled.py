@@ -14,8 +14,9 @@ FITS = pytest.mark.parametrize(
         FitOptions(network="small", dtype="float64", seed=1, lr=0.02),
         FitOptions(network="small", dtype="float64", z="gaussian", z_scale=0.5, init="xavier", jitter=0.1),
         FitOptions(network=SMALL, dtype="float64", jitter=0.05, optimise_z=True),
+        FitOptions(network=SMALL, dtype="float64", dead_zone=2.0),
     ],
-    ids=["dipguard", "paper", "other readings", "jittered z"],
+    ids=["dipguard", "paper", "other readings", "jittered z", "dead zone"],
 )
 
 

@@ -43,6 +43,7 @@ struct Instruction {
 struct Image {
     const REAL* z;      // [depth][height][width]
     const REAL* given;  // [3][height][width]
+    REAL tolerance;     // errors up to it cost nothing
     const REAL* weights;
     REAL* gradient;
     REAL* reconstruction;  // [3][height][width]
@@ -58,20 +59,24 @@ INLINE void visit_rows(const Frame& f, Part rows, REAL* workspace, Visit visit) 
             for (index_t x = 0; x < f.width; x++) visit((c * f.height + y) * f.width + x, *(f.at(workspace, y, x) + c));
 }
 
+INLINE REAL beyond(REAL difference, REAL tolerance) {
+    return difference > tolerance ? difference - tolerance : difference < -tolerance ? difference + tolerance : REAL(0);
+}
+
 // Sigmoid; replaces the frame by the mean squared error's gradient with respect to it.
 static void reconstruct(const Frame& f, const Image& image, REAL* workspace, Part rows) {
     const REAL factor = REAL(2) / (f.channels * f.height * f.width);
     visit_rows(f, rows, workspace, [&](index_t at, REAL& value) {
         const REAL made = REAL(1) / (REAL(1) + std::exp(-value));
         image.reconstruction[at] = made;
-        value = factor * (made - image.given[at]) * made * (1 - made);
+        value = factor * beyond(made - image.given[at], image.tolerance) * made * (1 - made);
     });
 }
 
 static REAL mean_squared_error(const Image& image, index_t numbers) {
     double total = 0;
     for (index_t at = 0; at < numbers; at++) {
-        const REAL difference = image.reconstruction[at] - image.given[at];
+        const REAL difference = beyond(image.reconstruction[at] - image.given[at], image.tolerance);
         total += double(difference) * difference;
     }
     return REAL(total / numbers);
@@ -140,11 +145,12 @@ static void run(const Instruction& op, const Frame* frames, const Image& image, 
 // image of their own help with another's.
 extern "C" void stack_step(const Frame* frames, const Instruction* program, index_t length, index_t images,
                            index_t threads, index_t teams, const REAL* z, index_t z_size, const REAL* given,
-                           index_t image_size, const REAL* weights, REAL* gradients, index_t parameters,
+                           index_t image_size, const REAL* tolerances, const REAL* weights, REAL* gradients, index_t parameters,
                            REAL* reconstructions, REAL* errors, REAL* z_gradients, REAL* workspaces, index_t room,
                            double slope, double eps) {
     const auto run_image = [&](index_t b, REAL* workspace, const Team& team) {
-        const Image image{z + b * z_size,           given + b * image_size,           weights + b * parameters,
+        const Image image{z + b * z_size,           given + b * image_size,           tolerances[b],
+                          weights + b * parameters,
                           gradients + b * parameters, reconstructions + b * image_size, errors + b,
                           z_gradients ? z_gradients + b * z_size : nullptr};
         for (index_t i = 0; i < length; i++)
