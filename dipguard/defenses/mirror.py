@@ -44,7 +44,8 @@ class MirrorGuard(DIPDefense):
     moved by a few pixels, where the given image's own class counts half; where the victim reads no x(t) itself as this
     class, the copies are averaged, so that about one attacked image in ten comes back mirrored. And the noise of the
     given image decides which steps count: the early ones of a noisy image, before the fit has taken up a perturbation,
-    the late ones of a clean one.
+    the late ones of a clean one. Photographs are fitted with a dead zone in the loss (``dead_zone`` of
+    :class:`~dipguard.fit.FitOptions`), so that a perturbation is taken up late.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
     docs/limits.md says how far this one was tested.
