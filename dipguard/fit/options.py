@@ -90,7 +90,7 @@ class FitOptions:
     def as_settings(self) -> dict[str, Any]:
         """The options as JSON values, with ``z_scale`` resolved, and ``dead_zone`` only where there is one."""
         settings = {**asdict(self), "z_scale": self.scale_of_z}
-        if self.dead_zone == 0:  # as before there were dead zones: no stored fit is made again for this option
+        if self.dead_zone == 0:  # as before there were dead zones, so that stored fits are found
             del settings["dead_zone"]
         if not isinstance(self.network, str):
             spec = asdict(self.network)
