@@ -29,20 +29,43 @@ def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
     return padded[..., :width]
 
 
-def class_scores(logits: Tensor, *, own: int, own_class_weight: float) -> Tensor:
-    """Mean over S readings of the victim's class probabilities, [C]; the given image's own class counts less.
+def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits: Sequence[float]) -> Tensor:
+    """Weights of the windows of one fit: of a noisy image the early ones count, of a clean one the late ones.
+
+    A deep image prior takes up the image first and the perturbation later. The mean of the windows that end by step
+    ``early`` and that of those which begin at step ``late`` are mixed; the share of the late ones falls from 1 to 0 as
+    the noise of the given image rises from ``limits[0]`` to ``limits[1]``. Returns [S], at least 0, with the sum 1.
+
+    Args:
+        steps: Last step of each window, [S]; windows have equal lengths.
+        noise: Of the given image (:func:`~dipguard.decision.quality.image_noise`).
+        early: No window that ends after this step is early; the first window always is.
+        late: No window that begins before this step is late; the last window always is.
+        limits: Two levels of noise, the lower one first.
+    """
+    low, high = limits
+    share = min(max((high - noise) / (high - low), 0.0), 1.0)
+    length = int(steps[1] - steps[0]) if len(steps) > 1 else 1
+    is_early, is_late = steps < early, steps - length + 1 >= late
+    is_early[0] = is_late[-1] = True
+    return (1 - share) * is_early.double() / is_early.sum() + share * is_late.double() / is_late.sum()
+
+
+def class_scores(logits: Tensor, *, weights: Tensor, own: int, own_class_weight: float) -> Tensor:
+    """Weighted mean over S readings of the victim's class probabilities, [C]; the given image's own class counts less.
 
     If the image was attacked, the attacker has chosen that class, and a part of the perturbation is left in every x(t).
 
     Args:
         logits: [S, C]; ValueError for S = 0.
+        weights: Of the readings, [S], at least 0, with the sum 1.
         own: The victim's decision on the given image.
         own_class_weight: Factor of that class's probability, in [0, 1], else ValueError.
     """
     check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
-    mean = logits.softmax(dim=-1).mean(dim=0)
+    mean = weights.to(logits.dtype) @ logits.softmax(dim=-1)
     mean[own] *= own_class_weight
     return mean
 
@@ -50,45 +73,49 @@ def class_scores(logits: Tensor, *, own: int, own_class_weight: float) -> Tensor
 def stitch_mirrored(
     traces: Sequence[DecisionTrace],
     *,
+    weights: Sequence[Tensor],
     own_class_weight: float,
     classify: Callable[[Tensor], Tensor],
     flip: bool = True,
 ) -> list[Reconstruction]:
     """Rebuild B images from their traces, each as the class that scores highest on the mirrored copies of its samples.
 
-    :func:`class_scores` chooses the class. The image is the mean of the samples that the victim reads as this class:
-    Eq. 7 over another choice of images. If it reads none so, it is the mean of their mirrored copies that it reads so;
-    a mean that the victim reads otherwise gives way to the one of its images that scores highest. If it reads none of
-    the copies so either, or they were only moved, which is weak evidence against all direct readings, it is the mean of
-    all samples. The reasons are ``class_scores``, ``mirrored_copies`` (the image is mirrored) and
-    ``no_sample_of_class``.
+    :func:`class_scores` chooses the class. The image is the weighted mean of the samples that the victim reads as this
+    class: Eq. 7 over another choice of images. If it reads none so, it is the mean of their mirrored copies that it
+    reads so; a mean that the victim reads otherwise gives way to the one of its images that scores highest. If it reads
+    none of the copies so either, or they were only moved, which is weak evidence against all direct readings, it is the
+    mean of all samples. Samples of weight 0 take no part. The reasons are ``class_scores``, ``mirrored_copies`` (the
+    image is mirrored) and ``no_sample_of_class``.
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
+        weights: Of each trace's samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
         own_class_weight: Factor, in [0, 1], of the score of the victim's class of the given image.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         flip: Whether the copies were mirrored (:func:`mirrored`).
     """
-    chosen = [_of_class(trace, own_class_weight=own_class_weight, flip=flip) for trace in traces]
+    each = zip(traces, weights, strict=True)
+    chosen = [_of_class(trace, share, own_class_weight=own_class_weight, flip=flip) for trace, share in each]
     read = classify(torch.stack([mean.image for _, mean, _ in chosen])).argmax(dim=1).tolist()
     return [mean if decision == target else best for (target, mean, best), decision in zip(chosen, read, strict=True)]
 
 
 def _of_class(
-    trace: DecisionTrace, *, own_class_weight: float, flip: bool
+    trace: DecisionTrace, weights: Tensor, *, own_class_weight: float, flip: bool
 ) -> tuple[int, Reconstruction, Reconstruction]:
     """The class with the highest score, the mean of what is read as it, and the best of these images."""
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
     own = trace.given_decision
-    scores = class_scores(trace.mirrored_logits, own=own, own_class_weight=own_class_weight)
+    scores = class_scores(trace.mirrored_logits, weights=weights, own=own, own_class_weight=own_class_weight)
     target = int(scores.argmax())
     readings = {"class_scores": trace.scores} | ({"mirrored_copies": trace.mirrored_logits} if flip else {})
-    found = {reason: logits.argmax(dim=1) == target for reason, logits in readings.items()}
+    found = {reason: (logits.argmax(dim=1) == target) & (weights > 0) for reason, logits in readings.items()}
     reason = next((reason for reason, read in found.items() if read.any()), "no_sample_of_class")
-    used = torch.nonzero(found[reason]).flatten() if reason in found else torch.arange(len(trace.samples))
+    used = torch.nonzero(found.get(reason, weights > 0)).flatten()
     images = mirrored(trace.samples[used], flip=flip) if reason == "mirrored_copies" else trace.samples[used]
-    mean = Reconstruction(images.mean(dim=0).clamp(0, 1), reason, used)
+    share = (weights[used] / weights[used].sum()).to(images.dtype)
+    mean = Reconstruction(torch.einsum("s,schw->chw", share, images).clamp(0, 1), reason, used)
     if reason not in readings:
         return target, mean, mean
     best = int(readings[reason][used].softmax(dim=1)[:, target].argmax())

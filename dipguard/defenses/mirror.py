@@ -1,4 +1,4 @@
-"""Our own defence: deep image priors with a dead zone in the loss, whose reconstructions are read mirrored."""
+"""Our own defence: deep image priors that are read mirrored, at steps that suit the noise of the given image."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.decision.class_scores import mirrored, stitch_mirrored
+from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_weights
 from dipguard.decision.intermediates import STITCHED, Intermediate
+from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense, StackRun
 from dipguard.fit import FitOptions, WindowLogger, run_fit
@@ -24,9 +25,9 @@ from dipguard.registry import check_options
 from dipguard.seeding import image_generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(networks=("medium",) * 3, T=250, t0=80, every=10, optimise_z=False),
+    "cifar10": dict(networks=("medium",) * 3, T=350, t0=80, every=10, early=250, late=200, optimise_z=False),
     "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=500, t0=300, every=25,
-                     optimise_z=True),
+                     early=500, late=300, optimise_z=True),
 }  # fmt: skip
 """Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
@@ -40,9 +41,9 @@ class MirrorGuard(DIPDefense):
     decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
     weights of its own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and
     moved by a few pixels, where the given image's own class counts half; where the victim reads no x(t) itself as this
-    class, the copies are averaged, so that about one attacked image in ten comes back mirrored. And errors of a pixel
-    up to 2.5 times the given image's noise cost nothing (``dead_zone`` of :class:`~dipguard.fit.FitOptions`), so a
-    perturbation is taken up late, and all steps after a warm-up count.
+    class, the copies are averaged, so that about one attacked image in ten comes back mirrored. And a perturbation is
+    kept out by the noise of the given image: errors of a pixel up to 2.5 times it cost nothing (``dead_zone`` of
+    :class:`~dipguard.fit.FitOptions`), and of a noisy small image the early steps count, of a clean one the late ones.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
     docs/limits.md says how far this one was tested.
@@ -58,6 +59,10 @@ class MirrorGuard(DIPDefense):
         T: Optimiser steps of each.
         t0: Warm-up: the first step that counts, below T.
         every: Steps of a window; the last one ends at T or before.
+        early: Of a noisy image, windows that end by this step count (at least the first).
+        late: Of a clean image, windows from this step on count (at least the last).
+        noise: Between these two standard deviations of the noise, in units of 1/255, early and late windows are mixed
+            (:func:`~dipguard.decision.quality.image_noise`).
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
@@ -65,7 +70,9 @@ class MirrorGuard(DIPDefense):
     """
 
     name: ClassVar[str] = "mirror"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("preset", "T", "t0", "every", "own_class_weight", "mirror")
+    OPTIONS: ClassVar[tuple[str, ...]] = (
+        "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "mirror",
+    )  # fmt: skip
     FIT: ClassVar[dict[str, Any]] = {"dead_zone": 2.5, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
@@ -78,6 +85,9 @@ class MirrorGuard(DIPDefense):
         T: int | None = None,
         t0: int | None = None,
         every: int | None = None,
+        early: int | None = None,
+        late: int | None = None,
+        noise: Sequence[float] = (1.0, 2.0),
         own_class_weight: float = 0.5,
         mirror: bool = True,
         seed: int | None = 0,
@@ -89,7 +99,8 @@ class MirrorGuard(DIPDefense):
     ) -> None:
         if "network" in fit:
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
-        given = {"networks": networks, "T": T, "t0": t0, "every": every, "optimise_z": fit.get("optimise_z")}
+        given = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
+        given["optimise_z"] = fit.get("optimise_z")
         values = self.from_preset(preset, given, victim=victim)
         if isinstance(values["networks"], str) or not values["networks"]:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
@@ -103,6 +114,9 @@ class MirrorGuard(DIPDefense):
         self.T = check_int(values["T"], name="T", low=2)
         self.t0 = check_int(values["t0"], name="t0", low=0, high=self.T - 1)
         self.every = check_int(values["every"], name="every", low=1, high=self.T - self.t0)
+        self.early = check_int(values["early"], name="early", low=0)
+        self.late = check_int(values["late"], name="late", low=0)
+        self.noise = _check_limits(noise)
         self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
         self.mirror = check_bool(mirror, name="mirror")
         self.windows = (self.T - self.t0) // self.every
@@ -136,7 +150,16 @@ class MirrorGuard(DIPDefense):
     def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
         """Stitch the images of a stack."""
         options: Any = {"own_class_weight": self.own_class_weight, "flip": self.mirror}
-        return stitch_mirrored(traces, classify=self.decide, **options)
+        weights = [self._weights(trace) for trace in traces]
+        return stitch_mirrored(traces, weights=weights, classify=self.decide, **options)
+
+    def _weights(self, trace: DecisionTrace) -> Tensor:
+        """Of the windows of all networks, [S]."""
+        noise = 255 * float(image_noise(trace.given[None]))
+        one = window_weights(
+            trace.steps[: self.windows], noise=noise, early=self.early, late=self.late, limits=self.noise
+        )
+        return one.repeat(len(self.fits)) / len(self.fits)
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
@@ -211,3 +234,11 @@ def _seed_of(seed: int, number: int) -> int:
         return seed
     generator = image_generator(seed=seed, index=number, purpose="network")
     return int(torch.randint(2**31, (1,), generator=generator))
+
+
+def _check_limits(noise: Any) -> list[float]:
+    two = isinstance(noise, Sequence) and not isinstance(noise, str) and len(noise) == 2
+    levels = [check_float(level, name="noise", low=0.0) for level in noise] if two else []
+    if not levels or levels[0] >= levels[1]:
+        raise ValueError(f"`noise` must be two levels, the lower one first, got {noise!r}")
+    return levels

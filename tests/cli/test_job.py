@@ -73,7 +73,7 @@ def test_the_size_is_the_victims_own_unless_another_is_asked_for():
         ("dipdefend", 32, {}, 4000),
         ("dipdefend", 224, {}, 2400),
         ("dip_fixed", 224, {}, 501),
-        ("mirror", 32, {}, 750),
+        ("mirror", 32, {}, 1050),
         ("mirror", 224, {}, 500),
     ],
 )

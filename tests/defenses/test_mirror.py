@@ -7,7 +7,8 @@ import torch
 from pytorch_lightning.loggers import CSVLogger
 
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import mirrored
+from dipguard.decision.class_scores import mirrored, window_weights
+from dipguard.decision.quality import image_noise
 from dipguard.defenses import Defense, MirrorGuard, build_defense
 from dipguard.defenses.mirror import PRESETS
 from dipguard.fit import Decider
@@ -18,6 +19,8 @@ TINY = {
     "T": 12,
     "t0": 2,
     "every": 3,
+    "early": 8,
+    "late": 8,
     "dtype": "float64",
     "progress": False,
 }
@@ -44,17 +47,17 @@ def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_ow
     assert len({fit.seed for fit in defense.fits} | {fit.seed for fit in MirrorGuard(small_victim, seed=1).fits}) == 6
     assert defense.fits[0].seed == 0
     assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, False) for fit in defense.fits)
-    assert (defense.preset, defense.steps_per_image) == ("cifar10", 750)
+    assert (defense.preset, defense.steps_per_image) == ("cifar10", 1050)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
     defense, wanted = MirrorGuard(small_victim, preset=preset), PRESETS[preset]
     assert [fit.network for fit in defense.fits] == list(wanted["networks"])
-    assert {name: getattr(defense, name) for name in ("T", "t0", "every")}.items() <= wanted.items()
+    assert {name: getattr(defense, name) for name in ("T", "t0", "every", "early", "late")}.items() <= wanted.items()
     assert {(fit.optimise_z, fit.dead_zone) for fit in defense.fits} == {(wanted["optimise_z"], 2.5)}
-    changed = MirrorGuard(small_victim, preset=preset, T=350, t0=None, optimise_z=None)
-    assert (changed.T, changed.t0, changed.fits[0].optimise_z) == (350, defense.t0, preset == "imagenet")
+    changed = MirrorGuard(small_victim, preset=preset, T=360, early=None, optimise_z=None)
+    assert (changed.T, changed.early, changed.fits[0].optimise_z) == (360, defense.early, preset == "imagenet")
     fit = MirrorGuard(small_victim, preset=preset, optimise_z=False, dead_zone=1.0).fits[0]
     assert (fit.optimise_z, fit.dead_zone) == (False, 1.0)
 
@@ -68,14 +71,17 @@ def test_the_image_is_what_its_trace_says(small_images, small_victim):
     own = decide(part).argmax(-1)
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
-        mean = trace.mirrored_logits.softmax(-1).sum(0) / 6
+        noise = 255 * float(image_noise(part[i : i + 1]))
+        one = window_weights(trace.steps[:3], noise=noise, early=8, late=8, limits=defense.noise)
+        weights = torch.cat([one, one]) / 2
+        mean = (weights[:, None] * trace.mirrored_logits.softmax(-1)).sum(0)
         mean[own[i]] *= 0.5
         target = int(mean.argmax())
         readings = {"class_scores": trace.scores, "mirrored_copies": trace.mirrored_logits}
-        right = {why: logits.argmax(-1) == target for why, logits in readings.items()}
+        right = {why: (logits.argmax(-1) == target) & (weights > 0) for why, logits in readings.items()}
         why = next((why for why, read in right.items() if read.any()), "no_sample_of_class")
         assert result.reasons[i] == why
-        share = right[why].double() if why in right else torch.ones(6).double()
+        share = weights * right[why] if why in right else weights
         samples = mirrored(trace.samples) if why == "mirrored_copies" else trace.samples
         mean = (share[:, None, None, None] * samples).sum(0) / share.sum()
         if why not in right or int(decide(mean[None]).argmax()) == target:
@@ -112,8 +118,13 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
         ({"networks": "medium"}, "`networks` must list at least one"),
         ({"networks": ("huge",)}, "`network` must be one of"),
         ({"preset": "photo"}, "`preset` must be one of cifar10, imagenet, got 'photo'"),
+        ({"noise": (2.0, 1.0)}, "`noise` must be two levels, the lower one first"),
+        ({"noise": 1.0}, "`noise` must be two levels"),
+        ({"noise": (-1.0, 1.0)}, "`noise` must be"),
         ({"dead_zone": float("inf")}, "`dead_zone` must be"),
         ({"dead_zone": "wide"}, "`dead_zone` must be"),
+        ({"early": -1}, "`early` must be"),
+        ({"late": 1.5}, "`late` must be"),
         ({"t0": 12}, "`t0` must be from 0 to 11"),
         ({"every": 11}, "`every` must be from 1 to 10"),
         ({"own_class_weight": 2.0}, "`own_class_weight`"),

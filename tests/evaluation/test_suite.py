@@ -248,7 +248,7 @@ def test_white_and_black_box(finished: Matrix) -> None:
 
 def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
     assert finished.cell("identity", "jpeg").cut == "steps 2 of 200"
-    assert suite.cell("clean", "mirror").cut == "60 of 750 DIP steps an image"
+    assert suite.cell("clean", "mirror").cut == "60 of 1,050 DIP steps an image"
     assert finished.cell("clean", "jpeg").cut == ""
 
 
