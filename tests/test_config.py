@@ -312,7 +312,7 @@ def test_experiments_compose(name: str) -> None:
         assert len(config.defenses) == 12
     elif name == "adaptive":
         assert set(config.defenses) == {"none", "jpeg", "dipdefend", "paper", "mirror"}
-        assert len(attacks) == 1 + 13
+        assert len(attacks) == 1 + 12
         judged = {key: node["eps_255"] for key, node in attacks.items() if node["name"] != "none"}
         assert {key for key, eps in judged.items() if eps != 8} == {"large_eps"}
         assert all(key == "clean" or node.get("number") or node.get("check") for key, node in attacks.items())
