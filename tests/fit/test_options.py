@@ -40,9 +40,8 @@ def test_settings_are_json_values_with_z_scale_resolved() -> None:
 
 
 def test_a_dead_zone_is_a_setting_only_where_there_is_one() -> None:
-    assert (
-        "dead_zone" not in FitOptions().as_settings()
-    )  # as before there were dead zones, so that stored fits are found
+    # As before there were dead zones, so that stored fits are found.
+    assert "dead_zone" not in FitOptions().as_settings()
     assert FitOptions(dead_zone=2.5).as_settings()["dead_zone"] == 2.5
 
 
