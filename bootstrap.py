@@ -39,7 +39,7 @@ def install() -> None:
     os.environ.update({name: os.environ.get(name, "1") for name in ("UV_SYSTEM_CERTS", "UV_NATIVE_TLS")})
     os.environ.setdefault("UV_HTTP_TIMEOUT", "300")
     uv = [str(PYTHON), "-m", "uv", "pip", "install", "--quiet", "--python", str(PYTHON)]
-    # --no-deps: the lock is complete, and torchattacks' pin on an old `requests` must not be read (see README.md).
+    # --no-deps: the lock is complete, and torchattacks' pin on an old `requests` must not be read (docs/installing.md).
     if subprocess.call([*outer_pip, UV]) or subprocess.call([*uv, *locked]):
         print("bootstrap: uv cannot do it, so pip does; this takes some minutes", file=sys.stderr)
         subprocess.run([*outer_pip, *locked], check=True)

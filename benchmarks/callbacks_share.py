@@ -43,7 +43,7 @@ PARTS: Mapping[str, Mapping[str, tuple[Any, tuple[str, ...]]]] = {
     },
     "mirror": {
         "WindowLogger": (WindowLogger, ("on_train_batch_end", "on_train_end")),
-        "stitching": (MirrorGuard, ("rebuild",)),
+        "stitching": (MirrorGuard, ("_rebuild",)),
     },
 }
 """Defence -> what its callbacks' time is divided into -> a class and its methods."""

@@ -51,7 +51,7 @@ class DecisionTrace:
         steps: Sampled optimiser steps t, 0-based, increasing, [S] int64.
         scores: The victim's logits on x(t), [S, C].
         quality: v(t) = SSIM(x(t), x0), [S].
-        loss: The fit's mean squared error at t, [S].
+        loss: The fit's error at t (mean square of what exceeds the dead zone, if it has one), [S].
         crossing_at: Sample number i of each kept crossing, which lies between samples i and i + 1, [M] int64.
         alpha: Weight of the earlier sample in the on-boundary image (Eq. 4), [M].
         on_boundary: On-boundary images, [M, 3, H, W].

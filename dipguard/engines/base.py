@@ -26,9 +26,9 @@ SHORT = 100
 class Step(NamedTuple):
     """One pass of all B networks (Eq. 2)."""
 
-    loss: Tensor  # sum of the images' mean squared errors; its backward() gives the engine's parameters their gradients
+    loss: Tensor  # sum of the images' errors; its backward() gives the engine's parameters their gradients
     reconstructions: Tensor  # [B, 3, H, W]; part of the autograd graph with torch's engine alone
-    errors: Tensor  # mean squared error of each image, [B], detached
+    errors: Tensor  # error of each image (`fit_errors`), [B], detached
 
 
 def fit_errors(x: Tensor, given: Tensor, tolerance: Tensor | None) -> Tensor:

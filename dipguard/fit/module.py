@@ -28,9 +28,9 @@ STEPS_PER_EPOCH = 50
 class StepOutput(TypedDict):
     """What a training step gives to Lightning and to the callbacks."""
 
-    loss: Tensor  # sum over images of the mean squared error, so that no image's gradient depends on B
+    loss: Tensor  # sum over images of the error, so that no image's gradient depends on B
     reconstructions: Tensor  # x(t), before this step's update, [B, 3, H, W]
-    errors: Tensor  # mean squared error of each image, [B], detached
+    errors: Tensor  # error of each image, [B], detached: mean square of what exceeds the dead zone, if there is one
     step: int  # the optimiser step t, counted from 0
 
 
@@ -240,7 +240,7 @@ def tolerance_of(given: Tensor, *, options: FitOptions) -> Tensor | None:
 
 
 class Sample(NamedTuple):
-    """One sampled step of a stack of B: x(t) [B, 3, H, W], logits [B, C], v(t) [B] and mean squared errors [B]."""
+    """One sampled step of a stack of B: x(t) [B, 3, H, W], logits [B, C], v(t) [B] and errors [B]."""
 
     step: int
     reconstructions: Tensor

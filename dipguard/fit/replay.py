@@ -24,7 +24,7 @@ class FitSamples:
     steps: Tensor  # optimiser steps t, 0-based, increasing, [S] int64
     images: Tensor  # x(t), [S, 3, H, W] in (0, 1)
     quality: Tensor  # v(t) = SSIM(x(t), x0), [S]
-    loss: Tensor  # the fit's mean squared error at t, [S]
+    loss: Tensor  # the fit's error at t, [S]
 
     def covers(self, steps: Iterable[int]) -> bool:
         """Whether all these steps were sampled."""

@@ -35,7 +35,7 @@ class WindowLogger(pl.Callback):
 
     Attributes:
         samples: Means over the windows, [S, B, 3, H, W], after the fit.
-        errors: Mean squared error to the given image, mean over each window, [S, B].
+        errors: The fit's error (mean square of what exceeds the dead zone), mean over each window, [S, B].
         quality: SSIM of each window to the given image, [S, B].
         logits, mirrored_logits: The victim's logits on the windows and on their mirrored copies, [S, B, C] each.
         seconds: Time spent here.
