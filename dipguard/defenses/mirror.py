@@ -139,9 +139,9 @@ class MirrorGuard(DIPDefense):
 
     @property
     def intermediate_views(self) -> dict[str, int]:
-        """The last window of each network, the mean of all, up to eight mirrored ones, and the stitched image."""
+        """The last window of each network, the mean of all, up to eight mirrored ones that count, and the stitched image."""
         count = len(self.fits)
-        return {"last": count, "mean": 1, "mirrored": len(self._mirrored_windows), STITCHED: 1}
+        return {"last": count, "mean": 1, "mirrored": min(MOST_MIRRORED, self.images_kept), STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; the victim is asked once."""
@@ -209,21 +209,23 @@ class MirrorGuard(DIPDefense):
             for i, index in enumerate(indices)
         ]
 
-    @property
-    def _mirrored_windows(self) -> list[int]:
-        """Which windows an attack sees mirrored: spread evenly, the last one included."""
-        count = min(MOST_MIRRORED, self.images_kept)
-        return [(number + 1) * self.images_kept // count - 1 for number in range(count)]
+    def _mirrored_windows(self, trace: DecisionTrace) -> Tensor:
+        """Which windows an attack sees mirrored: of those that count for the image, spread evenly from first to last."""
+        counted = self._weights(trace).nonzero().flatten()
+        spread = torch.linspace(0, len(counted) - 1, min(MOST_MIRRORED, self.images_kept))
+        return counted[spread.round().long()]
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
         """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""
         made = self._purify(images, indices, callbacks=(), logger=None)
-        samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
+        each = [(trace, trace.samples) for trace in made.traces if trace.samples is not None]
+        samples = torch.stack([windows for _, windows in each], dim=1)
+        seen = torch.stack([windows[self._mirrored_windows(trace)] for trace, windows in each], dim=1)
         view = partial(mirrored, flip=self.mirror)
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "mirrored": Intermediate(samples[self._mirrored_windows].to(images), view),
+            "mirrored": Intermediate(seen.to(images), view),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
 

@@ -111,6 +111,16 @@ def test_few_windows_are_all_shown(small_images, small_victim):
     assert torch.equal(defense.intermediates(small_images[:1])["mirrored"].views[:, 0], trace.samples.float())
 
 
+def test_an_attack_sees_only_windows_that_count(small_images, small_victim):
+    # Any image is noisy for such levels: of the six windows of each of the two fits the first two count.
+    defense = defended("mirror", small_victim, early=3, noise=[1e-9, 2e-9])
+    (trace,) = defense.defend(small_images[:1]).traces
+    counted = trace.samples[[0, 1, 6, 7]].float()
+    seen = defense.intermediates(small_images[:1])["mirrored"].views[:, 0]
+    assert len(seen) == defense.intermediate_views["mirrored"] == 8
+    assert torch.equal(seen, counted[[0, 0, 1, 1, 2, 2, 3, 3]])
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
