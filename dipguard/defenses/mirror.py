@@ -139,7 +139,7 @@ class MirrorGuard(DIPDefense):
 
     @property
     def intermediate_views(self) -> dict[str, int]:
-        """The last window of each network, the mean of all, up to eight mirrored ones that count, and the stitched image."""
+        """Each network's last window, the mean of all, up to eight mirrored ones that count, and the stitched image."""
         count = len(self.fits)
         return {"last": count, "mean": 1, "mirrored": min(MOST_MIRRORED, self.images_kept), STITCHED: 1}
 
@@ -210,7 +210,7 @@ class MirrorGuard(DIPDefense):
         ]
 
     def _mirrored_windows(self, trace: DecisionTrace) -> Tensor:
-        """Which windows an attack sees mirrored: of those that count for the image, spread evenly from first to last."""
+        """Which windows an attack sees mirrored: of those that count for the image, spread from first to last."""
         counted = self._weights(trace).nonzero().flatten()
         spread = torch.linspace(0, len(counted) - 1, min(MOST_MIRRORED, self.images_kept))
         return counted[spread.round().long()]

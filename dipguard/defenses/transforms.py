@@ -1,4 +1,4 @@
-"""Fixed transforms of the image: none, JPEG, median filter, total variation, bit depth, Gaussian blur.
+"""Fixed transforms of the image: none, JPEG, median filter, total variation, bit depth.
 
 None has anything to learn, so none needs weights. All have fallen to adaptive attacks; each class names them.
 """
