@@ -6,17 +6,27 @@ or ``not checked``, if the attacks that it needs were not run. A check that is o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from itertools import pairwise
+from types import FrameType
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from dipguard.evaluation.cell import BLACK_BOX, CONTROL, LARGE_EPS, CellResult
+from dipguard.data import ImageSet
+from dipguard.evaluation.cell import BLACK_BOX, CLEAN, CONTROL, LARGE_EPS, CellResult, Target
+from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
-from dipguard.evaluation.randomness import SAME, Randomness
+from dipguard.fit import Decider
+from dipguard.store import Entry
 
 OK, WARNING, NOT_CHECKED = "ok", "WARNING", "not checked"
+OTHER_DRAWS = 1_000_003  # added to an image's index to get draws that are not those of its evaluation
+SAME = 1e-4  # logits that differ by at most this differ by rounding
 
 
 @dataclass(frozen=True)
@@ -132,3 +142,70 @@ def control(done: Sequence[CellResult]) -> Check:
 
 def _right(result: CellResult, n: int | None = None) -> float:
     return round(float(result.right[:n].sum()), 6)
+
+
+@dataclass(frozen=True)
+class Randomness:
+    """Whether a defended classifier draws, and whether it optimises while it classifies.
+
+    ``drawn`` is the largest change of a logit with other draws, ``backward`` the number of calls of autograd's engine
+    in one purification. AutoAttack asks the same before it trusts its own result (Croce et al. 2022).
+    """
+
+    drawn: float
+    backward: int
+
+    @classmethod
+    def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
+        """The stored result for a target of a matrix; None if there is none."""
+        return matrix.store.read_as("cells", _key(matrix, target), cls.of_entry)
+
+    @classmethod
+    def of_entry(cls, entry: Entry) -> Randomness:
+        """What an entry says."""
+        return cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def find(cls, matrix: Matrix, target: Target) -> None:
+        """Check a target of a matrix and store the result, unless that is done."""
+
+        def make() -> Entry:
+            found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
+            return Entry({}, {"what": f"randomness of {target.label}", **asdict(found)})
+
+        matrix.store.arrays("cells", _key(matrix, target), make, check=cls.of_entry)
+
+
+def _key(matrix: Matrix, target: Target) -> str:
+    return matrix.cell(CLEAN, target.label).sub_key("randomness")
+
+
+def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Randomness:
+    """Purify the image of a set on a device twice: with its own draws and with others."""
+    images = one.images.to(device)
+
+    def logits(indices: Tensor) -> Tensor:
+        return Decider(target.victim)(target.bare.purify(images, indices=indices)).cpu()
+
+    with counting_backward() as calls:
+        first = logits(one.indices)
+    return Randomness(float((logits(one.indices + OTHER_DRAWS) - first).abs().max()), calls[0])
+
+
+@contextmanager
+def counting_backward() -> Iterator[list[int]]:
+    """Count the calls of autograd's engine on this thread; yields a list that holds the count so far.
+
+    Like AutoAttack, it watches the interpreter; a running profiler is restored afterwards.
+    """
+    count = [0]
+
+    def watch(frame: FrameType, event: str, what: Any) -> None:
+        count[0] += event == "c_call" and getattr(what, "__name__", "") == "run_backward"
+
+    before = sys.getprofile()
+    sys.setprofile(watch)
+    try:
+        yield count
+    finally:
+        sys.setprofile(before)

@@ -13,16 +13,17 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import hydra.utils
 import numpy as np
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
 from dipguard.attacks.target import JUDGE, fresh_indices
@@ -30,16 +31,37 @@ from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import DefenseResult
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
-from dipguard.evaluation.curves import Curves, Row
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
 from dipguard.store import Entry, Store
 
 _log = logging.getLogger(__name__)
 
+Row: TypeAlias = Callable[[int, Mapping[str, float]], None]
+"""Takes the step of a fit and its metrics."""
 ATTACKED = {"snapshots": list, "history": list, "last_history": list, "seconds": dict, "spent": dict, "flat": object}
 PURIFIED = {"reasons": list, "seconds": dict, "traces": dict, "traced": bool}
 """The header of attacked images, and of a chunk."""
+
+
+class Curves(Logger):
+    """The curves of a chunk's fits: a Lightning logger that keeps all ``rows``, and passes each one on."""
+
+    name = version = property(lambda self: None)
+
+    def __init__(self, row: Row | None = None) -> None:
+        super().__init__()
+        self.row = row
+        self.rows: list[tuple[int, dict[str, float]]] = []
+
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Keep one row."""
+        self.rows.append((step or 0, {name: float(value) for name, value in metrics.items()}))
+        if self.row is not None:
+            self.row(*self.rows[-1])
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Do nothing: a run's log has the run's settings, not those of each Trainer."""
 
 
 @dataclass(eq=False)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from dipguard.config import name_of
 from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, JUDGED, NOT_RUN, WORST, CellResult, Target, text_of
-from dipguard.evaluation.masking import masking_checks
+from dipguard.evaluation.masking import Randomness, masking_checks
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
-from dipguard.evaluation.randomness import Randomness
 from dipguard.files import csv_text, write_text
 from dipguard.fit import FitOptions
 

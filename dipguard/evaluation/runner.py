@@ -13,9 +13,8 @@ from tqdm import tqdm
 
 from dipguard.attacks import Cost
 from dipguard.evaluation.cell import CLEAN, Cell, CellResult
-from dipguard.evaluation.curves import Row
-from dipguard.evaluation.matrix import Matrix, parts_of
-from dipguard.evaluation.randomness import Randomness
+from dipguard.evaluation.masking import Randomness
+from dipguard.evaluation.matrix import Matrix, Row, parts_of
 from dipguard.evaluation.results import write_results
 from dipguard.evaluation.worker import work
 from dipguard.fit import FitProgress

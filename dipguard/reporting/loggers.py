@@ -21,8 +21,7 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 from dipguard.config import LOGGERS, RunConfig, name_of
 from dipguard.decision import DecisionTrace
 from dipguard.evaluation.cell import Cell
-from dipguard.evaluation.curves import Row
-from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.matrix import Matrix, Row
 from dipguard.evaluation.results import result_row
 from dipguard.files import write_text
 from dipguard.reporting.report import draw_cell, trace_paths

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from dipguard.decision.stopping import FixedStep, Stopped
 from dipguard.defenses.base import Defense
 from dipguard.defenses.stopped import PRESETS, DIPDefend, FixedStepDIP, StoppedDIP
-from dipguard.evaluation.curves import Curves
+from dipguard.evaluation.matrix import Curves
 from dipguard.fit import FitOptions, fit_rule
 from dipguard.networks import build
 from dipguard.victims import build_victim

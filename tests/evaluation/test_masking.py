@@ -14,9 +14,13 @@ from dipguard.evaluation.cell import CellResult
 from dipguard.evaluation.masking import (
     NOT_CHECKED,
     OK,
+    SAME,
     WARNING,
+    Randomness,
     black_box,
+    check_randomness,
     control,
+    counting_backward,
     dynamic,
     gradients,
     large_eps,
@@ -26,7 +30,6 @@ from dipguard.evaluation.masking import (
 )
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.plan import prepare
-from dipguard.evaluation.randomness import SAME, Randomness, check_randomness, counting_backward
 from dipguard.evaluation.results import suite_results
 from dipguard.evaluation.runner import run
 from dipguard.victims import build_victim

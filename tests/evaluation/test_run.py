@@ -11,7 +11,7 @@ import torch
 from dipguard.defenses import build_defense
 from dipguard.evaluation import runner
 from dipguard.evaluation.cell import Cell
-from dipguard.evaluation.curves import Row
+from dipguard.evaluation.matrix import Row
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.runner import run
 from tests import tiny_run

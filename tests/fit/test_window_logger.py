@@ -4,7 +4,7 @@ import torch
 
 from dipguard.decision import quality
 from dipguard.decision.class_scores import mirrored
-from dipguard.evaluation.curves import Curves
+from dipguard.evaluation.matrix import Curves
 from dipguard.fit import Decider, FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
 
 OPTIONS = FitOptions(network="small", dtype="float64", jitter=0.0, optimise_z=True, engine="torch")
