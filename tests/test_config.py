@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dipguard import registry
 from dipguard.attacks import ATTACKS
-from dipguard.cli.help import keys_text
+from dipguard.cli.programs import keys_text
 from dipguard.config import GROUPS, LOGGERS, explain, from_hydra, names_of, node_of
 from dipguard.data import DATASETS
 from dipguard.defenses import DEFENSES

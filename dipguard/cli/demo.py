@@ -15,8 +15,7 @@ from dipguard.attacks import DefendedVictim, build_attack
 from dipguard.cli import CommandError, command_errors
 from dipguard.cli.job import choose_size, make_defense, make_victim
 from dipguard.cli.pictures import read_picture
-from dipguard.cli.purify import read_by_victim
-from dipguard.cli.results import draw_picture
+from dipguard.cli.purify import draw_picture, read_by_victim
 from dipguard.defenses import Defense, build_defense
 from dipguard.registry import import_extra
 from dipguard.reporting.canvas import class_name

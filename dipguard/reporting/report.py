@@ -14,9 +14,8 @@ from dipguard.evaluation.cell import DONE, NOT_RUN, WORST, CellResult
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.results import write_results
 from dipguard.files import write_json, write_npz, write_text
-from dipguard.reporting.canvas import Picture, class_name, save_figure
+from dipguard.reporting.canvas import Picture, class_name, draw_grid, draw_panel, save_figure
 from dipguard.reporting.curves_figure import write_curves
-from dipguard.reporting.image_figures import draw_grid, draw_panel
 from dipguard.reporting.paper_figures import head_of
 from dipguard.reporting.results import in_suite, read_checks, read_results
 from dipguard.reporting.suite import suite_rows, suite_text, write_suite

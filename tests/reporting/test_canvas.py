@@ -9,8 +9,21 @@ import numpy as np
 import pytest
 import torch
 
-from dipguard.reporting.canvas import DPI, Picture, class_name, save_figure, short
-from dipguard.reporting.image_figures import FACTORS, LEFT, TALL, TOP, WIDE, amplification, draw_grid, draw_panel
+from dipguard.reporting.canvas import (
+    DPI,
+    FACTORS,
+    LEFT,
+    TALL,
+    TOP,
+    WIDE,
+    Picture,
+    amplification,
+    class_name,
+    draw_grid,
+    draw_panel,
+    save_figure,
+    short,
+)
 
 HOSTILE = r"$\bad{$"
 
