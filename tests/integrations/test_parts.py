@@ -7,8 +7,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from dipguard.integrations.batches import part_of, with_part
 from dipguard.integrations.inputs import LoaderPositions, Pixels, content_indices
+from dipguard.integrations.lightning import part_of, with_part
 
 from .projects import KINDS, MEAN, STD, pack, unpack
 
