@@ -1,7 +1,6 @@
 """Results that are computed once: a folder of fits, traces, attacked images and cells under content keys."""
 
-from dipguard.store.entry import Entry
-from dipguard.store.folder import LAYERS, Store, open_store
+from dipguard.store.folder import LAYERS, Entry, Store, open_store
 from dipguard.store.keys import digest_of, numerics, victim_digest
 from dipguard.store.stack import stored_stack
 

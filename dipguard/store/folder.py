@@ -7,33 +7,58 @@
     locks/<key>.lock         held while an entry is being made; the system frees it when its process dies
 
 An entry that is missing, damaged or from other versions of the libraries is made again, so every file may be deleted.
+
+A file is an uncompressed NumPy archive. The member ``header`` is JSON text that says what the entry was made from; the
+archive's comment is the SHA-256 of all bytes before it. Images keep the float type of the fit: with half the bits, a
+decision near the boundary could change.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import logging
 import os
 import time
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from dipguard.checks import check_bool
-from dipguard.store.entry import DamagedEntryError, Entry, read_entry, write_entry
+from dipguard.files import write_bytes
 from dipguard.store.keys import numerics
 
 _log = logging.getLogger(__name__)
 
+FORMAT = "dipguard.store/2"
+HEADER = "header"
+DIGEST_LENGTH = 64  # hex digits of a SHA-256
 LAYERS = ("attacks", "cells", "fits", "traces")
 POLL = 0.1
 """Seconds between two attempts to get a lock that another process holds."""
 TOUCH = 3600.0
 """Seconds after which a read makes an entry young again."""
 T = TypeVar("T")
+
+
+class DamagedEntryError(ValueError):
+    """The content of a file in the store is not what was written."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entry:
+    """The content of an entry: NumPy arrays by name, and what they were made from and small results as JSON values."""
+
+    arrays: dict[str, Any]
+    header: dict[str, Any]
 
 
 class Store:
@@ -147,3 +172,30 @@ def open_store(store: str | Path | Store | None, *, keep_samples: bool = True) -
     if not isinstance(store, str | Path) or not str(store):
         raise TypeError(f"`store` must be the path of a folder or null, got {store!r}")
     return Store(store, keep_samples=keep_samples)
+
+
+def write_entry(path: Path, arrays: Mapping[str, Any], header: Mapping[str, Any]) -> None:
+    """Write an entry atomically."""
+    buffer = io.BytesIO()
+    members: dict[str, Any] = {**arrays, HEADER: np.str_(json.dumps({**header, "format": FORMAT}, sort_keys=True))}
+    np.savez(buffer, **members)
+    # The last two bytes of a zip archive are the length of the comment that follows.
+    body = buffer.getvalue()[:-2] + DIGEST_LENGTH.to_bytes(2, "little")
+    write_bytes(path, body + hashlib.sha256(body).hexdigest().encode())
+
+
+def read_entry(path: Path) -> Entry:
+    """Read an entry, whose checksum is verified before anything is parsed; FileNotFoundError or DamagedEntryError."""
+    content = path.read_bytes()
+    body, digest = content[:-DIGEST_LENGTH], content[-DIGEST_LENGTH:]
+    if hashlib.sha256(body).hexdigest().encode() != digest:
+        raise DamagedEntryError(f"{path} is damaged: its content is not what was written")
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as saved:
+            arrays = {name: saved[name] for name in saved.files}
+        header: dict[str, Any] = dict(json.loads(str(arrays.pop(HEADER))))
+    except (OSError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        raise DamagedEntryError(f"{path} is damaged: it holds no entry of a store ({error})") from error
+    if header.get("format") != FORMAT:
+        raise DamagedEntryError(f"{path} must be an entry of a store ({FORMAT}), got {header.get('format')!r}")
+    return Entry(arrays, header)

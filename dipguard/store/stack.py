@@ -25,8 +25,7 @@ from dipguard.decision import stitch as stitch_trace
 from dipguard.fit import DecideOptions, Decider, FitOptions, StackResult, StitchOptions
 from dipguard.fit.options import trace_settings
 from dipguard.fit.replay import FitSamples, decide_samples, fit_samples
-from dipguard.store.entry import Entry
-from dipguard.store.folder import Store
+from dipguard.store.folder import Entry, Store
 from dipguard.store.keys import StackKeys
 
 _log = logging.getLogger(__name__)

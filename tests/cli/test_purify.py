@@ -18,7 +18,7 @@ from dipguard.cli.main import main
 from dipguard.cli.purify import decision_line, write_decisions
 from dipguard.files import file_digest
 from dipguard.store import numerics
-from dipguard.store.entry import read_entry, write_entry
+from dipguard.store.folder import read_entry, write_entry
 from tests.cli.conftest import load, save
 from tests.store.parts import list_entries
 

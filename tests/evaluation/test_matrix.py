@@ -20,7 +20,7 @@ from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import write_results
 from dipguard.evaluation.runner import _share_out, run
-from dipguard.store.entry import read_entry, write_entry
+from dipguard.store.folder import read_entry, write_entry
 from dipguard.store.keys import numerics
 from tests.store.parts import list_entries
 from tests.tiny_matrix import TINY, tiny_matrix, typed_matrix

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from dipguard import DIPGuard
 from dipguard.store import LAYERS, Store
-from dipguard.store.entry import read_entry
+from dipguard.store.folder import read_entry
 
 FIT: dict[str, Any] = {
     "network": "small", "engine": "native", "jitter": 0.1, "padding": "reflect", "stack_size": 4, "progress": False

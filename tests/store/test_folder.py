@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dipguard.store.entry import DamagedEntryError, read_entry, write_entry
+from dipguard.store.folder import DamagedEntryError, read_entry, write_entry
 
 ARRAYS = {
     "images": np.random.default_rng(0).random((4, 3, 8, 8), dtype=np.float32),

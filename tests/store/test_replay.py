@@ -16,7 +16,7 @@ from pytorch_lightning.loggers import Logger
 
 from dipguard.defenses import DefenseResult
 from dipguard.store import Store, open_store
-from dipguard.store.entry import read_entry, write_entry
+from dipguard.store.folder import read_entry, write_entry
 from tests.store.parts import guard, list_entries, random_victim, smooth_images
 
 
