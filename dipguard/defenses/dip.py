@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar
 
-import pytorch_lightning as pl
-import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
@@ -26,15 +24,6 @@ PHOTOGRAPH = 96
 def preset_for(size: tuple[int, int] | None) -> str:
     """Return the preset for images of this height and width: ``imagenet``, or ``cifar10`` if small or not known."""
     return "imagenet" if size is not None and max(size) >= PHOTOGRAPH else "cifar10"
-
-
-class StackRun(TypedDict):
-    """How one stack is run: keyword arguments of :func:`~dipguard.fit.fit_stack`."""
-
-    device: torch.device
-    callbacks: Sequence[pl.Callback]
-    logger: Logger | None
-    trainer: Mapping[str, Any]
 
 
 class DIPDefense(Defense):
@@ -136,8 +125,11 @@ class DIPDefense(Defense):
         return height, width
 
     @abstractmethod
-    def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
-        """Purify one stack of checked images [B, 3, H, W]; ``first_step`` is added to the logger's step numbers."""
+    def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
+        """Purify one stack of checked images [B, 3, H, W]; ``first_step`` is added to the logger's step numbers.
+
+        ``run`` holds ``device``, ``callbacks``, ``logger`` and ``trainer`` for :func:`~dipguard.fit.run_fit`.
+        """
 
     def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
         """Purify stack by stack."""
@@ -150,7 +142,7 @@ class DIPDefense(Defense):
         choosing = time.perf_counter() - start
 
         def work(part: slice, first_step: int, progress: FitProgress) -> Purified:
-            run = StackRun(device=device, callbacks=[progress, *callbacks], logger=logger, trainer=self.trainer)
+            run = {"device": device, "callbacks": [progress, *callbacks], "logger": logger, "trainer": self.trainer}
             made = self._purify_stack(images[part], indices[part], run, first_step=first_step)
             # A store may have saved steps, or all of the fit.
             done = progress.bar.n + (count - part.stop) * self.longest_fit

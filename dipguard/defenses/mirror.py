@@ -17,7 +17,7 @@ from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_wei
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
-from dipguard.defenses.dip import DIPDefense, StackRun
+from dipguard.defenses.dip import DIPDefense
 from dipguard.fit import FitOptions, WindowLogger, run_fit
 from dipguard.networks import NetworkSpec
 from dipguard.networks.presets import hourglass
@@ -161,7 +161,7 @@ class MirrorGuard(DIPDefense):
         )
         return one.repeat(len(self.fits)) / len(self.fits)
 
-    def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
+    def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
         own = self.decide(images).to(run["device"])  # a bad victim is noticed before the fit
         windows: Any = {"warm_up": self.t0, "every": self.every, "windows": self.windows, "flip": self.mirror}
@@ -169,8 +169,8 @@ class MirrorGuard(DIPDefense):
         for number, fit in enumerate(self.fits):
             at = first_step + number * self.steps
             log = WindowLogger(self.victim, **windows, given_logits=own, first_step=at)
-            options: Any = run | {"callbacks": [log, *run["callbacks"]]}
-            spent = run_fit(images, T=self.steps, indices=indices, fit=fit, **options)
+            own_run = run | {"callbacks": [log, *run["callbacks"]]}
+            spent = run_fit(images, T=self.steps, indices=indices, fit=fit, **own_run)
             seconds = {part: seconds[part] + spent[part] for part in seconds}
             logs.append(log)
         asked, fitted = sum(log.seconds for log in logs), time.perf_counter()

@@ -19,7 +19,7 @@ from dipguard.classifier import probability_warning
 from dipguard.decision import DecisionTrace, Reconstruction, stitch
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.defenses.base import Callbacks, Purified
-from dipguard.defenses.dip import DIPDefense, StackRun
+from dipguard.defenses.dip import DIPDefense
 from dipguard.fit import DecideOptions, StitchOptions, fit_stack
 from dipguard.store import Store, open_store, stored_stack
 
@@ -133,7 +133,7 @@ class DIPGuard(DIPDefense):
             warnings.warn(text, UserWarning, stacklevel=4)
         return super()._purify(images, indices, callbacks=callbacks, logger=logger)
 
-    def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
+    def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
         """Fit one stack, or take it from the store, and stitch."""
         fit = fit_stack if self.store is None else partial(stored_stack, store=self.store, also=self.also)
         options: Any = {"fit": self.fit_options, "decide": self.decide_options, "stitch": self.stitch_options}

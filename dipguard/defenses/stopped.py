@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_float, check_int
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule
 from dipguard.defenses.base import Purified
-from dipguard.defenses.dip import DIPDefense, StackRun
+from dipguard.defenses.dip import DIPDefense
 from dipguard.fit import fit_rule
 from dipguard.networks import NetworkSpec
 from dipguard.networks.presets import hourglass
@@ -47,7 +47,7 @@ class StoppedDIP(DIPDefense):
         """The steps that the rule has to see."""
         return self.make_rule().steps_needed(self.T)
 
-    def _purify_stack(self, images: Tensor, indices: list[int], run: StackRun, *, first_step: int) -> Purified:
+    def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
         """Fit one stack until the rule has chosen."""
         start = time.perf_counter()
         options: Any = {"rule": self.make_rule(), "fit": self.fit_options, "T": self.T, **run}
