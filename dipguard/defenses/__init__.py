@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import nn
+
+from dipguard.defenses.base import Defense, DefenseResult
+from dipguard.defenses.mirror import MirrorGuard
+from dipguard.defenses.paper import DIPGuard
 from dipguard.registry import check_options, lookup, table_of
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from dipguard.defenses.base import Defense, DefenseResult
-    from dipguard.defenses.mirror import MirrorGuard
-    from dipguard.defenses.paper import DIPGuard
 
 __all__ = ["DEFENSES", "DIPGuard", "Defense", "DefenseResult", "MirrorGuard", "build_defense"]
 
@@ -31,9 +28,7 @@ DEFENSES: dict[str, str] = {
     "mirror": "dipguard.defenses.mirror:MirrorGuard",
     "paper": "dipguard.defenses.paper:DIPGuard",
 }
-"""Name -> class, imported (with its libraries) only when that defence is built."""
-
-_HOMES = {"Defense": "base", "DefenseResult": "base", "DIPGuard": "paper", "MirrorGuard": "mirror"}
+"""Name -> class; the libraries of a defence are imported only when it is built."""
 
 
 def build_defense(
@@ -52,10 +47,3 @@ def build_defense(
     given = dict(options) if weights is None else {**options, "weights": weights}
     check_options(make, given, owner=f"the defence {name!r}", hidden=("seed",))
     return make(victim, seed=seed, **given)
-
-
-def __getattr__(name: str) -> Any:
-    """Import a class when it is first asked for: the table alone needs neither torch nor Lightning."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
