@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from dipguard.attacks.backward import BACKWARD, SHORT_T, fits_of, resized, straight_through
-from dipguard.attacks.base import Cost, check_levels
+from dipguard.attacks.base import Cost
 from dipguard.attacks.best_found import LOSSES, BestFound, DefendedSearch
 from dipguard.attacks.libraries import Unsaturated
 from dipguard.attacks.target import DefendedVictim
-from dipguard.checks import check_bool, check_choice, check_int
+from dipguard.checks import check_bool, check_choice, check_int, check_positive
 from dipguard.classifier import logits_of
 from dipguard.decision.intermediates import STITCHED
 from dipguard.fit.unrolled import FLOOR, unrolled_fit
@@ -52,7 +52,7 @@ class DefendedPGD(DefendedSearch):
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
-        self.alpha_255 = check_levels(alpha_255, name="alpha_255")
+        self.alpha_255 = check_positive(alpha_255, name="alpha_255", high=255)
         self.steps = check_int(steps, name="steps", low=1)
         self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
         self.random_start = check_bool(random_start, name="random_start")

@@ -16,7 +16,7 @@ from lightning_fabric.plugins.precision.utils import _DtypeContextManager
 from torch import Tensor, nn
 
 from dipguard.attacks.libraries import load_library
-from dipguard.checks import Indices, check_images, check_indices, check_int, check_labels, check_made, check_positive
+from dipguard.checks import Indices, check_images, check_indices, check_int, check_labels, check_made
 from dipguard.classifier import check_is_module, device_of, frozen, logits_of
 from dipguard.seeding import image_generator
 from dipguard.victims.base import check_victim
@@ -204,11 +204,6 @@ def kept_options(made: Any) -> dict[str, Any]:
     kinds = [kind for kind in reversed(type(made).__mro__) if "__init__" in vars(kind)]
     parameters = [p for kind in kinds for p in inspect.signature(kind).parameters.values()]
     return {p.name: getattr(made, p.name) for p in parameters if p.kind is p.KEYWORD_ONLY}
-
-
-def check_levels(value: float, *, name: str) -> float:
-    """Return a pixel distance in levels of 0 to 255 if it is above 0 and at most 255."""
-    return check_positive(value, name=name, high=255)
 
 
 def check_budgets(budgets: Sequence[int], *, high: int) -> list[int]:

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dipguard.attacks.base import Cost, check_levels
+from dipguard.attacks.base import Cost
 from dipguard.attacks.target import FINAL, AdaptiveAttack, DefendedVictim, fresh_indices
-from dipguard.checks import check_int
+from dipguard.checks import check_int, check_positive
 
 CANDIDATES = 4
 """Versions of an image that are looked at again, at most."""
@@ -108,7 +108,7 @@ class DefendedSearch(AdaptiveAttack):
         self, target: DefendedVictim, *, eps_255: float = 8, draws: str = "fixed", final_looks: int = 0, **options: Any
     ) -> None:
         super().__init__(target, draws=draws, **options)
-        self.eps_255 = check_levels(eps_255, name="eps_255")
+        self.eps_255 = check_positive(eps_255, name="eps_255", high=255)
         self.final_looks = check_int(final_looks, name="final_looks", low=0)
 
     @abstractmethod

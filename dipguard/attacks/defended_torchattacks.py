@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from dipguard.attacks.backward import straight_through
-from dipguard.attacks.base import Cost, Snapshot, check_budgets, check_levels
+from dipguard.attacks.base import Cost, Snapshot, check_budgets
 from dipguard.attacks.best_found import BestFound, DefendedSearch
 from dipguard.attacks.libraries import Unsaturated, torchattacks
 from dipguard.attacks.static import check_classes
 from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
-from dipguard.checks import check_bool, check_int
+from dipguard.checks import check_bool, check_int, check_positive
 
 RAND = ("ce", "dlr")  # the losses of AutoAttack's version ``rand``: one run of APGD each
 
@@ -49,8 +49,8 @@ class BPDA(AdaptiveAttack):
         **options: Any,
     ) -> None:
         super().__init__(target, **options)
-        self.eps_255 = check_levels(eps_255, name="eps_255")
-        self.alpha_255 = check_levels(alpha_255, name="alpha_255")
+        self.eps_255 = check_positive(eps_255, name="eps_255", high=255)
+        self.alpha_255 = check_positive(alpha_255, name="alpha_255", high=255)
         self.steps = check_int(steps, name="steps", low=1)
         self.budgets = check_budgets(budgets, high=self.steps)
         self.random_start = check_bool(random_start, name="random_start")

@@ -19,9 +19,9 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor
 
-from dipguard.attacks.base import TOLERANCE, Cost, Snapshot, check_budgets, check_levels
+from dipguard.attacks.base import TOLERANCE, Cost, Snapshot, check_budgets
 from dipguard.attacks.target import AdaptiveAttack, DefendedVictim
-from dipguard.checks import check_float, check_int
+from dipguard.checks import check_float, check_int, check_positive
 from dipguard.seeding import image_generator
 
 TOGETHER = 128  # images that are purified and classified at once, at most
@@ -69,7 +69,7 @@ class HopSkipJump(AdaptiveAttack):
     ) -> None:
         super().__init__(target, **options)
         self.queries = check_int(queries, name="queries", low=1)
-        self.eps_255 = None if eps_255 is None else check_levels(eps_255, name="eps_255")
+        self.eps_255 = None if eps_255 is None else check_positive(eps_255, name="eps_255", high=255)
         self.budgets = check_budgets(budgets, high=self.queries)
         self.radii_255 = sorted({check_float(radius, name="radii_255", low=0, high=255) for radius in radii_255})
         self.init_size = check_int(init_size, name="init_size", low=1)

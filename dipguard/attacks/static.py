@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from dipguard.attacks.base import Attack, check_levels, kept_options
+from dipguard.attacks.base import Attack, kept_options
 from dipguard.attacks.libraries import LogitsAboveZero, NeverFlat, Unsaturated, VictimView, foolbox, torchattacks
 from dipguard.checks import check_bool, check_choice, check_float, check_int, check_positive
 from dipguard.victims.base import check_victim
@@ -45,7 +45,7 @@ class Noise(Attack):
 
     def __init__(self, target: nn.Module, *, eps_255: float = 8, **options: Any) -> None:
         super().__init__(target, **options)
-        self.eps_255 = check_levels(eps_255, name="eps_255")
+        self.eps_255 = check_positive(eps_255, name="eps_255", high=255)
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Add the noise; it is drawn on the CPU, so that it is the same on every device."""
@@ -86,7 +86,7 @@ class LinfAttack(TorchAttack):
 
     def __init__(self, target: nn.Module, *, eps_255: float = 8, **options: Any) -> None:
         super().__init__(target, **options)
-        self.eps_255 = check_levels(eps_255, name="eps_255")
+        self.eps_255 = check_positive(eps_255, name="eps_255", high=255)
 
 
 class FGSM(LinfAttack):
@@ -106,7 +106,7 @@ class BIM(FGSM):
 
     def __init__(self, target: nn.Module, *, alpha_255: float = 2, steps: int = 10, **options: Any) -> None:
         super().__init__(target, **options)
-        self.alpha_255 = check_levels(alpha_255, name="alpha_255")
+        self.alpha_255 = check_positive(alpha_255, name="alpha_255", high=255)
         self.steps = check_int(steps, name="steps", low=1)
 
 
