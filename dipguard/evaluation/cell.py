@@ -249,13 +249,13 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
 
 
 def fitting_options(
-    node: Mapping[str, Any], target: Target, *, adaptive: bool, source: Target | None = None
+    node: Mapping[str, Any], target: Target, *, adaptive: bool, source: Target
 ) -> tuple[dict[str, Any], str | None]:
     """The options of an attack (settings ``node``) for a target, and why it does not apply to it (None: it does).
 
-    ``source`` is the target that it is made on, by default the same.
+    ``source`` is the target that it is made on.
     """
-    defense, name = (source or target).defense, name_of(node)
+    defense, name = source.defense, name_of(node)
     options = {key: value for key, value in node.items() if key not in (*NODE_KEYS, *ATTACK_KEYS)}
     if options.get("eps_255", 0) is None:
         del options["eps_255"]

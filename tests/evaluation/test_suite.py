@@ -226,7 +226,8 @@ def test_the_baseline_is_attacked_itself(finished: Matrix) -> None:
 def test_an_attack_applies_or_says_why_not(
     suite: Matrix, node: dict[str, object], defense: str, expected: object
 ) -> None:
-    options, why = fitting_options(node, suite.targets[defense], adaptive=node["name"] != "pgd")
+    target = suite.targets[defense]
+    options, why = fitting_options(node, target, adaptive=node["name"] != "pgd", source=target)
     assert (why if isinstance(expected, str) else options) == expected
     assert (why is None) == (not isinstance(expected, str))
 
