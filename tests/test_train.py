@@ -404,7 +404,6 @@ def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, case: str
         (["defense.K_max=5"], "`defense.K_max` must be at least 15, got 5"),
         (["defense.beta=-0.5"], "`defense.beta` must be finite and at least 0, got -0.5"),
         (["defense.N=0"], "`defense.N` must be at least 1"),
-        (["defense.keep_samples=perhaps"], "`defense.keep_samples` must be"),
         (["defense.stack_size=0"], "`defense.stack_size` must be at least 1"),
         (["defense.lr=0"], "`defense.lr` must be above 0"),
         (["defense.lr=inf"], "`defense.lr` must be finite"),

@@ -48,7 +48,6 @@ class DIPGuard(DIPDefense):
         rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).
         t0_unit: ``steps`` or ``samples``.
         divide_by: ``found`` or ``K`` (Eq. 7 with fewer than K crossings).
-        keep_samples: Keep all sampled reconstructions in the traces.
         store: Folder of fits made earlier (:mod:`dipguard.store`), which other values of tau, t0, K, beta and T, and
             other victims, use again. Traces in the result are then shared and must not be changed.
         store_T: Other values of T that a fit made for the store is to serve.
@@ -73,7 +72,6 @@ class DIPGuard(DIPDefense):
         rule: str = "at_least",
         t0_unit: str = "steps",
         divide_by: str = "found",
-        keep_samples: bool = False,
         store: str | Path | Store | None = None,
         store_T: Sequence[int] = (),
         **options: Any,
@@ -84,9 +82,7 @@ class DIPGuard(DIPDefense):
         )
         decisions = None if every is not None else decisions
         K_max = max(K, 25) if K_max is None else check_int(K_max, name="K_max", low=K)
-        self.decide_options = DecideOptions(
-            T=T, decisions=decisions, every=every, N=N, scores=scores, K_max=K_max, keep_samples=keep_samples
-        )
+        self.decide_options = DecideOptions(T=T, decisions=decisions, every=every, N=N, scores=scores, K_max=K_max)
         end = len(self.decide_options.steps) if t0_unit == "samples" else T
         if t0 >= end:
             # Allowed, since the paper's own fallback covers it, but hardly ever meant: a short trial with the default.
@@ -97,7 +93,9 @@ class DIPGuard(DIPDefense):
     @property
     def settings(self) -> dict[str, Any]:
         """The options of fit, decisions and stitching."""
-        return {**super().settings, **asdict(self.decide_options), **asdict(self.stitch_options)}
+        own = {**asdict(self.decide_options), **asdict(self.stitch_options)}
+        # `keep_samples` was an option once. The keys of stored cells have it: without it they would not be found.
+        return {**super().settings, **own, "keep_samples": False}
 
     @property
     def steps_per_purification(self) -> int:
@@ -115,7 +113,7 @@ class DIPGuard(DIPDefense):
         if self.store is None:
             return self.decide_options.images_kept
         sampled = {step for options in (self.decide_options, *self.also) for step in options.steps}
-        return replace(self.decide_options, keep_samples=False).images_kept + len(sampled)
+        return self.decide_options.images_kept + len(sampled)
 
     @property
     def intermediate_views(self) -> dict[str, int]:

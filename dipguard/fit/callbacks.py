@@ -13,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_bool, check_choice, check_int
+from dipguard.checks import check_choice, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision import DecisionTrace, Reconstruction, crosses, localise, quality, sampled_steps, stitch
 from dipguard.decision.boundary import SCORES
@@ -63,13 +63,12 @@ class DecisionLogger(pl.Callback):
         decisions: int | None = 200,
         every: int | None = None,
         K_max: int = 25,
-        keep_samples: bool = False,
         first_step: int = 0,
     ) -> None:
         self.decider = Decider(victim)
         self.decisions, self.every = decisions, every
         self.K_max = check_int(K_max, name="K_max", low=1)
-        self.keep_samples, self.first_step = check_bool(keep_samples, name="keep_samples"), first_step
+        self.first_step = first_step
         self.seconds = 0.0
         self._steps: tuple[int, ...] = ()
         self._together = 1
@@ -86,10 +85,9 @@ class DecisionLogger(pl.Callback):
         self._together = 1 if monitored & DECIDED else steps_together(len(module.given))
         # The Trainer's precision may have changed the dtype.
         about = {**module.options.as_settings(), "dtype": str(module.given.dtype).removeprefix("torch."), "T": module.T}
-        own = {name: getattr(self, name) for name in ("decisions", "every", "K_max", "keep_samples")}
-        module.trace = StackTrace(
-            module.given, self.decider(module.given), module.indices, self.K_max, self.keep_samples, {**about, **own}
-        )
+        own = {name: getattr(self, name) for name in ("decisions", "every", "K_max")}
+        given_scores = self.decider(module.given)
+        module.trace = StackTrace(module.given, given_scores, module.indices, self.K_max, {**about, **own})
         trainer.callback_metrics["fit/crossings"] = self._crossings
 
     @counted

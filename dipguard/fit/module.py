@@ -270,7 +270,6 @@ class StackTrace:
     given_scores: Tensor  # the victim's logits on them, [B, C]
     indices: tuple[int, ...]
     K_max: int  # the largest K of a replay
-    keep_samples: bool  # all of them
     settings: dict[str, Any]  # JSON values that describe the fit; each callback adds its own options
 
     def __post_init__(self) -> None:
@@ -280,7 +279,6 @@ class StackTrace:
         # alpha [M] and on-boundary images [M, 3, H, W] of all kept crossings, localised at the end of the fit
         self.boundary = self.given.new_zeros(0), self.given.new_zeros(0, *self.given.shape[1:])
         self._last: deque[Tensor] = deque(maxlen=self.K_max)
-        self._samples: list[Tensor] = []
         self._scalars: list[tuple[Tensor, Tensor, Tensor]] = []
 
     def add(self, samples: Sequence[Sample]) -> None:
@@ -290,8 +288,6 @@ class StackTrace:
             self._last.append(sample.reconstructions)
             self.steps.append(sample.step)
             self._scalars.append((sample.scores, sample.quality, sample.errors))
-            if self.keep_samples:
-                self._samples.append(sample.reconstructions.cpu())
 
     def add_crossing(self, b: int, crossing: Crossing) -> None:
         """Append a crossing of image b, and drop those that no replay can select any more."""
@@ -304,7 +300,6 @@ class StackTrace:
         scores, quality, loss = (_gather([scalars[i] for scalars in self._scalars]) for i in range(3))
         stacked = {"given": self.given.cpu(), "given_scores": self.given_scores.cpu(), "scores": scores}
         stacked |= {"quality": quality, "loss": loss, "last": _gather(list(self._last))}
-        stacked |= {"samples": _gather(self._samples)} if self.keep_samples else {}
         alpha, on_boundary = (part.cpu() for part in self.boundary)
         steps = torch.tensor(self.steps, dtype=torch.int64)
         traces, end = [], 0

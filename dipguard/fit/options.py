@@ -109,7 +109,6 @@ class DecideOptions:
         N: Sections of the grid of Eq. 5.
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
         K_max: The largest K that a trace can be replayed with.
-        keep_samples: Keep all sampled reconstructions.
     """
 
     T: int = 1000
@@ -118,7 +117,6 @@ class DecideOptions:
     N: int = 10
     scores: str = "logits"
     K_max: int = 25
-    keep_samples: bool = False
 
     def __post_init__(self) -> None:
         from dipguard.decision.boundary import SCORES
@@ -127,7 +125,6 @@ class DecideOptions:
         check_int(self.N, name="N", low=1)
         check_choice(self.scores, SCORES, name="scores")
         check_int(self.K_max, name="K_max", low=1)
-        check_bool(self.keep_samples, name="keep_samples")
 
     @property
     def steps(self) -> tuple[int, ...]:
@@ -140,7 +137,7 @@ class DecideOptions:
     def images_kept(self) -> int:
         """How many images a fit keeps in memory for each image, about."""
         # The last samples, and about twice as many crossings of two images each, since a replay may take another tau.
-        return 5 * self.K_max + (len(self.steps) if self.keep_samples else 0)
+        return 5 * self.K_max
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -127,6 +127,5 @@ def decide_samples(
         alpha=alpha,
         on_boundary=on_boundary,
         last=seen.images[-decide.K_max :].clone(),
-        samples=seen.images if decide.keep_samples else None,
         settings=trace_settings(fit, decide),
     )

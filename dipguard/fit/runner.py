@@ -113,7 +113,7 @@ def fit_stack(
     ``victim`` takes [n, 3, H, W] in [0, 1] and returns logits [n, C]; it is left as it was. ``first_step`` is added to
     the logger's step numbers; ``callbacks`` run after ours. Other arguments and errors are those of :func:`run_fit`.
     """
-    sampling = {name: getattr(decide, name) for name in ("decisions", "every", "K_max", "keep_samples")}
+    sampling = {name: getattr(decide, name) for name in ("decisions", "every", "K_max")}
     sampler = DecisionLogger(victim, first_step=first_step, **sampling)
     detector, stitcher = BoundaryDetector(victim, N=decide.N, scores=decide.scores), Stitcher(**asdict(stitch))
     seconds = run_fit(images, T=decide.T, callbacks=[sampler, detector, stitcher, *callbacks], **run)

@@ -105,7 +105,7 @@ def _attempt(work: Work[Result], part: slice, first_step: int, bar: tqdm[Any]) -
         kind = next(k for k in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, k))
         raise kind(
             "a single image at a time is too much for the memory: free some, or take smaller images, a smaller "
-            f"`network`, a smaller `K_max` or `keep_samples`=False ({error})"
+            f"`network` or a smaller `K_max` ({error})"
         ) from error
 
 

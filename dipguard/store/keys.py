@@ -102,7 +102,7 @@ class StackKeys:
 
     def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:
         """The key of each image's trace, of all that it depends on but ``K_max``: a trace serves every smaller one."""
-        aside = ("T", "decisions", "every", "K_max", "keep_samples")
+        aside = ("T", "decisions", "every", "K_max")
         own = {name: value for name, value in asdict(decide).items() if name not in aside}
         decided = digest_of([own, list(decide.steps), victim_digest(victim), device_of(victim).type])
         return [digest_of([key, decided]) for key in self.fits]

@@ -122,16 +122,13 @@ class _Stack:
     def _find(self, b: int) -> _Found | None:
         """Image b without a fit, or None."""
         stored = self._read_trace(b)
-        if stored is not None and not self.decide.keep_samples:
+        if stored is not None:
             return _Found(*stored, "replayed")
         fitted = self._read_samples(b)
         if fitted is None or not fitted[0].covers(self.decide.steps):
             return None
         samples, seconds = fitted
-        if stored is not None:
-            return _Found(self._with_samples(stored[0], samples), stored[1], "replayed")
-        trace = self._decide(b, samples, self.decide, seconds=seconds)
-        return _Found(self._with_samples(trace, samples), seconds, "decided")
+        return _Found(self._decide(b, samples, self.decide, seconds=seconds), seconds, "decided")
 
     def _fit(self, rows: list[int], **run: Any) -> dict[int, _Found]:
         """Fit these images in one stack, and store their fits and traces."""
@@ -153,20 +150,19 @@ class _Stack:
         return {b: _Found(self._keep(b, samples, share), 0.0, "fitted") for b, samples in zip(rows, fits, strict=True)}
 
     def _keep(self, b: int, samples: FitSamples, seconds: float) -> DecisionTrace:
-        keep_samples = self.store.keep_samples or self.decide.keep_samples
-        if keep_samples:
+        if self.store.keep_samples:
             arrays = {name: tensor.numpy() for name, tensor in vars(samples).items()}
             self.store.write("fits", self.keys.fits[b], arrays, {"seconds": seconds})
         # Without samples nothing else could serve the other T.
-        kept = (self.decide,) if keep_samples else self.trace_keys
+        kept = (self.decide,) if self.store.keep_samples else self.trace_keys
         traces = [self._decide(b, samples, options, seconds=seconds) for options in kept]
-        return self._with_samples(traces[0], samples)
+        return traces[0]
 
     def _decide(self, b: int, samples: FitSamples, decide: DecideOptions, *, seconds: float) -> DecisionTrace:
-        """The trace of a fit; stored without the given image, which every reader has, and without all samples."""
+        """The trace of a fit; stored without the given image, which every reader has."""
         start = time.perf_counter()
         own: dict[str, Any] = {"given": self.images[b], "index": int(self.indices[b]), "victim": self.victim}
-        trace = decide_samples(samples, fit=self.fit, decide=replace(decide, keep_samples=False), **own)
+        trace = decide_samples(samples, fit=self.fit, decide=decide, **own)
         spent = time.perf_counter() - start
         self.seconds["decide"] += spent
         arrays = {name: tensor.cpu().numpy() for name, tensor in trace.tensors().items() if name != "given"}
@@ -207,9 +203,6 @@ class _Stack:
             return samples, float(entry.header["seconds"])
 
         return self.store.read_as("fits", self.keys.fits[b], parse)
-
-    def _with_samples(self, trace: DecisionTrace, samples: FitSamples) -> DecisionTrace:
-        return replace(trace, samples=samples.at(self.decide.steps).images) if self.decide.keep_samples else trace
 
 
 def _as_asked(trace: DecisionTrace, settings: dict[str, Any]) -> DecisionTrace:

@@ -16,7 +16,7 @@ from dipguard.attacks import ATTACKS, Attack, DefendedVictim, build_attack
 from dipguard.classifier import eval_mode, frozen
 from dipguard.data import load_data
 from dipguard.defenses import DEFENSES, build_defense
-from dipguard.fit import DecideOptions, DecisionLogger, WindowLogger
+from dipguard.fit import WindowLogger
 from dipguard.registry import lookup, options_of
 from dipguard.store import Store
 from dipguard.victims import check_victim
@@ -243,8 +243,6 @@ def test_a_boolean_is_no_string_and_no_number(group: str, name: str, option: str
 
 
 BUILT: dict[str, Callable[[Any], object]] = {
-    "DecideOptions.keep_samples": lambda value: DecideOptions(keep_samples=value),
-    "DecisionLogger.keep_samples": lambda value: DecisionLogger(Slow(), keep_samples=value),
     "WindowLogger.flip": lambda value: WindowLogger(Slow(), warm_up=0, every=1, windows=1, flip=value),
     "Store.keep_samples": lambda value: Store("nowhere", keep_samples=value),
     "load_data.download": lambda value: load_data("cifar10", path="nowhere", download=value),

@@ -35,7 +35,7 @@ def defend(images: Tensor, victim: nn.Module, *, T: int = 40, stitching: dict | 
         victim=victim,
         indices=range(len(images)),
         fit=FitOptions(network="small", jitter=0.1, padding="zeros"),
-        decide=DecideOptions(**{"T": T, "decisions": None, "every": 2, "keep_samples": True, **decide}),
+        decide=DecideOptions(**{"T": T, "decisions": None, "every": 2, **decide}),
         stitch=StitchOptions(**{"tau": 0.3, "t0": 10, "K": 5, "beta": 0.5, **(stitching or {})}),
         device=CPU,
     )
@@ -43,8 +43,8 @@ def defend(images: Tensor, victim: nn.Module, *, T: int = 40, stitching: dict | 
 
 def literal(trace: DecisionTrace, victim: nn.Module, *, tau: float, t0: int, K: int, beta: float, N: int) -> Tensor:
     """Lines 9-18 of Algorithm 1, one image and one number after the other."""
-    X, x0 = trace.samples, trace.given
-    assert X is not None
+    X, x0 = trace.last, trace.given
+    assert len(X) == len(trace.steps), "K_max is too small for all samples"
     victim = victim.eval()
     with torch.no_grad():
         Y = [int(victim(x[None]).argmax()) for x in X]
@@ -116,14 +116,12 @@ def test_equals_the_literal_algorithm(three: Any, victim: nn.Module) -> None:
 def test_a_trace_says_what_the_samples_say(three: Any, images: Tensor, victim: nn.Module) -> None:
     victim.eval()
     for b, trace in enumerate(three.traces):
-        assert trace.samples is not None
         with torch.no_grad():
-            torch.testing.assert_close(trace.scores, victim(trace.samples), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(trace.scores, victim(trace.last), rtol=1e-4, atol=1e-4)
             torch.testing.assert_close(trace.given_scores, victim(images[b : b + 1])[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(trace.quality, quality(trace.samples, trace.given.expand_as(trace.samples)))
-        torch.testing.assert_close(trace.loss, (trace.samples - trace.given).square().flatten(1).mean(1))
+        torch.testing.assert_close(trace.quality, quality(trace.last, trace.given.expand_as(trace.last)))
+        torch.testing.assert_close(trace.loss, (trace.last - trace.given).square().flatten(1).mean(1))
         assert trace.steps.tolist() == list(sampled_steps(40, every=2))
-        assert torch.equal(trace.last, trace.samples[-trace.K_max :])
         assert torch.equal(trace.given, images[b])
 
 
@@ -132,8 +130,9 @@ def test_a_replay_of_what_little_was_kept_is_the_direct_result(
 ) -> None:
     stored = [
         DecisionTrace.load(trace.save(tmp_path / f"{trace.index}.safetensors"))
-        for trace in defend(images[:3], victim, K_max=3, keep_samples=False, stitching={"K": 1}).traces
+        for trace in defend(images[:3], victim, K_max=3, stitching={"K": 1}).traces
     ]
+    assert all(torch.equal(trace.last, whole.last[-3:]) for trace, whole in zip(stored, three.traces, strict=True))
     for tau, t0, K, beta in [(0.0, 20, 3, 0.0), (0.35, 0, 1, 0.5), (0.6, 30, 2, 1.0)]:
         for trace, whole in zip(stored, three.traces, strict=True):
             replayed, expected = (stitch(one, tau=tau, t0=t0, K=K, beta=beta) for one in (trace, whole))
@@ -144,13 +143,12 @@ def test_a_replay_of_what_little_was_kept_is_the_direct_result(
 def test_what_is_kept_does_not_grow_with_T(images: Tensor, victim: nn.Module) -> None:
     kept = {}
     for T in (12, 40):
-        traces = defend(images[:2], victim, T=T, K_max=3, keep_samples=False, stitching={"K": 3}).traces
+        traces = defend(images[:2], victim, T=T, K_max=3, stitching={"K": 3}).traces
         kept[T] = [len(trace.last) for trace in traces]
         for trace in traces:
             # Crossings that later ones of higher quality have overtaken K_max times are forgotten.
             quality_at = trace.quality[trace.crossing_at].tolist()
             assert all(sum(w >= v for w in quality_at[m + 1 :]) < 3 for m, v in enumerate(quality_at))
-            assert trace.samples is None
     assert kept[12] == kept[40] == [3, 3]
 
 
@@ -210,7 +208,7 @@ class Monitor(pl.Callback):
 def test_samples_that_wait_for_a_good_batch_come_out_the_same(
     images: Tensor, undecided: nn.Module, tmp_path: Path
 ) -> None:
-    options: dict[str, Any] = {"T": 40, "decisions": None, "every": 1, "K_max": 5, "keep_samples": True}
+    options: dict[str, Any] = {"T": 40, "decisions": None, "every": 1, "K_max": 40}
     (tmp_path / "once").mkdir()
     ours, rows, calls = logged(images[:2], undecided, tmp_path, **options)
     wanted, their_rows, their_calls = logged(images[:2], undecided, tmp_path / "once", Monitor(), **options)
@@ -221,7 +219,7 @@ def test_samples_that_wait_for_a_good_batch_come_out_the_same(
     assert rows[-1]["fit/crossings"] > 0
     for row, their in zip(rows, their_rows, strict=True):
         assert row == pytest.approx(their, abs=1e-6)
-    names = ("steps", "decisions", "crossing_at", "quality", "loss", "last", "samples", "alpha", "on_boundary")
+    names = ("steps", "decisions", "crossing_at", "quality", "loss", "last", "alpha", "on_boundary")
     for mine, theirs in zip(ours.traces, wanted.traces, strict=True):
         assert len(mine.crossing_at) > 0
         torch.testing.assert_close(mine.scores, theirs.scores, rtol=1e-4, atol=1e-4)

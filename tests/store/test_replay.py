@@ -110,13 +110,6 @@ def test_a_larger_K_max_is_decided_and_then_serves_the_smaller(filled: Store):
     assert filled.counts == {"decided": 3, "replayed": 9}
 
 
-def test_samples_are_handed_out_on_demand(store: Store):
-    for _ in range(2):
-        check_as_direct(store, keep_samples=True)
-    check_as_direct(store)
-    assert store.counts == {"fitted": 3, "replayed": 6}
-
-
 def test_only_missing_images_are_fitted(store: Store):
     guard(store).defend(smooth_images(4)[1:2], indices=[1])
     check_as_direct(store, count=4)
