@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dipguard.data.base import ImageSet
@@ -15,19 +16,28 @@ DATASETS: dict[str, str] = {
     "arrays": "dipguard.data.arrays:load_arrays",
     "image_folder": "dipguard.data.image_folder:load_image_folder",
 }
-"""Name -> loader. Its options are keyword-only; ``path, offset, limit, size`` (see `load_data`) have defaults."""
+"""Name -> loader. It takes ``path, offset, limit, size`` (see `load_data`) and its own options, all keyword-only."""
 
 
-def load_data(name: str, **options: Any) -> ImageSet:
-    """Return a data set by name (a key of `DATASETS`, or a name that another package registers), or a part of it.
+def load_data(
+    name: str,
+    *,
+    path: str | Path | None = None,
+    limit: int | None = None,
+    offset: int = 0,
+    size: int | None = None,
+    **options: Any,
+) -> ImageSet:
+    """Return a data set by name, or a part of it.
 
-    ``options`` are those of the loader; TypeError for an unknown one. All loaders take these:
-
-    - ``path``: file or folder of the data set, where it has one; FileNotFoundError if there is nothing
-    - ``limit`` (None: all) and ``offset`` (0): number of images, and position of the first. Neither changes the index
-      of an image.
-    - ``size``: resize images to size x size pixels (bilinear, antialiased); None keeps their size
+    Args:
+        name: A key of `DATASETS`, or a name that another package registers.
+        path: File or folder of the data set, where it has one; FileNotFoundError if there is nothing.
+        limit: Number of images; None for all from ``offset`` on.
+        offset: Position of the first image. Neither changes the index of an image.
+        size: Resize images to size x size pixels (bilinear, antialiased); None keeps their size.
+        options: Options of the loader; TypeError for an unknown one.
     """
     load = lookup(table_of("data", DATASETS), name, argument="data")
-    check_options(load, options, owner=f"the data set {name!r}")
-    return load(**options)
+    check_options(load, options, owner=f"the data set {name!r}", hidden=("path", "offset", "limit", "size"))
+    return load(path=path, offset=offset, limit=limit, size=size, **options)
