@@ -218,14 +218,13 @@ class MirrorGuard(DIPDefense):
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
         """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""
         made = self._purify(images, indices, callbacks=(), logger=None)
-        each = [(trace, trace.samples) for trace in made.traces if trace.samples is not None]
-        samples = torch.stack([windows for _, windows in each], dim=1)
-        seen = torch.stack([windows[self._mirrored_windows(trace)] for trace, windows in each], dim=1)
+        samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
+        shown = torch.stack([self._mirrored_windows(trace) for trace in made.traces], dim=1)  # [n, B]
         view = partial(mirrored, flip=self.mirror)
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "mirrored": Intermediate(seen.to(images), view),
+            "mirrored": Intermediate(samples[shown, torch.arange(len(images))].to(images), view),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
 
