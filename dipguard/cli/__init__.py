@@ -43,8 +43,15 @@ def exit_codes(program: str) -> Iterator[None]:
     def terminate(number: int, frame: object) -> None:
         raise _TerminatedError
 
+    def swallowed(unraisable: sys.UnraisableHookArgs) -> None:
+        # Python drops what is raised in a `__del__` or an import lock; the signal comes once, so it is sent again.
+        if not isinstance(unraisable.exc_value, _TerminatedError):
+            return said(unraisable)
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, terminate) if main else None
+    said, sys.unraisablehook = sys.unraisablehook, swallowed
     try:
         yield
         sys.stdout.flush()
@@ -58,6 +65,7 @@ def exit_codes(program: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         raise SystemExit(141) from None
     finally:
+        sys.unraisablehook = said
         if main:
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 

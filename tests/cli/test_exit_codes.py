@@ -41,6 +41,26 @@ def test_a_signal_ends_a_program_with_its_code_and_a_message(number, code, capsy
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+class TerminatedAsItGoes:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_in_a_place_where_python_drops_exceptions_is_not_lost():
+    hook = sys.unraisablehook
+
+    def program():
+        with exit_codes("program"):
+            TerminatedAsItGoes()
+            time.sleep(5)
+            pytest.fail("it went on")
+
+    with pytest.raises(SystemExit) as stopped:
+        program()
+    assert stopped.value.code == 143
+    assert sys.unraisablehook is hook
+
+
 def say_something():
     with exit_codes("program"):
         print("something")
