@@ -115,6 +115,11 @@ class Cell:
         return self.key if self.judge == 1 else self.sub_key("judged", self.judge)
 
     @property
+    def budgets(self) -> int:
+        """Number of budgets that the attack gives images for."""
+        return len(self.options.get("budgets") or [0]) * len(self.options.get("radii_255") or [0])
+
+    @property
     def judging(self) -> Cost:
         """Cost of the purifications that the cell is judged by, for one budget."""
         count = len(self.clean) * self.judge
@@ -176,7 +181,8 @@ class CellResult:
         reasons: Why each purified image looks as it does.
         seconds: Wall time by part: ``attack``, those of the defence, ``start``, ``fit`` and ``decide``, and ``judge``
             for all further draws.
-        history: Share of images that withstand after each step of the attack, the best step so far counting.
+        history: Share of images that withstand after each step of the attack, the best step so far counting. Empty for
+            an attack that was made on another target, as are the two below.
         last_history: The same, each step on its own.
         flat: Share of the gradients that were exactly zero; None if the attack does not tell.
     """
@@ -234,8 +240,9 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
     attack: dict[str, Any] = {name: about["attack"][name] for name in ("history", "last_history", "flat")}
     attack["spent"] = Cost(**about["attack"]["spent"])
     before = about["attack"]["seconds"]
-    if cell.source is not cell.target:  # paid where they were made
-        attack["spent"], before = Cost(), dict.fromkeys(before, 0.0)
+    if cell.source is not cell.target:  # its course, and what it cost, are those of the row where it was made
+        attack = {"spent": Cost(), "history": (), "last_history": (), "flat": None}
+        before = dict.fromkeys(before, 0.0)
     for number, (eps_255, budget) in enumerate(about["snapshots"]):
         own: dict[str, Any] = {name: torch.from_numpy(summary.arrays[name][number]) for name in FIGURES}
         own |= {"eps_255": eps_255, "budget": budget, "reasons": about["reasons"][number]}

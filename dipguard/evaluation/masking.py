@@ -78,22 +78,23 @@ def black_box(done: Sequence[CellResult]) -> Check:
     if not white or not black:
         return Check(name, NOT_CHECKED, f"no {'black' if white else 'white'}-box attack was run")
     n = min(len(result.right) for result in attacks)  # attacks on fewer images are compared on those
-    best_white, best_black = (min(side, key=lambda r: _right(r, n)) for side in (white, black))
+    aimed = [[(_aimed(r, n), r.cell.label) for r in side] for side in (white, black)]
+    (best_white, by_white), (best_black, by_black) = map(min, aimed)
     # An image is broken if it is read rightly in less than half of its draws.
     withstood = [torch.stack([r.right[:n] for r in side]).amin(dim=0) >= 0.5 for side in (white, black)]
     alone = int((withstood[0] & ~withstood[1]).sum())
     figures = (
-        f"black box at best {_right(best_black, n):g} of {n} right ({best_black.cell.label}), white box "
-        f"{_right(best_white, n):g} ({best_white.cell.label}); {alone} broken by black box alone"
+        f"black box at best {best_black:g} of {n} right ({by_black}), white box {best_white:g} ({by_white}); "
+        f"{alone} broken by black box alone"
     )
-    return Check(name, WARNING if _right(best_black, n) < _right(best_white, n) else OK, figures)
+    return Check(name, WARNING if best_black < best_white else OK, figures)
 
 
 def randomised(done: Sequence[CellResult], randomness: Randomness | None) -> Check:
     """A system that draws must be attacked in expectation (AutoAttack's first flag)."""
     name = "randomised: attacked in expectation"
     if randomness is None:
-        return Check(name, NOT_CHECKED, "the clean images were not run")
+        return Check(name, NOT_CHECKED, "it was not found out yet")
     change = f"logits differ by {randomness.drawn:.3g} with other draws"
     if randomness.drawn <= SAME:
         return Check(name, OK, f"not randomised: {change}")
@@ -107,7 +108,7 @@ def dynamic(done: Sequence[CellResult], randomness: Randomness | None) -> Check:
     """A system that optimises while it reads needs attacks that know it (AutoAttack's flag of dynamic defences)."""
     name = "dynamic: attacked as such"
     if randomness is None:
-        return Check(name, NOT_CHECKED, "the clean images were not run")
+        return Check(name, NOT_CHECKED, "it was not found out yet")
     if randomness.backward == 0:
         return Check(name, OK, "not dynamic: no backward pass in a purification")
     adaptive = [r.cell.label for r in done if r.attacks and r.cell.adaptive and r.cell.white_box]
@@ -138,6 +139,12 @@ def control(done: Sequence[CellResult]) -> Check:
     figures = f"{least:g} of {n} right under noise, {_right(best, n):g} under {best.cell.label}"
     figures += f"; no better than noise: {', '.join(weak)}" if weak else ""
     return Check(name, OK if _right(best, n) < least or not _right(best, n) else WARNING, figures)
+
+
+def _aimed(result: CellResult, n: int) -> float:
+    """Right images in what the attack aims at: the known draw, if it asked about that one alone, else all draws."""
+    known = result.cell.source is result.cell.target and result.cell.options.get("draws") == "fixed"
+    return round(float(result.judged("known" if known else "accuracy")[:n].sum()), 6)
 
 
 def _right(result: CellResult, n: int | None = None) -> float:

@@ -178,6 +178,8 @@ def _cells(
         adaptive = bool(hydra.utils.get_object(path).adaptive)
         if node.get("made_on") and not adaptive:
             raise ValueError(f"`attacks.{label}.made_on` is for adaptive attacks, got it for {name_of(node)!r}")
+        if node.get("made_on") and node.get("only") is not None and node["made_on"] not in node["only"]:
+            raise ValueError(f"`attacks.{label}.only` must have {node['made_on']!r}, on which it is made")
         limit = node.get("limit")
         in_suite = suite and bool(label == CLEAN or node.get("number") or node.get("check"))
         for target in targets.values():

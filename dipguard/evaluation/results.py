@@ -136,7 +136,7 @@ def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
     (clean,) = matrix.results[CLEAN, target.label]
     worst = ((by, worst_case(results, len(matrix.clean), clean, by=by)) for by in JUDGED)
     rights = {by: right for by, right in worst if right is not None}
-    over = sum(result.attacks for result in results)
+    over = len({result.cell.key for result in results if result.attacks})
     row = {**_of_target(matrix, target), "attack": WORST, "eps_255": matrix.config.eps_255, "number": "9"}
     if not rights:
         return row | {"status": NOT_RUN}

@@ -96,10 +96,9 @@ def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: Log | None
 
 def _units(matrix: Matrix, cell: Cell) -> int:
     """About how long what is not stored of a cell takes, in steps of one image's fit."""
-    snapshots = len(cell.options.get("budgets") or [0]) * len(cell.options.get("radii_255") or [0])
-    looks = cell.cost.purifications + len(cell.clean) * (1 + snapshots)
+    looks = cell.cost.purifications + len(cell.clean) * (1 + cell.budgets)
     draws = [("chunk",), *(("draw", number) for number in range(1, cell.judge))]
-    chunks = product(draws, range(snapshots), parts_of(len(cell.clean), matrix.chunk_size))
+    chunks = product(draws, range(cell.budgets), parts_of(len(cell.clean), matrix.chunk_size))
     keys = {cell.sub_key(*draw, n, part.start, part.stop): part.stop - part.start for draw, n, part in chunks}
     left = sum(count for key, count in keys.items() if not matrix.store.file("cells", key).is_file())
     return looks * IMAGE + cell.cost.dip_steps + left * cell.defense.steps_per_image
@@ -120,7 +119,8 @@ def _check_randomness(matrix: Matrix) -> list[str]:
 
 def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
     """Say what will be run, and what it costs at most."""
-    steps = sum(cell.judging.dip_steps for cell in todo)
+    # Attacks that are the same are made, and judged, once.
+    steps = sum({cell.key: cell.judging.dip_steps * cell.budgets for cell in todo}.values())
     _log.info(
         "%d attacks x %d defences = %d cells, %d to be run, %s DIP steps beside those of adaptive attacks",
         len(matrix.cells) // len(matrix.targets), len(matrix.targets), len(matrix.cells), len(todo), f"{steps:,}",
@@ -128,11 +128,11 @@ def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
     for label, target in matrix.targets.items():
         if target.defense.unavailable is not None:
             _log.warning("defence %s: %s", label, target.defense.unavailable)
-    costs = {cell.place: cell.cost for cell in todo if cell.adaptive}
-    for place, cost in costs.items():
-        _log.info("%s x %s will cost at most %s", *place, cost)
-    if costs:
-        _log.info("together at most %s", sum(costs.values(), Cost()))
+    adaptive = [cell for cell in todo if cell.adaptive]
+    for cell in adaptive:
+        _log.info("%s x %s will cost at most %s", *cell.place, cell.cost)
+    if adaptive:
+        _log.info("together at most %s", sum({cell.key: cell.cost for cell in adaptive}.values(), Cost()))
 
 
 def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:

@@ -23,7 +23,7 @@ from dipguard.version import __version__
 
 _engine_on_cpu = cache(engine_on_cpu)
 NUMERICS = 1
-"""To be raised with every change of dipguard that changes the numbers of a fit, of SSIM or of a decision."""
+"""To be raised with every change that changes the numbers of a fit, of an attack, of SSIM or of a decision."""
 
 
 def digest_of(parts: Any) -> str:

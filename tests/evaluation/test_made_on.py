@@ -54,9 +54,11 @@ def test_images_are_made_once_and_read_by_all(finished: Matrix) -> None:
     assert not torch.equal(*given)
 
 
-def test_they_are_paid_for_where_they_were_made(finished: Matrix) -> None:
+def test_cost_and_course_are_those_of_the_row_where_they_were_made(finished: Matrix) -> None:
     for label in finished.targets:
-        cell, row = finished.cell("from_jpeg", label), result_row(finished, finished.results["from_jpeg", label][0])
+        (result,) = finished.results["from_jpeg", label]
+        cell, row = finished.cell("from_jpeg", label), result_row(finished, result)
+        assert (bool(result.history), bool(result.last_history), result.flat is not None) == (label == "jpeg",) * 3
         assert cell.white_box == (label == "jpeg")
         assert (row["purifications"] > 0, row["attack_seconds"] > 0) == (label == "jpeg",) * 2
         assert (cell.cost.purifications > 0) == (label == "jpeg")
@@ -74,6 +76,10 @@ def test_made_on_the_row_itself_it_is_the_same_as_without(finished: Matrix, tmp_
     [
         ((*FROM_JPEG, "+attacks.from_jpeg.made_on=jpg"), "`attacks.from_jpeg.made_on` must be one of none, jpeg, got"),
         (("+attacks.transfer.made_on=jpeg",), "`attacks.transfer.made_on` is for adaptive attacks, got it for 'pgd'"),
+        (
+            (*MADE_ON, "+attacks.from_jpeg.only=[none]"),
+            "`attacks.from_jpeg.only` must have 'jpeg', on which",
+        ),
     ],
 )
 def test_what_cannot_be_made_there_is_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:

@@ -143,6 +143,15 @@ def test_black_box(honest: Matrix, white: list[int], black: list[int], verdict: 
     assert black_box([result(honest, "identity", white)]).verdict == NOT_CHECKED
 
 
+def test_black_box_counts_the_draw_that_an_attack_with_fixed_draws_knows(honest: Matrix) -> None:
+    labels = honest.clean.labels
+    white = result(honest, "identity", [0] * 6, draws=labels.expand(3, -1))
+    black = result(honest, "hopskipjump", [1, 0, 0, 0, 0, 0], draws=((labels + 1) % 10).expand(3, -1))
+    assert white.right.sum() > black.right.sum()
+    assert black_box([white, black]).figures.startswith("black box at best 1 of 6 right (hopskipjump), white box 0 ")
+    assert black_box([white, black]).verdict == OK
+
+
 @pytest.mark.parametrize(
     ("noise", "attack", "verdict"),
     [
