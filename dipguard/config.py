@@ -54,9 +54,9 @@ class RunConfig:
     ``data``, ``victim``, ``surrogate`` and ``baseline`` are nodes, ``attacks`` and ``defenses`` nodes by label. With
     ``mirrors``, ``data`` says whether an image means the same in a mirror. An attack may have, beside its options,
     ``number`` (before the label in tables), ``check`` (``control`` or ``large_eps``: not part of the worst case),
-    ``full`` (the options of an uncut run), ``intermediate`` (names; the first that a defence has is attacked),
-    ``limit`` (of images), ``only`` (labels of defences), ``made_on`` (the defence that an adaptive attack's images are
-    made on, for all defences) and ``note``.
+    ``full`` (the options of an uncut run), ``intermediate`` (a name, or several, of which the first that a defence has
+    is attacked), ``limit`` (of images), ``only`` (labels of defences), ``made_on`` (the defence that an adaptive
+    attack's images are made on, for all defences) and ``note``.
     """
 
     seed: int

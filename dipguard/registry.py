@@ -88,11 +88,12 @@ def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
 
 
 def options_of(path: str) -> dict[str, Any]:
-    """Return the keyword-only arguments of a class or function ("package.module:name") with their defaults.
+    """Return the keyword-only and default arguments of a class or function ("package.module:name") with their defaults.
 
     The source is read, nothing is imported. With ``**fit`` the fields of ``FitOptions`` are options too, with the
     defaults that the class attribute ``FIT`` changes; with other ``**keywords``, the options of the base class. The
-    options of a dataclass are its fields. ValueError if there is no such class or function, or a default is no literal.
+    options of a dataclass are its fields. ValueError if there is no such class or function, it takes any keyword, or a
+    default is no literal.
     """
     module, _, name = path.partition(":")
     return dict(_options(module, name))
@@ -113,7 +114,8 @@ def constant_of(path: str) -> Any:
 
 def _keywords(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
-    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    defaults = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty]
+    names = [*defaults, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
     rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     if rest == "fit":
         return names + [name for name in options_of(FIT_OPTIONS) if name not in (*names, *FIT_HIDDEN)]
@@ -167,10 +169,13 @@ def _definition(module: str, name: str) -> tuple[str, _Definition]:
 @cache
 def _options(module: str, name: str) -> dict[str, Any]:
     home, node = _definition(module, name)
+    anything = f"{module}:{name} takes any keyword"
     if isinstance(node, ast.FunctionDef):
+        if node.args.kwarg is not None:
+            raise ValueError(anything)
         return _arguments(node, home)
     options: dict[str, Any] = {}
-    lineage = list(_lineage(home, node))
+    rest, lineage = None, list(_lineage(home, node))
     for place, kind in lineage:
         init = next((n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if init is None:
@@ -185,6 +190,8 @@ def _options(module: str, name: str) -> dict[str, Any]:
             changed = [(home, value) for home, k in lineage for key, value in _assignments(k.body) if key == "FIT"]
             fields = {**options_of(FIT_OPTIONS), **(_literal(changed[0][1], changed[0][0]) if changed else {})}
             return {**options, **{k: v for k, v in fields.items() if k not in (*options, *FIT_HIDDEN)}}
+    if rest is not None:
+        raise ValueError(anything)
     return options
 
 
@@ -210,7 +217,9 @@ def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _arguments(function: ast.FunctionDef, module: str) -> dict[str, Any]:
-    pairs = zip(function.args.kwonlyargs, function.args.kw_defaults, strict=True)
+    given = function.args
+    usual = zip(reversed(given.args), reversed(given.defaults), strict=False)  # the last ones have the defaults
+    pairs = [*reversed(list(usual)), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
     return {item.arg: REQUIRED if default is None else _literal(default, module) for item, default in pairs}
 
 

@@ -98,6 +98,14 @@ def test_hidden_options_are_not_the_callers():
         check_options(build, {"weights": "x"}, owner="it", hidden=("weights",))
 
 
+def test_ordinary_arguments_with_a_default_are_options():
+    def build(victim: object, depth: int = 3, *, width: int) -> None: ...
+
+    check_options(build, {"depth": 1, "width": 2}, owner="it")
+    with pytest.raises(TypeError, match="its options are: depth, width"):
+        check_options(build, {"victim": 1}, owner="it")
+
+
 def test_fit_options_are_those_of_the_dataclass():
     def build(*, step: int = 3, **fit: object) -> None: ...
 
@@ -123,6 +131,17 @@ class Changed(Parent):
 
     def __init__(self, victim, *, strength, window=WINDOW, side=SIDE, sizes=(1, 2), **options):
         super().__init__(victim, **options)
+
+
+class Open(Unknown):
+    def __init__(self, **anything):
+        pass
+
+
+def build(depth, width=SIDE, *, strict=True): ...
+
+
+def build_any(width=SIDE, **anything): ...
 
 
 class Whole(Parent):
@@ -157,6 +176,7 @@ def test_options_are_inherited_and_fractions_and_constants_are_values():
     assert changed["strength"] == registry.REQUIRED
     assert (changed["window"], changed["side"], changed["sizes"], changed["T"]) == (100, 32, (1, 2), 10)
     assert (changed["jitter"], changed["padding"]) == (1 / 30, "reflect")
+    assert options_of("own.things:build") == {"width": 32, "strict": True}
     assert "own" not in sys.modules
 
 
@@ -165,6 +185,8 @@ def test_options_are_inherited_and_fractions_and_constants_are_values():
     ("path", "message"),
     [
         ("own.things:Whole", r"line \d+: `make\(\)` must be a literal"),
+        ("own.things:build_any", "own.things:build_any takes any keyword"),
+        ("own.things:Open", "own.things:Open takes any keyword"),
         ("own.things:Nothing", "own.things has no class or function Nothing"),
         ("own.nowhere:Kept", "the source of the module 'own.nowhere' was not found"),
         ("nowhere:Kept", "the source of the module 'nowhere' was not found"),

@@ -115,8 +115,11 @@ def caches() -> Iterator[Finding]:
 def wandb() -> Iterator[Finding]:
     """How a run with ``logger=wandb`` would log; the key itself is never shown."""
     if _version("wandb") is not None:
-        from dipguard.reporting.loggers import wandb_mode
-
+        try:
+            from dipguard.reporting.loggers import wandb_mode
+        except ImportError as error:
+            yield "note", "W&B", f"runs need the extra 'app' ({error})"
+            return
         yield "ok", "W&B", f"runs are {wandb_mode(None)}, unless logger.offline says otherwise"
 
 

@@ -273,7 +273,8 @@ def fitting_options(
     if not adaptive:
         return options, None
     if node.get("intermediate"):
-        found = next((view for view in node["intermediate"] if view in defense.intermediate_views), None)
+        wanted = [node["intermediate"]] if isinstance(node["intermediate"], str) else node["intermediate"]
+        found = next((view for view in wanted if view in defense.intermediate_views), None)
         if found is None:
             return options, "no such intermediate"
         options["intermediate"] = found

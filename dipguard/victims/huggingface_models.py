@@ -85,8 +85,8 @@ def of_model(
     order, own_mean, own_std = _affine(pictures, source)
     return Normalised(
         Unwrapped(network, order=order),
-        mean=mean or own_mean,
-        std=std or own_std,
+        mean=own_mean if mean is None else mean,
+        std=own_std if std is None else std,
         classes=classes,
         size=(pictures.shape[2], pictures.shape[3]) if size is None else (size, size),
         interpolation=_INTERPOLATIONS[int(getattr(processor, "resample", 2) or 0)],

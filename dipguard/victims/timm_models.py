@@ -77,8 +77,8 @@ def of_model(network: Any, *, mean: Channels, std: Channels) -> Normalised:
     size = getattr(getattr(network, "patch_embed", None), "img_size", None)  # a transformer's, if made for another one
     return Normalised(
         network,
-        mean=mean or own["mean"],
-        std=std or own["std"],
+        mean=own["mean"] if mean is None else mean,
+        std=own["std"] if std is None else std,
         classes=_classes(timm, network),
         size=tuple(size or own["input_size"][1:]),
         interpolation=own["interpolation"],

@@ -81,5 +81,11 @@ def of_model(network: nn.Module, *, mean: Channels, std: Channels) -> Normalised
 def _with_transforms(network: nn.Module, known: Any, *, classes: int, mean: Channels, std: Channels) -> Normalised:
     preset, names = known.transforms(), known.meta["categories"]
     names, size = names if classes == len(names) else (), (preset.crop_size[0], preset.crop_size[0])
-    mean, std, mode = mean or preset.mean, std or preset.std, preset.interpolation.value
-    return Normalised(network, mean=mean, std=std, classes=names, size=size, interpolation=mode)
+    return Normalised(
+        network,
+        mean=preset.mean if mean is None else mean,
+        std=preset.std if std is None else std,
+        classes=names,
+        size=size,
+        interpolation=preset.interpolation.value,
+    )

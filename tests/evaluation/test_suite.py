@@ -211,6 +211,8 @@ def test_the_baseline_is_attacked_itself(finished: Matrix) -> None:
         ({"name": "adaptive_pgd", "intermediate": ["last"]}, "jpeg", "no such intermediate"),
         ({"name": "adaptive_pgd", "intermediate": ["last"]}, "mirror", {"intermediate": "last"}),
         ({"name": "adaptive_pgd", "intermediate": ["on_boundary", "mean"]}, "mirror", {"intermediate": "mean"}),
+        ({"name": "adaptive_pgd", "intermediate": "stitched"}, "jpeg", {"intermediate": "stitched"}),
+        ({"name": "adaptive_pgd", "intermediate": "last"}, "jpeg", "no such intermediate"),
         ({"name": "adaptive_pgd", "eot_iter": 2}, "jpeg", "deterministic"),
         ({"name": "adaptive_pgd", "eot_iter": 2}, "mirror", {"eot_iter": 2}),
         ({"name": "defended_autoattack", "eot_iter": 2}, "jpeg", {"eot_iter": 1}),

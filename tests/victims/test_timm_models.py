@@ -66,7 +66,7 @@ def test_normalisation_size_and_interpolation_are_those_of_its_own_cfg(tmp_path,
 
 def test_weights_of_your_own_with_another_number_of_classes(tmp_path):
     network, path = _saved(tmp_path, "test_vit", num_classes=7, img_size=64)
-    options = {"num_classes": 7, "model": {"img_size": 64}, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    options = {"num_classes": 7, "model": {"img_size": 64}, "mean": torch.zeros(3), "std": (1, 1, 1)}
     victim = build_victim("timm", arch="test_vit", weights=path, **options)
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
