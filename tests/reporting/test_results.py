@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -61,32 +60,10 @@ def test_numbered_attacks_checks_and_the_worst_case_are_the_suites(tmp_path: Pat
     assert in_suite(read_results(write_results(tmp_path, lines))).tolist() == [False, True, True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"accuracy": "ninety"}, r"line 3: `accuracy` must be a number from 0 to 1, got 'ninety'"),
-        ({"accuracy": "nan"}, r"`accuracy` must be a number"),
-        ({"accuracy": 90.6}, r"`accuracy` must be a number from 0 to 1, got '90.6'"),
-        ({"accuracy": 0.5}, r"`accuracy` must be the share of `correct` in `n`, got '0.5'"),
-        ({"accuracy": ""}, r"`accuracy` must be filled in"),
-        ({"correct": 33}, r"`accuracy` must be the share"),
-        ({"correct": -1}, r"`correct` must be a number from 0"),
-        ({"n": 0}, r"`n` must be a number from 1"),
-        ({"n": ""}, r"`n` must be filled in"),
-        ({"ssim": 1.5}, r"`ssim` must be a number from -1 to 1"),
-        ({"psnr": "nan"}, r"`psnr` must be a number"),
-        ({"seed": ""}, r"`seed` must be filled in"),
-        ({"eps_255": -1}, r"`eps_255` must be a number from 0 to 255"),
-        ({"budget": "many"}, r"`budget` must be a number from 0"),
-        ({"dip_steps": -1}, r"`dip_steps` must be a number from 0"),
-        ({"defense": " "}, r"`defense` must be filled in"),
-        ({"status": ""}, r"`status` must be filled in"),
-        ({"attack": "clean", "eps_255": ""}, r"line 3: the same as an earlier line: .*attack clean, defense jpeg"),
-    ],
-)
-def test_damaged_lines_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
-    path = write_results(tmp_path, [cell("clean", "jpeg", 30), cell("pgd_8", "jpeg", 20) | changes])
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("name", ["accuracy", "budget", "n"])
+def test_text_in_the_place_of_a_number_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_results(tmp_path, [cell("clean", "jpeg", 30), cell("pgd_8", "jpeg", 20) | {name: "ninety"}])
+    with pytest.raises(ValueError, match=f"results.csv: `{name}` must hold numbers: .*ninety"):
         read_results(path)
 
 
@@ -101,9 +78,7 @@ def test_lost_columns_are_named(tmp_path: Path, lost: str) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda content: b"", "must have the columns data, victim"),
-        (lambda content: content[:-50], "line 2: must have 30 values"),
-        (lambda content: content[:-2] + b",1,2\r\n", "line 2: must have 30 values"),
+        (lambda content: b"", "must be a CSV file in UTF-8, but it is damaged: No columns"),
         (lambda content: content + b'"cut', "damaged"),
         (lambda content: content + b"\xff\xfe\xfa", "must be a CSV file in UTF-8"),
     ],
@@ -121,11 +96,9 @@ def test_missing_file_is_a_missing_file(tmp_path: Path) -> None:
 
 
 def test_checks_come_back_as_they_were_written(tmp_path: Path) -> None:
-    lines = [dict(zip(CHECK_FIELDS, ("none", "a", verdict, "x, y"), strict=True)) for verdict in ("ok", "WARNING")]
-    table = read_checks(write_lines(tmp_path / "checks.csv", CHECK_FIELDS, lines[:1]))
-    assert table.to_dict("records") == lines[:1]
-    with pytest.raises(ValueError, match=r"line 3: the same as an earlier line: defense none, check a"):
-        read_checks(write_lines(tmp_path / "checks.csv", CHECK_FIELDS, lines))
+    lines = [dict(zip(CHECK_FIELDS, ("none", name, "ok", "x, y"), strict=True)) for name in ("a", "b")]
+    table = read_checks(write_lines(tmp_path / "checks.csv", CHECK_FIELDS, lines))
+    assert table.to_dict("records") == lines
 
 
 def test_all_that_is_read_is_among_the_fields_of_a_run() -> None:

@@ -202,11 +202,9 @@ def test_a_run_of_one_draw_has_none_of_it(folder: Path) -> None:
     assert "Judging" not in text
 
 
-@pytest.mark.parametrize(("name", "value"), [("worst", 1.5), ("judge", "many"), ("judge_seconds", -1)])
-def test_a_damaged_figure_of_several_draws_is_refused(tmp_path: Path, name: str, value: object) -> None:
-    lines = [LINES[0] | JUDGE | {name: value}]
-    path = write_lines(tmp_path / "results.csv", (*RESULT_FIELDS, *JUDGE), lines)
-    with pytest.raises(ValueError, match=f"line 2: `{name}` must be a number from 0 to"):
+def test_a_damaged_figure_of_several_draws_is_refused(tmp_path: Path) -> None:
+    path = write_lines(tmp_path / "results.csv", (*RESULT_FIELDS, *JUDGE), [LINES[0] | JUDGE | {"judge": "many"}])
+    with pytest.raises(ValueError, match="`judge` must hold numbers"):
         read_results(path)
 
 
