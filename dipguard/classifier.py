@@ -48,6 +48,20 @@ def _held_false(items: Iterable[nn.Module | nn.Parameter], flag: str) -> Iterato
                     setattr(item, flag, first)
 
 
+def input_size(classifier: nn.Module) -> tuple[int, int] | None:
+    """Height and width of the images that a classifier says it reads, by an attribute ``size`` of two ints."""
+    size: Any = getattr(classifier, "size", None)
+    plain = isinstance(size, (tuple, list)) and len(size) == 2 and all(type(side) is int for side in size)
+    return (size[0], size[1]) if plain else None
+
+
+def class_names(classifier: nn.Module) -> tuple[str, ...]:
+    """The class names that a classifier has as an attribute ``classes``; empty if there is none, or no strings."""
+    names: Any = getattr(classifier, "classes", ())
+    plain = isinstance(names, (tuple, list)) and all(isinstance(name, str) for name in names)
+    return tuple(names) if plain else ()
+
+
 @contextmanager
 def eval_mode(classifier: nn.Module) -> Iterator[nn.Module]:
     """Put a classifier in eval mode, and restore the mode of every submodule (of frozen BatchNorms too) afterwards."""

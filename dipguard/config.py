@@ -238,7 +238,8 @@ def _check_node(group: str, key: str, node: Any) -> None:
     name, names, source = _mapping(key, node).get("name"), names_of(group), GROUPS[group]
     if "_target_" in node:
         try:
-            known = options_of(":".join(str(node["_target_"]).rsplit(".", 1)))
+            path = ":".join(str(node["_target_"]).rsplit(".", 1))
+            known = options_of(path, required=group in ("data", "victim"))
         except ValueError:  # its source cannot be read; its constructor refuses what it does not know
             return
     elif name in names:

@@ -87,16 +87,16 @@ def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     return f" (did you mean '{prefix}{near}'?)" if likeness(near) >= 0.6 else ""
 
 
-def options_of(path: str) -> dict[str, Any]:
+def options_of(path: str, *, required: bool = False) -> dict[str, Any]:
     """Return the keyword-only and default arguments of a class or function ("package.module:name") with their defaults.
 
     The source is read, nothing is imported. With ``**fit`` the fields of ``FitOptions`` are options too, with the
     defaults that the class attribute ``FIT`` changes; with other ``**keywords``, the options of the base class. The
-    options of a dataclass are its fields. ValueError if there is no such class or function, it takes any keyword, or a
-    default is no literal.
+    options of a dataclass are its fields. ``required``: ordinary arguments without a default too. ValueError if there
+    is no such class or function, it takes any keyword, or a default is no literal.
     """
     module, _, name = path.partition(":")
-    return dict(_options(module, name))
+    return dict(_options(module, name, required))
 
 
 @cache
@@ -167,13 +167,13 @@ def _definition(module: str, name: str) -> tuple[str, _Definition]:
 
 
 @cache
-def _options(module: str, name: str) -> dict[str, Any]:
+def _options(module: str, name: str, required: bool) -> dict[str, Any]:
     home, node = _definition(module, name)
     anything = f"{module}:{name} takes any keyword"
     if isinstance(node, ast.FunctionDef):
         if node.args.kwarg is not None:
             raise ValueError(anything)
-        return _arguments(node, home)
+        return _arguments(node, home, first=0 if required else None)
     options: dict[str, Any] = {}
     rest, lineage = None, list(_lineage(home, node))
     for place, kind in lineage:
@@ -182,7 +182,8 @@ def _options(module: str, name: str) -> dict[str, Any]:
             if any("dataclass" in ast.unparse(decorator) for decorator in kind.decorator_list):
                 return {key: _literal(value, place) for key, value in _assignments(kind.body)}
             continue
-        options |= {key: value for key, value in _arguments(init, place).items() if key not in options}
+        own = _arguments(init, place, first=1 if required else None)
+        options |= {key: value for key, value in own.items() if key not in options}
         rest = init.args.kwarg
         if rest is None:
             return options
@@ -216,10 +217,14 @@ def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
             yield target.id, value
 
 
-def _arguments(function: ast.FunctionDef, module: str) -> dict[str, Any]:
+def _arguments(function: ast.FunctionDef, module: str, *, first: int | None) -> dict[str, Any]:
+    """The arguments with their defaults: ordinary ones from number ``first`` on (None: from the first default)."""
     given = function.args
-    usual = zip(reversed(given.args), reversed(given.defaults), strict=False)  # the last ones have the defaults
-    pairs = [*reversed(list(usual)), *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
+    without = len(given.args) - len(given.defaults)
+    defaults = [*[None] * without, *given.defaults]
+    start = without if first is None else first
+    usual = zip(given.args[start:], defaults[start:], strict=True)
+    pairs = [*usual, *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
     return {item.arg: REQUIRED if default is None else _literal(default, module) for item, default in pairs}
 
 

@@ -229,6 +229,8 @@ def test_readme_ten_lines_call_dipguard_as_it_is():
 @pytest.mark.parametrize("program", ["train", "evaluate"])
 def test_readme_commands_compose(program: str):
     hydra = pytest.importorskip("hydra", reason="the commands need the extra app")
+    import omegaconf
+
     from dipguard import config
 
     config.register()
@@ -242,7 +244,9 @@ def test_readme_commands_compose(program: str):
     assert len(commands) >= 4
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         for overrides in commands:
-            assert hydra.compose(program, overrides=[o for o in overrides if o != "-m"]).seed == 0
+            composed = hydra.compose(program, overrides=[o for o in overrides if o != "-m"])
+            omegaconf.OmegaConf.resolve(composed)
+            assert composed.seed == 0
 
 
 def test_lock_names_the_pair_of_builds_and_no_host():

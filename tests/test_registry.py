@@ -133,6 +133,11 @@ class Changed(Parent):
         super().__init__(victim, **options)
 
 
+class Needs(Unknown):
+    def __init__(self, sides, *, deep=1):
+        pass
+
+
 class Open(Unknown):
     def __init__(self, **anything):
         pass
@@ -177,6 +182,9 @@ def test_options_are_inherited_and_fractions_and_constants_are_values():
     assert (changed["window"], changed["side"], changed["sizes"], changed["T"]) == (100, 32, (1, 2), 10)
     assert (changed["jitter"], changed["padding"]) == (1 / 30, "reflect")
     assert options_of("own.things:build") == {"width": 32, "strict": True}
+    needed = {"depth": registry.REQUIRED, "width": 32, "strict": True}
+    assert options_of("own.things:build", required=True) == needed
+    assert options_of("own.things:Needs", required=True) == {"sides": registry.REQUIRED, "deep": 1}
     assert "own" not in sys.modules
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dipguard.attacks import DefendedVictim, build_attack
+from dipguard.classifier import class_names
 from dipguard.cli import CommandError, command_errors
 from dipguard.cli.job import choose_size, make_defense, make_victim
 from dipguard.cli.pictures import read_picture
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
 def attack_and_defend(pixels: Tensor, guard: Defense, out: Path) -> None:
     """Attack a photograph, uint8 [3, H, W], and defend it; print the victim's readings, and draw them as ``out``."""
     victim, clean, readings = guard.victim, pixels[None] / 255, list[str]()
-    classes: Any = getattr(victim, "classes", ())
+    classes = class_names(victim)
 
     def read(what: str, images: Tensor) -> int:
         ((decision, confidence),) = read_by_victim(victim, (images * 255).round().to(torch.uint8))

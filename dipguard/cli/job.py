@@ -14,6 +14,7 @@ import torch
 import yaml  # type: ignore[import-untyped]
 from torch import nn
 
+from dipguard.classifier import class_names, input_size
 from dipguard.cli import LOCK, CommandError, command_errors
 from dipguard.cli.pictures import Source, find_pictures
 from dipguard.config import names_of
@@ -53,7 +54,7 @@ class Job:
     @property
     def classes(self) -> tuple[str, ...]:
         """Class names of the victim; empty if unknown."""
-        return tuple(getattr(self.victim, "classes", ()))
+        return class_names(self.victim)
 
 
 def prepare(args: argparse.Namespace) -> Job:
@@ -153,7 +154,7 @@ def choose_size(victim: nn.Module, size: int | None) -> tuple[int, int]:
     """Return height and width of the victim's input, after a test with a grey image."""
     if size is not None and size < 1:
         raise CommandError(f"--size must be at least 1, got {size}")
-    own: tuple[int, int] | None = getattr(victim, "size", None) if size is None else (size, size)
+    own = input_size(victim) if size is None else (size, size)
     if own is None:
         raise CommandError("--size: this victim does not say which size it reads, so it must be given")
     height, width = own

@@ -224,6 +224,6 @@ def _run(
         if config.store is not None:
             write_json(folder / "store.json", dict(matrix.store.counts))
         made = report(matrix, log=run_log)
-    if failed:  # after the report: all other cells are in it
-        raise RuntimeError(f"{len(failed)} cells failed, all others are stored: {'; '.join(failed)}")
+        if failed:  # after the report, which has all other cells, and before the log is closed as a success
+            raise RuntimeError(f"{len(failed)} cells failed, all others are stored: {'; '.join(failed)}")
     return made

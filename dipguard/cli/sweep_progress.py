@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn
 from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dipguard.config import from_hydra
 from dipguard.evaluation.sweep_job import DONE, FAILED, job_folder
@@ -55,6 +56,8 @@ class SweepProgress(Callback):
         """Check the jobs and write their list."""
         folder, jobs = _folder(config), planned_jobs(config)
         try:
+            if (given := config.hydra.output_subdir) != ".hydra":  # the report is made from it
+                raise ValueError(f"`hydra.output_subdir` must be .hydra in a sweep, got {given}")
             check_jobs(config, jobs or [])
         except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
             raise SystemExit(f"{error}\nNo job was started.") from None
@@ -101,7 +104,8 @@ def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
     if not str(sweeper["_target_"]).endswith("BasicSweeper") or RESOLVER not in subdir:
         return None
     given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*given, *config.hydra.overrides.task])
+    asked: Any = OmegaConf.to_container(config.hydra.overrides.task)  # with ${...} as it was given
+    overrides = OverridesParser.create().parse_overrides([*given, *asked])
     (batch,) = BasicSweeper.split_arguments(overrides, None)
     return [{"folder": job_folder(job), "overrides": list(job)} for job in batch]
 
@@ -114,7 +118,14 @@ def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
         shapes = {re.sub(r"^(\S+\.\w+)=[^{].*", r"\1", text) for text in job["overrides"]}
         if not shapes <= seen:
             composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(job["overrides"]))
-            from_hydra(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+            with open_dict(composed):  # what Hydra would set, for ${hydra:...}
+                composed.hydra.job.num, composed.hydra.job.id = 0, "0"
+                composed.hydra.runtime.output_dir = job["folder"]
+            HydraConfig.instance().set_config(composed)
+            try:
+                from_hydra(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
+            finally:
+                HydraConfig.instance().cfg = None
         seen |= shapes
 
 

@@ -12,6 +12,7 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_choice, check_int
+from dipguard.classifier import input_size
 from dipguard.defenses.base import Callbacks, Defense, Purified
 from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks, stack_size_for
 from dipguard.networks import NetworkSpec
@@ -79,7 +80,7 @@ class DIPDefense(Defense):
         If ``preset`` is None, the victim's ``size`` chooses. A constructor calls this before that of its base class.
         """
         self.chosen_by_size = preset is None
-        by_size = preset_for(getattr(victim, "size", None))
+        by_size = preset_for(input_size(victim))
         self.preset = by_size if preset is None else check_choice(preset, self.PRESETS, name="preset")
         return {**self.PRESETS[self.preset], **{name: value for name, value in given.items() if value is not None}}
 

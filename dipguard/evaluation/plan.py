@@ -16,6 +16,7 @@ from torch import nn
 
 from dipguard.attacks import Attack, Cost, DefendedVictim, build_attack
 from dipguard.checks import check_labels
+from dipguard.classifier import class_names
 from dipguard.config import RunConfig, name_of, names_of
 from dipguard.data import ImageSet, load_data
 from dipguard.data.base import shift_warning
@@ -57,9 +58,9 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     nodes = {key: getattr(config, key) for key in ("victim", "surrogate", BASELINE)}
     built = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
     victims = {key: victim for key, (victim, _) in built.items()}
-    own, outputs = getattr(victims["victim"], "classes", ()), built["victim"][1]
+    outputs = built["victim"][1]
     with keys_named("data", data):
-        clean = clean.labelled_for(own, outputs=outputs)
+        clean = clean.labelled_for(class_names(victims["victim"]), outputs=outputs)
     check_labels(clean.labels, count=len(clean), num_classes=outputs)
     digests = {key: victim_digest(one) for key, one in victims.items()}
     decisions = {key: decide(one, clean.images) for key, one in victims.items() if key != "surrogate"}

@@ -37,6 +37,15 @@ def counted(hook: Hook) -> Hook:
     return timed  # type: ignore[return-value]
 
 
+def tell_epoch(trainer: pl.Trainer, x: Tensor, given: Tensor, errors: Tensor) -> None:
+    """At the last step of an epoch, put ``fit/mse`` and ``fit/quality`` (SSIM) where EarlyStopping looks for them.
+
+    They are means over the stack of x(t) and x0, both [B, 3, H, W], and of the errors [B].
+    """
+    if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
+        trainer.callback_metrics.update({"fit/mse": errors.mean(), "fit/quality": quality(x, given).mean()})
+
+
 class DecisionLogger(pl.Callback):
     """Samples reconstructions along the fit and records the victim's decisions (Algorithm 1, lines 4-6 and 10).
 

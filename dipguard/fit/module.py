@@ -89,6 +89,7 @@ class StackedDIP(pl.LightningModule):
         self.register_buffer("tolerance", tolerance_of(self.given, options=options), persistent=False)
         self.step = 0
         self.trace: StackTrace | None = None
+        self._fitted = False
         self._engine: Engine | None = None
         self._jitter: Jitter | JitterFeed | None = None
 
@@ -157,6 +158,7 @@ class StackedDIP(pl.LightningModule):
     def on_train_start(self) -> None:
         """Refuse a resumed checkpoint, which Lightning restores after ``on_fit_start``."""
         self._check_fresh()
+        self._fitted = True
 
     def on_fit_end(self) -> None:
         """Stop the threads that draw jitter ahead."""
@@ -209,6 +211,11 @@ class StackedDIP(pl.LightningModule):
 
     def _check_fresh(self) -> None:
         done = 0 if self._trainer is None else self.trainer.global_step
+        if self._fitted:
+            raise RuntimeError(
+                "a StackedDIP must be fitted once, got one whose networks are fitted already: its trace would lack the "
+                "beginning. Make a new module for each fit"
+            )
         if done:
             raise RuntimeError(
                 f"a fit of StackedDIP must start at step 0, got a Trainer at step {done}: its trace would lack the "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import gc
 import logging
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 import torch
@@ -51,6 +53,11 @@ class StackResult:
     seconds: dict[str, float]  # of `run_fit`, and "decide" (victim, SSIM, localisation, stitching) out of "fit"
 
 
+_first_states: WeakKeyDictionary[pl.Callback, dict[str, Any]] = WeakKeyDictionary()
+"""The states of callbacks before their first fit. Each fit begins with them: what EarlyStopping remembers of the fit of
+other images would end this one at once."""
+
+
 class _FirstStep(pl.Callback):
     """When the first step began."""
 
@@ -83,6 +90,11 @@ def run_fit(
     """
     start, first = time.perf_counter(), _FirstStep()
     every = [first, *callbacks]
+    for callback in callbacks:
+        if callback in _first_states:
+            callback.load_state_dict(copy.deepcopy(_first_states[callback]))
+        else:
+            _first_states[callback] = copy.deepcopy(callback.state_dict())
     with isolated_trainer(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dipguard.decision import quality
 from dipguard.decision.stopping import Stopped, StopRule
-from dipguard.fit.callbacks import as_stacked_dip, step_output
+from dipguard.fit.callbacks import as_stacked_dip, step_output, tell_epoch
 from dipguard.fit.runner import run_fit
 
 
@@ -18,7 +18,7 @@ class StopRuleCallback(pl.Callback):
     """Shows every step of a fit to a fresh stopping rule, whose ``result`` is there afterwards; changes nothing else.
 
     The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps, to whose
-    numbers ``first_step`` is added.
+    numbers ``first_step`` is added; ``trainer.callback_metrics`` get them at the last step of each epoch.
     """
 
     def __init__(self, rule: StopRule, *, first_step: int = 0) -> None:
@@ -28,6 +28,7 @@ class StopRuleCallback(pl.Callback):
         """Show x(t), which was made before this step's update, to the rule."""
         given = as_stacked_dip(pl_module).given
         step, x, errors = step_output(outputs)
+        tell_epoch(trainer, x, given, errors)
         self.rule.update(step, x, given)
         if trainer.loggers and (step + 1) % max(1, trainer.max_steps // 50) == 0:
             means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}

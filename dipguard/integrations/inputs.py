@@ -33,7 +33,8 @@ class Pixels:
 
     def restore(self, images: Tensor) -> Tensor:
         """Return images [N, 3, H, W] of any float type as pixels in [0, 1], float32 or float64."""
-        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4 or 0 in images.shape:
+        plain = isinstance(images, Tensor) and images.is_floating_point() and images.ndim == 4
+        if not plain or images.shape[1] != 3 or 0 in images.shape:
             return check_images(images)  # raises an error that names the problem
         wide = images.detach() if images.dtype == torch.float64 else images.detach().float()
         pixels = wide * self._std.to(wide) + self._mean.to(wide)

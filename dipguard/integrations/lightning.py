@@ -99,7 +99,7 @@ class DefendedModule(_Module):
             raise TypeError(f"`images` must be a position or a keyword of forward, got {images!r}")
         vars(self).update({name: value for name, value in vars(module).items() if name != "forward"})
         purifier = InputPurifier(defense, mean=mean, std=std, draws=draws, quiet=True)
-        vars(self).update(_purifier=purifier, _images=images, _purified=0)
+        vars(self).update(_purifier=purifier, _images=images, _purified=0, _given=module)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the module's forward on purified images."""
@@ -114,6 +114,10 @@ class DefendedModule(_Module):
         return _new, (type(self).__bases__[1],), state
 
     def _defend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        # The module, which may be the defence's victim, shares the weights, but not Lightning's note of where they are.
+        for name in ("_device", "_dtype"):
+            if name in vars(self):
+                vars(vars(self)["_given"])[name] = vars(self)[name]
         key, purifier = vars(self)["_images"], vars(self)["_purifier"]
         if isinstance(key, str) and key in kwargs:
             return args, {**kwargs, key: purifier(kwargs[key])}
@@ -203,6 +207,8 @@ class PurifyCallback(pl.Callback):
             return
         name = STEPS[stage]
         step, own = getattr(pl_module, name), vars(pl_module)
+        if hasattr(step, "purified_by"):
+            raise RuntimeError(f"the module's {name} is purified already: a Trainer has one PurifyCallback")
         loaders: dict[int, tuple[LoaderPositions, MeanMetric, MeanMetric]] = {}
 
         @wraps(step)  # Lightning reads the step's signature
@@ -213,6 +219,7 @@ class PurifyCallback(pl.Callback):
             return step(self._purified(stage, pl_module, batch, *loaders[loader]), *rest)
 
         self._restore = partial(own.update, {name: step}) if name in own else partial(own.pop, name)
+        purified.purified_by = self  # type: ignore[attr-defined]
         own[name] = purified
 
     on_validation_start = on_predict_start = on_test_start

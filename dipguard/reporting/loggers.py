@@ -23,6 +23,7 @@ from dipguard.decision import DecisionTrace
 from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.matrix import Matrix, Row
 from dipguard.evaluation.results import result_row
+from dipguard.evaluation.sweep_job import job_key
 from dipguard.files import write_text
 from dipguard.reporting.report import draw_cell, trace_paths
 from dipguard.reporting.results import flatten
@@ -50,8 +51,9 @@ class RunLog:
     Curves of a single cell are those of all its fits, one after the other. In a matrix of many, each cell is followed
     in its first stack, under ``fit/<defense>/<attack>/``.
 
-    A row has a key, and is entered once. A resumed run folder goes on with its W&B run, so that the keys of W&B's rows
-    are kept in ``journal``, after the run's id in the first line. CSV and TensorBoard begin a new log, with all rows.
+    A row has a key, and is entered once. A run folder that is resumed with the same settings goes on with its W&B run,
+    so that the keys of W&B's rows are kept in ``journal``, after the run's id and a digest of the settings in the first
+    line. CSV and TensorBoard begin a new log, with all rows.
     """
 
     def __init__(self, matrix: Matrix, inner: Logger, journal: Path | None = None) -> None:
@@ -327,7 +329,9 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     }
     journal = folder / "logs" / "wandb_run.txt"
     first = journal.read_text(encoding="utf-8").partition("\n")[0] if journal.is_file() else ""
-    run_id = own.run_id or first or secrets.token_hex(4)
+    before, _, settings_before = first.partition(" ")
+    now = job_key(config)  # other settings are another run
+    run_id = own.run_id or (before if settings_before == now else "") or secrets.token_hex(4)
     logger = WandbLogger(version=run_id, mode=wandb_mode(asked["offline"]), **options)
     try:
         _ = logger.experiment  # starts the run
@@ -335,6 +339,6 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
         _log.warning("W&B cannot be used online, so this run is kept offline: %s", error)
         run_id = secrets.token_hex(4)  # W&B considers the other id to be in use
         logger = WandbLogger(version=run_id, mode="offline", **options)
-    if run_id != first:
-        write_text(journal, f"{run_id}\n")
+    if f"{run_id} {now}" != first:
+        write_text(journal, f"{run_id} {now}\n")
     return logger, journal

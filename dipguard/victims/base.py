@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
-from dipguard.classifier import asked, check_is_module, check_logits, frozen, is_out_of_memory, probability_warning
+from dipguard.classifier import (
+    asked,
+    check_is_module,
+    check_logits,
+    frozen,
+    input_size,
+    is_out_of_memory,
+    probability_warning,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -81,7 +89,7 @@ def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> 
         try:
             output = asked(victim, images)
         except Exception as error:  # each library has its own type for images of a wrong size
-            sizes = [images.shape[-2:], getattr(victim, "size", None)]
+            sizes = [images.shape[-2:], input_size(victim)]
             here, own = (f"{size[0]}x{size[1]}" if size else "" for size in sizes)
             if is_out_of_memory(error) or own == here:
                 raise

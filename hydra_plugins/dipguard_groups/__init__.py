@@ -58,7 +58,9 @@ class DipguardSource(ConfigSource):
         if path is None or not self.is_config(config_path):
             raise ConfigLoadError(f"Config not found: {config_path}")
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        config = OmegaConf.create(text or _options_of(path.parent)[path.stem])
+        config: Any = OmegaConf.create(text or _options_of(path.parent)[path.stem])
+        for key in _own_keys(path):  # no arguments of the builder
+            config.pop(key, None)
         return ConfigResult(
             provider=self.provider, path=self.full_path(), config=config, header=self._get_header_dict(text)
         )
@@ -103,6 +105,14 @@ def _options_of(folder: Path) -> dict[str, dict[str, Any]]:
 
     group = folder.parent.name
     return {name: node_of(group, name) for name in names_of(group)} if group in GROUPS else {}
+
+
+def _own_keys(path: Path) -> tuple[str, ...]:
+    """The keys of a group's option that only dipguard's own programs know."""
+    from dipguard.config import GROUPS
+
+    group = path.parents[1].name if path.parent.name == OPTIONS else path.parent.name
+    return tuple(GROUPS[group].own) if group in GROUPS else ()
 
 
 @cache

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.parametrize("name", ["dipdefend", "mirror"])
     [
         (None, {}, "cifar10"),
         ((64, 64), {}, "cifar10"),
+        (224, {}, "cifar10"),  # whatever another library's attribute means
         ((96, 64), {}, "imagenet"),
         ((224, 224), {"preset": "cifar10"}, "cifar10"),
         (None, {"preset": "imagenet"}, "imagenet"),

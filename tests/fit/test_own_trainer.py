@@ -282,8 +282,10 @@ def test_max_epochs_beside_max_steps(images: Tensor, victim: nn.Module) -> None:
 
 
 def test_a_fit_that_begins_in_the_middle_is_refused(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
-    own = trainer(20)
-    own.fit(StackedDIP(images[:1], options=SMALL))
+    own, module = trainer(20), StackedDIP(images[:1], options=SMALL)
+    own.fit(module)
+    with pytest.raises(RuntimeError, match="must be fitted once, got one whose networks are fitted already"):
+        trainer(40).fit(module)
     own.save_checkpoint(tmp_path / "half.ckpt")
     with pytest.raises(RuntimeError, match="must start at step 0, got a Trainer at step 20"):
         own.fit(StackedDIP(images[:1], options=SMALL))

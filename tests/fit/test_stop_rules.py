@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
@@ -43,6 +44,14 @@ def defend(images: Tensor, victim: nn.Module, *callbacks: pl.Callback, **decide:
         device=CPU,
         callbacks=callbacks,
     )
+
+
+def test_early_stopping_begins_anew_with_each_fit(images: Tensor) -> None:
+    stop = EarlyStopping("fit/mse", patience=1)
+    for image in range(2):  # it would end the second fit, which is not as good after 100 steps as the first after 200
+        rule, given = FixedStep(199), images[image, None]
+        found = fit_rule(given, rule=rule, indices=[image], fit=FIT, T=200, device=CPU, callbacks=[stop])
+        assert stop.best_score == pytest.approx(float((found.images - given).square().mean()))
 
 
 @pytest.mark.parametrize("engine", SLOW_NATIVE)

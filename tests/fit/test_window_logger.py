@@ -1,6 +1,7 @@
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import EarlyStopping
 
 from dipguard.decision import quality
 from dipguard.decision.class_scores import mirrored
@@ -63,6 +64,13 @@ def test_rows_are_logged_while_the_fit_runs(images, victim):
         assert row["fit/decision_changed"] == float(
             (log.logits[window].argmax(1) != given_logits.argmax(1)).double().mean()
         )
+
+
+def test_callbacks_can_watch_the_last_step_of_each_epoch(images, victim):
+    keep, stop = Keeper(), EarlyStopping("fit/quality", mode="max", patience=9)
+    fit(images[:2], 60, WindowLogger(victim, warm_up=1, every=1, windows=3), keep, stop)
+    wanted = max(float(quality(keep.x[step], images[:2].double()).mean()) for step in (49, 59))
+    assert stop.best_score == pytest.approx(wanted)
 
 
 def test_a_logger_serves_another_fit(images, victim):

@@ -86,7 +86,7 @@ def test_a_defended_module_in_every_loop(module: DigitsModule, loop: str) -> Non
         assert outcome == [{"their_accuracy": pytest.approx(right)}]
     assert vars(module).keys() == own.keys()
     module.train()
-    assert {key for key, value in vars(module).items() if value is not own[key]} <= {"training"}
+    assert {key for key, value in vars(module).items() if value is not own[key]} <= {"training", "_device", "_dtype"}
 
 
 def test_the_forward_of_a_defended_module(module: DigitsModule) -> None:
@@ -102,6 +102,12 @@ def test_the_forward_of_a_defended_module(module: DigitsModule) -> None:
         assert torch.equal(named(images=images), expected)
     scaled = DefendedModule(module, median, mean=MEAN, std=STD)
     torch.testing.assert_close(logits(scaled, normalised(images)), logits(module, normalised(median.purify(images))))
+
+
+def test_the_module_knows_where_the_weights_are(module: DigitsModule) -> None:
+    defended = DefendedModule(module, build_defense("median", module)).double()
+    logits(defended, digits(0, 2)[0].double())
+    assert defended.dtype == module.dtype == torch.float64
 
 
 def test_a_defended_module_is_saved_as_the_module(module: DigitsModule, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import OmegaConf
 
 from dipguard.config import GROUPS, node_of
+from dipguard.data import load_data
 from hydra_plugins.dipguard_groups import DipguardSource
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +59,10 @@ def test_a_config_of_their_own_comes_first(conf: Path) -> None:
     assert composed(conf, "+dipguard/defense=median")["dipguard"]["defense"] == {"name": "median", "size": 3}
 
 
+def test_a_groups_keys_are_the_builders_arguments(conf: Path) -> None:
+    assert len(load_data(**composed(conf, "+dipguard/data@d=digits")["d"])) == 16
+
+
 def test_what_depends_on_the_data_has_a_default_without_them(conf: Path) -> None:
     assert composed(conf, "+dipguard/defense@d=mirror")["d"]["mirror"] == "${oc.select:data.mirrors,true}"
     with initialize_config_dir(str(conf), version_base="1.3"):
@@ -76,10 +81,12 @@ def test_all_groups_are_offered_but_those_of_dipguards_own_programs() -> None:
         assert source.list(f"dipguard/{group}", ObjectType.CONFIG) == files
         for name in files:
             loaded = source.load_config(f"dipguard/{group}/{name}").config
-            assert loaded == OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
+            own = GROUPS[group].own if group in GROUPS else {}
+            written = OmegaConf.load(ROOT / "conf" / group / f"{name}.yaml")
+            assert loaded == OmegaConf.masked_copy(written, [key for key in written if key not in own])
             if group in GROUPS:
                 options = source.load_config(f"dipguard/{group}/options/{name}").config
-                assert options == OmegaConf.create(node_of(group, name))
+                assert options == {key: value for key, value in node_of(group, name).items() if key not in own}
     for path in ("dipguard/experiment/figure4", "dipguard/train", "dipguard/defense/nothing", "defense/paper"):
         assert not source.exists(path)
         with pytest.raises(ConfigLoadError, match=path):

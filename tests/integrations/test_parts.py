@@ -74,6 +74,13 @@ def test_normalisation_is_undone_and_done_again(dtype: torch.dtype) -> None:
     assert torch.allclose(Pixels(MEAN, STD).normalise(pixels).double(), given.double(), atol=16 * tolerance)
 
 
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("pixels", [Pixels(), Pixels(MEAN, STD)], ids=["plain", "normalised"])
+def test_images_of_other_than_three_channels_are_refused(pixels: Pixels, channels: int) -> None:
+    with pytest.raises(ValueError, match=rf"`images` must .*\(2, {channels}, 4, 4\)"):
+        pixels.restore(torch.rand(2, channels, 4, 4))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_pixels_that_are_no_numbers_are_refused(bad: float) -> None:
     images = torch.full((1, 3, 4, 4), bad)

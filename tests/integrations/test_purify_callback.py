@@ -65,6 +65,13 @@ def test_the_loops_that_were_asked_for(module: DigitsModule, loop: str, stages: 
     assert (f"{loop}_accuracy_defended" in runner.callback_metrics) == (loop in stages and loop != "predict")
 
 
+def test_two_callbacks_of_one_trainer_are_refused(module: DigitsModule) -> None:
+    defenses = [build_defense(name, module) for name in ("median", "jpeg")]
+    with pytest.raises(RuntimeError, match="test_step is purified already: a Trainer has one PurifyCallback"):
+        trainer(*map(PurifyCallback, defenses)).test(module, DigitsData(), verbose=False)
+    assert "test_step" not in vars(module)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("batch_size", [2, 5])
 def test_a_guards_draws_do_not_depend_on_the_batch_size(module: DigitsModule, batch_size: int) -> None:

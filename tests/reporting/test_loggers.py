@@ -156,6 +156,13 @@ def test_rows_of_a_resumed_wandb_run_go_on_where_they_ended(matrix: Matrix, monk
     assert all(one.resumes for one in runs)
     lines = [line for one in runs for line in one.history]
     assert [(line["_step"], line["trainer/global_step"]) for line in lines] == [(n, 10 * n) for n in range(5)]
+    changed = replace(matrix, config=replace(matrix.config, seed=1))
+    with open_log(logged(changed, "logger=wandb")) as log:
+        assert log is not None
+        log.add("row 0", {"fit/mse": 0.5}, step=0)
+    *_, other = wandb_runs(matrix.folder)
+    assert other.id != runs[0].id, "other settings are another run"
+    assert [line["_step"] for line in other.history] == [0]
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
     folder, kept = tmp_path / "sweep", [text for text in FAST if not text.startswith(("~", "defense"))]
     short = ("data.limit=2", "defense.T=20", "defense.decisions=10", "defense.t0=2", "figures=1")
     grid = ("defense=paper", "defense.tau=0.2,0.7", "defense.K=5,15")
-    run_sweep(folder, *kept, *short, *grid, program=program)
+    run_sweep(folder, *kept, *short, *grid, "store=${hydra:sweep.dir}/store", program=program)
     assert len(done_times(folder)) == 4
     sweep = read_sweep(folder)
     assert dict(sweep.parameters) == {"defense.tau": (0.2, 0.7), "defense.K": (5, 15)}
@@ -188,6 +188,7 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
             ("+defense.qualty=1", "defense.quality=30,90"), r"did you mean 'defense.quality'", marks=pytest.mark.slow
         ),
         (("defense=jpeg,median", "defense.quality=30,90"), r"defense.quality"),
+        (("defense.quality=30,90", "hydra.output_subdir=null"), r"`hydra.output_subdir` must be .hydra"),
         (("defense=jpeg,median", "+attack@attacks.x=fgsm", "+attacks.x.steps=1"), r"attacks.x.steps"),
     ],
 )

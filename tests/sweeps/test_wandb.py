@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
+from torch import Tensor
 
 from dipguard.config import from_hydra, register
+from dipguard.defenses import Defense
 from tests.sweeps.tiny_sweep import environment, run_sweep
 from tests.sweeps.wandb_reader import Run, read_run
 from tests.tiny_matrix import TINY, tiny_evaluation
@@ -106,6 +108,27 @@ def test_a_run_that_is_stopped_and_resumed_is_one_run_that_goes_on(tmp_path: Pat
         for attack in ("clean", "pgd_8"):
             assert (f"fit/{defense}/{attack}/quality", 7) in curves or (f"fit/{defense}/{attack}/quality", 99) in curves
             assert all(f"result/{defense}/{attack}/accuracy" in run.summary for run in runs[1:])
+
+
+class Falls(Defense):
+    """A defence that falls off the bus."""
+
+    name = "falls"
+
+    def purify_image(self, image: Tensor, index: int) -> Tensor:
+        raise RuntimeError("as cards do")
+
+
+@pytest.mark.slow
+def test_a_run_with_a_cell_that_failed_is_no_success(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    others = [f"~defenses.{name}" for name in ("none", "median", "dip_fixed", "paper", "mirror")]
+    falls = f"+defenses.falls._target_={__name__}.Falls"
+    with pytest.raises(RuntimeError, match=r"2 cells failed, all others are stored: .*as cards do"):
+        tiny_evaluation(tmp_path, *others, "~attacks.fgsm_8", falls, "data.limit=2", "figures=0", "logger=wandb")
+    (run,) = runs_in(tmp_path)
+    assert run.exit_code == 1
+    assert "result/jpeg/pgd_8/accuracy" in run.summary
 
 
 @pytest.mark.slow
