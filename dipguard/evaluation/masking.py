@@ -56,7 +56,8 @@ def more_steps(done: Sequence[CellResult]) -> Check:
         # A search by questions looks at much that it does not keep.
         if result.last_history and result.cell.name not in BLACK_BOX:
             n, best, last = len(result.right), min(result.last_history), result.last_history[-1]
-            if last > wilson(round(best * n), n)[1]:
+            # The best of many looks is a lucky one.
+            if last > wilson(round(best * n), n, looks=len(result.last_history))[1]:
                 bad.append(f"{result.cell.label}: {best:.0%} right at its best step, {last:.0%} at its last")
     held = f"held by {', '.join(result.cell.label for result in seen)}"
     return Check(name, WARNING if bad else OK, "; ".join(bad) or held)

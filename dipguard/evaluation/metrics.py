@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import sqrt
+from statistics import NormalDist
 from typing import Any
 
 import torch
@@ -13,19 +14,20 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from dipguard.decision import quality
 from dipguard.fit import Decider
 
-Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 BATCH = 64
 """Images decided or compared at once. Fixed, so that no figure depends on how a fit was cut into stacks."""
 
 
-def wilson(correct: float, count: int) -> tuple[float, float]:
+def wilson(correct: float, count: int, *, looks: int = 1) -> tuple[float, float]:
     """The 95 % Wilson score interval of ``correct`` out of ``count`` images, in [0, 1].
 
     A part of an image may be correct, as the mean over draws: then the interval is if anything too wide, since shares
-    vary at most as much as right and wrong.
+    vary at most as much as right and wrong. With several ``looks``, all of so many intervals hold with 95 %
+    (Bonferroni).
     """
-    share, z2 = correct / count, Z**2
-    middle, reach = share + z2 / (2 * count), Z * sqrt((share * (1 - share) + z2 / (4 * count)) / count)
+    z = NormalDist().inv_cdf(1 - 0.025 / looks)
+    share, z2 = correct / count, z**2
+    middle, reach = share + z2 / (2 * count), z * sqrt((share * (1 - share) + z2 / (4 * count)) / count)
     low, high = ((middle + end) / (1 + z2 / count) for end in (-reach, reach))
     return low if correct > 0 else 0.0, high if correct < count else 1.0
 

@@ -26,6 +26,13 @@ def test_wilson_bounds_solve_its_equation(count: int) -> None:
                 assert share == bound
 
 
+def test_bounds_of_several_looks_are_wider() -> None:
+    # Ten looks: each bound is missed in half a percent of all cases, and 2.807 is the normal distribution's 99.75 %.
+    low, high = wilson(8, 16, looks=10)
+    assert (0.5 - low) / math.sqrt(low * (1 - low) / 16) == pytest.approx(2.807033768343811)
+    assert high == pytest.approx(1 - low)
+
+
 def test_similarity_is_that_of_each_image_alone() -> None:
     clean = load_data("digits", limit=BATCH + 3, size=16).images
     noisy = (clean + 0.2 * torch.randn_like(clean)).clamp(0, 1)
