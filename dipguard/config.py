@@ -239,7 +239,7 @@ def _check_node(group: str, key: str, node: Any) -> None:
     if "_target_" in node:
         try:
             path = ":".join(str(node["_target_"]).rsplit(".", 1))
-            known = options_of(path, required=group in ("data", "victim"))
+            known = options_of(path, ordinary=int(group in ("attack", "defense")))  # after the victim
         except ValueError:  # its source cannot be read; its constructor refuses what it does not know
             return
     elif name in names:

@@ -87,16 +87,17 @@ def did_you_mean(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     return f" (did you mean '{prefix}{near}'?)" if likeness(near) >= 0.6 else ""
 
 
-def options_of(path: str, *, required: bool = False) -> dict[str, Any]:
-    """Return the keyword-only and default arguments of a class or function ("package.module:name") with their defaults.
+def options_of(path: str, *, ordinary: int | None = None) -> dict[str, Any]:
+    """Return the keyword-only arguments of a class or function ("package.module:name") with their defaults.
 
     The source is read, nothing is imported. With ``**fit`` the fields of ``FitOptions`` are options too, with the
     defaults that the class attribute ``FIT`` changes; with other ``**keywords``, the options of the base class. The
-    options of a dataclass are its fields. ``required``: ordinary arguments without a default too. ValueError if there
-    is no such class or function, it takes any keyword, or a default is no literal.
+    options of a dataclass are its fields. ValueError if there is no such class or function, or a default is no literal.
+    With ``ordinary``, arguments that are not keyword-only are options too, but for so many at the front, and ValueError
+    if any keyword is taken.
     """
     module, _, name = path.partition(":")
-    return dict(_options(module, name, required))
+    return dict(_options(module, name, ordinary))
 
 
 @cache
@@ -114,8 +115,7 @@ def constant_of(path: str) -> Any:
 
 def _keywords(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
-    defaults = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty]
-    names = [*defaults, *(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)]
+    names = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     rest = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     if rest == "fit":
         return names + [name for name in options_of(FIT_OPTIONS) if name not in (*names, *FIT_HIDDEN)]
@@ -167,22 +167,21 @@ def _definition(module: str, name: str) -> tuple[str, _Definition]:
 
 
 @cache
-def _options(module: str, name: str, required: bool) -> dict[str, Any]:
+def _options(module: str, name: str, ordinary: int | None) -> dict[str, Any]:
     home, node = _definition(module, name)
-    anything = f"{module}:{name} takes any keyword"
-    if isinstance(node, ast.FunctionDef):
-        if node.args.kwarg is not None:
-            raise ValueError(anything)
-        return _arguments(node, home, first=0 if required else None)
     options: dict[str, Any] = {}
-    rest, lineage = None, list(_lineage(home, node))
+    rest: ast.arg | None = None
+    if isinstance(node, ast.FunctionDef):
+        options, rest, lineage = _arguments(node, home, first=ordinary), node.args.kwarg, []
+    else:
+        lineage = list(_lineage(home, node))
     for place, kind in lineage:
         init = next((n for n in kind.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"), None)
         if init is None:
             if any("dataclass" in ast.unparse(decorator) for decorator in kind.decorator_list):
                 return {key: _literal(value, place) for key, value in _assignments(kind.body)}
             continue
-        own = _arguments(init, place, first=1 if required else None)
+        own = _arguments(init, place, first=None if ordinary is None else 1 + ordinary)  # after self
         options |= {key: value for key, value in own.items() if key not in options}
         rest = init.args.kwarg
         if rest is None:
@@ -191,8 +190,8 @@ def _options(module: str, name: str, required: bool) -> dict[str, Any]:
             changed = [(home, value) for home, k in lineage for key, value in _assignments(k.body) if key == "FIT"]
             fields = {**options_of(FIT_OPTIONS), **(_literal(changed[0][1], changed[0][0]) if changed else {})}
             return {**options, **{k: v for k, v in fields.items() if k not in (*options, *FIT_HIDDEN)}}
-    if rest is not None:
-        raise ValueError(anything)
+    if ordinary is not None and rest is not None:
+        raise ValueError(f"{module}:{name} takes any keyword")
     return options
 
 
@@ -218,12 +217,10 @@ def _assignments(body: list[ast.stmt]) -> Iterator[tuple[str, ast.expr]]:
 
 
 def _arguments(function: ast.FunctionDef, module: str, *, first: int | None) -> dict[str, Any]:
-    """The arguments with their defaults: ordinary ones from number ``first`` on (None: from the first default)."""
+    """The keyword-only arguments with their defaults, and the ordinary ones from number ``first`` on (None: none)."""
     given = function.args
-    without = len(given.args) - len(given.defaults)
-    defaults = [*[None] * without, *given.defaults]
-    start = without if first is None else first
-    usual = zip(given.args[start:], defaults[start:], strict=True)
+    defaults = [*[None] * (len(given.args) - len(given.defaults)), *given.defaults]
+    usual = [] if first is None else zip(given.args[first:], defaults[first:], strict=True)
     pairs = [*usual, *zip(given.kwonlyargs, given.kw_defaults, strict=True)]
     return {item.arg: REQUIRED if default is None else _literal(default, module) for item, default in pairs}
 

@@ -270,7 +270,7 @@ def test_a_class_by_its_import_path(options: str, message: str | None) -> None:
 
 @pytest.mark.parametrize("name", ["resnet18", "ResNet"])  # a function that takes any keyword, and a class
 def test_code_of_other_libraries_is_a_victim_with_its_own_arguments(name: str) -> None:
-    target = f"torchvision.models.{name}"
+    target = f"torchvision.models.resnet.{name}"
     config = typed_config("~victim", f"+victim._target_={target}", "+victim.num_classes=10")
     assert config.victim == {"_target_": target, "num_classes": 10}
 

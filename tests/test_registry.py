@@ -98,14 +98,6 @@ def test_hidden_options_are_not_the_callers():
         check_options(build, {"weights": "x"}, owner="it", hidden=("weights",))
 
 
-def test_ordinary_arguments_with_a_default_are_options():
-    def build(victim: object, depth: int = 3, *, width: int) -> None: ...
-
-    check_options(build, {"depth": 1, "width": 2}, owner="it")
-    with pytest.raises(TypeError, match="its options are: depth, width"):
-        check_options(build, {"victim": 1}, owner="it")
-
-
 def test_fit_options_are_those_of_the_dataclass():
     def build(*, step: int = 3, **fit: object) -> None: ...
 
@@ -181,10 +173,12 @@ def test_options_are_inherited_and_fractions_and_constants_are_values():
     assert changed["strength"] == registry.REQUIRED
     assert (changed["window"], changed["side"], changed["sizes"], changed["T"]) == (100, 32, (1, 2), 10)
     assert (changed["jitter"], changed["padding"]) == (1 / 30, "reflect")
-    assert options_of("own.things:build") == {"width": 32, "strict": True}
+    assert options_of("own.things:build") == {"strict": True}
     needed = {"depth": registry.REQUIRED, "width": 32, "strict": True}
-    assert options_of("own.things:build", required=True) == needed
-    assert options_of("own.things:Needs", required=True) == {"sides": registry.REQUIRED, "deep": 1}
+    assert options_of("own.things:build", ordinary=0) == needed
+    assert options_of("own.things:Needs", ordinary=0) == {"sides": registry.REQUIRED, "deep": 1}
+    assert options_of("own.things:Needs", ordinary=1) == {"deep": 1}
+    assert (options_of("own.things:build_any"), options_of("own.things:Open")) == ({}, {})
     assert "own" not in sys.modules
 
 
@@ -193,8 +187,6 @@ def test_options_are_inherited_and_fractions_and_constants_are_values():
     ("path", "message"),
     [
         ("own.things:Whole", r"line \d+: `make\(\)` must be a literal"),
-        ("own.things:build_any", "own.things:build_any takes any keyword"),
-        ("own.things:Open", "own.things:Open takes any keyword"),
         ("own.things:Nothing", "own.things has no class or function Nothing"),
         ("own.nowhere:Kept", "the source of the module 'own.nowhere' was not found"),
         ("nowhere:Kept", "the source of the module 'nowhere' was not found"),
@@ -203,6 +195,13 @@ def test_options_are_inherited_and_fractions_and_constants_are_values():
 def test_what_cannot_be_read_is_named(path, message):
     with pytest.raises(ValueError, match=message):
         options_of(path)
+
+
+@pytest.mark.usefixtures("own_package")
+@pytest.mark.parametrize("name", ["build_any", "Open"])
+def test_with_ordinary_arguments_what_takes_any_keyword_is_named(name):
+    with pytest.raises(ValueError, match=f"own.things:{name} takes any keyword"):
+        options_of(f"own.things:{name}", ordinary=0)
 
 
 def test_other_packages_add_names_but_replace_none(monkeypatch):

@@ -51,7 +51,9 @@ def exit_codes(program: str) -> Iterator[None]:
 
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, terminate) if main else None
-    said, sys.unraisablehook = sys.unraisablehook, swallowed
+    said = sys.unraisablehook
+    if main:
+        sys.unraisablehook = swallowed
     try:
         yield
         sys.stdout.flush()
@@ -65,8 +67,8 @@ def exit_codes(program: str) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
         raise SystemExit(141) from None
     finally:
-        sys.unraisablehook = said
         if main:
+            sys.unraisablehook = said
             signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 

@@ -63,7 +63,7 @@ def _run_program(command: str, *arguments: str) -> int:
     # Hydra refuses --multirun beside the flags that only show the config.
     shows = any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments)
     flags = ["--multirun"] * (command == "sweep" and not shows)
-    sys.path.insert(0, os.getcwd())  # as for `python train.py`: a `_target_` may be in the current folder
+    sys.path.insert(0, os.getcwd())  # a `_target_` may be in the current folder
     run("train" if command == "train" else "evaluate", [*flags, *arguments])
     return 0
 

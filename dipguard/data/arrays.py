@@ -56,7 +56,7 @@ def _read(file: Path) -> tuple[list[str], dict[str, np.ndarray[Any, Any]]]:
     try:
         with np.load(file, allow_pickle=False) as archive:
             return sorted(archive), {
-                name: archive[name] for name in ("images", "labels", "test_index") if name in archive
+                name: np.asarray(archive[name]) for name in ("images", "labels", "test_index") if name in archive
             }
     # What NumPy raises for a damaged or truncated archive; TypeError for a single array.
     except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:

@@ -56,7 +56,7 @@ def more_steps(done: Sequence[CellResult]) -> Check:
         # A search by questions looks at much that it does not keep.
         if result.last_history and result.cell.name not in BLACK_BOX:
             n, best, last = len(result.right), min(result.last_history), result.last_history[-1]
-            # The best of many looks is a lucky one.
+            # The smallest of many shares is low by luck.
             if last > wilson(round(best * n), n, looks=len(result.last_history))[1]:
                 bad.append(f"{result.cell.label}: {best:.0%} right at its best step, {last:.0%} at its last")
     held = f"held by {', '.join(result.cell.label for result in seen)}"
@@ -95,7 +95,7 @@ def randomised(done: Sequence[CellResult], randomness: Randomness | None) -> Che
     """A system that draws must be attacked in expectation (AutoAttack's first flag)."""
     name = "randomised: attacked in expectation"
     if randomness is None:
-        return Check(name, NOT_CHECKED, "it was not found out yet")
+        return Check(name, NOT_CHECKED, "the randomness check was not run yet")
     change = f"logits differ by {randomness.drawn:.3g} with other draws"
     if randomness.drawn <= SAME:
         return Check(name, OK, f"not randomised: {change}")
@@ -109,7 +109,7 @@ def dynamic(done: Sequence[CellResult], randomness: Randomness | None) -> Check:
     """A system that optimises while it reads needs attacks that know it (AutoAttack's flag of dynamic defences)."""
     name = "dynamic: attacked as such"
     if randomness is None:
-        return Check(name, NOT_CHECKED, "it was not found out yet")
+        return Check(name, NOT_CHECKED, "the randomness check was not run yet")
     if randomness.backward == 0:
         return Check(name, OK, "not dynamic: no backward pass in a purification")
     adaptive = [r.cell.label for r in done if r.attacks and r.cell.adaptive and r.cell.white_box]
@@ -144,7 +144,9 @@ def control(done: Sequence[CellResult]) -> Check:
 
 def _aimed(result: CellResult, n: int) -> float:
     """Right images in what the attack aims at: the known draw, if it asked about that one alone, else all draws."""
-    known = result.cell.source is result.cell.target and result.cell.options.get("draws") == "fixed"
+    attack: Any = result.cell.attack
+    fixed = getattr(attack, "draws", "") == "fixed" and not getattr(attack, "final_looks", 0)
+    known = fixed and result.cell.source is result.cell.target
     return round(float(result.judged("known" if known else "accuracy")[:n].sum()), 6)
 
 

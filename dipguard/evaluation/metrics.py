@@ -22,8 +22,8 @@ def wilson(correct: float, count: int, *, looks: int = 1) -> tuple[float, float]
     """The 95 % Wilson score interval of ``correct`` out of ``count`` images, in [0, 1].
 
     A part of an image may be correct, as the mean over draws: then the interval is if anything too wide, since shares
-    vary at most as much as right and wrong. With several ``looks``, all of so many intervals hold with 95 %
-    (Bonferroni).
+    vary at most as much as right and wrong. With several ``looks``, that many intervals hold together
+    with a probability of 95 % (Bonferroni).
     """
     z = NormalDist().inv_cdf(1 - 0.025 / looks)
     share, z2 = correct / count, z**2

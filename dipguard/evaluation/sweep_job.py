@@ -64,14 +64,20 @@ def _readable(override: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.,=+-]+", "_", text)
 
 
-def job_key(config: RunConfig) -> str:
-    """A digest of a job's settings, of the content of the files and folders that they name, and of the versions."""
+def settings_of(config: RunConfig) -> dict[str, Any]:
+    """The settings that a result depends on."""
     values = config.to_dict()
     for name in ASIDE:
         group, _, key = name.rpartition(".")
         (values[group] if group else values).pop(key, None)
     if values["judge"] == 1:
         del values["judge"]  # jobs from before there was a choice stay finished
+    return values
+
+
+def job_key(config: RunConfig) -> str:
+    """A digest of a job's settings, of the content of the files and folders that they name, and of the versions."""
+    values = settings_of(config)
     numerics = constant_of("dipguard.store.keys:NUMERICS")
     versions = [__version__, numerics, version("torch"), version("torchmetrics")]
     state = {"settings": values, "files": sorted(_files(values)), "versions": versions}

@@ -58,8 +58,8 @@ class StackedDIP(pl.LightningModule):
 
     Attributes:
         given: x0, in the dtype of the fit.
-        step: Number of steps done in the present fit.
-        trace: What the callbacks have recorded of the present, or the last, fit; None without a DecisionLogger.
+        step: Number of steps done.
+        trace: What the callbacks have recorded; None without a DecisionLogger.
     """
 
     given: Tensor
@@ -138,16 +138,13 @@ class StackedDIP(pl.LightningModule):
         return range(self._epoch_length())
 
     def setup(self, stage: str) -> None:
-        """Check the Trainer and forget the trace of an earlier fit."""
+        """Check the Trainer."""
         if stage == "fit":
             self._check_trainer()
-            self.trace = None
+            self._check_fresh()
 
     def on_fit_start(self) -> None:
-        """Start the step counter and the jitter's random streams anew."""
-        self._check_fresh()
-        self.step = 0
-        self._jitter = None
+        """Start the jitter's random streams."""
         if self.options.jitter > 0:
             draw: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
             # A CUDA graph's step is over before one thread has drawn its noise; other engines gain nothing by threads.

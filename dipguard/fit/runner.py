@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import ctypes
 import gc
 import logging
+import math
 import signal
 import sys
 import threading
@@ -15,13 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from pytorch_lightning.callbacks import Checkpoint, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
@@ -51,11 +50,6 @@ class StackResult:
     traces: list[DecisionTrace]
     reconstructions: list[Reconstruction]
     seconds: dict[str, float]  # of `run_fit`, and "decide" (victim, SSIM, localisation, stitching) out of "fit"
-
-
-_first_states: WeakKeyDictionary[pl.Callback, dict[str, Any]] = WeakKeyDictionary()
-"""The states of callbacks before their first fit. Each fit begins with them: what EarlyStopping remembers of the fit of
-other images would end this one at once."""
 
 
 class _FirstStep(pl.Callback):
@@ -91,10 +85,9 @@ def run_fit(
     start, first = time.perf_counter(), _FirstStep()
     every = [first, *callbacks]
     for callback in callbacks:
-        if callback in _first_states:
-            callback.load_state_dict(copy.deepcopy(_first_states[callback]))
-        else:
-            _first_states[callback] = copy.deepcopy(callback.state_dict())
+        if isinstance(callback, EarlyStopping):  # what it remembers of other images' fit would end this one at once
+            callback.wait_count, callback.stopped_epoch = 0, 0
+            callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
     with isolated_trainer(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)

@@ -113,11 +113,14 @@ class DefendedModule(_Module):
         state: Any = self.__getstate__()  # type: ignore[no-untyped-call, unused-ignore]
         return _new, (type(self).__bases__[1],), state
 
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Move the shared weights, and tell the module, which may be the defence's victim, what Lightning notes."""
+        noted = {name: vars(self)[name] for name in ("_device", "_dtype") if name in vars(self)}
+        if len(noted) == 2:  # a LightningModule
+            vars(vars(self)["_given"]).update(noted)
+        return super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call, unused-ignore]
+
     def _defend(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        # The module, which may be the defence's victim, shares the weights, but not Lightning's note of where they are.
-        for name in ("_device", "_dtype"):
-            if name in vars(self):
-                vars(vars(self)["_given"])[name] = vars(self)[name]
         key, purifier = vars(self)["_images"], vars(self)["_purifier"]
         if isinstance(key, str) and key in kwargs:
             return args, {**kwargs, key: purifier(kwargs[key])}

@@ -23,7 +23,7 @@ from dipguard.decision import DecisionTrace
 from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.matrix import Matrix, Row
 from dipguard.evaluation.results import result_row
-from dipguard.evaluation.sweep_job import job_key
+from dipguard.evaluation.sweep_job import settings_of
 from dipguard.files import write_text
 from dipguard.reporting.report import draw_cell, trace_paths
 from dipguard.reporting.results import flatten
@@ -328,9 +328,9 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
         "settings": wandb.Settings(**{name: value for name, value in settings.items() if name in known}),
     }
     journal = folder / "logs" / "wandb_run.txt"
-    first = journal.read_text(encoding="utf-8").partition("\n")[0] if journal.is_file() else ""
+    first, _, rows = (journal.read_text(encoding="utf-8") if journal.is_file() else "").partition("\n")
     before, _, settings_before = first.partition(" ")
-    now = job_key(config)  # other settings are another run
+    now = digest_of(settings_of(config))  # other settings are another run
     run_id = own.run_id or (before if settings_before == now else "") or secrets.token_hex(4)
     logger = WandbLogger(version=run_id, mode=wandb_mode(asked["offline"]), **options)
     try:
@@ -340,5 +340,5 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
         run_id = secrets.token_hex(4)  # W&B considers the other id to be in use
         logger = WandbLogger(version=run_id, mode="offline", **options)
     if f"{run_id} {now}" != first:
-        write_text(journal, f"{run_id} {now}\n")
+        write_text(journal, f"{run_id} {now}\n{rows if run_id == before else ''}")
     return logger, journal

@@ -48,7 +48,7 @@ def defend(images: Tensor, victim: nn.Module, *callbacks: pl.Callback, **decide:
 
 def test_early_stopping_begins_anew_with_each_fit(images: Tensor) -> None:
     stop = EarlyStopping("fit/mse", patience=1)
-    for image in range(2):  # it would end the second fit, which is not as good after 100 steps as the first after 200
+    for image in range(2):  # it would end the second fit, which is not as good after 50 steps as the first after 200
         rule, given = FixedStep(199), images[image, None]
         found = fit_rule(given, rule=rule, indices=[image], fit=FIT, T=200, device=CPU, callbacks=[stop])
         assert stop.best_score == pytest.approx(float((found.images - given).square().mean()))

@@ -106,8 +106,10 @@ def test_the_forward_of_a_defended_module(module: DigitsModule) -> None:
 
 def test_the_module_knows_where_the_weights_are(module: DigitsModule) -> None:
     defended = DefendedModule(module, build_defense("median", module)).double()
-    logits(defended, digits(0, 2)[0].double())
     assert defended.dtype == module.dtype == torch.float64
+    module.float()
+    logits(defended, digits(0, 2)[0])
+    assert module.dtype == torch.float32
 
 
 def test_a_defended_module_is_saved_as_the_module(module: DigitsModule, tmp_path: Path) -> None:
