@@ -39,8 +39,7 @@ class StackedDIP(pl.LightningModule):
 
     Adam acts on each number separately, so one Adam over stacked parameters is B Adams. The module brings its own
     data: the Trainer's ``max_steps`` is the paper's T, and its epochs have ``steps_per_epoch`` steps, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit. :class:`~dipguard.fit.DecisionLogger` fills
-    ``callback_metrics``.
+    ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit; dipguard's callbacks fill ``callback_metrics``.
 
     A subclass that overrides ``training_step`` may add to the ``loss`` (docs/own_trainer.md): its reconstructions are
     part of the autograd graph, which the torch engine alone provides.
@@ -89,7 +88,6 @@ class StackedDIP(pl.LightningModule):
         self.register_buffer("tolerance", tolerance_of(self.given, options=options), persistent=False)
         self.step = 0
         self.trace: StackTrace | None = None
-        self._fitted = False
         self._engine: Engine | None = None
         self._jitter: Jitter | JitterFeed | None = None
 
@@ -155,7 +153,6 @@ class StackedDIP(pl.LightningModule):
     def on_train_start(self) -> None:
         """Refuse a resumed checkpoint, which Lightning restores after ``on_fit_start``."""
         self._check_fresh()
-        self._fitted = True
 
     def on_fit_end(self) -> None:
         """Stop the threads that draw jitter ahead."""
@@ -207,12 +204,12 @@ class StackedDIP(pl.LightningModule):
             )
 
     def _check_fresh(self) -> None:
-        done = 0 if self._trainer is None else self.trainer.global_step
-        if self._fitted:
+        if self.step:
             raise RuntimeError(
                 "a StackedDIP must be fitted once, got one whose networks are fitted already: its trace would lack the "
                 "beginning. Make a new module for each fit"
             )
+        done = self.trainer.global_step
         if done:
             raise RuntimeError(
                 f"a fit of StackedDIP must start at step 0, got a Trainer at step {done}: its trace would lack the "
