@@ -1,7 +1,5 @@
 """What every test may use: the folder of real images, a temporary cache, and a known state of RNGs and threads."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """Runs the Python of a Markdown document, block after block, as a reader would paste it."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path

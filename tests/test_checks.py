@@ -1,7 +1,5 @@
 """The doors: what rounding may leave outside [0, 1] is let in, whatever takes images; the rest is refused."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

@@ -1,12 +1,9 @@
-from __future__ import annotations
-
 import json
 import re
 import subprocess
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hydra.core.config_store import ConfigStore
@@ -101,25 +98,9 @@ def test_both_programs_have_the_same_settings() -> None:
 def test_settings_are_plain_values() -> None:
     config = typed_matrix("victim@surrogate=cifar10_resnet20", "victim@baseline=cifar_cnn_a")
     assert json.loads(json.dumps(config.to_dict())) == config.to_dict()
-    assert config.surrogate is not None
     assert config.surrogate["name"] == "cifar10_resnet20"
     assert config.baseline is not None
     assert typed_config().surrogate is None
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "defense.taau=0.5",
-        "data.folder=x",
-        "nothing=1",
-        "attack.epsilon=1",
-        "defense.tau=0.9",  # of the defence paper
-    ],
-)
-def test_unknown_key_is_refused(override: str) -> None:
-    with pytest.raises(HydraException, match=override.split("=")[0].replace(".", r"\.")):
-        compose_config(override)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +144,7 @@ def test_unknown_key_of_a_matrix_is_named_as_on_the_command_line(label: str) -> 
         ("defense.own_class_weight=1", "`defense.own_class_weight` is unknown (it is an option of mirror)"),
         ("trainer.devices=2", "`trainer.devices` is set by dipguard itself"),
         ("attack.epss=3", "`attack.epss` is unknown (did you mean 'attack.eps_255'?)"),
+        ("data.folder=x", "`data.folder` is unknown"),
         ("zzz=3", "`zzz` is unknown; the settings are: data, victim, seed"),
         ("hydra/sweeper=ax", "`hydra/sweeper=ax` may come with an extra: pip install 'dipguard[sweep]'"),
     ],
@@ -186,28 +168,13 @@ def test_other_errors_are_not_explained() -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "allowed"),
-    [
-        ("logger=mlflow", ["csv", "tensorboard", "wandb", "none"]),
-        ("data=mnist", list(DATASETS)),
-        ("victim=vgg", list(VICTIMS)),
-        ("attack=deepfool", list(ATTACKS)),
-        ("defense=dipguard", list(DEFENSES)),
-    ],
-)
-def test_bad_choice_is_refused_with_the_allowed_ones(override: str, allowed: list[str]) -> None:
-    with pytest.raises(HydraException) as caught:
-        compose_config(override)
-    text = f"{caught.value} {caught.value.__cause__}"
-    assert [name for name in allowed if name not in text] == []
-
-
-@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("seed=-1", "`seed` must be from 0"),
         ("seed=x", "`seed` must be an integer, got 'x'"),
         ("figures=-1", "`figures` must be at least 0"),
+        ("judge=0", "`judge` must be at least 1"),
+        ("judge=1.5", "`judge` must be an integer, got 1.5"),
         ("chunk=0", "`chunk` must be at least 1"),
         ("processes=0", "`processes` must be at least 1"),
         ("store_T=null", "`store_T` must be a list of numbers, got None"),
@@ -247,25 +214,11 @@ def test_trainer_and_callbacks_take_what_lightning_takes() -> None:
     assert config.callbacks["stop"]["monitor"] == "fit/quality"
 
 
-def test_an_attack_has_keys_of_a_suite() -> None:
-    config = typed_matrix("+attacks.pgd_8.limit=2", "+attacks.pgd_8.only=[jpeg]", "+attacks.pgd_8.number=1")
-    assert config.attacks["pgd_8"]["limit"] == 2
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("quality: 10", None),
-        ("qualty: 10", r"`defenses.mine.qualty` is unknown \(did you mean 'defenses.mine.quality'\?\)"),
-    ],
-)
-def test_a_class_by_its_import_path(options: str, message: str | None) -> None:
-    override = f"+defenses.mine={{_target_: dipguard.defenses.transforms.JPEG, {options}}}"
-    if message is None:
-        assert typed_matrix(override).defenses["mine"]["quality"] == 10
-    else:
-        with pytest.raises(TypeError, match=message):
-            typed_matrix(override)
+def test_a_class_by_its_import_path() -> None:
+    mine = "+defenses.mine={_target_: dipguard.defenses.transforms.JPEG, %s: 10}"
+    assert typed_matrix(mine % "quality").defenses["mine"]["quality"] == 10
+    with pytest.raises(TypeError, match=r"`defenses.mine.qualty` is unknown .*mean 'defenses.mine.quality'"):
+        typed_matrix(mine % "qualty")
 
 
 @pytest.mark.parametrize("name", ["resnet18", "ResNet"])  # a function that takes any keyword, and a class
@@ -318,8 +271,6 @@ def test_experiments_compose(name: str) -> None:
         assert sized == {f"{attack}_{eps}": eps for attack in ("fgsm", "pgd", "bim", "mifgsm") for eps in (2, 4, 8)}
         assert len(config.defenses) == 12
     elif name == "adaptive":
-        assert set(config.defenses) == {"none", "jpeg", "dipdefend", "paper", "mirror"}
-        assert len(attacks) == 1 + 12
         judged = {key: node["eps_255"] for key, node in attacks.items() if node["name"] != "none"}
         assert {key for key, eps in judged.items() if eps != 8} == {"large_eps"}
         assert all(key == "clean" or node.get("number") or node.get("check") for key, node in attacks.items())
@@ -331,12 +282,6 @@ def test_experiments_compose(name: str) -> None:
     else:
         assert attacks["hopskipjump"]["budgets"] == [200, 1000, 2500]
         assert attacks["hopskipjump"]["radii_255"] == [0, 2, 4, 8, 12, 16, 20, 25]
-
-
-def test_configs_name_no_place_of_this_machine() -> None:
-    texts = [path.read_text() for path in Path(CONF).rglob("*.yaml")]
-    assert len(texts) > len(CHOICES)
-    assert not any("/home/" in text or "file://" in text for text in texts)
 
 
 def test_help_has_a_line_for_every_key_and_no_other() -> None:
@@ -361,58 +306,36 @@ def test_help_explains_the_composed_config() -> None:
     assert "$${oc.select:data.mirrors,true}" in mirror, "the text is a template"
 
 
-def test_every_config_says_what_it_is() -> None:
-    for path in CONF.glob("*/*.yaml"):
-        assert path.read_text().startswith("#") or path.parent.name == "logger", path
-
-
-def modules_after(code: str) -> set[str]:
-    run = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{code}\nprint(*sys.modules)"],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT,
-    )
-    return set(run.stdout.split())
-
-
-def test_keys_are_checked_without_torch() -> None:
-    """So that --help, --cfg job and a mistyped key are answered at once."""
-    code = (
-        "import evaluate, train\n"
-        "from hydra import compose, initialize_config_dir\n"
-        "from dipguard.config import from_hydra, register\n"
-        "register()\n"
-        f"with initialize_config_dir({str(CONF)!r}, version_base='1.3'):\n"
-        "    cfg = compose('evaluate', ['+seeed=1'])\n"
-        "try:\n"
-        "    from_hydra(cfg)\n"
-        "except TypeError as error:\n"
-        "    assert 'seeed' in str(error)\n"
-        "else:\n"
-        "    raise SystemExit(1)\n"
-    )
-    loaded: Any = modules_after(code)
-    assert loaded.isdisjoint({"torch", "pytorch_lightning", "pandas", "matplotlib", "wandb"})
+def test_every_config_says_what_it_is_and_names_no_place_of_this_machine() -> None:
+    for path in CONF.rglob("*.yaml"):
+        text = path.read_text()
+        assert text.startswith("#") or path.parent.name == "logger", path
+        assert "/home/" not in text, path
+        assert "file://" not in text, path
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("program", ["train", "evaluate"])
-def test_help_and_mistyped_keys_on_the_command_line(program: str) -> None:
+def test_help_and_bad_settings_on_the_command_line(tmp_path: Path, program: str) -> None:
     def call(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / f"{program}.py"), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=False)
 
     shown = call("--help")
     assert shown.returncode == 0
-    assert re.search(r"^defense: .*mirror.*paper", shown.stdout, flags=re.MULTILINE)
-    assert "options" not in shown.stdout.split("== Config ==")[0]
-    groups = re.findall(r"^(\w+): .*, ", shown.stdout.split("== Config ==")[0], flags=re.MULTILINE)
-    assert groups == ["attack", "data", "defense", "experiment", "ladder", "logger", "sweep", "victim"]
+    groups = shown.stdout.split("== Config ==")[0]
+    assert re.search(r"^defense: .*mirror.*paper", groups, flags=re.MULTILINE)
+    assert "options" not in groups
+    assert re.findall(r"^(\w+): .*, ", groups, flags=re.MULTILINE) == [
+        "attack", "data", "defense", "experiment", "ladder", "logger", "sweep", "victim"
+    ]  # fmt: skip
     assert re.search(r"eps_255: 8 +# Largest change", shown.stdout)
-    for override, message in (("defense.taau=1", "did you mean 'defense.tau'?"), ("+bogus=1", "`bogus` is unknown")):
-        refused = call("defense=paper", override)
+    for override, message in (
+        ("defense.taau=1", "did you mean 'defense.tau'?"),
+        ("+bogus=1", "`bogus` is unknown"),
+        ("defense.tau=2", "`defense.tau` must be from 0 to 1, got 2"),
+    ):
+        refused = call("defense=paper", override, f"hydra.run.dir={tmp_path}")
         assert refused.returncode == 1
         assert message in refused.stderr
         assert "Traceback" not in refused.stderr

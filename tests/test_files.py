@@ -1,24 +1,12 @@
-from __future__ import annotations
-
 import csv
 import errno
 import os
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from dipguard.files import (
-    csv_text,
-    file_digest,
-    read_json,
-    tensor_digest,
-    write_bytes,
-    write_json,
-    write_npz,
-    write_text,
-)
+from dipguard.files import csv_text, file_digest, read_json, tensor_digest, write_bytes, write_json, write_text
 
 
 def test_file_is_replaced_whole_and_nothing_else_is_left(tmp_path: Path) -> None:
@@ -65,13 +53,6 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
     path = write_bytes(tmp_path / "a.json", content)
     with pytest.raises(ValueError, match=r"a\.json must hold JSON, but it is damaged"):
         read_json(path)
-
-
-def test_arrays_need_no_pickle(tmp_path: Path) -> None:
-    path = write_npz(tmp_path / "a.npz", x=np.arange(3), y=np.float64(0.5))
-    with np.load(path, allow_pickle=False) as saved:
-        assert saved["x"].tolist() == [0, 1, 2]
-        assert float(saved["y"]) == 0.5
 
 
 def test_digest_sees_values_shapes_and_types() -> None:

@@ -1,13 +1,10 @@
-"""The package as a whole: lean import, version, layers, documented names, dependencies."""
-
-from __future__ import annotations
+"""The package as a whole: lean import, version, layers, dependencies."""
 
 import ast
 import dataclasses
 import graphlib
 import importlib
 import inspect
-import json
 import re
 import shlex
 import subprocess
@@ -19,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import dipguard
+from tests.docs_blocks import blocks
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "dipguard"
@@ -39,8 +37,10 @@ FLOORS = (
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 # What belongs to the extras: `import dipguard` must neither need nor load it.
-EXTRAS = ("PIL", "hydra", "matplotlib", "omegaconf", "requests", "sklearn", "tensorboard", "torchattacks")
-EXTRAS += ("art", "eagerpy", "foolbox", "pywt", "skimage", "torchvision", "wandb")
+EXTRAS = (
+    "PIL", "art", "eagerpy", "foolbox", "hydra", "matplotlib", "omegaconf", "pywt", "requests", "skimage", "sklearn",
+    "tensorboard", "torchattacks", "torchvision", "wandb",
+)  # fmt: skip
 
 
 def module_name(path: Path) -> str:
@@ -94,41 +94,58 @@ def own_imports(module: str, *, deferred: bool = True) -> set[str]:
     return {name for name in names if name.split(".")[0] == "dipguard" and name != module}
 
 
-@pytest.fixture(scope="module")
-def after_import(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
-    """Modules that `import dipguard` and touching its public names add to what its core dependencies load anyway.
-
-    torchmetrics itself loads torchvision and matplotlib where they are installed, so the dependencies come first.
-    """
-    code = """
-import json, sys
+PUBLIC_NAMES = """
 import numpy, pytorch_lightning, safetensors.torch, torch, torchmetrics, torchmetrics.functional.image, tqdm
-before = set(sys.modules)
+before = set(sys.modules)  # torchmetrics itself loads torchvision and matplotlib where they are installed
 import dipguard
 for name in dipguard.__all__:
     getattr(dipguard, name)
-print(json.dumps({"added": sorted(set(sys.modules) - before)}))
 """
-    folder = tmp_path_factory.mktemp("elsewhere")
-    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+KEYS = f"""
+import evaluate, train
+from hydra import compose, initialize_config_dir
+from dipguard.config import from_hydra, register
+register()
+with initialize_config_dir({str(ROOT / "conf")!r}, version_base="1.3"):
+    cfg = compose("evaluate", ["+seeed=1"])
+try:
+    from_hydra(cfg)
+except TypeError as error:
+    assert "seeed" in str(error)
+else:
+    raise SystemExit(1)
+"""
+OPTIONS = """
+from dipguard.config import GROUPS, names_of, node_of
+for group in GROUPS:
+    for name in names_of(group):
+        node_of(group, name)
+"""
+HELP = "import dipguard.cli.main as cli; cli.make_parser().format_help()"
+ROOMS = "import dipguard.data, dipguard.victims, dipguard.attacks"
+HEAVY = {"torch", "pytorch_lightning"}
+
+
+@pytest.mark.parametrize(
+    ("code", "unneeded"),
+    [
+        pytest.param(PUBLIC_NAMES, set(EXTRAS), id="public-names", marks=pytest.mark.slow),
+        pytest.param(HELP, HEAVY | {"torchmetrics", "numpy"}, id="help"),
+        pytest.param(KEYS, HEAVY | {"pandas", "matplotlib", "wandb"}, id="keys-are-checked"),
+        pytest.param(OPTIONS, HEAVY, id="options-are-read"),
+        pytest.param("import dipguard.reporting", HEAVY | {"pandas", "matplotlib"}, id="reporting"),
+        pytest.param(ROOMS, {"torchattacks"}, id="rooms", marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_not_needed_is_neither_loaded_nor_written(tmp_path: Path, code: str, unneeded: set[str]):
+    begin, end = f"import sys; sys.path.insert(0, {str(ROOT)!r}); before = set()", "print(*set(sys.modules) - before)"
+    command = [sys.executable, "-c", "\n".join((begin, code, end))]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert not list(folder.iterdir()), "importing dipguard wrote files"
-    return json.loads(done.stdout.splitlines()[-1])
-
-
-@pytest.mark.slow
-def test_import_loads_no_extra(after_import: dict[str, list[str]]):
-    assert "dipguard" in after_import["added"]
-    assert {name.split(".")[0] for name in after_import["added"]}.isdisjoint(EXTRAS)
-
-
-def test_help_and_a_bare_import_wait_for_nothing_heavy():
-    code = "import sys, dipguard.cli.main as cli; cli.make_parser().format_help(); print(*sorted(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    loaded = set(done.stdout.split())
+    loaded = {name.split(".")[0] for name in done.stdout.splitlines()[-1].split()}
     assert "dipguard" in loaded
-    assert loaded.isdisjoint({"torch", "pytorch_lightning", "torchmetrics", "numpy"})
+    assert loaded.isdisjoint(unneeded)
+    assert not list(tmp_path.iterdir())
 
 
 def test_public_names_and_their_homes_are_there_when_asked_for():
@@ -161,28 +178,6 @@ def test_version_matches_pyproject():
     assert f"\nversion: {project['version']}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf-8")
 
 
-def test_public_names_exist_and_are_documented():
-    assert "DIPGuard" in dipguard.__all__
-    for name in dipguard.__all__:
-        value = getattr(dipguard, name)
-        if inspect.isclass(value) or inspect.isfunction(value):
-            assert inspect.getdoc(value), f"dipguard.{name} has no docstring"
-
-
-@pytest.mark.parametrize("module", PUBLIC_MODULES)
-def test_module_and_its_public_names_are_documented(module: str):
-    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
-    undocumented = [] if ast.get_docstring(tree) else [module]
-    for owner, body in [("", tree.body), *((n.name, n.body) for n in tree.body if isinstance(n, ast.ClassDef))]:
-        if owner.startswith("_"):
-            continue
-        for node in body:
-            kinds = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
-            if isinstance(node, kinds) and not node.name.startswith("_") and not ast.get_docstring(node):
-                undocumented.append(f"{module}:{node.lineno} {owner or module}.{node.name}")
-    assert not undocumented
-
-
 @pytest.mark.parametrize("module", PUBLIC_MODULES)
 def test_all_names_what_the_module_has(module: str):
     loaded = importlib.import_module(module)
@@ -209,13 +204,8 @@ def test_no_circle_between_packages():
     graphlib.TopologicalSorter({name: below - {name} for name, below in graph.items()}).prepare()
 
 
-def blocks_of(document: str, language: str) -> list[str]:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
-
-
 def test_readme_ten_lines_call_dipguard_as_it_is():
-    block = blocks_of("README.md", "python")[0]
+    block = next(block.code for block in blocks(ROOT / "README.md") if block.language == "python")
     assert len([line for line in block.splitlines() if line]) == 10
     calls = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.Call)]
     (made,) = [call for call in calls if ast.unparse(call.func) == "MirrorGuard"]
@@ -234,12 +224,8 @@ def test_readme_commands_compose(program: str):
     from dipguard import config
 
     config.register()
-    lines = [
-        line
-        for name in ("README.md", "docs/programs.md")
-        for block in blocks_of(name, "sh")
-        for line in block.splitlines()
-    ]
+    shown = [block for name in ("README.md", "docs/programs.md") for block in blocks(ROOT / name)]
+    lines = [line for block in shown if block.language == "sh" for line in block.code.splitlines()]
     commands = [shlex.split(line.split(f"{program}.py")[1], comments=True) for line in lines if f"{program}.py" in line]
     assert len(commands) >= 4
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):

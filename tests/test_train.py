@@ -1,11 +1,7 @@
 """train.py from end to end: real data, victim, attack and fit, only small."""
 
-from __future__ import annotations
-
-import csv
 import json
 import logging
-import os
 import shutil
 import signal
 import subprocess
@@ -27,6 +23,8 @@ from dipguard.defenses import build_defense
 from dipguard.evaluation.metrics import decide
 from dipguard.evaluation.plan import prepare
 from dipguard.victims import build_victim
+from tests.csv_files import read_csv
+from tests.sweeps.tiny_sweep import environment
 from tests.tiny_run import ROOT, TINY, compose_config, tiny_run, typed_config
 
 MIRROR = (
@@ -41,17 +39,8 @@ def tiny_mirror(folder: Path, *overrides: str) -> dict[str, Any]:
     return train(compose_config(*kept, *MIRROR, *overrides), folder)
 
 
-def command(folder: Path, *overrides: str) -> list[str]:
-    return [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={folder}", *TINY, *overrides]
-
-
-def environment() -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-
-
 def rows(folder: Path) -> list[dict[str, str]]:
-    with (folder / "images.csv").open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(folder / "images.csv")
 
 
 def traces(folder: Path) -> list[Path]:
@@ -64,11 +53,6 @@ def times(paths: list[Path]) -> dict[str, int]:
 
 def entries(folder: Path, layer: str) -> list[Path]:
     return sorted((folder / "store" / layer).rglob("*.npz"))
-
-
-def given_images(folder: Path, *overrides: str) -> torch.Tensor:
-    """The attacked images that a finished run has stored."""
-    return prepare(typed_config(*TINY, *overrides), folder).attacked("pgd", "paper")
 
 
 @pytest.fixture(scope="module")
@@ -86,36 +70,15 @@ def test_run_folder_holds_what_is_promised(finished: tuple[Path, dict[str, Any]]
     folder, metrics = finished
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     assert set(metrics) == {
-        "n",
-        "accuracy",
-        "ssim",
-        "crossings_stitched",
-        "images_without",
-        "seconds",
-        "images_per_second",
-        "settings",
-    }
-    assert set(metrics["accuracy"]) == {"clean", "undefended", "defended"}
+        "n", "accuracy", "ssim", "crossings_stitched", "images_without", "seconds", "images_per_second", "settings"
+    }  # fmt: skip
     assert set(metrics["ssim"]) == {"given", "defended"}
-    assert set(metrics["seconds"]) == {"attack", "start", "fit", "decide"}
     assert metrics["settings"]["defenses"]["paper"]["T"] == 40
     table = rows(folder)
     assert list(table[0]) == [
-        "attack",
-        "defense",
-        "eps_255",
-        "budget",
-        "index",
-        "label",
-        "decision_clean",
-        "decision_given",
-        "decision_defended",
-        "ssim_given",
-        "ssim",
-        "psnr",
-        "used",
-        "why",
-    ]
+        "attack", "defense", "eps_255", "budget", "index", "label", "decision_clean", "decision_given",
+        "decision_defended", "ssim_given", "ssim", "psnr", "used", "why",
+    ]  # fmt: skip
     assert [row["index"] for row in table] == ["0", "1", "2", "3"]
     assert metrics["n"] == len(table) == 4
     with np.load(folder / "reconstructions.npz") as saved:
@@ -139,14 +102,6 @@ def test_metrics_are_those_of_the_table(finished: tuple[Path, dict[str, Any]]) -
     assert metrics["crossings_stitched"] > 0, "no crossing counted: this run shows nothing of the stitching"
 
 
-def test_attack_fools_the_victim_within_its_bound(finished: tuple[Path, dict[str, Any]]) -> None:
-    folder, metrics = finished
-    clean = load_data("digits", limit=4)
-    change = (given_images(folder) - clean.images).abs().max()
-    assert float(change) == pytest.approx(8 / 255, abs=1e-5)
-    assert metrics["accuracy"]["undefended"] < metrics["accuracy"]["clean"]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str
@@ -155,7 +110,8 @@ def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, finished: tuple[Path, dict[str, Any]], number: int, code: int
 ) -> None:
     folder = tmp_path / "killed"
-    process = subprocess.Popen(command(folder), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    command = [sys.executable, str(ROOT / "train.py"), f"hydra.run.dir={folder}", *TINY]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     end = time.monotonic() + 600
     while not entries(folder, "cells") and process.poll() is None and time.monotonic() < end:
         time.sleep(0.002)
@@ -197,33 +153,6 @@ def test_finished_run_does_nothing_again(finished: tuple[Path, dict[str, Any]], 
     assert {path: path.read_bytes() for path in copied.rglob("*.npz")} == made
 
 
-@pytest.mark.parametrize("damage", ["cut", "flipped", "gone"])
-def test_damaged_trace_is_fitted_again(copied: Path, damage: str) -> None:
-    *kept, path, _ = traces(copied)  # the first of the second chunk
-    torch.set_num_threads(1)
-    content = path.read_bytes()
-    whole = DecisionTrace.load(path)
-    # A new file, since `whole` is mapped from the old one.
-    path.unlink()
-    if damage == "cut":
-        path.write_bytes(content[: len(content) // 2])
-    elif damage == "flipped":
-        path.write_bytes(content[:-5] + bytes([content[-5] ^ 0x40]) + content[-4:])
-    before = times(kept)
-    tiny_run(copied, "figures=0")
-    assert times(kept) == before
-    assert DecisionTrace.load(path).equals(whole)
-
-
-def test_damaged_attack_is_made_again(copied: Path) -> None:
-    images, before = given_images(copied), times(traces(copied))
-    (path,) = entries(copied, "attacks")
-    path.write_bytes(path.read_bytes()[:1000])
-    tiny_run(copied, "figures=0")
-    assert torch.equal(given_images(copied), images)
-    assert times(traces(copied)) == before, "the attack is seeded: the traces still belong to its images"
-
-
 ONE = ("data.limit=1", "figures=0", "defense.T=20", "defense.decisions=10")
 
 
@@ -238,17 +167,16 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 def test_other_settings_in_the_same_folder_are_run_and_the_earlier_ones_are_kept(
     one: tuple[Path, dict[str, Any]], tmp_path: Path, override: str
 ) -> None:
-    folder, overrides, metrics = Path(shutil.copytree(one[0], tmp_path / "run")), ONE, one[1]
+    folder, metrics = Path(shutil.copytree(one[0], tmp_path / "run")), one[1]
     before = entries(folder, "cells")
-    other = tiny_run(folder, *overrides, override)
+    other = tiny_run(folder, *ONE, override)
     assert len(entries(folder, "cells")) == 2 * len(before)
     assert other["settings"] != metrics["settings"]
     assert other["settings"] == json.loads((folder / "metrics.json").read_text())["settings"]
-    again = tiny_run(folder, *overrides)
-    timings = {"seconds", "images_per_second"}  # the traces in the folder were the other run's, and are made again
-    assert {k: v for k, v in again.items() if k not in timings} == {
-        k: v for k, v in metrics.items() if k not in timings
-    }
+    again = tiny_run(folder, *ONE)
+    # The traces in the folder were the other run's, and are made again.
+    timings = {name: again[name] for name in ("seconds", "images_per_second")}
+    assert again == {**metrics, **timings}
     assert len(entries(folder, "cells")) == 2 * len(before)
 
 
@@ -291,8 +219,7 @@ def test_an_adaptive_attack_is_an_attack(tmp_path: Path) -> None:
     overrides = ("attack=bpda", "attack.steps=1", "data.limit=1", "figures=0", "defense.T=10", "defense.decisions=5")
     metrics = tiny_run(tmp_path / "run", *overrides)
     assert list(metrics["settings"]["attacks"]) == ["bpda"]
-    with (tmp_path / "run" / "results.csv").open(newline="") as file:
-        (row,) = csv.DictReader(file)
+    (row,) = read_csv(tmp_path / "run" / "results.csv")
     assert int(row["purifications"]) > 0
     assert int(row["dip_steps"]) == 10 * int(row["purifications"])
 
@@ -317,13 +244,6 @@ def digits_file(path: Path, **changes: Any) -> Path:
 
 
 @pytest.mark.slow
-def test_own_arrays(tmp_path: Path) -> None:
-    path = digits_file(tmp_path / "own.npz")
-    metrics = tiny_run(tmp_path / "run", "data=arrays", f"data.path={path}", *ONE, "data.limit=2")
-    assert metrics["n"] == 2
-
-
-@pytest.mark.slow
 def test_own_pictures(tmp_path: Path) -> None:
     from PIL import Image
 
@@ -341,29 +261,18 @@ def test_own_pictures(tmp_path: Path) -> None:
     assert [row["label"] for row in rows(tmp_path / "run")] == [str(label) for label in labels[:2]]
 
 
-BAD_FILES: dict[str, dict[str, Any]] = {
-    "labels": {"labels": np.array([0, 1, 12])},
-    "range": {"images": np.full((3, 32, 32, 3), 0.5, dtype=np.float32)},
-    "rank": {"images": np.zeros((3, 32, 32), dtype=np.uint8)},
-    "small": {"images": np.zeros((3, 8, 8, 3), dtype=np.uint8)},
-    "size": {"images": np.zeros((3, 48, 48, 3), dtype=np.uint8)},
-    "empty": {"images": np.zeros((0, 32, 32, 3), dtype=np.uint8), "labels": np.zeros(0, dtype=np.int64)},
-}
-
-
 @pytest.mark.parametrize(
-    ("case", "message"),
+    ("changes", "message"),
     [
-        ("labels", "`labels` must be at least 0 and below 10, got labels from 0 to 12"),
-        ("range", "must be uint8"),
-        ("rank", r"must have shape \[N, H, W, 3\]"),
-        ("small", "`victim` cannot read images of 8x8 pixels; it was made for 32x32 .give `data.size`"),
-        ("size", "`victim` cannot read images of 48x48 pixels; it was made for 32x32"),
-        ("empty", "with N >= 1"),
+        ({"labels": np.array([0, 1, 12])}, "`labels` must be at least 0 and below 10, got labels from 0 to 12"),
+        ({"images": np.full((3, 32, 32, 3), 0.5, dtype=np.float32)}, "must be uint8"),
+        ({"images": np.zeros((3, 8, 8, 3), np.uint8)}, "`victim` cannot read images of 8x8 .* .give `data.size`"),
+        ({"images": np.zeros((3, 48, 48, 3), np.uint8)}, "cannot read images of 48x48 pixels; it was made for 32x32"),
     ],
+    ids=["label-12", "floats", "too-small", "too-large"],
 )
-def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, case: str, message: str) -> None:
-    path = digits_file(tmp_path / "own.npz", **BAD_FILES[case])
+def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = digits_file(tmp_path / "own.npz", **changes)
     with pytest.raises(CompactHydraException, match=message):
         tiny_run(tmp_path / "run", "data=arrays", f"data.path={path}", "data.limit=null")
     assert not (tmp_path / "run").exists()
@@ -383,41 +292,24 @@ def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, case: str
         (["data.offset=599"], "`data.offset` must be below the number of images, 599, got 599"),
         (["data.size=0"], "`data.size` must be at least 1"),
         (["data=image_folder", "data.path=.", "data.label_base=2"], "`data.label_base` must be from 0 to 1"),
-        (["+data.labels_csv=x.csv"], "`data.labels_csv` is unknown"),
         (["victim.weights=nowhere.pt"], "nowhere.pt"),
         (["victim=cifar10_resnet50"], "weights"),
         (["attack.steps=0"], "`attack.steps` must be at least 1"),
         (["attack.eps_255=300"], "`attack.eps_255` must be"),
-        (["attack.eps_255=0"], "`attack.eps_255` must be"),
         (["attack.batch_size=0"], "`attack.batch_size` must be at least 1"),
-        (["attack=cw", "+attack.eps_255=8"], "`attack.eps_255` is unknown"),
         (["defense.T=0"], "`defense.T` must be at least 1, got 0"),
         (["defense.T=many"], "`defense.T` must be an integer, got 'many'"),
         (["defense.decisions=1"], "`defense.decisions` must be at least 2"),
         (["defense.every=0"], "`defense.every` must be from 1 to 20"),
-        (["defense.tau=1.5"], "`defense.tau` must be from 0 to 1, got 1.5"),
         (["defense.tau=-0.1"], "`defense.tau` must be from 0 to 1"),
         (["defense.tau=nan"], "`defense.tau` must be from 0 to 1"),
         (["defense.tau=high"], "`defense.tau` must be a number, got 'high'"),
         (["defense.t0=-1"], "`defense.t0` must be at least 0"),
-        (["defense.K=0"], "`defense.K` must be at least 1, got 0"),
         (["defense.K_max=5"], "`defense.K_max` must be at least 15, got 5"),
-        (["defense.beta=-0.5"], "`defense.beta` must be finite and at least 0, got -0.5"),
-        (["defense.N=0"], "`defense.N` must be at least 1"),
         (["defense.stack_size=0"], "`defense.stack_size` must be at least 1"),
-        (["defense.lr=0"], "`defense.lr` must be above 0"),
         (["defense.lr=inf"], "`defense.lr` must be finite"),
-        (["defense.z_scale=0"], "`defense.z_scale` must be above 0"),
-        (["defense.jitter=-1"], "`defense.jitter` must be finite and at least 0"),
-        (["defense.z=normal"], "`defense.z` must be one of uniform, gaussian"),
-        (["defense.init=zeros"], "`defense.init` must be one of"),
-        (["defense.padding=same"], "`defense.padding` must be one of"),
-        (["defense.dtype=float16"], "`defense.dtype` must be one of"),
-        (["defense.scores=softmax"], "`defense.scores` must be one of logits, probabilities"),
         (["defense.rule=equal"], "`defense.rule` must be one of at_least, above"),
         (["defense.t0_unit=epochs"], "`defense.t0_unit` must be one of steps, samples"),
-        (["defense.divide_by=N"], "`defense.divide_by` must be one of found, K"),
-        (["defense.network=huge"], "`defense.network` must be one of cifar10, imagenet"),
         (["defense.network=imagenet"], "`images` must be at least"),
         (["trainer.accelerator=abacus"], "`trainer.accelerator` must be one of auto, cpu, gpu"),
     ],
@@ -429,20 +321,9 @@ def test_bad_setting_is_refused_before_anything_runs(tmp_path: Path, overrides: 
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("defense.T=1", "`defense.T` must be at least 2, got 1"),
-        ("defense.t0=1000", "`defense.t0` must be from 0 to 19"),
-        ("defense.every=701", "`defense.every` must be from 1 to 15"),
-        ("defense.own_class_weight=2", "`defense.own_class_weight` must be from 0 to 1"),
-        ("+defense.tau=0.9", "`defense.tau` is unknown"),
-    ],
-)
-def test_bad_setting_of_the_default_defence(tmp_path: Path, override: str, message: str) -> None:
-    with pytest.raises(CompactHydraException) as caught:
-        tiny_mirror(tmp_path / "run", override)
-    assert message in str(caught.value)
+def test_bad_setting_of_the_default_defence_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    with pytest.raises(CompactHydraException, match=r"`defense.T` must be at least 2, got 1"):
+        tiny_mirror(tmp_path / "run", "defense.T=1")
     assert not (tmp_path / "run").exists()
 
 
@@ -464,26 +345,6 @@ def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     weights.write_bytes(b"no weights")
     with pytest.raises(CompactHydraException, match=r"weights\.pt"):
         tiny_run(tmp_path / "run", f"victim.weights={weights}")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_gpu_where_there_is_none_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CompactHydraException, match=r"`trainer.accelerator` must be auto or cpu"):
-        tiny_run(tmp_path / "run", "trainer.accelerator=gpu")
-
-
-@pytest.mark.slow
-def test_command_line_refuses_in_one_line_and_says_what_is_allowed(tmp_path: Path) -> None:
-    for override, message in (
-        ("defense.tau=2", "`defense.tau` must be from 0 to 1, got 2"),
-        ("defense.tauu=x", "did you mean 'defense.tau'?"),
-    ):
-        done = subprocess.run(
-            command(tmp_path / "run", override), env=environment(), capture_output=True, text=True, check=False
-        )
-        assert done.returncode != 0
-        assert message in done.stderr
-        assert "Traceback" not in done.stderr
 
 
 @pytest.mark.slow
@@ -523,8 +384,7 @@ def test_figures_log_and_page_of_the_default_defence(finished_mirror: tuple[Path
     folder, _ = finished_mirror
     assert {path.name for path in (folder / "figures").iterdir()} == {"panel.png", "trace_000000.png"}
     assert "defence `mirror` (60 DIP steps an image)" in (folder / "report.md").read_text()
-    with next((folder / "logs" / "csv").glob("*/metrics.csv")).open(newline="") as file:
-        lines = [line for line in csv.DictReader(file) if line["fit/quality"]]
+    lines = [line for line in read_csv(folder / "logs/csv/session_0/metrics.csv") if line["fit/quality"]]
     # Two chunks of three fits of 20 steps each; a window's mean stands at its last step.
     ends = [20 * fit + end for fit in range(6) for end in (9, 14, 19)]
     assert [int(line["step"]) for line in lines] == ends
@@ -542,11 +402,3 @@ def test_a_continued_run_fits_only_what_is_missing(
     after = times(paths)
     assert [name for name in before if before[name] != after[name]] == ["000002.safetensors"]
     assert (again["accuracy"], again["ssim"]) == (whole["accuracy"], whole["ssim"])
-
-
-def test_images_that_are_too_small_are_refused_at_the_door(tmp_path: Path) -> None:
-    path = tmp_path / "own.npz"
-    np.savez(path, images=np.zeros((3, 8, 8, 3), dtype=np.uint8), labels=np.zeros(3, dtype=np.int64))
-    with pytest.raises(CompactHydraException, match="cannot read images of 8x8 pixels"):
-        tiny_mirror(tmp_path / "run", "data=arrays", f"data.path={path}")
-    assert not (tmp_path / "run").exists()

@@ -1,7 +1,5 @@
 """The wheel in an environment of its own, without the source tree."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Small real runs of train.py for the tests: composed as on the command line, a few images, a few steps."""
 
-from __future__ import annotations
-
 import copy
 import re
 from functools import cache
@@ -19,22 +17,11 @@ from dipguard.config import RunConfig, from_hydra, register
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"
 TINY = (
-    "data.limit=4",
-    "defense=paper",
-    "defense.T=40",
-    "defense.decisions=20",
-    "defense.t0=4",
-    "defense.tau=0.2",
-    "chunk=2",
-    "figures=1",
-    "keep_traces=true",
-    "trainer.accelerator=cpu",
-    "trainer.enable_progress_bar=false",
+    "data.limit=4", "defense=paper", "defense.T=40", "defense.decisions=20", "defense.t0=4", "defense.tau=0.2",
+    "chunk=2", "figures=1", "keep_traces=true", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
     "logger=none",
-)
+)  # fmt: skip
 """Overrides of a run of seconds. tau is low, so that some crossings count although the fit is so short."""
-
-
 PLAIN = re.compile(rf"\+?(?!hydra\.)([A-Za-z]\w*\.[\w.]+|{'|'.join(sorted(RunConfig.__dataclass_fields__))})=")
 """An override of a value, rather than of the choice of a config group."""
 GROUPS = ("data=", "victim=", "surrogate=", "baseline=", "logger=")

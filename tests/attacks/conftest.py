@@ -49,9 +49,10 @@ def digits_cnn(trained_digits_cnn: nn.Module) -> Iterator[nn.Module]:
     assert not in_train_mode, f"left in train mode: {in_train_mode}"
 
 
-def quick(name: str, victim: nn.Module, **options: Any) -> Attack:
-    """The static attack called ``name``, with fewer steps where the default ones take long."""
-    return build_attack(name, victim, **{**QUICK.get(name, {}), **options})
+def quick(name: str, victim: nn.Module, defense: Any = None, **options: Any) -> Attack:
+    """The attack called ``name``, with few steps; an adaptive one of the victim behind ``defense`` (None: a median)."""
+    target = DefendedVictim(victim, Median() if defense is None else defense) if name in ADAPTIVE else victim
+    return build_attack(name, target, **{**QUICK.get(name, {}), **options})
 
 
 def adaptive(name: str, victim: nn.Module, defense: Any, **options: Any) -> Attack:
@@ -61,7 +62,7 @@ def adaptive(name: str, victim: nn.Module, defense: Any, **options: Any) -> Atta
 
 @pytest.fixture(scope="session")
 def quick_result(trained_digits_cnn: nn.Module, digits: ImageSet) -> Callable[[str], Tensor]:
-    """What each static attack makes of the first four digits; it must not be changed."""
+    """What each attack makes of the first four digits; it must not be changed."""
     return cache(lambda name: quick(name, trained_digits_cnn)(digits.images[:4], digits.labels[:4]))
 
 
@@ -76,28 +77,33 @@ def right(victim: nn.Module, images: Tensor, labels: Tensor) -> float:
         return float((victim(images).argmax(1) == labels).float().mean())
 
 
-class Scaled(nn.Module):
-    """The same decisions, every margin ``factor`` times as large: a victim that is too sure to have a gradient."""
+class Changed(nn.Module):
+    """A victim with other logits, ``change(logits)``."""
 
-    def __init__(self, victim: nn.Module, factor: float = 1000.0) -> None:
+    def __init__(self, victim: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.victim, self.factor = victim, factor
+        self.victim, self.change = victim, change
         self.eval()  # a library that finds a wrapper in train mode leaves all of it, the victim too, in train mode
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.victim(images) * self.factor
+        return self.change(self.victim(images))
+
+
+def scaled(victim: nn.Module, factor: float = 1000.0) -> nn.Module:
+    """The same decisions, every margin ``factor`` times as large: a victim that is too sure to have a gradient."""
+    return Changed(victim, lambda logits: logits * factor)
 
 
 class Shadowed(nn.Module):
-    """A victim that sees nothing below a level of 0.2: it is flat around images darker than that."""
+    """A victim that sees nothing below a level: it is flat around images darker than that."""
 
-    def __init__(self, victim: nn.Module) -> None:
+    def __init__(self, victim: nn.Module, level: float = 0.2) -> None:
         super().__init__()
-        self.victim = victim
+        self.victim, self.level = victim, level
         self.eval()
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.victim(torch.relu(images - 0.2))
+        return self.victim(torch.relu(images - self.level))
 
 
 def any_size(victim: nn.Module) -> nn.Module:
@@ -105,11 +111,21 @@ def any_size(victim: nn.Module) -> nn.Module:
     return nn.Sequential(nn.AdaptiveAvgPool2d(32), victim).eval()
 
 
-class NoDefense:
+class Purifier:
+    """A defence that returns ``change(images)``, and knows no indices' use."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        self.change = change
+
+    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Any:
+        return self.change(images)
+
+
+class NoDefense(Purifier):
     """Returns the images."""
 
-    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
-        return images
+    def __init__(self) -> None:
+        super().__init__(lambda images: images)
 
 
 class Median:
@@ -135,11 +151,11 @@ class Noise:
         return (images + 0.05 * torch.stack(draws).to(images)).clamp(0, 1)
 
 
-class Enlarge:
+class Enlarge(Purifier):
     """Twice the size, as a super-resolving defence returns it."""
 
-    def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
-        return F.interpolate(images, scale_factor=2, mode="nearest")
+    def __init__(self) -> None:
+        super().__init__(lambda images: F.interpolate(images, scale_factor=2, mode="nearest"))
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,13 @@
-"""What holds for every adaptive attack and its target: most tests below run for each of them."""
-
-import json
+"""What holds for adaptive attacks alone, and for their target: most tests below run for each of them."""
 
 import pytest
 import torch
 
 from dipguard import DIPGuard
-from dipguard.attacks import Cost, DefendedVictim, Snapshot, build_attack
+from dipguard.attacks import Cost, DefendedVictim, build_attack
 from dipguard.decision.intermediates import Intermediate
 
-from .conftest import ADAPTIVE, QUICK, Enlarge, Median, NoDefense, Noise, adaptive, any_size
+from .conftest import ADAPTIVE, Enlarge, Median, NoDefense, Noise, Purifier, adaptive, any_size, quick
 
 LOOKS = {
     "bpda": 3,
@@ -24,49 +22,13 @@ EVERY = pytest.mark.parametrize("name", ADAPTIVE)
 SOME = pytest.mark.parametrize("name", ["bpda", "hopskipjump"])
 
 
-def quick(name, victim, defense, **options):
-    return adaptive(name, victim, defense, **{**QUICK[name], **options})
-
-
-@EVERY
-def test_result_keeps_shape_dtype_range_and_the_given_images(digits_cnn, digits, name):
-    part = digits.select(0, 2)
-    given = part.images.clone()
-    attacked = quick(name, digits_cnn, Median())(part.images, part.labels)
-    assert (attacked.shape, attacked.dtype) == (given.shape, given.dtype)
-    assert 0 <= attacked.min() <= attacked.max() <= 1
-    assert not attacked.requires_grad
-    assert torch.equal(part.images, given)
-
-
-@pytest.mark.parametrize(("name", "draws"), [*((name, "fresh") for name in ADAPTIVE), ("adaptive_pgd", "fixed")])
-def test_modes_and_the_callers_random_state_change_nothing(digits_cnn, digits, name, draws):
-    part = digits.select(0, 2)
-    expected = quick(name, digits_cnn, Noise(), draws=draws)(part.images, part.labels)
-    torch.manual_seed(2)
-    before = torch.get_rng_state()
-    with torch.no_grad(), torch.inference_mode():
-        attacked = quick(name, digits_cnn, Noise(), draws=draws)(part.images.clone(), part.labels.clone())
-        assert not torch.is_grad_enabled()
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(attacked, expected)
-    attacked.add_(0)  # an inference tensor would refuse outside of inference mode
-
-
-class _Sloppy:
-    """A random defence that draws from the global generator and knows no indices' use."""
-
-    def purify(self, images, *, indices=None):
-        return (images + 0.05 * torch.randn_like(images)).clamp(0, 1)
-
-
 @EVERY
 def test_a_defence_that_uses_the_global_generator_is_seeded_too(digits_cnn, digits, name):
-    part = digits.select(0, 2)
-    results = []
+    part, results = digits.select(0, 2), []
+    sloppy = Purifier(lambda images: (images + 0.05 * torch.randn_like(images)).clamp(0, 1))
     for seed in (1, 2):
         torch.manual_seed(seed)
-        results.append(quick(name, digits_cnn, _Sloppy(), draws="fresh")(part.images, part.labels))
+        results.append(quick(name, digits_cnn, sloppy, draws="fresh")(part.images, part.labels))
     assert torch.equal(*results)
 
 
@@ -93,12 +55,10 @@ def test_fixed_draws_are_the_evaluations(digits_cnn, digits, name):
 
 
 @EVERY
-def test_fooled_asks_the_defended_victim(digits_cnn, digits, name):
-    part = digits.select(0, 4)
-    attack = quick(name, digits_cnn, Median())
-    attacked = attack(part.images, part.labels)
+def test_fooled_asks_the_defended_victim(digits_cnn, digits, quick_result, name):
+    attacked, labels = quick_result(name), digits.labels[:4]
     read = digits_cnn(Median().purify(attacked)).argmax(1)
-    assert torch.equal(attack.fooled(attacked, part.labels), read != part.labels)
+    assert torch.equal(quick(name, digits_cnn).fooled(attacked, labels), read != labels)
 
 
 @EVERY
@@ -123,30 +83,6 @@ def test_the_estimate_holds_and_costs_add_up_over_calls(digits_cnn, digits, name
 
 
 @EVERY
-def test_the_victim_is_left_as_it_was(digits_cnn, digits, name):
-    victim = digits_cnn.train()
-    try:
-        victim.network[1].eval()
-        modes = [module.training for module in victim.modules()]
-        flags = [p.requires_grad for p in victim.parameters()]
-        state = {key: value.clone() for key, value in victim.state_dict().items()}
-        quick(name, victim, Median())(digits.images[:2], digits.labels[:2])
-        assert [module.training for module in victim.modules()] == modes
-        assert [p.requires_grad for p in victim.parameters()] == flags
-        assert all(p.grad is None for p in victim.parameters())
-        assert all(torch.equal(value, state[key]) for key, value in victim.state_dict().items())
-    finally:
-        victim.eval()
-
-
-@EVERY
-def test_settings_are_json(digits_cnn, name):
-    settings = adaptive(name, digits_cnn, NoDefense(), seed=3, batch_size=7, draws="fresh").settings
-    assert json.loads(json.dumps(settings)) == settings
-    assert settings.items() >= {"name": name, "seed": 3, "batch_size": 7, "draws": "fresh"}.items()
-
-
-@EVERY
 def test_a_defence_may_change_the_resolution(digits_cnn, digits, name):
     part = digits.select(0, 4)
     attack = quick(name, any_size(digits_cnn), Enlarge())
@@ -166,28 +102,6 @@ def test_a_dip_is_attacked(digits_cnn, digits, name):
     assert attack.fooled(attacked, part.labels).shape == (2,)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@EVERY
-def test_the_attack_follows_the_victim_to_the_gpu(digits_cnn, digits, name):
-    part = digits.select(0, 4)
-    attack = quick(name, digits_cnn, Noise())
-    try:
-        digits_cnn.cuda()
-        attacked = attack(part.images, part.labels)
-        assert attacked.device == part.images.device
-        assert attack.fooled(attacked, part.labels).shape == (4,)
-    finally:
-        digits_cnn.cpu()
-
-
-class _Broken:
-    def __init__(self, change):
-        self.change = change
-
-    def purify(self, images, *, indices=None):
-        return self.change(images)
-
-
 @SOME
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -201,7 +115,7 @@ class _Broken:
 )
 def test_a_careless_defence_is_caught(digits_cnn, digits, name, change, message):
     with pytest.raises(RuntimeError, match=f"`defense` {message}"):
-        quick(name, digits_cnn, _Broken(change))(digits.images[:2], digits.labels[:2])
+        quick(name, digits_cnn, Purifier(change))(digits.images[:2], digits.labels[:2])
 
 
 @SOME
@@ -215,22 +129,6 @@ def test_bad_defences_are_refused(digits_cnn, name):
 
     with pytest.raises(TypeError, match="indices=None\\), got purify\\(images\\)"):
         quick(name, digits_cnn, Old())
-
-
-@SOME
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"images": torch.full((4, 3, 32, 32), 2.0)}, ValueError, "`images`.*\\[0, 1\\]"),
-        ({"labels": torch.tensor([0, 1, 2])}, ValueError, "`labels`.*\\(4,\\)"),
-        ({"labels": torch.tensor([0, 1, 2, 10])}, ValueError, "`labels`.*below 10"),
-        ({"indices": torch.tensor([0, 1])}, ValueError, "`indices`"),
-    ],
-)
-def test_bad_input_is_refused(digits_cnn, digits, name, change, error, message):
-    given = {"images": digits.images[:4], "labels": digits.labels[:4]}
-    with pytest.raises(error, match=message):
-        quick(name, digits_cnn, Median())(**{**given, **change})
 
 
 @pytest.mark.parametrize(
@@ -252,6 +150,23 @@ def test_bad_input_is_refused(digits_cnn, digits, name, change, error, message):
         ("hopskipjump", {"radii_255": (-1,)}, ValueError, "`radii_255`"),
         ("hopskipjump", {"queries": 0}, ValueError, "`queries`"),
         ("hopskipjump", {"init_eval": 1}, ValueError, "`init_eval`"),
+        ("adaptive_pgd", {"eps_255": 0}, ValueError, "`eps_255`"),
+        ("adaptive_pgd", {"alpha_255": 0}, ValueError, "`alpha_255`"),
+        ("adaptive_pgd", {"steps": 0}, ValueError, "`steps`"),
+        ("adaptive_pgd", {"eot_iter": 0}, ValueError, "`eot_iter`"),
+        ("adaptive_pgd", {"backward": "sharpen"}, ValueError, "`backward` must be one of identity, blur, short_dip"),
+        ("adaptive_pgd", {"intermediate": "last"}, ValueError, "`intermediate` must be one of stitched, got 'last'"),
+        ("adaptive_pgd", {"loss": "dlr"}, ValueError, "`loss` must be one of ce, margin"),
+        ("adaptive_pgd", {"coarse": 0}, ValueError, "`coarse` must be at least 1"),
+        ("adaptive_pgd", {"final_looks": -1}, ValueError, "`final_looks` must be at least 0"),
+        ("unrolled", {"T": 1}, ValueError, "`T` must be at least 2"),
+        ("unrolled", {"evaluate_every": 0}, ValueError, "`evaluate_every`"),
+        ("unrolled", {"intermediate": "last"}, TypeError, "'unrolled' takes no option 'intermediate'"),
+        ("defended_autoattack", {"steps": 0}, ValueError, "`steps`"),
+        ("defended_autoattack", {"eot_iter": 0}, ValueError, "`eot_iter`"),
+        ("defended_autoattack", {"draws": "new"}, ValueError, "`draws` must be one of fresh, fixed"),
+        ("defended_square", {"n_queries": 1}, ValueError, "`n_queries` must be at least 2"),
+        ("defended_square", {"steps": 3}, TypeError, "'defended_square' takes no option 'steps'"),
     ],
 )
 def test_bad_options_are_refused(digits_cnn, name, options, error, message):
@@ -261,19 +176,8 @@ def test_bad_options_are_refused(digits_cnn, name, options, error, message):
 
 @EVERY
 def test_a_bare_victim_is_no_target(digits_cnn, name):
-    with pytest.raises(
-        TypeError, match=rf"`target` must be a DefendedVictim.* for the attack '{name}', got Normalised"
-    ):
+    with pytest.raises(TypeError, match=rf"`target` must be a DefendedVictim.* attack '{name}', got Normalised"):
         build_attack(name, digits_cnn)
-
-
-@EVERY
-def test_a_call_is_the_last_snapshot(digits_cnn, digits, name):
-    part, attack = digits.select(0, 3), quick(name, digits_cnn, Median())
-    made = attack.snapshots(part.images, part.labels)
-    assert list(made) == [Snapshot(attack.eps_255, None)]
-    assert torch.equal(*made.values(), attack(part.images, part.labels))
-    assert attack.adaptive
 
 
 def test_the_target_says_what_the_defence_has(digits_cnn, digits):

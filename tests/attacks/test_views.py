@@ -3,7 +3,7 @@ import torch.nn.functional as F
 
 from dipguard.attacks.libraries import NeverFlat, Unsaturated
 
-from .conftest import Scaled, Shadowed
+from .conftest import Shadowed, scaled
 
 
 def gradient(view, images, labels):
@@ -23,7 +23,7 @@ def test_gradients_that_are_there_stay_bit_for_bit(digits_cnn, digits):
 
 def test_the_direction_is_that_of_cross_entropy_without_rounding(digits_cnn, digits):
     part = digits.select(0, 8)
-    sure = Scaled(digits_cnn, 50.0)
+    sure = scaled(digits_cnn, 50.0)
     labels = sure(part.images).argmax(1)  # so that all are sure of their label
     assert not gradient(sure, part.images, labels).flatten(1).any(dim=1).all()
     ours = _to_unit(gradient(Unsaturated(sure), part.images, labels))

@@ -41,13 +41,15 @@ def pictures(tmp_path, victim) -> Path:
 
 @pytest.fixture
 def purify(capsys, victim, tmp_path):
-    """Run ``dipguard purify`` on the digits victim, without figures; returns exit code, standard output and error."""
+    """Run ``dipguard purify`` on the digits victim, without figures; returns standard output and error."""
 
-    def run(given: Path, *words: str, out: Path | None = None, defense: str = "jpeg") -> tuple[int, str, str]:
+    def run(given: Path, *words: str, out: Path | None = None, defense: str = "jpeg", exits: int = 0) -> list[str]:
         target = tmp_path / "out" if out is None else out
         usual = {"--victim": "digits_cnn", "--figures": "0"}
         named = [word for option, value in usual.items() if option not in words for word in (option, value)]
         code = main(["purify", str(given), str(target), *named, "--defense", defense, "--no-progress", *words])
-        return code, *capsys.readouterr()
+        printed, said = capsys.readouterr()
+        assert code == exits, said
+        return [printed, said]
 
     return run

@@ -1,6 +1,5 @@
 """The commands in docs/command.md parse, and name victims, defences and options that exist."""
 
-import re
 import shlex
 from pathlib import Path
 
@@ -11,11 +10,10 @@ from dipguard.cli.main import make_parser
 from dipguard.defenses import DEFENSES
 from dipguard.registry import check_options, lookup
 from dipguard.victims import VICTIMS
+from tests.docs_blocks import blocks
 
-ROOT = Path(__file__).resolve().parents[2]
-TEXT = (ROOT / "docs" / "command.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```sh\n(.*?)^```", TEXT, flags=re.MULTILINE | re.DOTALL)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "command.md"
+LINES = [line for block in blocks(PAGE) if block.language == "sh" for line in block.code.splitlines()]
 
 
 @pytest.mark.parametrize("line", [line for line in LINES if " -m dipguard " in line])
@@ -29,8 +27,7 @@ def test_lines_of_the_command(line):
 
 
 def test_every_option_of_purify_stands_in_its_help_and_the_usual_ones_in_the_page():
-    parser = make_parser()
-    parsed = vars(parser.parse_args(["purify", "a", "b", "--victim", "digits_cnn"]))
+    parsed, text = vars(make_parser().parse_args(["purify", "a", "b"])), PAGE.read_text(encoding="utf-8")
     for name in ("weights", "defense", "option", "victim_option", "size", "resize", "figures", "seed", "batch"):
         assert name in parsed
-        assert f"--{name.replace('_', '-')}" in TEXT
+        assert f"--{name.replace('_', '-')}" in text

@@ -1,7 +1,5 @@
 """``dipguard train``, ``evaluate`` and ``sweep``: the Hydra programs from the command line."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

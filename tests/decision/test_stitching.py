@@ -1,30 +1,19 @@
 """Eq. 6-7 on traces made by hand; real traces stand in tests/fit."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 
 from dipguard.decision import DecisionTrace, on_manifold, select, stitch, stitch_images
 
 
-def a_trace(*, crossings: int = 6, samples: int = 12, L: int = 5, K_max: int = 5) -> DecisionTrace:
-    generator = torch.Generator().manual_seed(0)
-    at = torch.arange(crossings) * 2
+def a_trace() -> DecisionTrace:
+    """Of twelve samples, with six crossings."""
+    draw = torch.rand  # each test starts from seed 0
     return DecisionTrace(
-        index=3,
-        given=torch.rand(3, 4, 4, generator=generator),
-        given_scores=torch.rand(10, generator=generator),
-        steps=torch.arange(samples) * 5 + 4,
-        scores=torch.rand(samples, 10, generator=generator),
-        quality=torch.linspace(0.1, 0.95, samples),
-        loss=torch.rand(samples, generator=generator),
-        crossing_at=at[at < samples - 1],
-        alpha=torch.rand(int((at < samples - 1).sum()), generator=generator),
-        on_boundary=torch.rand(int((at < samples - 1).sum()), 3, 4, 4, generator=generator),
-        last=torch.rand(L, 3, 4, 4, generator=generator),
-        settings={"K_max": K_max, "network": "small"},
-    )
+        index=3, given=draw(3, 4, 4), given_scores=draw(10), steps=torch.arange(12) * 5 + 4, scores=draw(12, 10),
+        quality=torch.linspace(0.1, 0.95, 12), loss=draw(12), crossing_at=torch.arange(6) * 2, alpha=draw(6),
+        on_boundary=draw(6, 3, 4, 4), last=draw(5, 3, 4, 4), settings={"K_max": 5, "network": "small"},
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 2.0])

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,23 +11,14 @@ from dipguard.decision import DecisionTrace, sampled_steps
 
 
 def a_trace(*, samples: bool = False, crossings: int = 2) -> DecisionTrace:
-    generator = torch.Generator().manual_seed(0)
+    draw = torch.rand  # each test starts from seed 0
     return DecisionTrace(
-        index=17,
-        given=torch.rand(3, 4, 4, generator=generator),
-        given_scores=torch.tensor([0.1, 0.7, 0.2]),
-        steps=torch.tensor([4, 9, 14]),
-        scores=torch.rand(3, 3, generator=generator),
-        quality=torch.rand(3, generator=generator),
-        loss=torch.rand(3, generator=generator),
-        crossing_at=torch.arange(crossings),
-        alpha=torch.rand(crossings, generator=generator),
-        on_boundary=torch.rand(crossings, 3, 4, 4, generator=generator),
-        last=torch.rand(2, 3, 4, 4, generator=generator),
-        samples=torch.rand(3, 3, 4, 4, generator=generator) if samples else None,
-        mirrored_logits=torch.rand(3, 3, generator=generator) if samples else None,
+        index=17, given=draw(3, 4, 4), given_scores=torch.tensor([0.1, 0.7, 0.2]), steps=torch.tensor([4, 9, 14]),
+        scores=draw(3, 3), quality=draw(3), loss=draw(3), crossing_at=torch.arange(crossings), alpha=draw(crossings),
+        on_boundary=draw(crossings, 3, 4, 4), last=draw(2, 3, 4, 4), samples=draw(3, 3, 4, 4) if samples else None,
+        mirrored_logits=draw(3, 3) if samples else None,
         settings={"K_max": 2, "network": "small", "jitter": 1 / 30, "every": None},
-    )
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("samples", [False, True])

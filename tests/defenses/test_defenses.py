@@ -1,18 +1,14 @@
 """What holds for every feed-forward defence of `DEFENSES`, with its variants: each test runs for all of them."""
 
-from __future__ import annotations
-
 import json
-import random
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dipguard.classifier import eval_mode
 from dipguard.defenses import DEFENSES, Defense, DefenseResult, build_defense
@@ -20,11 +16,12 @@ from dipguard.defenses.comdefend import ComDefendNetwork
 from dipguard.defenses.nrp import NRPNetwork
 from dipguard.defenses.super_resolution import IMDN
 from dipguard.registry import options_of
+from tests.defenses.conftest import all_stays
 
-NETWORKS: dict[str, type[nn.Module]] = {"comdefend": ComDefendNetwork, "imdn": IMDN, "nrp": NRPNetwork}
+NETWORKS = {"comdefend": ComDefendNetwork, "imdn": IMDN, "nrp": NRPNetwork}
 
 # id -> (defence, options, network whose weights it takes, side of the images)
-VARIANTS: dict[str, tuple[str, dict[str, Any], str | None, int]] = {
+VARIANTS = {
     "none": ("none", {}, None, 32),
     "jpeg": ("jpeg", {}, None, 32),
     "median": ("median", {}, None, 32),
@@ -45,7 +42,7 @@ EVERY = pytest.mark.parametrize("key", VARIANTS)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def shallow_nrp() -> Iterator[None]:
+def shallow_nrp():
     """Two of its 23 blocks are enough here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dipguard.defenses.nrp.BLOCKS", 2)
@@ -53,7 +50,7 @@ def shallow_nrp() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def weights(shallow_nrp: None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def weights(shallow_nrp, tmp_path_factory):
     """Random weights of each network: what the architecture does with them is as real as with trained ones."""
     folder = tmp_path_factory.mktemp("weights")
     with torch.random.fork_rng():
@@ -67,22 +64,18 @@ def weights(shallow_nrp: None, tmp_path_factory: pytest.TempPathFactory) -> dict
     return {name: folder / f"{name}.pt" for name in NETWORKS}
 
 
+def built(key, victim, weights, *, seed=0):
+    name, options, network, _ = VARIANTS[key]
+    return build_defense(name, victim, seed=seed, weights=weights.get(network), **options)
+
+
 @pytest.fixture(scope="module")
-def make(weights: dict[str, Path], victim: nn.Module):
+def make(weights, victim):
     """Builds a variant; built ones are kept, since nothing may change them."""
-    built: dict[tuple[str, int], Defense] = {}
-
-    def build(key: str, seed: int = 0) -> Defense:
-        if (key, seed) not in built:
-            name, options, network, _ = VARIANTS[key]
-            given = weights[network] if network else None
-            built[key, seed] = build_defense(name, victim, seed=seed, weights=given, **options)
-        return built[key, seed]
-
-    return build
+    return cache(lambda key, seed=0: built(key, victim, weights, seed=seed))
 
 
-def crops(images: Tensor, key: str) -> Tensor:
+def crops(images, key):
     side = VARIANTS[key][3]
     return images[:2, :, :side, :side].clone()
 
@@ -143,13 +136,11 @@ def test_draws_depend_on_seed_and_index_alone(make, images, key):
     ("key", "mode"),
     [*((key, torch.inference_mode) for key in VARIANTS), ("sr", torch.no_grad), ("sr", torch.enable_grad)],
 )
-def test_grad_modes_change_nothing(make, images, key, mode):
+def test_grad_modes_change_nothing(make, victim, images, key, mode):
     given = crops(images, key)[:1]
     expected = make(key).purify(given)
-    with mode():
-        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    with mode(), all_stays(victim):
         purified = make(key).purify(given.clone())
-        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
     assert torch.equal(purified, expected)
     assert torch.equal(make(key).purify(given), expected)
     purified.clone().requires_grad_().sum().backward()  # an inference tensor would refuse
@@ -157,10 +148,9 @@ def test_grad_modes_change_nothing(make, images, key, mode):
 
 @pytest.mark.parametrize("key", ["comdefend", "sr", "nrp"])
 def test_built_in_inference_mode_or_under_autocast_it_is_the_same(make, weights, victim, images, key):
-    name, options, network, _ = VARIANTS[key]
     given = crops(images, key)[:1]
     with torch.inference_mode():
-        defense = build_defense(name, victim, weights=weights[network], **options)
+        defense = built(key, victim, weights)
     assert not any(value.is_inference() for value in defense.network.state_dict().values())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         purified = defense.purify(given)
@@ -168,31 +158,12 @@ def test_built_in_inference_mode_or_under_autocast_it_is_the_same(make, weights,
 
 
 @EVERY
-def test_the_callers_random_state_is_untouched_and_ignored(weights, victim, images, key):
-    name, options, network, _ = VARIANTS[key]
-    given = crops(images, key)[:1]
+def test_the_victim_and_the_callers_random_state_are_left_alone(weights, victim, images, key):
     results = []
     for seed in (1, 2):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
-        before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-        defense = build_defense(name, victim, weights=weights[network] if network else None, **options)
-        results.append(defense.purify(given))
-        assert torch.equal(torch.get_rng_state(), before[0])
-        assert np.array_equal(np.random.get_state()[1], before[1])
-        assert random.getstate() == before[2]
+        with all_stays(victim, seed=seed):
+            results.append(built(key, victim, weights).purify(crops(images, key)[:1]))
     assert torch.equal(*results)
-
-
-@EVERY
-def test_the_victim_is_left_as_it_was(make, victim, images, key):
-    modes = [module.training for module in victim.modules()]
-    state = {name: value.clone() for name, value in victim.state_dict().items()}
-    make(key).purify(crops(images, key)[:1])
-    assert [module.training for module in victim.modules()] == modes
-    assert all(p.grad is None and p.requires_grad for p in victim.parameters())
-    assert all(torch.equal(value, state[name]) for name, value in victim.state_dict().items())
 
 
 @EVERY
@@ -224,10 +195,9 @@ def test_settings_hold_everything_and_are_json(make, key):
 )
 def test_each_option_changes_result_and_settings(weights, victim, images, name, one, other):
     network = {"comdefend": "comdefend", "sr": "imdn"}.get(name)
-    built = [build_defense(name, victim, weights=weights.get(network), **options) for options in (one, other)]
-    assert built[0].settings != built[1].settings
-    results = [defense.purify(images[:1]) for defense in built]
-    assert not torch.equal(*results)
+    pair = [build_defense(name, victim, weights=weights.get(network), **options) for options in (one, other)]
+    assert pair[0].settings != pair[1].settings
+    assert not torch.equal(*(defense.purify(images[:1]) for defense in pair))
 
 
 def test_settings_know_weights_by_what_they_hold(weights, victim, tmp_path):
@@ -262,24 +232,30 @@ def test_weights_of_another_network_are_refused(weights, victim, key):
         build_defense(name, victim, weights="nowhere.pth", **options)
 
 
-@pytest.mark.parametrize("key", ["none", "comdefend"])
+@pytest.mark.parametrize("key", ["none", "comdefend", "paper"])
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("given", "error", "message"),
     [
-        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, "`images`.*255"),
-        (torch.full((2, 3, 32, 32), 1.5), ValueError, r"`images`.*\[0, 1\]"),
-        (torch.full((2, 3, 32, 32), float("nan")), ValueError, "`images`.*finite"),
-        (torch.zeros(3, 32, 32), ValueError, "`images`.*4 dimensions"),
-        (torch.zeros(2, 1, 32, 32), ValueError, "`images`.*3 channels"),
-        (torch.zeros(0, 3, 32, 32), ValueError, "`images`.*at least one"),
+        (torch.zeros(2, 3, 32, 32, dtype=torch.uint8), TypeError, r"must be floats in \[0, 1\], got torch.uint8.*255"),
+        (torch.full((2, 3, 32, 32), 1.5), ValueError, r"must lie in \[0, 1\], got values from 1.5 to 1.5"),
+        (torch.full((2, 3, 32, 32), -0.5), ValueError, r"must lie in \[0, 1\], got values from -"),
+        (torch.full((2, 3, 32, 32), float("nan")), ValueError, "must be finite, got NaN"),
+        (torch.tensor([0.5, float("inf")]).expand(2, 3, 32, 2), ValueError, "must be finite"),
+        (torch.zeros(3, 32, 32), ValueError, r"must have 4 dimensions \[B, 3, H, W\], got shape \(3, 32, 32\)"),
+        (torch.zeros(2, 1, 32, 32), ValueError, "must have 3 channels"),
+        (torch.zeros(2, 32, 32, 3), ValueError, "must have 3 channels"),
+        (torch.zeros(0, 3, 32, 32), ValueError, "must hold at least one image"),
+        (np.zeros((2, 3, 32, 32)), TypeError, r"must be a torch.Tensor \[B, 3, H, W\], got ndarray"),
     ],
 )
-def test_bad_input_is_refused(make, key, change, error, message):
-    with pytest.raises(error, match=message):
-        make(key).purify(change)
+def test_bad_images_are_refused(make, victim, key, given, error, message):
+    defense = build_defense(key, victim) if key == "paper" else make(key)
+    for call in (defense.purify, defense.defend, defense.intermediates):
+        with pytest.raises(error, match=f"`images` {message}"):
+            call(given)
 
 
-@pytest.mark.parametrize("name", sorted({row[0] for row in VARIANTS.values()}))
+@pytest.mark.parametrize("name", DEFENSES)
 def test_bad_common_options_are_refused(victim, name):
     with pytest.raises(ValueError, match="`seed`"):
         build_defense(name, victim, seed=-1)
@@ -378,10 +354,9 @@ def test_networks_follow_the_victim_to_the_gpu(make, victim, images, key):
 
 @EVERY
 def test_defend_returns_the_images_of_purify_and_the_victims_decisions(weights, victim, images, key):
-    name, options, network, _ = VARIANTS[key]
     given = crops(images, key)
     sized = nn.Sequential(nn.AdaptiveAvgPool2d(32), victim)
-    defense = build_defense(name, sized, weights=weights[network] if network else None, **options)
+    defense = built(key, sized, weights)
     result = defense.defend(given, indices=[4, 9])
     assert isinstance(result, DefenseResult)
     assert torch.equal(result.reconstructions, defense.purify(given, indices=torch.tensor([4, 9])))

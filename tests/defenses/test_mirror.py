@@ -9,30 +9,20 @@ from pytorch_lightning.loggers import CSVLogger
 from dipguard.decision import DecisionTrace
 from dipguard.decision.class_scores import mirrored, window_weights
 from dipguard.decision.quality import image_noise
-from dipguard.defenses import Defense, MirrorGuard, build_defense
+from dipguard.defenses import Defense, MirrorGuard
 from dipguard.defenses.mirror import PRESETS
 from dipguard.fit import Decider
-from dipguard.networks.presets import hourglass
+from tests.defenses.test_intermediates import NETWORKS
 
-TINY = {
-    "networks": (hourglass((2,), skips=0, input_depth=1), hourglass((3,), skips=0, input_depth=1)),
-    "T": 12,
-    "t0": 2,
-    "every": 3,
-    "early": 8,
-    "late": 8,
-    "dtype": "float64",
-    "progress": False,
-}
+TINY = {"networks": NETWORKS, "T": 12, "t0": 2, "every": 3, "early": 8, "late": 8, "dtype": "float64"}
 
 
 def guard(victim, **options):
-    return build_defense("mirror", victim, **{**TINY, **options})
+    return MirrorGuard(victim, **{**TINY, "progress": False, **options})
 
 
 def test_it_is_a_defence_with_settings_for_json(small_victim):
     defense = guard(small_victim)
-    assert isinstance(defense, MirrorGuard)
     assert isinstance(defense, Defense)
     settings = json.loads(json.dumps(defense.settings))
     assert (settings["name"], settings["T"], settings["t0"], len(settings["fit"])) == ("mirror", 12, 2, 2)
@@ -130,7 +120,7 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
         ({"own_class_weight": 2.0}, "`own_class_weight`"),
         ({"beta": 0.5}, "takes no option 'beta'"),
         ({"stack_size": 0}, "`stack_size`"),
-        ({"network": "small"}, r"takes no option 'network' \(did you mean 'networks'\?\)"),
+        ({"network": "small"}, r"'mirror' takes no option 'network' \(did you mean 'networks'\?\)"),
         ({"jiter": 3}, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
     ],
 )
@@ -140,13 +130,10 @@ def test_bad_options_are_refused(small_victim, options, message):
 
 
 def test_images_that_are_too_small_are_refused(small_victim):
-    with pytest.raises(ValueError, match="at least 9x9 pixels"):
-        MirrorGuard(small_victim).purify(torch.rand(1, 3, 8, 8))
-
-
-def test_the_constructor_takes_no_network(small_victim):
-    with pytest.raises(TypeError, match=r"'mirror' takes no option 'network' \(did you mean 'networks'\?\)"):
-        MirrorGuard(small_victim, network="small")
+    defense = MirrorGuard(small_victim)
+    for call in (defense.purify, defense.intermediates):
+        with pytest.raises(ValueError, match="at least 9x9 pixels"):
+            call(torch.rand(1, 3, 8, 8))
 
 
 @pytest.mark.parametrize("mirror", [True, False])

@@ -1,14 +1,11 @@
 """docs/new_defense.md and examples/own_defense: a defence from outside the package."""
 
-from __future__ import annotations
-
 import importlib
 import tomllib
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from dipguard.defenses import DEFENSES, Defense, build_defense
 from dipguard.registry import options_of, table_of
@@ -20,12 +17,12 @@ GUIDE = ROOT / "docs" / "new_defense.md"
 
 
 @pytest.fixture
-def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+def importable(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLE)
 
 
 @pytest.fixture
-def installed(importable: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def installed(importable, monkeypatch, tmp_path):
     """What `pip install examples/own_defense` leaves for `importlib.metadata`."""
     project = tomllib.loads((EXAMPLE / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     folder = tmp_path / "own_defense-0.1.0.dist-info"
@@ -37,7 +34,7 @@ def installed(importable: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.syspath_prepend(tmp_path)
 
 
-def test_the_guide_runs_and_shows_the_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_guide_runs_and_shows_the_example(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run_python(GUIDE, instead={}) == 3
     assert blocks(GUIDE)[0].code == (EXAMPLE / "own_defense.py").read_text(encoding="utf-8")
@@ -46,7 +43,7 @@ def test_the_guide_runs_and_shows_the_example(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.usefixtures("importable")
-def test_it_is_a_defence(images: Tensor, victim: nn.Module) -> None:
+def test_it_is_a_defence(images, victim):
     defense = importlib.import_module("own_defense").RandomResize(victim, smallest=0.5, seed=3)
     assert isinstance(defense, Defense)
     assert defense.settings == {"name": "random_resize", "seed": 3, "smallest": 0.5}
@@ -57,7 +54,7 @@ def test_it_is_a_defence(images: Tensor, victim: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_an_entry_point_makes_it_one_of_the_defences(victim: nn.Module) -> None:
+def test_an_entry_point_makes_it_one_of_the_defences(victim):
     table = table_of("defenses", DEFENSES)
     assert list(table) == [*DEFENSES, "random_resize"]
     assert build_defense("random_resize", victim, smallest=0.9).settings["smallest"] == 0.9
@@ -67,7 +64,7 @@ def test_an_entry_point_makes_it_one_of_the_defences(victim: nn.Module) -> None:
 
 
 @pytest.mark.usefixtures("installed")
-def test_the_programs_know_it(tmp_path: Path) -> None:
+def test_the_programs_know_it(tmp_path):
     compose = pytest.importorskip("hydra", reason="configs belong to the extra app").compose
     from hydra import initialize_config_module
 

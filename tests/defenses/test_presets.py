@@ -1,9 +1,5 @@
 """Defences with presets choose one by the size of the victim's input."""
 
-from __future__ import annotations
-
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -24,13 +20,13 @@ pytestmark = pytest.mark.parametrize("name", ["dipdefend", "mirror"])
         (None, {"preset": "imagenet"}, "imagenet"),
     ],
 )
-def test_the_preset_follows_the_victims_size(name: str, size: Any, options: dict[str, Any], preset: str) -> None:
+def test_the_preset_follows_the_victims_size(name, size, options, preset):
     network = nn.Flatten()
-    network.size = size  # type: ignore[assignment]
+    network.size = size
     assert build_defense(name, network, **options).settings["preset"] == preset
 
 
-def test_photographs_for_a_victim_of_unknown_size_are_refused(name: str, small_victim: nn.Module) -> None:
+def test_photographs_for_a_victim_of_unknown_size_are_refused(name, small_victim):
     with pytest.raises(ValueError, match="`preset` must be given for images of 96x128 pixels"):
         build_defense(name, small_victim).purify(torch.rand(1, 3, 96, 128))
     assert build_defense(name, small_victim, preset="cifar10").output_size(96, 128) == (96, 128)

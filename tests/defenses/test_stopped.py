@@ -1,42 +1,36 @@
 """The DIP fits that are stopped at some step."""
 
-from __future__ import annotations
-
 import json
-import random
-from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dipguard.decision.stopping import FixedStep, Stopped
+from dipguard.attacks import build_attack
+from dipguard.data import load_data
+from dipguard.decision.stopping import FixedStep
 from dipguard.defenses.base import Defense
-from dipguard.defenses.stopped import PRESETS, DIPDefend, FixedStepDIP, StoppedDIP
+from dipguard.defenses.stopped import PRESETS, DIPDefend, FixedStepDIP
 from dipguard.evaluation.matrix import Curves
 from dipguard.fit import FitOptions, fit_rule
 from dipguard.networks import build
 from dipguard.victims import build_victim
+from tests.defenses.conftest import all_stays
 
 T = 6
-SMALL = {"network": "small", "engine": "torch"}
-DEFENSES: dict[str, tuple[type[StoppedDIP], dict[str, Any]]] = {
-    "dip_fixed": (FixedStepDIP, {"step": T - 1, **SMALL}),
+DEFENSES = {
+    "dip_fixed": (FixedStepDIP, {"step": T - 1, "network": "small", "engine": "torch"}),
     "dipdefend": (DIPDefend, {"smoothing": 0.3, "engine": "torch"}),
 }
 EVERY = pytest.mark.parametrize("name", DEFENSES)
 
 
-def build_stopped(name: str, victim: nn.Module, *, exact: bool = False, **change: Any) -> StoppedDIP:
+def build_stopped(name, victim, **change):
     kind, options = DEFENSES[name]
-    dtype = {"dtype": "float64"} if exact else {}
-    return kind(victim, **{**options, **dtype, "T": T, "progress": False, **change})
+    return kind(victim, **{**options, "T": T, "progress": False, **change})
 
 
-def stop(defense: StoppedDIP, images: Tensor, rule: FixedStep | None = None) -> Stopped:
+def stop(defense, images, rule=None):
     """What the defence's rule, or another, chooses of the same fit."""
     return fit_rule(
         images,
@@ -49,7 +43,7 @@ def stop(defense: StoppedDIP, images: Tensor, rule: FixedStep | None = None) -> 
 
 
 @EVERY
-def test_images_come_back_chosen_and_in_their_dtype(small_images: Tensor, small_victim: nn.Module, name: str) -> None:
+def test_images_come_back_chosen_and_in_their_dtype(small_images, small_victim, name):
     defense = build_stopped(name, small_victim)
     assert isinstance(defense, Defense)
     before = small_images[:2].clone()
@@ -64,29 +58,25 @@ def test_images_come_back_chosen_and_in_their_dtype(small_images: Tensor, small_
     assert 0 <= int(stopped.steps.min()) <= int(stopped.steps.max()) < T
     assert name != "dip_fixed" or stopped.steps.tolist() == [T - 1] * 2
     start = stop(defense, small_images[:2], FixedStep(0)).images
-    assert float((stopped.images - small_images[:2]).square().mean()) < float(
-        (start - small_images[:2]).square().mean()
+    errors = [float((images - small_images[:2]).square().mean()) for images in (stopped.images, start)]
+    assert errors[0] < errors[1]
+
+
+@EVERY
+def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(small_images, small_victim, name):
+    plain, single, other = (
+        build_stopped(name, small_victim, dtype="float64", **change) for change in ({}, {"stack_size": 1}, {"seed": 1})
     )
-
-
-@EVERY
-def test_draws_depend_on_seed_and_index_and_chunks_do_not_matter(
-    small_images: Tensor, small_victim: nn.Module, name: str
-) -> None:
-    defense = build_stopped(name, small_victim, exact=True)
     order = torch.tensor([5, 0])
-    whole = defense.purify(small_images[:2], indices=order)
-    parts = build_stopped(name, small_victim, exact=True, stack_size=1).purify(small_images[:2], indices=order)
+    whole = plain.purify(small_images[:2], indices=order)
+    parts = single.purify(small_images[:2], indices=order)
     torch.testing.assert_close(parts, whole, rtol=0, atol=1e-6)
-    for other in (
-        defense.purify(small_images[:1]),
-        build_stopped(name, small_victim, exact=True, seed=1).purify(small_images[:1], indices=order[:1]),
-    ):
-        assert not torch.equal(other[0], whole[0])
+    assert not torch.equal(plain.purify(small_images[:2])[0], whole[0])
+    assert not torch.equal(other.purify(small_images[:2], indices=order)[0], whole[0])
 
 
 @EVERY
-def test_defend_gives_the_images_of_purify(small_images: Tensor, small_victim: nn.Module, name: str) -> None:
+def test_defend_gives_the_images_of_purify(small_images, small_victim, name):
     defense = build_stopped(name, small_victim)
     result = defense.defend(small_images[:2], indices=[3, 1])
     assert torch.equal(result.reconstructions, defense.purify(small_images[:2], indices=[3, 1]))
@@ -96,12 +86,12 @@ def test_defend_gives_the_images_of_purify(small_images: Tensor, small_victim: n
 
 
 @EVERY
-def test_settings_are_json_and_hold_each_option(small_victim: nn.Module, name: str) -> None:
+def test_settings_are_json_and_hold_each_option(small_victim, name):
     defense = build_stopped(name, small_victim)
     assert json.loads(json.dumps(defense.settings, allow_nan=False)) == defense.settings
     assert (defense.name, defense.settings["name"], defense.random, defense.unavailable) == (name, name, True, None)
     assert defense.steps_per_image == T
-    changes: dict[str, list[dict[str, Any]]] = {
+    changes = {
         "dip_fixed": [{"step": T - 2}],
         "dipdefend": [{"smoothing": 0.1}, {"tile": 16}, {"preset": "imagenet"}],
     }
@@ -111,55 +101,42 @@ def test_settings_are_json_and_hold_each_option(small_victim: nn.Module, name: s
 
 
 @pytest.mark.parametrize(("name", "around"), [("dipdefend", torch.inference_mode), ("dip_fixed", torch.no_grad)])
-def test_the_caller_finds_all_as_it_was(small_images: Tensor, small_victim: nn.Module, name: str, around: Any) -> None:
+def test_the_caller_finds_all_as_it_was(small_images, small_victim, name, around):
     expected = build_stopped(name, small_victim).purify(small_images[:1])
-    modes = [part.training for part in small_victim.modules()]
-    state = {key: value.clone() for key, value in small_victim.state_dict().items()}
-    torch.manual_seed(1)
-    np.random.seed(2)
-    random.seed(3)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
-    with around():
+    with around(), all_stays(small_victim):
         assert torch.equal(build_stopped(name, small_victim).purify(small_images[:1].clone()), expected)
-    assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
-    assert random.getstate() == before[2]
-    assert [part.training for part in small_victim.modules()] == modes
-    assert all(torch.equal(value, state[key]) for key, value in small_victim.state_dict().items())
 
 
-def test_the_bar_ends_full(small_images: Tensor, small_victim: nn.Module, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_ends_full(small_images, small_victim, capsys):
     build_stopped("dip_fixed", small_victim, progress=True, stack_size=2).purify(small_images[:3])
     shown = capsys.readouterr().err
     assert "100%" in shown
     assert "18.0/18.0" in shown
 
 
-def test_curves_of_stacks_follow_each_other(small_images: Tensor, small_victim: nn.Module) -> None:
+def test_curves_of_stacks_follow_each_other(small_images, small_victim):
     curves = Curves()
     defense = FixedStepDIP(small_victim, network="small", T=20, step=9, stack_size=1, progress=False)
     defense.defend(small_images[:2], logger=curves)
     assert [step for step, _ in curves.rows] == list(range(20))  # ten steps, twice
 
 
-def test_without_options_the_fit_is_the_official_code_s_for_denoising(small_victim: nn.Module) -> None:
+def test_without_options_the_fit_is_the_official_code_s_for_denoising(small_victim):
     defense = FixedStepDIP(small_victim, seed=3)
     assert defense.fit_options == FitOptions(seed=3, jitter=1 / 30, padding="reflect")
     assert (defense.T, defense.step) == (1000, 500)
     assert FixedStepDIP(small_victim, jitter=0.0, padding="zeros").fit_options == FitOptions()
 
 
-def test_none_takes_the_presets_value(small_victim: nn.Module) -> None:
-    plain = DIPDefend(small_victim, preset="imagenet")
-    spelled_out = DIPDefend(
-        small_victim, preset="imagenet", network=None, T=None, jitter=None, padding=None, z_scale=None
-    )
-    assert spelled_out.settings == plain.settings
+def test_none_takes_the_presets_value(small_victim):
+    nothing = dict.fromkeys(("network", "T", "jitter", "padding", "z_scale"))
+    spelled_out = DIPDefend(small_victim, preset="imagenet", **nothing)
+    assert spelled_out.settings == DIPDefend(small_victim, preset="imagenet").settings
     assert DIPDefend(small_victim, preset="imagenet", jitter=0.0).fit_options.jitter == 0.0
     assert DIPDefend(small_victim, network="small", T=7).fit_options == FitOptions(network="small", optimise_z=True)
 
 
-def test_dipdefend_is_its_authors_configuration(small_victim: nn.Module) -> None:
+def test_dipdefend_is_its_authors_configuration(small_victim):
     cifar, imagenet = (DIPDefend(small_victim, preset=preset) for preset in PRESETS)
     assert (cifar.T, imagenet.T) == (4000, 2400)
     assert build(cifar.fit_options.network, stack_size=2).parameters_per_image() == 9_011
@@ -176,7 +153,7 @@ def test_dipdefend_is_its_authors_configuration(small_victim: nn.Module) -> None
     assert cifar.settings["tile"] == 32
 
 
-def test_dipdefend_fits_z_and_its_imagenet_network_runs(small_images: Tensor, small_victim: nn.Module) -> None:
+def test_dipdefend_fits_z_and_its_imagenet_network_runs(small_images, small_victim):
     larger = F.interpolate(small_images[:1], size=(33, 34))
     defense = DIPDefend(small_victim, preset="imagenet", T=3, progress=False)
     assert defense.purify(larger).shape == (1, 3, 33, 34)
@@ -185,68 +162,47 @@ def test_dipdefend_fits_z_and_its_imagenet_network_runs(small_images: Tensor, sm
     assert not torch.equal(both, network)
 
 
-@EVERY
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("name", "change", "error", "message"),
     [
-        ({"T": 0}, ValueError, "`T` must be at least 1, got 0"),
-        ({"seed": -1}, ValueError, "`seed` must be at least 0"),
-        ({"stack_size": 0}, ValueError, "`stack_size` must be at least 1, got 0"),
-        ({"speed": 1}, TypeError, "takes no option 'speed'"),
-        ({"jiter": 1}, TypeError, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
-        ({"lr": -1.0}, ValueError, "`lr` must be"),
+        ("dip_fixed", {"T": 0}, ValueError, "`T` must be at least 1, got 0"),
+        ("dip_fixed", {"stack_size": 0}, ValueError, "`stack_size` must be at least 1, got 0"),
+        ("dip_fixed", {"jiter": 1}, TypeError, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
+        ("dip_fixed", {"lr": -1.0}, ValueError, "`lr` must be"),
+        ("dip_fixed", {"step": T}, ValueError, f"`step` must be from 0 to {T - 1}, got {T}"),
+        ("dipdefend", {"T": 0}, ValueError, "`T` must be at least 1, got 0"),
+        ("dipdefend", {"stack_size": 0}, ValueError, "`stack_size` must be at least 1, got 0"),
+        ("dipdefend", {"jiter": 1}, TypeError, r"takes no option 'jiter' \(did you mean 'jitter'\?\)"),
+        ("dipdefend", {"lr": -1.0}, ValueError, "`lr` must be"),
+        ("dipdefend", {"smoothing": 2.0}, ValueError, "`smoothing` must be from 0 to 1"),
+        ("dipdefend", {"tile": 0}, ValueError, "`tile` must be at least 1"),
+        ("dipdefend", {"preset": "mnist"}, ValueError, "`preset` must be one of cifar10, imagenet, got 'mnist'"),
     ],
 )
-def test_bad_options_are_named(
-    small_victim: nn.Module, name: str, change: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_bad_options_are_named(small_victim, name, change, error, message):
     with pytest.raises(error, match=message):
         build_stopped(name, small_victim, **change)
 
 
-@pytest.mark.parametrize(
-    ("name", "change", "message"),
-    [
-        ("dip_fixed", {"step": T}, f"`step` must be from 0 to {T - 1}, got {T}"),
-        ("dipdefend", {"smoothing": 2.0}, "`smoothing` must be from 0 to 1"),
-        ("dipdefend", {"tile": 0}, "`tile` must be at least 1"),
-        ("dipdefend", {"preset": "mnist"}, "`preset` must be one of cifar10, imagenet, got 'mnist'"),
-    ],
-)
-def test_bad_options_of_one_defence_are_named(
-    small_victim: nn.Module, name: str, change: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        build_stopped(name, small_victim, **change)
-
-
-def test_what_cannot_be_fitted_is_refused_before_the_fit(small_images: Tensor, small_victim: nn.Module) -> None:
+def test_what_cannot_be_fitted_is_refused_before_the_fit(small_images, small_victim):
     with pytest.raises(ValueError, match="`images` must be at least 5x5 pixels"):
         build_stopped("dip_fixed", small_victim).purify(small_images[:1, :, :4])
+    native = DIPDefend(small_victim, preset="imagenet", T=3, engine="native", progress=False)
     with pytest.raises(ValueError, match=r"`engine` 'native' cannot be used here: upsampling is bilinear"):
-        DIPDefend(small_victim, preset="imagenet", T=3, engine="native", progress=False).purify(
-            F.interpolate(small_images[:1], size=(33, 33))
-        )
+        native.purify(torch.rand(1, 3, 33, 33))
 
 
 @pytest.mark.slow
-def test_dipdefend_peaks_near_650_and_brings_attacked_images_back(real_data: Path) -> None:
-    stored = np.load(real_data / "cifar10" / "tune.npz")
-    images = torch.from_numpy(stored["images"][:8]).permute(0, 3, 1, 2).float() / 255
-    labels = torch.from_numpy(stored["labels"][:8])
-    weights = str(real_data / "weights" / "resnet56-4bfd9763.th")
-    victim = build_victim("cifar10_resnet56", weights=weights).eval()
-    attacked = images.clone()
-    for _ in range(20):
-        attacked.requires_grad_()
-        (slope,) = torch.autograd.grad(F.cross_entropy(victim(attacked), labels), attacked)
-        attacked = (images + (attacked.detach() + 2 / 255 * slope.sign() - images).clamp(-8 / 255, 8 / 255)).clamp(0, 1)
+def test_dipdefend_peaks_near_650_and_brings_attacked_images_back(real_data):
+    data = load_data("arrays", path=real_data / "cifar10" / "tune.npz", limit=8)
+    victim = build_victim("cifar10_resnet56", weights=real_data / "weights" / "resnet56-4bfd9763.th")
+    attacked = build_attack("pgd", victim, steps=20, random_start=False)(data.images, data.labels)
 
-    def right(x: Tensor) -> int:
+    def right(x):
         with torch.no_grad():
-            return int((victim(x).argmax(dim=1) == labels).sum())
+            return int((victim(x).argmax(dim=1) == data.labels).sum())
 
-    assert (right(images), right(attacked)) == (8, 0)
+    assert (right(data.images), right(attacked)) == (8, 0)
     stopped = stop(DIPDefend(victim, T=1200), attacked)
     assert 600 < float(stopped.steps.median()) < 750
     assert right(stopped.images) >= 4

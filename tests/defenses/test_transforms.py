@@ -1,7 +1,5 @@
 """The fixed transforms against slow and obvious forms, or against another library."""
 
-from __future__ import annotations
-
 from functools import partial
 
 import numpy as np
@@ -9,10 +7,12 @@ import pytest
 import skimage.restoration
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from dipguard.decision import quality
+from dipguard.attacks import build_attack
+from dipguard.data import load_data
 from dipguard.defenses import build_defense
+from dipguard.victims import build_victim
 
 
 def slow_median(image: Tensor, size: int) -> Tensor:
@@ -86,23 +86,16 @@ def test_total_variation_tends_to_the_minimum_of_each_channel(victim, images, mo
     assert (long - expected).abs().mean() < (short - expected).abs().mean() < (given[0] - expected).abs().mean()
 
 
-@pytest.mark.parametrize("quality_", [50, 75, 95])
-def test_jpeg_is_what_a_file_gives_back(victim, images, tmp_path, quality_):
+@pytest.mark.parametrize("quality", [50, 75, 95])
+def test_jpeg_is_what_a_file_gives_back(victim, images, tmp_path, quality):
     given = images[:2]
-    purified = build_defense("jpeg", victim, quality=quality_).purify(given)
+    purified = build_defense("jpeg", victim, quality=quality).purify(given)
     for image, result in zip(given, purified, strict=True):
         levels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
-        Image.fromarray(levels).save(tmp_path / "image.jpg", quality=quality_, subsampling=2)
+        Image.fromarray(levels).save(tmp_path / "image.jpg", quality=quality, subsampling=2)
         expected = torch.from_numpy(np.array(Image.open(tmp_path / "image.jpg"))).permute(2, 0, 1)
         assert torch.equal((result * 255).round().to(torch.uint8), expected)
     assert torch.equal((purified * 255).round() / 255, purified)
-
-
-def test_jpeg_keeps_more_at_higher_quality(victim, images):
-    def likeness(**options: object) -> float:
-        return float(quality(build_defense("jpeg", victim, **options).purify(images), images).mean())
-
-    assert likeness(quality=25) < likeness(quality=75) < likeness(quality=95) < likeness(quality=100)
 
 
 @pytest.mark.parametrize("name", ["jpeg", "median", "total_variation", "bit_depth"])
@@ -118,15 +111,11 @@ def test_any_size_is_taken(victim, name, size):
     [("jpeg", 6, 5), ("median", 8, 5), ("total_variation", 8, 6), ("bit_depth", 8, 0)],
 )
 def test_on_real_images_some_decisions_come_back(real_data, name, most_lost, least_won):
-    from dipguard.attacks import build_attack
-    from dipguard.data import load_data
-    from dipguard.victims import build_victim
-
-    victim: nn.Module = build_victim("cifar10_resnet56", weights=real_data / "weights" / "resnet56-4bfd9763.th")
+    victim = build_victim("cifar10_resnet56", weights=real_data / "weights" / "resnet56-4bfd9763.th")
     data = load_data("arrays", path=real_data / "cifar10" / "tune.npz", limit=32)
     attacked = build_attack("pgd", victim, eps_255=8)(data.images, data.labels)
 
-    def right(images: Tensor) -> int:
+    def right(images):
         with torch.no_grad():
             return int((victim(images).argmax(1) == data.labels).sum())
 

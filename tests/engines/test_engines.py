@@ -1,7 +1,5 @@
 """What all engines promise, the GPU's beside torch's (eagerly on a CPU), and which engine a fit gets."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +11,7 @@ from dipguard.engines.native_build import compiler
 from dipguard.networks import build
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
+NATIVE = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 
 def fit(engine: Engine, z: Tensor, *, steps: int) -> list[Tensor]:
@@ -56,15 +55,11 @@ def test_errors_within_the_tolerance_cost_nothing_and_others_what_exceeds_it() -
     assert torch.equal(fit_errors(x, given, None), fit_errors(x, given, torch.zeros(3)))
 
 
-@pytest.mark.parametrize("name", ["torch", "graph", "native"])
+@pytest.mark.parametrize("name", ["torch", "graph", pytest.param("native", marks=NATIVE)])
 def test_gradients_flow_through_the_reconstructions_of_torch_s_engine_alone(name: str) -> None:
-    if name == "native" and compiler() is None:
-        pytest.skip("no C++ compiler")
     net, given, z = build("small", stack_size=2), torch.rand(2, 3, 16, 16), torch.rand(2, 4, 16, 16)
-    if name == "graph":
-        engine: Engine = CudaGraphEngine(net, given, capture=False)
-    else:
-        engine = make_engine(name, net, given, steps=10)
+    graph = name == "graph"
+    engine = CudaGraphEngine(net, given, capture=False) if graph else make_engine(name, net, given, steps=10)
     step = engine.step(z)
     assert step.reconstructions.requires_grad == (name == "torch")
     assert not step.errors.requires_grad
@@ -78,14 +73,14 @@ def test_gradients_flow_through_the_reconstructions_of_torch_s_engine_alone(name
 
 
 def test_a_differentiable_engine_is_torch_s_and_others_are_refused() -> None:
-    net, given = build("small", stack_size=1), torch.rand(1, 3, 16, 16)
+    about = {"net": build("small", stack_size=1), "given": torch.rand(1, 3, 16, 16), "steps": 1000}
     for name in ("auto", "torch"):
-        assert isinstance(make_engine(name, net, given, steps=1000, differentiable=True), TorchEngine)
+        assert isinstance(make_engine(name, **about, differentiable=True), TorchEngine)
     for name in ("native", "cuda_graph"):
         with pytest.raises(ValueError, match=f"`engine` '{name}' has no gradients through the reconstructions"):
-            make_engine(name, net, given, steps=1000, differentiable=True)
+            make_engine(name, **about, differentiable=True)
     with pytest.raises(ValueError, match="`matmul_precision` 'bfloat16' has no gradients through the reconstr"):
-        make_engine("torch", net, given, steps=1000, matmul_precision="bfloat16", differentiable=True)
+        make_engine("torch", **about, matmul_precision="bfloat16", differentiable=True)
 
 
 @pytest.mark.parametrize(("name", "near"), [("float32", 0.0), ("tf32", 1e-6), ("bfloat16", 0.05)])
@@ -97,6 +92,7 @@ def test_precisions_of_torch_s_engine(name: str, near: float) -> None:
     steps = right.step(z), ours.step(z)
     for step in steps:
         step.loss.backward()
+    assert steps[1].reconstructions.dtype == torch.float32
     far = float((steps[1].reconstructions - steps[0].reconstructions).detach().abs().max())
     assert far <= near
     assert (far > 0) == (name == "bfloat16")
@@ -112,16 +108,10 @@ def test_precisions_of_torch_s_engine(name: str, near: float) -> None:
         ("auto", "bfloat16", "`matmul_precision` 'bfloat16' needs `engine` 'torch' or 'cuda_graph', got 'auto'"),
         ("native", "tf32", "`matmul_precision` 'tf32' needs `engine` 'torch' or 'cuda_graph', got 'native'"),
         ("torch", "half", "`matmul_precision` must be one of float32, tf32, bfloat16, got 'half'"),
+        ("cuda_graph", "float32", "`engine` 'cuda_graph' needs an NVIDIA GPU, got a fit on cpu"),
     ],
 )
-def test_precisions_that_an_engine_does_not_have_are_refused(engine: str, precision: str, message: str) -> None:
+def test_what_an_engine_does_not_have_is_refused(engine: str, precision: str, message: str) -> None:
     net, given = build("small", stack_size=1), torch.rand(1, 3, 16, 16)
     with pytest.raises(ValueError, match=message):
         make_engine(engine, net, given, steps=10, matmul_precision=precision)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="what a machine without CUDA says")
-def test_without_cuda_a_graph_is_refused() -> None:
-    net, given = build("small", stack_size=1), torch.rand(1, 3, 17, 17)
-    with pytest.raises(ValueError, match="`engine` 'cuda_graph' needs an NVIDIA GPU, got a fit on cpu"):
-        make_engine("cuda_graph", net, given, steps=10)

@@ -1,10 +1,5 @@
 """The native engine's threads: neither their number, nor whether they work in teams, nor the stack moves a bit."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import pytest
 import torch
 from torch import Tensor
@@ -27,16 +22,6 @@ NETWORKS: dict[str, tuple[str | NetworkSpec, tuple[int, int]]] = {
 }
 
 
-@contextmanager
-def threads_of_torch(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def seen(
     row: str, indices: list[int], threads: int, *, teams: bool, dtype: torch.dtype, padding: str, z_gradient: bool
 ) -> dict[int, list[Tensor]]:
@@ -46,8 +31,8 @@ def seen(
     draw = torch.Generator().manual_seed(1)
     given, z = (torch.rand(MOST, depth, *size, generator=draw).to(dtype) for depth in (3, net.spec.input_depth))
     z = (z[indices] / 30).requires_grad_(z_gradient)
-    with threads_of_torch(threads):
-        engine = NativeEngine(net, given[indices], z_gradient=z_gradient)
+    torch.set_num_threads(threads)  # put back after each test
+    engine = NativeEngine(net, given[indices], z_gradient=z_gradient)
     (weights,) = engine.parameters()
     optimiser = torch.optim.SGD([weights], lr=0.01)
     for _ in range(2):

@@ -1,7 +1,5 @@
 """The Triton kernels: their results, in Triton's interpreter and on a GPU where there is one; and that they compile."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -24,13 +22,8 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="needs the
 
 
 def run_cases(device: str, **variables: str) -> dict[str, list[float]]:
-    done = subprocess.run(
-        [sys.executable, str(CASES), device],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    command, environment = [sys.executable, str(CASES), device], {**os.environ, **variables}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -127,14 +120,7 @@ def constants(name: str, precision: str) -> dict[str, Any]:
     ],
 )
 def test_kernels_compile_for_hopper_and_ampere(
-    capability: int,
-    name: str,
-    entries: str,
-    precision: str,
-    has: str,
-    has_not: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    capability, name, entries, precision, has, has_not, tmp_path, monkeypatch
 ) -> None:
     # The interpreter takes Python that the compiler refuses, so this is no luxury; it needs no GPU.
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

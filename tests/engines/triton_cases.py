@@ -6,8 +6,6 @@ A program of its own, since Triton decides at its import whether it interprets k
     python tests/engines/triton_cases.py cuda
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

@@ -1,8 +1,5 @@
 """Attacked images judged by several draws of a random defence."""
 
-from __future__ import annotations
-
-import csv
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +19,9 @@ from dipguard.evaluation.results import suite_results, worst_case
 from dipguard.evaluation.runner import run
 from dipguard.evaluation.sweep_job import job_key
 from dipguard.seeding import image_generator
+from tests.csv_files import read_csv
 from tests.store.parts import list_entries
+from tests.tiny_matrix import completed, written
 from tests.tiny_suite import tiny_suite
 
 ATTACKS = ("transfer", "noise", "identity")
@@ -47,14 +46,11 @@ def suite(folder: Path, judge: int) -> Matrix:
 
 @pytest.fixture(scope="module")
 def judged(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
-    matrix = suite(tmp_path_factory.mktemp("judged"), 4)
-    assert run(matrix) == []
-    return matrix
+    return completed(suite(tmp_path_factory.mktemp("judged"), 4))
 
 
 def lines(matrix: Matrix) -> dict[tuple[str, str], dict[str, str]]:
-    with (matrix.folder / "results.csv").open(newline="") as file:
-        return {(line["attack"], line["defense"]): line for line in csv.DictReader(file)}
+    return {(line["attack"], line["defense"]): line for line in read_csv(matrix.folder / "results.csv")}
 
 
 def fits_of(matrix: Matrix) -> set[str]:
@@ -143,46 +139,42 @@ def test_the_worst_case_is_taken_for_each_image_by_each_figure(judged: Matrix) -
 def test_a_run_that_is_stopped_while_it_judges_goes_on(
     judged: Matrix, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    matrix, whole, count = suite(tmp_path, 4), Matrix.draw, 0
+    matrix, made, count = suite(tmp_path, 4), Matrix.draw, 0
 
     def stopped(self: Matrix, *args: Any, **options: Any) -> Any:
         nonlocal count
         count += 1
         if count == 5:
             raise KeyboardInterrupt
-        return whole(self, *args, **options)
+        return made(self, *args, **options)
 
     monkeypatch.setattr(Matrix, "draw", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(matrix)
-    before = {info.path: info.header["made"] for info in list_entries(matrix.store.path)}
+    before = written(matrix)
     assert sum("draw" in info.header["what"] for info in list_entries(matrix.store.path)) == 4
-    monkeypatch.setattr(Matrix, "draw", whole)
+    monkeypatch.setattr(Matrix, "draw", made)
     assert run(suite(tmp_path, 4)) == []
-    now = {info.path: info.header["made"] for info in list_entries(matrix.store.path)}
-    assert before.items() <= now.items()
+    assert before.items() <= written(matrix).items()
     kept = (*JUDGED, "low", "key")
-    assert {place: [line[name] for name in kept] for place, line in lines(matrix).items()} == {
-        place: [line[name] for name in kept] for place, line in lines(judged).items()
-    }
+    mine, whole = ({k: [line[name] for name in kept] for k, line in lines(m).items()} for m in (matrix, judged))
+    assert mine == whole
     assert fits_of(matrix) == fits_of(judged)
 
 
 def test_one_draw_is_as_it_was_and_more_come_on_top(judged: Matrix, tmp_path: Path) -> None:
-    single = suite(tmp_path, 1)
-    assert run(single) == []
-    before = {info.path: info.header["made"] for info in list_entries(single.store.path)}
+    single = completed(suite(tmp_path, 1))
+    before = written(single)
     assert not any("judge" in name for line in lines(single).values() for name in line)
     assert not any("draw" in what for what in fits_of(single))
     assert [cell.key for cell in single.cells] == [cell.key for cell in judged.cells]
-    again = suite(tmp_path, 4)
-    assert run(again) == []
-    now = {info.path: info.header["made"] for info in list_entries(single.store.path)}
+    again = completed(suite(tmp_path, 4))
+    now = written(single)
     assert before.items() <= now.items()
-    own = {place: line["accuracy"] for place, line in lines(again).items()}
-    assert own == {place: line["accuracy"] for place, line in lines(judged).items()}
+    own, theirs = ({place: line["accuracy"] for place, line in lines(m).items()} for m in (again, judged))
+    assert own == theirs
     assert run(prepare(replace(again.config, judge=1), tmp_path)) == []
-    assert {info.path for info in list_entries(single.store.path)} == set(now)
+    assert set(written(single)) == set(now)
 
 
 def test_a_sweeps_job_of_one_draw_keeps_its_key(judged: Matrix) -> None:
@@ -192,9 +184,3 @@ def test_a_sweeps_job_of_one_draw_keeps_its_key(judged: Matrix) -> None:
     del values["judge"]
     old: Any = SimpleNamespace(to_dict=lambda: values | {"judge": 1})
     assert job_key(old) == job_key(replace(judged.config, judge=1))
-
-
-@pytest.mark.parametrize("value", ["0", "1.5", "many"])
-def test_bad_numbers_of_draws_are_refused(tmp_path: Path, value: str) -> None:
-    with pytest.raises((TypeError, ValueError), match="`judge` must be"):
-        tiny_suite(tmp_path, f"judge={value}", attacks=("noise",), dip=False)

@@ -1,7 +1,5 @@
 """Folders whose classes are not numbered as the victim numbers them, and labels that are off by one."""
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from pathlib import Path

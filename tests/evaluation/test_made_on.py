@@ -1,7 +1,5 @@
 """Attacks that are made on one defence and judged on all."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,8 @@ import torch
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide
 from dipguard.evaluation.results import result_row
-from dipguard.evaluation.runner import run
 from tests.store.parts import list_entries
+from tests.tiny_matrix import completed
 from tests.tiny_suite import tiny_suite
 
 FROM_JPEG = (
@@ -27,9 +25,7 @@ MADE_ON = (*FROM_JPEG, "+attacks.from_jpeg.made_on=jpeg", "+defense@defenses.blu
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     """The baseline is a classifier of its own: the digits' one on images without their edges."""
     baseline = "+baseline._target_=tests.evaluation.test_made_on.dimmed"
-    matrix = tiny_suite(tmp_path_factory.mktemp("made"), *MADE_ON, baseline, attacks=("transfer",), dip=False)
-    assert run(matrix) == []
-    return matrix
+    return completed(tiny_suite(tmp_path_factory.mktemp("made"), *MADE_ON, baseline, attacks=("transfer",), dip=False))
 
 
 def dimmed() -> torch.nn.Module:
@@ -76,10 +72,7 @@ def test_made_on_the_row_itself_it_is_the_same_as_without(finished: Matrix, tmp_
     [
         ((*FROM_JPEG, "+attacks.from_jpeg.made_on=jpg"), "`attacks.from_jpeg.made_on` must be one of none, jpeg, got"),
         (("+attacks.transfer.made_on=jpeg",), "`attacks.transfer.made_on` is for adaptive attacks, got it for 'pgd'"),
-        (
-            (*MADE_ON, "+attacks.from_jpeg.only=[none]"),
-            "`attacks.from_jpeg.only` must have 'jpeg', on which",
-        ),
+        ((*MADE_ON, "+attacks.from_jpeg.only=[none]"), "`attacks.from_jpeg.only` must have 'jpeg', on which"),
     ],
 )
 def test_what_cannot_be_made_there_is_refused(tmp_path: Path, overrides: tuple[str, ...], message: str) -> None:

@@ -1,7 +1,5 @@
 """The masking checks: on a system that really hides its gradient, on one that does not, and on each rule's own case."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -10,24 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dipguard.evaluation import masking
 from dipguard.evaluation.cell import CellResult
-from dipguard.evaluation.masking import (
-    NOT_CHECKED,
-    OK,
-    SAME,
-    WARNING,
-    Randomness,
-    black_box,
-    check_randomness,
-    control,
-    counting_backward,
-    dynamic,
-    gradients,
-    large_eps,
-    masking_checks,
-    more_steps,
-    randomised,
-)
+from dipguard.evaluation.masking import NOT_CHECKED, OK, SAME, WARNING, Randomness, black_box, dynamic, randomised
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import suite_results
@@ -37,17 +20,10 @@ from tests.tiny_suite import tiny_suite
 
 ATTACKS = ("transfer", "identity", "hopskipjump", "noise", "large_eps")
 STRONG = (
-    "data.limit=6",
-    "eps_255=80",
-    "attacks.identity.steps=6",
-    "attacks.identity.alpha_255=12",
-    "attacks.large_eps.eps_255=128",
-    "attacks.large_eps.alpha_255=32",
-    "attacks.hopskipjump.queries=1000",
-    "attacks.hopskipjump.init_size=20",
-    "attacks.hopskipjump.init_eval=20",
-    "~defenses.jpeg",
-)
+    "data.limit=6", "eps_255=80", "attacks.identity.steps=6", "attacks.identity.alpha_255=12",
+    "attacks.large_eps.eps_255=128", "attacks.large_eps.alpha_255=32", "attacks.hopskipjump.queries=1000",
+    "attacks.hopskipjump.init_size=20", "attacks.hopskipjump.init_eval=20", "~defenses.jpeg",
+)  # fmt: skip
 
 
 class Rounded(nn.Module):
@@ -69,8 +45,7 @@ def checked(matrix: Matrix, defense: str = "none") -> dict[str, str]:
     assert run(matrix) == []
     target = matrix.targets[defense]
     randomness = Randomness.read(matrix, target)
-    assert randomness is not None
-    return {check.check: check.verdict for check in masking_checks(suite_results(matrix, target), randomness)}
+    return {check.check: check.verdict for check in masking.masking_checks(suite_results(matrix, target), randomness)}
 
 
 @pytest.fixture(scope="module")
@@ -108,25 +83,25 @@ def result(matrix: Matrix, attack: str, right: list[int] | None = None, **values
     return replace(mine, decisions=decisions, **values)
 
 
-STEPS = [
-    ([1.0, 0.5, 0.5], [1.0, 0.5, 0.5], OK),
-    ([0.5, 0.5, 0.5], [0.5, 0.5, 0.67], OK),  # what six images cannot tell
-    ([0.0] * 60, [0.5, *[0.0] * 58, 0.5], OK),  # the best of sixty looks is a lucky one
-    ([0.5, 0.67], [0.5, 0.67], WARNING),
-    ([0.0, 0.0], [0.0, 1.0], WARNING),
-    ([], [], NOT_CHECKED),
-]
-
-
-@pytest.mark.parametrize(("history", "last", "verdict"), STEPS)
+@pytest.mark.parametrize(
+    ("history", "last", "verdict"),
+    [
+        ([1.0, 0.5, 0.5], [1.0, 0.5, 0.5], OK),
+        ([0.5, 0.5, 0.5], [0.5, 0.5, 0.67], OK),  # what six images cannot tell
+        ([0.0] * 60, [0.5, *[0.0] * 58, 0.5], OK),  # the best of sixty looks is a lucky one
+        ([0.5, 0.67], [0.5, 0.67], WARNING),
+        ([0.0, 0.0], [0.0, 1.0], WARNING),
+        ([], [], NOT_CHECKED),
+    ],
+)
 def test_more_steps(honest: Matrix, history: list[float], last: list[float], verdict: str) -> None:
-    assert more_steps([result(honest, "identity", history=history, last_history=last)]).verdict == verdict
+    assert masking.more_steps([result(honest, "identity", history=history, last_history=last)]).verdict == verdict
 
 
 @pytest.mark.parametrize(("right", "verdict"), [([0] * 6, OK), ([0] * 5 + [1], WARNING), (None, NOT_CHECKED)])
 def test_large_eps(honest: Matrix, right: list[int] | None, verdict: str) -> None:
     results = [result(honest, "identity")] if right is None else [result(honest, "large_eps", right)]
-    assert large_eps(results).verdict == verdict
+    assert masking.large_eps(results).verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -162,13 +137,13 @@ def test_black_box_counts_the_draw_that_an_attack_with_fixed_draws_knows(honest:
     ],
 )
 def test_control(honest: Matrix, noise: list[int], attack: list[int], verdict: str) -> None:
-    assert control([result(honest, "noise", noise), result(honest, "identity", attack)]).verdict == verdict
-    assert control([result(honest, "noise", noise)]).verdict == NOT_CHECKED
+    assert masking.control([result(honest, "noise", noise), result(honest, "identity", attack)]).verdict == verdict
+    assert masking.control([result(honest, "noise", noise)]).verdict == NOT_CHECKED
 
 
 @pytest.mark.parametrize(("flat", "verdict"), [(0.0, OK), (0.1, WARNING), (None, NOT_CHECKED)])
 def test_gradients(honest: Matrix, flat: float | None, verdict: str) -> None:
-    assert gradients([result(honest, "identity", flat=flat)]).verdict == verdict
+    assert masking.gradients([result(honest, "identity", flat=flat)]).verdict == verdict
 
 
 def test_flags_ask_for_attacks_that_know_of_them(honest: Matrix) -> None:
@@ -185,7 +160,7 @@ def test_flags_ask_for_attacks_that_know_of_them(honest: Matrix) -> None:
 def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
     matrix = tiny_suite(tmp_path, attacks=("noise",))
     one = matrix.clean.select(limit=1)
-    found = {label: check_randomness(t, one, matrix.device) for label, t in matrix.targets.items()}
+    found = {label: masking.check_randomness(t, one, matrix.device) for label, t in matrix.targets.items()}
     assert {label: (p.drawn > SAME, p.backward > 0) for label, p in found.items()} == {
         "none": (False, False),
         "jpeg": (False, False),
@@ -206,7 +181,7 @@ def test_backward_passes_are_counted_and_the_profiler_is_put_back() -> None:
     before = sys.getprofile()
     sys.setprofile(mine)
     try:
-        with counting_backward() as calls:
+        with masking.counting_backward() as calls:
             (x**2).sum().backward()
             torch.autograd.grad((x**3).sum(), x)
             (x**2).sum()

@@ -1,7 +1,5 @@
 """One attack and one defence, as train.py runs them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from dipguard.evaluation.matrix import Row
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.runner import run
 from tests import tiny_run
+from tests.tiny_matrix import completed
 from tests.tiny_run import typed_config
 
 TINY = (*tiny_run.TINY, "defense.network=small")
@@ -23,8 +22,7 @@ TINY = (*tiny_run.TINY, "defense.network=small")
 def test_the_result_is_what_the_defence_gives_by_itself(tmp_path: Path) -> None:
     short = ("data.limit=2", "defense.T=20", "defense.decisions=10", "chunk=1")
     config = typed_config(*TINY, "defense.dtype=float64", *short)
-    matrix = prepare(config, tmp_path)
-    assert run(matrix) == []
+    matrix = completed(prepare(config, tmp_path))
     (result,) = matrix.results["pgd", "paper"]
     options = {name: value for name, value in config.defenses["paper"].items() if name != "name"}
     victim, options["stack_size"] = matrix.targets["paper"].victim, 32

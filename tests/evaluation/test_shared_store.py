@@ -1,8 +1,5 @@
 """Runs of evaluate.py and train.py that share a store."""
 
-from __future__ import annotations
-
-import csv
 from collections import Counter
 from pathlib import Path
 
@@ -11,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dipguard.evaluation.runner import run
+from tests.csv_files import read_csv
 from tests.store.parts import list_entries
 from tests.tiny_matrix import tiny_matrix
 from tests.tiny_run import tiny_run
@@ -37,8 +35,7 @@ def assert_same(a: dict[tuple[str, str], Tensor], b: dict[tuple[str, str], Tenso
 
 
 def seconds(folder: Path) -> float:
-    with (folder / "results.csv").open(newline="") as file:
-        rows = {(row["attack"], row["defense"]): row for row in csv.DictReader(file)}
+    rows = {(row["attack"], row["defense"]): row for row in read_csv(folder / "results.csv")}
     return float(rows["fgsm_8", "paper"]["seconds_per_image"])
 
 

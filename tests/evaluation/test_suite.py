@@ -1,8 +1,5 @@
 """The attack suite from end to end: real digits, real attacks, real defences; short."""
 
-from __future__ import annotations
-
-import csv
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +15,9 @@ from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import suite_results, worst_case, write_results
 from dipguard.evaluation.runner import run
 from dipguard.victims import build_victim
+from tests.csv_files import read_csv
 from tests.store.parts import list_entries
-from tests.tiny_matrix import typed_matrix
+from tests.tiny_matrix import completed, typed_matrix, written
 from tests.tiny_suite import run_tiny_suite, suite_overrides, tiny_suite
 
 FAST = ("transfer", "identity", "identity_eot", "last_iterate", "short_dip", "hopskipjump", "noise", "large_eps")
@@ -39,25 +37,14 @@ def baseline(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, baseline: tuple[str, ...]) -> Matrix:
     """Feed-forward defences and a second victim as baseline."""
-    matrix = tiny_suite(tmp_path_factory.mktemp("suite"), *baseline, attacks=FAST, dip=False)
-    assert run(matrix) == []
-    return matrix
+    return completed(tiny_suite(tmp_path_factory.mktemp("suite"), *baseline, attacks=FAST, dip=False))
 
 
 def lines(matrix: Matrix) -> dict[tuple[str, str], dict[str, str]]:
-    with (matrix.folder / "results.csv").open(newline="") as file:
-        read = list(csv.DictReader(file))
-    assert len({(line["attack"], line["defense"]) for line in read}) == len(read)
-    return {(line["attack"], line["defense"]): line for line in read}
-
-
-def stored(matrix: Matrix) -> dict[Path, float]:
-    return {info.path: info.header["made"] for info in list_entries(matrix.store.path)}
-
-
-def changed(matrix: Matrix, before: dict[Path, float]) -> set[str]:
-    """What the entries are that were written since."""
-    return {i.header["what"] for i in list_entries(matrix.store.path) if before.get(i.path) != i.header["made"]}
+    read = read_csv(matrix.folder / "results.csv")
+    made = {(line["attack"], line["defense"]): line for line in read}
+    assert len(made) == len(read)
+    return made
 
 
 def test_every_cell_is_done_or_says_why_not(finished: Matrix) -> None:
@@ -133,52 +120,50 @@ def test_costs_are_told_before_and_counted_after(finished: Matrix, caplog: pytes
 
 
 def test_what_is_finished_is_not_run_again_and_what_is_lost_is(finished: Matrix) -> None:
-    before, then = stored(finished), lines(finished)
+    before, then = written(finished), lines(finished)
     cell = finished.cell("identity", "jpeg")
     attacked = finished.attacked("identity", "jpeg")
     lost = finished.store.file("cells", cell.key)
     damaged = finished.store.file("attacks", cell.attack_key)
     lost.unlink()
     damaged.write_bytes(b"no archive")
-    again = prepare(finished.config, finished.folder)
-    assert run(again) == []
-    assert {path for path, made in stored(again).items() if made != before[path]} == {lost, damaged}
+    again = completed(prepare(finished.config, finished.folder))
+    assert {path for path, made in written(again).items() if made != before[path]} == {lost, damaged}
     assert torch.equal(again.attacked("identity", "jpeg"), attacked)
-    now = lines(again)
-    assert {k: (v["correct"], v["options"]) for k, v in now.items()} == {
-        k: (v["correct"], v["options"]) for k, v in then.items()
-    }
+    old, new = ({k: (v["correct"], v["options"]) for k, v in made.items()} for made in (then, lines(again)))
+    assert new == old
 
 
 def test_a_changed_setting_runs_that_attack_alone(finished: Matrix, baseline: tuple[str, ...]) -> None:
     overrides = suite_overrides("attacks.transfer.steps=3", *baseline, attacks=FAST, dip=False)
     other = prepare(typed_matrix(*overrides), finished.folder)
-    before = stored(finished)
+    before = written(finished)
     assert run(other) == []
-    assert {what.split(":")[0].split(" x ")[0] for what in changed(other, before)} == {"transfer"}
+    new = {i.header["what"] for i in list_entries(other.store.path) if before.get(i.path) != i.header["made"]}
+    assert {what.split(":")[0].split(" x ")[0] for what in new} == {"transfer"}
     write_results(finished)  # for the tests that come after this one
 
 
 def test_tables_are_made_again_from_what_is_stored(finished: Matrix) -> None:
     write_results(prepare(finished.config, finished.folder))  # other tests have made some entries again
     files = [finished.folder / name for name in ("results.csv", "images.csv", "checks.csv")]
-    texts, entries = [path.read_bytes() for path in files], stored(finished)
+    texts, entries = [path.read_bytes() for path in files], written(finished)
     for path in files:
         path.unlink()
     write_results(prepare(finished.config, finished.folder))
     assert [path.read_bytes() for path in files] == texts
-    assert stored(finished) == entries
+    assert written(finished) == entries
 
 
 @pytest.mark.slow
-def test_a_failure_loses_no_finished_work(tmp_path: Path) -> None:
+def test_a_failing_attack_loses_no_finished_work(tmp_path: Path) -> None:
     matrix = tiny_suite(tmp_path, attacks=("transfer", "identity", "noise"), dip=False)
     parts = {label: node for label, node in matrix.config.attacks.items() if label in ("clean", "transfer")}
     run(prepare(replace(matrix.config, attacks=parts), tmp_path))
-    kept = stored(matrix)
+    kept = written(matrix)
 
     def broken(*args: object) -> None:
-        raise RuntimeError("the card fell off the bus,\nas cards do")
+        raise RuntimeError("the card fell off the bus")
 
     hook = matrix.targets["none"].victim.register_forward_pre_hook(broken)
     failed = run(matrix)
@@ -186,9 +171,7 @@ def test_a_failure_loses_no_finished_work(tmp_path: Path) -> None:
     assert [text.split(":")[0] for text in failed] == [
         f"{attack} x {defense}" for attack in ("identity", "noise") for defense in ("none", "jpeg")
     ]
-    assert kept.items() <= stored(matrix).items()
-    status = lines(matrix)["identity", "jpeg"]["status"]
-    assert status == "failed: RuntimeError: the card fell off the bus, as cards do"
+    assert kept.items() <= written(matrix).items()
     assert lines(matrix)["transfer", "jpeg"]["status"] == "done"
     assert run(matrix) == []
     assert {line["status"] for line in lines(matrix).values()} == {"done"}
@@ -260,13 +243,9 @@ def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
     [
         ("attacks.identity.name=adaptive", "`attacks.identity.name` must be one of"),
         ("attacks.identity.eps_255=4", "`attacks.identity.eps_255` must be `eps_255`=24, got 4"),
-        ("attacks.identity.eps_255=400", "`attacks.identity.eps_255` must be"),
         ("eps_255=-1", "`eps_255` must be from 0 to 255"),
-        ("+attacks.identity.limit=0", "`attacks.identity.limit` must be at least 1"),
         ("+attacks.identity.batch_size=0", "`attacks.identity.batch_size` must be at least 1"),
-        ("+attacks.identity.only=[nobody]", "`attacks.identity.only` must be one of none, jpeg"),
         ("attacks.identity.steps=0", "`attacks.identity.steps` must be at least 1"),
-        ("+attacks.identity.stepps=3", "stepps"),
         ("attacks.noise.name=cw", "eps_255"),
         ("+attack@attacks.cw=cw +attacks.cw.number=x", "`attacks.cw.eps_255` must be `eps_255`=24, got none"),
         ("attacks.clean.name=noise", "`attacks.clean` must be the attack 'none'"),
@@ -309,10 +288,8 @@ def test_several_budgets_of_one_attack_are_a_row_each(tmp_path: Path) -> None:
         "~defenses.paper", "~defenses.mirror", "+attack@attacks.bpda=bpda", "attacks.bpda.budgets=[1,3]",
         "attacks.bpda.eps_255=16",
     )  # fmt: skip
-    matrix = prepare(settings, tmp_path)
-    assert run(matrix) == []
-    with (tmp_path / "results.csv").open(newline="") as file:
-        rows = list(csv.DictReader(file))
+    matrix = completed(prepare(settings, tmp_path))
+    rows = read_csv(tmp_path / "results.csv")
     assert [(row["defense"], row["eps_255"], row["budget"]) for row in rows] == [
         (defense, "16.0", budget) for defense in ("none", "jpeg") for budget in ("1", "3")
     ]
@@ -329,18 +306,12 @@ def test_several_budgets_of_one_attack_are_a_row_each(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_whole_experiment_on_digits(tmp_path: Path, baseline: tuple[str, ...]) -> None:
-    aside = (
-        "~defenses.none",
-        "~defenses.paper",
-        "~attacks.from_paper",
-        "~attacks.from_dipdefend",
-        "~attacks.square_500",
-    )
-    overrides = (*baseline, "data.limit=1", "attacks.hopskipjump.queries=6", *aside)
+    aside = ("~defenses.none", "~defenses.paper", "~attacks.from_paper", "~attacks.from_dipdefend")
+    overrides = (*baseline, "data.limit=1", "attacks.hopskipjump.queries=6", *aside, "~attacks.square_500")
     made = run_tiny_suite(tmp_path, *overrides)
     assert {"suite.md", "suite.png", "report.md"} <= {path.name for path in made}
     matrix = tiny_suite(tmp_path, *overrides)
-    told, before = lines(matrix), stored(matrix)
+    told, before = lines(matrix), written(matrix)
     for (attack, defense), line in told.items():
         if defense == "mirror":
             assert line["status"] == "done"
@@ -353,7 +324,7 @@ def test_the_whole_experiment_on_digits(tmp_path: Path, baseline: tuple[str, ...
         path.unlink()
     run_tiny_suite(tmp_path, *overrides, "rebuild=true")
     assert {path: path.read_bytes() for path in texts} == texts
-    assert stored(matrix) == before
+    assert written(matrix) == before
 
 
 def test_the_short_ladder_takes_what_its_comment_says(tmp_path: Path) -> None:

@@ -1,12 +1,52 @@
-"""A few natural images and a victim with smooth decisions, so that fits cross boundaries."""
+"""A few natural images and a victim with smooth decisions, so that fits cross boundaries; Trainers and callbacks."""
 
-from __future__ import annotations
+from collections.abc import Callable
+from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from dipguard.engines.native_build import compiler
+
+NATIVE = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
+WORKING = ["torch", pytest.param("native", marks=NATIVE)]
+"""Engines that a CPU may have."""
+
+
+def trainer(T: int | None, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
+    """Of T steps (None: nobody says how many), on the CPU, without logs, files and bars."""
+    steps = {} if T is None else {"max_steps": T}
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return pl.Trainer(accelerator="cpu", callbacks=[*callbacks], **{**steps, **dict.fromkeys(quiet, False), **options})
+
+
+class Watch(pl.Callback):
+    """Keeps every x(t)."""
+
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.seen.append(outputs["reconstructions"].clone())
+
+
+class At(pl.Callback):
+    """Does something, perhaps to the Trainer, after one step."""
+
+    def __init__(self, step: int, act: Callable[[pl.Trainer], object]) -> None:
+        self.step, self.act = step, act
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if outputs["step"] == self.step:
+            self.act(trainer)
+
+
+def stop(trainer: pl.Trainer) -> None:
+    trainer.should_stop = True
 
 
 @pytest.fixture(scope="session")
@@ -23,16 +63,9 @@ def victim() -> nn.Module:
     """A random classifier of ten classes with BatchNorm and dropout, in train mode as a careless user leaves it."""
     with torch.random.fork_rng():
         torch.manual_seed(4)
-        net = nn.Sequential(
-            nn.Conv2d(3, 16, 5, stride=2),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Conv2d(16, 32, 3, stride=2),
-            nn.ReLU(),
-            nn.Dropout(0.5),
-            nn.Flatten(),
-            nn.Linear(32 * 36, 10),
-        )
+        first, second = nn.Conv2d(3, 16, 5, stride=2), nn.Conv2d(16, 32, 3, stride=2)
+        head = nn.Dropout(0.5), nn.Flatten(), nn.Linear(32 * 36, 10)
+        net = nn.Sequential(first, nn.BatchNorm2d(16), nn.ReLU(), second, nn.ReLU(), *head)
     with torch.no_grad():
         net[-1].weight *= 8
     return net

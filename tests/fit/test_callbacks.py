@@ -1,17 +1,17 @@
 """Algorithm 1, lines 4-19, as the callbacks do it, against the slow and literal form."""
 
-from __future__ import annotations
-
+import csv
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
+from dipguard.data import load_data
 from dipguard.decision import DecisionTrace, quality, sampled_steps, stitch
 from dipguard.fit import (
     BoundaryDetector,
@@ -25,25 +25,22 @@ from dipguard.fit import (
 )
 from dipguard.fit.options import trace_settings
 from dipguard.victims import build_victim
+from tests.fit.conftest import At, trainer
 
 CPU = torch.device("cpu")
+STITCH: dict[str, Any] = {"tau": 0.3, "t0": 10, "K": 5, "beta": 0.5}
 
 
-def defend(images: Tensor, victim: nn.Module, *, T: int = 40, stitching: dict | None = None, **decide: Any) -> Any:
-    return fit_stack(
-        images,
-        victim=victim,
-        indices=range(len(images)),
-        fit=FitOptions(network="small", jitter=0.1, padding="zeros"),
-        decide=DecideOptions(**{"T": T, "decisions": None, "every": 2, **decide}),
-        stitch=StitchOptions(**{"tau": 0.3, "t0": 10, "K": 5, "beta": 0.5, **(stitching or {})}),
-        device=CPU,
-    )
+def defend(images: Tensor, victim: nn.Module, *, K: int = 5, run: dict[str, Any] | None = None, **decide: Any) -> Any:
+    decide = {"T": 40, "decisions": None, "every": 2, **decide}
+    options = {"decide": DecideOptions(**decide), "stitch": StitchOptions(**{**STITCH, "K": K}), "device": CPU}
+    fit = FitOptions(network="small", jitter=0.1, padding="zeros")
+    return fit_stack(images, victim=victim, indices=range(len(images)), fit=fit, **options, **(run or {}))
 
 
-def literal(trace: DecisionTrace, victim: nn.Module, *, tau: float, t0: int, K: int, beta: float, N: int) -> Tensor:
+def literal(trace: DecisionTrace, victim: nn.Module, *, tau: float, t0: int, K: int, beta: float) -> Tensor:
     """Lines 9-18 of Algorithm 1, one image and one number after the other."""
-    X, x0 = trace.last, trace.given
+    X, x0, N = trace.last, trace.given, 10
     assert len(X) == len(trace.steps), "K_max is too small for all samples"
     victim = victim.eval()
     with torch.no_grad():
@@ -70,8 +67,7 @@ def literal(trace: DecisionTrace, victim: nn.Module, *, tau: float, t0: int, K: 
 
 @pytest.fixture(scope="module")
 def real(real_data: Path) -> tuple[Any, nn.Module]:
-    stored = np.load(real_data / "cifar10" / "tune.npz")["images"][:4]
-    images = torch.from_numpy(stored).permute(0, 3, 1, 2).float() / 255
+    images = load_data("arrays", path=real_data / "cifar10" / "tune.npz", limit=4).images
     victim = build_victim("cifar10_resnet20", weights=str(real_data / "weights" / "resnet20-12fca82f.th"))
     return defend(images, victim), victim
 
@@ -85,14 +81,11 @@ def real(real_data: Path) -> tuple[Any, nn.Module]:
         pytest.param(1.0, 0, 7, 0.5, marks=pytest.mark.slow),
     ],
 )
-def test_equals_the_literal_algorithm_on_real_traces(
-    real: tuple[Any, nn.Module], tau: float, t0: int, K: int, beta: float
-) -> None:
-    done, victim = real
-    made = [stitch(trace, tau=tau, t0=t0, K=K, beta=beta) for trace in done.traces]
+def test_equals_the_literal_algorithm_on_real_traces(real, tau, t0, K, beta) -> None:
+    (done, victim), options = real, {"tau": tau, "t0": t0, "K": K, "beta": beta}
+    made = [stitch(trace, **options) for trace in done.traces]
     for trace, rebuilt in zip(done.traces, made, strict=True):
-        expected = literal(trace, victim, tau=tau, t0=t0, K=K, beta=beta, N=10)
-        torch.testing.assert_close(rebuilt.image, expected, rtol=0, atol=1e-4)
+        torch.testing.assert_close(rebuilt.image, literal(trace, victim, **options), rtol=0, atol=1e-4)
     assert ("crossings" in {rebuilt.reason for rebuilt in made}) == (tau < 1)
 
 
@@ -102,15 +95,11 @@ def three(images: Tensor, victim: nn.Module) -> Any:
 
 
 def test_equals_the_literal_algorithm(three: Any, victim: nn.Module) -> None:
-    done = three
-    assert sum(len(trace.crossing_at) for trace in done.traces) > 0
-    for trace, rebuilt in zip(done.traces, done.reconstructions, strict=True):
-        expected = literal(trace, victim, tau=0.3, t0=10, K=5, beta=0.5, N=10)
-        torch.testing.assert_close(rebuilt.image, expected, rtol=0, atol=1e-5)
-        other = {"tau": 0.0, "t0": 0, "K": 25, "beta": 0.1}
-        torch.testing.assert_close(
-            stitch(trace, **other).image, literal(trace, victim, N=10, **other), rtol=0, atol=1e-5
-        )
+    assert sum(len(trace.crossing_at) for trace in three.traces) > 0
+    other = {"tau": 0.0, "t0": 0, "K": 25, "beta": 0.1}
+    for trace, rebuilt in zip(three.traces, three.reconstructions, strict=True):
+        for image, options in ((rebuilt.image, STITCH), (stitch(trace, **other).image, other)):
+            torch.testing.assert_close(image, literal(trace, victim, **options), rtol=0, atol=1e-5)
 
 
 def test_a_trace_says_what_the_samples_say(three: Any, images: Tensor, victim: nn.Module) -> None:
@@ -125,12 +114,10 @@ def test_a_trace_says_what_the_samples_say(three: Any, images: Tensor, victim: n
         assert torch.equal(trace.given, images[b])
 
 
-def test_a_replay_of_what_little_was_kept_is_the_direct_result(
-    images: Tensor, victim: nn.Module, three: Any, tmp_path: Path
-) -> None:
+def test_a_replay_of_what_little_was_kept_is_the_direct_result(images, victim, three, tmp_path) -> None:
     stored = [
         DecisionTrace.load(trace.save(tmp_path / f"{trace.index}.safetensors"))
-        for trace in defend(images[:3], victim, K_max=3, stitching={"K": 1}).traces
+        for trace in defend(images[:3], victim, K_max=3, K=1).traces
     ]
     assert all(torch.equal(trace.last, whole.last[-3:]) for trace, whole in zip(stored, three.traces, strict=True))
     for tau, t0, K, beta in [(0.0, 20, 3, 0.0), (0.35, 0, 1, 0.5), (0.6, 30, 2, 1.0)]:
@@ -143,7 +130,7 @@ def test_a_replay_of_what_little_was_kept_is_the_direct_result(
 def test_what_is_kept_does_not_grow_with_T(images: Tensor, victim: nn.Module) -> None:
     kept = {}
     for T in (12, 40):
-        traces = defend(images[:2], victim, T=T, K_max=3, stitching={"K": 3}).traces
+        traces = defend(images[:2], victim, T=T, K_max=3, K=3).traces
         kept[T] = [len(trace.last) for trace in traces]
         for trace in traces:
             # Crossings that later ones of higher quality have overtaken K_max times are forgotten.
@@ -168,50 +155,22 @@ def test_the_victim_is_left_as_it_was(images: Tensor, victim: nn.Module) -> None
 def logged(images: Tensor, victim: nn.Module, folder: Path, *callbacks: pl.Callback, **decide: Any) -> Any:
     """What a fit gave, the rows that it logged, and how many images the victim saw, call by call."""
     logger = pl.loggers.CSVLogger(folder, name="", version="", flush_logs_every_n_steps=1)
-    calls: list[int] = []
-    with victim.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0]))):
-        try:
-            done = fit_stack(
-                images,
-                victim=victim,
-                indices=range(len(images)),
-                fit=FitOptions(network="small", jitter=0.1, padding="zeros"),
-                decide=DecideOptions(**decide),
-                stitch=StitchOptions(tau=0.3, t0=10, K=5, beta=0.5),
-                device=CPU,
-                logger=logger,
-                first_step=100,
-                callbacks=callbacks,
-            )
-        except KeyboardInterrupt:
-            done = None
+    done, calls = None, []
+    hook = victim.register_forward_hook(lambda module, inputs, output: calls.append(len(inputs[0])))
+    with hook, suppress(KeyboardInterrupt):
+        done = defend(images, victim, run={"logger": logger, "first_step": 100, "callbacks": callbacks}, **decide)
     logger.save()
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    columns = lines[0].split(",")
-    rows = [dict(zip(columns, map(float, line.split(",")), strict=True)) for line in lines[1:]]
-    return done, rows, calls
+    lines = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+    return done, [{column: float(value) for column, value in line.items()} for line in lines], calls
 
 
-def test_means_are_logged_at_sampled_steps_only(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
-    _, rows, _ = logged(images[:2], victim, tmp_path, T=20, decisions=4)
-    assert all({"fit/mse", "fit/quality", "fit/decision_changed", "fit/crossings", "step"} <= set(row) for row in rows)
-    assert [row["step"] for row in rows] == [104, 109, 114, 119]
-    assert all(0 < row["fit/mse"] < 1 for row in rows)
-
-
-class Monitor(pl.Callback):
-    """A callback that depends on the latest decisions, as EarlyStopping or ModelCheckpoint may."""
-
-    monitor = "fit/crossings"
-
-
-def test_samples_that_wait_for_a_good_batch_come_out_the_same(
-    images: Tensor, undecided: nn.Module, tmp_path: Path
-) -> None:
-    options: dict[str, Any] = {"T": 40, "decisions": None, "every": 1, "K_max": 40}
+def test_samples_that_wait_for_a_good_batch_come_out_the_same(images, undecided, tmp_path) -> None:
+    options: dict[str, Any] = {"every": 1, "K_max": 40}
+    monitor = pl.Callback()  # depends on the latest decisions, as EarlyStopping or ModelCheckpoint may
+    monitor.monitor = "fit/crossings"
     (tmp_path / "once").mkdir()
     ours, rows, calls = logged(images[:2], undecided, tmp_path, **options)
-    wanted, their_rows, their_calls = logged(images[:2], undecided, tmp_path / "once", Monitor(), **options)
+    wanted, their_rows, their_calls = logged(images[:2], undecided, tmp_path / "once", monitor, **options)
     # The given images, 40 steps of 2 images, and then crossings.
     assert calls[:3] == [2, 64, 16]
     assert their_calls[:41] == [2] * 41
@@ -229,42 +188,29 @@ def test_samples_that_wait_for_a_good_batch_come_out_the_same(
 
 
 def test_what_waited_is_logged_after_an_interrupt(images: Tensor, victim: nn.Module, tmp_path: Path) -> None:
-    class Interrupt(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            if batch_idx == 11:
-                raise KeyboardInterrupt
+    def interrupt(trainer: pl.Trainer) -> None:
+        raise KeyboardInterrupt
 
-    done, rows, calls = logged(images[:1], victim, tmp_path, Interrupt(), T=20, decisions=10)
+    done, rows, calls = logged(images[:1], victim, tmp_path, At(11, interrupt), T=20)  # every second step
     assert done is None
     assert [row["step"] for row in rows] == [101, 103, 105, 107, 109, 111]
     assert calls == [1, 6]
 
 
-def run(images: Tensor, callbacks: list[pl.Callback], *, module: pl.LightningModule | None = None) -> None:
-    trainer = pl.Trainer(
-        max_steps=4, max_epochs=1, accelerator="cpu", logger=False, callbacks=callbacks, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
-    trainer.fit(module or StackedDIP(images, options=FitOptions(network="small")))
-
-
-def stitcher(K: int) -> Stitcher:
-    return Stitcher(tau=0.7, t0=50, K=K, beta=0.5)
-
-
 def test_wrong_order_or_module_is_named(images: Tensor, victim: nn.Module) -> None:
     order = "DecisionLogger before BoundaryDetector, and both before Stitcher, got no"
-    logger = DecisionLogger(victim, decisions=4, K_max=2)
-    with pytest.raises(RuntimeError, match=f"{order} DecisionLogger there"):
-        run(images[:1], [BoundaryDetector(victim), logger])
-    with pytest.raises(RuntimeError, match=f"{order} DecisionLogger there"):
-        run(images[:1], [stitcher(2)])
-    with pytest.raises(RuntimeError, match=f"{order} BoundaryDetector there"):
-        run(images[:1], [logger, stitcher(2), BoundaryDetector(victim)])
-    with pytest.raises(ValueError, match="`K` must be from 1 to 2, got 15"):
-        run(images[:1], [logger, BoundaryDetector(victim), stitcher(15)])
+    logger, detector = DecisionLogger(victim, decisions=4, K_max=2), BoundaryDetector(victim)
+    stitcher, demanding = (Stitcher(**{**STITCH, "K": K}) for K in (2, 15))
+    for callbacks, error, message in (
+        ([detector, logger], RuntimeError, f"{order} DecisionLogger there"),
+        ([stitcher], RuntimeError, f"{order} DecisionLogger there"),
+        ([logger, stitcher, detector], RuntimeError, f"{order} BoundaryDetector there"),
+        ([logger, detector, demanding], ValueError, "`K` must be from 1 to 2, got 15"),
+    ):
+        with pytest.raises(error, match=message):
+            trainer(4, *callbacks).fit(StackedDIP(images[:1], options=FitOptions(network="small")))
     with pytest.raises(TypeError, match="works on a StackedDIP, got BoringModel"):
-        run(images[:1], [logger], module=BoringModel())
+        trainer(4, logger).fit(BoringModel())
 
 
 def test_traces_hold_all_options(images: Tensor, victim: nn.Module) -> None:
@@ -273,41 +219,5 @@ def test_traces_hold_all_options(images: Tensor, victim: nn.Module) -> None:
     done = fit_stack(images[:1], victim=victim, indices=[0], fit=fit, decide=decide, stitch=stitch, device=CPU)
     settings = done.traces[0].settings
     assert settings == trace_settings(fit, decide, stitch)
-    assert {
-        "network": "small",
-        "T": 6,
-        "N": 3,
-        "K_max": 4,
-        "tau": 0.25,
-    }.items() <= settings.items()
+    assert {"network": "small", "T": 6, "N": 3, "K_max": 4, "tau": 0.25}.items() <= settings.items()
     assert done.traces[0].steps.tolist() == list(range(6)), "200 decisions are more than 6 steps"
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"tau": 1.5}, ValueError, "`tau` must be from 0 to 1, got 1.5"),
-        ({"t0": 2.0}, TypeError, "`t0` must be an integer"),
-        ({"K": 0}, ValueError, "`K` must be at least 1"),
-        ({"beta": -0.1}, ValueError, "`beta` must be finite and at least 0"),
-        ({"divide_by": "all"}, ValueError, "`divide_by` must be one of found, K"),
-    ],
-)
-def test_bad_stitches_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    for build in (StitchOptions, Stitcher):
-        with pytest.raises(error, match=message):
-            build(**{"tau": 0.7, "t0": 50, "K": 15, "beta": 0.5, **options})
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"T": 10, "decisions": None, "every": 6}, ValueError, "`every` must be from 1 to 5, got 6"),
-        ({"N": 0}, ValueError, "`N` must be at least 1"),
-        ({"scores": "odds"}, ValueError, "`scores` must be one of"),
-        ({"K_max": 0}, ValueError, "`K_max` must be at least 1"),
-    ],
-)
-def test_bad_decisions_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        DecideOptions(**options)

@@ -1,7 +1,5 @@
 """Under another default dtype the same seed gives the same numbers: every draw and every buffer names its own."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest
@@ -23,7 +21,7 @@ from dipguard.fit import (
     make_trainer,
     unrolled_fit,
 )
-from tests.fit.engines import NATIVE
+from tests.fit.conftest import NATIVE
 
 CPU = torch.device("cpu")
 

@@ -1,7 +1,5 @@
 """Memory of a fit: estimated, looked up, and kept between steps."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -49,7 +47,7 @@ def test_freed_blocks_are_used_again_and_given_back_afterwards() -> None:
 def test_nothing_is_done_for_a_gpu_and_errors_pass() -> None:
     with kept_memory(torch.device("cuda")) as kept:
         assert not kept
-    with pytest.raises(KeyError), kept_memory(torch.device("cpu")):
+    with pytest.raises(KeyError), kept_memory(CPU):
         raise KeyError
 
 
@@ -105,11 +103,8 @@ def test_free_memory_is_that_of_this_machine() -> None:
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     total = int(lines[0].split()[1]) * 1024
     free = free_memory(CPU)
-    assert free is not None
     assert 0 < free <= total
-    available = available_memory()
-    assert available is not None
-    assert free <= available * 1.05
+    assert free <= available_memory() * 1.05
 
 
 GIB = 2**30

@@ -1,20 +1,18 @@
 """The module and its callbacks in anybody's own Trainer: what Lightning offers works, what cannot work is refused."""
 
-from __future__ import annotations
-
+import csv
 import runpy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
 
-from dipguard.engines.native_build import compiler
 from dipguard.fit import (
     BoundaryDetector,
     DecideOptions,
@@ -28,30 +26,19 @@ from dipguard.fit import (
     make_trainer,
 )
 from tests.docs_blocks import run_python
+from tests.fit.conftest import At, stop, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-NATIVE = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 SMALL = FitOptions(network="small", engine="torch")
 STITCH = {"tau": 0.1, "t0": 2, "K": 5, "beta": 0.5}
-
-
-def trainer(T: int | None, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    steps = {} if T is None else {"max_steps": T}
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return pl.Trainer(**steps, accelerator="cpu", callbacks=[*callbacks], **{**quiet, **options})
 
 
 def ours(victim: nn.Module, **decide: Any) -> tuple[DecisionLogger, BoundaryDetector, Stitcher]:
     return DecisionLogger(victim, **decide), BoundaryDetector(victim), Stitcher(**STITCH)
 
 
-def equal(mine: Stitcher, theirs: Stitcher) -> bool:
+def equal(mine: Stitcher, theirs: Stitcher | StackResult) -> bool:
     pairs = zip(mine.traces, theirs.traces, strict=True)
     images = zip(mine.reconstructions, theirs.reconstructions, strict=True)
     return all(a.equals(b) for a, b in pairs) and all(torch.equal(a.image, b.image) for a, b in images)
@@ -66,19 +53,15 @@ def fifty_two(images: Tensor, undecided: nn.Module) -> StackResult:
 
 
 @pytest.mark.parametrize(("steps_per_epoch", "epochs"), [(None, 2), pytest.param(7, 8, marks=pytest.mark.slow)])
-def test_epochs_change_no_number(
-    images: Tensor, undecided: nn.Module, fifty_two: StackResult, steps_per_epoch: int | None, epochs: int
-) -> None:
-    callbacks, wanted = ours(undecided), fifty_two
+def test_epochs_change_no_number(images, undecided, fifty_two, steps_per_epoch, epochs) -> None:
+    callbacks = ours(undecided)
     own = trainer(52, *callbacks)
     own.fit(StackedDIP(images[:2], options=SMALL, steps_per_epoch=steps_per_epoch))
     assert own.current_epoch == epochs
-    for mine, theirs in zip(callbacks[-1].traces, wanted.traces, strict=True):
-        assert mine.equals(theirs)
-        assert mine.steps.tolist() == list(range(52))
-        assert len(mine.crossing_at) > 0
-    for mine, theirs in zip(callbacks[-1].reconstructions, wanted.reconstructions, strict=True):
-        assert torch.equal(mine.image, theirs.image)
+    assert equal(callbacks[-1], fifty_two)
+    for trace in callbacks[-1].traces:
+        assert trace.steps.tolist() == list(range(52))
+        assert len(trace.crossing_at) > 0
 
 
 def test_early_stopping_really_stops(images: Tensor, undecided: nn.Module) -> None:
@@ -118,9 +101,8 @@ def test_metrics_are_those_of_the_last_sample(images: Tensor, undecided: nn.Modu
         "fit/crossings": sum(int((t.decisions[1:] != t.decisions[:-1]).sum()) for t in traces) / 2,
         "fit/decision_changed": sum(int(t.decisions[-1]) != t.given_decision for t in traces) / 2,
     }
-    assert {name: float(value) for name, value in own.callback_metrics.items()} == pytest.approx(
-        {name: float(value) for name, value in wanted.items()}, abs=1e-6
-    )
+    found, expected = ({name: float(v) for name, v in of.items()} for of in (own.callback_metrics, wanted))
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_callbacks_serve_a_second_fit(images: Tensor, undecided: nn.Module) -> None:
@@ -132,24 +114,17 @@ def test_callbacks_serve_a_second_fit(images: Tensor, undecided: nn.Module) -> N
     assert [trace.index for trace in again[-1].traces] == [5, 6]
 
 
-def test_a_checkpoint_holds_the_weights_and_is_chosen_by_a_metric(
-    images: Tensor, victim: nn.Module, tmp_path: Path
-) -> None:
-    class Seen(pl.Callback):
-        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-            self.next = module(module.z).detach()
-
-    checkpoint, seen = ModelCheckpoint(tmp_path, monitor="fit/quality", mode="max", save_top_k=-1), Seen()
-    own = trainer(100, *ours(victim), seen, checkpoint, enable_checkpointing=True)
+def test_a_checkpoint_holds_the_weights_and_is_chosen_by_a_metric(images, victim, tmp_path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, monitor="fit/quality", mode="max", save_top_k=-1)
     fit = FitOptions(network="small", engine="auto")  # of 100 steps: native where there is a compiler
-    own.fit(StackedDIP(images[:1], options=fit, steps_per_epoch=45))
-    assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "epoch=0-step=45.ckpt", "epoch=1-step=90.ckpt", "epoch=2-step=100.ckpt",
-    ]  # fmt: skip
+    fitted = StackedDIP(images[:1], options=fit, steps_per_epoch=45)
+    trainer(100, *ours(victim), checkpoint, enable_checkpointing=True).fit(fitted)
+    names = ["epoch=0-step=45.ckpt", "epoch=1-step=90.ckpt", "epoch=2-step=100.ckpt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
     module = StackedDIP(images[:1], options=fit)
-    module.load_state_dict(torch.load(tmp_path / "epoch=2-step=100.ckpt", weights_only=True)["state_dict"])
+    module.load_state_dict(torch.load(tmp_path / names[-1], weights_only=True)["state_dict"])
     with torch.no_grad():
-        torch.testing.assert_close(module(module.z), seen.next, rtol=0, atol=1e-5)
+        torch.testing.assert_close(module(module.z), fitted(fitted.z), rtol=0, atol=1e-5)
     assert Path(checkpoint.best_model_path).parent == tmp_path
 
 
@@ -158,8 +133,8 @@ def test_a_logger_and_a_profiler(images: Tensor, victim: nn.Module, tmp_path: Pa
     callbacks = ours(victim, decisions=6, first_step=1000)
     own = trainer(30, *callbacks, logger=logger, profiler=profiler, log_every_n_steps=1)
     own.fit(StackedDIP(images[:2], options=SMALL, steps_per_epoch=8))
-    lines = (tmp_path / "metrics.csv").read_text().splitlines()
-    rows = [dict(zip(lines[0].split(","), line.split(","), strict=True)) for line in lines[1:]]
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert {"fit/mse", "fit/quality", "fit/decision_changed", "fit/crossings"} <= rows[0].keys()
     assert [int(row["step"]) for row in rows] == [1004, 1009, 1014, 1019, 1024, 1029]
     for i, row in enumerate(rows):
         loss = torch.stack([trace.loss[i] for trace in callbacks[-1].traces]).mean()
@@ -185,9 +160,7 @@ def test_precision_is_the_trainers(images: Tensor, undecided: nn.Module, precisi
         assert 0.5 < float(trace.loss[-1] / wanted.loss[-1]) < 2
     if wide:
         double = ours(undecided, decisions=10)
-        trainer(12, *double).fit(
-            StackedDIP(images[:2], options=FitOptions(network="small", jitter=0.1, dtype="float64"))
-        )
+        trainer(12, *double).fit(StackedDIP(images[:2], options=replace(fit, dtype="float64")))
         torch.testing.assert_close(callbacks[-1].traces[0].loss, double[-1].traces[0].loss, rtol=1e-4, atol=0)
 
 
@@ -203,11 +176,10 @@ class Smooth(StackedDIP):
         return out
 
 
-class Weightless(Smooth):
-    weight = 0.0
-
-
 def test_a_regulariser_changes_the_result(images: Tensor, undecided: nn.Module) -> None:
+    class Weightless(Smooth):
+        weight = 0.0
+
     found = {}
     for kind in (StackedDIP, Weightless, Smooth):
         callbacks = ours(undecided, decisions=10)
@@ -235,18 +207,16 @@ def test_engines_without_gradients_are_refused_for_a_loss_of_ones_own(images: Te
 def test_a_trainers_precision_and_ours_together_are_refused(images: Tensor, precision: str) -> None:
     module = StackedDIP(images[:1], options=FitOptions(network="small", engine="torch", matmul_precision="bfloat16"))
     # Lightning itself turns 16-mixed into bf16-mixed on a CPU.
-    name = f"'(bf)?{precision.removeprefix('bf')}'"
-    needed = f"`precision` {name} of the Trainer needs `matmul_precision` 'float32', got 'bfloat16'"
+    needed = f"`precision` '(bf)?{precision}' of the Trainer needs `matmul_precision` 'float32', got 'bfloat16'"
     with pytest.raises(ValueError, match=needed):
         trainer(4, precision=precision).fit(module)
 
 
-class Bare(StackedDIP):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        return self(self.z).sum()
-
-
 def test_an_output_of_another_kind_is_named(images: Tensor, victim: nn.Module) -> None:
+    class Bare(StackedDIP):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return self(self.z).sum()
+
     with pytest.raises(TypeError, match=r"must return the dict of StackedDIP\.training_step, .* got \['loss'\]"):
         trainer(4, DecisionLogger(victim)).fit(Bare(images[:1], options=SMALL))
 
@@ -254,19 +224,13 @@ def test_an_output_of_another_kind_is_named(images: Tensor, victim: nn.Module) -
 @pytest.mark.parametrize(
     ("T", "options", "message"),
     [
-        (
-            None,
-            {"max_epochs": 3},
-            r"`max_steps` of the Trainer must be the number T .* got max_steps=-1 \(max_epochs=3\)",
-        ),
+        (None, {"max_epochs": 3}, r"the Trainer must be the number T .* got max_steps=-1 \(max_epochs=3\)"),
         (None, {}, "`max_steps` of the Trainer must be the number T"),
         (40, {"accumulate_grad_batches": 2}, "`accumulate_grad_batches` of the Trainer must be 1, got 2"),
         (40, {"precision": "bf16-true"}, "`precision` of the Trainer must be one of 32-true.*got 'bf16-true'"),
     ],
 )
-def test_a_trainer_that_cannot_fit_is_told_why(
-    images: Tensor, victim: nn.Module, T: int | None, options: dict[str, Any], message: str
-) -> None:
+def test_a_trainer_that_cannot_fit_is_told_why(images, victim, T, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(T, *ours(victim), **options).fit(StackedDIP(images[:1], options=SMALL))
 
@@ -295,17 +259,9 @@ def test_a_fit_that_begins_in_the_middle_is_refused(images: Tensor, victim: nn.M
         )
 
 
-class StopAt(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        trainer.should_stop = outputs["step"] >= self.step
-
-
 def test_a_fit_that_ends_before_the_first_sample_is_an_error(images: Tensor, victim: nn.Module) -> None:
     with pytest.raises(RuntimeError, match="ended after 3 of 40 steps, before the first sample at step 9"):
-        trainer(40, *ours(victim, decisions=4), StopAt(2)).fit(StackedDIP(images[:1], options=SMALL))
+        trainer(40, *ours(victim, decisions=4), At(2, stop)).fit(StackedDIP(images[:1], options=SMALL))
     with pytest.raises(ValueError, match="`every` must be from 1 to 2, got 10"):
         trainer(5, *ours(victim, every=10)).fit(StackedDIP(images[:1], options=SMALL))
     callbacks = ours(victim)

@@ -1,7 +1,5 @@
 """Traces that are made from a stored fit, against those of a fit that asked the victim."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor, nn

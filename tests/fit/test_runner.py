@@ -1,7 +1,5 @@
 """What a stacked fit does to the program around it."""
 
-from __future__ import annotations
-
 import gc
 import logging
 import os
@@ -17,6 +15,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import LambdaCallback
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
@@ -31,53 +30,25 @@ from dipguard.fit import (
     isolated_trainer,
     run_fit,
 )
-from tests.fit.engines import WORKING
+from tests.fit.conftest import WORKING, At
 
 CPU = torch.device("cpu")
 
 
-class At(pl.Callback):
-    """Does something at step 3."""
-
-    def __init__(self, what: Any) -> None:
-        self.what = what
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 3:
-            self.what()
-
-
-class Before(pl.Callback):
-    """Takes its time before the fit's first step."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        time.sleep(self.seconds)
-
-
 def run(images: Tensor, victim: nn.Module, *callbacks: pl.Callback) -> StackResult:
-    return fit_stack(
-        images[:1],
-        victim=victim,
-        indices=[0],
-        fit=FitOptions(network="small"),
-        decide=DecideOptions(T=8, decisions=4),
-        stitch=StitchOptions(tau=0.7, t0=50, K=15, beta=0.5),
-        device=torch.device("cpu"),
-        callbacks=callbacks,
-    )
+    decide, stitch = DecideOptions(T=8, decisions=4), StitchOptions(tau=0.7, t0=50, K=15, beta=0.5)
+    how = {"indices": [0], "fit": FitOptions(network="small"), "device": CPU, "callbacks": callbacks}
+    return fit_stack(images[:1], victim=victim, decide=decide, stitch=stitch, **how)
 
 
-def press_ctrl_c() -> None:
+def press_ctrl_c(trainer: pl.Trainer) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 
 def test_ctrl_c_stays_ctrl_c_and_can_be_pressed_again(images: Tensor, victim: nn.Module) -> None:
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            run(images, victim, At(press_ctrl_c))
+            run(images, victim, At(3, press_ctrl_c))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert len(run(images, victim).traces) == 1
 
@@ -87,12 +58,12 @@ def test_other_errors_pass(images: Tensor, victim: nn.Module, error: type[BaseEx
     torch.manual_seed(5)
     state = torch.get_rng_state()
 
-    def fail() -> None:
+    def fail(trainer: pl.Trainer) -> None:
         torch.rand(1)
         raise error("stop")
 
     with pytest.raises(error, match="stop"):
-        run(images, victim, At(fail))
+        run(images, victim, At(3, fail))
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -105,9 +76,7 @@ def test_runs_in_a_thread(images: Tensor, victim: nn.Module) -> None:
     assert torch.equal(results[0].reconstructions[0].image, expected.reconstructions[0].image)
 
 
-def test_a_fit_inside_a_slurm_job_is_no_task_of_it(
-    images: Tensor, victim: nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fit_inside_a_slurm_job_is_no_task_of_it(images, victim, monkeypatch) -> None:
     """Lightning would take the job's tasks for processes of this Trainer, and refuse them."""
     for name, value in {"NTASKS": "2", "PROCID": "1", "LOCALID": "1", "JOB_ID": "1", "JOB_NAME": "mine"}.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
@@ -118,12 +87,8 @@ def test_a_fit_inside_a_slurm_job_is_no_task_of_it(
 def test_what_threads_share_is_put_back_by_the_last_of_them() -> None:
     def state() -> list[Any]:
         levels = [logging.getLogger(name).level for name in ("pytorch_lightning", "lightning.fabric")]
-        return [
-            levels,
-            list(warnings.filters),
-            torch.get_rng_state().tolist(),
-            torch.backends.cudnn.conv.fp32_precision,
-        ]
+        random, precision = torch.get_rng_state().tolist(), torch.backends.cudnn.conv.fp32_precision
+        return [levels, list(warnings.filters), random, precision]
 
     inside, leave = threading.Event(), threading.Event()
 
@@ -173,12 +138,12 @@ class Remember(pl.Callback):
 @pytest.mark.parametrize("engine", WORKING)
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_fit_leaves_nothing_to_the_garbage_collector(images: Tensor, engine: str, fails: bool) -> None:
-    def fail() -> None:
+    def fail(trainer: pl.Trainer) -> None:
         raise KeyError
 
     remember = Remember()
     fit = FitOptions(network="small", engine=engine, jitter=0.1)
-    callbacks = [remember, At(fail)] if fails else [remember]
+    callbacks = [remember, At(3, fail)] if fails else [remember]
     gc.disable()
     try:
         with pytest.raises(KeyError) if fails else nullcontext():
@@ -189,8 +154,8 @@ def test_a_fit_leaves_nothing_to_the_garbage_collector(images: Tensor, engine: s
 
 
 def test_seconds_are_counted_by_part(images: Tensor, victim: nn.Module) -> None:
-    start = time.perf_counter()
-    seconds = run(images, victim, Before(0.1), At(lambda: time.sleep(0.1))).seconds
+    start, slow_start = time.perf_counter(), LambdaCallback(on_fit_start=lambda *about: time.sleep(0.1))
+    seconds = run(images, victim, slow_start, At(3, lambda trainer: time.sleep(0.1))).seconds
     assert seconds.keys() == {"start", "fit", "decide"}
     assert min(seconds.values()) > 0
     assert seconds["start"] >= 0.1

@@ -1,7 +1,5 @@
 """Many images in stacks, how many at once, and what happens when memory runs out. Every shortage is real."""
 
-from __future__ import annotations
-
 import gc
 import io
 import json
@@ -11,10 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -34,6 +30,7 @@ from dipguard.fit import (
     stack_size_for,
 )
 from dipguard.fit.memory import free_memory, memory_need
+from tests.fit.conftest import At, stop
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,9 +68,7 @@ def cut(count: int, size: int, most: int, *, T: int = 1) -> tuple[list[slice], l
     ],
 )
 @pytest.mark.filterwarnings("ignore:out of memory")
-def test_a_stack_that_does_not_fit_is_halved_and_begun_again(
-    count: int, size: int, most: int, expected: list[int], tried: list[int]
-) -> None:
+def test_a_stack_that_does_not_fit_is_halved_and_begun_again(count, size, most, expected, tried) -> None:
     parts, calls = cut(count, size, most, T=10)
     assert [part.stop - part.start for part in parts] == expected
     assert [i for part in parts for i in range(part.start, part.stop)] == list(range(count))
@@ -127,8 +122,7 @@ class Greedy(nn.Module):
 
     def __init__(self, most: int) -> None:
         super().__init__()
-        self.most = most
-        self.calls = 0
+        self.most, self.calls = most, 0
         self.linear = nn.Linear(12, 4)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,17 +137,10 @@ def test_progress_and_seconds_count_what_came_of_it(images: Tensor, capfd: pytes
     victim = Greedy(2)
 
     def work(part: slice, first_step: int, progress: FitProgress) -> StackResult:
-        return fit_stack(
-            images[part],
-            victim=victim,
-            indices=range(part.start, part.stop),
-            fit=FitOptions(network="small"),
-            decide=DecideOptions(T=6, decisions=3, N=1),
-            stitch=StitchOptions(tau=1.0, t0=0, K=1, beta=0.5),
-            device=CPU,
-            first_step=first_step,
-            callbacks=[progress],
-        )
+        decide, stitch = DecideOptions(T=6, decisions=3, N=1), StitchOptions(tau=1.0, t0=0, K=1, beta=0.5)
+        how = {"indices": range(part.start, part.stop), "fit": FitOptions(network="small"), "device": CPU}
+        told = {"first_step": first_step, "callbacks": [progress]}
+        return fit_stack(images[part], victim=victim, decide=decide, stitch=stitch, **how, **told)
 
     parts = list(in_stacks(5, size=4, T=6, work=work, device=CPU, progress=True))
     assert [len(part.traces) for part in parts] == [2, 2, 1]
@@ -163,26 +150,11 @@ def test_progress_and_seconds_count_what_came_of_it(images: Tensor, capfd: pytes
     assert all(set(part.seconds) == {"start", "fit", "decide"} and min(part.seconds.values()) > 0 for part in parts)
 
 
-class EndAfter(pl.Callback):
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        trainer.should_stop = trainer.should_stop or outputs["step"] == self.step
-
-
 def test_progress_leaves_out_what_a_fit_did_not_need(images: Tensor) -> None:
     with tqdm(total=200, file=io.StringIO()) as bar:
-        progress = FitProgress(bar)
-        fit_rule(
-            images[:2],
-            rule=PeakOfSmoothedPSNR(),
-            indices=[0, 1],
-            fit=FitOptions(network="small"),
-            T=61,
-            device=CPU,
-            callbacks=[progress, EndAfter(49)],
-        )
+        progress, how = FitProgress(bar), {"fit": FitOptions(network="small"), "T": 61, "device": CPU}
+        callbacks = [progress, At(49, stop)]
+        fit_rule(images[:2], rule=PeakOfSmoothedPSNR(), indices=[0, 1], callbacks=callbacks, **how)
         assert (bar.n, bar.total) == (100, 200 - 2 * 11)
         progress.skip(7)
         assert bar.total == 200 - 2 * 11 - 7
@@ -227,10 +199,8 @@ for engine, dtype, megabytes in json.loads(sys.argv[1]):
 @pytest.mark.slow
 def test_a_fit_in_too_little_memory_goes_on_in_smaller_stacks() -> None:
     native = [] if compiler() is None else [("native", "float32", 50)]
-    cases = json.dumps([*native, ("torch", "float64", 150)])
-    done = subprocess.run(
-        [sys.executable, "-c", SHORTAGE, cases], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", SHORTAGE, json.dumps([*native, ("torch", "float64", 150)])]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     lines = done.stdout.splitlines()
     assert len(lines) == len(native) + 1
@@ -258,7 +228,6 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     kept = 40_000
     shared, each = memory_need(size, fit=fit, kept=kept, engine="torch")
     free = free_memory(CPU)
-    assert free is not None
     with caplog.at_level("INFO", logger="dipguard"):
         chosen = stack_size_for(32, size=size, fit=fit, kept=kept, device=CPU)
     gib = (shared + chosen * each) / 2**30

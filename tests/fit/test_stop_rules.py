@@ -1,7 +1,6 @@
 """Stopping rules on fits: they see every step and change nothing; a fit for a rule alone ends when it is done."""
 
-from __future__ import annotations
-
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule
 from dipguard.fit import DecideOptions, FitOptions, StitchOptions, StopRuleCallback, fit_rule, fit_stack
-from tests.fit.engines import SLOW_NATIVE
+from tests.fit.conftest import NATIVE, Watch, trainer
 
 CPU = torch.device("cpu")
 T = 40
@@ -25,27 +24,6 @@ def rules() -> dict[str, StopRule]:
     return {"peak": PeakOfSmoothedPSNR(smoothing=0.2), "fixed": FixedStep(30)}
 
 
-class Watch(pl.Callback):
-    def __init__(self) -> None:
-        self.seen: list[Tensor] = []
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.seen.append(outputs["reconstructions"].clone())
-
-
-def defend(images: Tensor, victim: nn.Module, *callbacks: pl.Callback, **decide: Any) -> Any:
-    return fit_stack(
-        images,
-        victim=victim,
-        indices=[4, 1, 7],
-        fit=FIT,
-        decide=DecideOptions(T=T, decisions=None, every=2, **decide),
-        stitch=StitchOptions(tau=0.0, t0=0, K=1, beta=0.5),
-        device=CPU,
-        callbacks=callbacks,
-    )
-
-
 def test_early_stopping_begins_anew_with_each_fit(images: Tensor) -> None:
     stop = EarlyStopping("fit/mse", patience=1)
     for image in range(2):  # it would end the second fit, which is not as good after 50 steps as the first after 200
@@ -54,10 +32,10 @@ def test_early_stopping_begins_anew_with_each_fit(images: Tensor) -> None:
         assert stop.best_score == pytest.approx(float((found.images - given).square().mean()))
 
 
-@pytest.mark.parametrize("engine", SLOW_NATIVE)
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=[NATIVE, pytest.mark.slow])])
 def test_each_rule_chooses_among_the_steps_of_its_fit(images: Tensor, engine: str) -> None:
     given, chosen = images[:3], {}
-    fit = FitOptions(network="small", dtype="float64", seed=2, engine=engine)
+    fit = replace(FIT, engine=engine)
     for name, rule in rules().items():
         watch = Watch()
         found = fit_rule(given, rule=rules()[name], indices=[4, 1, 7], fit=fit, T=T, device=CPU, callbacks=[watch])
@@ -74,9 +52,13 @@ def test_each_rule_chooses_among_the_steps_of_its_fit(images: Tensor, engine: st
 
 @pytest.mark.slow
 def test_a_rule_changes_no_other_result(images: Tensor, victim: nn.Module) -> None:
+    def defend(*callbacks: pl.Callback) -> Any:
+        decide, stitch = DecideOptions(T=T, decisions=None, every=2), StitchOptions(tau=0.0, t0=0, K=1, beta=0.5)
+        how = {"indices": [4, 1, 7], "fit": FIT, "decide": decide, "stitch": stitch, "device": CPU}
+        return fit_stack(images[:3], victim=victim, callbacks=callbacks, **how)
+
     used = rules().values()
-    watched = defend(images[:3], victim, *(StopRuleCallback(rule) for rule in used))
-    without = defend(images[:3], victim)
+    watched, without = defend(*map(StopRuleCallback, used)), defend()
     for mine, theirs in zip(watched.reconstructions, without.reconstructions, strict=True):
         assert torch.equal(mine.image, theirs.image)
     for mine, theirs in zip(watched.traces, without.traces, strict=True):
@@ -113,9 +95,5 @@ def test_used_rules_late_steps_and_other_modules_are_refused(images: Tensor) -> 
         fit_rule(images[:1], rule=used, **run)
     with pytest.raises(RuntimeError, match="FixedStep chose none of the 6 steps"):
         fit_rule(images[:1], rule=FixedStep(6), **run)
-    trainer = pl.Trainer(
-        max_steps=1, accelerator="cpu", logger=False, callbacks=[StopRuleCallback(rules()["peak"])],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-    )  # fmt: skip
     with pytest.raises(TypeError, match="works on a StackedDIP, got BoringModel"):
-        trainer.fit(BoringModel())
+        trainer(1, StopRuleCallback(rules()["peak"])).fit(BoringModel())

@@ -1,5 +1,4 @@
 import pytest
-import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
@@ -7,45 +6,36 @@ from dipguard.decision import quality
 from dipguard.decision.class_scores import mirrored
 from dipguard.evaluation.matrix import Curves
 from dipguard.fit import Decider, FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
+from tests.fit.conftest import Watch
 
 OPTIONS = FitOptions(network="small", dtype="float64", jitter=0.0, optimise_z=True, engine="torch")
 CPU = torch.device("cpu")
 
 
-class Keeper(pl.Callback):
-    """Keeps every x(t), for the slow form."""
-
-    def __init__(self):
-        self.x = []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.x.append(outputs["reconstructions"].clone())
-
-
-def fit(images, steps, *callbacks):
+def fit(images, steps, *callbacks, logger=None):
     with isolated_trainer(CPU):
-        make_trainer(steps, device=CPU, callbacks=callbacks).fit(StackedDIP(images, options=OPTIONS))
+        made = make_trainer(steps, device=CPU, callbacks=callbacks, logger=logger)
+        made.fit(StackedDIP(images, options=OPTIONS))
 
 
-@pytest.mark.parametrize(("windows", "calls"), [(20, [64, 16])])
-def test_windows_and_readings_are_those_of_a_slow_form(images, victim, windows, calls):
-    log, keep, seen = WindowLogger(victim, warm_up=3, every=2, windows=windows), Keeper(), []
-    with victim.register_forward_hook(lambda module, inputs, output: seen.append(len(inputs[0]))):
-        fit(images[:2], 2 * windows + 4, log, keep)
-    assert seen == calls  # of each window 2 images, as they are and mirrored
-    assert log.logits.shape == log.mirrored_logits.shape == (windows, 2, 10)
-    decide = Decider(victim)
-    for window in range(windows):
+def test_windows_and_readings_are_those_of_a_slow_form(images, victim):
+    log, watch, asked = WindowLogger(victim, warm_up=3, every=2, windows=20), Watch(), []
+    with victim.register_forward_hook(lambda module, inputs, output: asked.append(len(inputs[0]))):
+        fit(images[:2], 44, log, watch)
+    assert asked == [64, 16]  # of each window 2 images, as they are and mirrored
+    assert log.logits.shape == log.mirrored_logits.shape == (20, 2, 10)
+    decide, x = Decider(victim), watch.seen
+    for window in range(20):
         first = 3 + 2 * window
-        mean = (keep.x[first] + keep.x[first + 1]) / 2
+        mean = (x[first] + x[first + 1]) / 2
         assert torch.allclose(log.samples[window], mean, atol=1e-12)
         assert torch.allclose(log.logits[window], decide(mean), atol=1e-5)
         assert torch.allclose(log.mirrored_logits[window], decide(mirrored(mean)), atol=1e-5)
         given = images[:2].double()
-        wrong = sum((keep.x[t] - given).square().flatten(1).mean(1) for t in (first, first + 1)) / 2
+        wrong = sum((x[t] - given).square().flatten(1).mean(1) for t in (first, first + 1)) / 2
         assert torch.allclose(log.errors[window], wrong, atol=1e-12)
         assert torch.allclose(log.quality[window], quality(mean, given), atol=1e-6)
-    assert log.samples.shape == (windows, 2, 3, 32, 32)
+    assert log.samples.shape == (20, 2, 3, 32, 32)
     assert log.seconds > 0
 
 
@@ -54,22 +44,20 @@ def test_rows_are_logged_while_the_fit_runs(images, victim):
     given_logits = Decider(victim)(images[:2])
     log = WindowLogger(victim, warm_up=3, every=2, windows=40, given_logits=given_logits, first_step=100)
     curves.row = lambda step, metrics: at.append(log._full)
-    with isolated_trainer(CPU):
-        make_trainer(84, device=CPU, callbacks=[log], logger=curves).fit(StackedDIP(images[:2], options=OPTIONS))
+    fit(images[:2], 84, log, logger=curves)
     assert at == [16] * 16 + [32] * 16 + [40] * 8  # as many windows were full
     assert [step for step, _ in curves.rows] == [100 + 3 + 2 * window + 1 for window in range(40)]
     for window, (_, row) in enumerate(curves.rows):
         assert row["fit/mse"] == pytest.approx(float(log.errors[window].mean()))
         assert row["fit/quality"] == pytest.approx(float(log.quality[window].mean()))
-        assert row["fit/decision_changed"] == float(
-            (log.logits[window].argmax(1) != given_logits.argmax(1)).double().mean()
-        )
+        changed = log.logits[window].argmax(1) != given_logits.argmax(1)
+        assert row["fit/decision_changed"] == float(changed.double().mean())
 
 
 def test_callbacks_can_watch_the_last_step_of_each_epoch(images, victim):
-    keep, stop = Keeper(), EarlyStopping("fit/quality", mode="max", patience=9)
-    fit(images[:2], 60, WindowLogger(victim, warm_up=1, every=1, windows=3), keep, stop)
-    wanted = max(float(quality(keep.x[step], images[:2].double()).mean()) for step in (49, 59))
+    watch, stop = Watch(), EarlyStopping("fit/quality", mode="max", patience=9)
+    fit(images[:2], 60, WindowLogger(victim, warm_up=1, every=1, windows=3), watch, stop)
+    wanted = max(float(quality(watch.seen[step], images[:2].double()).mean()) for step in (49, 59))
     assert stop.best_score == pytest.approx(wanted)
 
 

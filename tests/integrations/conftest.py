@@ -7,25 +7,8 @@ import torch.nn.functional as F
 
 from .projects import DigitsModule, digits
 
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
-"""Nothing of this concerns gradients, inference mode or precision: those stay the Trainer's own defaults."""
-
-TINY: dict[str, Any] = {
-    "network": "small",
-    "T": 6,
-    "decisions": 3,
-    "t0": 0,
-    "tau": 0.0,
-    "K": 3,
-    "z_scale": 0.1,
-    "dtype": "float64",
-}
+TINY: dict[str, Any] = {"network": "small", "T": 6, "decisions": 3, "t0": 0, "tau": 0.0, "K": 3}
+TINY |= {"z_scale": 0.1, "dtype": "float64"}
 """A guard's options: a fit of a fraction of a second, in float64 so that the size of its stack does not show."""
 
 
@@ -53,4 +36,6 @@ def module(weights: dict[str, Any]) -> DigitsModule:
 
 
 def trainer(*callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    return pl.Trainer(**{**QUIET, "callbacks": list(callbacks), **options})
+    """Without output; gradients, inference mode and precision stay the Trainer's own defaults."""
+    quiet = ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing")
+    return pl.Trainer(accelerator="cpu", callbacks=[*callbacks], **{**dict.fromkeys(quiet, False), **options})

@@ -1,7 +1,5 @@
 """A Lightning project of its own: a LightningModule and a DataModule that do not know dipguard."""
 
-from __future__ import annotations
-
 from collections import UserDict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.nn.functional as F
+from pytorch_lightning.utilities import rank_zero_only
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -45,33 +44,28 @@ KINDS: dict[str, tuple[Any, Any]] = {
 
 
 def pack(kind: str, x: Tensor, y: Tensor) -> Any:
-    made: dict[str, Any] = {
-        "tensor": lambda: x,
-        "tuple": lambda: (x, y),
-        "list": lambda: [x, y],
-        "target_first": lambda: (y, x),
-        "dict": lambda: {"image": x, "label": y, "name": "digits"},
-        "userdict": lambda: Features({"pixel_values": x, "labels": y}),
-        "namedtuple": lambda: Pair(x, y),
-        "dataclass": lambda: Sample(x, y),
-        "nested": lambda: {"inputs": [{"image": x, "size": len(x)}], "meta": {"label": y}},
-    }
-    return made[kind]()
+    return {
+        "tensor": x,
+        "tuple": (x, y),
+        "list": [x, y],
+        "target_first": (y, x),
+        "dict": {"image": x, "label": y, "name": "digits"},
+        "userdict": Features({"pixel_values": x, "labels": y}),
+        "namedtuple": Pair(x, y),
+        "dataclass": Sample(x, y),
+        "nested": {"inputs": [{"image": x, "size": len(x)}], "meta": {"label": y}},
+    }[kind]
 
 
 def unpack(kind: str, batch: Any) -> tuple[Tensor, Tensor | None]:
-    parts: dict[str, Any] = {
-        "tensor": lambda: (batch, None),
-        "tuple": lambda: (batch[0], batch[1]),
-        "list": lambda: (batch[0], batch[1]),
-        "target_first": lambda: (batch[1], batch[0]),
-        "dict": lambda: (batch["image"], batch["label"]),
-        "userdict": lambda: (batch["pixel_values"], batch["labels"]),
-        "namedtuple": lambda: (batch.picture, batch.target),
-        "dataclass": lambda: (batch.picture, batch.target),
-        "nested": lambda: (batch["inputs"][0]["image"], batch["meta"]["label"]),
-    }
-    return parts[kind]()
+    def at(place: Any) -> Any:
+        part = batch
+        for key in place if isinstance(place, tuple) else (place,):
+            part = getattr(part, key) if isinstance(part, Pair | Sample) else part[key]
+        return part
+
+    images, labels = KINDS[kind]
+    return at(images), None if labels is None else at(labels)
 
 
 def digits(first: int, count: int, *, noise: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -125,14 +119,8 @@ class DigitsModule(pl.LightningModule):
         super().__init__()
         self.save_hyperparameters({"rate": rate})
         self.kind, self.folder = kind, folder
-        self.net = nn.Sequential(
-            nn.Conv2d(3, 12, 3, stride=2, padding=1),
-            nn.BatchNorm2d(12),
-            nn.ReLU(),
-            nn.Dropout(0.2),
-            nn.Flatten(),
-            nn.Linear(12 * 64, 10),
-        )
+        first = nn.Conv2d(3, 12, 3, stride=2, padding=1), nn.BatchNorm2d(12), nn.ReLU()
+        self.net = nn.Sequential(*first, nn.Dropout(0.2), nn.Flatten(), nn.Linear(12 * 64, 10))
         self.accuracy = MulticlassAccuracy(10, average="micro")
         self.seen: list[Tensor] = []
         self.autocast: list[bool] = []
@@ -167,7 +155,5 @@ class DigitsModule(pl.LightningModule):
 
     def on_test_end(self) -> None:
         if self.folder is not None:
-            from pytorch_lightning.utilities import rank_zero_only
-
             ranks = (self.global_rank, rank_zero_only.rank, torch.distributed.get_rank())
             torch.save({"seen": self.seen, "ranks": ranks}, self.folder / f"{self.global_rank}.pt")

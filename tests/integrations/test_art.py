@@ -1,7 +1,5 @@
 """ART's own classifier and attacks with a defence as preprocessor."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np
@@ -23,15 +21,8 @@ pytest.importorskip("art", reason="needs the extra art")
 def estimator(module: nn.Module, *preprocessors: Any) -> Any:
     from art.estimators.classification import PyTorchClassifier
 
-    return PyTorchClassifier(
-        module,
-        loss=nn.CrossEntropyLoss(),
-        input_shape=(3, 16, 16),
-        nb_classes=10,
-        clip_values=(0.0, 1.0),
-        preprocessing_defences=list(preprocessors),
-        device_type="cpu",
-    )
+    about = {"loss": nn.CrossEntropyLoss(), "input_shape": (3, 16, 16), "nb_classes": 10, "clip_values": (0.0, 1.0)}
+    return PyTorchClassifier(module, preprocessing_defences=list(preprocessors), device_type="cpu", **about)
 
 
 def pgd(classifier: Any, images: Tensor, labels: Tensor, *, steps: int = 5) -> np.ndarray:

@@ -1,7 +1,5 @@
 """foolbox and torchattacks against a defended classifier."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +10,6 @@ from dipguard import DIPGuard
 from dipguard.attacks.libraries import foolbox
 from dipguard.defenses import build_defense
 from dipguard.integrations.attackable import BPDAClassifier
-from dipguard.integrations.inputs import InputPurifier
 
 from .conftest import TINY
 from .projects import DigitsModule, digits
@@ -59,14 +56,13 @@ def test_an_attack_through_a_guard(module: DigitsModule, attack) -> None:
 
 @pytest.mark.slow
 def test_black_box_attacks_of_foolbox_ask_the_defended_model(module: DigitsModule) -> None:
-    library, (images, labels) = foolbox(), digits(0, 4)
+    library, images = foolbox(), digits(0, 4)[0]
     defended = BPDAClassifier(module, build_defense("median", module))
     right = defended(images).argmax(1)
     model = library.PyTorchModel(defended, bounds=(0, 1), device="cpu")
     attack = library.attacks.HopSkipJumpAttack(steps=2, initial_gradient_eval_steps=10, max_gradient_eval_steps=10)
     _, attacked, _ = attack(model, images, right, epsilons=None)
     assert not bool((defended(attacked).argmax(1) == right).any())
-    assert labels.shape == right.shape
 
 
 def test_the_gradient_is_that_by_the_purified_image(module: DigitsModule) -> None:
@@ -99,13 +95,3 @@ def test_the_classifier_is_left_as_it_was(module: DigitsModule, attack) -> None:
     attack(BPDAClassifier(module, build_defense("median", module)), *digits(0, 4))
     assert [part.training for part in module.modules()] == modes
     assert all(torch.equal(value, module.state_dict()[key]) for key, value in values.items())
-
-
-@pytest.mark.parametrize("draws", ["content", "position"])
-def test_how_a_random_defence_draws(module: DigitsModule, draws: str) -> None:
-    images = digits(0, 2, noise=0.1)[0]
-    purifier = InputPurifier(DIPGuard(module, **{**TINY, "dtype": "float32"}), draws=draws)
-    first, again = purifier(images), purifier(images)
-    assert torch.equal(first, again)
-    moved = purifier(images.flip(0)).flip(0)
-    assert torch.allclose(first, moved, atol=1e-3) == (draws == "content")

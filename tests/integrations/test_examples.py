@@ -1,7 +1,5 @@
 """The Lightning example, run as its reader runs it."""
 
-from __future__ import annotations
-
 import ast
 import logging
 import os
@@ -29,11 +27,8 @@ def test_the_three_ways(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["test_accuracy"] == found["test_accuracy_defended"]
     assert all(0 <= value <= 1 for value in found.values())
     shown = capsys.readouterr().out
-    assert re.findall(r"^(callback|classifier|module): ", shown, flags=re.MULTILINE) == [
-        "callback",
-        "classifier",
-        "module",
-    ]
+    told = re.findall(r"^(callback|classifier|module): ", shown, flags=re.MULTILINE)
+    assert told == ["callback", "classifier", "module"]
 
 
 def test_the_project_itself_knows_nothing_of_dipguard() -> None:

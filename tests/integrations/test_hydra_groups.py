@@ -1,7 +1,5 @@
 """dipguard's config groups in another Hydra application."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

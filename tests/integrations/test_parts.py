@@ -1,7 +1,5 @@
 """The parts that the integrations share: places in a batch, positions in a data set, pixels."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset

@@ -1,7 +1,5 @@
 """Writes results.csv, checks.csv as a run stores them: the input of all reports."""
 
-from __future__ import annotations
-
 import csv
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,13 +7,7 @@ from typing import Any
 
 from scipy.stats import binomtest
 
-RESULT_FIELDS = (
-    "data", "victim", "surrogate", "attack", "attack_name", "number", "check", "eps_255", "budget", "defense",
-    "defense_name", "seed", "n", "correct", "accuracy", "low", "high", "ssim", "psnr", "seconds_per_image",
-    "purifications", "dip_steps", "victim_queries", "gradients", "attack_seconds", "status", "options", "cut", "note",
-    "key",
-)  # fmt: skip
-CHECK_FIELDS = ("defense", "check", "verdict", "figures")
+from dipguard.evaluation.results import FIELDS
 
 LINF = {f"{attack}_{eps}": (attack, eps) for attack in ("fgsm", "pgd", "bim", "mifgsm") for eps in (2, 4, 8)}
 PAPER_ATTACKS: dict[str, tuple[str, Any]] = {"clean": ("none", ""), **LINF, "cw": ("cw", ""), "ddn": ("ddn", "")}
@@ -60,4 +52,4 @@ def write_lines(path: Path, fields: Iterable[str], lines: Iterable[dict[str, Any
 
 
 def write_results(folder: Path, lines: Iterable[dict[str, Any]]) -> Path:
-    return write_lines(folder / "results.csv", RESULT_FIELDS, lines)
+    return write_lines(folder / "results.csv", FIELDS, lines)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,7 +116,6 @@ def test_mirrored_figure_shows_both_readings_and_what_was_averaged(
     captions = [ax.get_xlabel() for ax in figure.subfigs[0].axes]
     assert captions == ["clean", "given: attacked", "network 1, t = 19", "network 2, t = 119", "reconstruction"]
     lines = {line.get_label().split(":")[0]: np.asarray(line.get_ydata()) for line in axes[2].get_lines()}
-    assert trace.mirrored_logits is not None
     wanted = trace.mirrored_logits.double().softmax(1)[:, 1].numpy()
     drawn = lines["1 (true)"]
     assert drawn[np.isfinite(drawn)] == pytest.approx(wanted)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from dipguard.reporting.paper_figures import ATTACKS, TABLE_1, TABLE_2, head_of, paper_data

@@ -1,20 +1,11 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
-from dipguard.reporting.results import COLUMNS, NUMBERS, in_suite, read_checks, read_results
-from tests.reporting.stored_run import (
-    CHECK_FIELDS,
-    NO_WEIGHTS,
-    RESULT_FIELDS,
-    cell,
-    point,
-    write_lines,
-    write_results,
-)
+from dipguard.evaluation.results import CHECK_FIELDS, FIELDS
+from dipguard.reporting.results import NUMBERS, in_suite, read_checks, read_results
+from tests.reporting.stored_run import NO_WEIGHTS, cell, point, write_lines, write_results
 
 
 def test_cells_come_back_as_they_were_written(tmp_path: Path) -> None:
@@ -25,9 +16,9 @@ def test_cells_come_back_as_they_were_written(tmp_path: Path) -> None:
         point("hopskipjump", "jpeg", 2.5, 1000, 7),
     ]
     table = read_results(write_results(tmp_path, lines))
-    assert list(table.columns) == list(RESULT_FIELDS)
+    assert list(table.columns) == list(FIELDS)
     for line, (_, row) in zip(lines, table.iterrows(), strict=True):
-        for name in RESULT_FIELDS:
+        for name in FIELDS:
             expected = line.get(name, "")
             if name in NUMBERS:
                 assert pd.isna(row[name]) if expected == "" else row[name] == float(expected)
@@ -40,7 +31,7 @@ def test_cells_come_back_as_they_were_written(tmp_path: Path) -> None:
 
 
 def test_further_columns_and_another_order_do_no_harm(tmp_path: Path) -> None:
-    path = write_lines(tmp_path / "a.csv", [*reversed(RESULT_FIELDS), "more"], [cell("cw", "jpeg", 3, more="x, y")])
+    path = write_lines(tmp_path / "a.csv", [*reversed(FIELDS), "more"], [cell("cw", "jpeg", 3, more="x, y")])
     table = read_results(path)
     assert (table["correct"].tolist(), table["more"].tolist()) == ([3], ["x, y"])
 
@@ -69,7 +60,7 @@ def test_text_in_the_place_of_a_number_is_refused(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("lost", ["accuracy", "status", "defense"])
 def test_lost_columns_are_named(tmp_path: Path, lost: str) -> None:
-    fields = [name for name in RESULT_FIELDS if name != lost]
+    fields = [name for name in FIELDS if name != lost]
     line = {name: value for name, value in cell("cw", "jpeg", 3).items() if name != lost}
     with pytest.raises(ValueError, match=f"it lacks {lost}$"):
         read_results(write_lines(tmp_path / "a.csv", fields, [line]))
@@ -99,7 +90,3 @@ def test_checks_come_back_as_they_were_written(tmp_path: Path) -> None:
     lines = [dict(zip(CHECK_FIELDS, ("none", name, "ok", "x, y"), strict=True)) for name in ("a", "b")]
     table = read_checks(write_lines(tmp_path / "checks.csv", CHECK_FIELDS, lines))
     assert table.to_dict("records") == lines
-
-
-def test_all_that_is_read_is_among_the_fields_of_a_run() -> None:
-    assert set(COLUMNS) <= set(RESULT_FIELDS)

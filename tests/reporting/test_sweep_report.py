@@ -1,7 +1,5 @@
 """Sweeps' reports, from job folders as a sweep leaves them; sweeps that really run are in tests/sweeps."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json
@@ -15,17 +13,10 @@ import numpy as np
 import pytest
 
 from dipguard.evaluation.metrics import wilson
-from dipguard.reporting.sweep_jobs import read_sweep, short_labels, text_of
-from dipguard.reporting.sweep_report import (
-    MEAN,
-    Grid,
-    draw_lines,
-    draw_map,
-    long_csv,
-    state_section,
-    summary,
-    write_sweep_report,
-)
+from dipguard.reporting import sweep_report
+from dipguard.reporting.sweep_jobs import Sweep, read_sweep, short_labels, text_of
+from dipguard.reporting.sweep_report import MEAN, Grid, draw_lines, draw_map, long_csv, state_section, summary
+from tests.csv_files import read_csv
 from tests.reporting.stored_run import cell, write_results
 
 N = 32
@@ -84,6 +75,9 @@ def share(*settings: tuple[int, str, float], attacks: tuple[str, ...] = ("clean"
 
 def test_jobs_are_compared_only_where_all_else_is_equal(folder: Path) -> None:
     grid = Grid(read_sweep(folder), "paper")
+    ranked = grid.ranking()
+    assert ranked.iloc[0]["job"] == "300-large"
+    assert ranked["value"].is_monotonic_decreasing
     profile = grid.profile(T)
     # The job with another beta is a setting of its own, with a single T.
     assert profile["value"].tolist() == pytest.approx(
@@ -105,24 +99,17 @@ def test_interval_of_a_mean_is_that_of_one_attacks_images(folder: Path) -> None:
     assert scores.loc["100-small", "high"] == pytest.approx(wilson(int(right) + 1, N)[1])
 
 
-def test_best_settings_come_first(folder: Path) -> None:
-    ranked = Grid(read_sweep(folder), "paper").ranking()
-    assert ranked.iloc[0]["job"] == "300-large"
-    assert ranked["value"].is_monotonic_decreasing
-
-
 def test_parameters_varied_together_make_a_map_and_a_cross_does_not(folder: Path) -> None:
     grid = Grid(read_sweep(folder), "paper")
     assert [pair for pair, _ in grid.maps()] == [(T, NETWORK)]
     cells = grid.map((T, NETWORK))
-    assert cells is not None
     for (i, j), line in cells.iterrows():
         assert line["value"] == pytest.approx(share(((100, 200, 300)[i], ("small", "large")[j], 0.5)))
     assert grid.map((T, BETA)) is None
 
 
 def test_report_has_all_files_and_figures(folder: Path) -> None:
-    made = write_sweep_report(folder)
+    made = sweep_report.write_sweep_report(folder)
     names = ["report.md", "sweep.csv", "figure6_mean.png", "figure7_columns.png", "map_T_network.png"]
     assert [path.name for path in made] == names
     for path in made[2:]:
@@ -133,8 +120,7 @@ def test_report_has_all_files_and_figures(folder: Path) -> None:
     assert "The paper's Table 3" in report
     assert f"| small | {100 * share((100, 'small', 0.5)):.1f} (" in " ".join(report.split())
     assert report.index("| small ") < report.index("![figure6_mean]"), "tables come before figures"
-    with (folder / "sweep.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = read_csv(folder / "sweep.csv")
     assert len(lines) == 7 * 2
     assert {(line["T"], line["network"]) for line in lines} == {
         (str(T), n) for T in (100, 200, 300) for n in ("small", "large")
@@ -145,19 +131,21 @@ def test_report_has_all_files_and_figures(folder: Path) -> None:
 def test_lines_and_maps_show_the_figures(folder: Path) -> None:
     grid = Grid(read_sweep(folder), "paper")
     figure = draw_lines(grid, mean=True)
-    assert figure is not None
     assert [ax.get_xlabel() for ax in figure.axes if ax.axison] == ["T", "network", "β"]
     thick = [line for line in figure.axes[0].get_lines() if line.get_marker() != "None"]
     assert list(thick[0].get_xdata()) == [100, 200, 300]
     assert list(thick[0].get_ydata()) == pytest.approx((100 * grid.profile(T)["value"]).tolist())
     by_attack = draw_lines(grid, mean=False)
-    assert by_attack is not None
     assert [text.get_text() for text in by_attack.legends[0].get_texts()] == ["Clean", "PGD 8"]
     ((pair, cells),) = grid.maps()
     (ax,) = draw_map(grid, pair, cells).axes
     values = np.asarray(ax.images[0].get_array())
     assert values[0, 0] == pytest.approx(100 * share((100, "small", 0.5)))
     assert values.shape == (2, 3)
+
+
+def table_of(sweep: Sweep) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(long_csv(sweep), newline="")))
 
 
 def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
@@ -174,16 +162,15 @@ def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
     assert "failed: ValueError: bad \\| T: T = 400, network = small, beta = 0.5 (failed)" in report
     assert re.search(r"^- failed: its results are damaged: .*\(100-small\)$", report, flags=re.MULTILINE)
     assert "missing: not begun: T = 600 (gone)" in report
-    with io.StringIO(long_csv(sweep), newline="") as file:
-        states = {line["job"]: (line["state"], line["problem"]) for line in csv.DictReader(file)}
+    states = {line["job"]: (line["state"], line["problem"]) for line in table_of(sweep)}
+    assert states["100-small"][0] == "failed"
     assert states["killed"] == ("unfinished", "running, or killed before its end")
     assert states["200-small"] == ("done", "")
 
 
 def test_no_field_of_the_table_is_a_formula(folder: Path) -> None:
     jobs = {"=1+1": job(folder / "=1+1", network="@sum"), "plain": job(folder / "plain")}
-    with io.StringIO(long_csv(read_sweep(write_plan(folder, jobs))), newline="") as file:
-        lines = list(csv.DictReader(file))
+    lines = table_of(read_sweep(write_plan(folder, jobs)))
     assert {(line["job"], line["network"]) for line in lines} >= {("'=1+1", "'@sum")}
     assert not any(value[:1] in ("=", "+", "-", "@") for line in lines for value in line.values())
 
@@ -212,7 +199,7 @@ def test_a_defence_that_no_parameter_acts_on_is_one_line_below_the_swept_ones(tm
             tmp_path / str(T),
             [cell("clean", "none", 31, n=N), cell("clean", "paper", correct(T, "small", 0.5, "clean"), n=N)],
         )
-    made = write_sweep_report(write_plan(tmp_path, jobs))
+    made = sweep_report.write_sweep_report(write_plan(tmp_path, jobs))
     assert [path.name for path in made] == ["report.md", "sweep.csv", "figure6_mean_paper.png"]
     report = (tmp_path / "report.md").read_text()
     heads = [line for line in report.splitlines() if line.startswith("#")]
@@ -251,7 +238,7 @@ def test_groups_deletions_and_dicts_are_parameters(tmp_path: Path) -> None:
 
 def test_a_sweep_without_results_has_a_report(tmp_path: Path) -> None:
     write_plan(tmp_path, {"a": ["defenses.paper.T=1"], "b": ["defenses.paper.T=2"]})
-    assert [path.name for path in write_sweep_report(tmp_path)] == ["report.md", "sweep.csv"]
+    assert [path.name for path in sweep_report.write_sweep_report(tmp_path)] == ["report.md", "sweep.csv"]
     assert "2 jobs: 0 done, 2 missing." in (tmp_path / "report.md").read_text()
 
 

@@ -1,7 +1,6 @@
-from __future__ import annotations
-
 import random
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,8 +18,12 @@ ROWS = {"none": "none", "jpeg": "jpeg", "dipdefend": "dipdefend", "paper": "pape
 PROPOSED = [85.6, 80.4, 79.8, 60.1, 87.5, 86.9, 83.1, 84.6, 86.7, 76.1, 83.4, 79.9, 60.4, 80.8, 83.4]
 
 
-def write_tables(folder: Path) -> list[Path]:
-    return tables.write_tables(folder, read_results(folder / "results.csv"))
+def written(folder: Path, lines: Sequence[dict[str, Any]] = (), *, name: str = "table1.md") -> str:
+    """A file of the tables of these lines, or of those that are there already."""
+    if lines:
+        write_results(folder, lines)
+    tables.write_tables(folder, read_results(folder / "results.csv"))
+    return (folder / name).read_text()
 
 
 @pytest.fixture
@@ -46,18 +49,11 @@ def tables_of(page: str) -> list[dict[str, list[str]]]:
     ]
 
 
-def test_four_files_are_written_and_nothing_else(tmp_path: Path, full) -> None:
-    paths = write_tables(tmp_path)
-    assert [path.name for path in paths] == [f"table{n}.{kind}" for n in (1, 2) for kind in ("md", "tex")]
-    assert {path.name for path in tmp_path.iterdir()} == {"results.csv", *(path.name for path in paths)}
-
-
 @pytest.mark.parametrize(("number", "field", "scale", "digits"), [(1, "accuracy", 100, 1), (2, "ssim", 1, 3)])
 def test_main_table_holds_the_figures_in_the_papers_order(
     tmp_path: Path, full, number: int, field: str, scale: float, digits: int
 ) -> None:
-    write_tables(tmp_path)
-    table = tables_of((tmp_path / f"table{number}.md").read_text())[0]
+    table = tables_of(written(tmp_path, name=f"table{number}.md"))[0]
     heads = "Clean,FGSM 2,FGSM 4,FGSM 8,PGD 2,PGD 4,PGD 8,BIM 2,BIM 4,BIM 8,MIFGSM 2,MIFGSM 4,MIFGSM 8,C&W,DDN"
     assert table["defence"] == [*heads.split(","), "mean of 15"]
     for row in ROWS:
@@ -68,9 +64,8 @@ def test_main_table_holds_the_figures_in_the_papers_order(
 
 
 def test_row_without_weights_says_so_and_has_no_number(tmp_path: Path, full) -> None:
-    write_tables(tmp_path)
     for number in (1, 2):
-        page = (tmp_path / f"table{number}.md").read_text()
+        page = written(tmp_path, name=f"table{number}.md")
         assert tables_of(page)[0]["nrp: weights not supplied"] == ["–"] * 16
         assert "- nrp: weights not supplied. Give `weights`, the path of a state dict; the authors' file" in page
         tex = (tmp_path / f"table{number}.tex").read_text()
@@ -80,9 +75,7 @@ def test_row_without_weights_says_so_and_has_no_number(tmp_path: Path, full) -> 
 
 
 def test_intervals_are_those_stored(tmp_path: Path, full) -> None:
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
-    intervals = tables_of(page)[1]
+    intervals = tables_of(written(tmp_path))[1]
     for row in ROWS:
         ends = [[100 * full[row, column][end] for end in ("low", "high")] for column in PAPER_ATTACKS]
         assert intervals[row] == [f"{low:.0f}–{high:.0f}" for low, high in ends]
@@ -100,8 +93,7 @@ def beside(page: str, row: str) -> tuple[list[str], list[str]]:
 
 @pytest.mark.parametrize("row", ["paper", "best"])
 def test_paper_stands_beside_the_proposed_defence(tmp_path: Path, full, row: str) -> None:
-    write_tables(tmp_path)
-    paper, difference = beside((tmp_path / "table1.md").read_text(), row)
+    paper, difference = beside(written(tmp_path), row)
     assert paper == [f"{printed:.1f}" for printed in (*PROPOSED, 79.91)]
     ours = [100 * full[row, column]["accuracy"] for column in PAPER_ATTACKS]
     expected = [own - printed for own, printed in zip(ours, PROPOSED, strict=True)]
@@ -109,8 +101,7 @@ def test_paper_stands_beside_the_proposed_defence(tmp_path: Path, full, row: str
 
 
 def test_markdown_shows_ours_the_papers_and_the_difference(tmp_path: Path, full) -> None:
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
+    page = written(tmp_path)
     table = tables_of(page)[2]
     assert [table["Ding et al.: DIPDefend"][i] for i in (0, 7, 15)] == ["83.2", "79.2", "72.5"]
     assert table["Ding et al.: NRP"][-1] == "44.9"
@@ -122,8 +113,7 @@ def test_markdown_shows_ours_the_papers_and_the_difference(tmp_path: Path, full)
 
 
 def test_paper_has_no_ssim_without_a_defence(tmp_path: Path, full) -> None:
-    write_tables(tmp_path)
-    page = (tmp_path / "table2.md").read_text()
+    page = written(tmp_path, name="table2.md")
     assert beside(page, "dipdefend")[0][8] == "0.899"
     assert "No defense" not in page
     assert "none" in tables_of(page)[0]
@@ -131,9 +121,7 @@ def test_paper_has_no_ssim_without_a_defence(tmp_path: Path, full) -> None:
 
 def test_missing_cells_are_told_and_the_mean_says_over_how_many(tmp_path: Path, full) -> None:
     gone = [("paper", "ddn"), ("paper", "fgsm_2"), ("jpeg", "cw")]
-    write_results(tmp_path, [line for key, line in full.items() if key not in gone])
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
+    page = written(tmp_path, [line for key, line in full.items() if key not in gone])
     main, _, compared = tables_of(page)
     left = [column for column in PAPER_ATTACKS if ("paper", column) not in gone]
     mean = fmean(100 * full["paper", column]["accuracy"] for column in left)
@@ -150,9 +138,7 @@ def test_missing_cells_are_told_and_the_mean_says_over_how_many(tmp_path: Path, 
 
 def test_own_rows_and_columns_have_no_figure_in_the_paper(tmp_path: Path) -> None:
     lines = [cell(column, row, 16) for column in ("clean", "my_attack") for row in ("none", "mine | yours")]
-    write_results(tmp_path, [*lines, cell("my_attack", "sr", 8, defense_name="my_sr")])
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
+    page = written(tmp_path, [*lines, cell("my_attack", "sr", 8, defense_name="my_sr")])
     main, _, compared = tables_of(page.replace("\\|", "/"))
     assert main["defence"] == ["Clean", "my_attack", "mean of 2"]
     assert main["mine / yours"] == ["50.0", "50.0", "50.0"]
@@ -164,24 +150,17 @@ def test_own_rows_and_columns_have_no_figure_in_the_paper(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     "changes",
     [
-        {"data": "digits", "victim": "digits_cnn"},
-        {"defense_name": "mine"},
-        {"surrogate": "another"},
-        {"eps_255": 16},
-        {"attack_name": "bim"},
+        {"data": "digits", "victim": "digits_cnn"}, {"defense_name": "mine"}, {"surrogate": "another"},
+        {"eps_255": 16}, {"attack_name": "bim"},
     ],
-)
+)  # fmt: skip
 def test_what_the_paper_did_not_measure_is_not_put_beside_it(tmp_path: Path, changes: dict[str, Any]) -> None:
-    write_results(tmp_path, [cell("pgd_8", "paper", 16) | changes])
-    write_tables(tmp_path)
-    assert "Ding et al." not in (tmp_path / "table1.md").read_text()
+    assert "Ding et al." not in written(tmp_path, [cell("pgd_8", "paper", 16) | changes])
 
 
 def test_imagenet_rows_meet_the_papers_imagenet_rows(tmp_path: Path) -> None:
     names = {"data": "image_folder", "victim": "torchvision"}
-    write_results(tmp_path, [cell("pgd_8", "sr", 3, n=6) | names])
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
+    page = written(tmp_path, [cell("pgd_8", "sr", 3, n=6) | names])
     assert beside(page, "sr") == (["49.3", "49.3"], ["+0.7", "+0.7"])
     assert "6 images a cell." in page
 
@@ -189,11 +168,8 @@ def test_imagenet_rows_meet_the_papers_imagenet_rows(tmp_path: Path) -> None:
 def test_each_victim_and_seed_has_a_table_of_its_own(tmp_path: Path) -> None:
     lines = [cell("cw", "jpeg", 16), cell("cw", "jpeg", 8, seed=1), cell("cw", "jpeg", 4, n=8, victim="other")]
     lines.append(cell("cw", "jpeg", 4, n=8, surrogate="other"))
-    write_results(tmp_path, [lines[0], *lines[1:]])
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
-    heads = re.findall(r"^## (.*)$", page, flags=re.MULTILINE)
-    assert heads == [
+    page = written(tmp_path, lines)
+    assert re.findall(r"^## (.*)$", page, flags=re.MULTILINE) == [
         "cifar10, victim cifar10_resnet56, seed 0",
         "cifar10, victim cifar10_resnet56, seed 1",
         "cifar10, victim other, seed 0",
@@ -203,31 +179,19 @@ def test_each_victim_and_seed_has_a_table_of_its_own(tmp_path: Path) -> None:
 
 
 def test_numbers_of_images_are_given(tmp_path: Path) -> None:
-    write_results(tmp_path, [cell("cw", "jpeg", 1, n=1), cell("ddn", "jpeg", 8, n=20)])
-    write_tables(tmp_path)
-    assert "1 to 20 images a cell." in (tmp_path / "table1.md").read_text()
+    assert "1 to 20 images a cell." in written(tmp_path, [cell("cw", "jpeg", 1, n=1), cell("ddn", "jpeg", 8, n=20)])
 
 
 def test_ssim_that_was_not_stored_is_told(tmp_path: Path) -> None:
-    write_results(tmp_path, [cell("cw", "sr", 8) | {"ssim": ""}, cell("ddn", "sr", 8, ssim=0.5)])
-    write_tables(tmp_path)
-    page = (tmp_path / "table2.md").read_text()
+    page = written(tmp_path, [cell("cw", "sr", 8) | {"ssim": ""}, cell("ddn", "sr", 8, ssim=0.5)], name="table2.md")
     assert tables_of(page)[0]["sr"] == ["–", "0.500", "0.500 (1 of 2)"]
     assert "- sr: C&W: no SSIM stored" in page
 
 
 def test_run_without_any_figure_has_tables_without_numbers(tmp_path: Path) -> None:
-    write_results(tmp_path, [cell("cw", "nrp", None)])
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
+    page = written(tmp_path, [cell("cw", "nrp", None)])
     assert "No cell has figures yet." in page
     assert "intervals" not in page
-
-
-def test_nothing_is_written_without_results(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_tables(tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -265,9 +229,7 @@ def test_hostile_names_are_escaped_for_each_format(text: str, csv: str, markdown
 
 def test_hostile_names_and_reasons_are_escaped_on_the_page(tmp_path: Path) -> None:
     hostile = "<img src=x onerror=a()> | b"
-    write_results(tmp_path, [cell("clean", name, 4, victim=hostile) for name in (hostile, "jpeg")])
-    write_tables(tmp_path)
-    page = (tmp_path / "table1.md").read_text()
+    page = written(tmp_path, [cell("clean", name, 4, victim=hostile) for name in (hostile, "jpeg")])
     write_results(tmp_path, [cell("clean", "jpeg", 4), cell("cw", "jpeg", None, status=f"failed: {hostile}")])
     pages = [page, tables_text(read_results(tmp_path / "results.csv"))]
     assert "&lt;img src=x onerror=a()> \\| b" in page
@@ -289,11 +251,8 @@ def width(line: str) -> int:
 def test_every_line_of_latex_is_as_wide_as_the_table_and_every_brace_is_closed(tmp_path: Path, name: str) -> None:
     lines = [cell(attack, defense, 9) for attack in [*PAPER_ATTACKS, "own_1"] for defense in ("none", "paper")]
     lines += [cell("own_1", name, 4), *(cell(attack, "nrp", None) for attack in PAPER_ATTACKS)]
-    write_results(tmp_path, lines)
-    for path in write_tables(tmp_path):
-        if path.suffix != ".tex":
-            continue
-        tex = path.read_text()
+    for file in ("table1.tex", "table2.tex"):
+        tex = written(tmp_path, lines, name=file)
         assert {width(line) for line in body(tex)} == {1 + 16 + 1}
         assert re.search(r"\\begin\{tabular\}\{lr{17}\}", tex)
         assert escape_latex(name) in tex
@@ -306,11 +265,8 @@ def test_every_line_of_latex_is_as_wide_as_the_table_and_every_brace_is_closed(t
 
 
 def test_latex_holds_figures_intervals_and_the_papers(tmp_path: Path) -> None:
-    write_results(
-        tmp_path, [cell("clean", "paper", 24), cell("pgd_4", "paper", 16, ssim=0.75), cell("clean", "nrp", None)]
-    )
-    write_tables(tmp_path)
-    assert body((tmp_path / "table1.tex").read_text()) == [
+    lines = [cell("clean", "paper", 24), cell("pgd_4", "paper", 16, ssim=0.75), cell("clean", "nrp", None)]
+    assert body(written(tmp_path, lines, name="table1.tex")) == [
         r" & Clean & PGD & Mean \\",
         r"Defence &  & 4 & of 2 \\",
         r"paper & 75.0 & 50.0 & 62.5 \\",
@@ -320,19 +276,16 @@ def test_latex_holds_figures_intervals_and_the_papers(tmp_path: Path) -> None:
         r"nrp: weights not supplied & -- & -- & -- \\",
         r"Ding et al.: NRP & 90.9 & 35.1 & 63.0 \\",
     ]
-    assert r"paper & 0.900 & 0.750 & 0.825 \\" in body((tmp_path / "table2.tex").read_text())
+    assert r"paper & 0.900 & 0.750 & 0.825 \\" in body(written(tmp_path, name="table2.tex"))
 
 
 def test_attacks_stand_once_over_their_columns(tmp_path: Path) -> None:
-    write_results(tmp_path, [cell(attack, "none", 9) for attack in PAPER_ATTACKS])
-    write_tables(tmp_path)
-    heads = body((tmp_path / "table2.tex").read_text())[0]
+    lines = [cell(attack, "none", 9) for attack in PAPER_ATTACKS]
+    heads = body(written(tmp_path, lines, name="table2.tex"))[0]
     linf = " & ".join(rf"\multicolumn{{3}}{{c}}{{{name}}}" for name in ("FGSM", "PGD", "BIM", "MIFGSM"))
     assert heads == rf" & Clean & {linf} & C\&W & DDN & Mean \\"
 
 
 def test_two_victims_are_two_latex_tables_of_different_names(tmp_path: Path) -> None:
-    write_results(tmp_path, [cell("cw", "none", 9), cell("cw", "none", 9, seed=1)])
-    write_tables(tmp_path)
-    tex = (tmp_path / "table1.tex").read_text()
+    tex = written(tmp_path, [cell("cw", "none", 9), cell("cw", "none", 9, seed=1)], name="table1.tex")
     assert re.findall(r"\\label\{(.*)\}", tex) == ["tab:dipguard-accuracy", "tab:dipguard-accuracy-2"]

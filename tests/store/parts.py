@@ -1,7 +1,5 @@
 """What the store's tests work on, also in processes of their own: smooth images, victims, a short fit."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,9 +29,8 @@ def random_victim(seed: int = 1) -> nn.Module:
     """A random classifier of ten classes, whose decisions change along a fit; in train mode, with BatchNorm."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        net = nn.Sequential(
-            nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 10)
-        )
+        layers = nn.Conv2d(3, 8, 3, stride=2), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 49, 10)
+        net = nn.Sequential(*layers)
     with torch.no_grad():
         net[-1].weight *= 8
     return net

@@ -1,11 +1,8 @@
 """Files of the store: whole, or known to be damaged."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +26,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def test_what_is_written_is_read(path: Path):
+    assert os.listdir(path.parent) == ["abc.npz"]  # no temporary file is left
     entry = read_entry(path)
     assert entry.arrays.keys() == ARRAYS.keys()
     for name, array in ARRAYS.items():
@@ -42,20 +40,7 @@ def test_anybody_can_read_it_with_numpy(path: Path):
         assert np.array_equal(saved["images"], ARRAYS["images"])
 
 
-def flip(at: float) -> Callable[[bytes], bytes]:
-    def change(content: bytes) -> bytes:
-        place = min(int(at * len(content)), len(content) - 1)
-        return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
-
-    return change
-
-
 DAMAGE = {
-    "first byte": flip(0.0),
-    "an image": flip(0.3),
-    "the middle": flip(0.5),
-    "the directory": flip(0.95),
-    "the digest": flip(1.0),
     "cut": lambda content: content[: len(content) // 2],
     "a byte missing": lambda content: content[:-1],
     "longer": lambda content: content + b"x",
@@ -65,7 +50,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
-def test_damage_is_seen(path: Path, damage: Callable[[bytes], bytes]):
+def test_damage_is_seen(path, damage):
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DamagedEntryError, match="damaged"):
         read_entry(path)
@@ -80,31 +65,25 @@ def test_no_flipped_bit_passes(path: Path):
             read_entry(path)
 
 
-def sealed(body: bytes) -> bytes:
-    """Any bytes, with the digest of a whole entry."""
-    return body + hashlib.sha256(body).hexdigest().encode()
-
-
 def archive(**members: Any) -> bytes:
     buffer = io.BytesIO()
     np.savez(buffer, **members)
     return buffer.getvalue()[:-2] + (64).to_bytes(2, "little")
 
 
-@pytest.mark.parametrize(
-    "body",
-    [
-        b"no archive",
-        archive(x=np.arange(3)),
-        archive(header=np.str_("no JSON")),
-        archive(header=np.str_("[]")),
-        archive(header=np.str_('{"format": "something/1"}')),
-        archive(header=np.array([{}], dtype=object)),
-    ],
-    ids=["no archive", "no header", "no JSON", "a list", "another format", "pickled"],
-)
+BAD_CONTENT = {
+    "no archive": b"no archive",
+    "no header": archive(x=np.arange(3)),
+    "no JSON": archive(header=np.str_("no JSON")),
+    "a list": archive(header=np.str_("[]")),
+    "another format": archive(header=np.str_('{"format": "something/1"}')),
+    "pickled": archive(header=np.array([{}], dtype=object)),
+}
+
+
+@pytest.mark.parametrize("body", BAD_CONTENT.values(), ids=BAD_CONTENT)
 def test_bad_content_under_a_good_digest_is_damage(path: Path, body: bytes):
-    path.write_bytes(sealed(body))
+    path.write_bytes(body + hashlib.sha256(body).hexdigest().encode())
     with pytest.raises(DamagedEntryError):
         read_entry(path)
 
@@ -112,13 +91,3 @@ def test_bad_content_under_a_good_digest_is_damage(path: Path, body: bytes):
 def test_a_missing_file_is_no_damage(tmp_path: Path):
     with pytest.raises(FileNotFoundError):
         read_entry(tmp_path / "none.npz")
-
-
-def test_another_archive_is_no_entry(tmp_path: Path):
-    np.savez(tmp_path / "other.npz", header=np.str_('{"format": "something/1"}'))
-    with pytest.raises(DamagedEntryError, match="damaged"):
-        read_entry(tmp_path / "other.npz")
-
-
-def test_no_temporary_file_is_left(path: Path):
-    assert os.listdir(path.parent) == ["abc.npz"]

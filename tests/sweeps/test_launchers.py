@@ -1,7 +1,5 @@
 """Sweeps in processes of their own: killed and gone on with, and with launchers that run jobs elsewhere."""
 
-from __future__ import annotations
-
 import subprocess
 import time
 from pathlib import Path
@@ -37,19 +35,17 @@ def test_a_killed_sweep_goes_on_and_its_exit_code_tells_of_a_failed_job(tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "plugin", "options"),
+    ("launcher", "plugin", "option"),
     [
-        ("joblib", "hydra_plugins.hydra_joblib_launcher", ("hydra.launcher.n_jobs=2",)),
-        ("submitit_local", "hydra_plugins.hydra_submitit_launcher", ("hydra.launcher.timeout_min=10",)),
+        ("joblib", "hydra_plugins.hydra_joblib_launcher", "hydra.launcher.n_jobs=2"),
+        ("submitit_local", "hydra_plugins.hydra_submitit_launcher", "hydra.launcher.timeout_min=10"),
     ],
 )
-def test_other_launchers(tmp_path: Path, launcher: str, plugin: str, options: tuple[str, ...]) -> None:
+def test_other_launchers(tmp_path: Path, launcher: str, plugin: str, option: str) -> None:
     pytest.importorskip(plugin, reason="needs the extra `sweep`")
     folder = tmp_path / "sweep"
-    arguments = command(folder, *FAST, GRID[0], f"hydra/launcher={launcher}", *options)
-    done = call(arguments, tmp_path)
+    done = call(command(folder, *FAST, GRID[0], f"hydra/launcher={launcher}", option), tmp_path)
     assert done.returncode == 0, done.stderr
-    before = done_times(folder)
-    assert len(before) == 2
+    assert len(done_times(folder)) == 2
     assert "2 jobs: 2 done." in done.stdout
     assert (folder / "figure6_mean.png").is_file()

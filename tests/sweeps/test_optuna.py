@@ -1,7 +1,5 @@
 """A sweep that Optuna steers: real trials, resumed."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small real sweeps for the tests: Hydra's own multirun, in this process or another, over jobs of a second."""
 
-from __future__ import annotations
-
 import logging
 import os
 import subprocess
@@ -20,13 +18,9 @@ from dipguard.config import register
 from tests.tiny_run import CONF, ROOT
 
 FAST = (
-    "data.limit=3",
-    "defense=jpeg",
-    "~attacks.fgsm_8",
-    "trainer.accelerator=cpu",
-    "trainer.enable_progress_bar=false",
+    "data.limit=3", "defense=jpeg", "~attacks.fgsm_8", "trainer.accelerator=cpu", "trainer.enable_progress_bar=false",
     "figures=0",
-)
+)  # fmt: skip
 """One defence, JPEG, that needs no fit."""
 GRID = ("defense.quality=30,90", "attacks.pgd_8.steps=1,2")
 """Two parameters, four jobs."""
@@ -68,7 +62,7 @@ def command(folder: Path, *overrides: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """For another process: few threads, and ours to import."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def call(arguments: Sequence[str], cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -3,8 +3,6 @@
 Arguments: the sweep file, the run's id, more overrides as a JSON list, the parameters as a JSON dict.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import queue

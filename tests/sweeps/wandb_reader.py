@@ -4,8 +4,6 @@ Newer versions of W&B read their files in a program of their own; what Python ha
 Records lie in blocks of 32 KiB as in LevelDB's log: a head of 7 bytes (check sum, length, kind), then a part of one.
 """
 
-from __future__ import annotations
-
 import json
 import struct
 from collections.abc import Iterator

@@ -23,6 +23,16 @@ def images() -> Tensor:
     return torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(3))
 
 
+def linear(outputs: int = 10) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, outputs))
+
+
+def exported(network: nn.Module) -> nn.Module:
+    """What torch.export makes of a network for any number of images."""
+    batch = torch.export.Dim("n", min=1, max=1024)
+    return torch.export.export(network, (torch.rand(2, 3, 32, 32),), dynamic_shapes=({0: batch},)).module()
+
+
 @pytest.fixture(scope="session")
 def photographs(real_data: Path) -> ImageSet:
     """Thirty photographs of the NeurIPS 2017 set."""

