@@ -207,7 +207,8 @@ def _settings(rows: pd.DataFrame) -> str:
         options = ", ".join(filter(None, (eps, shown.options)))
         lines.append([title, shown.attack_name, options, shown.cut or NONE, shown.note or NONE])
     for line in rows[rows["attack"] == CLEAN].itertuples():
-        draws = f"judged by {line.judge:g} draw{'s' * (line.judge != 1)}" if "judge" in rows and line.status == DONE else NONE
+        judged = "judge" in rows and line.status == DONE
+        draws = f"judged by {line.judge:g} draw{'s' * (line.judge != 1)}" if judged else NONE
         options = getattr(line, "defense_options", "") or NONE
         lines.append([f"defence {line.defense}", line.defense_name, options, line.cut or NONE, draws])
     return markdown(["attack or defence", "name", "options", "cut to", "note"], lines, words=True)
