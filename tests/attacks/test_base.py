@@ -10,7 +10,7 @@ from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, Snapshot, bu
 from dipguard.attacks.base import LATER
 from dipguard.registry import _registered, lookup, options_of
 
-from .conftest import ADAPTIVE, STATIC, NoDefense, Noise, accuracy, quick
+from .conftest import ADAPTIVE, STATIC, Changed, NoDefense, Noise, accuracy, quick
 
 EVERY = pytest.mark.parametrize("name", ATTACKS)
 SOME = pytest.mark.parametrize("name", ["none", "pgd", "ddn", "bpda", "hopskipjump"])
@@ -218,6 +218,13 @@ class _Careless(Attack):
 def test_a_careless_attack_is_caught(digits_cnn, digits, change, message):
     with pytest.raises(RuntimeError, match=f"'careless'.*{message}"):
         _Careless(digits_cnn, change)(digits.images[:4], digits.labels[:4])
+
+
+@pytest.mark.parametrize("name", ["fgsm", "bpda"])
+def test_a_victim_of_probabilities_is_a_warning(digits_cnn, digits, name):
+    sure = Changed(digits_cnn, lambda logits: logits.softmax(1))
+    with pytest.warns(UserWarning, match="probabilities"):
+        quick(name, sure)(digits.images[:2], digits.labels[:2])
 
 
 def test_rounding_is_no_breach(digits_cnn, digits):

@@ -18,6 +18,10 @@ EPS = 0.25
 DEFENSES = ("median", "jpeg")
 
 
+def test_draws_are_passed_on(module: DigitsModule) -> None:
+    assert BPDAClassifier(module, build_defense("median", module), draws="position").purifier.draws == "position"
+
+
 def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
     with torch.no_grad():
         return float((model(images).argmax(1) == labels).float().mean())

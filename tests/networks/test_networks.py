@@ -18,7 +18,9 @@ NEAREST = dataclasses.replace(ODD, upsample="nearest")
 def test_parameter_counts_of_appendix_b(preset, count):
     net = build(preset, stack_size=2)
     assert net.parameters_per_image() == count
-    assert sum(p.numel() for p in PlainSkipNet(network_spec(preset)).parameters()) == count
+    spec = network_spec(preset)
+    assert sum(p.numel() for p in PlainSkipNet(spec).parameters()) == count
+    assert (spec.z_scale, spec.upsample) == (1 / 100 if preset == "imagenet" else 1 / 30, "bilinear")
 
 
 @pytest.mark.parametrize("channels_last", [False, True])

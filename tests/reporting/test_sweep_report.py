@@ -165,6 +165,7 @@ def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
     states = {line["job"]: (line["state"], line["problem"]) for line in table_of(sweep)}
     assert states["100-small"][0] == "failed"
     assert states["killed"] == ("unfinished", "running, or killed before its end")
+    assert states["gone"] == ("missing", "not begun")
     assert states["200-small"] == ("done", "")
 
 
