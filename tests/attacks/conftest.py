@@ -112,7 +112,7 @@ def any_size(victim: nn.Module) -> nn.Module:
 
 
 class Purifier:
-    """A defence that returns ``change(images)``, and knows no indices' use."""
+    """A defence that returns ``change(images)`` and ignores the indices."""
 
     def __init__(self, change: Callable[[Tensor], Any]) -> None:
         self.change = change

@@ -7,11 +7,10 @@ from torch import Tensor
 from dipguard.engines import Engine, TorchEngine, make_engine
 from dipguard.engines.base import fit_errors
 from dipguard.engines.cuda_graph import CudaGraphEngine
-from dipguard.engines.native_build import compiler
 from dipguard.networks import build
+from tests.fit.conftest import NATIVE
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"))]
-NATIVE = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
 
 def fit(engine: Engine, z: Tensor, *, steps: int) -> list[Tensor]:

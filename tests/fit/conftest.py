@@ -18,7 +18,7 @@ WORKING = ["torch", pytest.param("native", marks=NATIVE)]
 
 
 def trainer(T: int | None, *callbacks: pl.Callback, **options: Any) -> pl.Trainer:
-    """Of T steps (None: nobody says how many), on the CPU, without logs, files and bars."""
+    """Of T steps (None: `max_steps` is not given), on the CPU, without logs, files and bars."""
     steps = {} if T is None else {"max_steps": T}
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     return pl.Trainer(accelerator="cpu", callbacks=[*callbacks], **{**steps, **dict.fromkeys(quiet, False), **options})
