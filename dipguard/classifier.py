@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from itertools import chain
 from threading import Lock
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,8 @@ OUT_OF_MEMORY = (
 """What errors of other types than torch.OutOfMemoryError say."""
 
 
+_CONTIGUOUS_ONLY: WeakSet[nn.Module] = WeakSet()
+"""Classifiers that have failed on channels-last images."""
 _LOCK = Lock()
 _HELD: dict[tuple[int, str], tuple[int, bool]] = {}
 """(Id of a module or parameter, flag) -> number of holders, value before the first one."""
@@ -91,9 +94,18 @@ def reference_of(classifier: nn.Module, default: Tensor) -> Tensor:
 
 
 def asked(classifier: nn.Module, images: Tensor) -> Any:
-    """Return a classifier's output for images, which it gets on its own device, in its own dtype."""
+    """Return a classifier's output for images, which it gets on its own device, in its own dtype; differentiable."""
     reference = reference_of(classifier, images)
-    return classifier(images.to(device=reference.device, dtype=reference.dtype))
+    images = images.to(device=reference.device, dtype=reference.dtype)
+    if reference.device.type != "cpu" or classifier in _CONTIGUOUS_ONLY:
+        return classifier(images.contiguous())
+    # On a CPU convolutions are a sixth to a half faster on channels-last images; some victims cannot take them.
+    try:
+        return classifier(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:  # such as .view() of a feature map; any other error comes again
+        output = classifier(images.contiguous())
+    _CONTIGUOUS_ONLY.add(classifier)
+    return output
 
 
 def logits_of(classifier: nn.Module, images: Tensor) -> Tensor:
@@ -150,7 +162,6 @@ class Decider:
     def __init__(self, victim: nn.Module, *, batch: int = 512) -> None:
         self.victim = check_is_module(victim)
         self.batch = check_int(batch, name="batch", low=1)
-        self._channels_last = True
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [n, C] of ``images`` [n, 3, H, W] in [0, 1], float32 at least, on the images' device.
@@ -159,17 +170,7 @@ class Decider:
         """
         check_not_forked()
         with torch.inference_mode(False), torch.no_grad(), eval_mode(self.victim):
-            parts = [self._logits(chunk) for chunk in images.detach().split(self.batch)]
-        return torch.cat(parts)
-
-    def _logits(self, images: Tensor) -> Tensor:
-        """On a CPU, convolutions are a sixth faster on channels-last images, which some victims cannot take."""
-        if self._channels_last and device_of(self.victim, images.device).type == "cpu":
-            try:
-                return logits_of(self.victim, images.contiguous(memory_format=torch.channels_last))
-            except RuntimeError:  # such as .view() of a feature map; other errors come again below
-                self._channels_last = False
-        return logits_of(self.victim, images.contiguous())
+            return torch.cat([logits_of(self.victim, chunk) for chunk in images.detach().split(self.batch)])
 
 
 def steps_together(images: int) -> int:

@@ -8,6 +8,7 @@ import torch
 
 from dipguard.attacks import Cost, Snapshot
 from dipguard.attacks.hopskipjump import QuerySearch, length, walk
+from dipguard.classifier import Decider
 
 from .conftest import Median, NoDefense, Noise, adaptive
 
@@ -160,7 +161,7 @@ def test_what_it_found_is_adversarial_and_as_far_away_as_it_says(digits_cnn, dig
     for (_, budget), images in made.items():
         found = distances(attack, budget).isfinite()
         assert found.sum() >= 3
-        assert (digits_cnn(defense().purify(images)).argmax(1) != part.labels)[found].all()
+        assert (Decider(digits_cnn)(defense().purify(images)).argmax(1) != part.labels)[found].all()
         change = (images - part.images).flatten(1).abs().amax(dim=1)
         assert torch.allclose(change[found], distances(attack, budget)[found], atol=1e-6)
         assert torch.equal(images[~found], part.images[~found])

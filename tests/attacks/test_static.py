@@ -8,6 +8,7 @@ import torch
 import torchattacks
 
 from dipguard.attacks import build_attack
+from dipguard.attacks.libraries import VictimView
 
 from .conftest import Changed, Shadowed, right, scaled
 
@@ -212,7 +213,7 @@ def test_seeds_and_indices_settle_the_draws(digits_cnn, digits, name, options):
 def test_ddn_is_the_librarys(digits_cnn, digits):
     part = digits.select(0, 4)
     attack = build_attack("ddn", digits_cnn, steps=40)
-    model = foolbox.PyTorchModel(digits_cnn, bounds=(0, 1), device="cpu")
+    model = foolbox.PyTorchModel(VictimView(digits_cnn), bounds=(0, 1), device="cpu")
     theirs = foolbox.attacks.DDNAttack(steps=40)(model, part.images, part.labels, epsilons=None)[1]
     ours = attack(part.images, part.labels)
     assert torch.equal(ours, theirs.clamp(0, 1))

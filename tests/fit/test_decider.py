@@ -1,10 +1,12 @@
 """The victim behind the Decider: read as it is, whatever memory layout it can take."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dipguard.classifier import ask_together, steps_together
+from dipguard.classifier import ask_together, logits_of, steps_together
 from dipguard.fit import Decider
 
 
@@ -38,6 +40,13 @@ def test_channels_last_is_tried_and_given_up_once_where_it_cannot_be_read(kind, 
     victim.layouts.clear()
     torch.testing.assert_close(Decider(victim, batch=3)(small), expected, rtol=0, atol=1e-5)
     assert victim.layouts == layouts
+    # An attack reads the victim in the same layout, and its gradients are those of the usual one.
+    gradients = []
+    for read in (victim, partial(logits_of, victim)):
+        x = small.clone().requires_grad_()
+        gradients.append(torch.autograd.grad(read(x).square().sum(), x)[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert victim.layouts[len(layouts) :] == [True, layouts[-1]]
 
 
 def test_an_error_of_the_victim_stays_its_own(images: Tensor) -> None:
