@@ -46,19 +46,19 @@ def check_images(images: Tensor, *, name: str = "images") -> Tensor:
     return images.clamp(0, 1) if low < 0 or high > 1 else images
 
 
-def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None, name: str = "labels") -> Tensor:
+def check_labels(labels: Tensor, *, count: int, num_classes: int | None = None) -> Tensor:
     """Return ``labels`` as int64 if it is [count] integers in [0, num_classes), else raise TypeError or ValueError."""
     import torch
 
     if not isinstance(labels, torch.Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         kind = labels.dtype if isinstance(labels, torch.Tensor) else type(labels).__name__
-        raise TypeError(f"`{name}` must be an integer tensor [{count}], got {kind}")
+        raise TypeError(f"`labels` must be an integer tensor [{count}], got {kind}")
     if tuple(labels.shape) != (count,):
-        raise ValueError(f"`{name}` must have shape ({count},), one label an image, got {tuple(labels.shape)}")
+        raise ValueError(f"`labels` must have shape ({count},), one label an image, got {tuple(labels.shape)}")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
         limit = "" if num_classes is None else f" and below {num_classes}"
-        raise ValueError(f"`{name}` must be at least 0{limit}, got labels from {low} to {high}")
+        raise ValueError(f"`labels` must be at least 0{limit}, got labels from {low} to {high}")
     return labels.long()
 
 
@@ -137,8 +137,8 @@ _worker: int | None = None
 def check_not_forked(*, works: bool = True) -> None:
     """Raise RuntimeError in a forked process whose parent's torch threads have worked: there torch would hang for ever.
 
-    With a single thread, as in the workers of a ``DataLoader``, it does not hang. ``works``: this process's threads are
-    about to work.
+    With a single thread, as in the workers of a ``DataLoader``, it does not hang. With ``works`` it also notes
+    that this process's threads are in use from now on.
     """
     global _worker
     import torch

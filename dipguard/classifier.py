@@ -80,17 +80,15 @@ def frozen(classifier: nn.Module) -> Iterator[nn.Module]:
         yield classifier
 
 
-def device_of(classifier: nn.Module, default: torch.device | None = None) -> torch.device:
-    """Return the device of the first parameter or buffer; ``default`` (or the CPU) if there is none."""
-    for tensor in chain(classifier.parameters(), classifier.buffers()):
-        return tensor.device
-    return default or torch.device("cpu")
-
-
 def reference_of(classifier: nn.Module, default: Tensor) -> Tensor:
     """Return the first floating-point parameter or buffer, whose device and dtype a classifier's images must have."""
     tensors = chain(classifier.parameters(), classifier.buffers())
     return next((tensor for tensor in tensors if tensor.is_floating_point()), default)
+
+
+def device_of(classifier: nn.Module, default: torch.device | None = None) -> torch.device:
+    """Return a classifier's device; ``default`` (or the CPU) if it has no parameters or buffers."""
+    return reference_of(classifier, torch.empty(0, device=default or "cpu")).device
 
 
 def asked(classifier: nn.Module, images: Tensor) -> Any:

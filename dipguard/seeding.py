@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dipguard.checks import check_float
-
 BLOCK = 8
 """Steps of jitter drawn at once: fixed, since the numbers depend on it."""
 
@@ -17,9 +15,9 @@ BLOCK = 8
 def image_generator(*, seed: int, index: int, purpose: str) -> torch.Generator:
     """Return a generator for one purpose of one image, on the CPU, so that draws do not depend on the fit's device.
 
-    ``index`` is the image's place in its data set. Each ``purpose`` (``weights``, ``z``, ``jitter``) has its own
-    stream: turning one off does not change the others. The arguments are hashed, so that neighbouring seeds or indices
-    do not give related streams.
+    ``index`` is the image's place in its data set. Each ``purpose``, a word such as ``weights`` or ``z``, has a stream
+    of its own: turning one off does not change the others. The arguments are hashed, so that neighbouring seeds or
+    indices do not give related streams.
     """
     digest = hashlib.sha256(f"{seed}:{index}:{purpose}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -57,7 +55,7 @@ class Jitter:
     """
 
     def __init__(self, shape: tuple[int, int, int], *, indices: Sequence[int], seed: int, std: float) -> None:
-        self.std = check_float(std, name="jitter", low=0.0)
+        self.std = std
         self._generators = [image_generator(seed=seed, index=index, purpose="jitter") for index in indices]
         with torch.inference_mode(False):
             self._block = self._ready = torch.empty(len(indices), BLOCK, *shape, dtype=torch.float32)

@@ -38,18 +38,16 @@ ATTACKS: dict[str, str] = {
 their target is a `DefendedVictim`."""
 
 
-def build_attack(
-    name: str, target: nn.Module | DefendedVictim, *, seed: int = 0, batch_size: int = 32, **options: Any
-) -> Attack:
+def build_attack(name: str, target: nn.Module | DefendedVictim, *, seed: int = 0, **options: Any) -> Attack:
     """Return the attack called ``name`` (a key of `ATTACKS` or an installed entry point) on ``target``.
 
-    ``seed`` and ``batch_size`` are those of `Attack`; ``options`` are the attack's own, such as ``eps_255``. An
-    adaptive attack's target is a `DefendedVictim`.
+    ``seed`` is that of `Attack`; ``options`` are the attack's own, such as ``eps_255`` or ``batch_size``. An adaptive
+    attack's target is a `DefendedVictim`.
 
     Raises:
         TypeError, ValueError: An unknown name or option, a value out of range, or a target of the wrong kind.
         ImportError: The attack's library is not installed.
     """
     make = lookup(table_of("attacks", ATTACKS), name, argument="attack")
-    check_options(make, options, owner=f"the attack {name!r}", hidden=("seed", "batch_size"))
-    return make(target, seed=seed, batch_size=batch_size, **options)
+    check_options(make, options, owner=f"the attack {name!r}", hidden=("seed",))
+    return make(target, seed=seed, **options)

@@ -137,7 +137,7 @@ class Attack(ABC):
         Works under ``no_grad`` and ``inference_mode`` too; the caller's random state and the victim stay as they were.
 
         Args:
-            images: Float [N, 3, H, W] in [0, 1]; not purified.
+            images: Float [N, 3, H, W] in [0, 1]; not purified. Half precision is attacked in float32.
             labels: Int [N], the true classes, below the victim's number of classes.
             indices: Int [N], positions in the whole data set, on which the random draws depend; by default 0 to N - 1.
 
@@ -177,12 +177,13 @@ class Attack(ABC):
                     results = attack(given.clone(), classes.clone(), positions)
                 parts.append({limit: self._check_result(given, made.detach()) for limit, made in results.items()})
             self.finish(len(images))
-            return {limit: torch.cat([part[limit] for part in parts]).to(images.device) for limit in parts[0]}
+            return {limit: torch.cat([part[limit] for part in parts]).to(images) for limit in parts[0]}
 
     def _batches(self, images: Tensor, labels: Tensor, indices: Indices | None) -> Iterator[tuple[Tensor, ...]]:
         """Copies of checked images and labels on the victim's device, and of indices on the CPU, batch by batch."""
         order = torch.tensor(check_indices(indices, count=len(images)))
-        x = images.detach().clone().to(device_of(self.victim, images.device))
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        x = images.detach().to(device_of(self.victim, images.device), dtype, copy=True)
         size = self.batch_size
         num_classes = check_victim(self.victim, x[:size]).shape[1]
         y = check_labels(labels, count=len(x), num_classes=num_classes).to(x.device, copy=True)
@@ -208,6 +209,8 @@ def kept_options(made: Any) -> dict[str, Any]:
 
 def check_budgets(budgets: Sequence[int], *, high: int) -> list[int]:
     """Return ``budgets``, sorted and each once, if they are integers from 1 to ``high``; else raise."""
+    if not isinstance(budgets, Sequence):
+        raise TypeError(f"`budgets` must be a list of integers, got {budgets!r}")
     return sorted({check_int(number, name="budgets", low=1, high=high) for number in budgets})
 
 

@@ -130,13 +130,12 @@ class DefendedSearch(AdaptiveAttack):
         """Of each image's best versions the one that fools the victim under most of the final looks."""
         places, at = torch.nonzero(found.seen, as_tuple=True)
         asked, images, labels = indices[at.to(indices.device)], found.top[places, at], found.labels[at]
-        fooled = torch.full(found.seen.shape, -1, device=labels.device)
+        fooled = torch.zeros(found.seen.shape, dtype=torch.int64, device=labels.device)
         for look in range(FINAL, FINAL + self.final_looks):
             with torch.no_grad():
                 fooled[places, at] += self.decide(images, fresh_indices(asked, look)) != labels
             self.spent += self.target.cost(purifications=len(at))
-        # Of equals the first, which argmax does not promise.
-        best = (fooled * CANDIDATES - torch.arange(CANDIDATES, device=labels.device)[:, None]).argmax(dim=0)
+        best = fooled.argmax(dim=0)  # of equals the first; place 0 was always looked at
         return found.top[best, torch.arange(len(best), device=labels.device)]
 
     def finish(self, count: int) -> None:

@@ -156,8 +156,9 @@ class DefendedModule(Unsaturated):
 
     It uses the target, the draws and the account of costs of ``attack``, for a batch with the positions ``indices``,
     int [B]. ``seen`` is called after each question with images [n, 3, H, W], logits [n, C] and the images' rows int
-    [n]. ``at`` are the rows of the batch that are attacked, int [b]; at first all. ``nearest_of`` are their given
-    images, if a search may leave some out; each image asked about then belongs to the nearest of them.
+    [n]. ``at`` are the rows of the batch that are attacked, int [b]; at first all. Square drops images that are broken
+    without saying which: ``nearest_of`` are then the given images of ``at``, and each image that it asks about is
+    matched with the nearest of them.
     """
 
     def __init__(self, attack: AdaptiveAttack, indices: Tensor, seen: Callable[[Tensor, Tensor, Tensor], None]) -> None:

@@ -92,7 +92,7 @@ class AdaptiveAttack(Attack):
         self.draws = check_choice(draws, DRAWS, name="draws")
 
     def decide(self, images: Tensor, indices: Tensor) -> Tensor:
-        """Return the defended victim's decisions int64 [B], with the draws of the evaluation."""
+        """Return the defended victim's decisions int64 [B], under the draws of ``indices``, int [B]."""
         return super().decide(self.purified(images, indices), indices)
 
     def purified(self, images: Tensor, indices: Tensor) -> Tensor:

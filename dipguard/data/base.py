@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dipguard.checks import check_images, check_int, check_labels
+from dipguard.checks import check_images, check_indices, check_int, check_labels
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class ImageSet:
     def __post_init__(self) -> None:
         images = check_images(self.images).float()
         labels = check_labels(self.labels, count=len(images), num_classes=len(self.classes) or None)
-        indices = check_labels(self.indices, count=len(images), name="indices")
+        indices = torch.tensor(check_indices(self.indices, count=len(images)))
         if len(torch.unique(indices)) != len(images):
             raise ValueError("`indices` must all be different, got a repeated index")
         for attribute, value in (("images", images), ("labels", labels), ("indices", indices)):

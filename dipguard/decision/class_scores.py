@@ -80,12 +80,16 @@ def stitch_mirrored(
 ) -> list[Reconstruction]:
     """Rebuild B images from their traces, each as the class that scores highest on the mirrored copies of its samples.
 
-    :func:`class_scores` chooses the class. The image is the weighted mean of the samples that the victim reads as this
-    class: Eq. 7 over another choice of images. If it reads none so, it is the mean of their mirrored copies that it
-    reads so; a mean that the victim reads otherwise gives way to the one of its images that scores highest. If it reads
-    none of the copies so either, or they were only moved, which is weak evidence against all direct readings, it is the
-    mean of all samples. Samples of weight 0 take no part. The reasons are ``class_scores``, ``mirrored_copies`` (the
-    image is mirrored) and ``no_sample_of_class``.
+    :func:`class_scores` chooses a class, and the image is the first of these that there is:
+
+    1. the weighted mean of the samples that the victim reads as this class, which is Eq. 7 over another choice of
+       images (reason ``class_scores``);
+    2. with ``flip``, the weighted mean of the mirrored copies that it reads as this class; the image comes back
+       mirrored (``mirrored_copies``). Copies that were only moved are weak evidence against all samples;
+    3. the weighted mean of all samples (``no_sample_of_class``).
+
+    In 1 and 2, a mean that the victim reads as another class gives way to the one of its images that scores highest.
+    Samples of weight 0 take no part.
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.

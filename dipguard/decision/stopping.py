@@ -38,13 +38,10 @@ class StopRule(ABC):
     def update(self, t: int, reconstructions: Tensor, given: Tensor) -> None:
         """See x(t), [B, 3, H, W] in [0, 1], of the images ``given``; t is 0, 1, 2, ... What is kept is copied.
 
-        ValueError if a step was left out or repeated, or the shapes differ.
+        ValueError if a step was left out or repeated.
         """
         if t != self._count:
             raise ValueError(f"`t` must be {self._count}, the next step of this rule's one fit, got {t}")
-        if reconstructions.shape != given.shape or (self._chosen and given.shape != self._chosen.images.shape):
-            shapes = f"{tuple(reconstructions.shape)} and {tuple(given.shape)}"
-            raise ValueError(f"`reconstructions` and `given` must have one shape at all steps, got {shapes}")
         # Tensors made in inference mode could not be updated outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._watch(t, reconstructions.detach(), given.detach())

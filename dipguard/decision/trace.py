@@ -45,7 +45,8 @@ class DecisionTrace:
     If several networks were fitted to the image one after the other, their steps are numbered consecutively.
 
     Attributes:
-        index: The image's index in its data set; with the seed it determines every random draw of its fit.
+        index: The image's index in its data set; with the seed, and the number of a vote, it determines every random
+            draw of the fit.
         given: The given image x0, [3, H, W] in [0, 1].
         given_scores: The victim's logits on it, [C].
         steps: Sampled optimiser steps t, 0-based, increasing, [S] int64.

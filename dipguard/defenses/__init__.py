@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -31,19 +30,16 @@ DEFENSES: dict[str, str] = {
 """Name -> class; the libraries of a defence are imported only when it is built."""
 
 
-def build_defense(
-    name: str, victim: nn.Module, *, seed: int | None = 0, weights: str | Path | None = None, **options: Any
-) -> Defense:
+def build_defense(name: str, victim: nn.Module, *, seed: int | None = 0, **options: Any) -> Defense:
     """Return the defence called ``name`` (a key of `DEFENSES` or an installed entry point) for ``victim``.
 
-    ``seed`` is that of `Defense`, ``options`` are the defence's own. ``weights`` is the path or https address of its
-    weights, only for defences that have any; without them such a defence can be built, but is `unavailable`.
+    ``seed`` is that of `Defense`, ``options`` are the defence's own. A defence with trained weights takes their path or
+    https address as ``weights``; without, it can be built, but is `unavailable`.
 
-    TypeError for an option that the defence does not have (also ``weights`` where there is nothing to load), ValueError
-    for an unknown name, an option out of range, or weights that are damaged or do not fit, FileNotFoundError or
-    RuntimeError without a weights file or a download, ImportError if a library of the defence is not installed.
+    TypeError for an option that the defence does not have, ValueError for an unknown name, an option out of range, or
+    weights that are damaged or do not fit, FileNotFoundError or RuntimeError without a weights file or a download,
+    ImportError if a library of the defence is not installed.
     """
     make = lookup(table_of("defenses", DEFENSES), name, argument="defense")
-    given = dict(options) if weights is None else {**options, "weights": weights}
-    check_options(make, given, owner=f"the defence {name!r}", hidden=("seed",))
-    return make(victim, seed=seed, **given)
+    check_options(make, options, owner=f"the defence {name!r}", hidden=("seed",))
+    return make(victim, seed=seed, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import time
 from abc import ABC
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Self, TypeAlias
 
@@ -46,10 +46,10 @@ class Purified:
     seconds: dict[str, float] = field(default_factory=lambda: {"start": 0.0, "fit": 0.0, "decide": 0.0})
 
     @classmethod
-    def plain(cls, images: Tensor, *, start: float) -> Purified:
-        """Images of a defence that leaves no trace; ``start`` is ``time.perf_counter()`` from before it."""
+    def plain(cls, images: Tensor, *, seconds: Mapping[str, float]) -> Purified:
+        """Images of a defence that leaves no trace."""
         made = Purified(reconstructions=images, reasons=["purified"] * len(images), used=[0] * len(images))
-        made.seconds["fit"] = time.perf_counter() - start
+        made.seconds.update(seconds)
         return made
 
     @classmethod
@@ -214,7 +214,7 @@ class Defense(nn.Module, ABC):
         """Purify checked images [N, 3, H, W]; by default one at a time, since convolutions round by batch size."""
         start = time.perf_counter()
         made = [self.purify_image(image, index) for image, index in zip(images, indices, strict=True)]
-        return Purified.plain(torch.stack(made), start=start)
+        return Purified.plain(torch.stack(made), seconds={"fit": time.perf_counter() - start})
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
         """Purify checked images [N, 3, H, W] once and return `intermediates`."""

@@ -77,7 +77,9 @@ class ComDefend(NetworkDefense):
         super().__init__(victim, **options)
         self.patches = None if patches is None else check_bool(patches, name="patches")
         self.noise = check_float(noise, name="noise", low=0)
-        self.votes = check_int(votes, name="votes", low=1, high=None if self.random else 1)
+        self.votes = check_int(votes, name="votes", low=1)
+        if votes > 1 and not self.random:
+            raise ValueError(f"`votes` must be 1 without `noise`, since all would be the same, got {votes}")
 
     @property
     def random(self) -> bool:

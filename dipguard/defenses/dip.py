@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
@@ -12,7 +13,7 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_choice, check_int
-from dipguard.classifier import input_size
+from dipguard.classifier import input_size, probability_warning
 from dipguard.defenses.base import Callbacks, Defense, Purified
 from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks, stack_size_for
 from dipguard.networks import NetworkSpec
@@ -37,8 +38,8 @@ class DIPDefense(Defense):
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
             :class:`~dipguard.networks.NetworkSpec`.
         stack_size: Images fitted at once, fewer once memory has run out; None takes 32 on a CPU and 256 on a GPU,
-            bounded by free memory. No image's result depends on it (in exact arithmetic; but for the native engine,
-            Adam amplifies rounding).
+            bounded by free memory. With the native engine no result depends on it; the others round differently in a
+            stack of another size, and Adam amplifies that.
         votes: Purifications of each image, each with draws of its own. The victim's decision is that of most of them,
             and the cost so many times higher.
         progress: Show a progress bar, unless a `FitProgress` is among the callbacks.
@@ -50,6 +51,8 @@ class DIPDefense(Defense):
     """Where the fit differs from FitOptions' defaults; None stands for a value that the constructor chooses."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Values, by preset, of the options that may be None."""
+    asks_victim: ClassVar[bool] = True
+    """Whether the victim's logits choose the result."""
     chosen_by_size: bool = False
 
     def __init__(
@@ -75,14 +78,15 @@ class DIPDefense(Defense):
         self.trainer = dict(trainer or {})
 
     def from_preset(self, preset: str | None, given: Mapping[str, Any], *, victim: nn.Module) -> dict[str, Any]:
-        """Return the values of a preset, and in their place what is not None in ``given``.
+        """Return ``given``, with a preset's value in place of each of its options that is None or missing.
 
         If ``preset`` is None, the victim's ``size`` chooses. A constructor calls this before that of its base class.
         """
         self.chosen_by_size = preset is None
         by_size = preset_for(input_size(victim))
         self.preset = by_size if preset is None else check_choice(preset, self.PRESETS, name="preset")
-        return {**self.PRESETS[self.preset], **{name: value for name, value in given.items() if value is not None}}
+        chosen = self.PRESETS[self.preset]
+        return {**given, **{name: value for name, value in chosen.items() if given.get(name) is None}}
 
     @property
     @abstractmethod
@@ -134,6 +138,8 @@ class DIPDefense(Defense):
 
     def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
         """Purify stack by stack."""
+        if self.asks_victim and (text := probability_warning(self.decide(images[:1]))):
+            warnings.warn(text, UserWarning, stacklevel=4)
         start, count, (height, width) = time.perf_counter(), len(images), images.shape[-2:]
         device = fit_device(self.victim, images)
         size = self.stack_size or min(

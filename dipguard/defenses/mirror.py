@@ -102,14 +102,15 @@ class MirrorGuard(DIPDefense):
         given = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
         given["optimise_z"] = fit.get("optimise_z")
         values = self.from_preset(preset, given, victim=victim)
-        if isinstance(values["networks"], str) or not values["networks"]:
+        chosen = values["networks"]
+        if isinstance(chosen, str) or not isinstance(chosen, Sequence) or not chosen:
             raise ValueError(f"`networks` must list at least one network, got {networks!r}")
         own: dict[str, Any] = {"votes": votes, "stack_size": stack_size, "progress": progress, "trainer": trainer}
         fit["optimise_z"] = values["optimise_z"]
-        super().__init__(victim, network=values["networks"][0], seed=seed, **own, **fit)
+        super().__init__(victim, network=chosen[0], seed=seed, **own, **fit)
         self.fits = tuple(
             replace(self.fit_options, network=network, seed=_seed_of(self.seed, number))
-            for number, network in enumerate(values["networks"])
+            for number, network in enumerate(chosen)
         )
         self.T = check_int(values["T"], name="T", low=2)
         self.t0 = check_int(values["t0"], name="t0", low=0, high=self.T - 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,14 +10,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
 from dipguard.checks import check_int
-from dipguard.classifier import probability_warning
 from dipguard.decision import DecisionTrace, Reconstruction, stitch
 from dipguard.decision.intermediates import STITCHED, Intermediate
-from dipguard.defenses.base import Callbacks, Purified
+from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense
 from dipguard.fit import DecideOptions, StitchOptions, fit_stack
 from dipguard.store import Store, open_store, stored_stack
@@ -123,13 +120,6 @@ class DIPGuard(DIPDefense):
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace (Algorithm 1, lines 9-18)."""
         return stitch(trace, **asdict(self.stitch_options))
-
-    def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
-        """Check the victim before the first fit, then purify stack by stack."""
-        text = probability_warning(self.decide(images[:1]))
-        if text is not None:
-            warnings.warn(text, UserWarning, stacklevel=4)
-        return super()._purify(images, indices, callbacks=callbacks, logger=logger)
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
         """Fit one stack, or take it from the store, and stitch."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from dipguard.checks import check_float, check_int
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense
-from dipguard.fit import fit_rule
+from dipguard.fit import StopRuleCallback, run_fit
 from dipguard.networks import NetworkSpec
 from dipguard.networks.presets import hourglass
 
@@ -23,6 +22,8 @@ class StoppedDIP(DIPDefense):
 
     A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. ``T``, at least 1, is the number of steps.
     """
+
+    asks_victim: ClassVar[bool] = False
 
     def __init__(self, victim: nn.Module, *, T: int = 1000, **options: Any) -> None:
         super().__init__(victim, **options)
@@ -48,11 +49,11 @@ class StoppedDIP(DIPDefense):
         return self.make_rule().steps_needed(self.T)
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
-        """Fit one stack until the rule has chosen."""
-        start = time.perf_counter()
-        options: Any = {"rule": self.make_rule(), "fit": self.fit_options, "T": self.T, **run}
-        stopped = fit_rule(images, indices=indices, first_step=first_step, **options)
-        return Purified.plain(stopped.images.to(images), start=start)
+        """Fit one stack until the rule has chosen, and no longer."""
+        rule = self.make_rule()
+        own = run | {"callbacks": [StopRuleCallback(rule, first_step=first_step), *run["callbacks"]]}
+        seconds = run_fit(images, T=rule.steps_needed(self.T), indices=indices, fit=self.fit_options, **own)
+        return Purified.plain(rule.result().images.to(images), seconds=seconds)
 
 
 class FixedStepDIP(StoppedDIP):

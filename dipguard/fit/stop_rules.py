@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
-from torch import Tensor
 
 from dipguard.decision import quality
-from dipguard.decision.stopping import Stopped, StopRule
+from dipguard.decision.stopping import StopRule
 from dipguard.fit.callbacks import as_stacked_dip, step_output, tell_epoch
-from dipguard.fit.runner import run_fit
 
 
 class StopRuleCallback(pl.Callback):
@@ -34,17 +31,3 @@ class StopRuleCallback(pl.Callback):
             means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}
             for logger in trainer.loggers:
                 logger.log_metrics(means, step=self.first_step + step)
-
-
-def fit_rule(
-    images: Tensor, *, rule: StopRule, T: int, first_step: int = 0, callbacks: Sequence[pl.Callback] = (), **run: Any
-) -> Stopped:
-    """Fit B networks to B images for a fresh stopping rule alone, and no longer than it needs.
-
-    ``first_step`` is that of the rule's callback, after which ``callbacks`` run; the other arguments and errors are
-    those of :func:`dipguard.fit.run_fit`.
-    Returns what the rule chose, on the fit's device and in its dtype; RuntimeError if it waits for a step beyond T.
-    """
-    watch = StopRuleCallback(rule, first_step=first_step)
-    run_fit(images, T=rule.steps_needed(T), callbacks=[watch, *callbacks], **run)
-    return rule.result()

@@ -78,6 +78,8 @@ def of_model(
     network = getattr(model, "_orig_mod", model)
     network = network.module if isinstance(network, (nn.DataParallel, nn.parallel.DistributedDataParallel)) else network
     victim = network if isinstance(network, Normalised) else None
+    if victim is not None and (mean is not None or std is not None):
+        raise ValueError("`mean` and `std` must be left out for a Normalised, which has its own; or give its `network`")
     if weights is not None:
         load_state_dict_strict(network if victim is None else victim.network, weights)
     libraries = {kind.__module__.partition(".")[0] for kind in type(network).__mro__}

@@ -25,6 +25,15 @@ def test_result_keeps_shape_dtype_and_range(digits, quick_result, name):
     assert attacked.data_ptr() != given.data_ptr()
 
 
+@pytest.mark.parametrize("name", ["fgsm", "adaptive_pgd"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_attacked_in_float32(digits_cnn, digits, name, dtype):
+    given, labels = digits.images[:4].to(dtype), digits.labels[:4]
+    attacked = quick(name, digits_cnn, Noise())(given, labels)
+    assert attacked.dtype == dtype
+    assert torch.equal(attacked, quick(name, digits_cnn, Noise())(given.float(), labels).to(dtype))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [

@@ -139,6 +139,7 @@ def test_bad_defences_are_refused(digits_cnn, name):
         ("bpda", {"steps": 0}, ValueError, "`steps`"),
         ("bpda", {"draws": "new"}, ValueError, "`draws` must be one of fresh, fixed"),
         ("bpda", {"queries": 5}, TypeError, "'bpda' takes no option 'queries'"),
+        ("bpda", {"budgets": 5}, TypeError, "`budgets` must be a list of integers, got 5"),
         ("bpda", {"budgets": (0, 1)}, ValueError, "`budgets` must be from 1 to 15, got 0"),
         ("bpda", {"budgets": (16,)}, ValueError, "`budgets` must be from 1 to 15, got 16"),
         ("bpda", {"budgets": (1.5,)}, TypeError, "`budgets`"),

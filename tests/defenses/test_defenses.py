@@ -66,7 +66,7 @@ def weights(shallow_nrp, tmp_path_factory):
 
 def built(key, victim, weights, *, seed=0):
     name, options, network, _ = VARIANTS[key]
-    return build_defense(name, victim, seed=seed, weights=weights.get(network), **options)
+    return build_defense(name, victim, seed=seed, **({"weights": weights[network]} if network else {}), **options)
 
 
 @pytest.fixture(scope="module")
@@ -194,8 +194,8 @@ def test_settings_hold_everything_and_are_json(make, key):
     ],
 )
 def test_each_option_changes_result_and_settings(weights, victim, images, name, one, other):
-    network = {"comdefend": "comdefend", "sr": "imdn"}.get(name)
-    pair = [build_defense(name, victim, weights=weights.get(network), **options) for options in (one, other)]
+    trained = {"weights": weights["imdn" if name == "sr" else name]} if name in ("sr", "comdefend") else {}
+    pair = [build_defense(name, victim, **trained, **options) for options in (one, other)]
     assert pair[0].settings != pair[1].settings
     assert not torch.equal(*(defense.purify(images[:1]) for defense in pair))
 

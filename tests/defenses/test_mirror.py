@@ -106,6 +106,7 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
     [
         ({"networks": ()}, "`networks` must list at least one"),
         ({"networks": "medium"}, "`networks` must list at least one"),
+        ({"networks": NETWORKS[0]}, "`networks` must list at least one"),
         ({"networks": ("huge",)}, "`network` must be one of"),
         ({"preset": "photo"}, "`preset` must be one of cifar10, imagenet, got 'photo'"),
         ({"noise": (2.0, 1.0)}, "`noise` must be two levels, the lower one first"),

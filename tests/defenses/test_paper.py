@@ -16,7 +16,7 @@ from tqdm import tqdm
 from dipguard import DIPGuard
 from dipguard.classifier import eval_mode
 from dipguard.decision import stitch
-from dipguard.defenses import Defense
+from dipguard.defenses import Defense, build_defense
 from dipguard.fit import FitProgress
 from tests.defenses.conftest import all_stays
 
@@ -206,12 +206,21 @@ def test_bad_options_are_named(small_victim, options, error, message):
         DIPGuard(small_victim, **{**QUICK, **options})
 
 
-def test_probabilities_are_warned_of_and_logits_are_not(small_images, small_victim):
-    with pytest.warns(UserWarning, match="`victim` must return logits, but its outputs lie in"):
-        DIPGuard(nn.Sequential(small_victim, nn.Softmax(dim=1)), **QUICK).purify(small_images[:1])
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        DIPGuard(small_victim, **QUICK).purify(small_images[:1])
+@pytest.mark.parametrize(("name", "warned"), [("paper", 1), ("mirror", 1), ("dip_fixed", 0)])
+def test_probabilities_are_warned_of_where_logits_decide(small_images, small_victim, name, warned):
+    options = {
+        "T": 4,
+        "progress": False,
+        "engine": "torch",
+        **({"step": 3} if name == "dip_fixed" else {"t0": 1, "every": 1}),
+    }
+    for victim, count in ((nn.Sequential(small_victim, nn.Softmax(dim=1)), warned), (small_victim, 0)):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always", UserWarning)
+            build_defense(name, victim, **options).purify(small_images[:1])
+        texts = [str(one.message) for one in told if one.category is UserWarning and "logits" in str(one.message)]
+        assert len(texts) == count
+        assert all("`victim` must return logits, but its outputs lie in" in text for text in texts)
 
 
 def test_settings_can_be_written_as_json(small_victim):

@@ -12,10 +12,11 @@ from dipguard.decision.stopping import FixedStep
 from dipguard.defenses.base import Defense
 from dipguard.defenses.stopped import PRESETS, DIPDefend, FixedStepDIP
 from dipguard.evaluation.matrix import Curves
-from dipguard.fit import FitOptions, fit_rule
+from dipguard.fit import FitOptions
 from dipguard.networks import build
 from dipguard.victims import build_victim
 from tests.defenses.conftest import all_stays
+from tests.fit.conftest import fit_rule
 
 T = 6
 DEFENSES = {

@@ -89,7 +89,7 @@ def test_comdefend_votes_over_its_noise(victim, images, tmp_path):
     torch.save(ComDefendNetwork().state_dict(), path := tmp_path / "comdefend.pt")
     voting = build_defense("comdefend", victim, weights=path, votes=3)
     assert voting.purify(images[:2]).shape == (2, 3, 32, 32)
-    with pytest.raises(ValueError, match="`votes` must be from 1 to 1, got 3"):
+    with pytest.raises(ValueError, match="`votes` must be 1 without `noise`, since all would be the same, got 3"):
         build_defense("comdefend", victim, weights=path, votes=3, noise=0)
 
 
@@ -106,9 +106,9 @@ def test_bad_votes_are_refused(small_victim, name, votes, error, message):
         build_defense(name, small_victim, votes=votes)
 
 
-@pytest.mark.parametrize("name", ["paper", "mirror", "dip_fixed"])
+@pytest.mark.parametrize("name", ["paper", "mirror", "dip_fixed", "dipdefend"])
 def test_without_a_seed_each_defence_draws_its_own_which_can_be_used_again(small_images, small_victim, name):
-    options = {"progress": False, **TINY[name]}
+    options = {"progress": False, **TINY.get(name, {"T": 4})}
     first, second = (build_defense(name, small_victim, seed=None, **options) for _ in range(2))
     assert first.seed != second.seed
     assert {fit.seed for fit in first.dip_fits}.isdisjoint({fit.seed for fit in second.dip_fits})

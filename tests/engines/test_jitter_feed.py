@@ -34,8 +34,3 @@ def test_it_works_when_made_under_inference_mode_and_used_outside() -> None:
     z = torch.zeros(1, *SHAPE, requires_grad=True)
     for _ in range(2 * BLOCK + 1):
         assert feed.next(z).requires_grad
-
-
-def test_a_negative_deviation_is_refused() -> None:
-    with pytest.raises(ValueError, match="`jitter` must be finite and at least 0, got -1"):
-        JitterFeed(SHAPE, indices=[0], seed=0, std=-1.0, device=torch.device("cpu"))

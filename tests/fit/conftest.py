@@ -1,6 +1,6 @@
 """A few natural images and a victim with smooth decisions, so that fits cross boundaries; Trainers and callbacks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +10,9 @@ from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dipguard.decision.stopping import Stopped, StopRule
 from dipguard.engines.native_build import compiler
+from dipguard.fit import StopRuleCallback, run_fit
 
 NATIVE = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 WORKING = ["torch", pytest.param("native", marks=NATIVE)]
@@ -22,6 +24,12 @@ def trainer(T: int | None, *callbacks: pl.Callback, **options: Any) -> pl.Traine
     steps = {} if T is None else {"max_steps": T}
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
     return pl.Trainer(accelerator="cpu", callbacks=[*callbacks], **{**steps, **dict.fromkeys(quiet, False), **options})
+
+
+def fit_rule(images: Tensor, *, rule: StopRule, T: int, callbacks: Sequence[pl.Callback] = (), **run: Any) -> Stopped:
+    """Fit networks for a fresh stopping rule alone, and no longer than it needs; what it chose."""
+    run_fit(images, T=rule.steps_needed(T), callbacks=[StopRuleCallback(rule), *callbacks], **run)
+    return rule.result()
 
 
 class Watch(pl.Callback):

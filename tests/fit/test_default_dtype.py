@@ -15,13 +15,12 @@ from dipguard.fit import (
     StackedDIP,
     StitchOptions,
     WindowLogger,
-    fit_rule,
     fit_stack,
     isolated_trainer,
     make_trainer,
     unrolled_fit,
 )
-from tests.fit.conftest import NATIVE
+from tests.fit.conftest import NATIVE, fit_rule
 
 CPU = torch.device("cpu")
 

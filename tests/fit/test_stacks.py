@@ -24,13 +24,12 @@ from dipguard.fit import (
     FitProgress,
     StackResult,
     StitchOptions,
-    fit_rule,
     fit_stack,
     in_stacks,
     stack_size_for,
 )
 from dipguard.fit.memory import free_memory, memory_need
-from tests.fit.conftest import At, stop
+from tests.fit.conftest import At, fit_rule, stop
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]

@@ -12,8 +12,8 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
 from dipguard.decision.stopping import FixedStep, PeakOfSmoothedPSNR, StopRule
-from dipguard.fit import DecideOptions, FitOptions, StitchOptions, StopRuleCallback, fit_rule, fit_stack
-from tests.fit.conftest import NATIVE, Watch, trainer
+from dipguard.fit import DecideOptions, FitOptions, StitchOptions, StopRuleCallback, fit_stack
+from tests.fit.conftest import NATIVE, Watch, fit_rule, trainer
 
 CPU = torch.device("cpu")
 T = 40

@@ -79,6 +79,8 @@ def test_any_other_model_says_it_by_options(tmp_path):
     assert victim.network is model
     assert victim.size == (32, 32)
     assert build_victim(victim.train()) is victim
+    with pytest.raises(ValueError, match="`mean` and `std` must be left out for a Normalised, which has its own"):
+        build_victim(victim, mean=(0, 0, 0), std=(1, 1, 1))
     assert not victim.training
     other = linear()
     torch.save({"net": other.state_dict()}, tmp_path / "own.pt")
