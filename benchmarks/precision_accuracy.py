@@ -27,8 +27,8 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.callbacks_share import pgd
 from dipguard import DIPGuard
+from dipguard.attacks import build_attack
 from dipguard.data.arrays import load_arrays
 from dipguard.engines import PRECISIONS
 from dipguard.evaluation.metrics import psnr, wilson
@@ -131,7 +131,7 @@ def main() -> None:
     data = load_arrays(path=args.images, limit=args.count)
     victim = build_victim(args.victim, weights=args.weights).to(args.device)
     images, labels = data.images.to(args.device), data.labels.to(args.device)
-    sets = {"clean": images, "attacked": pgd(victim, images, labels)}
+    sets = {"clean": images, "attacked": build_attack("pgd", victim, eps_255=8, alpha_255=2, steps=20)(images, labels)}
     found = [row for name, given in sets.items() for row in rows(name, given, data.labels, victim, args)]
     for precision in args.precisions:
         worst = min(row.low for row in found if row.precision == precision)

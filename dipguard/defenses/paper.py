@@ -17,7 +17,7 @@ from dipguard.decision import DecisionTrace, Reconstruction, stitch
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense
-from dipguard.fit import DecideOptions, StitchOptions, fit_stack
+from dipguard.fit import DecideOptions, FitProgress, StitchOptions, fit_stack
 from dipguard.store import Store, open_store, stored_stack
 
 _log = logging.getLogger(__name__)
@@ -46,7 +46,8 @@ class DIPGuard(DIPDefense):
         t0_unit: ``steps`` or ``samples``.
         divide_by: ``found`` or ``K`` (Eq. 7 with fewer than K crossings).
         store: Folder of fits made earlier (:mod:`dipguard.store`), which other values of tau, t0, K, beta and T, and
-            other victims, use again. Traces in the result are then shared and must not be changed.
+            other victims, use again. Traces in the result are then shared and must not be changed. Not used for calls
+            with ``callbacks``, which may change a fit.
         store_T: Other values of T that a fit made for the store is to serve.
     """
 
@@ -123,7 +124,10 @@ class DIPGuard(DIPDefense):
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
         """Fit one stack, or take it from the store, and stitch."""
-        fit = fit_stack if self.store is None else partial(stored_stack, store=self.store, also=self.also)
+        # Callbacks of the caller may change the fit, or want to see it: then it is neither looked up nor kept.
+        others = [callback for callback in run["callbacks"] if not isinstance(callback, FitProgress)]
+        store = None if others else self.store
+        fit = fit_stack if store is None else partial(stored_stack, store=store, also=self.also)
         options: Any = {"fit": self.fit_options, "decide": self.decide_options, "stitch": self.stitch_options}
         made = fit(images, victim=self.victim, indices=indices, first_step=first_step, **options, **run)
         return Purified.stitched(made.reconstructions, like=images, traces=made.traces, seconds=made.seconds)

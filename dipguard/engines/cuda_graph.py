@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Collection
 from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor
 from dipguard.cache import cache_folder
 from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, fit_errors, precision, say_once
 from dipguard.engines.kernel_choice import BUDGET, choose_kernels, layer_shapes, use_kernels
-from dipguard.files import read_json, write_json
+from dipguard.files import file_digest, read_json, write_json
 from dipguard.networks import StackedSkipNet
 
 _log = logging.getLogger(__name__)
@@ -36,12 +37,11 @@ class CudaGraphEngine(Engine):
     The graph holds the addresses of the parameters: an optimiser must update them in place, as all of torch's do. The
     loss's ``backward()`` hands over gradients that have been computed already.
 
-    ``net`` and ``given`` (x0, [B, 3, H, W], copied) are of one dtype and on one CUDA device, or on any device without
+    ``net`` and ``given`` (x0, [B, 3, H, W]) are of one dtype and on one CUDA device, or on any device without
     ``capture``, which runs the step eagerly (``name`` is then ``torch``); so is ``tolerance`` [B], if there is one
     (`fit_errors`). ``convolutions`` and ``normalisations`` are the candidates of
-    :func:`~dipguard.engines.kernel_choice.choose_kernels`; ``choice`` is the kernel of each layer. ValueError if images
-    and network do not match, or for an unknown name; RuntimeError for ``capture`` without a CUDA device, or if no
-    candidate works for some layer.
+    :func:`~dipguard.engines.kernel_choice.choose_kernels`; ``choice`` is the kernel of each layer. ValueError for an
+    unknown name; RuntimeError if no candidate works for some layer.
     """
 
     def __init__(
@@ -56,20 +56,13 @@ class CudaGraphEngine(Engine):
         normalisations: Collection[str] | None = None,
         capture: bool = True,
     ) -> None:
-        if given.ndim != 4 or len(given) != net.stack_size:
-            raise ValueError(
-                f"`given` must be one image a network, [{net.stack_size}, 3, H, W], got shape {tuple(given.shape)}"
-            )
-        if capture and given.device.type != "cuda":
-            raise RuntimeError(f"a CUDA graph needs images and network on a CUDA device, got {given.device}")
         self.name = "cuda_graph" if capture else "torch"
         self.net = net
         self.matmul_precision = matmul_precision
         # Tensors made under inference_mode can neither be written to nor saved for a backward pass outside of it.
         with torch.inference_mode(False):
             net.set_layout(channels_last=given.device.type == "cpu")
-            self.given = given.detach().clone()
-            self.tolerance = None if tolerance is None else tolerance.detach().clone()
+            self.given, self.tolerance = given.detach(), tolerance
             self.z = given.new_zeros(len(given), net.spec.input_depth, *given.shape[-2:]).requires_grad_(z_gradient)
             self._handle = given.new_zeros((), requires_grad=True)
         with precision(matmul_precision, given.device):
@@ -97,8 +90,6 @@ class CudaGraphEngine(Engine):
         Returns x [B, 3, H, W], the mean squared error of each image [B], and the gradients of the errors' sum in the
         order of ``net.parameters()``, followed by z's with ``z_gradient``. The next call overwrites all of them.
         """
-        if z.shape != self.z.shape:
-            raise ValueError(f"`z` must have shape {tuple(self.z.shape)}, got {tuple(z.shape)}")
         with torch.no_grad():
             self.z.copy_(z, non_blocking=True)
         if self._graph is None:
@@ -191,8 +182,15 @@ def _kept_choice(
 def _situation(net: StackedSkipNet, given: Tensor, *more: object) -> str:
     """What measurements depend on."""
     where = torch.cuda.get_device_name(given.device) if given.is_cuda else given.device.type
-    about = [where, torch.__version__, list(given.shape[2:]), given.dtype, net.padding, net.spec]
+    about = [where, torch.__version__, _kernels_digest(), list(given.shape[2:]), given.dtype, net.padding, net.spec]
     return " ".join(map(str, [*about, *more]))
+
+
+@cache
+def _kernels_digest() -> str:
+    """A kernel that was changed is measured, and compared with float64, again."""
+    sources = Path(__file__).parent
+    return " ".join(file_digest(sources / name)[:16] for name in ("_triton_kernels.py", "triton_ops.py"))
 
 
 def _kept(place: Path) -> dict[str, Any]:

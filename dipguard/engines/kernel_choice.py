@@ -4,7 +4,7 @@ Stacked convolutions can be computed by torch as one convolution of B groups (``
 product of all pixels' neighbourhoods (``matmul``, kernel ** 2 times the input's memory), or by our own kernels
 (``triton``, :mod:`dipguard.engines.triton_ops`; ``triton tf32x3`` splits float32 products into three of TF32);
 normalisations with LeakyReLU, and the middle of a scale (upsampling, concatenation, normalisation), by ``torch`` or
-``triton``. On a GPU every candidate is timed, once per process, on each distinct layer shape and compared with the
+``triton``. On a GPU every candidate is timed on each distinct layer shape and compared with the
 first of its list in float64; one that fails or is too far off is left out. On a CPU the first of each list is used.
 
 The choice depends on the stack size. Kernels differ only by rounding, but a DIP fit amplifies that: in float32 an image
@@ -43,13 +43,13 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUGH = 3e-2
 """Largest relative error in bfloat16 and TF32."""
 SPLIT = "triton tf32x3"
-"""Its error may be twice the largest of the candidates that multiply in float32, no more."""
+"""Float32 products as sums of TF32 ones: taken where its error is at most twice the largest of the float32 forms."""
 CHECKED = 4
 """Networks, the stack's last ones, whose results are compared: float64 is slow on many GPUs."""
 BUDGET = 4.0
-"""Seconds after which a choice compiles no further kernel; the next one in the process goes on from there."""
+"""Seconds after which a choice compiles no further kernel; it then holds for this process and is not kept."""
 SLOW = 0.01
-"""Seconds of a run that need not be repeated."""
+"""A run that takes longer than these seconds is timed once."""
 MATMUL_SHARE = 1 / 8
 """Of the GPU's memory, for the neighbourhoods of ``matmul``."""
 AHEAD = 2_000_000
@@ -79,7 +79,6 @@ CONVOLUTIONS: dict[str, Function] = {
 NORMALISATIONS: dict[str, Function] = {"torch": norm_leaky_relu, "triton": triton_norm_leaky_relu}
 JOINS: dict[str, Function] = {"torch": join_norm, "triton": triton_join_norm}
 TABLES = {StackedConv2d: CONVOLUTIONS, StackedNorm2d: NORMALISATIONS, StackedJoin2d: JOINS}
-_MEASURED: dict[tuple[object, ...], dict[str, float]] = {}
 
 
 def available(table: Mapping[str, Function], device: torch.device) -> tuple[str, ...]:
@@ -153,19 +152,18 @@ def choose_kernels(
         return [check_choice(name, table, name=argument) for name in asked or default]
 
     offers = offer(CONVOLUTIONS, convolutions, "convolutions"), offer(NORMALISATIONS, normalisations, "normalisations")
-    chosen: dict[str, str] = {}
     dtype, deadline = net.head.weight.dtype, time.perf_counter() + BUDGET
     shapes = layer_shapes(net, size=size, z_gradient=z_gradient)
-    kinds = JOINS, NORMALISATIONS, CONVOLUTIONS
-    for layer, shape in sorted(shapes.items(), key=lambda item: (kinds.index(item[1].table), -math.prod(item[1].x))):
+    kinds, fastest = (JOINS, NORMALISATIONS, CONVOLUTIONS), dict[LayerShape, str]()
+    for shape in sorted(set(shapes.values()), key=lambda one: (kinds.index(one.table), -math.prod(one.x), str(one))):
         offered = offers[shape.table is not CONVOLUTIONS]
-        chosen[layer] = offered[0]
+        fastest[shape] = offered[0]
         if len(offered) > 1:
             seconds = measure(shape, device=device, dtype=dtype, names=offered, deadline=deadline)
-            chosen[layer] = min(offered, key=seconds.__getitem__)
-            if seconds[chosen[layer]] == math.inf:
+            fastest[shape] = min(offered, key=seconds.__getitem__)
+            if seconds[fastest[shape]] == math.inf:
                 raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")
-    return chosen
+    return {layer: fastest[shape] for layer, shape in shapes.items()}
 
 
 def use_kernels(net: nn.Module, chosen: Mapping[str, str]) -> None:
@@ -204,15 +202,7 @@ def measure(
 
     After the deadline, by ``time.perf_counter``, Triton's are not tried where another works; they are infinite then.
     """
-    card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    known = _MEASURED.setdefault((card, *_precision(device), shape, dtype), {})
-
-    def wanted(name: str) -> bool:
-        late = time.perf_counter() > deadline and min(known.values(), default=math.inf) < math.inf
-        return name not in known and not (late and name.startswith("triton"))
-
-    if not any(map(wanted, names)):
-        return {name: known.get(name, math.inf) for name in names}
+    times = dict.fromkeys(names, math.inf)
     with torch.inference_mode(False), torch.enable_grad():
         tensors = shape.example(device=device, dtype=dtype)
         first = next(iter(shape.table))
@@ -228,20 +218,20 @@ def measure(
 
         tolerance = TOLERANCES.get(dtype, ROUGH) if _exact(device) else ROUGH
         own = error(_both(shape.kernel(first), few))
-        for name in filter(wanted, names):
-            best = min(known.values(), default=math.inf)
-            known[name] = math.inf
-            if name == "matmul" and _unfolded(shape, dtype) > MATMUL_SHARE * _memory(device):
+        for name in names:
+            best = min(times.values())
+            late = time.perf_counter() > deadline and best < math.inf and name.startswith("triton")
+            if late or (name == "matmul" and _unfolded(shape, dtype) > MATMUL_SHARE * _memory(device)):
                 continue
             try:
                 both = partial(_both, shape.kernel(name), [*tensors, dy])
                 off = error(both())
                 if off <= (min(tolerance, 2 * own) if name == SPLIT else tolerance):
-                    known[name] = median_seconds(both, device=device, best=best)
+                    times[name] = median_seconds(both, device=device, best=best)
                     own = max(own, off)
             except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
                 pass
-    return {name: known.get(name, math.inf) for name in names}
+    return times
 
 
 def _unfolded(shape: LayerShape, dtype: torch.dtype) -> float:

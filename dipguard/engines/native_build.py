@@ -25,8 +25,8 @@ class BuildError(RuntimeError):
 
 
 def compiler() -> str | None:
-    """The C++ compiler: ``$CXX``, or g++, clang++ or c++ from the path; None if there is none."""
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+    """The C++ compiler: ``$CXX``, or g++ or c++ from the path; None if there is none."""
+    names = [os.environ.get("CXX", ""), "g++", "c++"]  # the sources use __builtin_shuffle, which clang lacks
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
@@ -61,7 +61,7 @@ def _library(dtype: str) -> ctypes.CDLL | str:
 def _built(dtype: str) -> Path:
     found = compiler()
     if found is None:
-        raise BuildError("no C++ compiler was found (g++, clang++ or $CXX)")
+        raise BuildError("no C++ compiler was found (g++ or $CXX)")
     command = [found, *FLAGS, f"-DREAL={REALS[dtype]}"]
     version = subprocess.run([found, "--version"], capture_output=True, check=False).stdout
     name = f"stack_step-{dtype}-{sources_digest(*command, repr(version), _processor())}"

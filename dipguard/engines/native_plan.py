@@ -266,7 +266,8 @@ def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list
     k_d, k_u, k_s = spec.k_d[level], spec.k_u[level], spec.k_s[level]
     deeper = level + 1 < spec.scales
     frame = plan.frames[source]
-    joined = plan.joined(frame.height, frame.width, n_s, spec.n_u[level + 1] if deeper else n_d)
+    below_channels = spec.n_u[level + 1] if deeper else n_d
+    joined = plan.joined(frame.height, frame.width, n_s, below_channels)
     skip = [_block(plan, f"{name}.skip", source, n_s, kernel=k_s, target=plan.part(joined, n_s))] if n_s else []
     down0 = _block(plan, f"{name}.down.0", source, n_d, kernel=k_d, stride=2, readers=(k_d,))
     below = _readers(spec, level + 1) if deeper else ()
@@ -279,7 +280,8 @@ def _scale(plan: Plan, level: int, source: int, *, name: str) -> tuple[int, list
     upsample = Instruction(Operation.UPSAMPLE, low, joined, first=n_s)
     normal = plan.activation(frame.height, frame.width, plan.frames[joined].channels, kernels=(k_u,))
     if plan.frames[normal].padded != plan.frames[joined].padded:
-        raise UnsupportedError(f"n_u must be a multiple of 4 below a scale with skips, got {spec.n_u}")
+        name = "n_u" if deeper else "n_d"
+        raise UnsupportedError(f"{name} must be a multiple of 4 below a scale with skips, got {below_channels}")
     norm = _normalisation(plan, f"{name}.norm", joined, normal, leaky=False)
     plan.program += [upsample, norm]
     up0 = _block(plan, f"{name}.up.0", normal, n_u, kernel=k_u, readers=(1,))

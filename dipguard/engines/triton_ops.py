@@ -16,7 +16,6 @@ from torch.nn import functional as F
 
 from dipguard.networks.unet import Size, pad_border, padding_mode, same_padding
 
-LARGEST_STACK = 65_535  # of the third axis of a CUDA grid
 LARGEST_BLOCK = 4096  # numbers that a normalisation program holds at once: 32 per thread
 PROGRAMS = 512  # fill a large GPU about four times over
 GRADIENT_BLOCK = 64
@@ -29,13 +28,9 @@ def triton_conv2d(
 
     Float32 is multiplied as ``products`` says, ``ieee``, ``tf32`` or ``tf32x3`` (split into three TF32 products, nearly
     exact); by default ``tf32`` where that is switched on, else ``ieee``. Under autocast x is cast to autocast's dtype,
-    as torch's convolution does; weights are cast tile by tile, and their gradient keeps their own dtype. ValueError for
-    more than 65,535 networks, RuntimeError where Triton cannot run.
+    as torch's convolution does; weights are cast tile by tile, and their gradient keeps their own dtype.
     """
     precision = products or ("tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee")
-    if len(weight) > LARGEST_STACK:
-        raise ValueError(f"`weight` must be of at most {LARGEST_STACK} networks, got {len(weight)}")
-    check_device(x.device)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if weight.shape[-1] == 1 and stride == 1:
@@ -48,12 +43,8 @@ def triton_conv2d(
 def triton_norm_leaky_relu(x: Tensor, weight: Tensor, bias: Tensor, *, slope: float = 1.0, eps: float = 1e-5) -> Tensor:
     """Normalisation and LeakyReLU with the arguments and result of :func:`dipguard.networks.unet.norm_leaky_relu`.
 
-    Weight and bias may be float32 where x is bfloat16. ValueError unless x has B * channels channels, RuntimeError
-    where Triton cannot run.
+    Weight and bias may be float32 where x is bfloat16.
     """
-    if x.shape[1] != weight.numel():
-        raise ValueError(f"`x` must have {weight.numel()} channels, got shape {tuple(x.shape)}")
-    check_device(x.device)
     return _Norm.apply(x, None, weight, bias, (x.shape[-2], x.shape[-1]), "none", slope, eps)
 
 
@@ -62,24 +53,9 @@ def triton_join_norm(
 ) -> Tensor:
     """Upsampling, concatenation and normalisation in one kernel, as :func:`dipguard.networks.unet.join_norm`.
 
-    Neither the upsampled image nor its gradient is ever in memory. ValueError unless low and skip have weight's number
-    of channels together, and skip has the size, RuntimeError where Triton cannot run.
+    Neither the upsampled image nor its gradient is ever in memory.
     """
-    shapes = [tuple(t.shape) for t in (low, skip) if t is not None]
-    if sum(shape[1] for shape in shapes) != weight.numel() or (skip is not None and shapes[1][2:] != size):
-        raise ValueError(f"`low` and `skip` must have {weight.numel()} channels and skip the size {size}, got {shapes}")
-    check_device(low.device)
     return _Norm.apply(skip, low, weight, bias, size, upsample, 1.0, eps)
-
-
-def check_device(device: torch.device) -> None:
-    """Raise RuntimeError if Triton is not installed, or the device is not CUDA and Triton does not interpret."""
-    try:
-        import triton  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ImportError as error:
-        raise RuntimeError("the kernel 'triton' needs the package triton, which is not installed here") from error
-    if device.type != "cuda" and not triton.knobs.runtime.interpret:
-        raise RuntimeError(f"the kernel 'triton' needs a CUDA device, got {device.type!r}")
 
 
 class _Conv(torch.autograd.Function):

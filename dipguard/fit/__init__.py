@@ -1,12 +1,11 @@
 """The stacked fit: a LightningModule and the callbacks that watch it."""
 
 from dipguard.classifier import Decider
-from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
+from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher, StopRuleCallback
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 from dipguard.fit.runner import StackResult, fit_device, fit_stack, isolated_trainer, make_trainer, run_fit
 from dipguard.fit.stacks import FitProgress, in_stacks, stack_size_for
-from dipguard.fit.stop_rules import StopRuleCallback
 from dipguard.fit.unrolled import unrolled_fit
 from dipguard.fit.window_logger import WindowLogger
 

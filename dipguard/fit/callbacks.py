@@ -1,4 +1,4 @@
-"""Algorithm 1, lines 4-19, as Lightning callbacks; what passes between them is ``module.trace``."""
+"""Lightning callbacks: Algorithm 1, lines 4-19, which share ``module.trace``, and stopping rules."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from dipguard.checks import check_choice, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision import DecisionTrace, Reconstruction, crosses, localise, quality, sampled_steps, stitch
 from dipguard.decision.boundary import SCORES
+from dipguard.decision.stopping import StopRule
 from dipguard.fit.module import Crossing, Sample, StackedDIP, StackTrace
 from dipguard.fit.options import StitchOptions
 
@@ -35,15 +36,6 @@ def counted(hook: Hook) -> Hook:
         self.seconds += time.perf_counter() - start
 
     return timed  # type: ignore[return-value]
-
-
-def tell_epoch(trainer: pl.Trainer, x: Tensor, given: Tensor, errors: Tensor) -> None:
-    """At the last step of an epoch, put ``fit/mse`` and ``fit/quality`` (SSIM) where EarlyStopping looks for them.
-
-    They are means over the stack of x(t) and x0, both [B, 3, H, W], and of the errors [B].
-    """
-    if trainer.is_last_batch or trainer.global_step == trainer.max_steps:
-        trainer.callback_metrics.update({"fit/mse": errors.mean(), "fit/quality": quality(x, given).mean()})
 
 
 class DecisionLogger(pl.Callback):
@@ -105,11 +97,9 @@ class DecisionLogger(pl.Callback):
         step, x, errors = step_output(outputs)
         module = as_stacked_dip(pl_module)
         sampled, last = step in self._steps, step == module.T - 1
-        if not (sampled or last or trainer.is_last_batch):
-            return
-        value = quality(x, module.given)
-        trainer.callback_metrics.update({"fit/mse": errors.mean(), "fit/quality": value.mean()})
         if sampled:
+            value = quality(x, module.given)
+            trainer.callback_metrics.update({"fit/mse": errors.mean(), "fit/quality": value.mean()})
             # Copies: an engine may write its next step into the same memory.
             self._waiting.append(Sample(step, x.clone(), x.new_empty(0), value, errors.clone()))
         if last or len(self._waiting) >= self._together:
@@ -242,6 +232,27 @@ class Stitcher(pl.Callback):
             trace.settings["ended_after"] = module.step
         self.traces = trace.close()
         self.reconstructions = [stitch(one, **asdict(self.options)) for one in self.traces]
+
+
+class StopRuleCallback(pl.Callback):
+    """Shows every step of a fit to a fresh stopping rule, whose ``result`` is there afterwards; changes nothing else.
+
+    The Trainer's loggers get ``fit/mse`` and ``fit/quality`` (SSIM), means over the stack, at about 50 steps, to whose
+    numbers ``first_step`` is added.
+    """
+
+    def __init__(self, rule: StopRule, *, first_step: int = 0) -> None:
+        self.rule, self.first_step = rule, first_step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
+        """Show x(t), which was made before this step's update, to the rule."""
+        given = as_stacked_dip(pl_module).given
+        step, x, errors = step_output(outputs)
+        self.rule.update(step, x, given)
+        if trainer.loggers and (step + 1) % max(1, trainer.max_steps // 50) == 0:
+            means = {"fit/mse": float(errors.mean()), "fit/quality": float(quality(x, given).mean())}
+            for logger in trainer.loggers:
+                logger.log_metrics(means, step=self.first_step + step)
 
 
 def as_stacked_dip(pl_module: pl.LightningModule) -> StackedDIP:

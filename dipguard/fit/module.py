@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dipguard.checks import Indices, check_images, check_indices, check_int
 from dipguard.decision import DecisionTrace, needed_for_replay
-from dipguard.decision.quality import image_noise
+from dipguard.decision.quality import image_noise, quality
 from dipguard.engines import Engine, make_engine
 from dipguard.engines.jitter_feed import JitterFeed
 from dipguard.fit.options import FitOptions
@@ -39,7 +39,8 @@ class StackedDIP(pl.LightningModule):
 
     Adam acts on each number separately, so one Adam over stacked parameters is B Adams. The module brings its own
     data: the Trainer's ``max_steps`` is the paper's T, and its epochs have ``steps_per_epoch`` steps, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit; dipguard's callbacks fill ``callback_metrics``.
+    ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit; ``callback_metrics`` hold ``fit/mse`` and
+    ``fit/quality`` of an epoch's last step.
 
     A subclass that overrides ``training_step`` may add to the ``loss`` (docs/own_trainer.md): its reconstructions are
     part of the autograd graph, which the torch engine alone provides.
@@ -122,6 +123,10 @@ class StackedDIP(pl.LightningModule):
         reconstructions = reconstructions.to(self.given.dtype)
         if not self._adds_to_the_loss:
             reconstructions = reconstructions.detach()
+        if self._trainer is not None and (self.trainer.is_last_batch or self.step == self.T):
+            # Before any callback, so that EarlyStopping and ModelCheckpoint find them whenever they look.
+            means = {"fit/mse": errors.mean(), "fit/quality": quality(reconstructions.detach(), self.given).mean()}
+            self.trainer.callback_metrics.update(means)
         return {"loss": loss, "reconstructions": reconstructions, "errors": errors, "step": step}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -275,7 +280,7 @@ class StackTrace:
 
     def __post_init__(self) -> None:
         self.steps: list[int] = []  # sampled so far
-        self.recent: list[Sample] = []  # those of the last `add`, after the one before them
+        self.recent: list[Sample] = []  # those of the last `add`, preceded by the last one of the `add` before
         self.crossings: list[list[Crossing]] = [[] for _ in self.indices]
         # alpha [M] and on-boundary images [M, 3, H, W] of all kept crossings, localised at the end of the fit
         self.boundary = self.given.new_zeros(0), self.given.new_zeros(0, *self.given.shape[1:])

@@ -1,14 +1,16 @@
-"""Options of a stacked fit, of its decisions and of the stitch; needs no torch."""
+"""Options of a stacked fit, of its decisions and of the stitch."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dipguard.checks import check_bool, check_choice, check_float, check_int, check_positive
-
-if TYPE_CHECKING:
-    from dipguard.networks import NetworkSpec
+from dipguard.decision import sampled_steps
+from dipguard.decision.boundary import SCORES, T0_UNITS, check_thresholds
+from dipguard.decision.stitching import DIVISORS
+from dipguard.engines import check_matmul_precision
+from dipguard.networks import INITS, PADDINGS, NetworkSpec, network_spec
 
 DTYPES = ("float32", "float64")
 Z_KINDS = ("uniform", "gaussian")
@@ -55,9 +57,6 @@ class FitOptions:
     matmul_precision: str = "float32"
 
     def __post_init__(self) -> None:
-        from dipguard.engines import check_matmul_precision
-        from dipguard.networks import INITS, PADDINGS, network_spec
-
         network_spec(self.network)
         check_float(self.jitter, name="jitter", low=0.0)
         check_choice(self.z, Z_KINDS, name="z")
@@ -78,8 +77,6 @@ class FitOptions:
     @property
     def spec(self) -> NetworkSpec:
         """The network's spec."""
-        from dipguard.networks import network_spec
-
         return network_spec(self.network)
 
     @property
@@ -119,9 +116,7 @@ class DecideOptions:
     K_max: int = 25
 
     def __post_init__(self) -> None:
-        from dipguard.decision.boundary import SCORES
-
-        assert self.steps  # checks T, decisions and every
+        sampled_steps(self.T, decisions=self.decisions, every=self.every)
         check_int(self.N, name="N", low=1)
         check_choice(self.scores, SCORES, name="scores")
         check_int(self.K_max, name="K_max", low=1)
@@ -129,8 +124,6 @@ class DecideOptions:
     @property
     def steps(self) -> tuple[int, ...]:
         """The sampled steps (:func:`dipguard.decision.sampled_steps`)."""
-        from dipguard.decision import sampled_steps
-
         return sampled_steps(self.T, decisions=self.decisions, every=self.every)
 
     @property
@@ -163,9 +156,6 @@ class StitchOptions:
     divide_by: str = "found"
 
     def __post_init__(self) -> None:
-        from dipguard.decision.boundary import T0_UNITS, check_thresholds
-        from dipguard.decision.stitching import DIVISORS
-
         check_thresholds(tau=self.tau, t0=self.t0, rule=self.rule)
         check_int(self.K, name="K", low=1)
         check_float(self.beta, name="beta", low=0.0)

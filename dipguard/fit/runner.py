@@ -214,8 +214,8 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
     """Let the C library hold on to freed blocks while a fit runs on the CPU; give them back at the end.
 
     Otherwise it hands the blocks of each step back to the system, which maps and clears every page anew: a tenth to a
-    fifth of the fit's time (benchmarks/README.md). Only glibc has the switch, which is the whole process's; afterwards
-    it stands where glibc's own adaptation would have put it. Yields whether memory is kept.
+    fifth of the time of a fit by torch's engine (benchmarks/README.md). Only glibc has the switch, which is the whole
+    process's; afterwards it stands where glibc's own adaptation would have put it. Yields whether memory is kept.
     """
     libc = _glibc(device)
     if libc is None:

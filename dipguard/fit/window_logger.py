@@ -12,7 +12,7 @@ from dipguard.checks import check_bool, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision import quality
 from dipguard.decision.class_scores import mirrored
-from dipguard.fit.callbacks import as_stacked_dip, counted, step_output, tell_epoch
+from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
 
 
 class WindowLogger(pl.Callback):
@@ -21,7 +21,6 @@ class WindowLogger(pl.Callback):
     The victim is asked when enough windows for a good batch are full, and at the end of the fit about the rest. Then
     means over the stack go to the Trainer's loggers, at each window's last step: ``fit/mse``, ``fit/quality`` (SSIM)
     and, with ``given_logits``, ``fit/decision_changed`` (share of the images that are decided differently from x0).
-    ``trainer.callback_metrics`` hold the first two, of the last step of each epoch.
     TypeError or ValueError if an argument is out of range, or the module is no StackedDIP; RuntimeError if the fit ends
     before the last window.
 
@@ -75,7 +74,6 @@ class WindowLogger(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         """Add x(t) to its window; ask the victim once enough windows are full."""
         step, x, errors = step_output(outputs)
-        tell_epoch(trainer, x, as_stacked_dip(pl_module).given, errors)
         window, place = divmod(step - self.warm_up, self.every)
         if not 0 <= window < self.windows:
             return

@@ -41,6 +41,7 @@ class NetworkSpec:
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"a network's lists must have one entry a scale, at least one, got lengths {lengths}")
         for name, low in (("n_d", 1), ("n_u", 1), ("n_s", 0), ("k_d", 1), ("k_u", 1), ("k_s", 1)):
+            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists could not be hashed
             if min(getattr(self, name)) < low:
                 raise ValueError(f"`{name}` must hold numbers of at least {low}, got {getattr(self, name)}")
 

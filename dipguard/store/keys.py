@@ -93,11 +93,11 @@ class StackKeys:
         self.fits = [digest_of([common, tensor_digest([image]), int(index)]) for image, index in each]
 
     def engine_at(self, T: int) -> str:
-        """The engine of a fit of T steps; may compile the native one. On a GPU ``auto`` is the fastest one there."""
+        """The engine of a fit of T steps; may compile the native one. On a GPU long fits keep ``auto``."""
         if self._fit.engine != "auto":
             return self._fit.engine
         if self._device.type != "cpu":
-            return "fastest" if T >= SHORT else "torch"
+            return "auto" if T >= SHORT else "torch"
         return _engine_on_cpu(replace(self._fit, seed=0), self._size, min(T, SHORT))
 
     def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:

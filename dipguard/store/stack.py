@@ -13,13 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.checks import check_images
 from dipguard.decision import DecisionTrace, crosses, needed_for_replay
 from dipguard.decision import stitch as stitch_trace
 from dipguard.fit import DecideOptions, Decider, FitOptions, StackResult, StitchOptions
@@ -54,21 +52,18 @@ def stored_stack(
 
     The arguments are those of :func:`dipguard.fit.fit_stack`, and ``also``: further decisions that a fit made now is to
     serve, such as those of other T. Such a fit may have fewer than B images and more than T steps. The seconds are
-    those that fits and decisions took when they were made. TypeError or ValueError for bad images, options or victim.
+    those that fits and decisions took when they were made. A defence calls this outside of inference mode, with images
+    that it has checked. TypeError or ValueError for bad options or a bad victim.
     """
     start = time.perf_counter()
-    images = check_images(images)
-    with torch.inference_mode(False), torch.no_grad():
-        # A tensor made under inference_mode cannot be saved for backward.
-        given = images.detach().clone() if images.is_inference() else images.detach()
-        keys = StackKeys(given, indices=indices, fit=fit, T=decide.T, device=device, trainer=trainer)
-        work = _Stack(given, indices, store, Decider(victim), keys, fit, decide, also)
-        found = work.find_or_fit(device=device, callbacks=callbacks, trainer=trainer)
-        traces = [_as_asked(one.trace, trace_settings(fit, decide, stitch)) for one in found]
-        if logger is not None:
-            _log_means(logger, traces, first_step)
-        begun = time.perf_counter()
-        reconstructions = [stitch_trace(trace, **asdict(stitch)) for trace in traces]
+    keys = StackKeys(images, indices=indices, fit=fit, T=decide.T, device=device, trainer=trainer)
+    work = _Stack(images, indices, store, Decider(victim), keys, fit, decide, also)
+    found = work.find_or_fit(device=device, callbacks=callbacks, trainer=trainer)
+    traces = [_as_asked(one.trace, trace_settings(fit, decide, stitch)) for one in found]
+    if logger is not None:
+        _log_means(logger, traces, first_step)
+    begun = time.perf_counter()
+    reconstructions = [stitch_trace(trace, **asdict(stitch)) for trace in traces]
     store.counts.update(one.made for one in found)
     seconds = {**work.seconds, "decide": work.seconds["decide"] + time.perf_counter() - begun}
     seconds["start"] = time.perf_counter() - start - seconds["fit"] - seconds["decide"]
@@ -174,7 +169,7 @@ class _Stack:
         """The stored trace of image b and its seconds, if it serves these decisions of this victim."""
 
         def parse(entry: Entry) -> tuple[DecisionTrace, float] | None:
-            tensors = {name: torch.from_numpy(np.atleast_1d(array)) for name, array in entry.arrays.items()}
+            tensors = {name: torch.from_numpy(array) for name, array in entry.arrays.items()}
             given = self.images[b].to(device="cpu", dtype=tensors["last"].dtype, copy=True)
             trace = DecisionTrace(int(self.indices[b]), given, settings=entry.header["settings"], **tensors)
             return (trace, float(entry.header["seconds"])) if trace.K_max >= self.decide.K_max else None

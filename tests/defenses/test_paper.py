@@ -18,6 +18,7 @@ from dipguard.classifier import eval_mode
 from dipguard.decision import stitch
 from dipguard.defenses import Defense, build_defense
 from dipguard.fit import FitProgress
+from dipguard.store import Store
 from tests.defenses.conftest import all_stays
 
 QUICK = {"network": "small", "T": 12, "decisions": 6, "tau": 0.0, "t0": 0, "K": 3, "progress": False}
@@ -96,15 +97,31 @@ def test_a_trace_is_stitched_again_with_other_parameters(small_images, small_vic
 
 def test_a_store_gives_the_same_images_without_another_fit(small_images, small_victim, tmp_path):
     plain = DIPGuard(small_victim, **QUICK).defend(small_images[:3])
-    stored = DIPGuard(small_victim, store=tmp_path, store_T=(20,), **QUICK)
-    stacks = Stacks()
+    store = Store(tmp_path)
+    stored = DIPGuard(small_victim, store=store, store_T=(20,), **QUICK)
     for _ in range(2):
-        result = stored.defend(small_images[:3], callbacks=[stacks])
+        result = stored.defend(small_images[:3])
         torch.testing.assert_close(result.reconstructions, plain.reconstructions, rtol=0, atol=1e-6)
         assert (result.reasons, result.used) == (plain.reasons, plain.used)
-    longer = DIPGuard(small_victim, **{**QUICK, "T": 20}, store=tmp_path)
-    assert longer.defend(small_images[:3], callbacks=[stacks]).traces
-    assert stacks.sizes == [3]
+    longer = DIPGuard(small_victim, **{**QUICK, "T": 20}, store=store)
+    assert longer.defend(small_images[:3]).traces
+    assert store.counts["fitted"] == 3
+
+
+def test_a_fit_with_callbacks_of_the_caller_is_neither_stored_nor_looked_up(small_images, small_victim, tmp_path):
+    class Halved(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            for number in optimizer.param_groups[0]["params"]:
+                number.grad *= torch.linspace(0.5, 1, number.numel()).view_as(number)
+
+    options = {**QUICK, "dtype": "float64"}
+    plain = DIPGuard(small_victim, **options).purify(small_images[:1])
+    stored = DIPGuard(small_victim, store=tmp_path, **options)
+    altered = [stored.defend(small_images[:1], callbacks=[Halved()]).reconstructions]
+    assert torch.equal(stored.purify(small_images[:1]), plain)
+    altered.append(stored.defend(small_images[:1], callbacks=[Halved()]).reconstructions)
+    assert torch.equal(*altered)
+    assert not torch.equal(altered[0], plain)
 
 
 def test_the_bar_ends_full_when_a_store_has_the_fits(small_images, small_victim, tmp_path, capfd):

@@ -162,14 +162,10 @@ def test_a_cpu_takes_torch_s_kernels_without_measuring(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("gradient", [False, True])
-def test_measuring_times_each_candidate_once_a_process(gradient: bool) -> None:
-    shape = dataclasses.replace(SHAPE, gradient=gradient)
-    first = measure(shape, device=CPU, dtype=torch.float64, names=ON_CPU)
-    assert set(first) == set(ON_CPU)
-    assert all(0 < seconds < 1 for seconds in first.values())
-    assert measure(shape, device=CPU, dtype=torch.float64, names=ON_CPU) == first
-    other = measure(shape, device=CPU, dtype=torch.float32, names=ON_CPU)
-    assert other != first
+def test_measuring_times_each_candidate(gradient: bool) -> None:
+    times = measure(dataclasses.replace(SHAPE, gradient=gradient), device=CPU, dtype=torch.float64, names=ON_CPU)
+    assert set(times) == set(ON_CPU)
+    assert all(0 < seconds < 1 for seconds in times.values())
 
 
 @pytest.mark.parametrize("shape", [SHAPE, NORM, JOIN])
@@ -196,7 +192,6 @@ def test_a_candidate_that_disagrees_is_never_the_fastest(name, noise, added, all
         return grouped_conv2d(x, weight * (1 + noise), bias, **options) + added
 
     monkeypatch.setitem(CONVOLUTIONS, name, wrong)
-    monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", {})
     with precision("float32", CPU):
         times = measure(SHAPE, device=CPU, dtype=torch.float32, names=["grouped", name])
     assert math.isfinite(times[name]) == allowed
@@ -213,34 +208,32 @@ def test_what_gains_most_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> N
     offered = {"convolutions": ("grouped", "matmul"), "normalisations": ("torch", "triton")}
     choose_kernels(build("small", stack_size=1), CPU, size=(16, 16), **offered)
     tables = [shape.table for shape in seen]
-    assert [len(list(group)) for _, group in itertools.groupby(tables, key=id)] == [2, 10, 11]
+    assert [len(list(group)) for _, group in itertools.groupby(tables, key=id)] == [2, 5, 11]
     assert (tables[0], tables[2], tables[-1]) == (JOINS, NORMALISATIONS, CONVOLUTIONS)
     assert seen[0].x[-2:] == (8, 8)
     assert seen[1].x[-2:] == (4, 4)
 
 
 def test_when_the_time_is_up_nothing_is_compiled_where_a_kernel_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured: dict = {}
-    monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", measured)
+    tried: list[str] = []
+
+    def noted(*args: Tensor, **options: object) -> Tensor:
+        tried.append("triton")
+        return grouped_conv2d(*args, **options)
+
+    monkeypatch.setitem(CONVOLUTIONS, "triton", noted)
     net = build("small", stack_size=1)
-
-    def tried(budget: float, *names: str) -> set[frozenset[str]]:
+    for budget, first, expected in ((-1.0, "grouped", False), (1e9, "grouped", True), (-1.0, "triton", True)):
+        tried.clear()
         monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", budget)
-        chosen = choose_kernels(net, CPU, size=(16, 16), convolutions=names)
-        assert "triton" not in chosen.values()
-        return {frozenset(known) for known in measured.values()}
-
-    assert tried(-1.0, "grouped", "triton", "matmul") == {frozenset(("grouped", "matmul"))}
-    assert tried(1e9, "grouped", "triton", "matmul") == {frozenset(("grouped", "matmul", "triton"))}
-    measured.clear()
-    assert tried(-1.0, "triton", "matmul") == {frozenset(("triton", "matmul"))}
+        choose_kernels(net, CPU, size=(16, 16), convolutions=dict.fromkeys([first, "triton", "matmul"]))
+        assert bool(tried) == expected
 
 
 @pytest.mark.parametrize(("memory", "tried"), [(30_000, False), (28_000 * 8, True)])
 def test_matmul_is_not_tried_where_its_neighbourhoods_fill_the_memory(memory, tried, monkeypatch) -> None:
     # 6 channels of 64 pixels with 9 neighbours each, in float64: 27,648 bytes.
     monkeypatch.setattr("dipguard.engines.kernel_choice._memory", lambda device: memory)
-    monkeypatch.setattr("dipguard.engines.kernel_choice._MEASURED", {})
     times = measure(SHAPE, device=CPU, dtype=torch.float64, names=["grouped", "matmul"])
     assert math.isfinite(times["matmul"]) == tried
 
@@ -273,11 +266,8 @@ def test_a_choice_is_applied_to_the_layers_it_names() -> None:
     changed = {n: function for n, function in layers if function not in (grouped_conv2d, norm_leaky_relu, join_norm)}
     convolutions = {"head": CONVOLUTIONS["matmul"], "body.up.0.conv": CONVOLUTIONS["triton"]}
     assert changed == {**convolutions, "body.up.1.norm": NORMALISATIONS["triton"], "body.norm": JOINS["triton"]}
-    z = torch.rand(1, net.spec.input_depth, 16, 16)
-    with pytest.raises(RuntimeError, match="the kernel 'triton' needs"):
-        net(z)
     use_kernels(net, usual)
-    assert net(z).shape == (1, 3, 16, 16)
+    assert net(torch.rand(1, net.spec.input_depth, 16, 16)).shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,10 @@ def test_what_native_cannot_run_is_named_and_auto_goes_without() -> None:
     given = torch.rand(1, 3, 32, 32)
     with pytest.raises(UnsupportedError, match="kernels are at most 11x11"):
         make_plan(spec, padding="zeros", height=32, width=32)
+    for name in ("n_d", "n_u"):
+        odd = dataclasses.replace(PRESETS["small"], n_s=(1, 1), **{name: (16, 5)})
+        with pytest.raises(UnsupportedError, match=f"{name} must be a multiple of 4 below a scale with skips, got 5"):
+            make_plan(odd, padding="zeros", height=32, width=32)
     with pytest.raises(ValueError, match="`engine` 'native' cannot be used here: kernels are at most 11x11"):
         make_engine("native", net, given, steps=1000)
     assert make_engine("auto", net, given, steps=1000).name == "torch"

@@ -13,8 +13,6 @@ from typing import Any
 import pytest
 import torch
 
-from dipguard.engines.triton_ops import triton_conv2d, triton_join_norm, triton_norm_leaky_relu
-
 CASES = Path(__file__).with_name("triton_cases.py")
 TOLERANCES = {"float64": 1e-10, "float32": 2e-6}
 
@@ -44,28 +42,6 @@ def test_interpreted_kernels_give_torch_s_results() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_compiled_kernels_give_torch_s_results() -> None:
     assert too_far(run_cases("cuda")) == {}
-
-
-def test_a_cpu_is_refused() -> None:
-    with pytest.raises(RuntimeError, match="the kernel 'triton' needs"):
-        triton_conv2d(torch.rand(1, 4, 5, 5), torch.rand(2, 3, 2, 3, 3), torch.rand(2, 3))
-
-
-def test_more_networks_than_a_grid_has_places_are_refused() -> None:
-    with pytest.raises(ValueError, match="`weight` must be of at most 65535 networks, got 65536"):
-        triton_conv2d(torch.rand(1, 65536, 1, 1), torch.rand(65536, 1, 1, 1, 1), torch.rand(65536, 1))
-
-
-def test_a_norm_of_other_channels_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"`x` must have 6 channels, got shape \(1, 5, 4, 4\)"):
-        triton_norm_leaky_relu(torch.rand(1, 5, 4, 4), torch.rand(2, 3), torch.rand(2, 3))
-
-
-@pytest.mark.parametrize(("channels", "size"), [(3, (8, 9)), (4, (8, 10))])
-def test_a_join_of_other_shapes_is_refused(channels: int, size: tuple[int, int]) -> None:
-    low, skip, weight = torch.rand(1, channels, 4, 5), torch.rand(1, 2, 8, 9), torch.rand(2, 3)
-    with pytest.raises(ValueError, match=r"`low` and `skip` must have 6 channels and skip the size \(8, "):
-        triton_join_norm(low, weight, weight, skip, size=size, upsample="bilinear", eps=1e-5)
 
 
 # kernel, entries' dtype, float32 products, what the PTX must hold, what it must not

@@ -1,23 +1,12 @@
 """The options of a fit, checked in one place."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from dipguard.fit import DecideOptions, FitOptions, Stitcher, StitchOptions
 from dipguard.fit.options import trace_settings
 from dipguard.networks import PRESETS
-
-ROOT = Path(__file__).resolve().parents[2]
-LOAD = "import runpy, sys; runpy.run_path('dipguard/fit/options.py'); print('torch' in sys.modules)"
-
-
-def test_the_module_needs_no_torch() -> None:
-    done = subprocess.run([sys.executable, "-c", LOAD], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "False\n"
 
 
 def test_settings_are_json_values_with_z_scale_resolved() -> None:

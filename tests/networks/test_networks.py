@@ -126,3 +126,9 @@ def test_bad_specs_are_named(change, message):
     good = {"n_d": (4, 4), "n_u": (4, 4), "n_s": (2, 2), "k_d": (3, 3), "k_u": (3, 3), "k_s": (1, 1)}
     with pytest.raises(ValueError, match=message):
         NetworkSpec(**{**good, **change})
+
+
+def test_lists_and_tuples_make_one_spec() -> None:
+    lists = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(ODD).items()}
+    assert NetworkSpec(**lists) == ODD
+    assert hash(NetworkSpec(**lists)) == hash(ODD)  # a store looks specs up

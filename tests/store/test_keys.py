@@ -142,3 +142,9 @@ def test_frozen_victims_are_told_apart_by_their_constants():
     first, same, other = (victim_digest(frozen(seed)) for seed in (1, 1, 2))
     assert first == same
     assert first != other
+
+
+@pytest.mark.parametrize(("T", "engine"), [(99, "torch"), (100, "auto")])
+def test_the_engine_of_a_gpu_is_one_that_a_fit_can_be_asked_for(T: int, engine: str) -> None:
+    keys = StackKeys(smooth_images(1), indices=[0], fit=FitOptions(network="small"), T=T, device=torch.device("cuda"))
+    assert keys.engine == FitOptions(engine=keys.engine).engine == engine
