@@ -1,1 +1,1 @@
-"""dipguard's Hydra config groups. This file makes the folder a package, as Hydra's ``pkg://`` asks for."""
+"""dipguard's Hydra config groups. A package, so that a wheel holds it as ``dipguard.conf``."""

@@ -235,6 +235,8 @@ def _check_node(group: str, key: str, node: Any) -> None:
     """Check the keys of a node of a config group; None is no node."""
     if node is None and key not in ("data", "victim"):
         return
+    if node is None:
+        raise TypeError(f"`{key}` must be chosen, such as {key}=NAME, got none")
     name, names, source = _mapping(key, node).get("name"), names_of(group), GROUPS[group]
     if "_target_" in node:
         try:
@@ -253,6 +255,10 @@ def _check_node(group: str, key: str, node: Any) -> None:
         check_int(node["limit"], name=f"{key}.limit", low=1)
     if group == "attack" and node.get("check") is not None:
         check_choice(node["check"], ATTACK_CHECKS, name=f"{key}.check")
+    kinds: dict[str, type] = {"only": list, "full": dict} if group == "attack" else {}
+    for name, kind in kinds.items():
+        if node.get(name) is not None and not isinstance(node[name], kind):
+            raise TypeError(f"`{key}.{name}` must be a {kind.__name__}, got {node[name]!r}")
 
 
 def _check_keys(group: str, given: Iterable[str], known: Iterable[str]) -> None:

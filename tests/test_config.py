@@ -192,15 +192,22 @@ def test_other_errors_are_not_explained() -> None:
         ("logger.kind=mlflow", "`logger.kind` must be one of none, csv, tensorboard, wandb, got 'mlflow'"),
         ("data.name=mnist", "`data.name` must be one of digits"),
         ("defense.name=papr", "got 'papr' (did you mean 'paper'?)"),
-        ("~victim", "`victim` must hold keys and values, got None"),
-        ("~data", "`data` must hold keys and values, got None"),
+        ("~victim", "`victim` must be chosen, such as victim=NAME, got none"),
+        ("~data", "`data` must be chosen, such as data=NAME, got none"),
         ("~figures", "the config lacks `figures`"),
+        ("+attack.only=paper", "`attack.only` must be a list, got 'paper'"),
+        ("+attack.full=3", "`attack.full` must be a dict, got 3"),
     ],
 )
 def test_value_that_is_not_possible_is_refused(override: str, message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         typed_config("defense=paper", *override.split())
     assert message in str(caught.value)
+
+
+def test_a_matrix_without_attacks_is_refused() -> None:
+    with pytest.raises(TypeError, match="`attacks` must hold keys and values, got None"):
+        typed_matrix("attacks=null")
 
 
 def test_trainer_and_callbacks_take_what_lightning_takes() -> None:

@@ -215,9 +215,10 @@ def test_every_defence_can_be_had(tmp_path: Path, defense: str) -> None:
     assert {row["defense"] for row in rows(tmp_path / "run")} == {defense}
 
 
-def test_an_adaptive_attack_is_an_attack(tmp_path: Path) -> None:
+def test_an_adaptive_attack_is_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dipguard.evaluation.runner._share_out", pytest.fail)  # there is nothing to share
     overrides = ("attack=bpda", "attack.steps=1", "data.limit=1", "figures=0", "defense.T=10", "defense.decisions=5")
-    metrics = tiny_run(tmp_path / "run", *overrides)
+    metrics = tiny_run(tmp_path / "run", *overrides, "processes=2")
     assert list(metrics["settings"]["attacks"]) == ["bpda"]
     (row,) = read_csv(tmp_path / "run" / "results.csv")
     assert int(row["purifications"]) > 0

@@ -37,7 +37,7 @@ def suite_overrides(*overrides: str, attacks: tuple[str, ...] | None = None, dip
     defenses = [] if dip else [text for text in SMALL if text.startswith("defenses.")]
     made_on = [] if dip else [name for name in attack_names() if name.startswith("from_")]
     dropped = made_on if attacks is None else [name for name in attack_names() if name not in attacks]
-    # The steps of others are taken from identity: it is dropped last, by its own override.
+    # The steps of others are taken from identity, so it is never dropped.
     kept = [
         text
         for text in SMALL

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
 from dipguard.config import RunConfig, explain, from_hydra, register
-from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key, objective
+from dipguard.evaluation.sweep_job import DONE, FAILED, PATHS, is_done, job_key, objective
 from dipguard.files import write_json, write_text
 from hydra_plugins.dipguard_groups import conf_folder
 
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("dipguard")
 
-PATHS = ("store", "path", "weights", "labels_csv")
-"""Keys whose values are paths; all but ``store`` only if something of that name exists."""
 COLUMN = 33  # of the comments in ``--help``
 
 
@@ -96,16 +94,18 @@ def _make_absolute(node: DictConfig, root: Path) -> None:
     for key, value in dict(OmegaConf.to_container(node)).items():  # type: ignore[arg-type]
         if isinstance(value, dict):
             _make_absolute(node[key], root)
-        elif isinstance(value, str) and key in PATHS and (key == "store" or (root / value).exists()):
+        elif isinstance(value, str) and (key == "store" or (key in PATHS and (root / value).exists())):
             node[key] = str(root / Path(value).expanduser())
 
 
 def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sweep: str) -> None:
     """Leave in the folder how the job ended (:mod:`dipguard.evaluation.sweep_job`); its error is raised again."""
+    if cfg.get("rebuild"):  # nothing is run, so how the job ended stays as it is
+        program(cfg, folder, sweep=sweep)
+        return
     try:
-        config = _config(cfg)
-        key = job_key(config)
-        if is_done(folder, key) and not config.rebuild:
+        key = job_key(_config(cfg))
+        if is_done(folder, key):
             log.info("%s is done already", folder.name)
             return
         for name in (DONE, FAILED):

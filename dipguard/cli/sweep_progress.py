@@ -54,10 +54,11 @@ class SweepProgress(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the jobs and write their list."""
-        folder, jobs = _folder(config), planned_jobs(config)
+        folder = _folder(config)
         try:
             if (given := config.hydra.output_subdir) != ".hydra":  # the report is made from it
                 raise ValueError(f"`hydra.output_subdir` must be .hydra in a sweep, got {given}")
+            jobs = planned_jobs(config)
             check_jobs(config, jobs or [])
         except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
             raise SystemExit(f"{error}\nNo job was started.") from None
@@ -104,8 +105,9 @@ def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
     if not str(sweeper["_target_"]).endswith("BasicSweeper") or RESOLVER not in subdir:
         return None
     given = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+    loader = GlobalHydra.instance().config_loader()  # for glob(...)
     asked: Any = OmegaConf.to_container(config.hydra.overrides.task)  # with ${...} as it was given
-    overrides = OverridesParser.create().parse_overrides([*given, *asked])
+    overrides = OverridesParser.create(loader).parse_overrides([*given, *asked])
     (batch,) = BasicSweeper.split_arguments(overrides, None)
     return [{"folder": job_folder(job), "overrides": list(job)} for job in batch]
 

@@ -1,6 +1,6 @@
 """The engine for NVIDIA GPUs: the fastest kernel for each layer, and the step recorded once as a CUDA graph.
 
-The some 300 kernels of a step then follow each other without the host: on an H200 twice as fast as torch's engine.
+The some 300 kernels of a step then follow each other without the host: on an H200 1.8 to 4.5 times as fast as torch's.
 Whether it is here, `fastest_engine` measures once.
 """
 

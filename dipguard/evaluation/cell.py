@@ -56,9 +56,9 @@ class Target:
 
     @property
     def cut(self) -> str:
-        """Whether a fit is shorter than its defence's default, in words; mostly empty."""
+        """How far the fit is shorter than by default, in words; empty if it is not."""
         node, steps, bare = self.node or {}, self.defense.steps_per_image, self.bare
-        default = node_of("defense", node["name"]).get("T") if "name" in node else None
+        default = node_of("defense", node["name"]).get("T") if "_target_" not in node and "name" in node else None
         if isinstance(bare, DIPDefense) and bare.PRESETS:
             default = bare.PRESETS[bare.preset]["T"]
         given = node.get("T")
@@ -106,7 +106,7 @@ class Cell:
         return self.label, self.target.label
 
     def sub_key(self, *parts: str | int) -> str:
-        """The key of a further entry that depends on what the cell depends on."""
+        """The key of another stored entry of this cell; ``parts`` say which."""
         return digest_of([self.key, *parts])
 
     @property
@@ -264,8 +264,6 @@ def fitting_options(
     """
     defense, name = source.defense, name_of(node)
     options = {key: value for key, value in node.items() if key not in (*NODE_KEYS, *ATTACK_KEYS)}
-    if options.get("eps_255", 0) is None:
-        del options["eps_255"]
     if missing := target.defense.unavailable or defense.unavailable:
         return options, missing
     if node.get("only") is not None and target.label not in node["only"]:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -154,8 +154,7 @@ def _right(result: CellResult, n: int | None = None) -> float:
     return round(float(result.right[:n].sum()), 6)
 
 
-@dataclass(frozen=True)
-class Randomness:
+class Randomness(NamedTuple):
     """Whether a defended classifier draws, and whether it optimises while it classifies.
 
     ``drawn`` is the largest change of a logit with other draws, ``backward`` the number of calls of autograd's engine
@@ -165,29 +164,21 @@ class Randomness:
     drawn: float
     backward: int
 
-    @classmethod
-    def read(cls, matrix: Matrix, target: Target) -> Randomness | None:
-        """The stored result for a target of a matrix; None if there is none."""
-        return matrix.store.read_as("cells", _key(matrix, target), cls.of_entry)
 
-    @classmethod
-    def of_entry(cls, entry: Entry) -> Randomness:
-        """What an entry says."""
-        return cls(**{name: entry.header[name] for name in cls.__dataclass_fields__})
+def randomness_of(matrix: Matrix, target: Target, *, find: bool = False) -> Randomness | None:
+    """The stored result for a target of a matrix. Without one: with ``find`` it is found and stored now, else None."""
 
-    @classmethod
-    def find(cls, matrix: Matrix, target: Target) -> None:
-        """Check a target of a matrix and store the result, unless that is done."""
+    def make() -> Entry:
+        found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
+        return Entry({}, {"what": f"randomness of {target.label}", **found._asdict()})
 
-        def make() -> Entry:
-            found = check_randomness(target, matrix.clean.select(limit=1), matrix.device)
-            return Entry({}, {"what": f"randomness of {target.label}", **asdict(found)})
+    def parse(entry: Entry) -> Randomness:
+        return Randomness(entry.header["drawn"], entry.header["backward"])
 
-        matrix.store.arrays("cells", _key(matrix, target), make, check=cls.of_entry)
-
-
-def _key(matrix: Matrix, target: Target) -> str:
-    return matrix.cell(CLEAN, target.label).sub_key("randomness")
+    key = matrix.cell(CLEAN, target.label).sub_key("randomness")
+    if find:
+        return parse(matrix.store.arrays("cells", key, make, check=parse))
+    return matrix.store.read_as("cells", key, parse)
 
 
 def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Randomness:

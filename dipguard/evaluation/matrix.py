@@ -100,7 +100,7 @@ class Matrix:
         cell = self.cell(attack, defense)
         summary = self.store.read("cells", cell.summary_key)
         known = self.attack_entry(cell) if summary is None else summary
-        number, size = range(len(known.header["snapshots"]))[snapshot], known.header.get("chunk") or self.chunk_size
+        number, size = range(len(known.header["snapshots"]))[snapshot], known.header.get("chunk", self.chunk_size)
         parts = [self.chunk(cell, number, part) for part in parts_of(len(cell.clean), size)]
         return torch.from_numpy(np.concatenate([part.arrays["images"] for part in parts]))
 
@@ -108,10 +108,10 @@ class Matrix:
         """What the fits of each stored chunk have logged, for the last budget: steps and metrics."""
         summary = self.store.read("cells", cell.summary_key)
         if summary is not None:
-            last, size = len(summary.header["snapshots"]) - 1, summary.header.get("chunk") or self.chunk_size
+            last, size = len(summary.header["snapshots"]) - 1, summary.header["chunk"]
             for part in parts_of(len(cell.clean), size):
                 entry = self.store.read("cells", cell.sub_key("chunk", last, part.start, part.stop))
-                yield () if entry is None else entry.header.get("curves", ())
+                yield () if entry is None else entry.header["curves"]
 
     def chunk_steps(self, cell: Cell) -> int:
         """Steps that the fits of a whole chunk take, one stack after the other."""
@@ -178,7 +178,7 @@ class Matrix:
             self.store.remove("cells", key)
             entry = self.store.arrays("cells", key, make, check=check)
         if row is not None and not curves.rows:  # made earlier
-            for step, metrics in entry.header.get("curves", ()):
+            for step, metrics in entry.header["curves"]:
                 row(step, metrics)
         for index in self._lost_traces(cell, entry):
             write_bytes(self.traces_path(*cell.place, int(index)), entry.arrays[f"trace {index}"].tobytes())

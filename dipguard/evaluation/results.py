@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dipguard.config import name_of
 from dipguard.evaluation.cell import CLEAN, DONE, FIGURES, JUDGED, NOT_RUN, WORST, CellResult, Target, text_of
-from dipguard.evaluation.masking import Randomness, masking_checks
+from dipguard.evaluation.masking import masking_checks, randomness_of
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
 from dipguard.files import csv_text, write_text
@@ -81,7 +81,7 @@ def worst_case(
 
 def _checks(matrix: Matrix, target: Target) -> list[dict[str, Any]]:
     found = suite_results(matrix, target)
-    checks = masking_checks(found, Randomness.read(matrix, target)) if any(result.done for result in found) else []
+    checks = masking_checks(found, randomness_of(matrix, target)) if any(result.done for result in found) else []
     return [{"defense": target.label, **asdict(check)} for check in checks]
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from dipguard.attacks import Cost
 from dipguard.evaluation.cell import CLEAN, Cell, CellResult
-from dipguard.evaluation.masking import Randomness
+from dipguard.evaluation.masking import randomness_of
 from dipguard.evaluation.matrix import Matrix, Row, parts_of
 from dipguard.evaluation.results import write_results
 from dipguard.evaluation.worker import work
@@ -48,7 +48,7 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     for cell in matrix.cells:
         if log is not None and matrix.results[cell.place][0].done:
             log.finished(cell)
-    if matrix.config.processes > 1 and todo:
+    if matrix.config.processes > 1 and any(not cell.adaptive for cell in todo):
         _share_out(matrix, todo)
     single, before = len(matrix.cells) == 1, Counter(matrix.store.counts)
     failed: list[str] = []
@@ -77,7 +77,8 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     failed += _check_randomness(matrix)
     write_results(matrix)
     counts = matrix.store.counts - before
-    _log.info("store: %s", ", ".join(f"{name} {count}" for name, count in counts.items()) or "nothing was needed")
+    done = ", ".join(f"{name} {count}" for name, count in counts.items()).replace("attacks_found", "attacks reused")
+    _log.info("store: %s", done or "nothing was needed")
     return failed
 
 
@@ -110,7 +111,7 @@ def _check_randomness(matrix: Matrix) -> list[str]:
     for cell in matrix.cells:
         if cell.suite and cell.label == CLEAN and cell.why is None:
             try:
-                Randomness.find(matrix, cell.target)
+                randomness_of(matrix, cell.target, find=True)
             except Exception as problem:
                 _log.exception("the randomness check of %s failed", cell.target.label)
                 failed.append(f"randomness check x {cell.target.label}: {type(problem).__name__}: {problem}")
@@ -122,7 +123,8 @@ def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
     # Attacks that are the same are made, and judged, once.
     steps = sum({cell.key: cell.judging.dip_steps * cell.budgets for cell in todo}.values())
     _log.info(
-        "%d attacks x %d defences = %d cells, %d to be run, %s DIP steps beside those of adaptive attacks",
+        "%d attacks x %d defences = %d cells; %d are still to run, with %s DIP steps to defend and judge their images; "
+        "adaptive attacks cost more",
         len(matrix.cells) // len(matrix.targets), len(matrix.targets), len(matrix.cells), len(todo), f"{steps:,}",
     )  # fmt: skip
     for label, target in matrix.targets.items():

@@ -31,6 +31,8 @@ ASIDE = (
     "rebuild", "objective",
 )  # fmt: skip
 """Settings that no result depends on: a finished job stays finished when they change."""
+PATHS = ("path", "weights", "labels_csv")
+"""Keys whose values are paths, if something of that name exists."""
 NAME_LENGTH = 100  # of the readable part of a folder's name; file systems allow 255 bytes
 
 
@@ -84,15 +86,21 @@ def job_key(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _files(value: Any) -> Iterator[tuple[str, str]]:
-    """The files that settings name, or that are in a folder that they name, each with a digest of its content."""
+def _files(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """The files that settings name, or that are in a folder that they name, each with a digest of its content.
+
+    A plain word is taken for a path only under a key of `PATHS`, since a folder may be called like a setting
+    (``test``, ``cifar10``): the name of a checkpoint under another key needs a dot or a slash.
+    """
     if isinstance(value, dict):
-        value = [one for key, one in value.items() if key not in ("name", "_target_")]
-    if isinstance(value, list):
+        for name, one in value.items():
+            yield from _files(one, name)
+    elif isinstance(value, list):
         for one in value:
-            yield from _files(one)
-    elif isinstance(value, str) and value and os.path.exists(path := os.path.expanduser(value)):
-        for file in [Path(path), *Path(path).rglob("*")]:
+            yield from _files(one, key)
+    elif isinstance(value, str) and (key in PATHS or re.search(r"[./\\]", value)):
+        path = os.path.expanduser(value)
+        for file in [Path(path), *Path(path).rglob("*")] if os.path.exists(path) else ():
             if file.is_file():
                 yield str(file), _content(file, file.stat().st_ctime_ns)
 
@@ -121,6 +129,9 @@ def objective(folder: Path, label: str | None) -> float | None:
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
         # With several budgets, the last and largest.
         rows = {(row["attack"], row["defense"]): row for row in csv.DictReader(file) if row["accuracy"]}
-    usual = {place for place, row in rows.items() if not row["check"] and row["attack"] != "worst_case"}
-    kept = [float(row["accuracy"]) for place, row in rows.items() if (label in place if label else place in usual)]
+    kept = [
+        float(row["accuracy"])
+        for (attack, defense), row in rows.items()
+        if label == attack or (label in (None, defense) and not row["check"] and attack != "worst_case")
+    ]
     return sum(kept) / len(kept) if kept else None

@@ -25,17 +25,22 @@ KINDS: dict[str, tuple[str, str, str, str, str, str]] = {
     ),
 }  # fmt: skip
 """File, title, the column of the results that has a panel for each value, its title, and the column of the x axis."""
+GROUPS = ("attack_name", "data", "victim", "seed")
+"""What the points of a figure have in common."""
 
 
 def write_curves(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     """Draw figure4_bpda.png and figure5_hopskipjump.png from the rows of `read_results` that have a budget.
 
-    Each data set, victim and seed has a figure of its own; from the second on its name ends in a number.
+    Each data set, victim and seed has a figure of its own, and so has a further attack whose points would fall on those
+    of another one; from the second figure on its name ends in a number.
     """
     points = results[results["budget"].notna() & results["accuracy"].notna() & results["attack_name"].isin(KINDS)]
+    repeat = points.groupby([*GROUPS, "defense", "eps_255", "budget"], dropna=False).cumcount()
+    points = points.assign(copy=repeat.groupby(points["attack"]).transform("max"))  # an attack is not torn apart
     styles = {defense: line_style(i) for i, defense in enumerate(points["defense"].unique())}
     paths, numbers = [], Counter[str]()
-    for (attack, *_), members in points.groupby(["attack_name", "data", "victim", "seed"], sort=False):
+    for (attack, *_), members in points.groupby([*GROUPS, "copy"], sort=False):
         numbers[attack] += 1
         name = KINDS[attack][0] + (f"_{numbers[attack]}" if numbers[attack] > 1 else "")
         paths.append(save_figure(draw_curves(members, styles), Path(folder) / f"{name}.png"))

@@ -71,12 +71,12 @@ class RunLog:
         self.inner.save()
         first, longest = chunk * self.matrix.chunk_steps(cell), cell.defense.steps_per_purification
 
-        def row(step: int, metrics: Mapping[str, float]) -> None:
+        def enter(step: int, metrics: Mapping[str, float]) -> None:
             if self._single or step < longest:
-                key = " ".join([cell.key[:16], f"{chunk}:{step}", *sorted(metrics)])
-                self.add(key, {self._name(cell, name): value for name, value in metrics.items()}, step=first + step)
+                row = {self._name(cell, name): value for name, value in metrics.items()}
+                self.add(" ".join([cell.key[:16], f"{chunk}:{step}", *sorted(row)]), row, step=first + step)
 
-        return row
+        return enter
 
     def finished(self, cell: Cell) -> None:
         """Enter a finished cell, with pictures of its first images if it has a DIP."""
@@ -93,7 +93,8 @@ class RunLog:
         mean = {"mean_accuracy": sum(rights) / len(rights)} if rights else {}
         of_cell = flatten({attack: figures, **mean}, f"result/{defense}/", sep="/")
         self._summary |= of_cell
-        if cell.key in self.keys:
+        key = " ".join([cell.key, *cell.place])  # two attacks that are the same have one `cell.key`
+        if key in self.keys:
             return
         for step, right in self._accuracy_of_fits(cell):
             name = self._name(cell, "fit/accuracy")
@@ -102,7 +103,7 @@ class RunLog:
         drawn = draw_cell(self.matrix, result, place) if cell.defense.steps_per_image and not self._single else []
         pictures = {f"figures/{defense}/{attack}/{path.stem.replace(place, '')}": path for path in drawn}
         own = flatten({**figures, "seconds": sum(result.seconds.values())}, "cells/")
-        self.add(cell.key, {CELLS: number, **own, **of_cell}, step=number, pictures=pictures)
+        self.add(key, {CELLS: number, **own, **of_cell}, step=number, pictures=pictures)
         self.inner.save()
 
     def results(self, metrics: Mapping[str, Any], figures: Sequence[Path]) -> None:

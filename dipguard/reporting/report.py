@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
-from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from dipguard.decision import DecisionTrace
-from dipguard.evaluation.cell import DONE, NOT_RUN, WORST, CellResult
+from dipguard.evaluation.cell import CLEAN, DONE, NOT_RUN, WORST, CellResult
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.results import write_results
 from dipguard.files import write_json, write_npz, write_text
@@ -53,7 +53,8 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
     labels, indices = cell.clean.labels.numpy(), cell.clean.indices.numpy()
     write_npz(folder / "reconstructions.npz", images=images, indices=indices, labels=labels)
     write_text(folder / "report.md", _page(result, metrics) + _links(folder, figures))
-    write_json(folder / "metrics.json", _finite(metrics))
+    # JSON has neither NaN nor infinity: null stands for them.
+    write_json(folder / "metrics.json", json.loads(json.dumps(metrics), parse_constant=lambda word: None))
     if log is not None:
         log.results({name: value for name, value in metrics.items() if name != "settings"}, figures)
     return metrics
@@ -62,10 +63,10 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
 def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Path]:
     """Write the report of a matrix, finished or not, and enter it into the ``log`` too; returns its files.
 
-    Tables 1 and 2 hold the attacks that are not part of an attack suite; suite.md and suite.png the suite;
-    figure4_bpda.png and figure5_hopskipjump.png the adaptive attacks with several budgets; figure9_<attack>.png the
-    first images of an attack that is the same for all defences. report.md, the first file, holds all of it. ValueError
-    if a stored file is damaged.
+    Tables 1 and 2 hold the attacks that are not part of an attack suite, if there are any; suite.md and suite.png the
+    suite; figure4_bpda.png and figure5_hopskipjump.png the adaptive attacks with several budgets; figure9_<attack>.png
+    the first images of an attack that is the same for all defences. report.md, the first file, holds all of it.
+    ValueError if a stored file is damaged.
     """
     folder = matrix.folder
     if matrix.config.rebuild:
@@ -99,20 +100,13 @@ def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.Da
     run = results[results["status"] != NOT_RUN]
     suite = suite_rows(run)
     main = run[~in_suite(run) & run["budget"].isna()]
+    if len(suite) and (main["attack"] == CLEAN).all():
+        main = main[:0]  # the suite has the clean images too
     return run, main, suite, read_checks(folder / "checks.csv") if len(suite) else suite
 
 
 def _links(folder: Path, figures: list[Path]) -> str:
     return "".join(f"\n![{path.stem.replace('_', ' ')}]({path.relative_to(folder).as_posix()})\n" for path in figures)
-
-
-def _finite(value: Any) -> Any:
-    """JSON values without NaN and infinity, which JSON does not have: None stands for them."""
-    if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def _metrics(result: CellResult) -> dict[str, Any]:

@@ -9,19 +9,13 @@ from typing import Any
 import pandas as pd
 
 from dipguard.evaluation.cell import WORST
+from dipguard.evaluation.results import CHECK_FIELDS, FIELDS, JUDGE_FIELDS
 
-JUDGED = {by: (by, f"{by}_low", f"{by}_high") for by in ("worst", "vote", "known")}
-"""The columns of the figures beside the mean, if images were judged by several draws of the defence."""
-NUMBERS = (
-    "seed", "eps_255", "budget", "n", "correct", "accuracy", "low", "high", "ssim", "psnr", "seconds_per_image",
-    "purifications", "dip_steps", "victim_queries", "gradients", "attack_seconds",
+TEXT = (
+    "data", "victim", "surrogate", "attack", "attack_name", "number", "check", "defense", "defense_name", "status",
+    "options", "cut", "note", "key", "defense_options",
 )  # fmt: skip
-JUDGE_NUMBERS = (*sum(JUDGED.values(), ()), "judge", "judge_dip_steps", "judge_queries", "judge_seconds")
-"""The columns of results.csv that are read as numbers, and those that are so where they are."""
-COLUMNS = (
-    "data", "victim", "surrogate", "attack", "attack_name", "number", "check", "defense", "defense_name",
-    *NUMBERS, "status", "options", "cut", "note", "key",
-)  # fmt: skip
+"""The columns of results.csv that are read as text; the others are numbers."""
 
 
 def read_results(path: str | Path) -> pd.DataFrame:
@@ -29,8 +23,8 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
     ValueError if it is no CSV in UTF-8, lacks a column, or has text where a number is expected.
     """
-    table = _read_text(Path(path), COLUMNS)
-    for name in (*NUMBERS, *table.columns.intersection(JUDGE_NUMBERS)):
+    table = _read_text(Path(path), FIELDS)
+    for name in [name for name in (*FIELDS, *JUDGE_FIELDS) if name in table and name not in TEXT]:
         try:
             table[name] = pd.to_numeric(table[name])
         except ValueError as error:
@@ -40,7 +34,7 @@ def read_results(path: str | Path) -> pd.DataFrame:
 
 def read_checks(path: str | Path) -> pd.DataFrame:
     """Read a checks.csv, all text; errors are those of `read_results`."""
-    return _read_text(Path(path), ("defense", "check", "verdict", "figures"))
+    return _read_text(Path(path), CHECK_FIELDS)
 
 
 def in_suite(results: pd.DataFrame) -> pd.Series:

@@ -13,7 +13,7 @@ from dipguard.evaluation.cell import CLEAN, DONE, WORST
 from dipguard.files import write_json, write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
 from dipguard.reporting.escape import NONE, escape_markdown
-from dipguard.reporting.results import JUDGED, images_text, in_suite, interval_text
+from dipguard.reporting.results import images_text, in_suite, interval_text
 from dipguard.reporting.tables import in_short, markdown
 
 WIDTH, ATTACK_HEIGHT, MARGIN = 8.0, 0.42, 1.6
@@ -60,7 +60,7 @@ def suite_page(rows: pd.DataFrame, checks: pd.DataFrame) -> str:
     parts = ["# The attack suite: accuracy under attack, %", escape_markdown(_head(rows)), _accuracies(rows)]
     for by, title in TITLES.items() if "judge" in rows else ():
         head = title.format(f"{rows['judge'].max():g}")
-        parts += [f"## {head}, %", _accuracies(rows, *JUDGED[by])]
+        parts += [f"## {head}, %", _accuracies(rows, by, f"{by}_low", f"{by}_high")]
     parts.append("\n".join(f"- {escape_markdown(text)}" for text in _reasons(rows)))
     parts += ["## Masking checks", _verdicts(checks)]
     for defense, found in checks.groupby("defense", sort=False):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import pandas as pd
 import yaml  # type: ignore[import-untyped]
 
+from dipguard.evaluation import cell
 from dipguard.evaluation.sweep_job import DONE, FAILED, is_aside
 from dipguard.reporting.results import flatten, read_results
 
@@ -100,7 +101,7 @@ def is_numeric(values: Sequence[Value]) -> bool:
 
 def text_of(value: Value) -> str:
     """A value as text; numbers without trailing zeros."""
-    return "null" if value is None else f"{value:g}" if is_numeric([value]) else str(value)
+    return "null" if value is None else cell.text_of(value)
 
 
 def short_labels(keys: Iterable[str]) -> dict[str, str]:

@@ -17,6 +17,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from dipguard.evaluation.cell import WORST
 from dipguard.evaluation.metrics import wilson
 from dipguard.files import write_text
 from dipguard.reporting.canvas import DPI, line_style, plain_axes, save_figure, short
@@ -27,7 +28,7 @@ from dipguard.reporting.sweep_jobs import STATES, Sweep, is_numeric, read_sweep,
 from dipguard.reporting.tables import markdown
 
 MEAN = "mean"
-"""Stands for the mean over all attacks, the paper's averaged accuracy."""
+"""Stands for the mean over the attacks, the paper's averaged accuracy; worst case and checks are no part of it."""
 ALL, BEST = 12, 5
 """Number of settings up to which the report lists all, and that it lists else."""
 TABLE_3_LABELS = {"T", "network"}
@@ -74,23 +75,30 @@ def summary(folder: str | Path) -> str:
 
 
 class Grid:
-    """What the jobs of a sweep say about one defence: ``parameters`` are those that act on it."""
+    """What the jobs of a sweep say about one defence.
+
+    ``parameters`` are those that act on it, ``attacks`` all of the sweep, and ``count`` the number of those that its
+    mean is over.
+    """
 
     def __init__(self, sweep: Sweep, defense: str) -> None:
         self.sweep, self.defense, self.attacks = sweep, defense, list(sweep.results["attack"].unique())
         self.parameters = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
         results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
         results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget
-        values = results.rename(columns={"accuracy": "value"})[["job", "attack", "value", "low", "high", "n"]]
+        names = {"accuracy": "value", "attack": "under"}  # a parameter may be called `attack`
+        values = results.rename(columns=names)[["job", "under", "value", "low", "high", "n"]]
+        usual = results[(results["check"] == "") & (results["attack"] != WORST)]
+        self.count = usual["attack"].nunique()  # not every attack applies to every defence
         jobs = list(sweep.jobs.items())
         # A parameter's value is known by its position, which sorts as the values do.
         places = {
             key: {name: known.index(value) if (value := job.values[key]) in known else -1 for name, job in jobs}
             for key, known in self.parameters.items()
         }
-        scores = pd.concat([values, _means(values, len(self.attacks))])
+        scores = pd.concat([values, _means(values.loc[usual.index], self.count)])
         scores = scores.join(pd.DataFrame(places, index=list(sweep.jobs)), on="job")
-        self.scores = scores.drop_duplicates(["attack", *self.parameters])
+        self.scores = scores.drop_duplicates(["under", *self.parameters])
 
     def of(self, attack: str) -> pd.DataFrame:
         """Accuracy of each job under an attack, or in the mean (``MEAN``).
@@ -98,7 +106,7 @@ class Grid:
         A row has ``job``, ``value``, ``low``, ``high``, ``n``, and under each parameter's key the position of its value
         in ``parameters``.
         """
-        return self.scores[self.scores["attack"] == attack]
+        return self.scores[self.scores["under"] == attack]
 
     def ranking(self) -> pd.DataFrame:
         """The jobs by their mean accuracy, the best first."""
@@ -109,11 +117,14 @@ class Grid:
 
         It is the mean over the settings of the other parameters that have most values, all of them the same.
         """
+        nothing = pd.DataFrame(columns=["value", "low", "high"])
+        if not len(self.of(attack)):
+            return nothing
         wide = self._wide(attack, key)
         known = wide["value"].notna()
         longest = known[known.sum(axis=1) == max(2, known.sum(axis=1).max())]
         if not len(longest):
-            return pd.DataFrame(columns=["value", "low", "high"])
+            return nothing
         pattern = longest.value_counts().index[0]
         chosen = longest.index[(longest == list(pattern)).all(axis=1)]
         return wide.loc[chosen].mean().unstack(0).dropna()
@@ -124,6 +135,8 @@ class Grid:
         It is the mean over the settings of the others, for values that all of them have. A cross (each varied while the
         other stays) is no map: for a and b values it has at most a + b - 1 jobs.
         """
+        if not len(self.of(MEAN)):
+            return None
         wide = self._wide(MEAN, *pair)
         known = wide["value"].notna()
         sizes = sum(known.T.groupby(level=key).any().sum() for key in pair)
@@ -164,13 +177,13 @@ def _means(values: pd.DataFrame, attacks: int) -> pd.DataFrame:
     means = jobs.agg(value=("value", "mean"), n=("n", "min"))[jobs.size() == attacks].reset_index()
     counts = [(round(value * n, 9), int(n)) for value, n in zip(means["value"], means["n"], strict=True)]
     lows, highs = [wilson(floor(k), n)[0] for k, n in counts], [wilson(ceil(k), n)[1] for k, n in counts]
-    return means.assign(attack=MEAN, low=lows, high=highs)
+    return means.assign(under=MEAN, low=lows, high=highs)
 
 
 def long_csv(sweep: Sweep) -> str:
     """A row for each job, attack and defence; a job without results has one row, with the reason."""
     taken = {*sweep.results.columns, "state", "problem"}
-    names = {key: key if label in taken else label for key, label in sweep.labels.items()}
+    names = {key: f"{label} (swept)" if label in taken else label for key, label in sweep.labels.items()}
     rows = [
         {"job": name, "state": job.state, **{names[k]: v for k, v in job.values.items()}}
         for name, job in sweep.jobs.items()
@@ -249,7 +262,7 @@ def pair_section(grid: Grid, pair: tuple[str, str], cells: pd.DataFrame) -> str:
 
 
 def _count(grid: Grid) -> str:
-    return f"{len(grid.attacks)} attack{'s' * (len(grid.attacks) != 1)}"
+    return f"{grid.count} attack{'s' * (grid.count != 1)}"
 
 
 def _interval(share: pd.Series) -> str:

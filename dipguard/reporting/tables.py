@@ -158,7 +158,8 @@ class _Table:
         """What the table shows, of how many images, and what its mean is over."""
         counts = self.cells["n"][self.cells["status"] == DONE]
         images = f"{images_text(counts)} a cell." if len(counts) else "No cell has figures yet."
-        mean = f"The mean is over the {len(self.attacks)} attacks of this run; the paper's is over its 15."
+        paper = "; the paper's is over its 15" if self.paper else ""
+        mean = f"The mean is over the {len(self.attacks)} attacks of this run{paper}."
         if set(self.attacks) == set(ATTACKS):
             mean = "The mean is over all 15 columns of the paper, Clean included."
         title = self.measure.title[0].upper() + self.measure.title[1:]

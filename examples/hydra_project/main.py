@@ -3,9 +3,12 @@
     python main.py
     python main.py dipguard/defense@defense=jpeg defense.quality=50
     python main.py dipguard/attack=fgsm model.width=32 seed=1
+    python main.py dipguard/defense@defense=mirror defense.mirror=false
 
 The groups are found because dipguard is installed: the defaults list of conf/config.yaml names them, like the project's
 own group ``model``.
+
+``mirror`` needs ``defense.mirror=false`` here: a mirrored digit is not a digit.
 """
 
 from __future__ import annotations
@@ -55,7 +58,7 @@ def main(cfg: DictConfig) -> None:
     images, labels = images[-cfg.images :], labels[-cfg.images :]
 
     # A group holds the arguments of dipguard's builders.
-    groups: Any = OmegaConf.to_container(cfg)
+    groups: Any = OmegaConf.to_container(cfg, resolve=True)
     attack = build_attack(target=model, seed=cfg.seed, **groups["dipguard"]["attack"])
     defense = build_defense(victim=model, seed=cfg.seed, **groups["defense"])
 

@@ -23,7 +23,7 @@ GROUP = "dipguard"
 """The group that holds all of dipguard's groups."""
 OPTIONS = "options"
 """Inside a group: the arguments of each constructor, which the group's YAML files are based on."""
-OWN = ("experiment", "ladder", "sweep")
+OWN = ("experiment", "ladder", "logger", "sweep")
 """Groups that only make sense in dipguard's own programs."""
 
 

@@ -44,7 +44,7 @@ def rounded() -> nn.Module:
 def checked(matrix: Matrix, defense: str = "none") -> dict[str, str]:
     assert run(matrix) == []
     target = matrix.targets[defense]
-    randomness = Randomness.read(matrix, target)
+    randomness = masking.randomness_of(matrix, target)
     return {check.check: check.verdict for check in masking.masking_checks(suite_results(matrix, target), randomness)}
 
 

@@ -400,6 +400,7 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
     ("override", "message"),
     [
         ("attacks.pgd_8.eps_255=300", "`attacks.pgd_8.eps_255` must be"),
+        ("attacks.pgd_8.eps_255=null", "`attacks.pgd_8.eps_255` must be a number, got None"),
         ("+attacks.pgd_8.limit=0", "`attacks.pgd_8.limit` must be at least 1"),
         ("+attacks.pgd_8.only=[nobody]", "`attacks.pgd_8.only` must be one of none, jpeg"),
         ("+attacks.pgd_8.check=weak", "`attacks.pgd_8.check` must be one of control, large_eps"),
@@ -435,6 +436,7 @@ def test_a_defence_without_its_weights_says_so_and_has_no_figure(tmp_path: Path)
 
 
 def test_a_defence_by_its_import_path_is_given_its_options(tmp_path: Path) -> None:
-    mine = "+defenses.mine={_target_: dipguard.defenses.transforms.JPEG, quality: 30}"
+    mine = "+defenses.mine={name: mine, _target_: dipguard.defenses.transforms.JPEG, quality: 30}"
     matrix = prepare(typed_matrix(*few("none", attacks=("clean",)), mine), tmp_path)
     assert matrix.targets["mine"].defense.quality == 30
+    assert matrix.cell("clean", "mine").cut == ""

@@ -72,7 +72,7 @@ def test_all_groups_are_offered_but_those_of_dipguards_own_programs() -> None:
     assert source.list("", ObjectType.GROUP) == ["dipguard"]
     groups = source.list("dipguard", ObjectType.GROUP)
     assert {"attack", "data", "defense", "victim"} <= set(groups)
-    assert set(groups).isdisjoint({"experiment", "sweep"})
+    assert set(groups).isdisjoint({"experiment", "logger", "sweep"})
     assert source.list("dipguard", ObjectType.CONFIG) == []
     for group in groups:
         files = sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
@@ -105,10 +105,21 @@ def run(command: list[str], *, folder: Path, path: Path = ROOT) -> str:
 
 
 @pytest.mark.slow
-def test_the_example_project_runs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "defense",
+    [
+        ["median"],
+        ["mirror", "defense.mirror=false", "defense.T=20", "defense.t0=5", "defense.every=5"],  # no mirrored digits
+    ],
+    ids=["median", "mirror"],
+)
+def test_the_example_project_runs(tmp_path: Path, defense: list[str]) -> None:
     """As from the command line, with another defence than its config names."""
-    overrides = ["images=6", f"hydra.run.dir={tmp_path}", "dipguard/defense@defense=median", "model.epochs=1"]
-    lines = run([sys.executable, "main.py", *overrides], folder=PROJECT).splitlines()
+    name, *options = defense
+    overrides = ["images=6", f"hydra.run.dir={tmp_path}", "model.epochs=1"]
+    overrides += [f"dipguard/defense@defense={name}", *options]
+    told = run([sys.executable, "main.py", *overrides], folder=PROJECT).splitlines()
+    lines = [line for line in told if not line.startswith("[")]  # without the log
     assert [line.split(":")[0] for line in lines] == ["clean", "attacked", "purified"]
     assert all(line.endswith(" of 6") for line in lines)
 
@@ -136,16 +147,15 @@ def test_little_is_imported(conf: Path, config: str, absent: str) -> None:
 
 @pytest.mark.slow
 def test_an_installed_wheel_offers_them_too(conf: Path, tmp_path: Path) -> None:
-    """Without the source tree: by the plugin, and by Hydra's own pkg://."""
+    """Without the source tree."""
     built, target = tmp_path / "built", tmp_path / "site"
     run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built)], folder=ROOT, path=tmp_path)
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         wheel.extractall(target)
     code = (
-        "from hydra import compose, initialize_config_dir; from dipguard.config import register; register()\n"
+        "from hydra import compose, initialize_config_dir\n"
         f"with initialize_config_dir({str(conf)!r}, version_base='1.3'):\n"
-        "    print(compose('config', ['+dipguard/defense@d=paper', 'hydra.searchpath=[pkg://dipguard.conf]', "
-        "'+victim=digits_cnn']).d.name)\n"
+        "    print(compose('config', ['+dipguard/defense@d=paper', '+dipguard/victim@victim=digits_cnn']).d.name)\n"
         "import importlib.util; print(importlib.util.find_spec('dipguard').origin)\n"
     )
     name, origin = run([sys.executable, "-c", code], folder=conf, path=target).splitlines()

@@ -111,6 +111,18 @@ def test_each_victim_has_a_picture_of_its_own(tmp_path: Path) -> None:
     assert [path.name for path in write_curves(tmp_path)] == ["figure4_bpda.png", "figure4_bpda_2.png"]
 
 
+def test_attacks_whose_points_coincide_have_pictures_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = [line for line in BPDA if line["eps_255"] == 8] + [point("bpda", row, 8, 30, 1) for row in ROWS]
+    lines = [line | {"attack": f"bpda_{line['eps_255']}"} for line in BPDA]
+    points(tmp_path, lines + [line | {"attack": "slow"} for line in slow])
+    drawn: list[pd.DataFrame] = []
+    monkeypatch.setattr(curves_figure, "draw_curves", lambda members, styles: drawn.append(members) or Figure())
+    assert [path.name for path in write_curves(tmp_path)] == ["figure4_bpda.png", "figure4_bpda_2.png"]
+    assert [set(members["attack"]) for members in drawn] == [{"bpda_2", "bpda_4", "bpda_8"}, {"slow"}]
+
+
 def test_single_point_has_an_interval_that_is_seen(tmp_path: Path) -> None:
     figure = draw(points(tmp_path, [point("bpda", "jpeg", 8, 15, 4)]))
     (ax,) = figure.axes

@@ -83,6 +83,16 @@ def test_every_dip_has_curves_and_pictures_while_a_matrix_is_run(tmp_path: Path)
     assert len([row for row in rows if row["fit/mirror/pgd_8/accuracy"]]) == 6
 
 
+def test_an_attack_that_equals_another_one_has_rows_of_its_own(tmp_path: Path) -> None:
+    short = ("defense=dip_fixed", "defense.network=small", "defense.T=10", "defense.step=7", "data.limit=1")
+    tiny_evaluation(tmp_path, *short, "figures=0", "~attacks.fgsm_8", "+attack@attacks.again=pgd", "logger=csv")
+    rows = read_rows(tmp_path)
+    assert [int(row["cells/done"]) for row in rows if row["cells/done"]] == [1, 2, 3]
+    for attack in ("pgd_8", "again"):
+        assert [int(row["step"]) for row in rows if row[f"fit/dip_fixed/{attack}/quality"]] == list(range(8))
+        assert len([row for row in rows if row[f"result/dip_fixed/{attack}/accuracy"]]) == 1
+
+
 @pytest.mark.slow
 def test_tensorboard_holds_scalars_table_and_pictures(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -15,8 +15,6 @@ from dipguard.evaluation.results import write_results
 from dipguard.evaluation.runner import run
 from dipguard.reporting.loggers import open_log
 from dipguard.reporting.report import results_text, write_matrix_report, write_train_report
-from dipguard.reporting.results import COLUMNS
-from dipguard.reporting.sweep_report import MEAN
 from tests.csv_files import read_csv
 from tests.tiny_matrix import tiny_matrix
 
@@ -139,9 +137,3 @@ def test_a_matrix_without_a_finished_cell_says_so(several: Matrix, tmp_path: Pat
     assert [path.name for path in write_matrix_report(matrix)] == ["report.md"]
     assert (tmp_path / "report.md").read_text() == "No cell is finished yet.\n"
     assert results_text(tmp_path) == ""
-
-
-def test_all_columns_that_are_read_are_written(several: Matrix) -> None:
-    head = read_csv(several.folder / "results.csv")[0].keys()
-    assert head >= set(COLUMNS)
-    assert MEAN not in head

@@ -212,6 +212,38 @@ def test_a_defence_that_no_parameter_acts_on_is_one_line_below_the_swept_ones(tm
     assert "defence none" not in summary(tmp_path)
 
 
+def test_a_mean_is_over_the_attacks_that_the_defence_has_without_worst_case_and_checks(tmp_path: Path) -> None:
+    jobs = {}
+    for steps, right in ((100, 10), (200, 20)):
+        jobs[str(steps)] = job(tmp_path / str(steps), T=steps)
+        lines = [cell("clean", name, 30, n=N) for name in ("none", "paper")]
+        lines += [cell("blur", "none", 1, n=N, number="3a"), cell("identity", "paper", right, n=N, number="2")]
+        lines += [cell("noise", "paper", 31, n=N, check="control"), cell("worst_case", "paper", 0, n=N, number="9")]
+        write_results(tmp_path / str(steps), lines)
+    sweep = read_sweep(write_plan(tmp_path, jobs))
+    grid = Grid(sweep, "paper")
+    assert grid.ranking()["value"].tolist() == pytest.approx([25 / N, 20 / N])
+    assert grid.profile(T, "worst_case")["value"].tolist() == [0, 0]
+    assert Grid(sweep, "none").ranking()["value"].tolist() == pytest.approx([15.5 / N])
+    assert tmp_path / "figure7_columns_paper.png" in sweep_report.write_sweep_report(tmp_path)
+    assert f"Best mean over 2 attacks: {2500 / N:.1f} % at T = 200" in (tmp_path / "report.md").read_text()
+
+
+def test_jobs_with_different_attacks_have_a_report_without_a_mean(tmp_path: Path) -> None:
+    jobs = {}
+    for attack in ("fgsm", "pgd"):
+        jobs[attack] = [*job(tmp_path / attack), f"attack={attack}"]
+        write_results(tmp_path / attack, [cell(attack, "paper", 9, n=N)])
+    sweep_report.write_sweep_report(write_plan(tmp_path, jobs))
+    assert "No job has all attacks yet." in (tmp_path / "report.md").read_text()
+
+
+def test_a_parameter_that_is_called_like_a_column_has_one_of_its_own(tmp_path: Path) -> None:
+    jobs = {seed: [*job(tmp_path / seed), f"seed={seed}"] for seed in ("1", "2")}
+    lines = table_of(read_sweep(write_plan(tmp_path, jobs)))
+    assert {(float(line["seed"]), line["seed (swept)"]) for line in lines} == {(0, seed) for seed in jobs}
+
+
 def test_map_of_equal_cells_can_be_read(tmp_path: Path) -> None:
     jobs = {f"{a}-{b}": job(tmp_path / f"{a}-{b}", T=a, beta=b) for a, b in product((100, 101), (0.1, 0.2))}
     grid = Grid(read_sweep(write_plan(tmp_path, jobs)), "paper")
@@ -252,4 +284,4 @@ def test_labels_are_as_short_as_they_can_be() -> None:
     assert short_labels(["a.x.tau", "b.x.tau", "attack@attacks.clean"]) == {
         "a.x.tau": "a.x.tau", "b.x.tau": "b.x.tau", "attack@attacks.clean": "clean",
     }  # fmt: skip
-    assert [text_of(value) for value in (None, True, 1.50, 3, "x")] == ["null", "True", "1.5", "3", "x"]
+    assert [text_of(value) for value in (None, True, 1.50, 20260101, "x")] == ["null", "True", "1.5", "20260101", "x"]

@@ -76,6 +76,17 @@ def test_what_a_named_file_or_folder_holds_is_a_part_of_the_key(
     assert keys[0] == keys[2] != keys[1]
 
 
+def test_a_folder_that_is_called_like_a_setting_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = typed_matrix("data=cifar10", "data.split=test")
+    assert config.defenses["paper"]["network"] == "cifar10"
+    key = job_key(config)
+    for name in ("test", "cifar10"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tune.npz").write_bytes(b"one")
+    assert job_key(config) == key
+
+
 def test_the_versions_are_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
     key = job_key(typed_matrix())
     for name, value in (("version", lambda name: "0"), ("constant_of", lambda path: 0), ("__version__", "0")):

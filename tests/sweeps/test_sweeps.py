@@ -19,6 +19,7 @@ from dipguard.reporting.sweep_jobs import read_sweep
 from dipguard.reporting.sweep_report import summary
 from sweeps.collect import main as collect
 from tests.csv_files import read_csv
+from tests.reporting import stored_run
 from tests.sweeps.tiny_sweep import FAST, GRID, done_times, run_sweep
 from tests.tiny_run import CONF
 
@@ -76,6 +77,17 @@ def test_started_again_only_what_is_missing_or_of_other_settings_runs(finished: 
     assert len(read_sweep(folder).jobs) == 2
     assert "2 more of earlier starts" in (folder / "report.md").read_text()
     assert len(lines(folder)) == 2 * 2
+
+
+def test_rebuilt_jobs_stay_as_they_ended(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path)
+    first, *_ = done_times(folder)
+    (folder / first / "DONE").unlink()  # as of a job that was killed
+    before = done_times(folder)
+    (folder / "report.md").unlink()
+    run_sweep(folder, *FAST, *GRID, "rebuild=true")
+    assert done_times(folder) == before
+    assert "4 jobs: 3 done, 1 unfinished." in (folder / "report.md").read_text()
 
 
 def test_progress_counts_the_jobs_that_are_done(finished: Path, tmp_path: Path) -> None:
@@ -152,6 +164,7 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
         pytest.param(("+defense.qualty=30,90",), MEANT, marks=pytest.mark.slow),
         pytest.param(("+defense.qualty=1", "defense.quality=30,90"), MEANT, marks=pytest.mark.slow),
         (("defense=jpeg,median", "defense.quality=30,90"), r"defense.quality"),
+        (("defense=glob(j*)", "+defense.qualty=1"), MEANT),
         (("defense.quality=30,90", "hydra.output_subdir=null"), r"`hydra.output_subdir` must be .hydra"),
         (("defense=jpeg,median", "+attack@attacks.x=fgsm", "+attacks.x.steps=1"), r"attacks.x.steps"),
     ],
@@ -186,13 +199,18 @@ def test_relative_paths_are_those_of_the_command_line_also_where_jobs_change_the
     assert "2 jobs: 2 done." in (tmp_path / "sweep" / "report.md").read_text()
 
 
-def test_the_objective_is_the_mean_accuracy_of_what_was_asked_for(finished: Path) -> None:
+def test_the_objective_is_the_mean_accuracy_of_what_was_asked_for(finished: Path, tmp_path: Path) -> None:
     for name in done_times(finished):
         found = {row["attack"]: float(row["accuracy"]) for row in read_csv(finished / name / "results.csv")}
         assert set(found) == {"clean", "pgd_8"}
         assert objective(finished / name, None) == objective(finished / name, "jpeg") == sum(found.values()) / 2
         assert objective(finished / name, "pgd_8") == found["pgd_8"]
     assert objective(finished, None) is None
+    places = (("clean", "jpeg", 24), ("pgd_8", "jpeg", 16), ("clean", "none", 32), ("worst_case", "jpeg", 4))
+    control = stored_run.cell("noise", "jpeg", 8, check="control")
+    stored_run.write_results(tmp_path, [*(stored_run.cell(*place) for place in places), control])
+    asked = {None: 24 / 32, "jpeg": 20 / 32, "clean": 28 / 32, "noise": 8 / 32, "worst_case": 4 / 32}
+    assert {label: objective(tmp_path, label) for label in asked} == asked
 
 
 def test_the_collector_refuses_what_is_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
