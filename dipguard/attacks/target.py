@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -33,12 +34,16 @@ class Purifies(Protocol):
 
 
 class DefendedVictim:
-    """The target of adaptive attacks, ``victim(defense.purify(images))``; for the victim see `Attack`."""
+    """The target of adaptive attacks, ``victim(defense.purify(images))``; for the victim see `Attack`.
+
+    ``tell``, if set, is called with the number of images after each purification, for a progress bar.
+    """
 
     def __init__(self, victim: nn.Module, defense: Purifies) -> None:
         self.victim = check_is_module(victim)
         self.defense: Any = check_defense(defense)
         self.steps_per_image = int(getattr(defense, "steps_per_image", 0))
+        self.tell: Callable[[int], object] = lambda images: None
 
     def views(self, intermediate: str) -> int:
         """Return the largest number of views of an image in an intermediate; ValueError for an unknown one."""
@@ -56,6 +61,7 @@ class DefendedVictim:
         """
         with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):
             result = self.defense.purify(images.detach().clone(), indices=indices)
+        self.tell(len(images))
         return _check_purified(result, images)
 
     def intermediate(self, images: Tensor, indices: Tensor, *, name: str, seed: int) -> tuple[Tensor, Intermediate]:
@@ -68,6 +74,7 @@ class DefendedVictim:
             return answer, Intermediate(answer[None])
         with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):
             made: dict[str, Intermediate] = self.defense.intermediates(images.detach().clone(), indices=indices)
+        self.tell(len(images))
         views = torch.stack([_check_purified(view, images) for view in made[name].views])
         return _check_purified(made[STITCHED].views[0], images), Intermediate(views, made[name].view)
 

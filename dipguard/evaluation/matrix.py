@@ -26,7 +26,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
-from dipguard.attacks.target import JUDGE, fresh_indices
+from dipguard.attacks.target import JUDGE, AdaptiveAttack, fresh_indices
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
 from dipguard.defenses import DefenseResult
@@ -128,8 +128,11 @@ class Matrix:
             if cell.place not in self.results or self.results[cell.place][0].status == NOT_RUN:
                 self.results[cell.place] = self._known(cell)
 
-    def attack_entry(self, cell: Cell) -> Entry:
-        """A cell's attacked images: ``images`` [S, n, 3, H, W] for S budgets, ``decisions`` and ``ssim`` [S, n]."""
+    def attack_entry(self, cell: Cell, *, tell: Callable[[int], object] | None = None) -> Entry:
+        """A cell's attacked images: ``images`` [S, n, 3, H, W] for S budgets, ``decisions`` and ``ssim`` [S, n].
+
+        If they are made now, by an adaptive attack, ``tell`` hears how many images each of its looks has purified.
+        """
         if cell.attack_key not in self._attacked:
             self._attacked.clear()  # the next cells have the same, or none that was before
             counts, key = self.store.counts, cell.attack_key
@@ -139,7 +142,7 @@ class Matrix:
                 _check(entry, header=ATTACKED, images=(*rows, 3), decisions=rows, ssim=rows)
 
             before = counts["attacked"]
-            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell), check=check)
+            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell, tell), check=check)
             if counts["attacked"] == before:
                 counts["attacks_found"] += len(cell.clean)
         return self._attacked[cell.attack_key]
@@ -260,8 +263,10 @@ class Matrix:
         known = None if cell.why is not None else self.store.read_as("cells", cell.summary_key, parse)
         return unknown if known is None else known
 
-    def _attack(self, cell: Cell) -> Entry:
+    def _attack(self, cell: Cell, tell: Callable[[int], object] | None) -> Entry:
         assert cell.attack is not None
+        if isinstance(cell.attack, AdaptiveAttack) and tell is not None:
+            cell.attack.target.tell = tell
         attack, clean = cell.attack, cell.clean
         _log.info("attack %s%s: %d images", cell.label, f" x {cell.source.label}" if cell.adaptive else "", len(clean))
         before, start = asdict(attack.spent), time.perf_counter()

@@ -44,6 +44,9 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     """
     write_results(matrix)
     todo = [cell for cell in matrix.cells if cell.why is None and not matrix.results[cell.place][0].done]
+    order = list(dict.fromkeys(cell.label for cell in todo))
+    # First the defence that an attack's images are made on: the attack is a part of its cost.
+    todo.sort(key=lambda cell: (order.index(cell.label), cell.source is not cell.target))
     _announce(matrix, todo)
     for cell in matrix.cells:
         if log is not None and matrix.results[cell.place][0].done:
@@ -83,8 +86,11 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
 
 
 def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: Log | None) -> None:
+    def looked(images: int) -> None:
+        progress.bar.update(images * (IMAGE + cell.source.bare.steps_per_image))
+
     chunks: list[list[Entry]] = []
-    snapshots = len(matrix.attack_entry(cell).header["snapshots"])
+    snapshots = len(matrix.attack_entry(cell, tell=looked).header["snapshots"])
     for snapshot in range(snapshots):
         chunks.append([])
         for number, part in enumerate(parts_of(len(cell.clean), matrix.chunk_size)):

@@ -67,8 +67,11 @@ def test_the_estimate_holds_and_costs_add_up_over_calls(digits_cnn, digits, name
     attack = quick(name, digits_cnn, Median())
     estimate = attack.estimate(4)
     assert attack.spent == Cost()
+    told: list[int] = []
+    attack.target.tell = told.append
     attack(part.images, part.labels)
     spent = attack.spent
+    assert sum(told) == spent.purifications
     unrolled = 4 * 2 if name == "unrolled" else 0
     assert spent.dip_steps == 7 * spent.purifications + unrolled
     assert spent.victim_queries == spent.purifications + unrolled // 2

@@ -73,18 +73,38 @@ def test_a_log_is_told_of_fits_and_finished_cells_once_and_again_by_the_next_run
     assert matrix.chunk_steps(matrix.cells[0]) == 20
 
 
-def test_the_bar_reaches_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bars = []
+@pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The bars of the runs of a test; each has the list ``updates``."""
+    made: list[Any] = []
 
     class Bar(runner.tqdm):
         def __init__(self, *args: Any, **options: Any) -> None:
             super().__init__(*args, **{**options, "disable": False})
-            bars.append(self)
+            self.updates: list[float] = []
+            made.append(self)
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.updates.append(n or 0)
+            return super().update(n)
 
     monkeypatch.setattr(runner, "tqdm", Bar)
+    return made
+
+
+def test_the_bar_reaches_its_end(tmp_path: Path, bars: list[Any]) -> None:
     matrix = prepare(typed_config(*TINY, "data.limit=3", "defense.T=20", "defense.decisions=10", "chunk=2"), tmp_path)
     cell = matrix.cells[0]
     matrix.chunk(cell, 0, slice(0, 2))  # of a run that was stopped: not counted again, so that the time left is right
     run(matrix)
     (bar,) = bars
     assert bar.n == bar.total == 3 * 2 * runner.IMAGE + 20
+
+
+def test_the_bar_moves_with_each_look_of_an_adaptive_attack(tmp_path: Path, bars: list[Any]) -> None:
+    overrides = ("attack=bpda", "attack.budgets=[3]", "attack.steps=3", "defense.T=20", "data.limit=3")
+    run(prepare(typed_config(*TINY, "defense.decisions=10", *overrides), tmp_path))
+    (bar,) = bars
+    looks = bar.updates
+    assert looks[:3] == [3 * (runner.IMAGE + 20)] * 3
+    assert bar.n == bar.total == sum(looks)
