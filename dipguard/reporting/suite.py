@@ -84,6 +84,7 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
     made = {}
     for defense, cells in rows.groupby("defense", sort=False):
         done, first = cells[cells["status"] == DONE], cells.iloc[0]
+        draws = cells["judge"].max() if "judge" in cells else 1  # NaN or 1 for a defence without any
         found = {name: [f"{100 * share:.2f}" for share in done[done[key] == value]["accuracy"]]
                  for name, (key, value) in figures.items()}  # fmt: skip
         made[str(defense)] = {
@@ -93,7 +94,7 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
             "architecture": f"{first['victim']}, defence {first['defense_name']}",
             **{name: shares[0] if shares else None for name, shares in found.items()},
             "unreliable": bool((checks[checks["defense"] == defense]["verdict"] == "WARNING").any()),
-            "footnote": _measured_on(rows) + (f"; mean over {rows['judge'].max():g} draws" if "judge" in rows else ""),
+            "footnote": _measured_on(rows) + (f"; mean over {draws:g} draws" if draws > 1 else ""),
         }
     return made
 

@@ -209,3 +209,13 @@ def test_a_record_has_robustbenchs_form(tmp_path: Path) -> None:
     }  # fmt: skip
     assert "16 images" in footnote
     assert (records["none"]["autoattack_acc"], records["none"]["unreliable"]) == (None, False)
+
+
+def test_a_record_names_draws_only_where_there_are_some(tmp_path: Path) -> None:
+    lines = [line | JUDGE | ({"judge": 1} if line["defense"] == "none" else {}) for line in LINES]
+    write_lines(tmp_path / "results.csv", (*FIELDS, *JUDGE), lines)
+    write_lines(tmp_path / "checks.csv", CHECK_FIELDS, CHECKS)
+    suite.write_suite(tmp_path, *read(tmp_path))
+    records = json.loads((tmp_path / "robustbench.json").read_text(encoding="utf-8"))
+    told = {defense: "mean over 10 draws" in record["footnote"] for defense, record in records.items()}
+    assert told == {"none": False, "mirror": True, "baseline": True}
