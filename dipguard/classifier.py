@@ -87,7 +87,7 @@ def reference_of(classifier: nn.Module, default: Tensor) -> Tensor:
 
 
 def device_of(classifier: nn.Module, default: torch.device | None = None) -> torch.device:
-    """Return a classifier's device; ``default`` (or the CPU) if it has no parameters or buffers."""
+    """Return a classifier's device; ``default`` (or the CPU) if it has no floating-point parameters or buffers."""
     return reference_of(classifier, torch.empty(0, device=default or "cpu")).device
 
 
@@ -98,8 +98,11 @@ def asked(classifier: nn.Module, images: Tensor) -> Any:
     if reference.device.type != "cpu" or classifier in _CONTIGUOUS_ONLY:
         return classifier(images.contiguous())
     # On a CPU convolutions are a sixth to a half faster on channels-last images; some victims cannot take them.
+    laid = images.contiguous(memory_format=torch.channels_last)
+    if laid.requires_grad and laid is not images:
+        laid.register_hook(Tensor.contiguous)  # attacks .view() the gradient, which must lie as their images do
     try:
-        return classifier(images.contiguous(memory_format=torch.channels_last))
+        return classifier(laid)
     except RuntimeError:  # such as .view() of a feature map; any other error comes again
         output = classifier(images.contiguous())
     _CONTIGUOUS_ONLY.add(classifier)

@@ -24,9 +24,6 @@ from dipguard.victims.base import check_victim
 TOLERANCE = 1e-6
 """Rounding of x + delta in float32 for values in [0, 1]: a change of this much more than eps is no breach."""
 
-LATER = {"final_looks": 0, "coarse": 1}
-"""Options that came later, with the values that change nothing: left out of `settings`, so that stored images stay."""
-
 
 class Snapshot(NamedTuple):
     """Limits of attacked images, or None: ``eps_255`` in levels of 0 to 255, iterations or queries of an image."""
@@ -119,8 +116,7 @@ class Attack(ABC):
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on besides target and images, ready for JSON."""
         made = {"library": self.library, "library_version": self.library_version} if self.library else {}
-        options = {name: value for name, value in kept_options(self).items() if (name, value) not in LATER.items()}
-        return {"name": self.name, "norm": self.norm, **options, **made}
+        return {"name": self.name, "norm": self.norm, **kept_options(self), **made}
 
     @property
     def eps(self) -> float:

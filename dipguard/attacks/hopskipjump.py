@@ -71,6 +71,8 @@ class HopSkipJump(AdaptiveAttack):
         self.queries = check_int(queries, name="queries", low=1)
         self.eps_255 = None if eps_255 is None else check_positive(eps_255, name="eps_255", high=255)
         self.budgets = check_budgets(budgets, high=self.queries)
+        if not isinstance(radii_255, Sequence):
+            raise TypeError(f"`radii_255` must be a list of numbers, got {radii_255!r}")
         self.radii_255 = sorted({check_float(radius, name="radii_255", low=0, high=255) for radius in radii_255})
         self.init_size = check_int(init_size, name="init_size", low=1)
         self.init_eval = check_int(init_eval, name="init_eval", low=2)

@@ -39,11 +39,12 @@ class DefendedVictim:
     ``tell``, if set, is called with the number of images after each purification, for a progress bar.
     """
 
+    tell: Callable[[int], object] | None = None
+
     def __init__(self, victim: nn.Module, defense: Purifies) -> None:
         self.victim = check_is_module(victim)
         self.defense: Any = check_defense(defense)
         self.steps_per_image = int(getattr(defense, "steps_per_image", 0))
-        self.tell: Callable[[int], object] = lambda images: None
 
     def views(self, intermediate: str) -> int:
         """Return the largest number of views of an image in an intermediate; ValueError for an unknown one."""
@@ -61,7 +62,8 @@ class DefendedVictim:
         """
         with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):
             result = self.defense.purify(images.detach().clone(), indices=indices)
-        self.tell(len(images))
+        if self.tell is not None:
+            self.tell(len(images))
         return _check_purified(result, images)
 
     def intermediate(self, images: Tensor, indices: Tensor, *, name: str, seed: int) -> tuple[Tensor, Intermediate]:
@@ -74,7 +76,8 @@ class DefendedVictim:
             return answer, Intermediate(answer[None])
         with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):
             made: dict[str, Intermediate] = self.defense.intermediates(images.detach().clone(), indices=indices)
-        self.tell(len(images))
+        if self.tell is not None:
+            self.tell(len(images))
         views = torch.stack([_check_purified(view, images) for view in made[name].views])
         return _check_purified(made[STITCHED].views[0], images), Intermediate(views, made[name].view)
 

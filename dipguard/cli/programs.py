@@ -213,9 +213,9 @@ def _run(
     from dipguard.reporting.loggers import open_log
 
     config = matrix.config
-    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     if config.rebuild:
         return report(matrix)
+    write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     kind = job_type if sweep is None else "sweep"
     if sweep is None:
         log.info("run folder: %s (hydra.run.dir=%s goes on with a run that was stopped)", folder, folder)

@@ -17,6 +17,7 @@ from dipguard.decision import DecisionTrace, Reconstruction, stitch
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense
+from dipguard.engines.base import say_once
 from dipguard.fit import DecideOptions, FitProgress, StitchOptions, fit_stack
 from dipguard.store import Store, open_store, stored_stack
 
@@ -91,9 +92,7 @@ class DIPGuard(DIPDefense):
     @property
     def settings(self) -> dict[str, Any]:
         """The options of fit, decisions and stitching."""
-        own = {**asdict(self.decide_options), **asdict(self.stitch_options)}
-        # `keep_samples` was an option once. The keys of stored cells have it: without it they would not be found.
-        return {**super().settings, **own, "keep_samples": False}
+        return {**super().settings, **asdict(self.decide_options), **asdict(self.stitch_options)}
 
     @property
     def steps_per_purification(self) -> int:
@@ -127,6 +126,10 @@ class DIPGuard(DIPDefense):
         # Callbacks of the caller may change the fit, or want to see it: then it is neither looked up nor kept.
         others = [callback for callback in run["callbacks"] if not isinstance(callback, FitProgress)]
         store = None if others else self.store
+        if store is not self.store:
+            say_once(
+                "calls with `callbacks`, which may change a fit, do not use the store of fits", level=logging.WARNING
+            )
         fit = fit_stack if store is None else partial(stored_stack, store=store, also=self.also)
         options: Any = {"fit": self.fit_options, "decide": self.decide_options, "stitch": self.stitch_options}
         made = fit(images, victim=self.victim, indices=indices, first_step=first_step, **options, **run)

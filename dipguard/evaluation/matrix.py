@@ -265,13 +265,15 @@ class Matrix:
 
     def _attack(self, cell: Cell, tell: Callable[[int], object] | None) -> Entry:
         assert cell.attack is not None
-        if isinstance(cell.attack, AdaptiveAttack) and tell is not None:
-            cell.attack.target.tell = tell
         attack, clean = cell.attack, cell.clean
         _log.info("attack %s%s: %d images", cell.label, f" x {cell.source.label}" if cell.adaptive else "", len(clean))
         before, start = asdict(attack.spent), time.perf_counter()
         images, labels = clean.images.to(self.device), clean.labels.to(self.device)
+        if isinstance(attack, AdaptiveAttack):
+            attack.target.tell = tell
         made = attack.snapshots(images, labels, indices=clean.indices)
+        if isinstance(attack, AdaptiveAttack):
+            attack.target.tell = None
         about = {
             "what": f"{cell.label}: {len(clean)} images of {clean.name}",
             "settings": attack.settings,

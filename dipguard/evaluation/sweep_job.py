@@ -72,8 +72,6 @@ def settings_of(config: RunConfig) -> dict[str, Any]:
     for name in ASIDE:
         group, _, key = name.rpartition(".")
         (values[group] if group else values).pop(key, None)
-    if values["judge"] == 1:
-        del values["judge"]  # jobs from before there was a choice stay finished
     return values
 
 

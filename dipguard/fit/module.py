@@ -39,8 +39,8 @@ class StackedDIP(pl.LightningModule):
 
     Adam acts on each number separately, so one Adam over stacked parameters is B Adams. The module brings its own
     data: the Trainer's ``max_steps`` is the paper's T, and its epochs have ``steps_per_epoch`` steps, so that
-    ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit; ``callback_metrics`` hold ``fit/mse`` and
-    ``fit/quality`` of an epoch's last step.
+    ``EarlyStopping`` and ``ModelCheckpoint`` act during the fit; ``training_step`` enters ``fit/mse`` and
+    ``fit/quality`` of an epoch's last step into ``callback_metrics``.
 
     A subclass that overrides ``training_step`` may add to the ``loss`` (docs/own_trainer.md): its reconstructions are
     part of the autograd graph, which the torch engine alone provides.
@@ -125,7 +125,8 @@ class StackedDIP(pl.LightningModule):
             reconstructions = reconstructions.detach()
         if self._trainer is not None and (self.trainer.is_last_batch or self.step == self.T):
             # Before any callback, so that EarlyStopping and ModelCheckpoint find them whenever they look.
-            means = {"fit/mse": errors.mean(), "fit/quality": quality(reconstructions.detach(), self.given).mean()}
+            with torch.autocast(self.device.type, enabled=False):  # which would round SSIM to two digits
+                means = {"fit/mse": errors.mean(), "fit/quality": quality(reconstructions.detach(), self.given).mean()}
             self.trainer.callback_metrics.update(means)
         return {"loss": loss, "reconstructions": reconstructions, "errors": errors, "step": step}
 

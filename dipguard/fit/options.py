@@ -85,10 +85,8 @@ class FitOptions:
         return self.spec.z_scale if self.z_scale is None else self.z_scale
 
     def as_settings(self) -> dict[str, Any]:
-        """The options as JSON values, with ``z_scale`` resolved, and ``dead_zone`` only where there is one."""
+        """The options as JSON values, with ``z_scale`` resolved."""
         settings = {**asdict(self), "z_scale": self.scale_of_z}
-        if self.dead_zone == 0:  # as before there were dead zones, so that stored fits are found
-            del settings["dead_zone"]
         if not isinstance(self.network, str):
             spec = asdict(self.network)
             settings["network"] = {key: list(v) if isinstance(v, tuple) else v for key, v in spec.items()}

@@ -32,8 +32,8 @@ GROUPS = ("attack_name", "data", "victim", "seed")
 def write_curves(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     """Draw figure4_bpda.png and figure5_hopskipjump.png from the rows of `read_results` that have a budget.
 
-    Each data set, victim and seed has a figure of its own, and so has a further attack whose points would fall on those
-    of another one; from the second figure on its name ends in a number.
+    Each data set, victim and seed has a figure of its own, and so has a second attack with the points of another one;
+    from the second figure on its name ends in a number.
     """
     points = results[results["budget"].notna() & results["accuracy"].notna() & results["attack_name"].isin(KINDS)]
     repeat = points.groupby([*GROUPS, "defense", "eps_255", "budget"], dropna=False).cumcount()

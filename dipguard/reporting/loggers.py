@@ -27,7 +27,7 @@ from dipguard.evaluation.sweep_job import settings_of
 from dipguard.files import write_text
 from dipguard.reporting.report import draw_cell, trace_paths
 from dipguard.reporting.results import flatten
-from dipguard.store import digest_of
+from dipguard.store import digest_of, numerics
 from dipguard.version import __version__
 
 _log = logging.getLogger(__name__)
@@ -331,7 +331,7 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     journal = folder / "logs" / "wandb_run.txt"
     first, _, rows = (journal.read_text(encoding="utf-8") if journal.is_file() else "").partition("\n")
     before, _, settings_before = first.partition(" ")
-    now = digest_of(settings_of(config))  # other settings are another run
+    now = digest_of([settings_of(config), numerics()])  # other settings or versions are another run
     run_id = own.run_id or (before if settings_before == now else "") or secrets.token_hex(4)
     logger = WandbLogger(version=run_id, mode=wandb_mode(asked["offline"]), **options)
     try:

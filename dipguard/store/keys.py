@@ -22,7 +22,7 @@ from dipguard.fit.stacks import engine_on_cpu
 from dipguard.version import __version__
 
 _engine_on_cpu = cache(engine_on_cpu)
-NUMERICS = 2
+NUMERICS = 3
 """To be raised with every change that changes the numbers of a fit, of an attack, of SSIM or of a decision."""
 
 

@@ -161,9 +161,3 @@ def test_the_version_that_fools_most_of_the_final_looks_is_returned(digits_cnn, 
         iterates.clear()
         attack = adaptive("adaptive_pgd", digits_cnn, Lucky(), final_looks=final_looks, **options)
         assert torch.equal(attack(part.images, part.labels)[0], iterates[returned])
-
-
-def test_no_final_look_leaves_the_stored_settings_as_they_were(digits_cnn):
-    plain = adaptive("adaptive_pgd", digits_cnn, Noise()).settings
-    assert not {"final_looks", "coarse"} & set(plain)
-    assert adaptive("adaptive_pgd", digits_cnn, Noise(), final_looks=2).settings == plain | {"final_looks": 2}

@@ -152,6 +152,7 @@ def test_bad_defences_are_refused(digits_cnn, name):
         ("hopskipjump", {"budgets": ("200",)}, TypeError, "`budgets`"),
         ("hopskipjump", {"budgets": (2501,)}, ValueError, "`budgets` must be from 1 to 2500, got 2501"),
         ("hopskipjump", {"radii_255": (-1,)}, ValueError, "`radii_255`"),
+        ("hopskipjump", {"radii_255": 8}, TypeError, "`radii_255` must be a list of numbers, got 8"),
         ("hopskipjump", {"queries": 0}, ValueError, "`queries`"),
         ("hopskipjump", {"init_eval": 1}, ValueError, "`init_eval`"),
         ("adaptive_pgd", {"eps_255": 0}, ValueError, "`eps_255`"),

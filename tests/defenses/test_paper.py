@@ -249,12 +249,6 @@ def test_settings_can_be_written_as_json(small_victim):
     assert {"T", "tau", "t0", "K", "beta", "seed", "network", "decisions", "N", "K_max", "jitter"} <= settings.keys()
 
 
-def test_cells_stored_when_keep_samples_was_an_option_are_found(small_victim):
-    assert DIPGuard(small_victim).settings["keep_samples"] is False  # a part of their keys
-    with pytest.raises(TypeError, match="takes no option 'keep_samples'"):
-        DIPGuard(small_victim, keep_samples=False)
-
-
 def test_more_decisions_than_steps_mean_every_step(small_images, small_victim):
     result = DIPGuard(small_victim, **{**QUICK, "decisions": 200}).defend(small_images[:1])
     assert result.traces[0].steps.tolist() == list(range(12))

@@ -17,7 +17,6 @@ from dipguard.evaluation.metrics import decide, wilson
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import suite_results, worst_case
 from dipguard.evaluation.runner import run
-from dipguard.evaluation.sweep_job import job_key
 from dipguard.seeding import image_generator
 from tests.csv_files import read_csv
 from tests.store.parts import list_entries
@@ -175,12 +174,3 @@ def test_one_draw_is_as_it_was_and_more_come_on_top(judged: Matrix, tmp_path: Pa
     assert own == theirs
     assert run(prepare(replace(again.config, judge=1), tmp_path)) == []
     assert set(written(single)) == set(now)
-
-
-def test_a_sweeps_job_of_one_draw_keeps_its_key(judged: Matrix) -> None:
-    keys = {job_key(replace(judged.config, judge=judge)) for judge in (1, 2, 3)}
-    assert len(keys) == 3
-    values = judged.config.to_dict()
-    del values["judge"]
-    old: Any = SimpleNamespace(to_dict=lambda: values | {"judge": 1})
-    assert job_key(old) == job_key(replace(judged.config, judge=1))

@@ -108,6 +108,15 @@ def test_what_is_finished_is_not_run_again(finished: Matrix) -> None:
     assert again.store.counts["attacks_found"] == again.store.counts["attacked"] == 0  # not even read
 
 
+def test_a_changed_setting_runs_that_attack_alone(finished: Matrix, tmp_path: Path) -> None:
+    shutil.copytree(finished.folder, tmp_path / "run")
+    changed = prepare(typed_matrix(*TINY, "attacks.pgd_8.steps=3"), tmp_path / "run")
+    before = written(changed)
+    completed(changed)
+    new = {info.header["what"] for info in list_entries(changed.store.path) if info.path not in before}
+    assert {what.split(":")[0].split(",")[0].split(" x ")[0] for what in new} == {"pgd_8"}
+
+
 def test_a_changed_setting_runs_that_defence_alone(finished: Matrix) -> None:
     before = written(finished)
     changed = prepare(typed_matrix(*TINY, "defenses.jpeg.quality=40"), finished.folder)

@@ -46,6 +46,7 @@ def test_channels_last_is_tried_and_given_up_once_where_it_cannot_be_read(kind, 
         x = small.clone().requires_grad_()
         gradients.append(torch.autograd.grad(read(x).square().sum(), x)[0])
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-6)
+    assert gradients[1].is_contiguous()
     assert victim.layouts[len(layouts) :] == [True, layouts[-1]]
 
 

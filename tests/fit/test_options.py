@@ -19,12 +19,6 @@ def test_settings_are_json_values_with_z_scale_resolved() -> None:
     assert FitOptions(z_scale=0.5).as_settings()["z_scale"] == 0.5
 
 
-def test_a_dead_zone_is_a_setting_only_where_there_is_one() -> None:
-    # As before there were dead zones, so that stored fits are found.
-    assert "dead_zone" not in FitOptions().as_settings()
-    assert FitOptions(dead_zone=2.5).as_settings()["dead_zone"] == 2.5
-
-
 def test_kept_images_are_counted() -> None:
     assert DecideOptions(K_max=4).images_kept == 20
 

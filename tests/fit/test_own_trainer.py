@@ -13,6 +13,7 @@ from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
 
+from dipguard.decision import quality
 from dipguard.fit import (
     BoundaryDetector,
     DecideOptions,
@@ -26,7 +27,7 @@ from dipguard.fit import (
     make_trainer,
 )
 from tests.docs_blocks import run_python
-from tests.fit.conftest import At, stop, trainer
+from tests.fit.conftest import At, Watch, stop, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -162,6 +163,14 @@ def test_precision_is_the_trainers(images: Tensor, undecided: nn.Module, precisi
         double = ours(undecided, decisions=10)
         trainer(12, *double).fit(StackedDIP(images[:2], options=replace(fit, dtype="float64")))
         torch.testing.assert_close(callbacks[-1].traces[0].loss, double[-1].traces[0].loss, rtol=1e-4, atol=0)
+
+
+def test_an_epochs_metrics_are_not_rounded_by_mixed_precision(images: Tensor) -> None:
+    watch, module = Watch(), StackedDIP(images[:2], options=FitOptions(network="small"))
+    run = trainer(12, watch, precision="bf16-mixed")
+    run.fit(module)
+    expected = float(quality(watch.seen[-1], module.given).mean())
+    assert float(run.callback_metrics["fit/quality"]) == pytest.approx(expected, abs=1e-5)
 
 
 class Smooth(StackedDIP):
