@@ -233,10 +233,10 @@ def _trainer_own() -> list[str]:
 
 def _check_node(group: str, key: str, node: Any) -> None:
     """Check the keys of a node of a config group; None is no node."""
-    if node is None and key not in ("data", "victim"):
-        return
     if node is None:
-        raise TypeError(f"`{key}` must be chosen, such as {key}=NAME, got none")
+        if key in ("data", "victim"):
+            raise TypeError(f"`{key}` must be chosen, such as {key}=NAME, got none")
+        return
     name, names, source = _mapping(key, node).get("name"), names_of(group), GROUPS[group]
     if "_target_" in node:
         try:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -36,7 +37,7 @@ class Purifies(Protocol):
 class DefendedVictim:
     """The target of adaptive attacks, ``victim(defense.purify(images))``; for the victim see `Attack`.
 
-    ``tell``, if set, is called with the number of images after each purification, for a progress bar.
+    ``tell``, if set, is called with the number of images after each purification (:meth:`telling`).
     """
 
     tell: Callable[[int], object] | None = None
@@ -60,11 +61,7 @@ class DefendedVictim:
 
         ``seed`` is for a defence that draws from the global generators. RuntimeError if no images in [0, 1] come back.
         """
-        with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):
-            result = self.defense.purify(images.detach().clone(), indices=indices)
-        if self.tell is not None:
-            self.tell(len(images))
-        return _check_purified(result, images)
+        return _check_purified(self._made(self.defense.purify, images, indices, seed), images)
 
     def intermediate(self, images: Tensor, indices: Tensor, *, name: str, seed: int) -> tuple[Tensor, Intermediate]:
         """Purify images once: the purified images [B, 3, H', W'], and the intermediate called ``name``.
@@ -74,12 +71,25 @@ class DefendedVictim:
         if name == STITCHED:
             answer = self.purified(images, indices, seed=seed)
             return answer, Intermediate(answer[None])
-        with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):
-            made: dict[str, Intermediate] = self.defense.intermediates(images.detach().clone(), indices=indices)
-        if self.tell is not None:
-            self.tell(len(images))
+        made: dict[str, Intermediate] = self._made(self.defense.intermediates, images, indices, seed)
         views = torch.stack([_check_purified(view, images) for view in made[name].views])
         return _check_purified(made[STITCHED].views[0], images), Intermediate(views, made[name].view)
+
+    @contextmanager
+    def telling(self, tell: Callable[[int], object] | None) -> Iterator[None]:
+        """Call ``tell`` with the number of images after each purification, as for a progress bar."""
+        self.tell = tell
+        try:
+            yield
+        finally:
+            self.tell = None
+
+    def _made(self, make: Callable[..., Any], images: Tensor, indices: Tensor, seed: int) -> Any:
+        with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):
+            made = make(images.detach().clone(), indices=indices)
+        if self.tell is not None:
+            self.tell(len(images))
+        return made
 
 
 class AdaptiveAttack(Attack):

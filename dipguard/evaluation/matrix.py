@@ -14,6 +14,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -269,11 +270,8 @@ class Matrix:
         _log.info("attack %s%s: %d images", cell.label, f" x {cell.source.label}" if cell.adaptive else "", len(clean))
         before, start = asdict(attack.spent), time.perf_counter()
         images, labels = clean.images.to(self.device), clean.labels.to(self.device)
-        if isinstance(attack, AdaptiveAttack):
-            attack.target.tell = tell
-        made = attack.snapshots(images, labels, indices=clean.indices)
-        if isinstance(attack, AdaptiveAttack):
-            attack.target.tell = None
+        with attack.target.telling(tell) if isinstance(attack, AdaptiveAttack) else nullcontext():
+            made = attack.snapshots(images, labels, indices=clean.indices)
         about = {
             "what": f"{cell.label}: {len(clean)} images of {clean.name}",
             "settings": attack.settings,

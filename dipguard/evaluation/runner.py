@@ -80,8 +80,7 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     failed += _check_randomness(matrix)
     write_results(matrix)
     counts = matrix.store.counts - before
-    done = ", ".join(f"{name} {count}" for name, count in counts.items()).replace("attacks_found", "attacks reused")
-    _log.info("store: %s", done or "nothing was needed")
+    _log.info("store: %s", ", ".join(f"{name} {count}" for name, count in counts.items()) or "nothing was needed")
     return failed
 
 
