@@ -60,11 +60,9 @@ def test_every_name_of_a_table_has_its_config(group: str) -> None:
 
 
 @pytest.mark.parametrize(("group", "choice"), [pair for pair in CHOICES if pair[0] in ("attack", "defense")])
-def test_a_config_changes_no_default_but_for_a_reason(all_of_them: DictConfig, group: str, choice: str) -> None:
-    """Defaults are the constructors': an attack's batch size, and what depends on the data, are all that differs."""
-    node, own = dict(all_of_them[f"{group}s"][f"x_{choice}"]), node_of(group, choice)
-    changed = {key: value for key, value in node.items() if key != "name" and value != own[key]}
-    assert changed in ({}, {"batch_size": 64})
+def test_a_config_changes_no_default(all_of_them: DictConfig, group: str, choice: str) -> None:
+    """Defaults are the constructors' alone."""
+    assert dict(all_of_them[f"{group}s"][f"x_{choice}"]) == {"name": choice, **node_of(group, choice)}
 
 
 def test_papers_settings_are_the_defaults() -> None:

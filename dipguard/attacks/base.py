@@ -87,7 +87,7 @@ class Attack(ABC):
     library: ClassVar[str] = ""
     eps_255: float | None = None
 
-    def __init__(self, target: nn.Module, *, seed: int = 0, batch_size: int = 32) -> None:
+    def __init__(self, target: nn.Module, *, seed: int = 0, batch_size: int = 64) -> None:
         self.victim = check_is_module(target, name="target")
         self.seed = check_int(seed, name="seed", low=0)
         self.batch_size = check_int(batch_size, name="batch_size", low=1)

@@ -103,11 +103,13 @@ class AdaptiveAttack(Attack):
 
     adaptive: ClassVar[bool] = True
 
-    def __init__(self, target: nn.Module | DefendedVictim, *, draws: str = "fresh", **options: Any) -> None:
+    def __init__(
+        self, target: nn.Module | DefendedVictim, *, draws: str = "fresh", batch_size: int = 32, **options: Any
+    ) -> None:
         if not isinstance(target, DefendedVictim):
             wanted = f"a DefendedVictim(victim, defense) for the attack {self.name!r}"
             raise TypeError(f"`target` must be {wanted}, got {type(target).__name__}")
-        super().__init__(target.victim, **options)
+        super().__init__(target.victim, batch_size=batch_size, **options)
         self.target = target
         self.draws = check_choice(draws, DRAWS, name="draws")
 

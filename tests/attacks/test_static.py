@@ -33,11 +33,11 @@ def test_it_fools_the_digits_victim(digits_cnn, digits, name, options, count, mo
 
 @pytest.mark.parametrize("name", THEIRS)
 def test_gradient_signs_are_the_librarys(digits_cnn, digits, name):
-    part = digits.select(0, 8)
+    part, exact = digits.select(0, 8), copy.deepcopy(digits_cnn).double()  # in float32 rounding turns the smallest ones
     fixed = {"random_start": False} if name in ("pgd", "eotpgd") else {}
-    ours = build_attack(name, digits_cnn, **fixed)(part.images, part.labels)
-    theirs = getattr(torchattacks, THEIRS[name])(digits_cnn, **fixed)(part.images, part.labels)
-    assert torch.equal(ours, theirs)
+    ours = build_attack(name, exact, **fixed)(part.images, part.labels)
+    theirs = getattr(torchattacks, THEIRS[name])(exact, **fixed)(part.images.double(), part.labels)
+    torch.testing.assert_close(ours, theirs.float(), rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ["pgd", "bim", "mifgsm", "eotpgd"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dipguard.attacks import ATTACKS
+from dipguard.evaluation import masking
 from dipguard.evaluation.cell import fitting_options
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
@@ -153,6 +154,23 @@ def test_a_failing_attack_loses_no_finished_work(tmp_path: Path) -> None:
     assert lines(matrix)["transfer", "jpeg"]["status"] == "done"
     assert run(matrix) == []
     assert {line["status"] for line in lines(matrix).values()} == {"done"}
+
+
+def test_a_failing_randomness_check_is_told_and_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise RuntimeError("the card fell off the bus")
+
+    matrix = tiny_suite(tmp_path, attacks=("transfer",), dip=False)
+    with monkeypatch.context() as patched:
+        patched.setattr(masking, "check_randomness", broken)
+        failed = run(matrix)
+    told = "RuntimeError: the card fell off the bus"
+    assert failed == [f"randomness check x {defense}: {told}" for defense in ("none", "jpeg")]
+    assert {line["status"] for line in lines(matrix).values()} == {"done"}
+    target = matrix.targets["jpeg"]
+    assert masking.randomness_of(matrix, target) is None
+    assert run(prepare(matrix.config, tmp_path)) == []
+    assert masking.randomness_of(matrix, target) == (0, 0)
 
 
 def test_the_baseline_is_attacked_itself(finished: Matrix) -> None:
