@@ -18,7 +18,8 @@ SMALL = (
     "attacks.identity_eot.eot_iter=2", "attacks.identity_eot.final_looks=1", "attacks.unrolled.T=4",
     "attacks.autoattack_rand.steps=1", "attacks.autoattack_rand.eot_iter=2", "attacks.autoattack_rand.final_looks=0",
     "attacks.square.n_queries=4", "attacks.square_500.n_queries=2", "attacks.hopskipjump.queries=12",
-    "attacks.hopskipjump.budgets=[]", "attacks.hopskipjump.init_size=4", "attacks.hopskipjump.init_eval=3",
+    "attacks.hopskipjump.init_size=4", "attacks.hopskipjump.init_eval=3", "attacks.hopskipjump_500.queries=6",
+    "attacks.hopskipjump_500.init_size=2", "attacks.hopskipjump_500.init_eval=2",
 )  # fmt: skip
 """Overrides of experiment=adaptive ladder=full for a run of a minute."""
 

@@ -76,7 +76,8 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
     """For each defence the figures in the form of RobustBench's model_info files: text, accuracies in %.
 
     ``autoattack_acc`` is that under AutoAttack's version for random defences, ``external`` and ``reported`` are the
-    worst case, and a warning of the checks makes it ``unreliable``. An accuracy that is missing is None.
+    worst case, and a warning of the checks makes it ``unreliable``. An accuracy that is missing is None. The footnote
+    says what was cut of each attack.
     """
     (eps,) = set(rows[rows["attack"] == WORST]["eps_255"])
     figures = {"clean_acc": ("attack", CLEAN), "autoattack_acc": ("attack_name", "defended_autoattack")}
@@ -85,6 +86,7 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
     for defense, cells in rows.groupby("defense", sort=False):
         done, first = cells[cells["status"] == DONE], cells.iloc[0]
         draws = cells["judge"].max() if "judge" in cells else 1  # NaN or 1 for a defence without any
+        cuts = [f"{attack}: {cut}" for attack, cut in zip(done["attack"], done["cut"], strict=True) if cut]
         found = {name: [f"{100 * share:.2f}" for share in done[done[key] == value]["accuracy"]]
                  for name, (key, value) in figures.items()}  # fmt: skip
         made[str(defense)] = {
@@ -94,7 +96,7 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
             "architecture": f"{first['victim']}, defence {first['defense_name']}",
             **{name: shares[0] if shares else None for name, shares in found.items()},
             "unreliable": bool((checks[checks["defense"] == defense]["verdict"] == "WARNING").any()),
-            "footnote": _measured_on(rows) + (f"; mean over {draws:g} draws" if draws > 1 else ""),
+            "footnote": "; ".join([_measured_on(rows), *([f"mean over {draws:g} draws"] if draws > 1 else []), *cuts]),
         }
     return made
 
@@ -142,7 +144,10 @@ def _head(rows: pd.DataFrame) -> str:
     eps = rows[rows["attack"] == WORST]["eps_255"].iloc[0]
     draws = "the evaluation's own draws"
     if "judge" in rows:
-        draws = f"{rows['judge'].max():g} draws of a random defence, the evaluation's own first; the figure is the mean"
+        draws = (
+            f"{rows['judge'].max():g} draws of a random defence (the control and the large eps: one), "
+            "the evaluation's own first; the figure is the mean"
+        )
     return (
         f"{_measured_on(rows)}; L-inf eps {eps:g}/255, untargeted, white box. In brackets: 95 % intervals (Wilson). "
         f"Every attacked image is classified once more with {draws}. The worst case is taken for "

@@ -261,7 +261,7 @@ def test_the_experiment_has_all_attacks_and_the_short_ladder_some() -> None:
     attacks, short = (typed_matrix("experiment=adaptive", *more).attacks for more in (("ladder=full",), ()))
     assert [node["number"] for node in attacks.values() if node.get("number")] == [
         "1", "1b", "1c", "1d", "2", "3a", "3b", "3c", "4a", "4b", "4c", "5a", "5b", "5c", "5d", "6", "7a", "7b", "8",
-        "7c",
+        "7c", "8b",
     ]  # fmt: skip
     assert [node["number"] for node in short.values() if node.get("number")] == [
         "1", "1b", "1c", "1d", "2", "3a", "3c", "4a", "5d", "7a",
@@ -270,7 +270,8 @@ def test_the_experiment_has_all_attacks_and_the_short_ladder_some() -> None:
     assert config.judge == typed_matrix("experiment=adaptive").judge == 10
     assert set(config.defenses) == {"none", "jpeg", "dipdefend", "paper", "mirror"}
     assert (attacks["blur"]["steps"], attacks["blur_eot"]["eot_iter"]) == (200, 20)
-    assert (attacks["hopskipjump"]["budgets"], attacks["square_500"]["n_queries"]) == ([500, 2500], 500)
+    assert (attacks["hopskipjump"]["queries"], attacks["hopskipjump_500"]["queries"]) == (2500, 500)
+    assert (attacks["square"]["n_queries"], attacks["square_500"]["n_queries"]) == (2500, 500)
     assert sorted(str(node["check"]) for node in attacks.values() if node.get("check")) == ["control", "large_eps"]
     for node in attacks.values():
         assert node["name"] in ATTACKS
@@ -303,7 +304,14 @@ def test_several_budgets_of_one_attack_are_a_row_each(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_whole_experiment_on_digits(tmp_path: Path, baseline: tuple[str, ...]) -> None:
     aside = ("~defenses.none", "~defenses.paper", "~attacks.from_paper", "~attacks.from_dipdefend")
-    overrides = (*baseline, "data.limit=1", "attacks.hopskipjump.queries=6", *aside, "~attacks.square_500")
+    overrides = (
+        *baseline,
+        "data.limit=1",
+        "attacks.hopskipjump.queries=6",
+        *aside,
+        "~attacks.square_500",
+        "~attacks.hopskipjump_500",
+    )
     made = run_tiny_suite(tmp_path, *overrides)
     names = {path.name for path in made}
     assert {"suite.md", "suite.png", "report.md"} <= names
