@@ -41,7 +41,7 @@ class MirrorGuard(DIPDefense):
     decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
     weights of its own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and
     moved by a few pixels, where the given image's own class counts half; where the victim reads no x(t) itself as this
-    class, the copies are averaged, so that 6 to 10 % of the images come back mirrored. And a perturbation is
+    class, the copies are averaged, so that 5 to 10 % of the images come back mirrored. And a perturbation is
     kept out by the noise of the given image: errors of a pixel up to 2.5 times it cost nothing (``dead_zone`` of
     :class:`~dipguard.fit.FitOptions`), and of a noisy small image the early steps count, of a clean one the late ones.
 
