@@ -102,7 +102,8 @@ def compared(
 
             results = both()
             first = first or results
-            error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(results, first, strict=True))
+            errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(results, first, strict=True)]
+            error = float(torch.stack(errors).max())  # Python's max would overlook a NaN
             ahead = median_seconds(forward, device=device)
             back = max(median_seconds(both, device=device) - ahead, 1e-9)
         except Exception as problem:  # a kernel that this machine cannot run is a finding, not the end

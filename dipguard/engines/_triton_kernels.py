@@ -33,7 +33,8 @@ def _tune(*tiles: tuple[dict[str, int], int], key: list[str]) -> Any:
     # Interpreted kernels are far too slow to be tuned.
     tried = tiles[:1] if triton.knobs.runtime.interpret else tiles
     configs = [triton.Config(sizes, num_warps=warps, num_stages=2) for sizes, warps in tried]
-    return triton.autotune(configs, key=key, do_bench=_bench)
+    # The tile changes the order of sums: kept on disk, so that later processes give the same bits.
+    return triton.autotune(configs, key=key, do_bench=_bench, cache_results=True)
 
 
 @_tune(

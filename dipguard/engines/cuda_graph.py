@@ -7,6 +7,7 @@ Whether it is here, `fastest_engine` measures once.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Collection
 from copy import deepcopy
@@ -29,6 +30,8 @@ WARMUP = 3
 """Eager runs on a side stream before the recording, as torch asks for: the first chooses algorithms and compiles."""
 MEASURED = 5
 """Steps of each engine that are timed, after one that is not."""
+_RECORDING = threading.Lock()
+"""Torch records one graph at a time in a process; fits may run in threads."""
 
 
 class CudaGraphEngine(Engine):
@@ -117,7 +120,7 @@ class CudaGraphEngine(Engine):
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
             # Other threads (a logger's, the jitter's) may allocate or wait meanwhile without breaking the recording.
-            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with _RECORDING, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._results = self._run()
         self._graph = graph
 

@@ -116,7 +116,7 @@ def stack_size_for(count: int, *, size: tuple[int, int], fit: FitOptions, kept: 
     (``DecideOptions.images_kept``). Returns ``count`` or a power of two, at least 1.
     """
     wanted = min(count, SIZES["cuda" if device.type == "cuda" else "cpu"])
-    if wanted <= 1 or (free_bytes := free_memory(device)) is None:
+    if (free_bytes := free_memory(device)) is None:
         return wanted
     with isolated_trainer(device):
         engine = engine_on_cpu(fit, size, SHORT) if device.type == "cpu" else fit.engine
@@ -124,7 +124,8 @@ def stack_size_for(count: int, *, size: tuple[int, int], fit: FitOptions, kept: 
     bound = max(1, int(OURS * free_bytes - shared) // each)
     taken = wanted if bound >= wanted else 2 ** int(math.log2(bound))
     gib = (shared + taken * each) / 2**30
-    say_once(f"fits of {taken} images of {size[0]}x{size[1]} pixels at once need {gib:.2f} GiB", level=logging.INFO)
+    images = f"{taken} image{'s' * (taken > 1)} of {size[0]}x{size[1]} pixels"
+    say_once(f"fits of {images} at once need {gib:.2f} GiB", level=logging.INFO)
     return taken
 
 

@@ -49,7 +49,15 @@ def pad_border(x: Tensor, *, kernel: int, padding: str) -> Tensor:
         return x
     before, after = same_padding(kernel)
     mode = padding_mode(padding, kernel=kernel, side=min(x.shape[-2:]))
+    if mode == "reflect" and x.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return reflected(reflected(x, before, after, dim=-1), before, after, dim=-2)  # torch's own would raise
     return F.pad(x, (before, after, before, after), mode=mode)
+
+
+def reflected(x: Tensor, before: int, after: int, *, dim: int) -> Tensor:
+    """Torch's reflected border along one dimension, from operations whose gradients are deterministic on a GPU."""
+    first, last = x.narrow(dim, 1, before).flip(dim), x.narrow(dim, x.shape[dim] - 1 - after, after).flip(dim)
+    return torch.cat([first, x, last], dim)
 
 
 def grouped_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:

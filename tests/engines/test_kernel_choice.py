@@ -197,6 +197,14 @@ def test_a_candidate_that_disagrees_is_never_the_fastest(name, noise, added, all
     assert math.isfinite(times[name]) == allowed
 
 
+def test_a_candidate_whose_gradient_is_nan_is_never_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(x: Tensor, weight: Tensor, bias: Tensor, **options: object) -> Tensor:
+        return grouped_conv2d(x, weight + (0 * weight).sqrt(), bias, **options)  # the root's slope at 0 is infinite
+
+    monkeypatch.setitem(CONVOLUTIONS, "matmul", wrong)
+    assert math.isinf(measure(SHAPE, device=CPU, dtype=torch.float32, names=["grouped", "matmul"])["matmul"])
+
+
 def test_what_gains_most_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[LayerShape] = []
 

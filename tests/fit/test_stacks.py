@@ -230,7 +230,8 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     with caplog.at_level("INFO", logger="dipguard"):
         chosen = stack_size_for(32, size=size, fit=fit, kept=kept, device=CPU)
     gib = (shared + chosen * each) / 2**30
-    assert f"fits of {chosen} images of 256x256 pixels at once need {gib:.2f} GiB" in caplog.text
+    plural = "s" * (chosen > 1)
+    assert f"fits of {chosen} image{plural} of 256x256 pixels at once need {gib:.2f} GiB" in caplog.text
     assert chosen <= max(1, 1.5 * free / 2 / each), "what is free changes from moment to moment"
     assert chosen < 32
     assert math.log2(chosen).is_integer()

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.plain_loop import PlainSkipNet
 from dipguard.networks import NetworkSpec, build, network_spec
-from dipguard.networks.unet import StackedConv2d, same_padding
+from dipguard.networks.unet import StackedConv2d, reflected, same_padding
 
 PARAMETERS = {"small": 7_019, "medium": 82_236, "large": 433_587, "cifar10": 82_236, "imagenet": 556_215}
 ODD = NetworkSpec(n_d=(5, 6), n_u=(4, 7), n_s=(0, 3), k_d=(3, 5), k_u=(4, 3), k_s=(1, 3), input_depth=2)
@@ -86,6 +86,16 @@ def test_every_kernel_keeps_or_halves_the_size(kernel, stride, side):
     layer = StackedConv2d(2, 3, 4, kernel=kernel, stride=stride)
     out = layer(torch.zeros(1, 6, side, side))
     assert out.shape == (1, 8, -(-side // stride), -(-side // stride))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2)])
+def test_the_deterministic_border_is_torchs(before, after):
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
+    made = reflected(reflected(x, before, after, dim=-1), before, after, dim=-2)
+    wanted = torch.nn.functional.pad(x, (before, after, before, after), mode="reflect")
+    assert torch.equal(made, wanted)
+    dy = torch.randn_like(wanted)
+    torch.testing.assert_close(torch.autograd.grad(made, x, dy), torch.autograd.grad(wanted, x, dy))
 
 
 @pytest.mark.parametrize(("preset", "smallest"), [("small", 5), ("medium", 9), ("large", 17), ("imagenet", 33)])
