@@ -259,7 +259,8 @@ class Matrix:
 
         def parse(summary: Entry) -> list[CellResult]:
             lacks = self._lacks_traces(summary, len(cell.clean)) or self._lost_traces(cell, summary)
-            return unknown if lacks else results_of(cell, summary)
+            # Only a run makes traces again; tables need none.
+            return unknown if lacks and not self.config.rebuild else results_of(cell, summary)
 
         known = None if cell.why is not None else self.store.read_as("cells", cell.summary_key, parse)
         return unknown if known is None else known

@@ -58,6 +58,20 @@ def test_runs_share_fits_and_attacked_images(tmp_path: Path):
     assert seconds(tmp_path / "second") > 0.5 * seconds(tmp_path / "first")  # a replay's cell says what the fit took
 
 
+def test_tables_are_remade_in_a_folder_without_traces(tmp_path: Path):
+    lean = (*LEAN[:-2], "figures=1", "~defenses.dip_fixed", f"store={tmp_path / 'store'}")
+    matrix = tiny_matrix(tmp_path / "run", *lean)
+    assert run(matrix) == []
+    again = tiny_matrix(tmp_path / "again", *lean, "rebuild=true")
+    again.load()
+    assert matrix.traces_path("fgsm_8", "paper", 0).is_file()
+    assert not again.traces_path("fgsm_8", "paper", 0).is_file()
+    for place, (result,) in matrix.results.items():
+        (found,) = again.results[place]
+        assert found.done
+        assert torch.equal(found.decisions, result.decisions)
+
+
 @pytest.mark.slow
 def test_a_sweep_over_T_fits_once(tmp_path: Path):
     less = ("~defenses.dip_fixed", "~attacks.fgsm_8")
