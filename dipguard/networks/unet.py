@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeAlias
 
 import torch
@@ -117,13 +118,12 @@ class StackedConv2d(nn.Module):
         self.weight = nn.Parameter(torch.empty(stack, outputs, inputs, kernel, kernel, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(stack, outputs, dtype=torch.float32))
 
-    def init_one(self, b: int, *, generator: torch.Generator, init: str) -> None:
-        """Draw the weights of network b: PyTorch's default, or Xavier (Algorithm 1, line 1) with bias 0."""
-        fan_in = self.weight[b, 0].numel()
-        fan_out = self.weight.shape[1] * self.kernel**2
-        bound = math.sqrt(6 / (fan_in + fan_out)) if init == "xavier" else 1 / math.sqrt(fan_in)
-        _uniform_(self.weight[b], bound, generator)
-        _uniform_(self.bias[b], 0.0 if init == "xavier" else bound, generator)
+    def bounds(self, *, init: str) -> tuple[float, float]:
+        """Of U(-bound, bound) for weight and bias: PyTorch's default, or Xavier (Algorithm 1, line 1) with bias 0."""
+        fan_in = self.weight[0, 0].numel()
+        if init == "xavier":
+            return math.sqrt(6 / (fan_in + self.weight.shape[1] * self.kernel**2)), 0.0
+        return 1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in)
 
     def forward(self, x: Tensor) -> Tensor:
         """[1, B * inputs, H, W] -> [1, B * outputs, ceil(H / stride), ceil(W / stride)]."""
@@ -277,10 +277,7 @@ def build(
     if len(order) != stack_size:
         raise ValueError(f"`indices` must hold stack_size={stack_size} numbers, got {len(order)}")
     check_choice(init, INITS, name="init")
-    for b, index in enumerate(order):
-        generator = image_generator(seed=seed, index=index, purpose="weights")
-        for convolution in stack.convolutions():
-            convolution.init_one(b, generator=generator, init=init)
+    _draw(stack, [image_generator(seed=seed, index=index, purpose="weights") for index in order], init=init)
     return stack
 
 
@@ -308,8 +305,18 @@ def _join(first: Tensor, second: Tensor, *, stack: int) -> Tensor:
     return torch.cat(parts, dim=4).flatten(3).permute(0, 3, 1, 2)
 
 
-def _uniform_(target: Tensor, bound: float, generator: torch.Generator) -> None:
+def _draw(stack: StackedSkipNet, generators: Sequence[torch.Generator], *, init: str) -> None:
     """Draw in float32 on the CPU for every dtype and device, so that all of them start from the same weights."""
-    draw = torch.empty(target.shape, dtype=torch.float32).uniform_(-bound, bound, generator=generator)
+    sizes = [parameter[0].numel() for c in stack.convolutions() for parameter in (c.weight, c.bias)]
+    with torch.inference_mode(False):  # else the threads, which do not inherit the mode, could not write
+        draws = torch.empty(len(generators), sum(sizes), dtype=torch.float32)
+    with ThreadPoolExecutor() as pool:  # a network's stream is serial, but the networks do not depend on each other
+        list(pool.map(lambda row, generator: row.uniform_(generator=generator), draws, generators))
+    parts = iter(draws.split(sizes, dim=1))
     with torch.no_grad():
-        target.copy_(draw)
+        for convolution in stack.convolutions():
+            bounds = convolution.bounds(init=init)
+            for parameter, bound in zip((convolution.weight, convolution.bias), bounds, strict=True):
+                # One fused multiply and add, as in ``uniform_(-bound, bound)``: the same bits.
+                part = torch.add(draws.new_tensor(-bound), next(parts), alpha=2 * bound)
+                parameter.copy_(part.view(parameter.shape))
