@@ -178,7 +178,7 @@ class BoundaryDetector(pl.Callback):
         """Detect the last pairs, and localise all pairs of all images."""
         trace = opened(pl_module)
         self._detect(trace)
-        found = [crossing for crossings in trace.crossings for crossing in crossings]
+        found = trace.needed_crossings()
         # One batch of the victim at a time: the grid's images of all pairs would take some hundred megabytes.
         size = max(1, self.decider.batch // max(1, self.N - 1))
         parts = [self._localise(found[first : first + size]) for first in range(0, len(found), size)]
@@ -190,11 +190,9 @@ class BoundaryDetector(pl.Callback):
             return
         first, self._seen = len(trace.steps) - len(trace.recent), len(trace.steps)
         for i, (before, after) in enumerate(pairwise(trace.recent), first):
-            pairs = crosses(before.scores.argmax(1), after.scores.argmax(1))
-            for b in torch.nonzero(pairs).flatten().tolist():
-                images = torch.stack([before.reconstructions[b], after.reconstructions[b]])
-                scores = torch.stack([before.scores[b], after.scores[b]])
-                trace.add_crossing(b, Crossing(i, float(before.quality[b]), images, scores))
+            which = torch.nonzero(crosses(before.scores.argmax(1), after.scores.argmax(1))).flatten()
+            if len(which):
+                trace.add_crossings(i, which, before, after)
 
     def _localise(self, found: Sequence[Crossing]) -> tuple[Tensor, Tensor]:
         (x, x_next), (f, f_next) = torch.stack([c.images for c in found], 1), torch.stack([c.scores for c in found], 1)

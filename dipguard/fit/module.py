@@ -270,7 +270,8 @@ class StackTrace:
     """The growing trace of a stack of B images; :meth:`close` makes one ``DecisionTrace`` per image of it.
 
     Its memory does not grow with T: it keeps the scalars of the sampled steps, the last ``K_max`` reconstructions, and
-    those crossings that some replay can still select (:func:`dipguard.decision.needed_for_replay`).
+    those crossings that some replay can still select (:func:`dipguard.decision.needed_for_replay`). The others are
+    dropped when an image has more than twice ``K_max``, and at the end.
     """
 
     given: Tensor  # x0, [B, 3, H, W]
@@ -296,11 +297,27 @@ class StackTrace:
             self.steps.append(sample.step)
             self._scalars.append((sample.scores, sample.quality, sample.errors))
 
-    def add_crossing(self, b: int, crossing: Crossing) -> None:
-        """Append a crossing of image b, and drop those that no replay can select any more."""
-        found = [*self.crossings[b], crossing]
-        kept = needed_for_replay(torch.tensor([c.quality for c in found], dtype=torch.float64), K_max=self.K_max)
-        self.crossings[b] = [c for c, keep in zip(found, kept.tolist(), strict=True) if keep]
+    def add_crossings(self, at: int, which: Tensor, before: Sample, after: Sample) -> None:
+        """Append the crossings of the images ``which`` [n] int64 between sample number ``at``, before, and the next."""
+        images = torch.stack([before.reconstructions[which], after.reconstructions[which]], dim=1)
+        scores = torch.stack([before.scores[which], after.scores[which]], dim=1)
+        values = which.tolist(), before.quality[which].tolist()
+        for b, v, two, logits in zip(*values, images, scores, strict=True):
+            # Copies: a view would keep those of all images in memory.
+            self.crossings[b].append(Crossing(at, v, two.clone(), logits.clone()))
+            if len(self.crossings[b]) > 2 * self.K_max:
+                self._drop_crossings(b)
+
+    def needed_crossings(self) -> list[Crossing]:
+        """Drop the crossings that no replay can select, and return the others, one image after the other."""
+        for b in range(len(self.indices)):
+            self._drop_crossings(b)
+        return [crossing for found in self.crossings for crossing in found]
+
+    def _drop_crossings(self, b: int) -> None:
+        quality = torch.tensor([c.quality for c in self.crossings[b]], dtype=torch.float64)
+        kept = needed_for_replay(quality, K_max=self.K_max).tolist()
+        self.crossings[b] = [c for c, keep in zip(self.crossings[b], kept, strict=True) if keep]
 
     def close(self) -> list[DecisionTrace]:
         """One trace per image, on the CPU."""
