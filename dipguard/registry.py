@@ -51,6 +51,12 @@ def _registered(group: str, _path: tuple[str, ...]) -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=group)}
 
 
+def foreign_class(entry: object) -> dict[str, str]:
+    """The class of what another package has written, for its settings: it may have inherited one of our names."""
+    kind = type(entry)
+    return {} if kind.__module__.split(".")[0] == "dipguard" else {"class": f"{kind.__module__}.{kind.__qualname__}"}
+
+
 def import_extra(module: str, *, owner: str, extra: str) -> Any:
     """Import ``module``, which only ``owner`` needs; the ImportError names the extra (``dipguard[extra]``)."""
     try:

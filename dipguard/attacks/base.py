@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dipguard.attacks.libraries import load_library
 from dipguard.checks import Indices, check_images, check_indices, check_int, check_labels, check_made
 from dipguard.classifier import check_is_module, device_of, frozen, logits_of
+from dipguard.registry import foreign_class
 from dipguard.seeding import image_generator
 from dipguard.victims.base import check_victim
 
@@ -116,7 +117,7 @@ class Attack(ABC):
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on besides target and images, ready for JSON."""
         made = {"library": self.library, "library_version": self.library_version} if self.library else {}
-        return {"name": self.name, "norm": self.norm, **kept_options(self), **made}
+        return {"name": self.name, "norm": self.norm, **foreign_class(self), **kept_options(self), **made}
 
     @property
     def eps(self) -> float:
@@ -133,7 +134,8 @@ class Attack(ABC):
         Works under ``no_grad`` and ``inference_mode`` too; the caller's random state and the victim stay as they were.
 
         Args:
-            images: Float [N, 3, H, W] in [0, 1]; not purified. Half precision is attacked in float32.
+            images: Float [N, 3, H, W] in [0, 1]; not purified. Half precision is attacked in float32; rounding the
+                result may then change a pixel by a little more than ``eps``.
             labels: Int [N], the true classes, below the victim's number of classes.
             indices: Int [N], positions in the whole data set, on which the random draws depend; by default 0 to N - 1.
 

@@ -19,7 +19,7 @@ from dipguard.classifier import Decider, check_is_module
 from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.fit import FitOptions
-from dipguard.registry import import_extra
+from dipguard.registry import foreign_class, import_extra
 from dipguard.seeding import further_index
 
 Callbacks: TypeAlias = Sequence[pl.Callback]
@@ -116,7 +116,8 @@ class Defense(nn.Module, ABC):
         drawn = {"seed": self.seed} if self.random else {}
         drawn |= {"votes": self.votes} if self.votes > 1 else {}
         versions = {"versions": dict(self.versions)} if self.versions else {}
-        return {"name": self.name, **drawn, **{option: getattr(self, option) for option in self.OPTIONS}, **versions}
+        own = {option: getattr(self, option) for option in self.OPTIONS}
+        return {"name": self.name, **foreign_class(self), **drawn, **own, **versions}
 
     @property
     def steps_per_purification(self) -> int:

@@ -57,14 +57,12 @@ class Target:
     @property
     def cut(self) -> str:
         """How far the fit is shorter than by default, in words; empty if it is not."""
-        node, steps, bare = self.node or {}, self.defense.steps_per_image, self.bare
+        node, bare = self.node or {}, self.bare
         default = node_of("defense", node["name"]).get("T") if "_target_" not in node and "name" in node else None
         if isinstance(bare, DIPDefense) and bare.PRESETS:
             default = bare.PRESETS[bare.preset]["T"]
         given = node.get("T")
-        if not steps or default is None or given is None or given >= default:
-            return ""
-        return f"{steps:,} of {steps * default // given:,} DIP steps an image"
+        return f"T {given:,} of {default:,}" if default and given and given < default else ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +129,11 @@ class Cell:
         return name_of(self.node)
 
     @property
+    def kind(self) -> str:
+        """The name of the attack itself, also where the node points to its class; empty if it does not apply."""
+        return "" if self.attack is None else self.attack.name
+
+    @property
     def adaptive(self) -> bool:
         """Whether the attack knows the defence."""
         return self.attack is not None and self.attack.adaptive
@@ -149,8 +152,8 @@ class Cell:
     def white_box(self) -> bool:
         """Whether the attack takes gradients of the very system that it meets."""
         if self.adaptive:
-            return self.name not in BLACK_BOX and self.source is self.target
-        return self.target.defense.name == "none" and self.name not in BLIND
+            return self.kind not in BLACK_BOX and self.source is self.target
+        return self.target.defense.name == "none" and self.kind not in BLIND
 
     @property
     def cut(self) -> str:
@@ -256,19 +259,19 @@ def results_of(cell: Cell, summary: Entry) -> list[CellResult]:
 
 
 def fitting_options(
-    node: Mapping[str, Any], target: Target, *, adaptive: bool, source: Target
+    node: Mapping[str, Any], target: Target, *, kind: type[Attack], source: Target
 ) -> tuple[dict[str, Any], str | None]:
     """The options of an attack (settings ``node``) for a target, and why it does not apply to it (None: it does).
 
     ``source`` is the target that it is made on.
     """
-    defense, name = source.defense, name_of(node)
+    defense = source.defense
     options = {key: value for key, value in node.items() if key not in (*NODE_KEYS, *ATTACK_KEYS)}
     if missing := target.defense.unavailable or defense.unavailable:
         return options, missing
     if node.get("only") is not None and target.label not in node["only"]:
         return options, "left out"
-    if not adaptive:
+    if not kind.adaptive:
         return options, None
     if node.get("intermediate"):
         wanted = [node["intermediate"]] if isinstance(node["intermediate"], str) else node["intermediate"]
@@ -277,12 +280,12 @@ def fitting_options(
             return options, "no such intermediate"
         options["intermediate"] = found
     if (options.get("eot_iter") or 1) > 1 and not defense.random:
-        if name != "defended_autoattack":
+        if kind.name != "defended_autoattack":
             return options, "deterministic"  # the attack without EOT is the same
         options["eot_iter"] = 1
     if not defense.random:
         options.pop("final_looks", None)  # each look is the same
-    if not defense.steps_per_image and (name == "unrolled" or options.get("backward") == "short_dip"):
+    if not defense.steps_per_image and (kind.name == "unrolled" or options.get("backward") == "short_dip"):
         return options, "no DIP"
     return options, None
 

@@ -54,7 +54,7 @@ def more_steps(done: Sequence[CellResult]) -> Check:
         if any(later > earlier + 1e-9 for earlier, later in pairwise(result.history)):
             bad.append(f"{result.cell.label}: its best so far gets worse")
         # A search by questions looks at much that it does not keep.
-        if result.last_history and result.cell.name not in BLACK_BOX:
+        if result.last_history and result.cell.kind not in BLACK_BOX:
             n, best, last = len(result.right), min(result.last_history), result.last_history[-1]
             # The smallest of many shares is low by luck.
             if last > wilson(round(best * n), n, looks=len(result.last_history))[1]:

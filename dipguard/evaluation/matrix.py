@@ -178,7 +178,7 @@ class Matrix:
         count = part.stop - part.start
         check = partial(_check, header=PURIFIED, images=(count, 3), used=(count,), reasons=(count,))
         entry = self.store.arrays("cells", key, make, check=check)
-        if self._lacks_traces(entry, count):
+        if self._lacks_traces(cell, entry, part):
             self.store.remove("cells", key)
             entry = self.store.arrays("cells", key, make, check=check)
         if row is not None and not curves.rows:  # made earlier
@@ -258,7 +258,8 @@ class Matrix:
         unknown = [CellResult(cell, cell.why or NOT_RUN, cell.eps_255)]
 
         def parse(summary: Entry) -> list[CellResult]:
-            lacks = self._lacks_traces(summary, len(cell.clean)) or self._lost_traces(cell, summary)
+            whole = slice(0, len(cell.clean))
+            lacks = self._lacks_traces(cell, summary, whole) or self._lost_traces(cell, summary)
             # Only a run makes traces again; tables need none.
             return unknown if lacks and not self.config.rebuild else results_of(cell, summary)
 
@@ -294,13 +295,18 @@ class Matrix:
 
     def _save_traces(self, cell: Cell, result: DefenseResult, part: slice) -> dict[str, Path]:
         """Write the traces of a chunk that are to be kept; the files by index."""
-        traces = enumerate(result.traces, start=part.start)
-        kept = [trace for i, trace in traces if self.config.keep_traces or i < self.config.figures]
+        kept = result.traces[: len(self._kept(cell, part))]
         return {str(trace.index): trace.save(self.traces_path(*cell.place, trace.index)) for trace in kept}
 
-    def _lacks_traces(self, entry: Entry, count: int) -> bool:
-        """Whether the traces of ``count`` images are to be kept, and the entry has fewer."""
-        return self.config.keep_traces and entry.header["traced"] and len(entry.header["traces"]) < count
+    def _kept(self, cell: Cell, part: slice) -> list[int]:
+        """The indices of the first of some images of a cell, whose traces are to be kept: all, or as figures show."""
+        stop = part.stop if self.config.keep_traces else min(part.stop, self.config.figures)
+        indices: list[int] = cell.clean.indices[part.start : max(part.start, stop)].tolist()
+        return indices
+
+    def _lacks_traces(self, cell: Cell, entry: Entry, part: slice) -> bool:
+        """Whether an entry of some images of a cell, whose fits leave traces, lacks some that are to be kept."""
+        return entry.header["traced"] and any(str(i) not in entry.header["traces"] for i in self._kept(cell, part))
 
     def _lost_traces(self, cell: Cell, entry: Entry) -> list[str]:
         """The indices of an entry's traces whose files are not in the run folder as they were written."""

@@ -58,13 +58,17 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     nodes = {key: getattr(config, key) for key in ("victim", "surrogate", BASELINE)}
     built = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
     victims = {key: victim for key, (victim, _) in built.items()}
-    outputs = built["victim"][1]
     with keys_named("data", data):
-        clean = clean.labelled_for(class_names(victims["victim"]), outputs=outputs)
-    check_labels(clean.labels, count=len(clean), num_classes=outputs)
+        judges = {key: one for key, one in built.items() if key != "surrogate"}
+        labelled = {key: clean.labelled_for(class_names(one), outputs=number) for key, (one, number) in judges.items()}
+    clean = labelled["victim"]
+    for key, images in labelled.items():
+        check_labels(images.labels, count=len(clean), num_classes=built[key][1])
+        if not torch.equal(images.labels, clean.labels):
+            raise ValueError(f"`{key}` must have the classes of `victim` in the same order, but its labels differ")
     digests = {key: victim_digest(one) for key, one in victims.items()}
-    decisions = {key: decide(one, clean.images) for key, one in victims.items() if key != "surrogate"}
-    shifted = shift_warning(clean.labels, decisions["victim"], outputs=outputs)
+    decisions = {key: decide(one, clean.images) for key, (one, _) in judges.items()}
+    shifted = shift_warning(clean.labels, decisions["victim"], outputs=built["victim"][1])
     if shifted is not None:
         warnings.warn(shifted, UserWarning, stacklevel=2)
     made_with = {
@@ -176,7 +180,8 @@ def _cells(
     digests = {limit: tensor_digest([part.images, part.labels, part.indices]) for limit, part in parts.items()}
     for label, node in attacks.items():
         path = node.get("_target_") or names_of("attack")[node["name"]].replace(":", ".")
-        adaptive = bool(hydra.utils.get_object(path).adaptive)
+        kind: type[Attack] = hydra.utils.get_object(path)
+        adaptive = kind.adaptive
         if node.get("made_on") and not adaptive:
             raise ValueError(f"`attacks.{label}.made_on` is for adaptive attacks, got it for {name_of(node)!r}")
         if node.get("made_on") and node.get("only") is not None and node["made_on"] not in node["only"]:
@@ -185,7 +190,7 @@ def _cells(
         in_suite = suite and bool(label == CLEAN or node.get("number") or node.get("check"))
         for target in targets.values():
             source = targets.get(node.get("made_on") or "", target)
-            options, why = fitting_options(node, target, adaptive=adaptive, source=source)
+            options, why = fitting_options(node, target, kind=kind, source=source)
             attack: Attack | None = None
             if why is None:
                 with keys_named(f"attacks.{label}", [*node, *options]):

@@ -126,9 +126,13 @@ def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         "ssim": _short(float(result.ssim.double().mean())),
         "psnr": _short(float(finite.mean())),
         "seconds_per_image": _short(spent / len(result.right)),
-        "attack_seconds": _short(result.seconds["attack"]),
-        **asdict(result.spent),
+        **(_spent(result) if result is matrix.results[cell.place][-1] else {}),
     }
+
+
+def _spent(result: CellResult) -> dict[str, Any]:
+    """What the attack cost: with several budgets, one run of the largest one serves all of them."""
+    return {"attack_seconds": _short(result.seconds["attack"]), **asdict(result.spent)}
 
 
 def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:

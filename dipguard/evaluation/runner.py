@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import product
-from multiprocessing import get_context
+from multiprocessing import connection, get_context
 from typing import Protocol
 
 from tqdm import tqdm
@@ -103,11 +104,15 @@ def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: Log | None
 def _units(matrix: Matrix, cell: Cell) -> int:
     """About how long what is not stored of a cell takes, in steps of one image's fit."""
     looks = cell.cost.purifications + len(cell.clean) * (1 + cell.budgets)
+    return looks * IMAGE + cell.cost.dip_steps + _left(matrix, cell) * cell.defense.steps_per_image
+
+
+def _left(matrix: Matrix, cell: Cell) -> int:
+    """Purifications of a cell's images that are not stored."""
     draws = [("chunk",), *(("draw", number) for number in range(1, cell.judge))]
     chunks = product(draws, range(cell.budgets), parts_of(len(cell.clean), matrix.chunk_size))
     keys = {cell.sub_key(*draw, n, part.start, part.stop): part.stop - part.start for draw, n, part in chunks}
-    left = sum(count for key, count in keys.items() if not matrix.store.file("cells", key).is_file())
-    return looks * IMAGE + cell.cost.dip_steps + left * cell.defense.steps_per_image
+    return sum(count for key, count in keys.items() if not matrix.store.file("cells", key).is_file())
 
 
 def _check_randomness(matrix: Matrix) -> list[str]:
@@ -145,15 +150,22 @@ def _announce(matrix: Matrix, todo: Sequence[Cell]) -> None:
 def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:
     """Purify the chunks of static attacks in several processes; what they leave is left to the caller.
 
-    Chunks are entries of the store, so nothing travels between the processes, and none depends on who made it.
+    Chunks are entries of the store, so nothing travels between the processes.
     """
-    shared = [cell for cell in todo if not cell.adaptive]
-    for cell in shared:  # once, before they are shared out
-        matrix.attack_entry(cell)
+    shared: list[Cell] = []
+    for cell in (cell for cell in todo if not cell.adaptive):
+        with suppress(Exception):  # the caller will meet it too, and note it
+            matrix.attack_entry(cell)  # once, before they are shared out
+            shared.append(cell)
+    if not shared:
+        return
     count, given = matrix.config.processes, (matrix.config, matrix.folder, [cell.place for cell in shared])
     make = get_context("spawn").Process  # in a forked process a fit would hang
     workers = [make(target=work, args=(rank, count, *given), daemon=True) for rank in range(count)]
     for worker in workers:
         worker.start()
-    for worker in workers:
-        worker.join()
+    total, show = sum(_left(matrix, cell) for cell in shared), matrix.config.trainer.get("enable_progress_bar", True)
+    with tqdm(total=total, desc=f"{count} processes", unit="image", disable=not show, dynamic_ncols=True) as bar:
+        while running := [worker.sentinel for worker in workers if worker.is_alive()]:
+            connection.wait(running, timeout=2)
+            bar.update(total - sum(_left(matrix, cell) for cell in shared) - bar.n)

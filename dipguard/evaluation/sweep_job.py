@@ -30,7 +30,7 @@ ASIDE = (
     "logger", "trainer.accelerator", "trainer.enable_progress_bar", "store", "store_T", "store_samples", "processes",
     "rebuild", "objective",
 )  # fmt: skip
-"""Settings that no result depends on: a finished job stays finished when they change."""
+"""Settings that change no result, or only its rounding: a finished job stays finished when they change."""
 PATHS = ("path", "weights", "labels_csv")
 """Keys whose values are paths, if something of that name exists."""
 NAME_LENGTH = 100  # of the readable part of a folder's name; file systems allow 255 bytes

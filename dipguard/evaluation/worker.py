@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Sequence
-from itertools import islice, product
+from contextlib import suppress
+from itertools import product
 from multiprocessing import connection, parent_process
 from pathlib import Path
 
@@ -13,7 +15,11 @@ from dipguard.config import RunConfig
 
 
 def work(rank: int, count: int, config: RunConfig, folder: Path, places: Sequence[tuple[str, str]]) -> None:
-    """Purify every ``count``-th chunk of the cells at ``places`` from ``rank`` on. What fails is left to the parent."""
+    """Purify every ``count``-th chunk of the cells at ``places``, from ``rank`` on, for each draw that judges it.
+
+    What fails is left to the parent, which meets it too. With the torch engine, another number of threads may change a
+    fit's numbers by rounding.
+    """
     threading.Thread(target=_end_with_parent, daemon=True).start()
     import torch  # only now: that takes seconds
 
@@ -24,11 +30,14 @@ def work(rank: int, count: int, config: RunConfig, folder: Path, places: Sequenc
     if torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     matrix = prepare(config, folder)  # made anew, since not every defence can be pickled
+    turn = itertools.count()  # through all cells: small ones have fewer chunks than there are processes
     for cell in (matrix.cell(*place) for place in places):
         snapshots = range(len(matrix.attack_entry(cell).header["snapshots"]))
-        chunks = product(snapshots, parts_of(len(cell.clean), matrix.chunk_size))
-        for snapshot, part in islice(chunks, rank, None, count):
-            matrix.chunk(cell, snapshot, part)
+        for snapshot, draw, part in product(snapshots, range(cell.judge), parts_of(len(cell.clean), matrix.chunk_size)):
+            if next(turn) % count != rank:
+                continue
+            with suppress(Exception):
+                matrix.draw(cell, snapshot, part, draw) if draw else matrix.chunk(cell, snapshot, part)
 
 
 def _end_with_parent() -> None:

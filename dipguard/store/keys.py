@@ -41,14 +41,14 @@ def numerics() -> dict[str, str]:
 def victim_digest(victim: nn.Module) -> str:
     """A digest of a classifier: the class, plain attributes, parameters and all buffers of each of its modules.
 
-    Code is not part of it, nor are attributes of other types. Before a stored trace is used, the victim is therefore
-    asked once more.
+    Plain are numbers, texts, None, and lists and tuples of them. Code is not part of the digest, nor are attributes of
+    other types. Before a stored trace is used, the victim is therefore asked once more.
     """
-    plain = (bool, int, float, str, tuple, type(None))
+    aside = vars(nn.Module())
     parts, tensors = [], []
     for name, part in victim.named_modules():
         kind, values = type(part), vars(part)
-        own = {k: repr(v) for k, v in values.items() if k != "training" and k[0] != "_" and isinstance(v, plain)}
+        own = {k: repr(v) for k, v in values.items() if k not in aside and _is_plain(v)}
         held = {k: v for k, v in (*part._parameters.items(), *part._buffers.items()) if v is not None}
         if isinstance(part, torch.jit.ScriptModule) and not hasattr(part, "training"):  # frozen: weights are constants
             graph: Any = part.inlined_graph
@@ -59,6 +59,12 @@ def victim_digest(victim: nn.Module) -> str:
         # NumPy has no bfloat16.
         tensors += [v.view(torch.int16) if v.dtype == torch.bfloat16 else v for v in held.values()]
     return digest_of([parts, tensor_digest(tensors)])
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (bool, int, float, str, type(None)))
 
 
 class StackKeys:

@@ -46,7 +46,8 @@ def test_the_guide_runs_and_shows_the_example(tmp_path, monkeypatch):
 def test_it_is_a_defence(images, victim):
     defense = importlib.import_module("own_defense").RandomResize(victim, smallest=0.5, seed=3)
     assert isinstance(defense, Defense)
-    assert defense.settings == {"name": "random_resize", "seed": 3, "smallest": 0.5}
+    own = {"name": "random_resize", "class": "own_defense.RandomResize", "seed": 3, "smallest": 0.5}
+    assert defense.settings == own
     result = defense.defend(images[:3], indices=[7, 0, 2])
     assert torch.equal(defense.purify(images[1:2], indices=[0]), result.reconstructions[1:2])
     assert not torch.equal(defense.purify(images[1:2], indices=[1]), result.reconstructions[1:2])

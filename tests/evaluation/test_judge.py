@@ -15,8 +15,8 @@ from dipguard.evaluation.cell import JUDGED, CellResult
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, wilson
 from dipguard.evaluation.plan import prepare
-from dipguard.evaluation.results import suite_results, worst_case
-from dipguard.evaluation.runner import run
+from dipguard.evaluation.results import suite_results, worst_case, write_results
+from dipguard.evaluation.runner import _share_out, run
 from dipguard.seeding import image_generator
 from tests.csv_files import read_csv
 from tests.store.parts import list_entries
@@ -55,6 +55,16 @@ def lines(matrix: Matrix) -> dict[tuple[str, str], dict[str, str]]:
 def fits_of(matrix: Matrix) -> set[str]:
     """What the stored purifications of noisy are."""
     return {i.header["what"] for i in list_entries(matrix.store.path) if "x noisy, images" in i.header["what"]}
+
+
+@pytest.mark.slow
+def test_processes_share_the_further_draws_too(tmp_path: Path, judged: Matrix) -> None:
+    matrix = tiny_suite(tmp_path, *FEW, "judge=4", "processes=2", attacks=ATTACKS, dip=False)
+    write_results(matrix)
+    _share_out(matrix, matrix.cells)
+    assert {what for what in fits_of(judged) if not what.startswith("identity")} == fits_of(matrix)
+    completed(matrix)
+    assert torch.equal(*(torch.stack([m.results[a, "noisy"][0].right for a in ATTACKS]) for m in (judged, matrix)))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
+from torch import nn
 
 from dipguard.data import ImageSet, load_data
+from dipguard.evaluation import plan
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.plan import prepare
 from tests.tiny_matrix import TINY, typed_matrix
@@ -67,3 +70,21 @@ def test_labels_that_count_from_one_are_noticed(digits: ImageSet, tmp_path: Path
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         _prepared(tmp_path / "dig", *options)
+
+
+def test_a_baseline_with_other_classes_is_refused(
+    digits: ImageSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _saved(digits, tmp_path / "dig", lambda label: f"{label}/", classes=(3, 7))
+    _prepared(tmp_path / "dig", "victim@baseline=digits_cnn")
+    build = plan.build_victim
+
+    def turned(name: str, **options: Any) -> nn.Module:
+        victim = build(name, **options)
+        if options.get("seed") == 5:
+            victim.classes = victim.classes[::-1]
+        return victim
+
+    monkeypatch.setattr(plan, "build_victim", turned)
+    with pytest.raises(ValueError, match="`baseline` must have the classes of `victim` in the same order"):
+        _prepared(tmp_path / "dig", "victim@baseline=digits_cnn", "baseline.seed=5")

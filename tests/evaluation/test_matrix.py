@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
+from dipguard.attacks.static import NoAttack
 from dipguard.config import RunConfig
 from dipguard.decision import DecisionTrace
+from dipguard.defenses.transforms import JPEG
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.plan import prepare
@@ -281,6 +284,13 @@ def test_a_damaged_trace_is_restored_from_the_store(tmp_path: Path, kept_traces:
     assert whats == {"pgd_8 x paper: 5 images"}, "nothing is purified again"
 
 
+def test_more_figures_get_their_traces(tmp_path: Path) -> None:
+    settings = [text for text in few("paper") if text != "figures=2"]
+    for count in (0, 4):
+        completed(prepare(typed_matrix(*settings, f"figures={count}"), tmp_path))
+        assert len(list(tmp_path.glob("traces/pgd_8/paper/*"))) == count
+
+
 @pytest.mark.slow
 def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> None:
     shared = f"store={tmp_path / 'store'}"
@@ -304,7 +314,7 @@ def test_only_a_fit_below_its_default_length_is_called_cut(tmp_path: Path, name:
         for number, options in enumerate([[], ["defense.T=5000"], ["defense.T=200"]])
     )
     assert {cell.cut for cell in [*whole.cells, *given.cells]} == {""}
-    assert "DIP steps an image" in short.cell("clean", name).cut
+    assert short.cell("clean", name).cut.startswith("T 200 of ")
 
 
 @pytest.mark.slow
@@ -332,6 +342,16 @@ def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, monkeypatch: py
     assert status["pgd_8", "median"] == "done"
     later = completed(prepare(settings, tmp_path))
     assert {row["status"] for row in table(later, "results.csv")} == {"done"}
+
+
+def test_a_failing_attack_does_not_stop_the_others_of_several_processes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matrix = prepare(typed_matrix(*few("none", "jpeg"), "processes=2"), tmp_path)
+    for cell in matrix.cells:
+        assert cell.attack is not None
+        monkeypatch.setattr(cell.attack, "attack_batch", lambda *batch: 1 / 0)
+    assert run(matrix) == [f"pgd_8 x {label}: ZeroDivisionError: division by zero" for label in ("none", "jpeg")]
 
 
 def test_a_matrix_of_one_cell_raises_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -442,6 +462,39 @@ def test_a_defence_without_its_weights_says_so_and_has_no_figure(tmp_path: Path)
     (row,) = [row for row in table(matrix, "results.csv") if row["defense"] == "comdefend"]
     assert "weights not supplied" in row["status"]
     assert row["accuracy"] == row["ssim"] == row["correct"] == ""
+
+
+class Inverted(JPEG):
+    """Another defence, which has inherited the name of JPEG."""
+
+    def purify_image(self, image: Tensor, index: int) -> Tensor:
+        return 1 - image
+
+
+class Darkened(NoAttack):
+    """Another attack, which has inherited the name ``none``."""
+
+    @property
+    def eps(self) -> float:
+        return 0.5
+
+    def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
+        return images / 2
+
+
+def test_what_has_inherited_a_name_is_not_taken_for_its_base(tmp_path: Path) -> None:
+    own = (f"+defenses.inverted._target_={__name__}.Inverted", f"+attacks.darkened._target_={__name__}.Darkened")
+    matrix = completed(prepare(typed_matrix(*few("jpeg", attacks=("clean",)), *own), tmp_path))
+    assert torch.equal(matrix.reconstructions("clean", "inverted"), 1 - matrix.clean.images)
+    assert torch.equal(matrix.attacked("darkened", "jpeg"), matrix.clean.images / 2)
+
+
+def test_an_attack_by_its_import_path_is_known_for_what_it_is(tmp_path: Path) -> None:
+    path = "dipguard.attacks.hopskipjump.HopSkipJump"
+    matrix = prepare(typed_matrix(*few("jpeg"), f"+attacks.mine={{_target_: {path}, budgets: [20]}}"), tmp_path)
+    cell = matrix.cell("mine", "jpeg")
+    assert cell.adaptive
+    assert not cell.white_box
 
 
 def test_a_defence_by_its_import_path_is_given_its_options(tmp_path: Path) -> None:

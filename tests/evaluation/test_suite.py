@@ -15,6 +15,7 @@ from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import suite_results, worst_case
 from dipguard.evaluation.runner import run
+from dipguard.registry import lookup
 from dipguard.victims import build_victim
 from tests.csv_files import read_csv
 from tests.tiny_matrix import completed, typed_matrix, written
@@ -208,7 +209,9 @@ def test_an_attack_applies_or_says_why_not(
     suite: Matrix, node: dict[str, object], defense: str, expected: object
 ) -> None:
     target = suite.targets[defense]
-    options, why = fitting_options(node, target, adaptive=node["name"] != "pgd", source=target)
+    kind = lookup(ATTACKS, str(node["name"]), argument="attack")
+    assert isinstance(kind, type)
+    options, why = fitting_options(node, target, kind=kind, source=target)
     assert (why if isinstance(expected, str) else options) == expected
     assert (why is None) == (not isinstance(expected, str))
 
@@ -230,7 +233,7 @@ def test_white_and_black_box(finished: Matrix) -> None:
 
 def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
     assert finished.cell("identity", "jpeg").cut == "steps 2 of 200"
-    assert suite.cell("clean", "mirror").cut == "60 of 1,050 DIP steps an image"
+    assert suite.cell("clean", "mirror").cut == "T 20 of 350"
     assert finished.cell("clean", "jpeg").cut == ""
 
 
@@ -296,6 +299,8 @@ def test_several_budgets_of_one_attack_are_a_row_each(tmp_path: Path) -> None:
         purified = matrix.targets["jpeg"].defense.purify(attacked, indices=matrix.clean.indices)
         assert torch.equal(purified, matrix.reconstructions("bpda", "jpeg", snapshot=number))
         assert int(rows[2 + number]["correct"]) == int(result.right.sum())
+    # One run served both budgets, and is counted once.
+    assert [bool(row["gradients"]) for row in rows] == [False, True, False, True]
     first, last = (matrix.attacked("bpda", "jpeg", snapshot=number) for number in (0, 1))
     assert not torch.equal(first, last)
     assert torch.equal(matrix.attacked("bpda", "jpeg"), last)

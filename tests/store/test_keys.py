@@ -91,7 +91,7 @@ class Scaled(nn.Module):
 
     def __init__(self, *, mean: float = 0.5, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = temperature
+        self.temperature = self._inner_temperature = temperature
         self.register_buffer("mean", torch.full((3, 1, 1), mean), persistent=False)
         self.inner = random_victim()
 
@@ -111,6 +111,9 @@ def test_digest_of_a_victim():
         changed[-1].inner[0].bias[0] += 1e-3
         changed.append(Scaled())
         changed[-1].inner[1].running_mean += 1e-3
+    for name, value in {"_inner_temperature": 2.0, "order": [2, 1, 0], "sides": (1, [2])}.items():
+        changed.append(Scaled())
+        setattr(changed[-1], name, value)
     digests = [victim_digest(victim) for victim in [*same, *changed]]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 1 + len(changed)
