@@ -34,7 +34,7 @@ from dipguard.defenses import DefenseResult
 from dipguard.evaluation.cell import NOT_RUN, Cell, CellResult, Target, results_of
 from dipguard.evaluation.metrics import decide, psnr, similarity
 from dipguard.files import file_digest, write_bytes
-from dipguard.store import Entry, Store
+from dipguard.store import Entry, Store, digest_of
 
 _log = logging.getLogger(__name__)
 
@@ -138,14 +138,12 @@ class Matrix:
             self._attacked.clear()  # the next cells have the same, or none that was before
             counts, key = self.store.counts, cell.attack_key
 
-            def check(entry: Entry) -> None:
-                rows = len(entry.header["snapshots"]), len(cell.clean)
-                _check(entry, header=ATTACKED, images=(*rows, 3), decisions=rows, ssim=rows)
-
-            before = counts["attacked"]
+            before, check = counts["attacked"], partial(_check_attacked, images=len(cell.clean))
             self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell, tell), check=check)
             if counts["attacked"] == before:
                 counts["attacks_found"] += len(cell.clean)
+            for batch in self._batches(cell):  # they are a part of the whole now
+                self.store.remove("attacks", batch)
         return self._attacked[cell.attack_key]
 
     def chunk(
@@ -267,15 +265,37 @@ class Matrix:
         return unknown if known is None else known
 
     def _attack(self, cell: Cell, tell: Callable[[int], object] | None) -> Entry:
+        """Attack a cell's images; batches of an adaptive attack, which may take hours, are stored one by one."""
         assert cell.attack is not None
-        attack, clean = cell.attack, cell.clean
-        _log.info("attack %s%s: %d images", cell.label, f" x {cell.source.label}" if cell.adaptive else "", len(clean))
+        on = f" x {cell.source.label}" if cell.adaptive else ""
+        _log.info("attack %s%s: %d images", cell.label, on, len(cell.clean))
+        if not (batches := self._batches(cell)):
+            return self._attack_batch(cell, slice(0, len(cell.clean)), tell)
+        made = []
+        for key, part in batches.items():
+            check = partial(_check_attacked, images=part.stop - part.start)
+            make = partial(self._attack_batch, cell, part, tell)
+            made.append(self.store.arrays("attacks", key, make, check=check))
+        whole = joined(made)
+        whole.header["what"] = f"{cell.label}: {len(cell.clean)} images of {cell.clean.name}"
+        return whole
+
+    @staticmethod
+    def _batches(cell: Cell) -> dict[str, slice]:
+        """The batches of an adaptive attack by their keys, if it has several."""
+        size = cell.attack.batch_size if cell.attack is not None and cell.adaptive else len(cell.clean)
+        parts = list(parts_of(len(cell.clean), size))
+        return {digest_of([cell.attack_key, p.start, p.stop]): p for p in parts} if len(parts) > 1 else {}
+
+    def _attack_batch(self, cell: Cell, part: slice, tell: Callable[[int], object] | None) -> Entry:
+        assert cell.attack is not None
+        attack, clean = cell.attack, cell.clean.images[part]
         before, start = asdict(attack.spent), time.perf_counter()
-        images, labels = clean.images.to(self.device), clean.labels.to(self.device)
+        images, labels = clean.to(self.device), cell.clean.labels[part].to(self.device)
         with attack.target.telling(tell) if isinstance(attack, AdaptiveAttack) else nullcontext():
-            made = attack.snapshots(images, labels, indices=clean.indices)
+            made = attack.snapshots(images, labels, indices=cell.clean.indices[part])
         about = {
-            "what": f"{cell.label}: {len(clean)} images of {clean.name}",
+            "what": f"{cell.label}: {len(clean)} images of {cell.clean.name}",
             "settings": attack.settings,
             "snapshots": [list(snapshot) for snapshot in made],
             "seconds": {"attack": time.perf_counter() - start},
@@ -289,7 +309,7 @@ class Matrix:
         arrays = {
             "images": attacked,
             "decisions": [decide(cell.source.victim, one) for one in attacked],
-            "ssim": [similarity(one, clean.images) for one in attacked],
+            "ssim": [similarity(one, clean) for one in attacked],
         }
         return Entry({name: torch.stack(tensors).numpy() for name, tensors in arrays.items()}, about)
 
@@ -318,6 +338,34 @@ class Matrix:
 def parts_of(count: int, size: int) -> Iterator[slice]:
     """The chunks of ``count`` images."""
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def joined(batches: Sequence[Entry]) -> Entry:
+    """The entry of an attack's images from those of its batches, in order."""
+    first, headers = batches[0], [batch.header for batch in batches]
+    sizes = [batch.arrays["images"].shape[1] for batch in batches]
+    gradients = [about["spent"]["gradients"] for about in headers]
+
+    def course(name: str) -> list[float]:
+        steps = max(len(about[name]) for about in headers)
+        # A batch that ended early keeps its last share.
+        each = [about[name] + about[name][-1:] * (steps - len(about[name])) for about in headers]
+        shares = zip(*each, strict=True)
+        return [sum(round(x * n) for x, n in zip(one, sizes, strict=True)) / sum(sizes) for one in shares]
+
+    whole = dict(first.header) | {name: course(name) for name in ("history", "last_history")}
+    for name in ("seconds", "spent"):
+        whole[name] = {key: sum(about[name][key] for about in headers) for key in first.header[name]}
+    if any(about["flat"] is not None for about in headers):
+        flat = sum(about["flat"] * n for about, n in zip(headers, gradients, strict=True) if about["flat"] is not None)
+        whole["flat"] = flat / sum(gradients)
+    arrays = {name: np.concatenate([batch.arrays[name] for batch in batches], axis=1) for name in first.arrays}
+    return Entry(arrays, whole)
+
+
+def _check_attacked(entry: Entry, *, images: int) -> None:
+    rows = len(entry.header["snapshots"]), images
+    _check(entry, header=ATTACKED, images=(*rows, 3), decisions=rows, ssim=rows)
 
 
 def _check(entry: Entry, *, header: Mapping[str, type], **shapes: tuple[int, ...]) -> None:

@@ -10,15 +10,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from dipguard.attacks import DefendedVictim, Snapshot, build_attack
 from dipguard.attacks.static import NoAttack
 from dipguard.config import RunConfig
 from dipguard.decision import DecisionTrace
 from dipguard.defenses.transforms import JPEG
-from dipguard.evaluation.matrix import Matrix
+from dipguard.evaluation.matrix import Matrix, joined
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import write_results
 from dipguard.evaluation.runner import _share_out, run
+from dipguard.store import Entry
 from dipguard.store.folder import read_entry, write_entry
 from dipguard.store.keys import numerics
 from tests.csv_files import read_csv
@@ -282,6 +284,59 @@ def test_a_damaged_trace_is_restored_from_the_store(tmp_path: Path, kept_traces:
     changed = {p for p, made in written(again).items() if before.get(p) != made}
     whats = {info.header["what"] for info in list_entries(again.store.path) if info.path in changed}
     assert whats == {"pgd_8 x paper: 5 images"}, "nothing is purified again"
+
+
+def test_an_adaptive_attack_goes_on_with_the_batch_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attack = "{name: adaptive_pgd, backward: identity, steps: 3, batch_size: 2}"
+    settings = typed_matrix(*few("jpeg", attacks=()), f"+attacks.own={attack}")
+    seen: list[list[int]] = []
+
+    def made(*, fails_after: int | None = None) -> Matrix:
+        matrix = prepare(settings, tmp_path)
+        (cell,) = matrix.cells
+        assert cell.attack is not None
+        original = cell.attack.snapshot_batch
+
+        def batch(images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
+            if len(seen) == fails_after:
+                raise KeyboardInterrupt
+            seen.append(indices.tolist())
+            return original(images, labels, indices)
+
+        monkeypatch.setattr(cell.attack, "snapshot_batch", batch)
+        return matrix
+
+    with pytest.raises(KeyboardInterrupt):
+        run(made(fails_after=2))
+    matrix = completed(made())
+    assert seen == [[0, 1], [2, 3], [4]]
+    assert len(list_entries(matrix.store.path, layers=["attacks"])) == 1
+
+    target = matrix.targets["jpeg"]
+    whole = build_attack("adaptive_pgd", DefendedVictim(target.victim, target.bare), steps=3, batch_size=2)
+    images = whole(matrix.clean.images, matrix.clean.labels, indices=matrix.clean.indices)
+    assert torch.equal(matrix.attacked("own", "jpeg"), images)
+    (result,) = matrix.results["own", "jpeg"]
+    assert (result.spent, result.flat) == (whole.spent, whole.flat)
+    assert list(result.history) == pytest.approx(whole.history)
+    assert list(result.last_history) == pytest.approx(whole.last_history)
+
+
+def test_batches_that_ended_early_keep_their_last_share() -> None:
+    def batch(images: int, history: list[float], gradients: int, flat: float) -> Entry:
+        zeros = {name: np.zeros((1, images, *shape)) for name, shape in {"images": (3, 8, 8), "decisions": ()}.items()}
+        spent = {"purifications": 2 * gradients, "gradients": gradients}
+        about = {"history": history, "last_history": history, "flat": flat, "spent": spent, "seconds": {"attack": 0.5}}
+        return Entry(zeros, about)
+
+    whole = joined([batch(4, [0.75, 0.5, 0.25], 30, 0.1), batch(1, [0.0], 10, 0.5)])
+    assert whole.arrays["images"].shape == (1, 5, 3, 8, 8)
+    assert whole.header["history"] == [0.6, 0.4, 0.2]
+    assert whole.header["spent"] == {"purifications": 80, "gradients": 40}
+    assert whole.header["flat"] == pytest.approx(0.2)
+    assert whole.header["seconds"] == {"attack": 1.0}
 
 
 def test_more_figures_get_their_traces(tmp_path: Path) -> None:
