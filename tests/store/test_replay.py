@@ -189,11 +189,11 @@ def test_without_samples_it_serves_every_T_but_no_other_victim(tmp_path: Path):
 
 def test_a_victim_that_answers_otherwise_is_asked_again(store: Store, caplog: pytest.LogCaptureFixture):
     class Masked(torch.nn.Module):
-        """Its weights tell nothing of what it does."""
+        """Neither weights nor plain attributes tell what it does."""
 
         def __init__(self, channels: list[int]) -> None:
             super().__init__()
-            self.channels = channels
+            self.channels = torch.tensor(channels)
             self.inner = random_victim()
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
