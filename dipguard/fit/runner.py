@@ -34,9 +34,9 @@ from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 
 OWNED = (
     "max_steps", "max_epochs", "accelerator", "devices", "plugins", "callbacks", "logger", "num_sanity_val_steps",
-    "inference_mode",
+    "inference_mode", "fast_dev_run",
 )  # fmt: skip
-"""Arguments of ``pl.Trainer`` that :func:`make_trainer` sets itself."""
+"""Arguments of ``pl.Trainer`` that :func:`make_trainer` sets itself; ``fast_dev_run`` would end a fit after a step."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them
 KEEP = 2**31 - 1
 # What the C library's own adaptation arrives at, at most, in a program that handles large blocks.
