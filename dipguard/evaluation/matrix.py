@@ -27,6 +27,7 @@ from pytorch_lightning import Callback
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
+from dipguard.attacks.best_found import joined
 from dipguard.attacks.target import JUDGE, AdaptiveAttack, fresh_indices
 from dipguard.config import RunConfig
 from dipguard.data import ImageSet
@@ -176,7 +177,7 @@ class Matrix:
         count = part.stop - part.start
         check = partial(_check, header=PURIFIED, images=(count, 3), used=(count,), reasons=(count,))
         entry = self.store.arrays("cells", key, make, check=check)
-        if self._lacks_traces(cell, entry, part) and not self.config.rebuild:  # tables need none
+        if self._lacks_traces(cell, entry, part):
             self.store.remove("cells", key)
             entry = self.store.arrays("cells", key, make, check=check)
         if row is not None and not curves.rows:  # made earlier
@@ -276,7 +277,7 @@ class Matrix:
             check = partial(_check_attacked, images=part.stop - part.start)
             make = partial(self._attack_batch, cell, part, tell)
             made.append(self.store.arrays("attacks", key, make, check=check))
-        whole = joined(made)
+        whole = join_batches(made)
         whole.header["what"] = f"{cell.label}: {len(cell.clean)} images of {cell.clean.name}"
         return whole
 
@@ -325,8 +326,9 @@ class Matrix:
         return indices
 
     def _lacks_traces(self, cell: Cell, entry: Entry, part: slice) -> bool:
-        """Whether an entry of some images of a cell, whose fits leave traces, lacks some that are to be kept."""
-        return entry.header["traced"] and any(str(i) not in entry.header["traces"] for i in self._kept(cell, part))
+        """Whether an entry of some images of a cell lacks traces that are to be kept, and a run would make them."""
+        found, may_run = entry.header["traces"], entry.header["traced"] and not self.config.rebuild
+        return may_run and any(str(index) not in found for index in self._kept(cell, part))
 
     def _lost_traces(self, cell: Cell, entry: Entry) -> list[str]:
         """The indices of an entry's traces whose files are not in the run folder as they were written."""
@@ -340,20 +342,18 @@ def parts_of(count: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, count)) for start in range(0, count, size))
 
 
-def joined(batches: Sequence[Entry]) -> Entry:
+def join_batches(batches: Sequence[Entry]) -> Entry:
     """The entry of an attack's images from those of its batches, in order."""
     first, headers = batches[0], [batch.header for batch in batches]
     sizes = [batch.arrays["images"].shape[1] for batch in batches]
     gradients = [about["spent"]["gradients"] for about in headers]
 
-    def course(name: str) -> list[float]:
-        steps = max(len(about[name]) for about in headers)
-        # A batch that ended early keeps its last share.
-        each = [about[name] + about[name][-1:] * (steps - len(about[name])) for about in headers]
-        shares = zip(*each, strict=True)
-        return [sum(round(x * n) for x, n in zip(one, sizes, strict=True)) / sum(sizes) for one in shares]
-
-    whole = dict(first.header) | {name: course(name) for name in ("history", "last_history")}
+    whole = dict(first.header)
+    for name in ("history", "last_history"):
+        if whole[name]:
+            # The look at the start is no longer known, and is left out again.
+            counts = [[0, *(round(x * n) for x in about[name])] for about, n in zip(headers, sizes, strict=True)]
+            whole[name] = joined(counts, total=sum(sizes))
     for name in ("seconds", "spent"):
         whole[name] = {key: sum(about[name][key] for about in headers) for key in first.header[name]}
     if any(about["flat"] is not None for about in headers):

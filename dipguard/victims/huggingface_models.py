@@ -22,11 +22,11 @@ class Unwrapped(nn.Module):
 
     def __init__(self, model: nn.Module, *, order: Sequence[int] = (0, 1, 2)) -> None:
         super().__init__()
-        self.model, self.order = model, tuple(order)
+        self.model, self.order = model, list(order)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of normalised images [B, 3, H, W]."""
-        ordered = images if self.order == (0, 1, 2) else images[:, list(self.order)]
+        ordered = images if self.order == [0, 1, 2] else images[:, self.order]
         return self.model(**{str(self.model.main_input_name): ordered}).logits
 
 

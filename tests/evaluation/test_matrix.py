@@ -15,7 +15,7 @@ from dipguard.attacks.static import NoAttack
 from dipguard.config import RunConfig
 from dipguard.decision import DecisionTrace
 from dipguard.defenses.transforms import JPEG
-from dipguard.evaluation.matrix import Matrix, joined
+from dipguard.evaluation.matrix import Matrix, join_batches
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import write_results
@@ -331,7 +331,7 @@ def test_batches_that_ended_early_keep_their_last_share() -> None:
         about = {"history": history, "last_history": history, "flat": flat, "spent": spent, "seconds": {"attack": 0.5}}
         return Entry(zeros, about)
 
-    whole = joined([batch(4, [0.75, 0.5, 0.25], 30, 0.1), batch(1, [0.0], 10, 0.5)])
+    whole = join_batches([batch(4, [0.75, 0.5, 0.25], 30, 0.1), batch(1, [0.0], 10, 0.5)])
     assert whole.arrays["images"].shape == (1, 5, 3, 8, 8)
     assert whole.header["history"] == [0.6, 0.4, 0.2]
     assert whole.header["spent"] == {"purifications": 80, "gradients": 40}
@@ -344,6 +344,16 @@ def test_more_figures_get_their_traces(tmp_path: Path) -> None:
     for count in (0, 4):
         completed(prepare(typed_matrix(*settings, f"figures={count}"), tmp_path))
         assert len(list(tmp_path.glob("traces/pgd_8/paper/*"))) == count
+
+
+@pytest.mark.parametrize("more", [["figures=5"], ["figures=2", "keep_traces=true"]])
+def test_a_rebuild_fits_nothing_for_more_traces(tmp_path: Path, finished: Matrix, more: list[str]) -> None:
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    settings = [text for text in TINY if text != "figures=2"]
+    matrix = prepare(typed_matrix(*settings, *more, "rebuild=true"), tmp_path)
+    before = written(matrix)
+    assert torch.equal(matrix.reconstructions("pgd_8", "paper"), finished.reconstructions("pgd_8", "paper"))
+    assert written(matrix) == before
 
 
 @pytest.mark.slow
