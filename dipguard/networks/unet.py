@@ -277,7 +277,7 @@ def build(
     if len(order) != stack_size:
         raise ValueError(f"`indices` must hold stack_size={stack_size} numbers, got {len(order)}")
     check_choice(init, INITS, name="init")
-    _draw(stack, [image_generator(seed=seed, index=index, purpose="weights") for index in order], init=init)
+    _draw(stack, order, seed=seed, init=init)
     return stack
 
 
@@ -305,13 +305,21 @@ def _join(first: Tensor, second: Tensor, *, stack: int) -> Tensor:
     return torch.cat(parts, dim=4).flatten(3).permute(0, 3, 1, 2)
 
 
-def _draw(stack: StackedSkipNet, generators: Sequence[torch.Generator], *, init: str) -> None:
+def _draw(stack: StackedSkipNet, indices: Sequence[int], *, seed: int, init: str) -> None:
     """Draw in float32 on the CPU for every dtype and device, so that all of them start from the same weights."""
     sizes = [parameter[0].numel() for c in stack.convolutions() for parameter in (c.weight, c.bias)]
     with torch.inference_mode(False):  # else the threads, which do not inherit the mode, could not write
-        draws = torch.empty(len(generators), sum(sizes), dtype=torch.float32)
-    with ThreadPoolExecutor() as pool:  # a network's stream is serial, but the networks do not depend on each other
-        list(pool.map(lambda row, generator: row.uniform_(generator=generator), draws, generators))
+        draws = torch.empty(len(indices), sum(sizes), dtype=torch.float32)
+
+    def fill(row: Tensor, index: int) -> None:
+        row.uniform_(generator=image_generator(seed=seed, index=index, purpose="weights"))
+
+    try:  # a network's stream is serial, but the networks do not depend on each other
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(fill, draws, indices))
+    except RuntimeError:  # too little memory to start a thread
+        for row, index in zip(draws, indices, strict=True):
+            fill(row, index)
     parts = iter(draws.split(sizes, dim=1))
     with torch.no_grad():
         for convolution in stack.convolutions():
