@@ -56,6 +56,9 @@ def main() -> int:
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         print(f"dipguard needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
+    if VENV.exists() and not (VENV / "pyvenv.cfg").is_file() and not (VENV.is_dir() and not os.listdir(VENV)):
+        print(f"bootstrap: DIPGUARD_VENV names {VENV}, which is neither an environment nor empty", file=sys.stderr)
+        return 2
     wanted = fingerprint()
     if not (PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted):
         print(f"bootstrap: setting up {VENV} (some GB of packages, once) ...", file=sys.stderr, flush=True)
@@ -67,9 +70,12 @@ def main() -> int:
             return 1
         STAMP.write_text(wanted, encoding="utf-8")
         print(f"bootstrap: ready after {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-    if sys.argv[1:]:
-        return subprocess.call([str(PYTHON), *sys.argv[1:]])
-    return 0
+    if not sys.argv[1:]:
+        return 0
+    command = [str(PYTHON), *sys.argv[1:]]
+    if os.name == "nt":
+        return subprocess.call(command)
+    os.execv(PYTHON, command)  # so that signals reach it
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ def check_bool(value: Any, *, name: str) -> bool:
 
 def check_choice(value: Any, choices: Collection[str], *, name: str) -> str:
     """Return ``value`` if it is one of ``choices``, else raise a ValueError that lists them."""
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"`{name}` must be one of {', '.join(map(str, choices))}, got {value!r}")
     return str(value)
 

@@ -170,7 +170,9 @@ class Decider:
         TypeError or ValueError if the victim returns anything else, RuntimeError in a forked process that would hang.
         """
         check_not_forked()
-        with torch.inference_mode(False), torch.no_grad(), eval_mode(self.victim):
+        # A decision does not depend on the caller's autocast; the fit's are made without.
+        exact = torch.autocast(device_of(self.victim, images.device).type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), exact, eval_mode(self.victim):
             return torch.cat([logits_of(self.victim, chunk) for chunk in images.detach().split(self.batch)])
 
 

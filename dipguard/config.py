@@ -8,6 +8,7 @@ Torch is not imported, so that ``--help`` and a mistyped key are answered at onc
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -157,6 +158,14 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
     return _checked(RunConfig(**given))
 
 
+def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
+    """ValueError for overrides of ``attacks`` or ``defenses`` where ``attack`` or ``defense`` takes their place."""
+    for single, many in (("attack", "attacks"), ("defense", "defenses")):
+        for key in (re.sub(r"^[+~]*([^=]+).*", r"\1", text, flags=re.DOTALL) for text in overrides):
+            if cfg.get(single) is not None and re.search(rf"(^|@){many}(\.|$)", key):
+                raise ValueError(f"'{key}' changes nothing beside {single}=NAME, which takes the place of all `{many}`")
+
+
 def name_of(node: Mapping[str, Any]) -> str:
     """The name of a node of the config, or of the class that it points to."""
     return str(node.get("name") or str(node["_target_"]).rsplit(".", 1)[-1])
@@ -244,7 +253,7 @@ def _check_node(group: str, key: str, node: Any) -> None:
             known = options_of(path, ordinary=int(group in ("attack", "defense")))  # after the victim
         except ValueError:  # its source cannot be read; its constructor refuses what it does not know
             return
-    elif name in names:
+    elif isinstance(name, str) and name in names:
         known = options_of(names[name])
     else:
         hint = did_you_mean(str(name), names)
@@ -255,10 +264,10 @@ def _check_node(group: str, key: str, node: Any) -> None:
         check_int(node["limit"], name=f"{key}.limit", low=1)
     if group == "attack" and node.get("check") is not None:
         check_choice(node["check"], ATTACK_CHECKS, name=f"{key}.check")
-    kinds: dict[str, type] = {"only": list, "full": dict} if group == "attack" else {}
-    for name, kind in kinds.items():
-        if node.get(name) is not None and not isinstance(node[name], kind):
-            raise TypeError(f"`{key}.{name}` must be a {kind.__name__}, got {node[name]!r}")
+    kinds = {"only": (list,), "full": (dict,), "intermediate": (str, list)} if group == "attack" else {}
+    for name, types in kinds.items():
+        if node.get(name) is not None and not isinstance(node[name], types):
+            raise TypeError(f"`{key}.{name}` must be a {' or '.join(t.__name__ for t in types)}, got {node[name]!r}")
 
 
 def _check_keys(group: str, given: Iterable[str], known: Iterable[str]) -> None:

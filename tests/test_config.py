@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dipguard import registry
 from dipguard.attacks import ATTACKS
 from dipguard.cli.programs import keys_text
-from dipguard.config import GROUPS, LOGGERS, explain, from_hydra, names_of, node_of
+from dipguard.config import GROUPS, LOGGERS, check_overrides, explain, from_hydra, names_of, node_of
 from dipguard.data import DATASETS
 from dipguard.defenses import DEFENSES
 from dipguard.victims import VICTIMS
@@ -196,12 +196,32 @@ def test_other_errors_are_not_explained() -> None:
         ("~figures", "the config lacks `figures`"),
         ("+attack.only=paper", "`attack.only` must be a list, got 'paper'"),
         ("+attack.full=3", "`attack.full` must be a dict, got 3"),
+        ("+attack.intermediate=5", "`attack.intermediate` must be a str or list, got 5"),
+        ("logger.kind=[csv]", "`logger.kind` must be one of none, csv, tensorboard, wandb, got ['csv']"),
+        ("data.name=[digits]", "`data.name` must be one of digits"),
     ],
 )
 def test_value_that_is_not_possible_is_refused(override: str, message: str) -> None:
     with pytest.raises((TypeError, ValueError)) as caught:
         typed_config("defense=paper", *override.split())
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("defenses.paper.T=9", "defenses.paper.T"),
+        ("++defenses.mine={name:jpeg}", "defenses.mine"),
+        ("~defense@defenses.paper", "defense@defenses.paper"),
+        ("~defenses", "defenses"),
+    ],
+)
+def test_an_override_without_effect_is_refused(override: str, key: str) -> None:
+    many, one = compose_matrix(), compose_matrix("defense=jpeg")
+    check_overrides(many, [override, "defense=jpeg"])
+    check_overrides(one, ["attacks.pgd_8.steps=3", "defense.quality=20", "+experiment=mine_defenses.yaml"])
+    with pytest.raises(ValueError, match=f"'{key}' changes nothing beside defense=NAME"):
+        check_overrides(one, ["defense=jpeg", override])
 
 
 def test_a_matrix_without_attacks_is_refused() -> None:

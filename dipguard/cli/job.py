@@ -66,6 +66,8 @@ def prepare(args: argparse.Namespace) -> Job:
         if value is not None and value < low:
             raise CommandError(f"--{name} must be at least {low}, got {value}")
     given, out = Path(args.input).expanduser(), Path(args.output).expanduser()
+    if not given.exists():
+        raise CommandError(f"IN: {given} does not exist")
     beside = ""  # the purified picture, if OUT names it: all else then goes to a folder of the same name
     if out.suffix.lower() == ".png" and given.is_file() and not out.is_dir():
         out, beside = out.with_suffix(""), f"../{out.name}"

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
-from dipguard.config import RunConfig, explain, from_hydra, register
+from dipguard.config import RunConfig, check_overrides, explain, from_hydra, name_of, register
 from dipguard.evaluation.sweep_job import DONE, FAILED, PATHS, is_done, job_key, objective
 from dipguard.files import write_json, write_text
 from hydra_plugins.dipguard_groups import conf_folder
@@ -182,9 +182,20 @@ def keys_text(*, _root_: DictConfig) -> str:
 
 def _config(cfg: DictConfig) -> RunConfig:
     try:
+        if HydraConfig.initialized():
+            check_overrides(cfg, HydraConfig.get().overrides.task)
         return from_hydra(cfg)
     except (TypeError, ValueError) as error:
-        raise CompactHydraException(f"{type(error).__name__}: {error}") from error
+        raise _refusal(error, cfg) from error
+
+
+def _refusal(error: Exception, cfg: DictConfig) -> CompactHydraException:
+    """The error with its settings named as the command line has them."""
+    message = f"{type(error).__name__}: {error}"
+    for many, one in (("attacks", "attack"), ("defenses", "defense")):
+        if cfg.get(one):
+            message = message.replace(f"`{many}.{name_of(cfg[one])}", f"`{one}")
+    return CompactHydraException(message)
 
 
 def _prepare(cfg: DictConfig, folder: Path, *, single: bool) -> Matrix:
@@ -198,11 +209,7 @@ def _prepare(cfg: DictConfig, folder: Path, *, single: bool) -> Matrix:
     try:
         return prepare(config, folder)
     except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
-        message = f"{type(error).__name__}: {error}"
-        for many, one in (("attacks", "attack"), ("defenses", "defense")):
-            if cfg.get(one):  # as the command line has it
-                message = message.replace(f"`{many}.{next(iter(getattr(config, many)))}", f"`{one}")
-        raise CompactHydraException(message) from error
+        raise _refusal(error, cfg) from error
 
 
 def _run(

@@ -6,6 +6,7 @@ how it ended.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -23,9 +24,9 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from dipguard.config import from_hydra
-from dipguard.evaluation.sweep_job import DONE, FAILED, job_folder
-from dipguard.files import read_json
+from dipguard.config import check_overrides, from_hydra
+from dipguard.evaluation.sweep_job import DONE, FAILED, job_folder, without_aside
+from dipguard.files import read_json, write_json
 
 _log = logging.getLogger("dipguard")
 
@@ -62,9 +63,12 @@ class SweepProgress(Callback):
             check_jobs(config, jobs or [])
         except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
             raise SystemExit(f"{error}\nNo job was started.") from None
-        folder.mkdir(parents=True, exist_ok=True)
-        plan = {"began": time.time(), "sweep": config.hydra.runtime.choices.get("sweep"), "jobs": jobs}
-        (folder / PLAN).write_text(json.dumps(plan, indent=2), encoding="utf-8")
+        base = _digest(config)
+        if _plan(folder).get("base") != base:  # what is done may have been done with other settings
+            for job in jobs or []:
+                (folder / job["folder"] / DONE).unlink(missing_ok=True)
+        name = config.hydra.runtime.choices.get("sweep")
+        write_json(folder / PLAN, {"began": time.time(), "sweep": name, "base": base, "jobs": jobs})
         _open.append(folder)
         if jobs:
             done = sum((folder / job["folder"] / DONE).is_file() for job in jobs)
@@ -125,6 +129,7 @@ def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
                 composed.hydra.runtime.output_dir = job["folder"]
             HydraConfig.instance().set_config(composed)
             try:
+                check_overrides(composed, job["overrides"])
                 from_hydra(OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"]))
             finally:
                 HydraConfig.instance().cfg = None
@@ -136,12 +141,24 @@ def _folder(config: DictConfig) -> Path:
     return Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
 
 
+def _plan(folder: Path) -> dict[str, Any]:
+    """What sweep.json holds; empty if there is none, or it is damaged."""
+    try:
+        return dict(read_json(folder / PLAN))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
+def _digest(config: DictConfig) -> str:
+    """A digest of the settings that all jobs start from, without those that no result depends on."""
+    values: Any = OmegaConf.to_container(config)
+    values.pop("hydra")
+    return hashlib.sha256(json.dumps(without_aside(values), sort_keys=True, default=str).encode()).hexdigest()
+
+
 def progress_line(folder: Path) -> str:
     """How many jobs are done and failed, and the time left."""
-    try:
-        plan = dict(read_json(folder / PLAN))
-    except (FileNotFoundError, ValueError, TypeError):  # none, or damaged
-        plan = {}
+    plan = _plan(folder)
     names = [job["folder"] for job in plan.get("jobs") or []]
     if not names:
         return f"{len(list(folder.glob(f'*/{DONE}')))} jobs done"

@@ -7,6 +7,7 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import fields
+from datetime import timedelta
 from typing import Any, ClassVar
 
 from pytorch_lightning.loggers import Logger
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_bool, check_choice, check_int
 from dipguard.classifier import input_size, probability_warning
 from dipguard.defenses.base import Callbacks, Defense, Purified
-from dipguard.fit import FitOptions, FitProgress, fit_device, in_stacks, stack_size_for
+from dipguard.fit import FitOptions, FitProgress, check_trainer, fit_device, in_stacks, stack_size_for
 from dipguard.networks import NetworkSpec
 from dipguard.registry import check_options
 
@@ -75,7 +76,7 @@ class DIPDefense(Defense):
         self.fit_options = FitOptions(network=network, seed=self.seed, **{**own, **fit})
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.progress = check_bool(progress, name="progress")
-        self.trainer = dict(trainer or {})
+        self.trainer = check_trainer(trainer)
 
     def from_preset(self, preset: str | None, given: Mapping[str, Any], *, victim: nn.Module) -> dict[str, Any]:
         """Return ``given``, with a preset's value in place of each of its options that is None or missing.
@@ -108,9 +109,8 @@ class DIPDefense(Defense):
         """The options, those of the fit (a list ``fit`` if there are several) and further ones of its Trainer."""
         made = [{name: v for name, v in fit.as_settings().items() if name != "seed"} for fit in self.dip_fits]
         fits: dict[str, Any] = made[0] if len(made) == 1 else {"fit": made}
-        if self.trainer:  # for JSON, an object is named by its class
-            plain = (str, int, float, type(None))
-            fits["trainer"] = {k: v if isinstance(v, plain) else type(v).__name__ for k, v in self.trainer.items()}
+        if self.trainer:
+            fits["trainer"] = _as_json(self.trainer)
         return {**super().settings, **fits}
 
     @property
@@ -160,3 +160,14 @@ class DIPDefense(Defense):
         parts = list(in_stacks(count, size=size, T=self.longest_fit, work=work, device=device, progress=show))
         parts[0].seconds["start"] += choosing
         return Purified.join(parts)
+
+
+def _as_json(value: Any) -> Any:
+    """A value for JSON: of anything but plain values, collections and lengths of time, the name of its class."""
+    if isinstance(value, Mapping):
+        return {str(key): _as_json(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(one) for one in value]
+    if isinstance(value, timedelta):
+        return str(value)
+    return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra.utils
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -26,6 +27,7 @@ from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitti
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
+from dipguard.fit import isolated_trainer, make_trainer
 from dipguard.store import Store, digest_of, numerics, open_store, victim_digest
 from dipguard.victims import build_victim, check_victim
 
@@ -50,7 +52,11 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     if config.baseline is not None and BASELINE in config.defenses:
         raise ValueError(f"`defenses` must not name one {BASELINE!r} if `baseline` is set")
     shared = open_store(config.store, keep_samples=config.store_samples)
+    for key in ("store_T", "store_samples"):
+        if shared is None and (value := getattr(config, key)):
+            raise ValueError(f"`{key}` needs a `store`, the folder of the fits that it is about, got {key}={value}")
     device = choose_device(str(config.trainer.get("accelerator", "auto")))
+    _check_callbacks(config)
     data = {key: value for key, value in config.data.items() if key != "mirrors"}
     with keys_named("data", data):
         clean: ImageSet = _build(data, load_data)
@@ -117,7 +123,19 @@ def keys_named(group: str, names: Iterable[str]) -> Iterator[None]:
         message = str(error)
         for name in names:
             message = message.replace(f"`{name}`", f"`{group}.{name}`")
+        if group in ("surrogate", BASELINE):  # they are victims, whose messages say so
+            message = message.replace("`victim.", f"`{group}.")
         raise next(kind for kind in NAMED if isinstance(error, kind))(message) from error
+
+
+def _check_callbacks(config: RunConfig) -> None:
+    for label, node in config.callbacks.items():
+        try:
+            made = hydra.utils.instantiate(node)
+        except Exception as error:  # whatever the class raises
+            raise ValueError(f"`callbacks.{label}` cannot be made: {error}") from error
+        if not isinstance(made, pl.Callback):
+            raise TypeError(f"`callbacks.{label}._target_` must be a callback of Lightning, got {node['_target_']}")
 
 
 def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -161,12 +179,23 @@ def _defense(
     with keys_named(f"defenses.{label}", node):
         defense: Defense = _build(node, build_defense, victim, seed=config.seed, **own)
         if isinstance(defense, DIPDefense):
-            trainer = {key: value for key, value in config.trainer.items() if key not in PROGRAM_KEYS}
-            defense.trainer = hydra.utils.instantiate(trainer, _convert_="all")
+            defense.trainer = _trainer(config)
             defense.progress = False  # the run has a bar of its own
         if defense.unavailable is None:
             defense.output_size(*clean.images.shape[-2:])
     return defense
+
+
+def _trainer(config: RunConfig) -> dict[str, Any]:
+    """Arguments for the fits' Trainers, of which one is made to check them."""
+    cpu, given = torch.device("cpu"), {key: value for key, value in config.trainer.items() if key not in PROGRAM_KEYS}
+    try:
+        with isolated_trainer(cpu):
+            made: dict[str, Any] = hydra.utils.instantiate(given, _convert_="all")
+            make_trainer(1, device=cpu, trainer=made)
+    except Exception as error:  # Lightning's have no common base
+        raise ValueError(f"`trainer` holds what Lightning's Trainer refuses: {error}") from error
+    return made
 
 
 def _cells(

@@ -68,7 +68,11 @@ def _readable(override: str) -> str:
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """The settings that a result depends on."""
-    values = config.to_dict()
+    return without_aside(config.to_dict())
+
+
+def without_aside(values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` of a config, from which the settings of `ASIDE` are taken."""
     for name in ASIDE:
         group, _, key = name.rpartition(".")
         (values[group] if group else values).pop(key, None)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
 from dipguard.checks import Indices, check_images, check_indices, check_int
@@ -201,6 +202,11 @@ class StackedDIP(pl.LightningModule):
             )
         if trainer.world_size != 1:
             raise ValueError(f"`devices` of the Trainer must be a single one, got {trainer.world_size} processes")
+        if not isinstance(trainer.strategy, SingleDeviceStrategy):  # DDP's buckets would reorder the gradients
+            name = type(trainer.strategy).__name__
+            raise ValueError(f"`strategy` of the Trainer must be that of a single device, 'auto', got {name}")
+        if (share := trainer.limit_train_batches) != 1.0 or isinstance(share, int):
+            raise ValueError(f"`limit_train_batches` of the Trainer must be 1.0, got {share}: each batch is a step")
         if (batches := trainer.accumulate_grad_batches) != 1:
             raise ValueError(f"`accumulate_grad_batches` of the Trainer must be 1, got {batches}: a step sees all data")
         if str(trainer.precision) in ("16-true", "bf16-true"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import logging
 import math
 import signal
@@ -12,15 +13,16 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
+from weakref import WeakSet
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
@@ -33,8 +35,8 @@ from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 
 OWNED = (
-    "max_steps", "max_epochs", "accelerator", "devices", "plugins", "callbacks", "logger", "num_sanity_val_steps",
-    "inference_mode", "fast_dev_run",
+    "max_steps", "max_epochs", "accelerator", "devices", "num_nodes", "strategy", "plugins", "callbacks", "logger",
+    "num_sanity_val_steps", "inference_mode", "fast_dev_run",
 )  # fmt: skip
 """Arguments of ``pl.Trainer`` that :func:`make_trainer` sets itself; ``fast_dev_run`` would end a fit after a step."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them
@@ -80,20 +82,21 @@ def run_fit(
     ``images`` are x0, [B, 3, H, W] in [0, 1], with their ``indices``; T is the number of optimiser steps. ``device``,
     ``callbacks``, ``logger`` and ``trainer`` are those of :func:`make_trainer`. Returns seconds: ``start`` (up to the
     first step: choice of the engine, compilation, the Trainer's own start) and ``fit``. TypeError or ValueError for bad
-    images or options, RuntimeError in a forked process that would hang.
+    images or options, RuntimeError in a forked process that would hang, or if a callback or ``max_time`` ends the fit
+    before its first step.
     """
     start, first = time.perf_counter(), _FirstStep()
     every = [first, *callbacks]
     for callback in callbacks:
-        if isinstance(callback, EarlyStopping):  # what it remembers of other images' fit would end this one at once
-            callback.wait_count, callback.stopped_epoch = 0, 0
-            callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+        _start_afresh(callback)
     with isolated_trainer(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
         made = make_trainer(T, device=device, callbacks=every, logger=logger, trainer=trainer)
         try:
             made.fit(module)
+            if not module.step:
+                raise RuntimeError("the fit ended before its first step, by a callback or by `max_time` of the Trainer")
         finally:
             # Lightning's reference cycles, and the methods of the module that it sets on callbacks, would keep the fit.
             for callback in every:
@@ -101,6 +104,25 @@ def run_fit(
                 vars(callback).pop("log_dict", None)
             vars(made).clear()
     return {"start": first.at - start, "fit": time.perf_counter() - first.at}
+
+
+_worked: WeakSet[pl.Callback] = WeakSet()
+"""Callbacks of earlier fits that cannot start afresh."""
+
+
+def _start_afresh(callback: pl.Callback) -> None:
+    """Reset a callback of Lightning's that goes by what it remembers of other images' fit; ValueError if it cannot."""
+    if isinstance(callback, EarlyStopping):
+        callback.wait_count, callback.stopped_epoch = 0, 0
+        callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+    elif isinstance(callback, (Checkpoint, Timer)):
+        if callback in _worked:
+            name = type(callback).__name__
+            raise ValueError(
+                f"`callbacks` must hold a {name} for one fit alone, got one that an earlier fit has used: images that "
+                "are fitted in several stacks, or by several calls, cannot share it"
+            )
+        _worked.add(callback)
 
 
 def fit_stack(
@@ -127,6 +149,20 @@ def fit_stack(
     return StackResult(stitcher.traces, stitcher.reconstructions, seconds)
 
 
+def check_trainer(trainer: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return further keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; empty for None.
+
+    ValueError if one is among ``OWNED``, TypeError if ``pl.Trainer`` does not have it.
+    """
+    further = dict(trainer or {})
+    for name, value in further.items():
+        if name in OWNED:
+            raise ValueError(f"`trainer` must leave `{name}` to the fit, got {name}={value!r}")
+        if name not in inspect.signature(pl.Trainer).parameters:
+            raise TypeError(f"`trainer` must hold arguments of pl.Trainer, got {name}={value!r}")
+    return further
+
+
 def make_trainer(
     T: int,
     *,
@@ -137,14 +173,10 @@ def make_trainer(
 ) -> pl.Trainer:
     """A Trainer for T steps, never part of the caller's own process group.
 
-    It has no summary, and a progress bar or checkpoints only if there are callbacks for them. ``trainer`` holds further
-    keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; ValueError if one is among ``OWNED``,
-    TypeError if ``pl.Trainer`` does not have it.
+    It has no summary, and a progress bar or checkpoints only if there are callbacks for them. ``trainer`` is that of
+    :func:`check_trainer`.
     """
-    further = dict(trainer or {})
-    for name in OWNED:
-        if name in further:
-            raise ValueError(f"`trainer` must leave `{name}` to the fit, got {name}={further[name]!r}")
+    further = check_trainer(trainer)
     cuda = device.type == "cuda"
     own: dict[str, Any] = {
         "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks),
@@ -179,7 +211,8 @@ def isolated_trainer(device: torch.device) -> Iterator[None]:
     """Isolate a Trainer from its surroundings: random state, gradient mode, TF32, Ctrl-C, warnings, freed memory."""
     check_not_forked()
     exact = torch.autocast(device.type, enabled=False)
-    with torch.inference_mode(False), torch.enable_grad(), exact, interrupts(), _process_wide(device):
+    current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # a Trainer leaves its own current
+    with torch.inference_mode(False), torch.enable_grad(), exact, current, interrupts(), _process_wide(device):
         yield
 
 
@@ -197,7 +230,7 @@ def _process_wide(device: torch.device) -> Iterator[None]:
             # Also after an error, unlike Lightning's ``isolate_rng``.
             _state.callback(_set_rng_states, _collect_rng_states())
             # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
-            for context in (quiet(), kept_memory(device), product_switches("float32")):
+            for context in (quiet(), kept_memory(device), product_switches("float32"), _torch_flags()):
                 _state.enter_context(context)
         _running += 1
     try:
@@ -207,6 +240,18 @@ def _process_wide(device: torch.device) -> Iterator[None]:
             _running -= 1
             if _running == 0:
                 _state.close()
+
+
+@contextmanager
+def _torch_flags() -> Iterator[None]:
+    """Put back what ``deterministic`` and ``benchmark`` of a Trainer change."""
+    strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from dipguard.attacks.target import Purifies
-from dipguard.checks import Indices, check_choice, check_labels
+from dipguard.checks import Indices, check_labels
 from dipguard.classifier import check_is_module, check_logits
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions
 from dipguard.victims.base import Channels
@@ -180,7 +180,6 @@ class PurifyCallback(pl.Callback):
             no labels and no accuracy.
         indices: Place of the indices int [N], if the batch holds them.
         mean, std: What the DataModule normalises with, per channel; None for images in [0, 1].
-        stages: Any of ``test``, ``validate``, ``predict``.
     """
 
     def __init__(
@@ -192,22 +191,21 @@ class PurifyCallback(pl.Callback):
         indices: Place | None = None,
         mean: Channels = None,
         std: Channels = None,
-        stages: Sequence[str] = tuple(STEPS),
     ) -> None:
         self.purifier = InputPurifier(defense, mean=mean, std=std, quiet=True)
         self._images, self._labels, self._indices = (
             None if place is None else check_place(place, name=name)
             for name, place in (("images", images), ("labels", labels), ("indices", indices))
         )
-        names = (stages,) if isinstance(stages, str) else stages
-        self.stages = tuple(check_choice(stage, STEPS, name="stages") for stage in names)
         self._restore: Callable[[], Any] | None = None
 
     def on_test_start(self, trainer: Any, pl_module: Any) -> None:
         """Put a step that purifies its batch in the place of the module's, except in ``fit``."""
         stage = str(trainer.state.fn.value)
-        if stage not in self.stages:
+        if stage not in STEPS:
             return
+        if isinstance(pl_module, DefendedModule):
+            raise RuntimeError("the module purifies its images already: a DefendedModule needs no PurifyCallback")
         name = STEPS[stage]
         step, own = getattr(pl_module, name), vars(pl_module)
         if hasattr(step, "purified_by"):

@@ -89,7 +89,9 @@ class Grid:
         names = {"accuracy": "value", "attack": "under"}  # a parameter may be called `attack`
         values = results.rename(columns=names)[["job", "under", "value", "low", "high", "n"]]
         usual = results[(results["check"] == "") & (results["attack"] != WORST)]
-        self.count = usual["attack"].nunique()  # not every attack applies to every defence
+        # Not every attack applies to every defence. Where the attack itself is swept, a mean is over a job's own.
+        own = "attack" in self.parameters
+        self.count = max(usual.groupby("job")["attack"].nunique(), default=0) if own else usual["attack"].nunique()
         jobs = list(sweep.jobs.items())
         # A parameter's value is known by its position, which sorts as the values do.
         places = {

@@ -11,6 +11,7 @@ from safetensors.torch import save
 from torch import nn
 
 from dipguard.cache import cache_folder
+from dipguard.checks import check_int
 from dipguard.data.digits import CLASSES, digits_split
 from dipguard.files import write_bytes
 from dipguard.victims.base import Normalised
@@ -28,6 +29,7 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
     It has 34,058 parameters and reads about 98.7 % of the evaluation digits correctly. On first use it is trained with
     ``seed`` and saved in the cache folder; ``weights`` is the path of a state dict to load instead.
     """
+    check_int(seed, name="seed", low=0)
     network = _network()
     victim = Normalised(network, mean=_MEAN, std=_STD, classes=CLASSES, size=(32, 32))
     if weights is not None:

@@ -262,6 +262,7 @@ def test_it_refuses_folders_that_are_none(pictures, purify, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = [
         (tmp_path / "nowhere", tmp_path / "out", "does not exist"),
+        (tmp_path / "nowhere.png", tmp_path / "out.png", f"IN: {tmp_path / 'nowhere.png'} does not exist"),
         (tmp_path / "empty", tmp_path / "out", "holds no picture"),
         (pictures, pictures, "holds files that this command did not write"),
         (pictures, tmp_path / "full", "holds files that this command did not write"),

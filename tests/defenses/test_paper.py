@@ -3,6 +3,7 @@
 import csv
 import json
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -83,8 +84,29 @@ def test_arguments_of_the_trainer_reach_it(small_images, small_victim):
     assert torch.equal(guard.purify(small_images[:2]), expected)
     assert any("training_step" in action for action in profiler.recorded_durations)
     assert guard.settings["trainer"] == {"profiler": "SimpleProfiler"}
-    with pytest.raises(ValueError, match="max_steps"):
-        DIPGuard(small_victim, trainer={"max_steps": 3}, **QUICK).purify(small_images[:1])
+
+
+def test_each_setting_of_the_trainer_is_one_of_the_defence(small_victim):
+    several = {"max_time": timedelta(seconds=60), "barebones": False, "profiler": None, "min_epochs": 1}
+    for name, changed in [("max_time", timedelta(seconds=1)), ("max_time", {"seconds": 60}), ("min_epochs", 2)]:
+        made = [DIPGuard(small_victim, trainer=given, **QUICK) for given in (several, {**several, name: changed})]
+        assert json.dumps(made[0].settings) != json.dumps(made[1].settings)
+    several["max_time"] = {"seconds": 60}
+    made = [DIPGuard(small_victim, trainer={"max_time": {"seconds": n}}, **QUICK).settings for n in (1, 60)]
+    assert made[0] != made[1]
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "message"),
+    [
+        ({"max_steps": 3}, ValueError, "`trainer` must leave `max_steps` to the fit, got max_steps=3"),
+        ({"strategy": "ddp"}, ValueError, "`trainer` must leave `strategy` to the fit, got strategy='ddp'"),
+        ({"presicion": 16}, TypeError, "`trainer` must hold arguments of pl.Trainer, got presicion=16"),
+    ],
+)
+def test_arguments_that_a_trainer_cannot_have_are_refused_at_once(small_victim, given, error, message):
+    with pytest.raises(error, match=message):
+        DIPGuard(small_victim, trainer=given, **QUICK)
 
 
 def test_a_trace_is_stitched_again_with_other_parameters(small_images, small_victim):

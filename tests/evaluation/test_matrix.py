@@ -501,6 +501,16 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
         ("+attack@attacks.worst_case=pgd", "`attacks` must not name one 'worst_case'"),
         ("defenses.comdefend.weights=nowhere.pt", "`defenses.comdefend.weights` must name an existing weights file"),
         ("trainer.accelerator=gpu", "`trainer.accelerator` must be auto or cpu on a machine without a GPU"),
+        ("+trainer.precision=99", "`trainer` holds what Lightning's Trainer refuses: .*99"),
+        ("+trainer.profiler=nosuch", "`trainer` holds what Lightning's Trainer refuses: .*`profiler`"),
+        ("+callbacks.x._target_=pytorch_lightning.callbacks.Nosuch", "`callbacks.x` cannot be made: .*Nosuch"),
+        ("+callbacks.x={_target_:pytorch_lightning.callbacks.Timer,durations:3}", "(?s)`callbacks.x` .*durations"),
+        ("+callbacks.x._target_=torch.nn.Identity", "`callbacks.x._target_` must be a callback of Lightning"),
+        ("store_T=[30]", r"`store_T` needs a `store`, the folder .* got store_T=\[30\]"),
+        ("store_samples=true", "`store_samples` needs a `store`"),
+        ("victim.seed=a", "`victim.seed` must be an integer, got 'a'"),
+        ("victim.seed=-1", "`victim.seed` must be at least 0, got -1"),
+        ("victim@baseline=cifar_cnn_a", "`baseline.weights`"),
     ],
 )
 def test_bad_settings_are_named_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:

@@ -50,6 +50,13 @@ def test_channels_last_is_tried_and_given_up_once_where_it_cannot_be_read(kind, 
     assert victim.layouts[len(layouts) :] == [True, layouts[-1]]
 
 
+def test_decisions_do_not_depend_on_the_callers_autocast(images: Tensor) -> None:
+    decide, small = Decider(Reader()), images[:6, :, :8, :8]
+    expected = decide(small)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(decide(small), expected)
+
+
 def test_an_error_of_the_victim_stays_its_own(images: Tensor) -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         Decider(Reader())(images[:6, :, :8, :4])

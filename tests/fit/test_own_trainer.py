@@ -236,12 +236,22 @@ def test_an_output_of_another_kind_is_named(images: Tensor, victim: nn.Module) -
         (None, {"max_epochs": 3}, r"the Trainer must be the number T .* got max_steps=-1 \(max_epochs=3\)"),
         (None, {}, "`max_steps` of the Trainer must be the number T"),
         (40, {"accumulate_grad_batches": 2}, "`accumulate_grad_batches` of the Trainer must be 1, got 2"),
+        (40, {"limit_train_batches": 5}, "`limit_train_batches` of the Trainer must be 1.0, got 5"),
+        (40, {"overfit_batches": 1}, "`limit_train_batches` of the Trainer must be 1.0, got 1"),
         (40, {"precision": "bf16-true"}, "`precision` of the Trainer must be one of 32-true.*got 'bf16-true'"),
     ],
 )
 def test_a_trainer_that_cannot_fit_is_told_why(images, victim, T, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(T, *ours(victim), **options).fit(StackedDIP(images[:1], options=SMALL))
+
+
+def test_a_strategy_of_several_processes_is_refused_even_with_one(images: Tensor, victim: nn.Module) -> None:
+    try:
+        with pytest.raises(ValueError, match=r"`strategy` of the Trainer must be that of a single .* got DDPStrategy"):
+            trainer(40, *ours(victim), strategy="ddp", devices=1).fit(StackedDIP(images[:1], options=SMALL))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_max_epochs_beside_max_steps(images: Tensor, victim: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import LambdaCallback
+from pytorch_lightning.callbacks import LambdaCallback, ModelCheckpoint, Timer
 from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
@@ -151,6 +151,40 @@ def test_a_fit_leaves_nothing_to_the_garbage_collector(images: Tensor, engine: s
         assert [part() for part in remember.parts] == [None] * 4
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", [Timer, ModelCheckpoint])
+def test_a_callback_that_cannot_start_afresh_serves_one_fit(
+    images, kind: type[pl.Callback], tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # of the checkpoints
+    callback, how = kind(), {"T": 3, "indices": [0], "fit": FitOptions(network="small"), "device": CPU}
+    run_fit(images[:1], callbacks=[callback], **how)
+    with pytest.raises(ValueError, match=f"`callbacks` must hold a {kind.__name__} for one fit alone"):
+        run_fit(images[:1], callbacks=[callback], **how)
+
+
+def test_a_fit_without_a_step_is_an_error(images: Tensor) -> None:
+    how = {"T": 3, "indices": [0], "fit": FitOptions(network="small"), "device": CPU}
+    with pytest.raises(RuntimeError, match="ended before its first step, by a callback or by `max_time`"):
+        run_fit(images[:1], trainer={"max_time": {"seconds": 0}}, **how)
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_flags_that_a_trainer_sets_for_the_process_are_put_back(images: Tensor, strict: bool) -> None:
+    torch.use_deterministic_algorithms(strict, warn_only=strict)
+    try:
+        flags = {"deterministic": not strict, "benchmark": True}
+        seen: list[bool] = []
+        how = {"T": 2, "indices": [0], "fit": FitOptions(network="small"), "device": CPU, "trainer": flags}
+        look = At(1, lambda trainer: seen.append(torch.are_deterministic_algorithms_enabled()))
+        run_fit(images[:1], callbacks=[look], **how)
+        assert seen == [not strict]
+        assert torch.are_deterministic_algorithms_enabled() is strict
+        assert torch.is_deterministic_algorithms_warn_only_enabled() is strict
+        assert torch.backends.cudnn.benchmark is False
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_seconds_are_counted_by_part(images: Tensor, victim: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dipguard import DIPGuard
 from dipguard.defenses import build_defense
-from dipguard.integrations.lightning import PurifyCallback
+from dipguard.integrations.lightning import DefendedModule, PurifyCallback
 
 from .conftest import TINY, trainer
 from .projects import KINDS, MEAN, STD, DigitsData, DigitsModule
@@ -46,14 +46,12 @@ def test_batches_of_every_kind(module: DigitsModule, kind: str) -> None:
 
 
 @pytest.mark.parametrize("loop", ["test", "validate", "predict"])
-@pytest.mark.parametrize("stages", [("test", "validate", "predict"), ("predict",), "test"])
-def test_the_loops_that_were_asked_for(module: DigitsModule, loop: str, stages: Any) -> None:
+def test_every_loop(module: DigitsModule, loop: str) -> None:
     data, median = DigitsData(), build_defense("median", module)
-    runner = trainer(PurifyCallback(median, stages=stages))
+    runner = trainer(PurifyCallback(median))
     getattr(runner, loop)(module, data, **({} if loop == "predict" else {"verbose": False}))
-    expected = median.purify(data.pictures.x) if loop in stages else data.pictures.x
-    assert torch.equal(torch.cat(module.seen), expected)
-    assert (f"{loop}_accuracy_defended" in runner.callback_metrics) == (loop in stages and loop != "predict")
+    assert torch.equal(torch.cat(module.seen), median.purify(data.pictures.x))
+    assert (f"{loop}_accuracy_defended" in runner.callback_metrics) == (loop != "predict")
 
 
 def test_two_callbacks_of_one_trainer_are_refused(module: DigitsModule) -> None:
@@ -61,6 +59,12 @@ def test_two_callbacks_of_one_trainer_are_refused(module: DigitsModule) -> None:
     with pytest.raises(RuntimeError, match="test_step is purified already: a Trainer has one PurifyCallback"):
         trainer(*map(PurifyCallback, defenses)).test(module, DigitsData(), verbose=False)
     assert "test_step" not in vars(module)
+
+
+def test_a_defended_module_needs_no_callback(module: DigitsModule) -> None:
+    median = build_defense("median", module)
+    with pytest.raises(RuntimeError, match="a DefendedModule needs no PurifyCallback"):
+        trainer(PurifyCallback(median)).test(DefendedModule(module, median), DigitsData(), verbose=False)
 
 
 @pytest.mark.slow
@@ -225,7 +229,6 @@ def test_images_that_are_normalised_without_a_word_are_refused(module: DigitsMod
         ({"defense": torch.nn.Identity()}, TypeError, "`defense` must have purify"),
         ({"images": 1.5}, TypeError, "`images` must be a position, a key, or a tuple of them, got 1.5"),
         ({"labels": ("a", None)}, TypeError, "`labels` must be a position"),
-        ({"stages": ("test", "fit")}, ValueError, "`stages` must be one of test, validate, predict, got 'fit'"),
         ({"mean": (0.5, 0.5, 0.5)}, ValueError, "`mean` and `std` must be given together"),
         ({"mean": (0.5, 0.5), "std": (1, 1, 1)}, ValueError, "`mean` must hold three numbers"),
         ({"mean": 0.5, "std": 1}, ValueError, "`mean` must hold three numbers"),

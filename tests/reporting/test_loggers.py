@@ -1,3 +1,4 @@
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,6 +7,7 @@ import yaml
 
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.runner import run
+from dipguard.reporting import loggers
 from dipguard.reporting.loggers import code_state, flat_settings, open_log, run_name, wandb_mode
 from dipguard.reporting.report import write_train_report
 from tests.csv_files import read_csv
@@ -55,6 +57,18 @@ def test_csv_holds_the_curves_of_all_stacks_and_the_result(tmp_path: Path) -> No
     settings = yaml.safe_load((tmp_path / "logs" / "csv" / "session_0" / "hparams.yaml").read_text())
     assert (settings["defense/tau"], settings["attack/name"], settings["data/limit"]) == (0.2, "pgd", 2)
     assert settings["code"] == code_state()
+
+
+def test_an_installed_package_is_not_taken_for_the_repository_that_it_lies_in(tmp_path, monkeypatch) -> None:
+    home = tmp_path / "site-packages"
+    home.mkdir()
+    identity = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    for command in (("init", "-q"), (*identity, "commit", "-q", "--allow-empty", "-m", "theirs")):
+        subprocess.run(["git", "-C", str(tmp_path), *command], check=True)
+    monkeypatch.setattr(loggers, "CODE", home)
+    assert code_state() is None
+    monkeypatch.setattr(loggers, "CODE", tmp_path)
+    assert code_state() is not None
 
 
 @pytest.mark.slow

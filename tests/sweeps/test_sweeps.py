@@ -7,11 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from dipguard.cli.sweep_progress import progress_line
+from dipguard.cli.sweep_progress import SweepProgress, progress_line
 from dipguard.config import from_hydra, register
 from dipguard.data import load_data
 from dipguard.evaluation.sweep_job import objective
@@ -21,6 +23,7 @@ from sweeps.collect import main as collect
 from tests.csv_files import read_csv
 from tests.reporting import stored_run
 from tests.sweeps.tiny_sweep import FAST, GRID, done_times, run_sweep
+from tests.tiny_matrix import compose_matrix
 from tests.tiny_run import CONF
 
 MEANT = "did you mean 'defense.quality'"
@@ -96,6 +99,24 @@ def test_progress_counts_the_jobs_that_are_done(finished: Path, tmp_path: Path) 
     shutil.rmtree(folder / gone)
     (folder / killed / "DONE").unlink()
     assert progress_line(folder).startswith("2 of 4 jobs done")
+
+
+def test_jobs_that_were_done_with_other_settings_are_not_counted(finished: Path, tmp_path: Path) -> None:
+    folder = copied(finished, tmp_path)
+
+    def start(*overrides: str) -> None:
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            given = ["hydra.mode=MULTIRUN", f"hydra.sweep.dir={folder}", *FAST, *GRID, *overrides]
+            config = GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
+            OmegaConf.update(config, "attacks.pgd_8.alpha_255", alpha)  # as if in the YAML
+            SweepProgress().on_multirun_start(config)
+
+    alpha = compose_matrix().attacks.pgd_8.alpha_255
+    start("logger=csv")
+    assert progress_line(folder).startswith("4 of 4 jobs done")
+    alpha += 1
+    start()
+    assert progress_line(folder).startswith("0 of 4 jobs done")
 
 
 @pytest.mark.slow

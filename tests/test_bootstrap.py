@@ -1,0 +1,43 @@
+"""The script that sets up the environment; setting one up is CI's own beginning."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_run import ROOT
+
+
+def command(venv: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    return [sys.executable, str(ROOT / "bootstrap.py"), *arguments], {**os.environ, "DIPGUARD_VENV": str(venv)}
+
+
+def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    arguments, environment = command(tmp_path, "-V")
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (2, ["thesis.tex"])
+    assert f"DIPGUARD_VENV names {tmp_path}, which is neither an environment nor empty" in done.stderr
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_signals_reach_the_program(tmp_path: Path, sent: signal.Signals) -> None:
+    """In an environment that is up to date, as its stamp says."""
+    place = tmp_path / "venv"
+    (place / "bin").mkdir(parents=True)
+    (place / "pyvenv.cfg").touch()
+    (place / "bin" / "python").symlink_to(sys.executable)
+    stamp = "import bootstrap; bootstrap.STAMP.write_text(bootstrap.fingerprint())"
+    arguments, environment = command(place, "-c", "import time\nprint('began', flush=True)\ntime.sleep(60)")
+    subprocess.run([sys.executable, "-c", stamp], env=environment, cwd=ROOT, check=True)
+    with subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "began\n"
+        run.send_signal(sent)
+        _, errors = run.communicate(timeout=20)
+    assert run.returncode in (-sent, 1)
+    assert ("KeyboardInterrupt" in errors) == (sent is signal.SIGINT)
