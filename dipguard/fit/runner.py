@@ -244,14 +244,15 @@ def _process_wide(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _torch_flags() -> Iterator[None]:
-    """Put back what ``deterministic`` and ``benchmark`` of a Trainer change."""
-    strict, benchmark = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    """Let cuDNN add in a fixed order; put back that and what ``deterministic`` and ``benchmark`` of a Trainer set."""
+    cudnn, strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
+    before, warn_only = (cudnn.deterministic, cudnn.benchmark), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn.deterministic = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-        torch.backends.cudnn.benchmark = benchmark
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager
