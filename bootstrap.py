@@ -56,8 +56,8 @@ def main() -> int:
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         print(f"dipguard needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
-    if VENV.exists() and not (VENV / "pyvenv.cfg").is_file() and not (VENV.is_dir() and not os.listdir(VENV)):
-        print(f"bootstrap: DIPGUARD_VENV names {VENV}, which is neither an environment nor empty", file=sys.stderr)
+    if VENV.exists() and not (VENV / "pyvenv.cfg").is_file() and not PYTHON.exists() and any(VENV.glob("*")):
+        print(f"bootstrap: {VENV} must be an environment or an empty folder; or set DIPGUARD_VENV", file=sys.stderr)
         return 2
     wanted = fingerprint()
     if not (PYTHON.exists() and STAMP.exists() and STAMP.read_text(encoding="utf-8") == wanted):

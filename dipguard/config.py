@@ -162,7 +162,7 @@ def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
     """ValueError for overrides of ``attacks`` or ``defenses`` where ``attack`` or ``defense`` takes their place."""
     for single, many in (("attack", "attacks"), ("defense", "defenses")):
         for key in (re.sub(r"^[+~]*([^=]+).*", r"\1", text, flags=re.DOTALL) for text in overrides):
-            if cfg.get(single) is not None and re.search(rf"(^|@){many}(\.|$)", key):
+            if cfg.get(single) is not None and re.search(rf"(^|@){many}\.", key):
                 raise ValueError(f"'{key}' changes nothing beside {single}=NAME, which takes the place of all `{many}`")
 
 

@@ -20,7 +20,7 @@ def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     arguments, environment = command(tmp_path, "-V")
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (2, ["thesis.tex"])
-    assert f"DIPGUARD_VENV names {tmp_path}, which is neither an environment nor empty" in done.stderr
+    assert f"{tmp_path} must be an environment or an empty folder" in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")

@@ -213,13 +213,12 @@ def test_value_that_is_not_possible_is_refused(override: str, message: str) -> N
         ("defenses.paper.T=9", "defenses.paper.T"),
         ("++defenses.mine={name:jpeg}", "defenses.mine"),
         ("~defense@defenses.paper", "defense@defenses.paper"),
-        ("~defenses", "defenses"),
     ],
 )
 def test_an_override_without_effect_is_refused(override: str, key: str) -> None:
     many, one = compose_matrix(), compose_matrix("defense=jpeg")
     check_overrides(many, [override, "defense=jpeg"])
-    check_overrides(one, ["attacks.pgd_8.steps=3", "defense.quality=20", "+experiment=mine_defenses.yaml"])
+    check_overrides(one, ["~defenses", "attacks.pgd_8.steps=3", "defense.quality=20", "+experiment=mine_defenses.yaml"])
     with pytest.raises(ValueError, match=f"'{key}' changes nothing beside defense=NAME"):
         check_overrides(one, ["defense=jpeg", override])
 

@@ -10,7 +10,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
-from dipguard.config import RunConfig, check_overrides, explain, from_hydra, name_of, register
+from dipguard.config import NODE_KEYS, RunConfig, check_overrides, explain, from_hydra, name_of, register
 from dipguard.evaluation.sweep_job import DONE, FAILED, PATHS, is_done, job_key, objective
 from dipguard.files import write_json, write_text
 from hydra_plugins.dipguard_groups import conf_folder
@@ -193,8 +193,9 @@ def _refusal(error: Exception, cfg: DictConfig) -> CompactHydraException:
     """The error with its settings named as the command line has them."""
     message = f"{type(error).__name__}: {error}"
     for many, one in (("attacks", "attack"), ("defenses", "defense")):
-        if cfg.get(one):
-            message = message.replace(f"`{many}.{name_of(cfg[one])}", f"`{one}")
+        node = cfg.get(one)
+        if isinstance(node, Mapping) and node.keys() & set(NODE_KEYS):
+            message = message.replace(f"`{many}.{name_of(node)}", f"`{one}")
     return CompactHydraException(message)
 
 

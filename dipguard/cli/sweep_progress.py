@@ -63,9 +63,10 @@ class SweepProgress(Callback):
             check_jobs(config, jobs or [])
         except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
             raise SystemExit(f"{error}\nNo job was started.") from None
-        base = _digest(config)
-        if _plan(folder).get("base") != base:  # what is done may have been done with other settings
-            for job in jobs or []:
+        before = _plan(folder).get("base")
+        base = before if config.get("rebuild") else _base(config)  # a rebuild runs no job
+        if before not in (None, base):
+            for job in jobs or []:  # what is done may have been done with other settings
                 (folder / job["folder"] / DONE).unlink(missing_ok=True)
         name = config.hydra.runtime.choices.get("sweep")
         write_json(folder / PLAN, {"began": time.time(), "sweep": name, "base": base, "jobs": jobs})
@@ -149,9 +150,10 @@ def _plan(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _digest(config: DictConfig) -> str:
-    """A digest of the settings that all jobs start from, without those that no result depends on."""
-    values: Any = OmegaConf.to_container(config)
+def _base(config: DictConfig) -> str:
+    """A digest of the sweep's YAML: of the settings without other overrides, which the jobs' folders are named by."""
+    asked = [text for text in config.hydra.overrides.task if re.match(r"\+*sweep=", text)]
+    values: Any = OmegaConf.to_container(GlobalHydra.instance().config_loader().load_sweep_config(config, asked))
     values.pop("hydra")
     return hashlib.sha256(json.dumps(without_aside(values), sort_keys=True, default=str).encode()).hexdigest()
 

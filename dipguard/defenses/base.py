@@ -161,8 +161,8 @@ class Defense(nn.Module, ABC):
             images: Float [N, 3, H, W] in [0, 1].
             indices: Positions of the images in their data set, at least 0, on which random draws depend; 0 to N - 1 by
                 default.
-            callbacks: Lightning callbacks for the fits of a deep image prior. A Timer or ModelCheckpoint serves one
-                fit alone: ValueError if the images need several, or it has served before.
+            callbacks: Lightning callbacks for the fits of a deep image prior. An EarlyStopping, Timer or
+                ModelCheckpoint starts afresh with each fit.
             logger: Lightning logger for the means over each fit.
         """
         with torch.inference_mode(False), torch.no_grad():

@@ -28,6 +28,8 @@ _log = logging.getLogger(__name__)
 
 WARMUP = 3
 """Eager runs on a side stream before the recording, as torch asks for: the first chooses algorithms and compiles."""
+KERNEL_SOURCES = ("_triton_kernels.py", "triton_ops.py", "kernel_choice.py")
+"""Files whose change makes every kept measurement and choice void."""
 MEASURED = 5
 """Steps of each engine that are timed, after one that is not."""
 _RECORDING = threading.Lock()
@@ -193,7 +195,7 @@ def _situation(net: StackedSkipNet, given: Tensor, *more: object) -> str:
 def _kernels_digest() -> str:
     """A kernel that was changed is measured, and compared with float64, again."""
     sources = Path(__file__).parent
-    return " ".join(file_digest(sources / name)[:16] for name in ("_triton_kernels.py", "triton_ops.py"))
+    return " ".join(file_digest(sources / name)[:16] for name in KERNEL_SOURCES)
 
 
 def _kept(place: Path) -> dict[str, Any]:

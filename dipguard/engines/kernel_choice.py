@@ -144,8 +144,8 @@ def choose_kernels(
     those of normalisations, of which torch's is taken only where no other works. ValueError for an unknown name,
     RuntimeError if no candidate works for some layer.
 
-    Most of the time goes into compiling; after 4 seconds only torch's own candidates are measured. So joins and
-    normalisations, which gain most and compile fast, come first, and of each kind the largest layer.
+    Most of the time goes into compiling; after 4 seconds only torch's own candidates are measured, but for joins. So
+    joins and normalisations, which gain most and compile fast, come first, and of each kind the largest layer.
     """
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
@@ -160,7 +160,8 @@ def choose_kernels(
         offered = offers[shape.table is not CONVOLUTIONS]
         fastest[shape] = offered[0]
         if len(offered) > 1:
-            seconds = measure(shape, device=device, dtype=dtype, names=offered, deadline=deadline)
+            until = math.inf if shape.table is JOINS else deadline
+            seconds = measure(shape, device=device, dtype=dtype, names=offered, deadline=until)
             working = [name for name in offered if seconds[name] < math.inf]
             if not working:
                 raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import hydra.utils
-import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -28,6 +27,7 @@ from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
 from dipguard.fit import isolated_trainer, make_trainer
+from dipguard.fit.module import check_made
 from dipguard.store import Store, digest_of, numerics, open_store, victim_digest
 from dipguard.victims import build_victim, check_victim
 
@@ -134,7 +134,7 @@ def _check_callbacks(config: RunConfig) -> None:
             made = hydra.utils.instantiate(node)
         except Exception as error:  # whatever the class raises
             raise ValueError(f"`callbacks.{label}` cannot be made: {error}") from error
-        if not isinstance(made, pl.Callback):
+        if not hasattr(made, "on_train_start"):
             raise TypeError(f"`callbacks.{label}._target_` must be a callback of Lightning, got {node['_target_']}")
 
 
@@ -192,9 +192,9 @@ def _trainer(config: RunConfig) -> dict[str, Any]:
     try:
         with isolated_trainer(cpu):
             made: dict[str, Any] = hydra.utils.instantiate(given, _convert_="all")
-            make_trainer(1, device=cpu, trainer=made)
+            check_made(make_trainer(1, device=cpu, trainer=made))
     except Exception as error:  # Lightning's have no common base
-        raise ValueError(f"`trainer` holds what Lightning's Trainer refuses: {error}") from error
+        raise ValueError(f"`trainer` holds what a fit cannot have: {error}") from error
     return made
 
 

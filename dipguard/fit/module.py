@@ -193,26 +193,15 @@ class StackedDIP(pl.LightningModule):
         return min(T, max(STEPS_PER_EPOCH, needed))
 
     def _check_trainer(self) -> None:
-        trainer, T = self.trainer, self.T
-        length, epochs = self._epoch_length(), trainer.max_epochs
-        if epochs is not None and 0 < epochs and epochs * length < T:
+        check_made(self.trainer)
+        length, epochs, share = self._epoch_length(), self.trainer.max_epochs, self.trainer.limit_train_batches
+        length = min(length, share) if isinstance(share, int) else int(share * length)
+        if length < 1:
+            raise ValueError(f"`limit_train_batches` of the Trainer must leave a step, got {share}")
+        if epochs is not None and 0 < epochs and epochs * length < self.T:
             raise ValueError(
-                f"`max_epochs` of the Trainer must allow for all {T} steps, got {epochs} epochs of "
-                f"`steps_per_epoch`={length} steps: leave `max_epochs` out"
-            )
-        if trainer.world_size != 1:
-            raise ValueError(f"`devices` of the Trainer must be a single one, got {trainer.world_size} processes")
-        if not isinstance(trainer.strategy, SingleDeviceStrategy):  # DDP's buckets would reorder the gradients
-            name = type(trainer.strategy).__name__
-            raise ValueError(f"`strategy` of the Trainer must be that of a single device, 'auto', got {name}")
-        if (share := trainer.limit_train_batches) != 1.0 or isinstance(share, int):
-            raise ValueError(f"`limit_train_batches` of the Trainer must be 1.0, got {share}: each batch is a step")
-        if (batches := trainer.accumulate_grad_batches) != 1:
-            raise ValueError(f"`accumulate_grad_batches` of the Trainer must be 1, got {batches}: a step sees all data")
-        if str(trainer.precision) in ("16-true", "bf16-true"):
-            raise ValueError(
-                "`precision` of the Trainer must be one of 32-true, 64-true, 16-mixed, bf16-mixed, got "
-                f"{trainer.precision!r}: SSIM and Adam need weights and images of at least 32 bits"
+                f"`max_epochs` of the Trainer must allow for all {self.T} steps, got {epochs} epochs of {length} steps "
+                "(`steps_per_epoch`): leave `max_epochs` out"
             )
 
     def _check_fresh(self) -> None:
@@ -227,6 +216,22 @@ class StackedDIP(pl.LightningModule):
                 f"a fit of StackedDIP must start at step 0, got a Trainer at step {done}: its trace would lack the "
                 "beginning. Use a new Trainer for each fit, and fit() without `ckpt_path`"
             )
+
+
+def check_made(trainer: pl.Trainer) -> None:
+    """ValueError if a Trainer, of whatever number of steps, cannot fit a :class:`StackedDIP`."""
+    if trainer.world_size != 1:
+        raise ValueError(f"`devices` of the Trainer must be a single one, got {trainer.world_size} processes")
+    if not isinstance(trainer.strategy, SingleDeviceStrategy):  # DDP's buckets would reorder the gradients
+        name = type(trainer.strategy).__name__
+        raise ValueError(f"`strategy` of the Trainer must be that of a single device, 'auto', got {name}")
+    if (batches := trainer.accumulate_grad_batches) != 1:
+        raise ValueError(f"`accumulate_grad_batches` of the Trainer must be 1, got {batches}: a step sees all data")
+    if str(trainer.precision) in ("16-true", "bf16-true"):
+        raise ValueError(
+            "`precision` of the Trainer must be one of 32-true, 64-true, 16-mixed, bf16-mixed, got "
+            f"{trainer.precision!r}: SSIM and Adam need weights and images of at least 32 bits"
+        )
 
 
 def init_networks(

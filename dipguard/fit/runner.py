@@ -16,13 +16,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
-from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ProgressBar, Timer
+from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
@@ -106,23 +106,21 @@ def run_fit(
     return {"start": first.at - start, "fit": time.perf_counter() - first.at}
 
 
-_worked: WeakSet[pl.Callback] = WeakSet()
-"""Callbacks of earlier fits that cannot start afresh."""
+_before: WeakKeyDictionary[pl.Callback, dict[str, Any]] = WeakKeyDictionary()
+"""Attributes of Timers and checkpoints before their first fit."""
 
 
 def _start_afresh(callback: pl.Callback) -> None:
-    """Reset a callback of Lightning's that goes by what it remembers of other images' fit; ValueError if it cannot."""
+    """Let a callback of Lightning's forget other images' fits: it would end this one at once, or save nothing of it."""
+
+    def copied(attributes: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: dict(value) if isinstance(value, dict) else value for name, value in attributes.items()}
+
     if isinstance(callback, EarlyStopping):
         callback.wait_count, callback.stopped_epoch = 0, 0
         callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
-    elif isinstance(callback, (Checkpoint, Timer)):
-        if callback in _worked:
-            name = type(callback).__name__
-            raise ValueError(
-                f"`callbacks` must hold a {name} for one fit alone, got one that an earlier fit has used: images that "
-                "are fitted in several stacks, or by several calls, cannot share it"
-            )
-        _worked.add(callback)
+    elif isinstance(callback, (ModelCheckpoint, Timer)):
+        vars(callback).update(copied(_before.setdefault(callback, copied(vars(callback)))))
 
 
 def fit_stack(
@@ -251,7 +249,9 @@ def _torch_flags() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(strict, warn_only=warn_only)
+        now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        if now != (strict, warn_only):  # it may overwrite more than these
+            torch.use_deterministic_algorithms(strict, warn_only=warn_only)
         cudnn.deterministic, cudnn.benchmark = before
 
 

@@ -50,15 +50,19 @@ def pad_border(x: Tensor, *, kernel: int, padding: str) -> Tensor:
         return x
     before, after = same_padding(kernel)
     mode = padding_mode(padding, kernel=kernel, side=min(x.shape[-2:]))
-    if mode == "reflect" and x.is_cuda and torch.is_grad_enabled():  # the gradient of torch's own adds atomically
-        return reflected(reflected(x, before, after, dim=-1), before, after, dim=-2)
+    if mode != "constant" and x.is_cuda and torch.is_grad_enabled():  # the gradient of torch's own adds atomically
+        return bordered(bordered(x, before, after, mode=mode, dim=-1), before, after, mode=mode, dim=-2)
     return F.pad(x, (before, after, before, after), mode=mode)
 
 
-def reflected(x: Tensor, before: int, after: int, *, dim: int) -> Tensor:
-    """Torch's reflected border along one dimension, from operations whose gradients are deterministic on a GPU."""
-    first, last = x.narrow(dim, 1, before).flip(dim), x.narrow(dim, x.shape[dim] - 1 - after, after).flip(dim)
-    return torch.cat([first, x, last], dim)
+def bordered(x: Tensor, before: int, after: int, *, mode: str, dim: int) -> Tensor:
+    """Torch's ``reflect`` or ``replicate`` along a dimension, by operations whose gradients have one order on a GPU."""
+    last = x.shape[dim] - 1
+    if mode == "reflect":
+        parts = [x.narrow(dim, 1, before).flip(dim), x, x.narrow(dim, last - after, after).flip(dim)]
+    else:
+        parts = [*[x.narrow(dim, 0, 1)] * before, x, *[x.narrow(dim, last, 1)] * after]
+    return torch.cat(parts, dim)
 
 
 def grouped_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:

@@ -6,8 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra.errors import CompactHydraException
 
 from dipguard.cli.main import PROGRAMS, make_parser
+from dipguard.cli.programs import evaluate
+from tests.tiny_matrix import compose_matrix
 from tests.tiny_run import ROOT
 
 
@@ -45,6 +48,11 @@ def test_a_shell_completes_the_programs(tmp_path: Path) -> None:
     assert found.stdout.split() == list(PROGRAMS)
     script = call("-m", "dipguard", "-sc", "install=bash", folder=tmp_path)
     assert "hydra_bash_completion" in script.stdout
+
+
+def test_a_node_without_a_name_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CompactHydraException, match=r"`attack\.name` must be one of none"):
+        evaluate(compose_matrix("++attack.eps_255=4"), tmp_path)
 
 
 @pytest.mark.slow

@@ -236,8 +236,8 @@ def test_an_output_of_another_kind_is_named(images: Tensor, victim: nn.Module) -
         (None, {"max_epochs": 3}, r"the Trainer must be the number T .* got max_steps=-1 \(max_epochs=3\)"),
         (None, {}, "`max_steps` of the Trainer must be the number T"),
         (40, {"accumulate_grad_batches": 2}, "`accumulate_grad_batches` of the Trainer must be 1, got 2"),
-        (40, {"limit_train_batches": 5}, "`limit_train_batches` of the Trainer must be 1.0, got 5"),
-        (40, {"overfit_batches": 1}, "`limit_train_batches` of the Trainer must be 1.0, got 1"),
+        (40, {"limit_train_batches": 0}, "`limit_train_batches` of the Trainer must leave a step, got 0"),
+        (40, {"limit_train_batches": 5, "max_epochs": 7}, "`max_epochs` of the Trainer must allow for all 40 steps"),
         (40, {"precision": "bf16-true"}, "`precision` of the Trainer must be one of 32-true.*got 'bf16-true'"),
     ],
 )
@@ -258,6 +258,10 @@ def test_max_epochs_beside_max_steps(images: Tensor, victim: nn.Module) -> None:
     module = StackedDIP(images[:1], options=SMALL)
     trainer(60, max_epochs=1).fit(module)
     assert module.step == 60
+    for few in ({"limit_train_batches": 5}, {"limit_train_batches": 0.5, "max_epochs": 2}, {"overfit_batches": 2}):
+        module = StackedDIP(images[:1], options=SMALL)
+        trainer(20, **few).fit(module)
+        assert module.step == 20
     with pytest.raises(ValueError, match="`max_epochs` of the Trainer must allow for all 120 steps, got 2 epochs of"):
         trainer(120, max_epochs=2).fit(StackedDIP(images[:1], options=SMALL, steps_per_epoch=50))
     with pytest.raises(ValueError, match="`steps_per_epoch` must be at least 1, got 0"):

@@ -10,6 +10,7 @@ import warnings
 import weakref
 from contextlib import nullcontext
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -153,15 +154,17 @@ def test_a_fit_leaves_nothing_to_the_garbage_collector(images: Tensor, engine: s
         gc.enable()
 
 
-@pytest.mark.parametrize("kind", [Timer, ModelCheckpoint])
-def test_a_callback_that_cannot_start_afresh_serves_one_fit(
-    images, kind: type[pl.Callback], tmp_path, monkeypatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # of the checkpoints
-    callback, how = kind(), {"T": 3, "indices": [0], "fit": FitOptions(network="small"), "device": CPU}
-    run_fit(images[:1], callbacks=[callback], **how)
-    with pytest.raises(ValueError, match=f"`callbacks` must hold a {kind.__name__} for one fit alone"):
-        run_fit(images[:1], callbacks=[callback], **how)
+def test_timers_and_checkpoints_start_afresh_with_each_fit(images: Tensor, tmp_path: Path) -> None:
+    timer, checkpoint = Timer(duration={"seconds": 60}), ModelCheckpoint(tmp_path, filename="net")
+    how = {"T": 3, "fit": FitOptions(network="small"), "device": CPU, "callbacks": [timer, checkpoint]}
+    for index in range(3):
+        start = time.monotonic()
+        run_fit(images[:1], indices=[index], **how)
+        assert timer.time_elapsed() < time.monotonic() - start
+        timer._start_time["train"] -= 61  # as if the fit had taken that long
+        name = "net.ckpt" if index == 0 else f"net-v{index}.ckpt"
+        assert Path(checkpoint.best_model_path).name == name
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_fit_without_a_step_is_an_error(images: Tensor) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.plain_loop import PlainSkipNet
 from dipguard.networks import NetworkSpec, build, network_spec
-from dipguard.networks.unet import StackedConv2d, reflected, same_padding
+from dipguard.networks.unet import StackedConv2d, bordered, same_padding
 from dipguard.seeding import image_generator
 
 PARAMETERS = {"small": 7_019, "medium": 82_236, "large": 433_587, "cifar10": 82_236, "imagenet": 556_215}
@@ -92,11 +92,12 @@ def test_every_kernel_keeps_or_halves_the_size(kernel, stride, side):
     assert out.shape == (1, 8, -(-side // stride), -(-side // stride))
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2)])
-def test_the_deterministic_border_is_torchs(before, after):
+@pytest.mark.parametrize("mode", ["reflect", "replicate"])
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 2), (1, 2), (0, 1)])
+def test_the_deterministic_border_is_torchs(before, after, mode):
     x = torch.randn(2, 3, 4, 5, dtype=torch.float64, requires_grad=True)
-    made = reflected(reflected(x, before, after, dim=-1), before, after, dim=-2)
-    wanted = torch.nn.functional.pad(x, (before, after, before, after), mode="reflect")
+    made = bordered(bordered(x, before, after, mode=mode, dim=-1), before, after, mode=mode, dim=-2)
+    wanted = torch.nn.functional.pad(x, (before, after, before, after), mode=mode)
     assert torch.equal(made, wanted)
     dy = torch.randn_like(wanted)
     torch.testing.assert_close(torch.autograd.grad(made, x, dy), torch.autograd.grad(wanted, x, dy))

@@ -23,7 +23,6 @@ from sweeps.collect import main as collect
 from tests.csv_files import read_csv
 from tests.reporting import stored_run
 from tests.sweeps.tiny_sweep import FAST, GRID, done_times, run_sweep
-from tests.tiny_matrix import compose_matrix
 from tests.tiny_run import CONF
 
 MEANT = "did you mean 'defense.quality'"
@@ -101,22 +100,27 @@ def test_progress_counts_the_jobs_that_are_done(finished: Path, tmp_path: Path) 
     assert progress_line(folder).startswith("2 of 4 jobs done")
 
 
-def test_jobs_that_were_done_with_other_settings_are_not_counted(finished: Path, tmp_path: Path) -> None:
-    folder = copied(finished, tmp_path)
+def test_jobs_that_were_done_before_the_sweeps_file_changed_are_not_counted(finished: Path, tmp_path: Path) -> None:
+    folder, own = copied(finished, tmp_path), tmp_path / "conf" / "sweep" / "own.yaml"
+    own.parent.mkdir(parents=True)
+    where = [f"hydra.sweep.dir={folder}", f"hydra.searchpath=[file://{own.parents[1]}]", "+sweep=own"]
 
-    def start(*overrides: str) -> None:
+    def done_after(steps: int, *overrides: str) -> str:
+        own.write_text(f"# @package _global_\nattacks: {{pgd_8: {{alpha_255: {steps}}}}}\n")
         with initialize_config_dir(str(CONF), version_base="1.3"):
-            given = ["hydra.mode=MULTIRUN", f"hydra.sweep.dir={folder}", *FAST, *GRID, *overrides]
-            config = GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
-            OmegaConf.update(config, "attacks.pgd_8.alpha_255", alpha)  # as if in the YAML
-            SweepProgress().on_multirun_start(config)
+            given = ["hydra.mode=MULTIRUN", *where, *FAST, *GRID, *overrides]
+            SweepProgress().on_multirun_start(
+                GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
+            )
+        return progress_line(folder).split(" jobs")[0]
 
-    alpha = compose_matrix().attacks.pgd_8.alpha_255
-    start("logger=csv")
-    assert progress_line(folder).startswith("4 of 4 jobs done")
-    alpha += 1
-    start()
-    assert progress_line(folder).startswith("0 of 4 jobs done")
+    plan = json.loads((folder / "sweep.json").read_text())
+    (folder / "sweep.json").write_text(json.dumps({**plan, "base": None}))
+    assert done_after(1) == "4 of 4", "nothing is known of what was before"
+    assert done_after(1, "logger=csv") == "4 of 4"
+    assert done_after(2, "rebuild=true") == "4 of 4"
+    assert done_after(1) == "4 of 4"
+    assert done_after(2) == "0 of 4"
 
 
 @pytest.mark.slow
