@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine may hold this folder without installing it
 
 from benchmarks.plain_loop import PlainSkipNet
+from dipguard.engines.base import precision
 from dipguard.engines.native_build import compiler, library
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.fit.runner import kept_memory, make_trainer, quiet
@@ -101,13 +102,14 @@ def plain_step(network: str, side: int, device: torch.device) -> tuple[Callable[
 
 def time_plain(step: Callable[[], None], device: torch.device, *, steps: int) -> float:
     """Seconds per image-step of the plain loop."""
-    step()
-    synchronise(device)
-    start = time.perf_counter()
-    for _ in range(steps):
+    with precision("float32", device):
         step()
-    synchronise(device)
-    return (time.perf_counter() - start) / steps
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(steps):
+            step()
+        synchronise(device)
+        return (time.perf_counter() - start) / steps
 
 
 def time_stack(network: str, side: int, device: torch.device, *, engine: str, stack: int, steps: int) -> float:
@@ -115,7 +117,7 @@ def time_stack(network: str, side: int, device: torch.device, *, engine: str, st
     clock = Clock(device, warmup=2)
     options = FitOptions(network=network, jitter=JITTER, padding="reflect", engine=engine)
     module = StackedDIP(torch.rand(stack, 3, side, side), options=options)
-    with quiet(), kept_memory(device):
+    with quiet(), kept_memory(device), precision("float32", device):
         make_trainer(steps + 2, device=device, callbacks=[clock], logger=None).fit(module)
     return clock.seconds / stack
 

@@ -197,19 +197,19 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
     check_choice(name, PRECISIONS, name="matmul_precision")
     # Each weight is used once per step: a cache of cast weights would only have to be kept out of CUDA graphs.
     cast = torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False)
-    with product_switches(name), cast:
+    with torch_switches(name), cast:
         yield
 
 
 @contextmanager
-def product_switches(name: str) -> Iterator[None]:
-    """The part of :func:`precision` that is the whole process's: torch's switches of TF32."""
+def torch_switches(name: str) -> Iterator[None]:
+    """The part of :func:`precision` that is the whole process's: TF32 or not, and sums of cuDNN in a fixed order."""
     kind = "tf32" if name == "tf32" else "ieee"
     # Torch has an old and a new set of switches for one state, and reading an old one raises an error where the new
     # ones hold a state that the old cannot express. So the old ones are set too, if they can be read at the start.
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
     new: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined, unused-ignore]
-    before = [switch.fp32_precision for switch in new]
+    before, order = [switch.fp32_precision for switch in new], (cudnn.deterministic, cudnn.benchmark)
     try:
         old = matmul.allow_tf32, cudnn.allow_tf32
     except RuntimeError:
@@ -219,8 +219,10 @@ def product_switches(name: str) -> Iterator[None]:
             matmul.allow_tf32 = cudnn.allow_tf32 = kind == "tf32"
         for switch in new:
             switch.fp32_precision = kind
+        cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
+        cudnn.deterministic, cudnn.benchmark = order
         if old is not None:
             matmul.allow_tf32, cudnn.allow_tf32 = old
         for switch, value in zip(new, before, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection
 from copy import deepcopy
 from functools import cache
@@ -28,10 +29,12 @@ _log = logging.getLogger(__name__)
 
 WARMUP = 3
 """Eager runs on a side stream before the recording, as torch asks for: the first chooses algorithms and compiles."""
-KERNEL_SOURCES = ("_triton_kernels.py", "triton_ops.py", "kernel_choice.py")
+SOURCES = ("engines/_triton_kernels.py", "engines/triton_ops.py", "engines/kernel_choice.py", "networks/unet.py")
 """Files whose change makes every kept measurement and choice void."""
 MEASURED = 5
 """Steps of each engine that are timed, after one that is not."""
+LONG = 0.1
+"""A step that takes longer than these seconds is timed once."""
 _RECORDING = threading.Lock()
 """Torch records one graph at a time in a process; fits may run in threads."""
 
@@ -152,13 +155,15 @@ def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False
     names, kept = ("torch", "cuda_graph"), _kept(place).get(key, {})
     if _are(kept, float, names):
         return dict(kept)
-    times = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in names}
+    with precision("float32", given.device):  # as in a fit
+        times = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in names}
     if all(seconds < float("inf") for seconds in times.values()):  # a lack of memory may pass
         _keep(place, key, times)
     return times
 
 
 _CHOSEN: dict[str, dict[str, str]] = {}
+_CHOOSING = threading.Lock()
 
 
 def _kept_choice(
@@ -172,16 +177,20 @@ def _kept_choice(
     if not given.is_cuda and all(len(names or ()) < 2 for names in candidates.values()):  # nothing is measured
         return choose_kernels(net, given.device, **options, **candidates)
     key, place = _situation(net, given, len(given), z_gradient, precision, candidates), cache_folder("kernels.json")
-    if key not in _CHOSEN:
-        kept, shapes = _kept(place).get(key, {}), layer_shapes(net, **options)
-        if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
-            _CHOSEN[key] = kept
-        else:
-            start = time.perf_counter()
-            _CHOSEN[key] = choose_kernels(net, given.device, **options, **candidates)
-            if time.perf_counter() - start < BUDGET:
-                _keep(place, key, _CHOSEN[key])
-    return _CHOSEN[key]
+    with _CHOOSING:
+        if key not in _CHOSEN:
+            kept, shapes = _kept(place).get(key, {}), layer_shapes(net, **options)
+            if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
+                _CHOSEN[key] = kept
+            else:
+                start = time.perf_counter()
+                _CHOSEN[key] = choose_kernels(net, given.device, **options, **candidates)
+                if time.perf_counter() - start < BUDGET:
+                    _keep(place, key, _CHOSEN[key])
+            taken = Counter(f"{shapes[layer].kind} {name}" for layer, name in _CHOSEN[key].items())
+            about = ", ".join(f"{count} {name}" for name, count in sorted(taken.items()))
+            _log.info("kernels for %d networks at once: %s", len(given), about)
+        return _CHOSEN[key]
 
 
 def _situation(net: StackedSkipNet, given: Tensor, *more: object) -> str:
@@ -194,8 +203,8 @@ def _situation(net: StackedSkipNet, given: Tensor, *more: object) -> str:
 @cache
 def _kernels_digest() -> str:
     """A kernel that was changed is measured, and compared with float64, again."""
-    sources = Path(__file__).parent
-    return " ".join(file_digest(sources / name)[:16] for name in KERNEL_SOURCES)
+    package = Path(__file__).parents[1]
+    return " ".join(file_digest(package / name)[:16] for name in SOURCES)
 
 
 def _kept(place: Path) -> dict[str, Any]:
@@ -242,7 +251,8 @@ def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool)
         engine = _engine(name, net, given, z_gradient=z_gradient)
         z = given.new_zeros(len(given), net.spec.input_depth, *given.shape[2:]).requires_grad_(z_gradient)
         run(1)
-        return run(MEASURED) / MEASURED
+        first = run(1)
+        return first if first > LONG else run(MEASURED) / MEASURED
     except RuntimeError as problem:  # no memory for both graphs, or no kernel works
         _log.warning("the engine %r cannot be used here: %s", name, problem)
         return float("inf")

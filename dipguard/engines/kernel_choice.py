@@ -13,6 +13,7 @@ may be reconstructed visibly differently in a stack of another size, as with tor
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 import time
@@ -38,6 +39,8 @@ from dipguard.networks.unet import (
     norm_leaky_relu,
     pad_border,
 )
+
+_log = logging.getLogger(__name__)
 
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUGH = 3e-2
@@ -103,11 +106,16 @@ class LayerShape:
         return self.weight[0]
 
     @property
+    def kind(self) -> str:
+        """``convolution``, ``normalisation`` or ``join``."""
+        if len(self.weight) == 5:
+            return "convolution"
+        return "join" if "size" in dict(self.options) else "normalisation"
+
+    @property
     def table(self) -> dict[str, Function]:
         """All candidates, as functions of :meth:`example` and the options."""
-        if len(self.weight) == 5:
-            return CONVOLUTIONS
-        return JOINS if "size" in dict(self.options) else NORMALISATIONS
+        return {"convolution": CONVOLUTIONS, "normalisation": NORMALISATIONS, "join": JOINS}[self.kind]
 
     def kernel(self, name: str) -> Function:
         """One candidate, as a function of :meth:`example`."""
@@ -141,11 +149,10 @@ def choose_kernels(
 
     Call it inside the :func:`~dipguard.engines.precision` of the fit. ``size`` is the height and width of the images.
     The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU; joins have
-    those of normalisations, of which torch's is taken only where no other works. ValueError for an unknown name,
-    RuntimeError if no candidate works for some layer.
+    those of normalisations. ValueError for an unknown name, RuntimeError if no candidate works for some layer.
 
-    Most of the time goes into compiling; after 4 seconds only torch's own candidates are measured, but for joins. So
-    joins and normalisations, which gain most and compile fast, come first, and of each kind the largest layer.
+    Most of the time goes into compiling; after 4 seconds only torch's own candidates are measured. So joins and
+    normalisations, which gain most and compile fast, come first, and of each kind the largest layer.
     """
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
@@ -160,14 +167,10 @@ def choose_kernels(
         offered = offers[shape.table is not CONVOLUTIONS]
         fastest[shape] = offered[0]
         if len(offered) > 1:
-            until = math.inf if shape.table is JOINS else deadline
-            seconds = measure(shape, device=device, dtype=dtype, names=offered, deadline=until)
-            working = [name for name in offered if seconds[name] < math.inf]
-            if not working:
+            seconds = measure(shape, device=device, dtype=dtype, names=offered, deadline=deadline)
+            fastest[shape] = min(offered, key=seconds.__getitem__)
+            if seconds[fastest[shape]] == math.inf:
                 raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")
-            # On a GPU the gradient of torch's upsampling adds atomically: two runs of it round differently.
-            steady = [name for name in working if not (shape.table is JOINS and name == "torch")]
-            fastest[shape] = min(steady or working, key=seconds.__getitem__)
     return {layer: fastest[shape] for layer, shape in shapes.items()}
 
 
@@ -235,8 +238,10 @@ def measure(
                 if off <= (min(tolerance, 2 * own) if name == SPLIT else tolerance):
                     times[name] = median_seconds(both, device=device, best=best)
                     own = max(own, off)
-            except Exception:  # a compiler's own error types, or memory: this kernel then cannot be used here
-                pass
+                else:
+                    _log.info("%s is not used for %s: its error is %.1e", name, shape, off)
+            except Exception as problem:  # a compiler's own error types, or memory: it then cannot be used here
+                _log.info("%s cannot be used for %s: %s", name, shape, problem)
     return times
 
 

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_not_forked
 from dipguard.classifier import device_of
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.engines.base import product_switches
+from dipguard.engines.base import torch_switches
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
@@ -228,7 +228,7 @@ def _process_wide(device: torch.device) -> Iterator[None]:
             # Also after an error, unlike Lightning's ``isolate_rng``.
             _state.callback(_set_rng_states, _collect_rng_states())
             # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
-            for context in (quiet(), kept_memory(device), product_switches("float32"), _torch_flags()):
+            for context in (quiet(), kept_memory(device), torch_switches("float32"), _strictness()):
                 _state.enter_context(context)
         _running += 1
     try:
@@ -241,18 +241,18 @@ def _process_wide(device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def _torch_flags() -> Iterator[None]:
-    """Let cuDNN add in a fixed order; put back that and what ``deterministic`` and ``benchmark`` of a Trainer set."""
-    cudnn, strict = torch.backends.cudnn, torch.are_deterministic_algorithms_enabled()
-    before, warn_only = (cudnn.deterministic, cudnn.benchmark), torch.is_deterministic_algorithms_warn_only_enabled()
-    cudnn.deterministic = True
+def _strictness() -> Iterator[None]:
+    """Put back what a Trainer's ``deterministic`` changes."""
+
+    def flags() -> tuple[bool, bool]:
+        return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+    strict, warn_only = flags()
     try:
         yield
     finally:
-        now = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-        if now != (strict, warn_only):  # it may overwrite more than these
+        if flags() != (strict, warn_only):  # it may overwrite more than these
             torch.use_deterministic_algorithms(strict, warn_only=warn_only)
-        cudnn.deterministic, cudnn.benchmark = before
 
 
 @contextmanager

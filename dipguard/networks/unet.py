@@ -29,6 +29,15 @@ SLOPE = 0.2
 """Negative slope of LeakyReLU in the official DIP implementation, which appendix B follows."""
 
 
+def doubled(x: Tensor, *, dim: int) -> Tensor:
+    """Torch's bilinear upsampling by 2 along a dimension, by operations whose gradients have one order on a GPU."""
+    side, padded = x.shape[dim], bordered(x, 1, 1, mode="replicate", dim=dim)
+    before, after = padded.narrow(dim, 0, side), padded.narrow(dim, 2, side)
+    pairs = [0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after]
+    place = dim % x.ndim
+    return torch.stack(pairs, place + 1).flatten(place, place + 1)
+
+
 def same_padding(kernel: int) -> tuple[int, int]:
     """Pixels to add before and after a side to keep its size, also for even kernels: the odd one after."""
     return (kernel - 1) // 2, kernel // 2
@@ -97,8 +106,11 @@ def join_norm(
     low is [1, B * channels, h, w], skip [1, B * n_s, H, W] with ``size`` (H, W), to which the upsampled image is cut,
     and weight and bias are [B, n_s + channels]. Returns [1, B * (n_s + channels), H, W].
     """
-    corners = False if upsample == "bilinear" else None  # torch accepts it only where it has a meaning
-    high = F.interpolate(low, scale_factor=2, mode=upsample, align_corners=corners)
+    if upsample == "bilinear" and low.is_cuda and torch.is_grad_enabled():  # torch's own gradient adds atomically
+        high = doubled(doubled(low, dim=-1), dim=-2)
+    else:
+        corners = False if upsample == "bilinear" else None  # torch accepts it only where it has a meaning
+        high = F.interpolate(low, scale_factor=2, mode=upsample, align_corners=corners)
     if high.shape[-2:] != size:
         # An odd side is one pixel too long. An even one is not sliced: the slice's backward pass would copy it.
         high = high[..., : size[0], : size[1]]

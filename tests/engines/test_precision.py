@@ -24,7 +24,7 @@ def set_switches(how: str) -> None:
 def restored() -> None:
     before, old = switches(), (matmul.allow_tf32, cudnn.allow_tf32)
     yield
-    matmul.allow_tf32, cudnn.allow_tf32 = old
+    matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = *old, False
     for switch, value in zip((matmul, cudnn.conv, cudnn.rnn), before, strict=True):
         switch.fp32_precision = value
 
@@ -33,14 +33,17 @@ def restored() -> None:
 @pytest.mark.parametrize(("name", "products"), [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee")])
 def test_switches_are_set_and_put_back(start: str, name: str, products: str) -> None:
     set_switches(start)
+    cudnn.benchmark = True
     before = switches()
     with precision(name, CPU):
         assert switches() == (products,) * 3
+        assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if name == "bfloat16" else torch.float32)
     assert switches() == before
     with pytest.raises(KeyError), precision(name, CPU):
         raise KeyError
     assert switches() == before
+    assert (cudnn.deterministic, cudnn.benchmark) == (False, True)
     assert not torch.is_autocast_enabled("cpu")
 
 

@@ -51,19 +51,38 @@ COMPILED = [
     ("forward_kernel", "fp32", "tf32x3", r"sub\S*\.f32[\s\S]*mma\S*\.tf32", r"fma\.rn\.f32"),
     ("forward_kernel", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
     ("transposed", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
+    ("transposed", "fp32", "tf32x3", r"sub\S*\.f32[\s\S]*mma\S*\.tf32", r"fma\.rn\.f32"),
+    ("transposed", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
     ("strided_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
+    ("strided_gradient_kernel", "fp32", "tf32x3", r"sub\S*\.f32[\s\S]*mma\S*\.tf32", r"fma\.rn\.f32"),
+    ("strided_gradient_kernel", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
     ("weight_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"mma"),
     ("weight_gradient_kernel", "fp32", "tf32", r"mma\S*\.tf32", r"mma\S*\.bf16"),
     ("weight_gradient_kernel", "fp32", "tf32x3", r"sub\S*\.f32[\s\S]*mma\S*\.tf32", r"fma\.rn\.f32"),
     ("weight_gradient_kernel", "bf16", "ieee", r"mma\S*\.bf16", r"tf32"),
     ("fold_kernel", "fp32", "ieee", r"add\.f32", r"atom"),
+    ("fold_repeated", "bf16", "ieee", r"add\.f32", r"atom"),
     ("norm_kernel", "fp32", "ieee", r"sqrt", r"f64"),
+    ("norm_large", "bf16", "ieee", r"sqrt", r"f64"),
     ("norm_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"atom"),
+    ("norm_gradient_small", "bf16", "ieee", r"fma\.rn\.f32", r"atom"),
     ("join", "fp32", "ieee", r"sqrt", r"f64"),
     ("join", "bf16", "ieee", r"sqrt", r"f64"),
+    ("join_nearest", "fp32", "ieee", r"sqrt", r"f64"),
     ("join_gradient", "fp32", "ieee", r"fma\.rn\.f32", r"atom|f64"),
+    ("join_gradient_nearest", "bf16", "ieee", r"fma\.rn\.f32", r"atom|f64"),
     ("upsampling_gradient_kernel", "fp32", "ieee", r"fma\.rn\.f32", r"atom|f64"),
+    ("upsampling_gradient_nearest", "bf16", "ieee", r"add\.f32", r"atom|f64"),
 ]
+
+
+VARIANTS = {
+    "transposed": "forward_kernel", "fold_repeated": "fold_kernel", "norm_large": "norm_kernel", "join": "norm_kernel",
+    "join_nearest": "norm_kernel", "norm_gradient_small": "norm_gradient_kernel",
+    "join_gradient": "norm_gradient_kernel", "join_gradient_nearest": "norm_gradient_kernel",
+    "upsampling_gradient_nearest": "upsampling_gradient_kernel",
+}  # fmt: skip
+"""Other constants for a kernel."""
 
 
 def constants(name: str, precision: str) -> dict[str, Any]:
@@ -72,17 +91,25 @@ def constants(name: str, precision: str) -> dict[str, Any]:
     products = {"SUM": tl.float32, "PRECISION": precision}
     tile = {"KERNEL": 3, "STRIDE": 1, "BLOCK_O": 32, "x_column": 1, **products}
     block = {"SUM": tl.float32, "BLOCK": 1024}
+    small = {"SINGLE": True, **block}
+    large = {"SINGLE": False, **block}
     return {
         "forward_kernel": {**tile, "TRANSPOSED": False},
         "transposed": {**tile, "TRANSPOSED": True},
         "strided_gradient_kernel": {"KERNEL": 3, "STRIDE": 2, "FIRST": 0, **products},
         "weight_gradient_kernel": tile,
         "fold_kernel": {"BEFORE": 1, "AFTER": 1, "REFLECT": True, **block},
-        "norm_kernel": {"EPS": 1e-5, "SLOPE": 0.2, "UPSAMPLE": "none", "SINGLE": True, **block},
-        "norm_gradient_kernel": {"SLOPE": 0.2, "UPSAMPLE": "none", "SINGLE": False, **block},
-        "join": {"EPS": 1e-5, "SLOPE": 1.0, "UPSAMPLE": "bilinear", "SINGLE": True, **block},
-        "join_gradient": {"SLOPE": 1.0, "UPSAMPLE": "bilinear", "SINGLE": False, **block},
+        "fold_repeated": {"BEFORE": 1, "AFTER": 2, "REFLECT": False, **block},
+        "norm_kernel": {"EPS": 1e-5, "SLOPE": 0.2, "UPSAMPLE": "none", **small},
+        "norm_large": {"EPS": 1e-5, "SLOPE": 0.2, "UPSAMPLE": "none", **large},
+        "norm_gradient_kernel": {"SLOPE": 0.2, "UPSAMPLE": "none", **large},
+        "norm_gradient_small": {"SLOPE": 0.2, "UPSAMPLE": "none", **small},
+        "join": {"EPS": 1e-5, "SLOPE": 1.0, "UPSAMPLE": "bilinear", **small},
+        "join_nearest": {"EPS": 1e-5, "SLOPE": 1.0, "UPSAMPLE": "nearest", **large},
+        "join_gradient": {"SLOPE": 1.0, "UPSAMPLE": "bilinear", **large},
+        "join_gradient_nearest": {"SLOPE": 1.0, "UPSAMPLE": "nearest", **small},
         "upsampling_gradient_kernel": {"UPSAMPLE": "bilinear", **block},
+        "upsampling_gradient_nearest": {"UPSAMPLE": "nearest", **block},
     }[name]
 
 
@@ -106,8 +133,7 @@ def test_kernels_compile_for_hopper_and_ampere(
 
     from dipguard.engines import _triton_kernels
 
-    variants = {"transposed": "forward_kernel", "join": "norm_kernel", "join_gradient": "norm_gradient_kernel"}
-    kernel = getattr(_triton_kernels, variants.get(name, name))
+    kernel = getattr(_triton_kernels, VARIANTS.get(name, name))
     fixed, options = constants(name, precision), {"enable_fp_fusion": True}
     if hasattr(kernel, "configs"):
         options["num_warps"] = kernel.configs[0].num_warps

@@ -81,7 +81,9 @@ def in_the_midst_of_nan(x: Tensor) -> Tensor:
     return inside.copy_(x)
 
 
-def convolution(name: str, dtype: torch.dtype, layout: str, device: torch.device) -> list[float]:
+def convolution(
+    name: str, dtype: torch.dtype, layout: str, device: torch.device, products: str | None = None
+) -> list[float]:
     kernel, stride, padding, height, width, inputs, outputs = CONVOLUTIONS[name]
     B = 2
     x = torch.randn(1, B * inputs, height, width, dtype=dtype, device=device)
@@ -92,7 +94,8 @@ def convolution(name: str, dtype: torch.dtype, layout: str, device: torch.device
     weight = torch.randn(B, outputs, inputs, kernel, kernel, dtype=dtype, device=device)
     bias = torch.randn(B, outputs, dtype=dtype, device=device)
     tensors = tuple(t.requires_grad_() for t in (x, weight, bias))
-    y, right = (f(*tensors, stride=stride, padding=padding) for f in (triton_conv2d, grouped_conv2d))
+    options = {"stride": stride, "padding": padding}
+    y, right = triton_conv2d(*tensors, **options, products=products), grouped_conv2d(*tensors, **options)
     assert y.shape == right.shape
     return compare(y, right, tensors)
 
@@ -159,6 +162,7 @@ def main(device: torch.device) -> dict[str, list[float]]:
         found[f"float64, {case}"] = convolution(case, torch.float64, "usual", device)
     for case in ("1x1", "3x3, reflected, 35 to 32", "4x4, stride 2"):
         found[f"float32, {case}"] = convolution(case, torch.float32, "usual", device)
+        found[f"float32, {case}, tf32x3"] = convolution(case, torch.float32, "usual", device, "tf32x3")
     for layout, case in itertools.product(("channels last", "in NaN"), ("1x1", "3x3, stride 2, reflected")):
         found[f"float64, {case}, {layout}"] = convolution(case, torch.float64, layout, device)
     for case, (kind, dtype) in itertools.product(NORMS, DTYPES.items()):

@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.plain_loop import PlainSkipNet
 from dipguard.networks import NetworkSpec, build, network_spec
-from dipguard.networks.unet import StackedConv2d, bordered, same_padding
+from dipguard.networks.unet import StackedConv2d, bordered, doubled, same_padding
 from dipguard.seeding import image_generator
 
 PARAMETERS = {"small": 7_019, "medium": 82_236, "large": 433_587, "cifar10": 82_236, "imagenet": 556_215}
@@ -99,6 +99,16 @@ def test_the_deterministic_border_is_torchs(before, after, mode):
     made = bordered(bordered(x, before, after, mode=mode, dim=-1), before, after, mode=mode, dim=-2)
     wanted = torch.nn.functional.pad(x, (before, after, before, after), mode=mode)
     assert torch.equal(made, wanted)
+    dy = torch.randn_like(wanted)
+    torch.testing.assert_close(torch.autograd.grad(made, x, dy), torch.autograd.grad(wanted, x, dy))
+
+
+@pytest.mark.parametrize(("height", "width"), [(4, 5), (1, 3), (2, 1)])
+def test_the_deterministic_upsampling_is_torchs(height, width):
+    x = torch.randn(2, 3, height, width, dtype=torch.float64, requires_grad=True)
+    made = doubled(doubled(x, dim=-1), dim=-2)
+    wanted = torch.nn.functional.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(made, wanted)
     dy = torch.randn_like(wanted)
     torch.testing.assert_close(torch.autograd.grad(made, x, dy), torch.autograd.grad(wanted, x, dy))
 
