@@ -152,7 +152,8 @@ def _plan(folder: Path) -> dict[str, Any]:
 
 def _base(config: DictConfig) -> str:
     """A digest of the sweep's YAML: of the settings without other overrides, which the jobs' folders are named by."""
-    asked = [text for text in config.hydra.overrides.task if re.match(r"\+*sweep=", text)]
+    given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # with ${...} as it was given
+    asked = [text for text in given if re.match(r"\+*sweep=", text)]
     values: Any = OmegaConf.to_container(GlobalHydra.instance().config_loader().load_sweep_config(config, asked))
     values.pop("hydra")
     return hashlib.sha256(json.dumps(without_aside(values), sort_keys=True, default=str).encode()).hexdigest()

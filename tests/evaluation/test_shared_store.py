@@ -90,12 +90,12 @@ def test_a_sweep_over_T_fits_once(tmp_path: Path):
 def test_train_runs_share_a_store(tmp_path: Path):
     options = (
         "data.limit=2", "defense.engine=native", "defense.network=small", "defense.T=20", "defense.decisions=10",
-        "figures=0", "store_samples=true",
+        "figures=0",
     )  # fmt: skip
-    store = f"store={tmp_path / 'store'}"
+    store = (f"store={tmp_path / 'store'}", "store_samples=true")
     plain = tiny_run(tmp_path / "plain", *options)
     for name in ("first", "second"):
-        got = tiny_run(tmp_path / name, *options, store)
+        got = tiny_run(tmp_path / name, *options, *store)
         assert got["accuracy"] == plain["accuracy"]
         assert len(list((tmp_path / name / "traces/pgd/paper").iterdir())) == 2
     assert len(list_entries(tmp_path / "store", layers=["fits"])) == 2

@@ -103,7 +103,12 @@ def test_progress_counts_the_jobs_that_are_done(finished: Path, tmp_path: Path) 
 def test_jobs_that_were_done_before_the_sweeps_file_changed_are_not_counted(finished: Path, tmp_path: Path) -> None:
     folder, own = copied(finished, tmp_path), tmp_path / "conf" / "sweep" / "own.yaml"
     own.parent.mkdir(parents=True)
-    where = [f"hydra.sweep.dir={folder}", f"hydra.searchpath=[file://{own.parents[1]}]", "+sweep=own"]
+    where = [
+        f"hydra.sweep.dir={folder}",
+        "store=${hydra:sweep.dir}/store",
+        f"hydra.searchpath=[file://{own.parents[1]}]",
+        "+sweep=own",
+    ]
 
     def done_after(steps: int, *overrides: str) -> str:
         own.write_text(f"# @package _global_\nattacks: {{pgd_8: {{alpha_255: {steps}}}}}\n")
