@@ -56,7 +56,8 @@ def main() -> int:
     if not (3, 11) <= sys.version_info[:2] <= (3, 13):
         print(f"dipguard needs Python 3.11, 3.12 or 3.13; this is {sys.version.split()[0]}", file=sys.stderr)
         return 2
-    if VENV.exists() and not (VENV / "pyvenv.cfg").is_file() and not PYTHON.exists() and any(VENV.glob("*")):
+    ours = (VENV / "pyvenv.cfg").is_file() or PYTHON.exists()
+    if not ours and (VENV.is_file() or any(VENV.glob("*"))):
         print(f"bootstrap: {VENV} must be an environment or an empty folder; or set DIPGUARD_VENV", file=sys.stderr)
         return 2
     wanted = fingerprint()

@@ -37,7 +37,7 @@ from benchmarks.plain_loop import PlainSkipNet
 from dipguard.engines.base import precision
 from dipguard.engines.native_build import compiler, library
 from dipguard.fit import FitOptions, StackedDIP
-from dipguard.fit.runner import kept_memory, make_trainer, quiet
+from dipguard.fit.runner import isolated_trainer, make_trainer
 from dipguard.networks import PRESETS, network_spec
 
 JITTER = 1 / 30
@@ -117,7 +117,7 @@ def time_stack(network: str, side: int, device: torch.device, *, engine: str, st
     clock = Clock(device, warmup=2)
     options = FitOptions(network=network, jitter=JITTER, padding="reflect", engine=engine)
     module = StackedDIP(torch.rand(stack, 3, side, side), options=options)
-    with quiet(), kept_memory(device), precision("float32", device):
+    with isolated_trainer(device):
         make_trainer(steps + 2, device=device, callbacks=[clock], logger=None).fit(module)
     return clock.seconds / stack
 

@@ -15,12 +15,13 @@ def command(venv: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
     return [sys.executable, str(ROOT / "bootstrap.py"), *arguments], {**os.environ, "DIPGUARD_VENV": str(venv)}
 
 
-def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["", "thesis.tex"])
+def test_a_folder_of_other_files_and_a_file_are_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "thesis.tex").write_text("mine")
-    arguments, environment = command(tmp_path, "-V")
+    arguments, environment = command(tmp_path / name, "-V")
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (2, ["thesis.tex"])
-    assert f"{tmp_path} must be an environment or an empty folder" in done.stderr
+    assert f"{tmp_path / name} must be an environment or an empty folder" in done.stderr
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")

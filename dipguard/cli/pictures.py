@@ -26,13 +26,11 @@ class Source(NamedTuple):
 
 
 def find_pictures(given: Path, out: Path, *, output: str = "") -> list[Source]:
-    """Return the pictures of a file or folder, in alphabetical order, without those inside ``out``.
+    """Return the pictures of a file or folder that exists, in alphabetical order, without those inside ``out``.
 
     ``a/cat.jpg`` becomes ``a/cat.png``, or ``a/cat.jpg.png`` where that would be the output of another picture too. A
     file's is ``output``, if it is given. CommandError if there is no picture, or one would be overwritten.
     """
-    if not given.exists():
-        raise CommandError(f"IN: {given} does not exist")
     if given.is_dir():
         inside = out.resolve()
         names = {f.relative_to(given): f for f in pictures_in(given) if not f.resolve().is_relative_to(inside)}

@@ -6,8 +6,6 @@ how it ended.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import re
 import time
@@ -25,7 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dipguard.config import check_overrides, from_hydra
-from dipguard.evaluation.sweep_job import DONE, FAILED, job_folder, without_aside
+from dipguard.evaluation.sweep_job import DONE, FAILED, digest_of, job_folder, without_aside
 from dipguard.files import read_json, write_json
 
 _log = logging.getLogger("dipguard")
@@ -156,7 +154,7 @@ def _base(config: DictConfig) -> str:
     asked = [text for text in given if re.match(r"\+*sweep=", text)]
     values: Any = OmegaConf.to_container(GlobalHydra.instance().config_loader().load_sweep_config(config, asked))
     values.pop("hydra")
-    return hashlib.sha256(json.dumps(without_aside(values), sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(without_aside(values))
 
 
 def progress_line(folder: Path) -> str:

@@ -85,7 +85,12 @@ def job_key(config: RunConfig) -> str:
     numerics = constant_of("dipguard.store.keys:NUMERICS")
     versions = [__version__, numerics, version("torch"), version("torchmetrics")]
     state = {"settings": values, "files": sorted(_files(values)), "versions": versions}
-    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()
+    return digest_of(state)
+
+
+def digest_of(values: Any) -> str:
+    """A digest of plain values, without importing torch."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _files(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

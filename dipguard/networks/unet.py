@@ -29,15 +29,6 @@ SLOPE = 0.2
 """Negative slope of LeakyReLU in the official DIP implementation, which appendix B follows."""
 
 
-def doubled(x: Tensor, *, dim: int) -> Tensor:
-    """Torch's bilinear upsampling by 2 along a dimension, by operations whose gradients have one order on a GPU."""
-    side, padded = x.shape[dim], bordered(x, 1, 1, mode="replicate", dim=dim)
-    before, after = padded.narrow(dim, 0, side), padded.narrow(dim, 2, side)
-    pairs = [0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after]
-    place = dim % x.ndim
-    return torch.stack(pairs, place + 1).flatten(place, place + 1)
-
-
 def same_padding(kernel: int) -> tuple[int, int]:
     """Pixels to add before and after a side to keep its size, also for even kernels: the odd one after."""
     return (kernel - 1) // 2, kernel // 2
@@ -72,6 +63,15 @@ def bordered(x: Tensor, before: int, after: int, *, mode: str, dim: int) -> Tens
     else:
         parts = [*[x.narrow(dim, 0, 1)] * before, x, *[x.narrow(dim, last, 1)] * after]
     return torch.cat(parts, dim)
+
+
+def doubled(x: Tensor, *, dim: int) -> Tensor:
+    """Torch's bilinear upsampling by 2 along a dimension, by operations whose gradients have one order on a GPU."""
+    side, padded = x.shape[dim], bordered(x, 1, 1, mode="replicate", dim=dim)
+    before, after = padded.narrow(dim, 0, side), padded.narrow(dim, 2, side)
+    pairs = [0.25 * before + 0.75 * x, 0.75 * x + 0.25 * after]
+    place = dim % x.ndim
+    return torch.stack(pairs, place + 1).flatten(place, place + 1)
 
 
 def grouped_conv2d(x: Tensor, weight: Tensor, bias: Tensor, *, stride: int = 1, padding: str = "zeros") -> Tensor:

@@ -277,9 +277,14 @@ def flat_settings(config: RunConfig) -> dict[str, Any]:
     return {"version": __version__, "code": code_state(), **flatten(values, sep="/")}
 
 
+def repository() -> Path | None:
+    """The code's own repository; None for an installed package, which may lie in a repository of the user's."""
+    return CODE if (CODE / ".git").exists() else None
+
+
 def code_state() -> str | None:
     """The commit of the code, followed by ``-dirty`` if files differ from it; None outside of its own repository."""
-    if not (CODE / ".git").exists():  # an installed package may lie in a repository of the user's
+    if repository() is None:
         return None
     command = ["git", "-C", str(CODE), "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
     try:
@@ -319,8 +324,8 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     own, asked = wandb.setup().settings, dict.fromkeys(LOGGERS["wandb"]) | config.logger
     known = wandb.Settings.model_fields  # older versions do not know all settings
     # W&B looks for a repository around the folder of its files, which may be anywhere.
-    git = {"git_root": own.git_root or str(CODE)} if own.git_root or code_state() else {"disable_git": True}
-    settings = {**WANDB_SETTINGS, **git}
+    root = own.git_root or repository()
+    settings = {**WANDB_SETTINGS, **({"git_root": str(root)} if root else {"disable_git": True})}
     options: dict[str, Any] = {
         **{name: asked[name] for name in ("entity", "tags", "notes")},
         "save_dir": folder / "logs",
