@@ -142,10 +142,8 @@ class DIPDefense(Defense):
             warnings.warn(text, UserWarning, stacklevel=4)
         start, count, (height, width) = time.perf_counter(), len(images), images.shape[-2:]
         device = fit_device(self.victim, images)
-        size = self.stack_size or min(
-            stack_size_for(count, size=(height, width), fit=fit, kept=self.images_kept, device=device)
-            for fit in self.dip_fits
-        )
+        how: Any = {"kept": self.images_kept, "device": device, "asked": self.stack_size}
+        size = min(stack_size_for(count, size=(height, width), fit=fit, **how) for fit in self.dip_fits)
         choosing = time.perf_counter() - start
 
         def work(part: slice, first_step: int, progress: FitProgress) -> Purified:

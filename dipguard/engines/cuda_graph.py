@@ -171,7 +171,8 @@ def _kept_choice(
 ) -> dict[str, str]:
     """`choose_kernels`, once for each size of stack: fits of one process never differ by the choice.
 
-    A choice that was not cut short is kept in ``kernels.json`` of the cache folder, for those of later processes.
+    A choice that was not cut short is kept in ``kernels.json`` of the cache folder, for those of later processes; under
+    ``torch.use_deterministic_algorithms(True)``, any choice, so that later processes give the same bits.
     """
     options: Any = {"size": tuple(given.shape[2:]), "z_gradient": z_gradient}
     if not given.is_cuda and all(len(names or ()) < 2 for names in candidates.values()):  # nothing is measured
@@ -179,14 +180,17 @@ def _kept_choice(
     key, place = _situation(net, given, len(given), z_gradient, precision, candidates), cache_folder("kernels.json")
     with _CHOOSING:
         if key not in _CHOSEN:
-            kept, shapes = _kept(place).get(key, {}), layer_shapes(net, **options)
+            found, shapes, cut = _kept(place), layer_shapes(net, **options), f"{key} cut short"
+            strict = torch.are_deterministic_algorithms_enabled()
+            kept = found.get(cut if strict and cut in found else key, {})
             if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
                 _CHOSEN[key] = kept
             else:
                 start = time.perf_counter()
                 _CHOSEN[key] = choose_kernels(net, given.device, **options, **candidates)
-                if time.perf_counter() - start < BUDGET:
-                    _keep(place, key, _CHOSEN[key])
+                late = time.perf_counter() - start > BUDGET
+                if strict or not late:
+                    _keep(place, cut if late else key, _CHOSEN[key])
             taken = Counter(f"{shapes[layer].kind} {name}" for layer, name in _CHOSEN[key].items())
             about = ", ".join(f"{count} {name}" for name, count in sorted(taken.items()))
             _log.info("kernels for %d networks at once: %s", len(given), about)

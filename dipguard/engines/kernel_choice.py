@@ -50,7 +50,7 @@ SPLIT = "triton tf32x3"
 CHECKED = 4
 """Networks, the stack's last ones, whose results are compared: float64 is slow on many GPUs."""
 BUDGET = 4.0
-"""Seconds after which a choice compiles no further kernel; it then holds for this process and is not kept."""
+"""Seconds after which a choice compiles no further kernel; a later process makes it again."""
 SLOW = 0.01
 """A run that takes longer than these seconds is timed once."""
 MATMUL_SHARE = 1 / 8

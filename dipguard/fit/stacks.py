@@ -109,20 +109,23 @@ def _attempt(work: Work[Result], part: slice, first_step: int, bar: tqdm[Any]) -
         ) from error
 
 
-def stack_size_for(count: int, *, size: tuple[int, int], fit: FitOptions, kept: int, device: torch.device) -> int:
-    """How many of ``count`` images to fit at once: 32 on a CPU, 256 on a GPU, fewer if half of the free memory is less.
+def stack_size_for(
+    count: int, *, size: tuple[int, int], fit: FitOptions, kept: int, device: torch.device, asked: int | None = None
+) -> int:
+    """How many of ``count`` images to fit at once; the log tells the memory that they need.
 
-    ``size`` is their height and width in pixels, ``kept`` the images that are kept in memory for each of them
-    (``DecideOptions.images_kept``). Returns ``count`` or a power of two, at least 1.
+    ``asked``, or else 32 on a CPU and 256 on a GPU, or fewer if half of the free memory is less: a power of two then.
+    ``size`` is the images' height and width in pixels, ``kept`` the images that are kept in memory for each of them
+    (``DecideOptions.images_kept``). At least 1, at most ``count``.
     """
-    wanted = min(count, SIZES["cuda" if device.type == "cuda" else "cpu"])
+    wanted = min(count, asked or SIZES["cuda" if device.type == "cuda" else "cpu"])
     if (free_bytes := free_memory(device)) is None:
         return wanted
     with isolated_trainer(device):
         engine = engine_on_cpu(fit, size, SHORT) if device.type == "cpu" else fit.engine
         shared, each = memory_need(size, fit=fit, kept=kept, engine=engine)
     bound = max(1, int(OURS * free_bytes - shared) // each)
-    taken = wanted if bound >= wanted else 2 ** int(math.log2(bound))
+    taken = wanted if asked or bound >= wanted else 2 ** int(math.log2(bound))
     gib = (shared + taken * each) / 2**30
     images = f"{taken} image{'s' * (taken > 1)} of {size[0]}x{size[1]} pixels"
     say_once(f"fits of {images} at once need {gib:.2f} GiB", level=logging.INFO)

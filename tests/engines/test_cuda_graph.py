@@ -169,6 +169,31 @@ def test_a_choice_of_kernels_is_made_once_and_kept(kept: Path, monkeypatch: pyte
     assert len(json.loads(file.read_text())) == 1  # nothing was measured for a single candidate
 
 
+def test_a_choice_that_was_cut_short_is_made_again_unless_bits_must_not_change(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, chosen = kept.with_name("kernels.json"), {}
+    monkeypatch.setattr("dipguard.engines.cuda_graph._CHOSEN", chosen)
+    options = {"capture": False, "convolutions": ("grouped", "matmul")}
+    for strict, budget in ((False, 0), (True, 0), (False, 1000)):  # every choice is too late, or none is
+        chosen.clear()
+        torch.use_deterministic_algorithms(strict)  # put back after each test
+        monkeypatch.setattr("dipguard.engines.cuda_graph.BUDGET", budget)
+        first = CudaGraphEngine(*problem()[:2], **options).choice
+        assert file.exists() == (strict or budget > 0)
+    (cut, complete) = json.loads(file.read_text())
+    assert cut == f"{complete} cut short"
+    file.write_text(json.dumps({cut: dict.fromkeys(first, "unknown"), complete: first}))
+    chosen.clear()
+    assert CudaGraphEngine(*problem()[:2], **options).choice == first
+    other = {layer: {"grouped": "matmul", "matmul": "grouped"}.get(name, name) for layer, name in first.items()}
+    file.write_text(json.dumps({cut: other, complete: first}))
+    for strict, expected in ((False, first), (True, other)):
+        torch.use_deterministic_algorithms(strict)
+        chosen.clear()
+        assert CudaGraphEngine(*problem()[:2], **options).choice == expected
+
+
 def test_an_engine_that_cannot_run_is_never_the_fastest(kept: Path, caplog: pytest.LogCaptureFixture) -> None:
     net, given, _ = problem()
     wrong = given.half()  # torch's engine subtracts it; the graph's has no z of the network's dtype

@@ -235,3 +235,6 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     assert chosen <= max(1, 1.5 * free / 2 / each), "what is free changes from moment to moment"
     assert chosen < 32
     assert math.log2(chosen).is_integer()
+    with caplog.at_level("INFO", logger="dipguard"):
+        assert stack_size_for(31, size=size, fit=fit, kept=kept, device=CPU, asked=30) == 30  # and not reduced
+    assert f"fits of 30 images of 256x256 pixels at once need {(shared + 30 * each) / 2**30:.2f} GiB" in caplog.text
