@@ -16,6 +16,8 @@ from dipguard.checks import check_int, check_not_forked
 
 GOOD_BATCH = 64
 """Above so many images, a larger batch is no faster per image (ResNet-56 on two cores: 12 ms alone, 3.5 ms in 64)."""
+MOST_IMAGES, MOST_PIXELS = 512, 64 * 224 * 224
+"""Of a batch that a victim is asked about: images, or pixels if that is less."""
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator", "could not create a primitive", "not enough memory", "Cannot allocate memory",
     "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
@@ -158,11 +160,18 @@ def probability_warning(logits: Tensor, *, name: str = "victim") -> str | None:
 
 
 class Decider:
-    """Images to logits, at most ``batch`` at a time. The victim stays on its device and is not changed."""
+    """Images to logits, at most ``batch`` at a time. The victim stays on its device and is not changed.
 
-    def __init__(self, victim: nn.Module, *, batch: int = 512) -> None:
+    Without ``batch`` they are 512, or as many as 64 of 224x224 pixels have pixels if that is less.
+    """
+
+    def __init__(self, victim: nn.Module, *, batch: int | None = None) -> None:
         self.victim = check_is_module(victim)
-        self.batch = check_int(batch, name="batch", low=1)
+        self._batch = None if batch is None else check_int(batch, name="batch", low=1)
+
+    def batch(self, height: int, width: int) -> int:
+        """How many images of this size are asked about at once."""
+        return self._batch or max(1, min(MOST_IMAGES, MOST_PIXELS // (height * width)))
 
     def __call__(self, images: Tensor) -> Tensor:
         """Logits [n, C] of ``images`` [n, 3, H, W] in [0, 1], float32 at least, on the images' device.
@@ -173,7 +182,8 @@ class Decider:
         # A decision does not depend on the caller's autocast; the fit's are made without.
         exact = torch.autocast(device_of(self.victim, images.device).type, enabled=False)
         with torch.inference_mode(False), torch.no_grad(), exact, eval_mode(self.victim):
-            return torch.cat([logits_of(self.victim, chunk) for chunk in images.detach().split(self.batch)])
+            chunks = images.detach().split(self.batch(*images.shape[-2:]))
+            return torch.cat([logits_of(self.victim, chunk) for chunk in chunks])
 
 
 def steps_together(images: int) -> int:

@@ -159,9 +159,17 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
 
 
 def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
-    """ValueError for overrides of ``attacks`` or ``defenses`` where ``attack`` or ``defense`` takes their place."""
+    """ValueError for overrides of ``attacks`` or ``defenses`` where ``attack`` or ``defense`` takes their place.
+
+    And for one of ``eps_255`` where no attack refers to it.
+    """
+    from omegaconf import OmegaConf
+
+    keys = [re.sub(r"^[+~]*([^=]+).*", r"\1", text, flags=re.DOTALL) for text in overrides]
+    if "eps_255" in keys and not re.search(r"\$\{eps_255\}|^ +number: ", OmegaConf.to_yaml(cfg), re.MULTILINE):
+        raise ValueError("'eps_255' changes nothing without an attack suite (experiment=adaptive): `attack.eps_255`?")
     for single, many in (("attack", "attacks"), ("defense", "defenses")):
-        for key in (re.sub(r"^[+~]*([^=]+).*", r"\1", text, flags=re.DOTALL) for text in overrides):
+        for key in keys:
             if cfg.get(single) is not None and re.search(rf"(^|@){many}\.", key):
                 raise ValueError(f"'{key}' changes nothing beside {single}=NAME, which takes the place of all `{many}`")
 

@@ -223,6 +223,15 @@ def test_an_override_without_effect_is_refused(override: str, key: str) -> None:
         check_overrides(one, ["defense=jpeg", override])
 
 
+def test_the_eps_of_a_suite_is_refused_without_one() -> None:
+    with pytest.raises(ValueError, match=r"'eps_255' changes nothing .*: `attack.eps_255`?"):
+        check_overrides(compose_config("attack=pgd", "eps_255=2"), ["attack=pgd", "eps_255=2"])
+    own = compose_config("attack=pgd")
+    own.attack.eps_255 = "${eps_255}"
+    check_overrides(own, ["attack.eps_255=${eps_255}", "eps_255=2"])
+    check_overrides(compose_matrix("experiment=adaptive"), ["experiment=adaptive", "eps_255=4"])
+
+
 def test_a_matrix_without_attacks_is_refused() -> None:
     with pytest.raises(TypeError, match="`attacks` must hold keys and values, got None"):
         typed_matrix("attacks=null")

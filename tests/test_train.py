@@ -295,6 +295,7 @@ def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, changes: 
         (["data=image_folder", "data.path=.", "data.label_base=2"], "`data.label_base` must be from 0 to 1"),
         (["victim.weights=nowhere.pt"], "nowhere.pt"),
         (["victim=cifar10_resnet50"], "weights"),
+        (["+attack.number=1"], "`attack.number` is for attack suites, which evaluate.py runs"),
         (["attack.steps=0"], "`attack.steps` must be at least 1"),
         (["attack.eps_255=300"], "`attack.eps_255` must be"),
         (["attack.batch_size=0"], "`attack.batch_size` must be at least 1"),

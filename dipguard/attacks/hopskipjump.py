@@ -93,7 +93,9 @@ class HopSkipJump(AdaptiveAttack):
     def snapshot_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> dict[Snapshot, Tensor]:
         """Return the images for each budget and radius."""
         searches = self._search(images, labels, indices)
-        limits = [Snapshot(eps, n) for eps in self.radii_255 or (self.eps_255,) for n in self.budgets or (None,)]
+        # Of several rows, each has a budget.
+        budgets: list[int | None] = [*self.budgets] or [self.queries if self.radii_255 else None]
+        limits = [Snapshot(eps, n) for eps in self.radii_255 or (self.eps_255,) for n in budgets]
         return {limit: _within(images, searches, limit) for limit in limits}
 
     def _search(self, images: Tensor, labels: Tensor, indices: Tensor) -> list[QuerySearch]:
@@ -111,11 +113,13 @@ class HopSkipJump(AdaptiveAttack):
         """Put the open questions of all searches to the defended victim, and hand out the answers."""
         questions = [search.asked for search in searches if search.asked is not None]
         sizes = [len(question) for question in questions]
+        images = [image for question in questions for image in question]  # views: together they may take gigabytes
         looks = torch.cat([search.queries + torch.arange(n) for search, n in zip(searches, sizes, strict=True)])
         order = self.ask_indices(indices.repeat_interleave(torch.tensor(sizes)), looks)
-        parts = zip(torch.cat(questions).split(TOGETHER), order.split(TOGETHER), strict=True)
+        parts = zip(range(0, len(images), TOGETHER), order.split(TOGETHER), strict=True)
         with torch.no_grad():
-            decisions = torch.cat([self.decide(part.to(device), positions).cpu() for part, positions in parts])
+            made = [self.decide(torch.stack(images[i : i + TOGETHER]).to(device), part).cpu() for i, part in parts]
+        decisions = torch.cat(made)
         self.spent += self.target.cost(purifications=len(decisions))
         for search, answers in zip(searches, decisions.split(sizes), strict=True):
             search.answer(answers)
@@ -222,7 +226,7 @@ def _gradient(current: Tensor, radius: float, probes: int, generator: torch.Gene
     """Signs [3, H, W] of the direction into the adversarial side, from answers about random probes (Eq. 9, 14, 16)."""
     noise = torch.rand((probes, *current.shape), generator=generator, dtype=current.dtype) * 2 - 1
     noise /= torch.linalg.vector_norm(noise.flatten(1), dim=1).view(-1, 1, 1, 1)
-    asked = (current + radius * noise).clamp(0, 1)
+    asked = noise.mul_(radius).add_(current).clamp_(0, 1)  # in place: they are hundreds of images
     signs = (yield asked).to(current.dtype) * 2 - 1
     # The mean is taken off to lower the variance; where all answers agree it would leave nothing.
     weights = signs if bool((signs == signs[0]).all()) else signs - signs.mean()

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
 from dipguard.config import NODE_KEYS, RunConfig, check_overrides, explain, from_hydra, name_of, register
-from dipguard.evaluation.sweep_job import DONE, FAILED, PATHS, is_done, job_key, objective
+from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key, may_be_path, objective
 from dipguard.files import write_json, write_text
 from hydra_plugins.dipguard_groups import conf_folder
 
@@ -90,12 +90,17 @@ def run_job(program: Callable[..., Any], cfg: DictConfig) -> float | None:
 
 
 def _make_absolute(node: DictConfig, root: Path) -> None:
-    """Let relative paths start from ``root``, where the command was given: hydra.job.chdir=true puts jobs elsewhere."""
+    """Let relative paths start from ``root``, where the command was given: hydra.job.chdir=true puts jobs elsewhere.
+
+    Our own data may be downloaded to a ``path`` that does not exist yet; other values are paths if something is there.
+    """
     for key, value in dict(OmegaConf.to_container(node)).items():  # type: ignore[arg-type]
         if isinstance(value, dict):
             _make_absolute(node[key], root)
-        elif isinstance(value, str) and (key == "store" or (key in PATHS and (root / value).exists())):
-            node[key] = str(root / Path(value).expanduser())
+        elif isinstance(value, str):
+            ours = key == "store" or (key == "path" and "name" in node)
+            if ours or (may_be_path(key, value) and (root / value).exists()):
+                node[key] = str(root / Path(value).expanduser())
 
 
 def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sweep: str) -> None:
@@ -205,6 +210,8 @@ def _prepare(cfg: DictConfig, folder: Path, *, single: bool) -> Matrix:
     for many, one in (("attacks", "attack"), ("defenses", "defense")):
         if single and (len(getattr(config, many)) != 1 or (cfg.get(many) and cfg.get(one))):
             raise CompactHydraException(f"ValueError: train.py has one `{one}`, and no `{many}`; evaluate.py has many")
+    if single and any(node.get("number") for node in config.attacks.values()):
+        raise CompactHydraException("ValueError: `attack.number` is for attack suites, which evaluate.py runs")
     from dipguard.evaluation.plan import prepare
 
     try:

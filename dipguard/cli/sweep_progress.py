@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,14 @@ def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:
 
 
 def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
-    """Compose and check the first job with each key and each choice of a config group; all would take long."""
+    """Compose and check the first job with each key and each choice of a config group; all would take long.
+
+    Jobs that would share a folder are refused: only one of them would run.
+    """
+    for job, other in combinations(jobs, 2):
+        if job["folder"] == other["folder"]:
+            both = " and ".join(" ".join(one["overrides"]) for one in (job, other))
+            raise ValueError(f"a sweep's jobs must differ in what a result depends on, got {both}")
     seen: set[str] = set()
     for job in jobs:
         # Of a key with a plain value, the value is left out.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import timedelta
 from typing import Any, ClassVar
 
+import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ class DIPDefense(Defense):
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
             :class:`~dipguard.networks.NetworkSpec`.
         stack_size: Images fitted at once, fewer once memory has run out; None takes 32 on a CPU and 256 on a GPU,
-            bounded by free memory. With the native engine no result depends on it; the others round differently in a
+            bounded by free memory. With the native engine no fit depends on it; the others round differently in a
             stack of another size, and Adam amplifies that.
         votes: Purifications of each image, each with draws of its own. The victim's decision is that of most of them,
             and the cost so many times higher.
@@ -138,26 +139,40 @@ class DIPDefense(Defense):
 
     def _purify(self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None) -> Purified:
         """Purify stack by stack."""
+        return Purified.join(list(self._stacks(images, indices, callbacks=callbacks, logger=logger)))
+
+    def _purify_alone(self, images: Tensor, indices: list[int]) -> Tensor:
+        """Purify stack by stack, and keep no traces, which would take a megabyte an image and more."""
+        return torch.cat(list(map(_images_of, self._stacks(images, indices, callbacks=(), logger=None))))
+
+    def _stacks(
+        self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None
+    ) -> Iterator[Purified]:
+        """The stacks of the images, each purified when it is its turn."""
         if self.asks_victim and (text := probability_warning(self.decide(images[:1]))):
             warnings.warn(text, UserWarning, stacklevel=4)
         start, count, (height, width) = time.perf_counter(), len(images), images.shape[-2:]
-        device = fit_device(self.victim, images)
-        how: Any = {"kept": self.images_kept, "device": device, "asked": self.stack_size}
-        size = min(stack_size_for(count, size=(height, width), fit=fit, **how) for fit in self.dip_fits)
+        device, fits = fit_device(self.victim, images), self.dip_fits
+        how: Any = {"kept": self.images_kept, "device": device, "trainer": self.trainer, "asked": self.stack_size}
+        how |= {"size": (height, width), "T": self.longest_fit // len(fits)}
+        size = min(stack_size_for(count, fit=fit, **how) for fit in fits)
         choosing = time.perf_counter() - start
 
         def work(part: slice, first_step: int, progress: FitProgress) -> Purified:
             run = {"device": device, "callbacks": [progress, *callbacks], "logger": logger, "trainer": self.trainer}
             made = self._purify_stack(images[part], indices[part], run, first_step=first_step)
+            made.seconds["start"] += choosing * (part.start == 0)
             # A store may have saved steps, or all of the fit.
             done = progress.bar.n + (count - part.stop) * self.longest_fit
             progress.skip(int((progress.bar.total or done) - done))
             return made
 
         show = self.progress and not any(isinstance(callback, FitProgress) for callback in callbacks)
-        parts = list(in_stacks(count, size=size, T=self.longest_fit, work=work, device=device, progress=show))
-        parts[0].seconds["start"] += choosing
-        return Purified.join(parts)
+        return in_stacks(count, size=size, T=self.longest_fit, work=work, device=device, progress=show)
+
+
+def _images_of(made: Purified) -> Tensor:
+    return made.reconstructions
 
 
 def _as_json(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -288,6 +289,13 @@ def fitting_options(
     if not defense.steps_per_image and (kind.name == "unrolled" or options.get("backward") == "short_dip"):
         return options, "no DIP"
     return options, None
+
+
+def victim_name(node: Mapping[str, Any]) -> str:
+    """The name of a victim's node, and of its network if it may be any of a library: ``torchvision:resnet101``."""
+    network = Path(str(node.get("weights" if node.get("name") == "huggingface" else "arch") or ""))
+    known = network.name if network.is_absolute() else network.as_posix()  # the place of a folder says nothing
+    return f"{name_of(node)}:{known}" if network.name else name_of(node)
 
 
 def text_of(value: Any) -> str:

@@ -115,10 +115,15 @@ class Matrix:
                 entry = self.store.read("cells", cell.sub_key("chunk", last, part.start, part.stop))
                 yield () if entry is None else entry.header["curves"]
 
-    def chunk_steps(self, cell: Cell) -> int:
-        """Steps that the fits of a whole chunk take, one stack after the other."""
-        stack = getattr(cell.defense, "stack_size", None) or self.chunk_size
-        return -(-self.chunk_size // stack) * cell.defense.steps_per_image
+    def traces(self, cell: Cell) -> dict[int, Path]:
+        """The files of a finished cell's traces that are kept, by the position of the image."""
+        summary = self.store.read("cells", cell.summary_key)
+        if summary is None:
+            return {}
+        lost = self._lost_traces(cell, summary)  # those of other settings may lie in their place
+        position = {str(index): i for i, index in enumerate(cell.clean.indices.tolist())}
+        kept = sorted(position[index] for index in summary.header["traces"] if index not in lost)
+        return {i: self.traces_path(*cell.place, int(cell.clean.indices[i])) for i in kept}
 
     def traces_path(self, attack: str, defense: str, index: int) -> Path:
         """The file of an image's decision trace; it exists if the defence leaves traces and they are kept."""

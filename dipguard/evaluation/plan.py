@@ -22,7 +22,7 @@ from dipguard.data import ImageSet, load_data
 from dipguard.data.base import shift_warning
 from dipguard.defenses import Defense, build_defense
 from dipguard.defenses.dip import DIPDefense
-from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options
+from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, victim_name
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
@@ -94,8 +94,8 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
             label=label,
             node=config.defenses.get(label),
             victim=victims[key],
-            victim_name=name_of(nodes[key]),
-            surrogate=name_of(nodes[asked]) if asked == "surrogate" else "",
+            victim_name=victim_name(nodes[key]),
+            surrogate=victim_name(nodes[asked]) if asked == "surrogate" else "",
             defense=defense,
             bare=bare,
             depends={**made_with, "victim": digests[key], "defense": bare.settings},
@@ -144,6 +144,8 @@ def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
     if WORST in config.attacks:
         raise ValueError(f"`attacks` must not name one {WORST!r}: the tables have a row of that name")
     if not any(node.get("number") for node in config.attacks.values()):
+        if config.judge > 1:
+            raise ValueError(f"`judge` is for attacks with a `number` (experiment=adaptive), got {config.judge}")
         return config.attacks
     if config.attacks.get(CLEAN, {"name": "none"}).get("name") != "none":
         raise ValueError(f"`attacks.{CLEAN}` must be the attack 'none' beside attacks with a `number`")
@@ -211,8 +213,9 @@ def _cells(
         path = node.get("_target_") or names_of("attack")[node["name"]].replace(":", ".")
         kind: type[Attack] = hydra.utils.get_object(path)
         adaptive = kind.adaptive
-        if node.get("made_on") and not adaptive:
-            raise ValueError(f"`attacks.{label}.made_on` is for adaptive attacks, got it for {name_of(node)!r}")
+        for key in ("made_on", "intermediate"):
+            if node.get(key) and not adaptive:
+                raise ValueError(f"`attacks.{label}.{key}` is for adaptive attacks, got it for {name_of(node)!r}")
         if node.get("made_on") and node.get("only") is not None and node["made_on"] not in node["only"]:
             raise ValueError(f"`attacks.{label}.only` must have {node['made_on']!r}, on which it is made")
         limit = node.get("limit")

@@ -79,6 +79,15 @@ def without_aside(values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
+def may_be_path(key: str, value: str) -> bool:
+    """Whether a setting may name a file or folder.
+
+    A plain word does only under a key of `PATHS`, since a folder may be called like a setting (``test``, ``cifar10``):
+    the name of a checkpoint under another key needs a dot or a slash.
+    """
+    return key in PATHS or re.search(r"[./\\]", value) is not None
+
+
 def job_key(config: RunConfig) -> str:
     """A digest of a job's settings, of the content of the files and folders that they name, and of the versions."""
     values = settings_of(config)
@@ -94,18 +103,14 @@ def digest_of(values: Any) -> str:
 
 
 def _files(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The files that settings name, or that are in a folder that they name, each with a digest of its content.
-
-    A plain word is taken for a path only under a key of `PATHS`, since a folder may be called like a setting
-    (``test``, ``cifar10``): the name of a checkpoint under another key needs a dot or a slash.
-    """
+    """The files that settings name, or that are in a folder that they name, each with a digest of its content."""
     if isinstance(value, dict):
         for name, one in value.items():
             yield from _files(one, name)
     elif isinstance(value, list):
         for one in value:
             yield from _files(one, key)
-    elif isinstance(value, str) and (key in PATHS or re.search(r"[./\\]", value)):
+    elif isinstance(value, str) and may_be_path(key, value):
         path = os.path.expanduser(value)
         for file in [Path(path), *Path(path).rglob("*")] if os.path.exists(path) else ():
             if file.is_file():

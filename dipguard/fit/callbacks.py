@@ -180,7 +180,7 @@ class BoundaryDetector(pl.Callback):
         self._detect(trace)
         found = trace.needed_crossings()
         # One batch of the victim at a time: the grid's images of all pairs would take some hundred megabytes.
-        size = max(1, self.decider.batch // max(1, self.N - 1))
+        size = max(1, self.decider.batch(*trace.given.shape[-2:]) // max(1, self.N - 1))
         parts = [self._localise(found[first : first + size]) for first in range(0, len(found), size)]
         if parts:
             trace.boundary = torch.cat([alpha for alpha, _ in parts]), torch.cat([images for _, images in parts])

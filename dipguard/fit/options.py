@@ -58,6 +58,7 @@ class FitOptions:
 
     def __post_init__(self) -> None:
         network_spec(self.network)
+        check_int(self.seed, name="seed", low=0)
         check_float(self.jitter, name="jitter", low=0.0)
         check_choice(self.z, Z_KINDS, name="z")
         if self.z_scale is not None:

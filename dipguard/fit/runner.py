@@ -198,6 +198,13 @@ def make_trainer(
     return made
 
 
+def trainer_precision(trainer: Mapping[str, Any] | None) -> str:
+    """Lightning's name of the precision that a Trainer with these further arguments has: ``32-true`` by default."""
+    cpu = torch.device("cpu")
+    with isolated_trainer(cpu):
+        return str(make_trainer(1, device=cpu, trainer=trainer).precision) if trainer else "32-true"
+
+
 def fit_device(victim: nn.Module, images: Tensor) -> torch.device:
     """The device of a fit: the victim's (the images', if it has no tensors), or the CPU if that is no CUDA device."""
     device = device_of(victim, images.device)

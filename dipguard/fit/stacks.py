@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -18,7 +19,7 @@ from dipguard.fit.callbacks import as_stacked_dip
 from dipguard.fit.memory import free_memory, memory_need
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import FitOptions
-from dipguard.fit.runner import free, isolated_trainer
+from dipguard.fit.runner import free, isolated_trainer, trainer_precision
 
 SIZES = {"cpu": 32, "cuda": 256}
 """Images at once, if memory allows."""
@@ -79,7 +80,7 @@ def in_stacks(
             results, problem = _attempt(work, part, calls * T, bar)
             calls += 1
             if problem is None:
-                yield results[0]
+                yield results.pop()
                 first = part.stop
                 continue
             images = part.stop - part.start
@@ -110,20 +111,30 @@ def _attempt(work: Work[Result], part: slice, first_step: int, bar: tqdm[Any]) -
 
 
 def stack_size_for(
-    count: int, *, size: tuple[int, int], fit: FitOptions, kept: int, device: torch.device, asked: int | None = None
+    count: int,
+    *,
+    size: tuple[int, int],
+    fit: FitOptions,
+    T: int,
+    kept: int,
+    device: torch.device,
+    trainer: Mapping[str, Any] | None = None,
+    asked: int | None = None,
 ) -> int:
     """How many of ``count`` images to fit at once; the log tells the memory that they need.
 
     ``asked``, or else 32 on a CPU and 256 on a GPU, or fewer if half of the free memory is less: a power of two then.
     ``size`` is the images' height and width in pixels, ``kept`` the images that are kept in memory for each of them
-    (``DecideOptions.images_kept``). At least 1, at most ``count``.
+    (``DecideOptions.images_kept``), ``trainer`` the further arguments of the Trainer. At least 1, at most ``count``.
     """
     wanted = min(count, asked or SIZES["cuda" if device.type == "cuda" else "cpu"])
     if (free_bytes := free_memory(device)) is None:
         return wanted
     with isolated_trainer(device):
-        engine = engine_on_cpu(fit, size, SHORT) if device.type == "cpu" else fit.engine
-        shared, each = memory_need(size, fit=fit, kept=kept, engine=engine)
+        precision = trainer_precision(trainer)
+        engine = engine_on_cpu(fit, size, min(T, SHORT), precision) if device.type == "cpu" else fit.engine
+        wide = replace(fit, dtype="float64") if precision == "64-true" else fit
+        shared, each = memory_need(size, fit=wide, kept=kept, engine=engine)
     bound = max(1, int(OURS * free_bytes - shared) // each)
     taken = wanted if asked or bound >= wanted else 2 ** int(math.log2(bound))
     gib = (shared + taken * each) / 2**30
@@ -132,8 +143,13 @@ def stack_size_for(
     return taken
 
 
-def engine_on_cpu(fit: FitOptions, size: tuple[int, int], T: int) -> str:
-    """The engine of a fit of T steps to images of this height and width on the CPU; may compile the native one."""
+def engine_on_cpu(fit: FitOptions, size: tuple[int, int], T: int, precision: str) -> str:
+    """The engine of a fit of T steps to images of this height and width on the CPU; may compile the native one.
+
+    ``precision`` is the Trainer's: mixed precision is torch's alone.
+    """
+    if "mixed" in precision and fit.engine == "auto":
+        return "torch"
     with isolated_trainer(torch.device("cpu")):
         module = StackedDIP(torch.full((1, 3, *size), 0.5, dtype=torch.float32), options=fit)
         how: dict[str, Any] = {"z_gradient": fit.optimise_z, "matmul_precision": fit.matmul_precision}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dipguard.checks import check_choice
+from dipguard.checks import check_choice, check_int, check_positive
 
 UPSAMPLINGS = ("bilinear", "nearest")
 
@@ -42,8 +42,10 @@ class NetworkSpec:
             raise ValueError(f"a network's lists must have one entry a scale, at least one, got lengths {lengths}")
         for name, low in (("n_d", 1), ("n_u", 1), ("n_s", 0), ("k_d", 1), ("k_u", 1), ("k_s", 1)):
             object.__setattr__(self, name, tuple(getattr(self, name)))  # lists could not be hashed
-            if min(getattr(self, name)) < low:
-                raise ValueError(f"`{name}` must hold numbers of at least {low}, got {getattr(self, name)}")
+            for number in getattr(self, name):
+                check_int(number, name=name, low=low)
+        check_int(self.input_depth, name="input_depth", low=1)
+        check_positive(self.z_scale, name="z_scale")
 
     @property
     def scales(self) -> int:

@@ -20,12 +20,13 @@ from pytorch_lightning.loggers import CSVLogger, Logger, TensorBoardLogger, Wand
 
 from dipguard.config import LOGGERS, RunConfig, name_of
 from dipguard.decision import DecisionTrace
+from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.matrix import Matrix, Row
 from dipguard.evaluation.results import result_row
 from dipguard.evaluation.sweep_job import settings_of
 from dipguard.files import write_text
-from dipguard.reporting.report import draw_cell, trace_paths
+from dipguard.reporting.report import draw_cell
 from dipguard.reporting.results import flatten
 from dipguard.store import digest_of, numerics
 from dipguard.version import __version__
@@ -62,6 +63,7 @@ class RunLog:
         self.keys = set() if journal is None else set(journal.read_text(encoding="utf-8").splitlines()[1:])
         self._earlier, self._single = len(self.keys), len(matrix.cells) == 1
         self._done: list[Cell] = []
+        self._ends: dict[tuple[str, int], int] = {}  # the step after the last one of a chunk's curves
         self._summary: dict[str, Any] = {}
 
     def curves(self, cell: Cell, *, chunk: int) -> Row | None:
@@ -69,9 +71,13 @@ class RunLog:
         if chunk and not self._single:
             return None
         self.inner.save()
-        first, longest = chunk * self.matrix.chunk_steps(cell), cell.defense.steps_per_purification
+        longest = cell.defense.steps_per_purification
+        # Stacks begin at multiples of the longest fit; how many a chunk has, free memory decides.
+        stack = cell.defense.longest_fit if isinstance(cell.defense, DIPDefense) else 1
+        first = -(-self._ends.get((cell.key, chunk - 1), 0) // stack) * stack
 
         def enter(step: int, metrics: Mapping[str, float]) -> None:
+            self._ends[cell.key, chunk] = max(self._ends.get((cell.key, chunk), 0), first + step + 1)
             if self._single or step < longest:
                 row = {self._name(cell, name): value for name, value in metrics.items()}
                 self.add(" ".join([cell.key[:16], f"{chunk}:{step}", *sorted(row)]), row, step=first + step)
@@ -178,9 +184,8 @@ class RunLog:
 
     def _accuracy_of_fits(self, cell: Cell) -> Iterator[tuple[int, float]]:
         """At each sampled step, the share of x(t) that are classified correctly, from the traces that are kept."""
-        paths = trace_paths(self.matrix, self.matrix.results[cell.place][-1])
         right: dict[int, list[float]] = {}
-        for i, path in list(paths.items())[:MOST_TRACES]:
+        for i, path in list(self.matrix.traces(cell).items())[:MOST_TRACES]:
             trace = DecisionTrace.load(path)  # one at a time: they are large
             for step, decision in zip(trace.steps.tolist(), trace.decisions.tolist(), strict=True):
                 right.setdefault(step, []).append(decision == int(cell.clean.labels[i]))
@@ -209,8 +214,8 @@ class RunLog:
             with artifact.new_file(f"{'/'.join(['reconstructions', *cell.place])}.npz", mode="wb") as file:
                 images = self.matrix.reconstructions(*cell.place).numpy()
                 np.savez_compressed(file, images=images, indices=cell.clean.indices.numpy())
-        if (traces := self.matrix.folder / "traces").is_dir():
-            artifact.add_dir(str(traces), name="traces")
+            for path in self.matrix.traces(cell).values():
+                artifact.add_file(str(path), name=path.relative_to(self.matrix.folder).as_posix())
         count, size = len(artifact.manifest.entries), artifact.size / 1e6
         _log.info("W&B artifact %s: %d files, %.1f MB", artifact.name, count, size)
         self.run.log_artifact(artifact)

@@ -33,7 +33,10 @@ ATTACKS: dict[str, PaperAttack] = {
 
 VICTIMS: dict[str, tuple[str, str]] = {
     "CIFAR-10": ("cifar10_resnet50", "a ResNet-50, 1000 images drawn from the test set"),
-    "ImageNet": ("torchvision", "torchvision's ResNet-101, the 1000 images of the NeurIPS 2017 competition at 224x224"),
+    "ImageNet": (
+        "torchvision:resnet101",
+        "torchvision's ResNet-101, the 1000 images of the NeurIPS 2017 competition at 224x224",
+    ),
 }
 """What a data set's figures were measured on (section 4.1): dipguard's name of the victim, and the whole in words."""
 

@@ -52,7 +52,7 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
     images = matrix.reconstructions(*cell.place).float().numpy()
     labels, indices = cell.clean.labels.numpy(), cell.clean.indices.numpy()
     write_npz(folder / "reconstructions.npz", images=images, indices=indices, labels=labels)
-    write_text(folder / "report.md", _page(result, metrics) + _links(folder, figures))
+    write_text(folder / "report.md", _page(result, metrics, traced=bool(matrix.traces(cell))) + _links(folder, figures))
     # JSON has neither NaN nor infinity: null stands for them.
     write_json(folder / "metrics.json", json.loads(json.dumps(metrics), parse_constant=lambda word: None))
     if log is not None:
@@ -128,13 +128,14 @@ def _metrics(result: CellResult) -> dict[str, Any]:
     return figures
 
 
-def _page(result: CellResult, metrics: dict[str, Any]) -> str:
+def _page(result: CellResult, metrics: dict[str, Any], *, traced: bool) -> str:
     """report.md of `train.py`: the result in words."""
     cell, n, right, ssim = result.cell, metrics["n"], metrics["accuracy"], metrics["ssim"]
     eps = "" if result.eps_255 is None else f" at {result.eps_255:g}/255"
     steps = f" ({cell.defense.steps_per_image:,} DIP steps an image)" if cell.defense.steps_per_image else ""
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in metrics["seconds"].items())
     speed = f"; {metrics['images_per_second']:.3g} images a second" if metrics["images_per_second"] else ""
+    traces = ", `traces/` (decision traces, which can be replayed without a new fit)" if traced else ""
     return f"""# dipguard run
 
 {n} images of `{cell.clean.name}`, victim `{cell.target.victim_name}`, attack `{cell.name}`{eps}, defence \
@@ -147,15 +148,9 @@ def _page(result: CellResult, metrics: dict[str, Any]) -> str:
 
 Time: {seconds}{speed}.
 
-Files: `metrics.json` (figures and settings), `images.csv` (a row for each image), `reconstructions.npz`, `traces/` \
-(decision traces, which can be replayed without a new fit), `config.yaml`.
+Files: `metrics.json` (figures and settings), `images.csv` (a row for each image), `reconstructions.npz`{traces}, \
+`config.yaml`.
 """
-
-
-def trace_paths(matrix: Matrix, result: CellResult) -> dict[int, Path]:
-    """The files of a cell's traces that are kept, by the position of the image."""
-    paths = [matrix.traces_path(*result.cell.place, index) for index in result.cell.clean.indices.tolist()]
-    return {i: path for i, path in enumerate(paths) if result.done and path.is_file()}
 
 
 def _pictures(matrix: Matrix, result: CellResult) -> list[list[Picture]]:
@@ -175,7 +170,7 @@ def draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
     """A panel of a cell's first images and the decision trace of each, as far as it is kept, in ``figures/``."""
     if not matrix.config.figures:
         return []
-    clean, folder, traces = result.cell.clean, matrix.folder / "figures", trace_paths(matrix, result)
+    clean, folder, traces = result.cell.clean, matrix.folder / "figures", matrix.traces(result.cell)
     rows, paths = {}, []
     for i, pictures in enumerate(_pictures(matrix, result)):
         index, label = int(clean.indices[i]), int(clean.labels[i])

@@ -96,7 +96,7 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
             "architecture": f"{first['victim']}, defence {first['defense_name']}",
             **{name: shares[0] if shares else None for name, shares in found.items()},
             "unreliable": bool((checks[checks["defense"] == defense]["verdict"] == "WARNING").any()),
-            "footnote": "; ".join([_measured_on(rows), *([f"mean over {draws:g} draws"] if draws > 1 else []), *cuts]),
+            "footnote": "; ".join([_measured_on(cells), *([f"mean over {draws:g} draws"] if draws > 1 else []), *cuts]),
         }
     return made
 

@@ -17,6 +17,7 @@ import yaml  # type: ignore[import-untyped]
 
 from dipguard.evaluation import cell
 from dipguard.evaluation.sweep_job import DONE, FAILED, is_aside
+from dipguard.reporting.escape import NONE
 from dipguard.reporting.results import flatten, read_results
 
 Value = str | int | float | bool | None
@@ -27,7 +28,8 @@ STATES = ("done", "failed", "unfinished", "missing")
 class Job(NamedTuple):
     """One job: its state, parameters' values by key, why it has no results, and the counts of its store.
 
-    Of a job that has not begun, only those values are known that were overridden.
+    A null is the text ``null``; None stands for a key that the job does not have. Of a job that has not begun, only
+    those values are known that were overridden.
     """
 
     state: str
@@ -100,8 +102,8 @@ def is_numeric(values: Sequence[Value]) -> bool:
 
 
 def text_of(value: Value) -> str:
-    """A value as text; numbers without trailing zeros."""
-    return "null" if value is None else cell.text_of(value)
+    """A value as text, numbers without trailing zeros; a dash for None."""
+    return NONE if value is None else cell.text_of(value)
 
 
 def short_labels(keys: Iterable[str]) -> dict[str, str]:
@@ -127,8 +129,9 @@ def _yaml(path: Path, kind: type[Any] = dict) -> Any:
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Value]:
-    """Settings with dotted keys and plain values."""
-    return {key: value if isinstance(value, Value) else str(value) for key, value in flatten(settings).items()}
+    """Settings with dotted keys and plain values; a null becomes a name like any other."""
+    flat = {key: "null" if value is None else value for key, value in flatten(settings).items()}
+    return {key: value if isinstance(value, Value) else str(value) for key, value in flat.items()}
 
 
 @lru_cache(maxsize=4096)
@@ -142,10 +145,11 @@ def _parsed(text: str) -> Mapping[str, Value]:
 
 
 def _values(folder: Path, keys: Sequence[str], given: Mapping[str, Value]) -> dict[str, Value]:
-    """The keys' values in a job: those of its config, which has the defaults too, or what it was given."""
+    """The keys' values in a job: those of its config, which has the defaults too, or what it was given; else None."""
     config = _plain(_yaml(folder / "config.yaml"))
     choices = _yaml(folder / ".hydra" / "hydra.yaml").get("hydra", {}).get("runtime", {}).get("choices", {})
-    return {key: config.get(key, given.get(key, choices.get(key))) for key in keys}
+    known = {**_plain(choices), **given, **config}
+    return {key: known.get(key) for key in keys}
 
 
 def _parameters(keys: Sequence[str], jobs: Sequence[Mapping[str, Value]]) -> dict[str, tuple[Value, ...]]:

@@ -102,13 +102,16 @@ class Grid:
         scores = scores.join(pd.DataFrame(places, index=list(sweep.jobs)), on="job")
         self.scores = scores.drop_duplicates(["under", *self.parameters])
 
-    def of(self, attack: str) -> pd.DataFrame:
-        """Accuracy of each job under an attack, or in the mean (``MEAN``).
+    def of(self, attack: str, *keys: str) -> pd.DataFrame:
+        """Accuracy of each job that has all ``keys`` under an attack, or in the mean (``MEAN``).
 
         A row has ``job``, ``value``, ``low``, ``high``, ``n``, and under each parameter's key the position of its value
-        in ``parameters``.
+        in ``parameters``; -1 if the job has no such key.
         """
-        return self.scores[self.scores["under"] == attack]
+        scores = self.scores[self.scores["under"] == attack]
+        for key in keys:
+            scores = scores[scores[key] >= 0]
+        return scores
 
     def ranking(self) -> pd.DataFrame:
         """The jobs by their mean accuracy, the best first."""
@@ -120,7 +123,7 @@ class Grid:
         It is the mean over the settings of the other parameters that have most values, all of them the same.
         """
         nothing = pd.DataFrame(columns=["value", "low", "high"])
-        if not len(self.of(attack)):
+        if not len(self.of(attack, key)):
             return nothing
         wide = self._wide(attack, key)
         known = wide["value"].notna()
@@ -137,7 +140,7 @@ class Grid:
         It is the mean over the settings of the others, for values that all of them have. A cross (each varied while the
         other stays) is no map: for a and b values it has at most a + b - 1 jobs.
         """
-        if not len(self.of(MEAN)):
+        if not len(self.of(MEAN, *pair)):
             return None
         wide = self._wide(MEAN, *pair)
         known = wide["value"].notna()
@@ -154,7 +157,8 @@ class Grid:
     def _wide(self, attack: str, *keys: str) -> pd.DataFrame:
         """Value, low and high of each job: a row for each setting of the other parameters, columns by ``keys``."""
         others = [key for key in self.parameters if key not in keys]
-        return self.of(attack).assign(_="").pivot_table(["value", "low", "high"], ["_", *others], keys, aggfunc="first")
+        scores = self.of(attack, *keys).assign(_="")
+        return scores.pivot_table(["value", "low", "high"], ["_", *others], keys, aggfunc="first")
 
 
 def _acts_on(key: str, defense: str) -> bool:

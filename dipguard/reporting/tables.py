@@ -158,8 +158,7 @@ class _Table:
         """What the table shows, of how many images, and what its mean is over."""
         counts = self.cells["n"][self.cells["status"] == DONE]
         images = f"{images_text(counts)} a cell." if len(counts) else "No cell has figures yet."
-        paper = "; the paper's is over its 15" if self.paper else ""
-        mean = f"The mean is over the {len(self.attacks)} attacks of this run{paper}."
+        mean = f"The mean is over the {len(self.attacks)} attacks of this run."
         if set(self.attacks) == set(ATTACKS):
             mean = "The mean is over all 15 columns of the paper, Clean included."
         title = self.measure.title[0].upper() + self.measure.title[1:]
@@ -172,8 +171,7 @@ class _Table:
         return (
             f"The paper's figures ({published.SOURCE}, Table {self.measure.number}, {self.data}) were measured on "
             f"{described}; ours on {first['data']} with {first['victim']}: {other}, and settings of the defences and "
-            "attacks that may differ too. A difference is ours minus the paper's. Means are over the attacks that have "
-            "figures of both."
+            "attacks that may differ too. A difference is ours minus the paper's."
         )
 
     def section(self) -> str:
@@ -196,7 +194,8 @@ class _Table:
         if self.paper:
             head = ["", *map(head_of, self.shared), f"mean of {len(self.shared)}"]
             rows = [row for defense in self.paper for row in self.compared(defense, self.shared)]
-            parts += ["### Compared with the paper", escape_markdown(self.note()), markdown(head, rows)]
+            note = f"{self.note()} Means are over the attacks that have figures of both, if there are any."
+            parts += ["### Compared with the paper", escape_markdown(note), markdown(head, rows)]
         return "\n\n".join(parts)
 
     def latex(self, number: int) -> str:

@@ -18,11 +18,12 @@ from dipguard.engines.base import SHORT
 from dipguard.engines.native_build import FLAGS, sources_digest
 from dipguard.files import tensor_digest
 from dipguard.fit import DecideOptions, FitOptions
+from dipguard.fit.runner import trainer_precision
 from dipguard.fit.stacks import engine_on_cpu
 from dipguard.version import __version__
 
 _engine_on_cpu = cache(engine_on_cpu)
-NUMERICS = 3
+NUMERICS = 4
 """To be raised with every change that changes the numbers of a fit, of an attack, of SSIM or of a decision."""
 
 
@@ -88,6 +89,7 @@ class StackKeys:
         trainer: Mapping[str, Any] | None = None,
     ) -> None:
         self._size, self._fit, self._device = (images.shape[-2], images.shape[-1]), fit, device
+        self._precision = trainer_precision(trainer)
         self.engine = self.engine_at(T)
         common = digest_of([
             {**fit.as_settings(), "network": asdict(fit.spec), "engine": self.engine},
@@ -104,7 +106,7 @@ class StackKeys:
             return self._fit.engine
         if self._device.type != "cpu":
             return "auto" if T >= SHORT else "torch"
-        return _engine_on_cpu(replace(self._fit, seed=0), self._size, min(T, SHORT))
+        return _engine_on_cpu(replace(self._fit, seed=0), self._size, min(T, SHORT), self._precision)
 
     def traces(self, victim: nn.Module, decide: DecideOptions) -> list[str]:
         """The key of each image's trace, of all that it depends on but ``K_max``: a trace serves every smaller one."""

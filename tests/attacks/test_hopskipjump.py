@@ -231,6 +231,13 @@ def test_each_budget_and_radius_has_its_images_and_the_call_those_of_all_queries
     assert hsj(digits_cnn, Median()).estimate(10).purifications == 25_000
 
 
+def test_radii_without_budgets_have_that_of_all_queries(digits_cnn, digits):
+    part = digits.select(0, 2)
+    attack = hsj(digits_cnn, Median(), queries=60, radii_255=(4, 200))
+    assert list(attack.snapshots(part.images, part.labels)) == [Snapshot(4, 60), Snapshot(200, 60)]
+    assert list(hsj(digits_cnn, Median(), queries=60).snapshots(part.images, part.labels)) == [Snapshot(None, None)]
+
+
 def test_beyond_eps_the_clean_image_comes_back(digits_cnn, digits):
     part = digits.select(0, 4)
     free = hsj(digits_cnn, Median(), queries=70)

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 from hydra.errors import CompactHydraException
+from omegaconf import OmegaConf
 
 from dipguard.cli.main import PROGRAMS, make_parser
-from dipguard.cli.programs import evaluate
+from dipguard.cli.programs import _make_absolute, evaluate
 from tests.tiny_matrix import compose_matrix
 from tests.tiny_run import ROOT
 
@@ -68,3 +69,20 @@ def test_a_sweep_with_the_command_and_an_error_of_it(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert "`defense.taau` is unknown" in refused.stderr
     assert "Traceback" not in refused.stderr
+
+
+def test_paths_are_made_absolute_by_what_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.pt").touch()
+    (tmp_path / "test").mkdir()
+    given = {
+        "store": "fits",
+        "data": {"name": "cifar10", "path": "cifar", "split": "test"},
+        "victim": {"_target_": "my.build", "path": "hub/net", "checkpoint": "own.pt", "weights": "DEFAULT"},
+    }
+    config = OmegaConf.create(given)
+    monkeypatch.chdir(tmp_path)
+    _make_absolute(config, tmp_path)
+    expected = {**given, "store": str(tmp_path / "fits")}
+    expected["data"] = {**given["data"], "path": str(tmp_path / "cifar")}
+    expected["victim"] = {**given["victim"], "checkpoint": str(tmp_path / "own.pt")}
+    assert OmegaConf.to_container(config) == expected

@@ -172,9 +172,12 @@ MESSAGE = "`victim` must return finite logits, got NaN or infinite values"
 @BAD
 @pytest.mark.parametrize("name", DEFENDED)
 def test_defences_refuse_a_victim_without_finite_logits(given, name, value):
-    guard = build_defense(name, Broken(value), **QUICK.get(name, {}))
+    guard, work = build_defense(name, Broken(value), **QUICK.get(name, {})), []
+    guard._purify = lambda *args, **options: work.append(args)  # which a bad victim must not be let in to
     with pytest.raises(ValueError, match=MESSAGE):
         guard.defend(given)
+    assert work == []
+    del guard._purify
     if name in ("paper", "mirror"):
         with pytest.raises(ValueError, match=MESSAGE):
             guard.purify(given)

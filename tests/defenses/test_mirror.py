@@ -1,5 +1,6 @@
 import csv
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,21 @@ def test_the_logger_gets_the_means_of_each_window(small_images, small_victim, tm
     with (Path(logger.log_dir) / "metrics.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["fit/quality"]]
     assert [int(row["step"]) for row in rows] == [4, 7, 10, 15, 18, 21, 26, 29, 32, 37, 40, 43]
+
+
+class Watched(MirrorGuard):
+    """Counts, whenever a stack is begun, the traces of stacks before it that are still held."""
+
+    def _purify_stack(self, *args, **options):
+        self.held.append(sum(trace() is not None for trace in self.seen))
+        made = super()._purify_stack(*args, **options)
+        self.seen += [weakref.ref(trace) for trace in made.traces]
+        return made
+
+
+@pytest.mark.parametrize(("call", "held"), [("purify", [0, 0, 0]), ("defend", [0, 2, 4])])
+def test_traces_are_held_only_where_they_are_asked_for(small_images, small_victim, call, held):
+    watched = Watched(small_victim, **TINY, progress=False, stack_size=2)
+    watched.held, watched.seen = [], []
+    getattr(watched, call)(small_images[:5])
+    assert watched.held == held

@@ -70,7 +70,6 @@ def test_a_log_is_told_of_fits_and_finished_cells_once_and_again_by_the_next_run
     assert second.steps == {}
     stored = [[step for step, _ in rows] for rows in matrix.curves(matrix.cells[0])]
     assert stored == [stacks, stacks]
-    assert matrix.chunk_steps(matrix.cells[0]) == 20
 
 
 @pytest.fixture

@@ -83,3 +83,18 @@ def test_parts_are_asked_about_one_by_one_where_a_batch_is_too_large() -> None:
         assert torch.equal(logits, part.flatten(1).sum(dim=1, keepdim=True))
     with pytest.raises(RuntimeError, match="allocate"):
         ask_together(decide, [torch.rand(4, 3, 4, 4)])
+
+
+@pytest.mark.parametrize(("side", "size"), [(32, 512), (64, 512), (224, 64), (512, 12), (3000, 1)])
+def test_a_victim_is_asked_about_fewer_large_images_at_once(side: int, size: int) -> None:
+    assert Decider(Reader()).batch(side, side) == size
+    assert Decider(Reader(), batch=3).batch(side, side) == 3
+
+
+def test_photographs_come_in_several_batches() -> None:
+    sizes: list[int] = []
+    victim = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    victim.register_forward_hook(lambda module, given, logits: sizes.append(len(logits)))
+    photos = torch.rand(70, 3, 224, 224)
+    torch.testing.assert_close(Decider(victim)(photos), photos.mean(dim=(2, 3)))
+    assert sizes == [64, 6]

@@ -25,6 +25,10 @@ def test_kept_images_are_counted() -> None:
 
 STITCH = {"tau": 0.7, "t0": 50, "K": 15, "beta": 0.5}
 FIT_ERRORS = [
+    ({"seed": None}, TypeError, "`seed` must be an integer, got None"),
+    ({"seed": 1.0}, TypeError, "`seed` must be an integer, got 1.0"),
+    ({"seed": True}, TypeError, "`seed` must be an integer, got True"),
+    ({"seed": -1}, ValueError, "`seed` must be at least 0, got -1"),
     ({"network": "tiny"}, ValueError, "`network` must be one of"),
     ({"z": "normal"}, ValueError, "`z` must be one of uniform, gaussian, got 'normal'"),
     ({"z_scale": 0.0}, ValueError, "`z_scale` must be above 0"),

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from dipguard.classifier import is_out_of_memory
 from dipguard.decision.stopping import PeakOfSmoothedPSNR
+from dipguard.engines.base import say_once
 from dipguard.engines.native_build import compiler
 from dipguard.fit import (
     DecideOptions,
@@ -217,7 +218,7 @@ def test_a_fixed_number_at_once_where_memory_allows(count: int, expected: int) -
     fit = FitOptions(network="small", engine="torch")
     state = torch.get_rng_state()
     with torch.inference_mode():
-        assert stack_size_for(count, size=(16, 16), fit=fit, kept=10, device=CPU) == expected
+        assert stack_size_for(count, size=(16, 16), fit=fit, T=200, kept=10, device=CPU) == expected
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -228,7 +229,7 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     shared, each = memory_need(size, fit=fit, kept=kept, engine="torch")
     free = free_memory(CPU)
     with caplog.at_level("INFO", logger="dipguard"):
-        chosen = stack_size_for(32, size=size, fit=fit, kept=kept, device=CPU)
+        chosen = stack_size_for(32, size=size, fit=fit, T=200, kept=kept, device=CPU)
     gib = (shared + chosen * each) / 2**30
     plural = "s" * (chosen > 1)
     assert f"fits of {chosen} image{plural} of 256x256 pixels at once need {gib:.2f} GiB" in caplog.text
@@ -236,5 +237,25 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     assert chosen < 32
     assert math.log2(chosen).is_integer()
     with caplog.at_level("INFO", logger="dipguard"):
-        assert stack_size_for(31, size=size, fit=fit, kept=kept, device=CPU, asked=30) == 30  # and not reduced
+        assert stack_size_for(31, size=size, fit=fit, T=200, kept=kept, device=CPU, asked=30) == 30  # and not reduced
     assert f"fits of 30 images of 256x256 pixels at once need {(shared + 30 * each) / 2**30:.2f} GiB" in caplog.text
+
+
+@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+@pytest.mark.parametrize(
+    ("T", "precision", "engine", "dtype"),
+    [
+        (100, None, "native", "float32"),
+        (99, None, "torch", "float32"),
+        (100, "bf16-mixed", "torch", "float32"),
+        (100, "64-true", "native", "float64"),
+    ],
+)
+def test_the_memory_that_is_told_is_that_of_the_engine_which_fits(T, precision, engine, dtype, caplog) -> None:
+    size, fit = (64, 64), FitOptions(network="small")
+    shared, each = memory_need(size, fit=FitOptions(network="small", dtype=dtype), kept=2000, engine=engine)
+    how = {"kept": 2000, "device": CPU, "trainer": {} if precision is None else {"precision": precision}}
+    say_once.cache_clear()
+    with caplog.at_level("INFO", logger="dipguard"):
+        assert stack_size_for(2, size=size, fit=fit, T=T, asked=2, **how) == 2
+    assert f"fits of 2 images of 64x64 pixels at once need {(shared + 2 * each) / 2**30:.2f} GiB" in caplog.text

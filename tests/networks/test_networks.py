@@ -142,14 +142,19 @@ def test_bad_options_are_named(arguments, message):
     ("change", "message"),
     [
         ({"n_u": (4,)}, "one entry a scale"),
-        ({"n_d": (0, 4)}, "`n_d` must hold numbers of at least 1"),
-        ({"k_s": (0, 1)}, "`k_s` must hold numbers of at least 1"),
+        ({"n_d": (0, 4)}, "`n_d` must be at least 1, got 0"),
+        ({"n_u": (16.5, 4)}, "`n_u` must be an integer, got 16.5"),
+        ({"k_s": (0, 1)}, "`k_s` must be at least 1, got 0"),
+        ({"n_s": (-1, 0)}, "`n_s` must be at least 0, got -1"),
+        ({"input_depth": 0}, "`input_depth` must be at least 1, got 0"),
+        ({"z_scale": 0.0}, "`z_scale` must be above 0"),
+        ({"z_scale": -1.0}, "`z_scale` must be finite and at least 0, got -1.0"),
         ({"upsample": "bicubic"}, "`upsample` must be one of bilinear, nearest, got 'bicubic'"),
     ],
 )
 def test_bad_specs_are_named(change, message):
     good = {"n_d": (4, 4), "n_u": (4, 4), "n_s": (2, 2), "k_d": (3, 3), "k_u": (3, 3), "k_s": (1, 1)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         NetworkSpec(**{**good, **change})
 
 

@@ -59,6 +59,13 @@ def test_csv_holds_the_curves_of_all_stacks_and_the_result(tmp_path: Path) -> No
     assert settings["code"] == code_state()
 
 
+def test_chunks_of_several_stacks_follow_each_other(tmp_path: Path) -> None:
+    short = ("defense.stack_size=1", "defense.T=10", "defense.decisions=5", "chunk=2", "data.limit=4")
+    tiny_run(tmp_path, *short, "figures=0", "logger=csv")
+    steps = [int(row["step"]) for row in read_rows(tmp_path) if row["fit/mse"]]
+    assert steps == [10 * stack + step for stack in range(4) for step in range(1, 10, 2)]
+
+
 def test_an_installed_package_is_not_taken_for_the_repository_that_it_lies_in(tmp_path, monkeypatch) -> None:
     home = tmp_path / "site-packages"
     home.mkdir()

@@ -49,6 +49,7 @@ def test_train_page_states_the_figures_and_links_the_pictures(matrix: Matrix) ->
     assert f"| {right['clean']:.1%} | {right['undefended']:.1%} | {right['defended']:.1%} |" in text
     assert "`pgd` at 8/255" in text
     assert "](figures/panel.png)" in text
+    assert ", `traces/` (decision traces" in text
 
 
 def test_no_file_holds_nan_or_infinity(matrix: Matrix) -> None:

@@ -211,6 +211,15 @@ def test_a_record_has_robustbenchs_form(tmp_path: Path) -> None:
     assert (records["none"]["autoattack_acc"], records["none"]["unreliable"]) == (None, False)
 
 
+def test_a_records_footnote_is_about_its_own_victim_and_images(tmp_path: Path) -> None:
+    write_results(tmp_path, [line | ({"n": 8} if line["defense"] == "baseline" else {}) for line in LINES])
+    write_lines(tmp_path / "checks.csv", CHECK_FIELDS, CHECKS)
+    suite.write_suite(tmp_path, *read(tmp_path))
+    records = json.loads((tmp_path / "robustbench.json").read_text(encoding="utf-8"))
+    assert records["none"]["footnote"] == "cifar10, victim cifar10_resnet56; 16 images"
+    assert records["baseline"]["footnote"] == "cifar10, victim cifar_cnn_a; 8 images"
+
+
 def test_a_record_names_draws_only_where_there_are_some(tmp_path: Path) -> None:
     lines = [line | JUDGE | ({"judge": 1} if line["defense"] == "none" else {}) for line in LINES]
     write_lines(tmp_path / "results.csv", (*FIELDS, *JUDGE), lines)

@@ -15,23 +15,37 @@ import pytest
 from dipguard.evaluation.metrics import wilson
 from dipguard.reporting import sweep_report
 from dipguard.reporting.sweep_jobs import Sweep, read_sweep, short_labels, text_of
-from dipguard.reporting.sweep_report import MEAN, Grid, draw_lines, draw_map, long_csv, state_section, summary
+from dipguard.reporting.sweep_report import (
+    MEAN,
+    Grid,
+    best_section,
+    draw_lines,
+    draw_map,
+    long_csv,
+    pair_section,
+    state_section,
+    summary,
+)
 from tests.csv_files import read_csv
 from tests.reporting.stored_run import cell, write_results
 
 N = 32
 
 
-def correct(T: int, network: str, beta: float, attack: str) -> int:
+def correct(T: int | None, network: str, beta: float, attack: str) -> int:
     """Right of 32 by a rule: T and network matter, beta hardly."""
-    return 20 + T // 100 + 2 * {"medium": 1, "large": 2}.get(network, 0) + (beta == 0.5) - 5 * (attack == "pgd_8")
+    right = 20 + 2 * {"medium": 1, "large": 2}.get(network, 0) + (beta == 0.5) - 5 * (attack == "pgd_8")
+    return right if T is None else right + T // 100
 
 
-def job(folder: Path, *, T: int = 200, network: str = "small", beta: float = 0.5, state: str = "DONE") -> list[str]:
+def job(
+    folder: Path, *, T: int | None = 200, network: str = "small", beta: float = 0.5, state: str = "DONE"
+) -> list[str]:
     """Write a job's folder; return its overrides."""
     values = {"T": T, "network": network, "beta": beta}
     (folder / ".hydra").mkdir(parents=True)
-    overrides = [f"defenses.paper.{name}={value}" for name, value in values.items()] + ["logger=csv", "+sweep=grid"]
+    texts = {name: "null" if value is None else value for name, value in values.items()}
+    overrides = [f"defenses.paper.{name}={text}" for name, text in texts.items()] + ["logger=csv", "+sweep=grid"]
     (folder / ".hydra" / "overrides.yaml").write_text(json.dumps(overrides))
     (folder / "config.yaml").write_text(json.dumps({"defenses": {"paper": {"name": "paper", **values}}}))
     if state:
@@ -69,7 +83,7 @@ def test_parameters_are_what_differs_in_their_order(folder: Path) -> None:
     assert sweep.setting("beta") == "T = 200, network = small, beta = 0.9"
 
 
-def share(*settings: tuple[int, str, float], attacks: tuple[str, ...] = ("clean", "pgd_8")) -> float:
+def share(*settings: tuple[int | None, str, float], attacks: tuple[str, ...] = ("clean", "pgd_8")) -> float:
     return float(np.mean([correct(*setting, attack) / N for setting in settings for attack in attacks]))
 
 
@@ -146,6 +160,48 @@ def test_lines_and_maps_show_the_figures(folder: Path) -> None:
 
 def table_of(sweep: Sweep) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(long_csv(sweep), newline="")))
+
+
+def test_null_is_a_value_with_a_place_and_a_name_of_its_own(tmp_path: Path) -> None:
+    jobs = {}
+    for T_, network in product((100, None, 200), ("small", "large")):
+        jobs[f"{T_}-{network}"] = job(tmp_path / f"{T_}-{network}", T=T_, network=network)
+    sweep = read_sweep(write_plan(tmp_path, jobs))
+    assert dict(sweep.parameters) == {T: (100, "null", 200), NETWORK: ("small", "large")}
+    assert sweep.setting("None-small") == "T = null, network = small"
+    assert [line["T"] for line in table_of(sweep)] == [T_ for T_ in ("100", "null", "200") for _ in range(2 * 2)]
+    grid = Grid(sweep, "paper")
+    expected = [100 * share((T_, "small", 0.5), (T_, "large", 0.5)) for T_ in (100, None, 200)]
+    ax = draw_lines(grid, mean=True).axes[0]
+    (line,) = (line for line in ax.get_lines() if line.get_marker() != "None")
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 1, 2], pytest.approx(expected))
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["100", "null", "200"]
+    ((pair, cells),) = grid.maps()
+    assert "| network / T | 100 | null | 200 |" in " ".join(pair_section(grid, pair, cells).split())
+    (ax,) = draw_map(grid, pair, cells).axes
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["100", "null", "200"]
+    assert ax.images[0].get_array()[0, 1] == pytest.approx(100 * share((None, "small", 0.5)))
+
+
+def test_null_is_read_from_what_a_job_was_given_and_from_its_choices(tmp_path: Path) -> None:
+    given = {"a": [f"{T}=null", "victim@surrogate=null"], "b": [f"{T}=100", "victim@surrogate=digits_cnn"], "c": []}
+    hydra = tmp_path / "c" / ".hydra" / "hydra.yaml"
+    hydra.parent.mkdir(parents=True)
+    hydra.write_text(json.dumps({"hydra": {"runtime": {"choices": {"victim@surrogate": None}}}}))
+    sweep = read_sweep(write_plan(tmp_path, given))
+    assert dict(sweep.parameters) == {T: ("null", 100), "victim@surrogate": ("null", "digits_cnn")}
+    assert sweep.jobs["c"].values == {T: None, "victim@surrogate": "null"}
+    assert sweep.setting("c") == "surrogate = null"
+
+
+def test_a_job_without_the_key_is_no_point_of_its_line(tmp_path: Path) -> None:
+    jobs = {str(T_): job(tmp_path / str(T_), T=T_) for T_ in (100, 200)}
+    jobs["without"] = [text for text in job(tmp_path / "without", T=300) if not text.startswith(T)]
+    (tmp_path / "without" / "config.yaml").write_text(json.dumps({"defenses": {"paper": {"name": "paper"}}}))
+    grid = Grid(read_sweep(write_plan(tmp_path, jobs)), "paper")
+    assert grid.parameters[T] == (100, 200)
+    assert grid.profile(T).index.tolist() == [0, 1]
+    assert f"| – | {100 * share((300, 'small', 0.5), attacks=('clean',)):.1f} |" in " ".join(best_section(grid).split())
 
 
 def test_what_is_missing_failed_or_damaged_is_told(folder: Path) -> None:
@@ -286,4 +342,4 @@ def test_labels_are_as_short_as_they_can_be() -> None:
     assert short_labels(["a.x.tau", "b.x.tau", "attack@attacks.clean"]) == {
         "a.x.tau": "a.x.tau", "b.x.tau": "b.x.tau", "attack@attacks.clean": "clean",
     }  # fmt: skip
-    assert [text_of(value) for value in (None, True, 1.50, 20260101, "x")] == ["null", "True", "1.5", "20260101", "x"]
+    assert [text_of(value) for value in (None, True, 1.50, 20260101, "x")] == ["–", "True", "1.5", "20260101", "x"]

@@ -52,6 +52,12 @@ def test_auto_is_the_engine_that_it_becomes():
     assert fit_key(engine="auto", T=20) == fit_key(engine="torch")
 
 
+@pytest.mark.parametrize(("precision", "engine"), [("bf16-mixed", "torch"), ("32", "native"), ("64-true", "native")])
+def test_auto_is_torch_in_mixed_precision(precision: str, engine: str):
+    of = {"indices": [0], "fit": FitOptions(network="small"), "T": 200, "device": CPU}
+    assert StackKeys(smooth_images(1), **of, trainer={"precision": precision}).engine == engine
+
+
 def test_an_image_s_key_does_not_depend_on_its_batch_mates():
     images, fit = smooth_images(3), FitOptions(network="small", engine="torch")
     together = StackKeys(images, indices=[4, 5, 6], fit=fit, T=200, device=CPU)

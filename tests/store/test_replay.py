@@ -226,6 +226,16 @@ def test_curves_are_logged_of_fits_and_replays_alike(store: Store):
         assert logs[1][step] == logs[2][step] == pytest.approx(wanted, rel=1e-5)
 
 
+def test_fits_in_mixed_precision_are_torchs_and_found_again(store: Store):
+    mixed = guard(store, T=110, engine="auto", trainer={"precision": "bf16-mixed"})
+    images = smooth_images(1)
+    made = mixed.purify(images)
+    assert torch.equal(mixed.purify(images), made)
+    assert (store.counts["fitted"], store.counts["replayed"]) == (1, 1)
+    guard(store, T=110, engine="auto").purify(images)
+    assert store.counts["fitted"] == 2  # in full precision it is another fit
+
+
 def test_a_store_that_cannot_be_written_costs_only_the_store(tmp_path: Path, caplog: pytest.LogCaptureFixture):
     store = Store(tmp_path / "store")
     for layer in ("fits", "traces", "locks"):
@@ -243,6 +253,7 @@ def test_a_store_that_cannot_be_written_costs_only_the_store(tmp_path: Path, cap
         ({"store": 3}, TypeError, "`store` must be the path of a folder or null, got 3"),
         ({"store": ""}, TypeError, "`store` must be the path of a folder"),
         ({"store": __file__}, ValueError, "`store` must be a folder, got .* which is a file"),
+        ({"store": None, "store_T": [30]}, ValueError, r"`store_T` needs a `store`, .* got \[30\]"),
         ({"store": "x", "store_T": [0]}, ValueError, "`T` must be at least 1, got 0"),
     ],
 )

@@ -197,6 +197,7 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
         (("defense=glob(j*)", "+defense.qualty=1"), MEANT),
         (("defense.quality=30,90", "hydra.output_subdir=null"), r"`hydra.output_subdir` must be .hydra"),
         (("defense=jpeg,median", "+attack@attacks.x=fgsm", "+attacks.x.steps=1"), r"attacks.x.steps"),
+        (("defense=jpeg", "logger=none,csv"), r"jobs must differ .*, got .*logger=none and .*logger=csv"),
     ],
 )
 def test_a_key_that_the_defence_lacks_is_refused_before_the_first_job(
