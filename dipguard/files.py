@@ -16,8 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def write_bytes(path: Path, content: bytes) -> Path:
-    """Write ``content`` to ``path`` atomically: even after a kill there is the old file or the whole new one."""
+def write_bytes(path: Path, content: bytes, *, mode: int | None = None) -> Path:
+    """Write ``content`` to ``path`` atomically: even after a kill there is the old file or the whole new one.
+
+    ``mode`` are its permissions, such as 0o600; None leaves them to the umask.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.part")  # not longer than a long name
     try:
@@ -25,6 +28,8 @@ def write_bytes(path: Path, content: bytes) -> Path:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if mode is not None:
+            temporary.chmod(mode)
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and not error.filename:

@@ -17,6 +17,7 @@ from dipguard.attacks.target import DefendedVictim
 from dipguard.checks import check_bool, check_choice, check_int, check_positive
 from dipguard.classifier import logits_of
 from dipguard.decision.intermediates import STITCHED
+from dipguard.fit.runner import isolated_trainer
 from dipguard.fit.unrolled import FLOOR, unrolled_fit
 from dipguard.seeding import image_generator
 
@@ -75,8 +76,9 @@ class DefendedPGD(DefendedSearch):
         total, answers = torch.zeros_like(images), []
         for number in range(look, look + self.eot_iter):
             x = images.detach().clone().requires_grad_()
-            logits, answer = self.logits_of(x, self.ask_indices(indices, number))
-            total += torch.autograd.grad(LOSSES[self.loss](logits, labels).sum(), x)[0]
+            with isolated_trainer(x.device):  # fits have left their float32 when they are differentiated
+                logits, answer = self.logits_of(x, self.ask_indices(indices, number))
+                total += torch.autograd.grad(LOSSES[self.loss](logits, labels).sum(), x)[0]
             if answer is not None:
                 answers.append(answer)
         return total / self.eot_iter, torch.stack(answers) if answers else None

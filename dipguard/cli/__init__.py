@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import threading
@@ -19,6 +20,15 @@ STALE_AFTER = 3600
 """Seconds after which a half-written file belongs to no living process: no write takes longer."""
 
 
+OPTIONS = {
+    r"victim\.weights": "--weights",
+    r"victim\.arch": "--victim NAME:MODEL",
+    r"victim\.(\w+)": r"--victim-option \1",
+    r"data\.size": "--size",
+}
+"""Keys of the programs, in messages, as options of the commands."""
+
+
 class CommandError(Exception):
     """The command cannot be carried out as given. The message is shown to the user without a traceback."""
 
@@ -33,7 +43,10 @@ def command_errors(prefix: str = "") -> Iterator[None]:
     try:
         yield
     except (TypeError, ValueError, OSError, RuntimeError, ImportError) as error:
-        raise CommandError(prefix + str(error).replace("`victim.weights`", "--weights")) from error
+        text = prefix + str(error)
+        for key, option in OPTIONS.items():
+            text = re.sub(f"`{key}`", option, text)
+        raise CommandError(text) from error
 
 
 @contextmanager

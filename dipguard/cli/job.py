@@ -160,7 +160,8 @@ def choose_size(victim: nn.Module, size: int | None) -> tuple[int, int]:
     if own is None:
         raise CommandError("--size: this victim does not say which size it reads, so it must be given")
     height, width = own
-    with command_errors(f"--size: the victim cannot read {height}x{width} pixels: "):
+    asked = "--victim" if size is None else "--size"
+    with command_errors(f"{asked}: the victim cannot read {height}x{width} pixels: "):
         check_victim(victim, torch.full((1, 3, height, width), 0.5))
     return height, width
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dipguard.classifier import Decider
 from dipguard.cli import locked
 from dipguard.cli.job import MARK, Job, prepare
 from dipguard.cli.pictures import Source, read_picture, read_png, write_png
@@ -179,7 +180,8 @@ def _purified(job: Job, givens: Sequence[_Given]) -> Iterator[tuple[Tensor, _Row
 
 def read_by_victim(victim: nn.Module, pixels: Tensor) -> list[tuple[int, float]]:
     """Return the victim's decisions on uint8 pictures [N, 3, H, W], each with its softmax confidence."""
-    logits = torch.cat([check_victim(victim, part.float() / 255) for part in pixels.split(32)])
+    parts = pixels.split(Decider(victim).batch(*pixels.shape[-2:]))
+    logits = torch.cat([check_victim(victim, part.float() / 255) for part in parts])
     confidence, decision = logits.double().softmax(dim=1).max(dim=1)
     return list(zip(decision.tolist(), confidence.tolist(), strict=True))
 

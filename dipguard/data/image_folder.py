@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import warnings
 from collections.abc import Sequence
 from itertools import chain
@@ -58,6 +59,10 @@ def load_image_folder(
     check_int(label_base, name="label_base", low=0, high=1)
     classes: tuple[str, ...] = ()
     if labels_csv is None:
+        of_csv = {"image_column": (image_column, "image"), "label_column": (label_column, "label")}
+        for name, (value, default) in {**of_csv, "label_base": (label_base, 0)}.items():
+            if value != default:
+                raise ValueError(f"`{name}` belongs to `labels_csv`, which is not given, got {value!r}")
         files, labels, classes = _from_subfolders(folder)
     else:
         rows = _rows(Path(labels_csv).expanduser(), image_column, label_column)
@@ -164,6 +169,8 @@ def open_rgb(file: Path) -> Image.Image:
         with image.open(file) as given:
             if given.mode not in _PIL_8_BIT:
                 raise ValueError(f"its mode is {given.mode}, only 8-bit pictures are read")
+            if re.search(r"(?<!BGR);16", str(given.tile)):  # of which Pillow would drop half; BGR;16 is 5, 6 and 5 bits
+                raise ValueError("it has 16 bits a channel, only 8-bit pictures are read")
             picture = ops.exif_transpose(given)
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")

@@ -121,10 +121,10 @@ class DIPDefense(Defense):
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the given size; ValueError if it is too small for a network, or not the preset's."""
-        if self.chosen_by_size and preset_for((height, width)) != self.preset == "cifar10":
+        if self.chosen_by_size and preset_for((height, width)) != self.preset:
             raise ValueError(
                 f"`preset` must be given for images of {height}x{width} pixels, since the victim does not say that it "
-                "reads such images: 'imagenet' for photographs"
+                "reads such images: 'imagenet' for photographs, 'cifar10' for small images"
             )
         for fit in self.dip_fits:
             fit.spec.check_size(height, width)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from dipguard.cache import cache_folder
@@ -222,7 +223,8 @@ def _kept(place: Path) -> dict[str, Any]:
 
 def _keep(place: Path, key: str, value: Any) -> None:
     try:
-        write_json(place, _kept(place) | {key: value})
+        with FileLock(place.with_suffix(".lock"), timeout=10):  # another process may add to it
+            write_json(place, _kept(place) | {key: value})
     except OSError as problem:
         _log.warning("the choice cannot be kept: %s", problem)
 

@@ -80,9 +80,7 @@ def _built(dtype: str) -> Path:
         if done.returncode != 0 or not made.is_file():
             lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
             raise BuildError(f"{found} could not compile the native engine: {lines[0]}")
-        path = write_bytes(folder / f"{name}-{file_digest(made)[:16]}.so", made.read_bytes())
-    path.chmod(0o600)
-    return path
+        return write_bytes(folder / f"{name}-{file_digest(made)[:16]}.so", made.read_bytes(), mode=0o600)
 
 
 def _is_own(path: Path) -> bool:

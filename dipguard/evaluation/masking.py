@@ -79,10 +79,11 @@ def black_box(done: Sequence[CellResult]) -> Check:
     if not white or not black:
         return Check(name, NOT_CHECKED, f"no {'black' if white else 'white'}-box attack was run")
     n = min(len(result.right) for result in attacks)  # attacks on fewer images are compared on those
-    aimed = [[(_aimed(r, n), r.cell.label) for r in side] for side in (white, black)]
-    (best_white, by_white), (best_black, by_black) = map(min, aimed)
-    # An image is broken if it is read rightly in less than half of its draws.
-    withstood = [torch.stack([r.right[:n] for r in side]).amin(dim=0) >= 0.5 for side in (white, black)]
+    aimed = [{r.cell.label: _aimed(r)[:n] for r in side} for side in (white, black)]
+    sums = [[(round(float(right.sum()), 6), label) for label, right in side.items()] for side in aimed]
+    (best_white, by_white), (best_black, by_black) = map(min, sums)
+    # An image is broken if it is read rightly in less than half of the draws that the attack aims at.
+    withstood = [torch.stack(list(side.values())).amin(dim=0) >= 0.5 for side in aimed]
     alone = int((withstood[0] & ~withstood[1]).sum())
     figures = (
         f"black box at best {best_black:g} of {n} right ({by_black}), white box {best_white:g} ({by_white}); "
@@ -142,12 +143,15 @@ def control(done: Sequence[CellResult]) -> Check:
     return Check(name, OK if _right(best, n) < least or not _right(best, n) else WARNING, figures)
 
 
-def _aimed(result: CellResult, n: int) -> float:
-    """Right images in what the attack aims at: the known draw, if it asked about that one alone, else all draws."""
+def _aimed(result: CellResult) -> Tensor:
+    """Share of right draws of each image, [n].
+
+    Of what the attack aims at: the known draw, if it asked about that one alone, else all draws.
+    """
     attack: Any = result.cell.attack
     fixed = getattr(attack, "draws", "") == "fixed" and not getattr(attack, "final_looks", 0)
     known = fixed and result.cell.source is result.cell.target
-    return round(float(result.judged("known" if known else "accuracy")[:n].sum()), 6)
+    return result.judged("known" if known else "accuracy")
 
 
 def _right(result: CellResult, n: int | None = None) -> float:

@@ -148,8 +148,9 @@ class Matrix:
             self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell, tell), check=check)
             if counts["attacked"] == before:
                 counts["attacks_found"] += len(cell.clean)
-            for batch in self._batches(cell):  # they are a part of the whole now
-                self.store.remove("attacks", batch)
+            if self.store.file("attacks", key).is_file():  # not where the disk was full
+                for batch in self._batches(cell):  # they are a part of the whole now
+                    self.store.remove("attacks", batch)
         return self._attacked[cell.attack_key]
 
     def chunk(
@@ -163,6 +164,7 @@ class Matrix:
         key, curves = cell.sub_key("chunk", snapshot, part.start, part.stop), Curves(row)
 
         def make() -> Entry:
+            self._refuse_in_a_rebuild(cell)
             # A cell has the traces of one budget.
             last = snapshot == len(self.attack_entry(cell).header["snapshots"]) - 1
             result = self._defend(cell, snapshot, part, progress, logger=curves)
@@ -273,6 +275,7 @@ class Matrix:
     def _attack(self, cell: Cell, tell: Callable[[int], object] | None) -> Entry:
         """Attack a cell's images; batches of an adaptive attack, which may take hours, are stored one by one."""
         assert cell.attack is not None
+        self._refuse_in_a_rebuild(cell)
         on = f" x {cell.source.label}" if cell.adaptive else ""
         _log.info("attack %s%s: %d images", cell.label, on, len(cell.clean))
         if not (batches := self._batches(cell)):
@@ -285,6 +288,13 @@ class Matrix:
         whole = join_batches(made)
         whole.header["what"] = f"{cell.label}: {len(cell.clean)} images of {cell.clean.name}"
         return whole
+
+    def _refuse_in_a_rebuild(self, cell: Cell) -> None:
+        if self.config.rebuild:
+            raise RuntimeError(
+                f"`rebuild` runs nothing, but the store has no images of {cell.label} x {cell.target.label} any more: "
+                "leave `rebuild` out, or draw none of evaluate.py's (`figures=0`)"
+            )
 
     @staticmethod
     def _batches(cell: Cell) -> dict[str, slice]:

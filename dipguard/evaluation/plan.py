@@ -16,7 +16,7 @@ from torch import nn
 
 from dipguard.attacks import Attack, Cost, DefendedVictim, build_attack
 from dipguard.checks import check_labels
-from dipguard.classifier import class_names
+from dipguard.classifier import class_names, input_size
 from dipguard.config import RunConfig, name_of, names_of
 from dipguard.data import ImageSet, load_data
 from dipguard.data.base import shift_warning
@@ -172,6 +172,10 @@ def _victim(key: str, node: Mapping[str, Any], clean: ImageSet, device: torch.de
     """The victim, and the number of its classes."""
     with keys_named(key, node):
         victim: nn.Module = _build(node, build_victim).to(device)
+    (height, width), own = clean.images.shape[-2:], input_size(victim)
+    if own not in (None, (height, width)):
+        text = f"`{key}` was made for images of {own[0]}x{own[1]} pixels and gets {height}x{width} (`data.size`)"
+        warnings.warn(text, UserWarning, stacklevel=3)
     return victim, check_victim(victim, clean.images[:2], name=key).shape[1]
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
@@ -216,7 +215,7 @@ class PurifyCallback(pl.Callback):
         def purified(batch: Any, *rest: Any) -> Any:
             loader = rest[1] if len(rest) > 1 else 0
             if loader not in loaders:
-                loaders[loader] = LoaderPositions(_loader(trainer, stage, loader)), MeanMetric(), MeanMetric()
+                loaders[loader] = LoaderPositions(_loader(trainer, loader)), MeanMetric(), MeanMetric()
             return step(self._purified(stage, pl_module, batch, *loaders[loader]), *rest)
 
         self._restore = partial(own.update, {name: step}) if name in own else partial(own.pop, name)
@@ -257,9 +256,9 @@ class PurifyCallback(pl.Callback):
         return with_part(batch, place, purified)
 
 
-def _loader(trainer: Any, stage: str, position: int) -> Any:
-    given = getattr(trainer, f"{'val' if stage == 'validate' else stage}_dataloaders")
-    loaders = CombinedLoader(given, "sequential").flattened
+def _loader(trainer: Any, position: int) -> Any:
+    # Not `trainer.val_dataloaders`, which after a fit goes on to be that of the fit.
+    loaders = trainer._active_loop._combined_loader.flattened
     return loaders[position] if position < len(loaders) else None
 
 

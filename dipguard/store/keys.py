@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
@@ -40,10 +42,10 @@ def numerics() -> dict[str, str]:
 
 
 def victim_digest(victim: nn.Module) -> str:
-    """A digest of a classifier: the class, plain attributes, parameters and all buffers of each of its modules.
+    """A digest of a classifier: class, code, plain attributes, parameters and all buffers of each of its modules.
 
-    Plain are numbers, texts, None, and lists and tuples of them. Code is not part of the digest, nor are attributes of
-    other types. Before a stored trace is used, the victim is therefore asked once more.
+    Plain are numbers, texts, None, and lists and tuples of them. Functions that the classes call are not part of the
+    digest, nor are attributes of other types. Before a stored trace is used, the victim is therefore asked once more.
     """
     aside = vars(nn.Module())
     parts, tensors = [], []
@@ -59,7 +61,20 @@ def victim_digest(victim: nn.Module) -> str:
         parts.append([name, f"{kind.__module__}.{kind.__qualname__}", own, list(held)])
         # NumPy has no bfloat16.
         tensors += [v.view(torch.int16) if v.dtype == torch.bfloat16 else v for v in held.values()]
-    return digest_of([parts, tensor_digest(tensors)])
+    kinds: set[Any] = {type(part) for part in victim.modules()}
+    code = sorted({text for kind in kinds for text in _code(kind)})
+    return digest_of([parts, code, tensor_digest(tensors)])
+
+
+@cache
+def _code(kind: type) -> list[str]:
+    """The source of a class and its bases, where it is known, but for torch's, whose version is in each key."""
+    found = []
+    for one in kind.__mro__:
+        if one.__module__.partition(".")[0] not in ("torch", "builtins"):
+            with suppress(OSError, TypeError):  # of what is in no file, such as a class that was made on the fly
+                found.append(inspect.getsource(one))
+    return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -18,11 +18,13 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
+from dipguard.classifier import device_of
 from dipguard.decision import DecisionTrace, crosses, needed_for_replay
 from dipguard.decision import stitch as stitch_trace
 from dipguard.fit import DecideOptions, Decider, FitOptions, StackResult, StitchOptions
 from dipguard.fit.options import trace_settings
 from dipguard.fit.replay import FitSamples, decide_samples, fit_samples
+from dipguard.fit.runner import isolated_trainer
 from dipguard.store.folder import Entry, Store
 from dipguard.store.keys import StackKeys
 
@@ -157,7 +159,8 @@ class _Stack:
         """The trace of a fit; stored without the given image, which every reader has."""
         start = time.perf_counter()
         own: dict[str, Any] = {"given": self.images[b], "index": int(self.indices[b]), "victim": self.victim}
-        trace = decide_samples(samples, fit=self.fit, decide=decide, **own)
+        with isolated_trainer(device_of(self.victim.victim)):  # in the precision of a fit without a store
+            trace = decide_samples(samples, fit=self.fit, decide=decide, **own)
         spent = time.perf_counter() - start
         self.seconds["decide"] += spent
         arrays = {name: tensor.cpu().numpy() for name, tensor in trace.tensors().items() if name != "given"}
@@ -181,7 +184,8 @@ class _Stack:
 
     def _answers_as(self, trace: DecisionTrace) -> bool:
         """Whether the victim gives the logits of the trace, which no digest of a module can guarantee."""
-        logits = self.victim(trace.given[None])[0].cpu()
+        with isolated_trainer(device_of(self.victim.victim)):
+            logits = self.victim(trace.given[None])[0].cpu()
         stored = trace.given_scores
         limit = SAME_LOGITS * max(1.0, float(stored.abs().max()))
         same = logits.shape == stored.shape and bool((logits - stored).abs().max() <= limit)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from dipguard.checks import check_int
 from dipguard.classifier import frozen
 from dipguard.registry import check_options, lookup, table_of
 from dipguard.victims import huggingface_models, timm_models, torchvision_models
@@ -42,8 +43,9 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
 
     Args:
         name: A key of `VICTIMS` or a name that another package registers; the victim is made on the CPU. Or a model of
-            normalised images: one of timm, torchvision or transformers knows its normalisation, size and class names,
-            any other takes ``mean``, ``std`` and ``size`` as options.
+            normalised images, which is put in eval mode itself (before a fit of it, call its ``train()``): one of timm,
+            torchvision or transformers knows its normalisation, size and class names, any other takes ``mean``, ``std``
+            and ``size`` as options.
         weights: Path or https address of a state dict. ``torchvision`` also takes the name of its weights,
             ``huggingface`` a hub id or a folder. None takes the victim's default: weights that are trained on first
             use (``digits_cnn``) or downloaded, or an error that says where to find them; a model keeps its own.
@@ -88,12 +90,13 @@ def of_model(
     elif "transformers" in libraries:
         victim = huggingface_models.of_model(network, mean=mean, std=std, size=size)
     elif "torchvision" in libraries:
-        victim = torchvision_models.of_model(network, mean=mean, std=std)
+        victim = torchvision_models.of_model(network, mean=mean, std=std, size=size)
     if victim is None:
         if mean is None or std is None:
             problem = f"a {type(network).__name__} does not say how its images are normalised"
             advice = "give `mean` and `std` (0, 0, 0 and 1, 1, 1 for images in [0, 1])"
             raise ValueError(f"`name`: {problem}: {advice}")
         victim = Normalised(network, mean=mean, std=std)
-    victim.size = victim.size if size is None else (size, size)
+    if size is not None:
+        victim.size = (check_int(size, name="size", low=1), size)
     return victim

@@ -60,7 +60,8 @@ class Normalised(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, 3, H, W] in [0, 1]."""
-        return self.network((images - self.mean) / self.std)
+        # In Lightning a precision or a device may be the network's alone.
+        return self.network((images - self.mean.to(images)) / self.std.to(images))
 
 
 def check_channels(values: Sequence[float], *, name: str) -> Tensor:

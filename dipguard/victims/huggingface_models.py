@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dipguard.checks import check_int
 from dipguard.registry import import_extra
 from dipguard.victims.base import Channels, Normalised, first_line
 
@@ -71,12 +72,16 @@ def of_model(
     source = source or str(network.config.name_or_path)
     names = dict(network.config.id2label or {})
     classes = tuple(str(names[i]) for i in range(len(names))) if set(names) == set(range(len(names))) else ()
-    if mean is not None and std is not None and size is not None:
-        return Normalised(Unwrapped(network), mean=mean, std=std, classes=classes, size=(size, size))
+    side = None if size is None else (check_int(size, name="size", low=1), size)
     problem = f"{source or 'the model'} has no image processor; give `mean`, `std` and `size` as options of the victim"
-    if not source:
-        raise ValueError(f"`victim`: {problem}")
-    processor = _load(_transformers().AutoImageProcessor, source, revision, problem)
+    try:
+        if not source:
+            raise ValueError(f"`victim`: {problem}")
+        processor = _load(_transformers().AutoImageProcessor, source, revision, problem)
+    except (ValueError, RuntimeError):
+        if mean is None or std is None or side is None:
+            raise
+        return Normalised(Unwrapped(network), mean=mean, std=std, classes=classes, size=side)
     image = import_extra("PIL.Image", owner="an image processor", extra="vision")
     colours = [image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
     pictures = processor(images=colours, return_tensors="pt")["pixel_values"]
@@ -88,7 +93,7 @@ def of_model(
         mean=own_mean if mean is None else mean,
         std=own_std if std is None else std,
         classes=classes,
-        size=(pictures.shape[2], pictures.shape[3]) if size is None else (size, size),
+        size=side or (pictures.shape[2], pictures.shape[3]),
         interpolation=_INTERPOLATIONS[int(getattr(processor, "resample", 2) or 0)],
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,17 +66,27 @@ def build(
     return _with_transforms(network, known, classes=1000, mean=mean, std=std)
 
 
-def of_model(network: nn.Module, *, mean: Channels, std: Channels) -> Normalised | None:
-    """A model with the preprocessing of torchvision's weights for as many parameters; None if there are none."""
+def of_model(network: nn.Module, *, mean: Channels, std: Channels, size: int | None) -> Normalised | None:
+    """A model with the preprocessing of torchvision's weights for as many parameters; None if there are none.
+
+    A UserWarning says if these weights were made for several sizes, and none of them is asked for by ``size``.
+    """
     models = import_extra("torchvision.models", owner="a model of torchvision", extra="vision")
     # GoogLeNet's weights come without its auxiliary classifiers.
     sizes = [parameter.numel() for name, parameter in network.named_parameters() if not name.startswith("aux")]
-    head = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))][-1]
+    heads = [part for part in network.modules() if isinstance(part, (nn.Linear, nn.Conv2d))]
+    if not heads:  # such as a quantised one
+        return None
+    head = heads[-1]
     classes = len(head.weight)
     count = sum(sizes) + (1000 - classes) * sum(parameter.numel() for parameter in head.parameters()) // classes
     known = [w for arch in models.list_models(module=models) for w in models.get_model_weights(arch)]
-    found = next((one for one in known if one.meta["num_params"] == count), None)
-    return None if found is None else _with_transforms(network, found, classes=classes, mean=mean, std=std)
+    found = [one for one in known if one.meta["num_params"] == count]
+    sides = [one.transforms().crop_size[0] for one in found]
+    if size is None and len(set(sides)) > 1:
+        text = f"torchvision has weights of this model for images of {sides} pixels; {sides[0]} is taken: give `size`"
+        warnings.warn(text, UserWarning, stacklevel=4)
+    return _with_transforms(network, found[0], classes=classes, mean=mean, std=std) if found else None
 
 
 def _with_transforms(network: nn.Module, known: Any, *, classes: int, mean: Channels, std: Channels) -> Normalised:

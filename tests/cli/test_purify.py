@@ -231,7 +231,11 @@ def test_a_result_never_takes_the_place_of_a_given_picture(pictures, purify, tmp
     ("words", "message"),
     [
         (("--victim", "lenet"), "`victim`.*lenet|`--victim`.*lenet"),
-        (("--victim", "torchvision:resnet9000"), "`victim.arch`.*resnet9000"),
+        (("--victim", "torchvision:resnet9000"), "--victim NAME:MODEL must be one of.*resnet9000"),
+        (
+            ("--victim", "torchvision:resnet18", "--victim-option", "num_classes=1"),
+            "--victim-option num_classes must be",
+        ),
         (("--victim", "cifar10_resnet20", "--weights", "nowhere.th"), "nowhere.th"),
         (("--victim", "digits_cnn:x.pt", "--weights", "y.pt"), "given twice"),
         (("--victim-option", "depth=3"), "takes no option 'depth'"),

@@ -1,3 +1,6 @@
+import struct
+import zlib
+
 import numpy as np
 import pytest
 import torch
@@ -111,6 +114,16 @@ def test_a_16_bit_picture_is_refused(tmp_path):
         load_data("image_folder", path=tmp_path)
 
 
+def test_a_picture_with_16_bits_a_colour_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    rows = b"".join(b"\x00" + bytes(4 * 6) for _ in range(4))  # no filter, then four pixels of three times two bytes
+    parts = [(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 16, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    chunks = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in parts]
+    (tmp_path / "x" / "deep.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    with pytest.raises(ValueError, match=r"deep\.png cannot be read: it has 16 bits a channel, only 8-bit"):
+        load_data("image_folder", path=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
@@ -189,3 +202,6 @@ def test_missing_things_are_named(tmp_path, folder):
         load_data("image_folder", path=tmp_path / "empty")
     with pytest.raises(ValueError, match="`label_base`"):
         load_data("image_folder", path=folder, labels_csv=tmp_path, label_base=2)
+    for option in ({"label_base": 1}, {"label_column": "TrueLabel"}, {"image_column": "ImageId"}):
+        with pytest.raises(ValueError, match=f"`{next(iter(option))}` belongs to `labels_csv`, which is not given"):
+            load_data("image_folder", path=folder, **option)

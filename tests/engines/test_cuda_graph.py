@@ -1,6 +1,7 @@
 """The recorded step, run eagerly on a CPU, and as a graph where there is a GPU."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dipguard import MirrorGuard
 from dipguard.engines import TorchEngine, make_engine
-from dipguard.engines.cuda_graph import CudaGraphEngine, engine_times, fastest_engine
+from dipguard.engines.cuda_graph import CudaGraphEngine, _keep, engine_times, fastest_engine
 from dipguard.networks import StackedSkipNet, build
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -192,6 +193,12 @@ def test_a_choice_that_was_cut_short_is_made_again_unless_bits_must_not_change(
         torch.use_deterministic_algorithms(strict)
         chosen.clear()
         assert CudaGraphEngine(*problem()[:2], **options).choice == expected
+
+
+def test_what_several_processes_keep_at_a_time_is_all_kept(kept: Path) -> None:
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda number: _keep(kept, f"key {number}", {"torch": 1.0}), range(40)))
+    assert len(json.loads(kept.read_text())) == 40
 
 
 def test_an_engine_that_cannot_run_is_never_the_fastest(kept: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -124,7 +124,9 @@ def test_black_box_counts_the_draw_that_an_attack_with_fixed_draws_knows(honest:
     white = result(honest, "identity", [0] * 6, draws=labels.expand(3, -1))
     black = result(honest, "hopskipjump", [1, 0, 0, 0, 0, 0], draws=((labels + 1) % 10).expand(3, -1))
     assert white.right.sum() > black.right.sum()
-    assert black_box([white, black]).figures.startswith("black box at best 1 of 6 right (hopskipjump), white box 0 ")
+    figures = black_box([white, black]).figures
+    assert figures.startswith("black box at best 1 of 6 right (hopskipjump), white box 0 ")
+    assert figures.endswith("; 0 broken by black box alone")
     assert black_box([white, black]).verdict == OK
 
 

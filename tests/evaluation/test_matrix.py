@@ -367,6 +367,19 @@ def test_a_rebuild_fits_nothing_for_more_traces(tmp_path: Path, finished: Matrix
     assert written(matrix) == before
 
 
+def test_a_rebuild_never_runs_what_the_store_has_lost(tmp_path: Path, finished: Matrix) -> None:
+    shutil.copytree(finished.folder, tmp_path, dirs_exist_ok=True)
+    for info in list_entries(tmp_path / "store"):
+        if "chunk" not in info.header:  # all but the finished cells
+            info.path.unlink()
+    matrix = prepare(typed_matrix(*TINY, "rebuild=true"), tmp_path)
+    matrix.load()
+    assert all(matrix.results[cell.place][0].done for cell in finished.cells if cell.why is None)
+    for images in (matrix.attacked, matrix.reconstructions):
+        with pytest.raises(RuntimeError, match="`rebuild` runs nothing, but the store has no images of pgd_8 x paper"):
+            images("pgd_8", "paper")
+
+
 @pytest.mark.slow
 def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> None:
     shared = f"store={tmp_path / 'store'}"

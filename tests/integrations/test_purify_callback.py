@@ -1,5 +1,6 @@
 """The callback in a Lightning project, with the defaults of the Trainer."""
 
+import copy
 import csv
 import random
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dipguard import DIPGuard
 from dipguard.defenses import build_defense
@@ -172,6 +173,20 @@ def test_several_loaders_are_counted_and_logged_apart(module: DigitsModule) -> N
     assert [f"{DEFENDED}/dataloader_idx_{n}" in result for n, result in enumerate(results)] == [True, True]
     torch.testing.assert_close(torch.cat(module.seen[2:]), guard.purify(DigitsData(count=2, noise=0.1).pictures.x))
     assert module.test_step is theirs
+
+
+def test_a_validation_after_a_fit_counts_its_own_images(module: DigitsModule) -> None:
+    """In one process too, where a sampler is distributed over one."""
+    sets = [DigitsData(count=count).pictures for count in (2, 5)]
+    samplers = [DistributedSampler(pictures, num_replicas=1, rank=0, shuffle=False) for pictures in sets]
+    few, many = (DataLoader(p, batch_size=2, sampler=s) for p, s in zip(sets, samplers, strict=True))
+    guard = DIPGuard(copy.deepcopy(module), **TINY)
+    runner = trainer(PurifyCallback(guard), max_epochs=1, limit_train_batches=1)
+    runner.fit(module, few, few)
+    module.seen.clear()
+    runner.validate(module, many, verbose=False)
+    assert runner.callback_metrics["validate_accuracy_defended"] == runner.callback_metrics["their_accuracy"]
+    torch.testing.assert_close(torch.cat(module.seen), guard.purify(sets[1].x), rtol=0, atol=1e-5)
 
 
 def test_indices_may_come_with_the_batch(module: DigitsModule) -> None:

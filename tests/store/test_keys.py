@@ -1,5 +1,8 @@
 """Keys: everything that the numbers depend on, and nothing else."""
 
+import importlib
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -107,6 +110,21 @@ class Scaled(nn.Module):
 
 class Other(Scaled):
     """The same parts, another class."""
+
+
+def test_code_is_a_part_of_a_victims_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    code = (
+        "from torch import nn\nclass Net(nn.Module):\n    def forward(self, x):\n        return x.mean((2, 3)) * {}\n"
+    )
+    digests = []
+    for number, factor in enumerate((1, 2, 1)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "net_of_mine.py").write_text(code.format(factor))
+        monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, "net_of_mine", raising=False)
+        digests.append(victim_digest(importlib.import_module("net_of_mine").Net()))
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_digest_of_a_victim():

@@ -26,6 +26,13 @@ def test_normalised_computes_by_hand(images):
     assert torch.allclose(victim(images), network(by_hand), atol=1e-6)
 
 
+def test_a_network_alone_may_have_another_precision(images):
+    victim = Normalised(linear(), mean=(0.1, 0.2, 0.3), std=(1, 1, 1))
+    victim.network.bfloat16()
+    assert victim(images.bfloat16()).dtype == torch.bfloat16
+    assert victim.mean.dtype == torch.float32
+
+
 def test_normalisation_moves_with_the_module(images):
     victim = Normalised(linear(), mean=(0.1, 0.2, 0.3), std=(1, 1, 1)).double()
     assert victim(images.double()).dtype == torch.float64

@@ -87,6 +87,18 @@ def test_without_a_processor_the_options_say_it(folder):
     assert victim.size == (32, 32)
 
 
+@pytest.mark.parametrize("folder", ["vit"], indirect=True)
+def test_options_do_not_hide_the_processors_order(folder):
+    name, settings = PROCESSORS["BGR"]
+    getattr(transformers, name)(**settings).save_pretrained(folder)
+    options = {"mean": (0, 0, 0), "std": (1, 1, 1)}
+    for more in ({}, {"size": 32}):
+        victim = build_victim("huggingface", weights=folder, **options, **more)
+        assert victim.network.order == [2, 1, 0]
+    with pytest.raises(TypeError, match="`size` must be an integer"):
+        build_victim("huggingface", weights=folder, size=(32, 32))
+
+
 def test_a_backbone_without_its_head_is_refused(tmp_path):
     _model(head="ViTModel").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"lacks classifier\.bias, classifier\.weight.*ViTForImageClassification"):

@@ -1,6 +1,7 @@
 """Model objects as victims: timm's, torchvision's, transformers', and any other."""
 
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -70,8 +71,31 @@ def test_a_model_of_transformers_has_a_processor_beside_its_weights_or_options(t
     assert _about(build_victim(loaded)) == (numbers, (32, 32), "bilinear", 3)
 
 
+def test_weights_of_one_count_and_several_sizes_are_told():
+    # A torchvision model is known by its parameters; these stand for a regnet_y_16gf, which takes a minute to draw.
+    model = models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])
+    count = models.RegNet_Y_16GF_Weights.IMAGENET1K_V1.meta["num_params"]
+    model.rest = nn.Parameter(torch.empty(count - sum(p.numel() for p in model.parameters()), device="meta"))
+    with pytest.warns(UserWarning, match=r"weights of this model for images of \[224, 224, 384, 224\] pixels; 224 is"):
+        assert build_victim(model).size == (224, 224)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert build_victim(model, size=384).size == (384, 384)
+
+
+def test_a_model_without_a_layer_to_know_it_by_takes_options():
+    class Bare(models.ResNet):
+        def __init__(self):
+            nn.Module.__init__(self)
+
+    assert build_victim(Bare(), mean=(0, 0, 0), std=(1, 1, 1), size=32).size == (32, 32)
+
+
 def test_any_other_model_says_it_by_options(tmp_path):
     model = linear()
+    for size in ((32, 32), "32", 0):
+        with pytest.raises((TypeError, ValueError), match="`size` must be"):
+            build_victim(model, mean=(0, 0, 0), std=(1, 1, 1), size=size)
     for bare in (model, models.ResNet(models.resnet.BasicBlock, [1, 1, 1, 1])):
         with pytest.raises(ValueError, match="does not say how its images are normalised: give `mean` and `std`"):
             build_victim(bare)
