@@ -161,13 +161,15 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
 def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
     """ValueError for overrides of ``attacks`` or ``defenses`` where ``attack`` or ``defense`` takes their place.
 
-    And for one of ``eps_255`` where no attack refers to it.
+    And for one of ``eps_255`` or ``judge`` where no attack is part of a suite.
     """
     from omegaconf import OmegaConf
 
     keys = [re.sub(r"^[+~]*([^=]+).*", r"\1", text, flags=re.DOTALL) for text in overrides]
-    if "eps_255" in keys and not re.search(r"\$\{eps_255\}|^ +number: ", OmegaConf.to_yaml(cfg), re.MULTILINE):
-        raise ValueError("'eps_255' changes nothing without an attack suite (experiment=adaptive): `attack.eps_255`?")
+    of_suite = [key for key in keys if key in ("eps_255", "judge")]
+    if of_suite and not re.search(r"\$\{eps_255\}|^ +number: ", OmegaConf.to_yaml(cfg), re.MULTILINE):
+        hint = ": `attack.eps_255`?" if of_suite[0] == "eps_255" else ""
+        raise ValueError(f"'{of_suite[0]}' changes nothing without an attack suite (experiment=adaptive){hint}")
     for single, many in (("attack", "attacks"), ("defense", "defenses")):
         for key in keys:
             if cfg.get(single) is not None and re.search(rf"(^|@){many}\.", key):

@@ -226,6 +226,8 @@ def test_an_override_without_effect_is_refused(override: str, key: str) -> None:
 def test_the_eps_of_a_suite_is_refused_without_one() -> None:
     with pytest.raises(ValueError, match=r"'eps_255' changes nothing .*: `attack.eps_255`?"):
         check_overrides(compose_config("attack=pgd", "eps_255=2"), ["attack=pgd", "eps_255=2"])
+    with pytest.raises(ValueError, match="'judge' changes nothing without an attack suite"):
+        check_overrides(compose_config("attack=pgd", "judge=3"), ["attack=pgd", "judge=3"])
     own = compose_config("attack=pgd")
     own.attack.eps_255 = "${eps_255}"
     check_overrides(own, ["attack.eps_255=${eps_255}", "eps_255=2"])

@@ -6,6 +6,7 @@ Importing this module is fast: torch is imported when the keys of the config hav
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
-from dipguard.config import NODE_KEYS, RunConfig, check_overrides, explain, from_hydra, name_of, register
+from dipguard.config import NODE_KEYS, RunConfig, check_overrides, explain, from_hydra, name_of, names_of, register
 from dipguard.evaluation.sweep_job import DONE, FAILED, is_done, job_key, may_be_path, objective
 from dipguard.files import write_json, write_text
 from hydra_plugins.dipguard_groups import conf_folder
@@ -98,8 +99,8 @@ def _make_absolute(node: DictConfig, root: Path) -> None:
         if isinstance(value, dict):
             _make_absolute(node[key], root)
         elif isinstance(value, str):
-            ours = key == "store" or (key == "path" and "name" in node)
-            if ours or (may_be_path(key, value) and (root / value).exists()):
+            ours = key == "store" or (key == "path" and node.get("name") in names_of("data"))
+            if ours or (may_be_path(key, value) and os.path.exists(root / value)):
                 node[key] = str(root / Path(value).expanduser())
 
 

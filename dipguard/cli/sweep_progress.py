@@ -11,7 +11,6 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +120,10 @@ def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
 
     Jobs that would share a folder are refused: only one of them would run.
     """
-    for job, other in combinations(jobs, 2):
-        if job["folder"] == other["folder"]:
-            both = " and ".join(" ".join(one["overrides"]) for one in (job, other))
+    first: dict[str, Mapping[str, Any]] = {}
+    for job in jobs:
+        if (other := first.setdefault(job["folder"], job)) is not job:
+            both = " and ".join(" ".join(one["overrides"]) for one in (other, job))
             raise ValueError(f"a sweep's jobs must differ in what a result depends on, got {both}")
     seen: set[str] = set()
     for job in jobs:

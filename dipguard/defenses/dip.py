@@ -143,6 +143,8 @@ class DIPDefense(Defense):
 
     def _purify_alone(self, images: Tensor, indices: list[int]) -> Tensor:
         """Purify stack by stack, and keep no traces, which would take a megabyte an image and more."""
+        if type(self)._purify is not DIPDefense._purify:  # what a subclass does there belongs to the result
+            return super()._purify_alone(images, indices)
         return torch.cat(list(map(_images_of, self._stacks(images, indices, callbacks=(), logger=None))))
 
     def _stacks(

@@ -83,6 +83,7 @@ class Matrix:
     cells: list[Cell]
     results: dict[tuple[str, str], list[CellResult]] = field(default_factory=dict)
     _attacked: dict[str, Entry] = field(default_factory=dict)
+    _traces: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)  # digests by the image's index
 
     @property
     def chunk_size(self) -> int:
@@ -115,15 +116,14 @@ class Matrix:
                 entry = self.store.read("cells", cell.sub_key("chunk", last, part.start, part.stop))
                 yield () if entry is None else entry.header["curves"]
 
-    def traces(self, cell: Cell) -> dict[int, Path]:
-        """The files of a finished cell's traces that are kept, by the position of the image."""
-        summary = self.store.read("cells", cell.summary_key)
-        if summary is None:
-            return {}
-        lost = self._lost_traces(cell, summary)  # those of other settings may lie in their place
-        position = {str(index): i for i, index in enumerate(cell.clean.indices.tolist())}
-        kept = sorted(position[index] for index in summary.header["traces"] if index not in lost)
-        return {i: self.traces_path(*cell.place, int(cell.clean.indices[i])) for i in kept}
+    def traces(self, cell: Cell) -> Iterator[tuple[int, Path]]:
+        """The files of a finished cell's traces that are kept, each after the position of its image."""
+        digests = self._traces.get(cell.place, {})
+        for position, index in enumerate(cell.clean.indices.tolist()):
+            path = self.traces_path(*cell.place, index)
+            # Those of other settings may lie in their place.
+            if str(index) in digests and path.is_file() and file_digest(path) == digests[str(index)]:
+                yield position, path
 
     def traces_path(self, attack: str, defense: str, index: int) -> Path:
         """The file of an image's decision trace; it exists if the defence leaves traces and they are kept."""
@@ -246,7 +246,7 @@ class Matrix:
             "traces": {index: file for part in headers[-1] for index, file in part["traces"].items()},
         }
         self.store.write("cells", cell.summary_key, made, about)
-        self.results[cell.place] = results_of(cell, Entry(made, about))
+        self.results[cell.place], self._traces[cell.place] = results_of(cell, Entry(made, about)), about["traces"]
 
     def _defend(
         self, cell: Cell, snapshot: int, part: slice, progress: Callback | None, *, draw: int = 0, **options: Any
@@ -267,7 +267,10 @@ class Matrix:
             whole = slice(0, len(cell.clean))
             lacks = self._lacks_traces(cell, summary, whole) or self._lost_traces(cell, summary)
             # Only a run makes traces again; tables need none.
-            return unknown if lacks and not self.config.rebuild else results_of(cell, summary)
+            if lacks and not self.config.rebuild:
+                return unknown
+            self._traces[cell.place] = summary.header["traces"]
+            return results_of(cell, summary)
 
         known = None if cell.why is not None else self.store.read_as("cells", cell.summary_key, parse)
         return unknown if known is None else known

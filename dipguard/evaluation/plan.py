@@ -144,8 +144,6 @@ def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
     if WORST in config.attacks:
         raise ValueError(f"`attacks` must not name one {WORST!r}: the tables have a row of that name")
     if not any(node.get("number") for node in config.attacks.values()):
-        if config.judge > 1:
-            raise ValueError(f"`judge` is for attacks with a `number` (experiment=adaptive), got {config.judge}")
         return config.attacks
     if config.attacks.get(CLEAN, {"name": "none"}).get("name") != "none":
         raise ValueError(f"`attacks.{CLEAN}` must be the attack 'none' beside attacks with a `number`")

@@ -200,9 +200,11 @@ def make_trainer(
 
 def trainer_precision(trainer: Mapping[str, Any] | None) -> str:
     """Lightning's name of the precision that a Trainer with these further arguments has: ``32-true`` by default."""
-    cpu = torch.device("cpu")
+    asked, cpu = (trainer or {}).get("precision"), torch.device("cpu")
+    if asked is None:
+        return "32-true"
     with isolated_trainer(cpu):
-        return str(make_trainer(1, device=cpu, trainer=trainer).precision) if trainer else "32-true"
+        return str(make_trainer(1, device=cpu, trainer={"precision": asked}).precision)
 
 
 def fit_device(victim: nn.Module, images: Tensor) -> torch.device:

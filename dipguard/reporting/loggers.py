@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ class RunLog:
     def _accuracy_of_fits(self, cell: Cell) -> Iterator[tuple[int, float]]:
         """At each sampled step, the share of x(t) that are classified correctly, from the traces that are kept."""
         right: dict[int, list[float]] = {}
-        for i, path in list(self.matrix.traces(cell).items())[:MOST_TRACES]:
+        for i, path in islice(self.matrix.traces(cell), MOST_TRACES):
             trace = DecisionTrace.load(path)  # one at a time: they are large
             for step, decision in zip(trace.steps.tolist(), trace.decisions.tolist(), strict=True):
                 right.setdefault(step, []).append(decision == int(cell.clean.labels[i]))
@@ -214,7 +215,7 @@ class RunLog:
             with artifact.new_file(f"{'/'.join(['reconstructions', *cell.place])}.npz", mode="wb") as file:
                 images = self.matrix.reconstructions(*cell.place).numpy()
                 np.savez_compressed(file, images=images, indices=cell.clean.indices.numpy())
-            for path in self.matrix.traces(cell).values():
+            for _, path in self.matrix.traces(cell):
                 artifact.add_file(str(path), name=path.relative_to(self.matrix.folder).as_posix())
         count, size = len(artifact.manifest.entries), artifact.size / 1e6
         _log.info("W&B artifact %s: %d files, %.1f MB", artifact.name, count, size)

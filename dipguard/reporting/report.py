@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +53,8 @@ def write_train_report(matrix: Matrix, *, log: RunLog | None = None) -> dict[str
     images = matrix.reconstructions(*cell.place).float().numpy()
     labels, indices = cell.clean.labels.numpy(), cell.clean.indices.numpy()
     write_npz(folder / "reconstructions.npz", images=images, indices=indices, labels=labels)
-    write_text(folder / "report.md", _page(result, metrics, traced=bool(matrix.traces(cell))) + _links(folder, figures))
+    traced = next(matrix.traces(cell), None) is not None
+    write_text(folder / "report.md", _page(result, metrics, traced=traced) + _links(folder, figures))
     # JSON has neither NaN nor infinity: null stands for them.
     write_json(folder / "metrics.json", json.loads(json.dumps(metrics), parse_constant=lambda word: None))
     if log is not None:
@@ -170,7 +172,8 @@ def draw_cell(matrix: Matrix, result: CellResult, name: str) -> list[Path]:
     """A panel of a cell's first images and the decision trace of each, as far as it is kept, in ``figures/``."""
     if not matrix.config.figures:
         return []
-    clean, folder, traces = result.cell.clean, matrix.folder / "figures", matrix.traces(result.cell)
+    clean, folder = result.cell.clean, matrix.folder / "figures"
+    traces = dict(islice(matrix.traces(result.cell), matrix.config.figures))
     rows, paths = {}, []
     for i, pictures in enumerate(_pictures(matrix, result)):
         index, label = int(clean.indices[i]), int(clean.labels[i])

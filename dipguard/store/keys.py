@@ -72,7 +72,9 @@ def _code(kind: type) -> list[str]:
     found = []
     for one in kind.__mro__:
         if one.__module__.partition(".")[0] not in ("torch", "builtins"):
-            with suppress(OSError, TypeError):  # of what is in no file, such as a class that was made on the fly
+            with suppress(
+                OSError, TypeError, SyntaxError
+            ):  # in no file, such as a class made on the fly, or half edited
                 found.append(inspect.getsource(one))
     return found
 

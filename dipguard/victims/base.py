@@ -20,6 +20,7 @@ from dipguard.classifier import (
     input_size,
     is_out_of_memory,
     probability_warning,
+    reference_of,
 )
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -61,7 +62,8 @@ class Normalised(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of images [B, 3, H, W] in [0, 1]."""
         # In Lightning a precision or a device may be the network's alone.
-        return self.network((images - self.mean.to(images)) / self.std.to(images))
+        mean, std = self.mean.to(images.device), self.std.to(images.device)
+        return self.network(((images - mean) / std).to(reference_of(self.network, images).dtype))
 
 
 def check_channels(values: Sequence[float], *, name: str) -> Tensor:

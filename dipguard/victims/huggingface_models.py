@@ -78,16 +78,11 @@ def of_model(
         if not source:
             raise ValueError(f"`victim`: {problem}")
         processor = _load(_transformers().AutoImageProcessor, source, revision, problem)
-    except (ValueError, RuntimeError):
+        pictures, (order, own_mean, own_std) = _measured(processor, source)
+    except (ImportError, ValueError, RuntimeError):
         if mean is None or std is None or side is None:
             raise
         return Normalised(Unwrapped(network), mean=mean, std=std, classes=classes, size=side)
-    image = import_extra("PIL.Image", owner="an image processor", extra="vision")
-    colours = [image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
-    pictures = processor(images=colours, return_tensors="pt")["pixel_values"]
-    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or pictures.shape[:2] != (4, 3):
-        raise ValueError(f"`victim.weights`: the image processor of {source} makes no images [B, 3, H, W]")
-    order, own_mean, own_std = _affine(pictures, source)
     return Normalised(
         Unwrapped(network, order=order),
         mean=own_mean if mean is None else mean,
@@ -96,6 +91,16 @@ def of_model(
         size=side or (pictures.shape[2], pictures.shape[3]),
         interpolation=_INTERPOLATIONS[int(getattr(processor, "resample", 2) or 0)],
     )
+
+
+def _measured(processor: Any, source: str) -> tuple[Tensor, tuple[list[int], list[float], list[float]]]:
+    """What a processor makes of one-colour pictures, and what it does to colours."""
+    image = import_extra("PIL.Image", owner="an image processor", extra="vision")
+    colours = [image.new("RGB", (_PROBE_SIDE, _PROBE_SIDE), colour) for colour in _COLOURS]
+    pictures = processor(images=colours, return_tensors="pt")["pixel_values"]
+    if not isinstance(pictures, Tensor) or pictures.ndim != 4 or pictures.shape[:2] != (4, 3):
+        raise ValueError(f"`victim.weights`: the image processor of {source} makes no images [B, 3, H, W]")
+    return pictures, _affine(pictures, source)
 
 
 def _transformers() -> Any:

@@ -1,6 +1,7 @@
 import csv
 import json
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,15 @@ class Watched(MirrorGuard):
         made = super()._purify_stack(*args, **options)
         self.seen += [weakref.ref(trace) for trace in made.traces]
         return made
+
+
+def test_what_a_subclass_makes_of_the_images_is_what_purify_returns(small_images, small_victim):
+    class Black(MirrorGuard):
+        def _purify(self, *args, **options):
+            made = super()._purify(*args, **options)
+            return replace(made, reconstructions=torch.zeros_like(made.reconstructions))
+
+    assert not Black(small_victim, **TINY, progress=False).purify(small_images[:1]).any()
 
 
 @pytest.mark.parametrize(("call", "held"), [("purify", [0, 0, 0]), ("defend", [0, 2, 4])])

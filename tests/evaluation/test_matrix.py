@@ -342,12 +342,12 @@ def test_batches_that_ended_early_keep_their_last_share() -> None:
 def test_traces_of_other_settings_in_their_place_are_none(tmp_path: Path) -> None:
     settings = (*few("paper"), "keep_traces=true")
     first = completed(prepare(typed_matrix(*settings), tmp_path))
-    assert sorted(first.traces(first.cell("pgd_8", "paper"))) == list(range(len(first.clean)))
+    assert [i for i, _ in first.traces(first.cell("pgd_8", "paper"))] == list(range(len(first.clean)))
     other = [text for text in settings if text != "keep_traces=true"]
     second = completed(prepare(typed_matrix(*other, "attacks.pgd_8.eps_255=4"), tmp_path))
-    assert sorted(second.traces(second.cell("pgd_8", "paper"))) == [0, 1]
-    lost = first.traces(first.cell("pgd_8", "paper"))
-    assert sorted(lost) == list(range(2, len(first.clean))), "the second run has written over the first two"
+    assert [i for i, _ in second.traces(second.cell("pgd_8", "paper"))] == [0, 1]
+    left = [i for i, _ in first.traces(first.cell("pgd_8", "paper"))]
+    assert left == list(range(2, len(first.clean))), "the second run has written over the first two"
 
 
 def test_more_figures_get_their_traces(tmp_path: Path) -> None:
@@ -532,7 +532,6 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
         ("+callbacks.x._target_=torch.nn.Identity", "`callbacks.x._target_` must be a callback of Lightning"),
         ("store_T=[30]", r"`store_T` needs a `store`, the folder .* got store_T=\[30\]"),
         ("store_samples=true", "`store_samples` needs a `store`"),
-        ("judge=3", "`judge` is for attacks with a `number` .*, got 3"),
         ("+attacks.pgd_8.intermediate=last", "`attacks.pgd_8.intermediate` is for adaptive attacks, got it for 'pgd'"),
         ("victim.seed=a", "`victim.seed` must be an integer, got 'a'"),
         ("victim.seed=-1", "`victim.seed` must be at least 0, got -1"),

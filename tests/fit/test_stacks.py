@@ -252,6 +252,7 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     ],
 )
 def test_the_memory_that_is_told_is_that_of_the_engine_which_fits(T, precision, engine, dtype, caplog) -> None:
+    torch.set_num_threads(1)  # put back after each test; the native engine's memory grows with them
     size, fit = (64, 64), FitOptions(network="small")
     shared, each = memory_need(size, fit=FitOptions(network="small", dtype=dtype), kept=2000, engine=engine)
     how = {"kept": 2000, "device": CPU, "trainer": {} if precision is None else {"precision": precision}}

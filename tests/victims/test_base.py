@@ -31,6 +31,7 @@ def test_a_network_alone_may_have_another_precision(images):
     victim.network.bfloat16()
     assert victim(images.bfloat16()).dtype == torch.bfloat16
     assert victim.mean.dtype == torch.float32
+    assert victim.double()(images.float()).dtype == torch.float64
 
 
 def test_normalisation_moves_with_the_module(images):

@@ -95,6 +95,8 @@ def test_options_do_not_hide_the_processors_order(folder):
     for more in ({}, {"size": 32}):
         victim = build_victim("huggingface", weights=folder, **options, **more)
         assert victim.network.order == [2, 1, 0]
+    (folder / "preprocessor_config.json").write_text('{"image_processor_type": "VivitImageProcessor"}')  # for films
+    assert build_victim("huggingface", weights=folder, **options, size=32).network.order == [0, 1, 2]
     with pytest.raises(TypeError, match="`size` must be an integer"):
         build_victim("huggingface", weights=folder, size=(32, 32))
 

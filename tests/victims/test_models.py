@@ -80,7 +80,8 @@ def test_weights_of_one_count_and_several_sizes_are_told():
         assert build_victim(model).size == (224, 224)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert build_victim(model, size=384).size == (384, 384)
+        victim = build_victim(model, size=384)
+    assert (victim.size, victim.interpolation) == ((384, 384), "bicubic")
 
 
 def test_a_model_without_a_layer_to_know_it_by_takes_options():
