@@ -19,11 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine may hold this folder without installing it
 
 from benchmarks.fit_speed import matmul_rate, synchronise
-from dipguard.engines import precision
 from dipguard.engines.native import NativeEngine
 from dipguard.engines.native_plan import Instruction, Operation
 from dipguard.fit import FitOptions, StackedDIP
-from dipguard.fit.runner import kept_memory
+from dipguard.fit.runner import isolated_trainer
 from dipguard.networks import PRESETS, build
 
 
@@ -102,7 +101,7 @@ def main() -> None:
         optimiser.step()
 
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with kept_memory(device), precision("float32", device):
+    with isolated_trainer(device):
         for _ in range(4):
             step()
         synchronise(device)

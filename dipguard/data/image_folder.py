@@ -59,8 +59,8 @@ def load_image_folder(
     check_int(label_base, name="label_base", low=0, high=1)
     classes: tuple[str, ...] = ()
     if labels_csv is None:
-        of_csv = {"image_column": (image_column, "image"), "label_column": (label_column, "label")}
-        for name, (value, default) in {**of_csv, "label_base": (label_base, 0)}.items():
+        columns = ("image_column", image_column, "image"), ("label_column", label_column, "label")
+        for name, value, default in (*columns, ("label_base", label_base, 0)):
             if value != default:
                 raise ValueError(f"`{name}` belongs to `labels_csv`, which is not given, got {value!r}")
         files, labels, classes = _from_subfolders(folder)

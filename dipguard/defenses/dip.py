@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from datetime import timedelta
+from operator import attrgetter
 from typing import Any, ClassVar
 
 import torch
@@ -145,7 +146,8 @@ class DIPDefense(Defense):
         """Purify stack by stack, and keep no traces, which would take a megabyte an image and more."""
         if type(self)._purify is not DIPDefense._purify:  # what a subclass does there belongs to the result
             return super()._purify_alone(images, indices)
-        return torch.cat(list(map(_images_of, self._stacks(images, indices, callbacks=(), logger=None))))
+        images_of = attrgetter("reconstructions")  # a loop's variable would hold the stack before
+        return torch.cat(list(map(images_of, self._stacks(images, indices, callbacks=(), logger=None))))
 
     def _stacks(
         self, images: Tensor, indices: list[int], *, callbacks: Callbacks, logger: Logger | None
@@ -171,10 +173,6 @@ class DIPDefense(Defense):
 
         show = self.progress and not any(isinstance(callback, FitProgress) for callback in callbacks)
         return in_stacks(count, size=size, T=self.longest_fit, work=work, device=device, progress=show)
-
-
-def _images_of(made: Purified) -> Tensor:
-    return made.reconstructions
 
 
 def _as_json(value: Any) -> Any:

@@ -89,7 +89,7 @@ class DIPGuard(DIPDefense):
         self.store = open_store(store)
         if store_T and self.store is None:
             raise ValueError(f"`store_T` needs a `store`, the folder of the fits that it is about, got {store_T!r}")
-        self.also = tuple(replace(self.decide_options, T=other) for other in store_T) if self.store else ()
+        self.also = tuple(replace(self.decide_options, T=other) for other in store_T)
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Matrix:
         for position, index in enumerate(cell.clean.indices.tolist()):
             path = self.traces_path(*cell.place, index)
             # Those of other settings may lie in their place.
-            if str(index) in digests and path.is_file() and file_digest(path) == digests[str(index)]:
+            if str(index) in digests and _is_as_written(path, digests[str(index)]):
                 yield position, path
 
     def traces_path(self, attack: str, defense: str, index: int) -> Path:
@@ -350,9 +350,12 @@ class Matrix:
 
     def _lost_traces(self, cell: Cell, entry: Entry) -> list[str]:
         """The indices of an entry's traces whose files are not in the run folder as they were written."""
-        paths = {index: self.traces_path(*cell.place, int(index)) for index in entry.header["traces"]}
-        digests = entry.header["traces"]
-        return [i for i, path in paths.items() if not path.is_file() or file_digest(path) != digests[i]]
+        digests = entry.header["traces"].items()
+        return [i for i, digest in digests if not _is_as_written(self.traces_path(*cell.place, int(i)), digest)]
+
+
+def _is_as_written(path: Path, digest: str) -> bool:
+    return path.is_file() and file_digest(path) == digest
 
 
 def parts_of(count: int, size: int) -> Iterator[slice]:

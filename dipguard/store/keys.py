@@ -72,9 +72,8 @@ def _code(kind: type) -> list[str]:
     found = []
     for one in kind.__mro__:
         if one.__module__.partition(".")[0] not in ("torch", "builtins"):
-            with suppress(
-                OSError, TypeError, SyntaxError
-            ):  # in no file, such as a class made on the fly, or half edited
+            # A class that was made on the fly has no file, and one that is being edited may not parse.
+            with suppress(OSError, TypeError, SyntaxError):
                 found.append(inspect.getsource(one))
     return found
 

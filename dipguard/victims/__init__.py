@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipguard.checks import check_int
 from dipguard.classifier import frozen
 from dipguard.registry import check_options, lookup, table_of
 from dipguard.victims import huggingface_models, timm_models, torchvision_models
-from dipguard.victims.base import Channels, Normalised, check_victim
+from dipguard.victims.base import Channels, Normalised, check_victim, square
 from dipguard.victims.weights import load_state_dict_strict
 
 __all__ = ["VICTIMS", "Normalised", "build_victim", "check_victim", "frozen", "load_state_dict_strict"]
@@ -97,6 +96,5 @@ def of_model(
             advice = "give `mean` and `std` (0, 0, 0 and 1, 1, 1 for images in [0, 1])"
             raise ValueError(f"`name`: {problem}: {advice}")
         victim = Normalised(network, mean=mean, std=std)
-    if size is not None:
-        victim.size = (check_int(size, name="size", low=1), size)
+    victim.size = square(size) or victim.size
     return victim

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_images
+from dipguard.checks import check_images, check_int
 from dipguard.classifier import (
     asked,
     check_is_module,
@@ -77,6 +77,11 @@ def check_channels(values: Sequence[float], *, name: str) -> Tensor:
     if name == "std" and bool((numbers <= 0).any()):
         raise ValueError(f"`{name}` must be above 0, got {values!r}")
     return numbers.view(3, 1, 1)
+
+
+def square(size: int | None) -> tuple[int, int] | None:
+    """Return height and width for the option ``size`` of a victim, the side in pixels; TypeError or ValueError else."""
+    return None if size is None else (check_int(size, name="size", low=1), size)
 
 
 def check_victim(victim: nn.Module, images: Tensor, *, name: str = "victim") -> Tensor:

@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dipguard.checks import check_int
 from dipguard.registry import import_extra
-from dipguard.victims.base import Channels, Normalised, first_line
+from dipguard.victims.base import Channels, Normalised, first_line, square
 
 _PROBE_SIDE = 512
 _COLOURS = ((0, 0, 0), (255, 0, 0), (0, 255, 0), (0, 0, 255))
@@ -72,7 +71,7 @@ def of_model(
     source = source or str(network.config.name_or_path)
     names = dict(network.config.id2label or {})
     classes = tuple(str(names[i]) for i in range(len(names))) if set(names) == set(range(len(names))) else ()
-    side = None if size is None else (check_int(size, name="size", low=1), size)
+    side = square(size)
     problem = f"{source or 'the model'} has no image processor; give `mean`, `std` and `size` as options of the victim"
     try:
         if not source:

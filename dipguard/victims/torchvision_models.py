@@ -86,9 +86,10 @@ def of_model(network: nn.Module, *, mean: Channels, std: Channels, size: int | N
     if size is None and len(set(sides)) > 1:
         text = f"torchvision has weights of this model for images of {sides} pixels; {sides[0]} is taken: give `size`"
         warnings.warn(text, UserWarning, stacklevel=4)
-    # The first of this size, or of all.
-    best = min(found, key=lambda one: one.transforms().crop_size[0] != size, default=None)
-    return None if best is None else _with_transforms(network, best, classes=classes, mean=mean, std=std)
+    if not found:
+        return None
+    best = found[sides.index(size) if size in sides else 0]
+    return _with_transforms(network, best, classes=classes, mean=mean, std=std)
 
 
 def _with_transforms(network: nn.Module, known: Any, *, classes: int, mean: Channels, std: Channels) -> Normalised:

@@ -241,14 +241,16 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     assert f"fits of 30 images of 256x256 pixels at once need {(shared + 30 * each) / 2**30:.2f} GiB" in caplog.text
 
 
-@pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+NATIVE = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
+
+
 @pytest.mark.parametrize(
     ("T", "precision", "engine", "dtype"),
     [
-        (100, None, "native", "float32"),
+        pytest.param(100, None, "native", "float32", marks=NATIVE),
         (99, None, "torch", "float32"),
         (100, "bf16-mixed", "torch", "float32"),
-        (100, "64-true", "native", "float64"),
+        pytest.param(100, "64-true", "native", "float64", marks=NATIVE),
     ],
 )
 def test_the_memory_that_is_told_is_that_of_the_engine_which_fits(T, precision, engine, dtype, caplog) -> None:
