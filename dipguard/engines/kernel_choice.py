@@ -46,7 +46,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-4}
 ROUGH = 3e-2
 """Largest relative error in bfloat16 and TF32."""
 SPLIT = "triton tf32x3"
-"""Float32 products as sums of TF32 ones: taken where its error is at most twice the largest of the float32 forms."""
+"""Float32 products as sums of TF32 ones: taken where its error is at most the largest of the float32 forms."""
 CHECKED = 4
 """Networks, the stack's last ones, whose results are compared: float64 is slow on many GPUs."""
 BUDGET = 4.0
@@ -235,7 +235,7 @@ def measure(
             try:
                 both = partial(_both, shape.kernel(name), [*tensors, dy])
                 off = error(both())
-                if off <= (min(tolerance, 2 * own) if name == SPLIT else tolerance):
+                if off <= (min(tolerance, own) if name == SPLIT else tolerance):
                     times[name] = median_seconds(both, device=device, best=best)
                     own = max(own, off)
                 else:
