@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 NODE_KEYS = ("name", "_target_")
-ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "made_on", "only", "note")
+ATTACK_KEYS = ("number", "check", "full", "intermediate", "limit", "made_on", "only")
 """Keys of an attack's node beside its options."""
 ATTACK_CHECKS = ("control", "large_eps")
 LOGGERS: dict[str, tuple[str, ...]] = dict.fromkeys(("none", "csv", "tensorboard"), ())
@@ -56,8 +56,8 @@ class RunConfig:
     ``mirrors``, ``data`` says whether an image means the same in a mirror. An attack may have, beside its options,
     ``number`` (before the label in tables), ``check`` (``control`` or ``large_eps``: not part of the worst case),
     ``full`` (the options of an uncut run), ``intermediate`` (a name, or several, of which the first that a defence has
-    is attacked), ``limit`` (of images), ``only`` (labels of defences), ``made_on`` (the defence that an adaptive
-    attack's images are made on, for all defences) and ``note``.
+    is attacked), ``limit`` (of images), ``only`` (labels of defences) and ``made_on`` (the defence that an adaptive
+    attack's images are made on, for all defences).
     """
 
     seed: int

@@ -1,4 +1,4 @@
-"""Atomic file writes, and digests of files and tensors."""
+"""Atomic file writes, values for JSON, and digests of files and tensors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -77,6 +78,17 @@ def write_npz(path: Path, **arrays: Any) -> Path:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
     return write_bytes(path, buffer.getvalue())
+
+
+def as_json(value: Any) -> Any:
+    """A value for JSON: of anything but plain values, collections and lengths of time, the name of its class."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [as_json(one) for one in value]
+    if isinstance(value, timedelta):
+        return str(value)
+    return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
 
 def file_digest(path: Path) -> str:

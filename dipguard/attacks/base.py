@@ -83,7 +83,6 @@ class Attack(ABC):
     """
 
     name: ClassVar[str]
-    norm: str
     adaptive: ClassVar[bool] = False
     library: ClassVar[str] = ""
     eps_255: float | None = None
@@ -117,7 +116,7 @@ class Attack(ABC):
     def settings(self) -> dict[str, Any]:
         """Everything that the result depends on besides target and images, ready for JSON."""
         made = {"library": self.library, "library_version": self.library_version} if self.library else {}
-        return {"name": self.name, "norm": self.norm, **foreign_class(self), **kept_options(self), **made}
+        return {"name": self.name, **foreign_class(self), **kept_options(self), **made}
 
     @property
     def eps(self) -> float:

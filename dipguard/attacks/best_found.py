@@ -102,8 +102,6 @@ class DefendedSearch(AdaptiveAttack):
     each, and the one that is misclassified under most of them is returned; of equals, the one that was better before.
     """
 
-    norm: str = "Linf"
-
     def __init__(
         self, target: DefendedVictim, *, eps_255: float = 8, draws: str = "fixed", final_looks: int = 0, **options: Any
     ) -> None:

@@ -34,7 +34,6 @@ class BPDA(AdaptiveAttack):
     """
 
     name: ClassVar[str] = "bpda"
-    norm: str = "Linf"
     library: ClassVar[str] = "torchattacks"
 
     def __init__(
@@ -171,7 +170,9 @@ class DefendedModule(Unsaturated):
     def forward(self, images: Tensor) -> Tensor:
         """Return the defended victim's logits [n, C] on attacked images [n, 3, H, W]."""
         attack, given = self.attack, images.detach()
-        rows = self.at if self.nearest_of is None else self.at[nearest(given, self.nearest_of)]
+        rows = self.at
+        if self.nearest_of is not None:
+            rows = rows[torch.cdist(given.flatten(1), self.nearest_of.flatten(1), p=torch.inf).argmin(dim=1)]
         at = rows.to(self.indices.device)
         purified = attack.purified(images, attack.ask_indices(self.indices[at], self.looks[at]))
         self.looks[at] += 1
@@ -180,11 +181,6 @@ class DefendedModule(Unsaturated):
         logits = super().forward(straight_through(images, purified))
         self.seen(given, logits.detach().clone(), rows)  # Square writes into the logits that it gets
         return logits
-
-
-def nearest(images: Tensor, given: Tensor) -> Tensor:
-    """Which of ``given`` [B, 3, H, W] each of ``images`` [n, 3, H, W] is nearest to in L-inf, int [n]."""
-    return torch.stack([(images - one).abs().flatten(1).amax(dim=1) for one in given]).argmin(dim=0)
 
 
 def apart_by(distance: float, images: Tensor) -> list[Tensor]:

@@ -53,7 +53,6 @@ class HopSkipJump(AdaptiveAttack):
     """
 
     name: ClassVar[str] = "hopskipjump"
-    norm: str = "Linf"
 
     def __init__(
         self,

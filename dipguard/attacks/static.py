@@ -25,7 +25,6 @@ class NoAttack(Attack):
     """Returns a copy of the images."""
 
     name: ClassVar[str] = "none"
-    norm: str = "none"
 
     @property
     def eps(self) -> float:
@@ -41,7 +40,6 @@ class Noise(Attack):
     """x + eps times random signs, clipped to [0, 1]: the control of attacks with the same ``eps_255``."""
 
     name: ClassVar[str] = "noise"
-    norm: str = "Linf"
 
     def __init__(self, target: nn.Module, *, eps_255: float = 8, **options: Any) -> None:
         super().__init__(target, **options)
@@ -81,8 +79,6 @@ class TorchAttack(Attack):
 
 class LinfAttack(TorchAttack):
     """An attack inside the L-inf ball of radius ``eps_255``, in levels of 0 to 255, above 0."""
-
-    norm: str = "Linf"
 
     def __init__(self, target: nn.Module, *, eps_255: float = 8, **options: Any) -> None:
         super().__init__(target, **options)
@@ -153,7 +149,6 @@ class CW(TorchAttack):
     """
 
     name: ClassVar[str] = "cw"
-    norm: str = "L2"
     view: ClassVar[type[VictimView]] = LogitsAboveZero
 
     def __init__(
@@ -227,7 +222,6 @@ class DDN(Attack):
     """
 
     name: ClassVar[str] = "ddn"
-    norm: str = "L2"
     library: ClassVar[str] = "foolbox"
 
     def __init__(self, target: nn.Module, *, steps: int = 100, **options: Any) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -37,7 +36,7 @@ class Purifies(Protocol):
 class DefendedVictim:
     """The target of adaptive attacks, ``victim(defense.purify(images))``; for the victim see `Attack`.
 
-    ``tell``, if set, is called with the number of images after each purification (:meth:`telling`).
+    ``tell``, if set, is called with the number of images after each purification, as for a progress bar.
     """
 
     tell: Callable[[int], object] | None = None
@@ -74,15 +73,6 @@ class DefendedVictim:
         made: dict[str, Intermediate] = self._made(self.defense.intermediates, images, indices, seed)
         views = torch.stack([_check_purified(view, images) for view in made[name].views])
         return _check_purified(made[STITCHED].views[0], images), Intermediate(views, made[name].view)
-
-    @contextmanager
-    def telling(self, tell: Callable[[int], object] | None) -> Iterator[None]:
-        """Call ``tell`` with the number of images after each purification, as for a progress bar."""
-        self.tell = tell
-        try:
-            yield
-        finally:
-            self.tell = None
 
     def _made(self, make: Callable[..., Any], images: Tensor, indices: Tensor, seed: int) -> Any:
         with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):

@@ -141,7 +141,8 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
         sys.argv[1:] = arguments
     register()
     register_resolver()
-    register_help()
+    OmegaConf.register_new_resolver("dipguard_groups", groups_text, replace=True)
+    OmegaConf.register_new_resolver("dipguard_keys", keys_text, replace=True)
     with exit_codes(name):
         try:
             hydra.main(config_path=str(conf_folder()), config_name=name, version_base="1.3")(task)()
@@ -152,12 +153,6 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
             raise
         finally:
             report_open_sweeps()
-
-
-def register_help() -> None:
-    """Give OmegaConf the texts that the template in conf/base.yaml asks for; harmless when repeated."""
-    OmegaConf.register_new_resolver("dipguard_groups", groups_text, replace=True)
-    OmegaConf.register_new_resolver("dipguard_keys", keys_text, replace=True)
 
 
 def groups_text() -> str:

@@ -7,7 +7,6 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
-from datetime import timedelta
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_bool, check_choice, check_int
 from dipguard.classifier import input_size, probability_warning
 from dipguard.defenses.base import Callbacks, Defense, Purified
+from dipguard.files import as_json
 from dipguard.fit import FitOptions, FitProgress, check_trainer, fit_device, in_stacks, stack_size_for
 from dipguard.networks import NetworkSpec
 from dipguard.registry import check_options
@@ -112,7 +112,7 @@ class DIPDefense(Defense):
         made = [{name: v for name, v in fit.as_settings().items() if name != "seed"} for fit in self.dip_fits]
         fits: dict[str, Any] = made[0] if len(made) == 1 else {"fit": made}
         if self.trainer:
-            fits["trainer"] = _as_json(self.trainer)
+            fits["trainer"] = as_json(self.trainer)
         return {**super().settings, **fits}
 
     @property
@@ -173,14 +173,3 @@ class DIPDefense(Defense):
 
         show = self.progress and not any(isinstance(callback, FitProgress) for callback in callbacks)
         return in_stacks(count, size=size, T=self.longest_fit, work=work, device=device, progress=show)
-
-
-def _as_json(value: Any) -> Any:
-    """A value for JSON: of anything but plain values, collections and lengths of time, the name of its class."""
-    if isinstance(value, Mapping):
-        return {str(key): _as_json(one) for key, one in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_as_json(one) for one in value]
-    if isinstance(value, timedelta):
-        return str(value)
-    return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__

@@ -129,9 +129,7 @@ class DIPGuard(DIPDefense):
         others = [callback for callback in run["callbacks"] if not isinstance(callback, FitProgress)]
         store = None if others else self.store
         if store is not self.store:
-            say_once(
-                "calls with `callbacks`, which may change a fit, do not use the store of fits", level=logging.WARNING
-            )
+            say_once("calls with `callbacks`, which may change a fit, do not use the store of fits")
         fit = fit_stack if store is None else partial(stored_stack, store=store, also=self.also)
         options: Any = {"fit": self.fit_options, "decide": self.decide_options, "stitch": self.stitch_options}
         made = fit(images, victim=self.victim, indices=indices, first_step=first_step, **options, **run)

@@ -30,7 +30,6 @@ def compiler() -> str | None:
     return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-@cache
 def library(dtype: str) -> ctypes.CDLL:
     """The engine for float32 or float64, compiled or from the cache; BuildError if it cannot be made or loaded."""
     made = _library(dtype)

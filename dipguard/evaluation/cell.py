@@ -61,7 +61,7 @@ class Target:
         node, bare = self.node or {}, self.bare
         default = node_of("defense", node["name"]).get("T") if "_target_" not in node and "name" in node else None
         if isinstance(bare, DIPDefense) and bare.PRESETS:
-            default = bare.PRESETS[bare.preset]["T"]
+            default = bare.PRESETS[bare.preset].get("T")
         given = node.get("T")
         return f"T {given:,} of {default:,}" if default and given and given < default else ""
 

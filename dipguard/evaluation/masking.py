@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dipguard.classifier import Decider
 from dipguard.data import ImageSet
 from dipguard.evaluation.cell import BLACK_BOX, CLEAN, CONTROL, LARGE_EPS, CellResult, Target
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
-from dipguard.fit import Decider
 from dipguard.store import Entry
 
 OK, WARNING, NOT_CHECKED = "ok", "WARNING", "not checked"
@@ -181,7 +181,7 @@ def randomness_of(matrix: Matrix, target: Target, *, find: bool = False) -> Rand
 
     key = matrix.cell(CLEAN, target.label).sub_key("randomness")
     if find:
-        return parse(matrix.store.arrays("cells", key, make, check=parse))
+        return parse(matrix.store.arrays("cells", key, make))
     return matrix.store.read_as("cells", key, parse)
 
 

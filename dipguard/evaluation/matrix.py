@@ -14,7 +14,6 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -41,9 +40,6 @@ _log = logging.getLogger(__name__)
 
 Row: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Takes the step of a fit and its metrics."""
-ATTACKED = {"snapshots": list, "history": list, "last_history": list, "seconds": dict, "spent": dict, "flat": object}
-PURIFIED = {"reasons": list, "seconds": dict, "traces": dict, "traced": bool}
-"""The header of attacked images, and of a chunk."""
 
 
 class Curves(Logger):
@@ -143,9 +139,8 @@ class Matrix:
         if cell.attack_key not in self._attacked:
             self._attacked.clear()  # the next cells have the same, or none that was before
             counts, key = self.store.counts, cell.attack_key
-
-            before, check = counts["attacked"], partial(_check_attacked, images=len(cell.clean))
-            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell, tell), check=check)
+            before = counts["attacked"]
+            self._attacked[key] = self.store.arrays("attacks", key, lambda: self._attack(cell, tell))
             if counts["attacked"] == before:
                 counts["attacks_found"] += len(cell.clean)
             if self.store.file("attacks", key).is_file():  # not where the disk was full
@@ -181,12 +176,10 @@ class Matrix:
             content = {f"trace {index}": np.fromfile(path, dtype=np.uint8) for index, path in files.items()}
             return Entry({**arrays, **content}, about)
 
-        count = part.stop - part.start
-        check = partial(_check, header=PURIFIED, images=(count, 3), used=(count,), reasons=(count,))
-        entry = self.store.arrays("cells", key, make, check=check)
+        entry = self.store.arrays("cells", key, make)
         if self._lacks_traces(cell, entry, part):
             self.store.remove("cells", key)
-            entry = self.store.arrays("cells", key, make, check=check)
+            entry = self.store.arrays("cells", key, make)
         if row is not None and not curves.rows:  # made earlier
             for step, metrics in entry.header["curves"]:
                 row(step, metrics)
@@ -203,9 +196,7 @@ class Matrix:
             decisions = decide(cell.target.victim, result.reconstructions).numpy()
             return Entry({"decisions": decisions}, {"what": what, "seconds": sum(result.seconds.values())})
 
-        key = cell.sub_key("draw", number, snapshot, part.start, part.stop)
-        check = partial(_check, header={"seconds": float}, decisions=(part.stop - part.start,))
-        return self.store.arrays("cells", key, make, check=check)
+        return self.store.arrays("cells", cell.sub_key("draw", number, snapshot, part.start, part.stop), make)
 
     def finish(self, cell: Cell, chunks: Sequence[Sequence[Entry]], *, progress: Callback | None = None) -> None:
         """Compute the figures of a cell from its chunks (one sequence for each budget), and store them.
@@ -283,12 +274,10 @@ class Matrix:
         _log.info("attack %s%s: %d images", cell.label, on, len(cell.clean))
         if not (batches := self._batches(cell)):
             return self._attack_batch(cell, slice(0, len(cell.clean)), tell)
-        made = []
-        for key, part in batches.items():
-            check = partial(_check_attacked, images=part.stop - part.start)
-            make = partial(self._attack_batch, cell, part, tell)
-            made.append(self.store.arrays("attacks", key, make, check=check))
-        whole = join_batches(made)
+        whole = join_batches([
+            self.store.arrays("attacks", key, partial(self._attack_batch, cell, part, tell))
+            for key, part in batches.items()
+        ])  # fmt: skip
         whole.header["what"] = f"{cell.label}: {len(cell.clean)} images of {cell.clean.name}"
         return whole
 
@@ -311,8 +300,9 @@ class Matrix:
         attack, clean = cell.attack, cell.clean.images[part]
         before, start = asdict(attack.spent), time.perf_counter()
         images, labels = clean.to(self.device), cell.clean.labels[part].to(self.device)
-        with attack.target.telling(tell) if isinstance(attack, AdaptiveAttack) else nullcontext():
-            made = attack.snapshots(images, labels, indices=cell.clean.indices[part])
+        if isinstance(attack, AdaptiveAttack):
+            attack.target.tell = tell
+        made = attack.snapshots(images, labels, indices=cell.clean.indices[part])
         about = {
             "what": f"{cell.label}: {len(clean)} images of {cell.clean.name}",
             "settings": attack.settings,
@@ -379,22 +369,6 @@ def join_batches(batches: Sequence[Entry]) -> Entry:
         whole[name] = {key: sum(about[name][key] for about in headers) for key in first.header[name]}
     if any(about["flat"] is not None for about in headers):
         flat = sum(about["flat"] * n for about, n in zip(headers, gradients, strict=True) if about["flat"] is not None)
-        whole["flat"] = flat / sum(gradients)
+        whole["flat"] = flat / max(1, sum(gradients))
     arrays = {name: np.concatenate([batch.arrays[name] for batch in batches], axis=1) for name in first.arrays}
     return Entry(arrays, whole)
-
-
-def _check_attacked(entry: Entry, *, images: int) -> None:
-    rows = len(entry.header["snapshots"]), images
-    _check(entry, header=ATTACKED, images=(*rows, 3), decisions=rows, ssim=rows)
-
-
-def _check(entry: Entry, *, header: Mapping[str, type], **shapes: tuple[int, ...]) -> None:
-    """Raise an error unless fields of the header have these types, and arrays and lists begin with these shapes."""
-    for name, kind in header.items():
-        if not isinstance(entry.header[name], kind):
-            raise TypeError(f"`{name}` must be a {kind.__name__}, got {entry.header[name]!r}")
-    for name, shape in shapes.items():
-        found = entry.arrays[name].shape if name in entry.arrays else (len(entry.header[name]),)
-        if found[: len(shape)] != shape:
-            raise ValueError(f"`{name}` must begin with the shape {shape}, got {found}")

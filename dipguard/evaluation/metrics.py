@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from dipguard.classifier import Decider
 from dipguard.decision import quality
-from dipguard.fit import Decider
 
 BATCH = 64
 """Images decided or compared at once. Fixed, so that no figure depends on how a fit was cut into stacks."""

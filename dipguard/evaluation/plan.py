@@ -20,7 +20,7 @@ from dipguard.classifier import class_names, input_size
 from dipguard.config import RunConfig, name_of, names_of
 from dipguard.data import ImageSet, load_data
 from dipguard.data.base import shift_warning
-from dipguard.defenses import Defense, build_defense
+from dipguard.defenses import Defense, DIPGuard, build_defense
 from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, victim_name
 from dipguard.evaluation.matrix import Matrix
@@ -88,7 +88,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
         key = BASELINE if label == BASELINE and BASELINE in victims else "victim"
         asked = "surrogate" if key == "victim" and "surrogate" in victims else key
         bare = defense = _defense(label, node, victims[asked], config, clean)
-        if shared is not None and hasattr(bare, "store") and not config.callbacks:  # callbacks may change a fit
+        if shared is not None and isinstance(bare, DIPGuard) and not config.callbacks:  # callbacks may change a fit
             defense = _defense(label, node, victims[asked], config, clean, store=shared, store_T=tuple(config.store_T))
         targets[label] = Target(
             label=label,

@@ -109,7 +109,6 @@ def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         "status": result.status,
         "options": _in_words(cell.options, "eps_255", "batch_size"),
         "cut": cell.cut,
-        "note": cell.node.get("note") or "",
         "key": cell.key,
     }
     if not result.done:

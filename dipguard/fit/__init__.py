@@ -1,6 +1,5 @@
 """The stacked fit: a LightningModule and the callbacks that watch it."""
 
-from dipguard.classifier import Decider
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher, StopRuleCallback
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
@@ -18,7 +17,7 @@ from dipguard.fit.unrolled import unrolled_fit
 from dipguard.fit.window_logger import WindowLogger
 
 __all__ = [
-    "BoundaryDetector", "DecideOptions", "Decider", "DecisionLogger", "FitOptions", "FitProgress", "StackResult",
+    "BoundaryDetector", "DecideOptions", "DecisionLogger", "FitOptions", "FitProgress", "StackResult",
     "StackedDIP", "StitchOptions", "Stitcher", "StopRuleCallback", "WindowLogger", "check_trainer", "fit_device",
     "fit_stack", "in_stacks", "isolated_trainer", "make_trainer", "run_fit", "stack_size_for", "unrolled_fit",
 ]  # fmt: skip

@@ -211,7 +211,7 @@ def _settings(rows: pd.DataFrame) -> str:
         shown = max((done if len(done) else cells).itertuples(), key=lambda cell: len(cell.cut))
         eps = "" if shown.eps_255 != shown.eps_255 else f"eps {shown.eps_255:g}/255"
         options = ", ".join(filter(None, (eps, shown.options)))
-        lines.append([title, shown.attack_name, options, shown.cut or NONE, shown.note or NONE])
+        lines.append([title, shown.attack_name, options, shown.cut or NONE, NONE])
     for line in rows[rows["attack"] == CLEAN].itertuples():
         judged = "judge" in rows and line.status == DONE
         draws = f"judged by {line.judge:g} draw{'s' * (line.judge != 1)}" if judged else NONE

@@ -120,20 +120,12 @@ class Store:
         with suppress(OSError):
             self.file(layer, key).unlink()
 
-    def arrays(self, layer: str, key: str, make: Callable[[], Entry], *, check: Callable[[Entry], object]) -> Entry:
-        """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone.
-
-        An entry for which ``check`` raises an error counts as damaged.
-        """
-
-        def parse(entry: Entry) -> Entry:
-            check(entry)
-            return entry
-
-        entry = self.read_as(layer, key, parse)
+    def arrays(self, layer: str, key: str, make: Callable[[], Entry]) -> Entry:
+        """The stored entry; if there is none, ``make`` is called and its result stored, by one process alone."""
+        entry = self.read(layer, key)
         if entry is None:
             with self.claim([key]):
-                entry = self.read_as(layer, key, parse)
+                entry = self.read(layer, key)
                 if entry is None:
                     entry = make()
                     self.write(layer, key, entry.arrays, entry.header)

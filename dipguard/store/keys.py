@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dipguard.classifier import device_of
 from dipguard.engines.base import SHORT
 from dipguard.engines.native_build import FLAGS, sources_digest
-from dipguard.files import tensor_digest
+from dipguard.files import as_json, tensor_digest
 from dipguard.fit import DecideOptions, FitOptions
 from dipguard.fit.runner import trainer_precision
 from dipguard.fit.stacks import engine_on_cpu
@@ -110,7 +110,7 @@ class StackKeys:
         common = digest_of([
             {**fit.as_settings(), "network": asdict(fit.spec), "engine": self.engine},
             [device.type, numerics(), sources_digest(*FLAGS) if self.engine == "native" else ""],
-            {name: str(value) for name, value in (trainer or {}).items()},
+            as_json(trainer or {}),
         ])  # fmt: skip
         values = images.detach().to(device="cpu", dtype=getattr(torch, fit.dtype))
         each = zip(values, indices, strict=True)

@@ -18,10 +18,10 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
-from dipguard.classifier import device_of
+from dipguard.classifier import Decider, device_of
 from dipguard.decision import DecisionTrace, crosses, needed_for_replay
 from dipguard.decision import stitch as stitch_trace
-from dipguard.fit import DecideOptions, Decider, FitOptions, StackResult, StitchOptions
+from dipguard.fit import DecideOptions, FitOptions, StackResult, StitchOptions
 from dipguard.fit.options import trace_settings
 from dipguard.fit.replay import FitSamples, decide_samples, fit_samples
 from dipguard.fit.runner import isolated_trainer

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from dipguard.classifier import frozen
 from dipguard.registry import check_options, lookup, table_of
 from dipguard.victims import huggingface_models, timm_models, torchvision_models
 from dipguard.victims.base import Channels, Normalised, check_victim, square
 from dipguard.victims.weights import load_state_dict_strict
 
-__all__ = ["VICTIMS", "Normalised", "build_victim", "check_victim", "frozen", "load_state_dict_strict"]
+__all__ = ["VICTIMS", "Normalised", "build_victim", "check_victim", "load_state_dict_strict"]
 
 VICTIMS: dict[str, str] = {
     "digits_cnn": "dipguard.victims.digits:build",

@@ -172,7 +172,6 @@ def test_an_installed_package_adds_its_attacks(digits_cnn, digits, monkeypatch):
 
 class Dark(Attack):
     name = "dark"
-    norm = "none"
 
     def __init__(self, target, *, share=1.0, **options):
         super().__init__(target, **options)
@@ -200,7 +199,6 @@ class _Careless(Attack):
     """An attack as a user might add it, that breaks a promise in the way it is told to."""
 
     name = "careless"
-    norm = "Linf"
     eps_255 = 8
 
     def __init__(self, target, change):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import torchattacks
 
 from dipguard.attacks import Cost, Snapshot, build_attack
-from dipguard.attacks.defended_torchattacks import apart_by, nearest
+from dipguard.attacks.defended_torchattacks import apart_by
 from dipguard.attacks.libraries import VictimView
 
 from .conftest import Changed, Enlarge, Median, NoDefense, Noise, accuracy, adaptive, any_size, quick
@@ -145,15 +145,14 @@ def test_images_that_are_alike_keep_their_draws(digits_cnn, digits, eps_255):
     assert attack.history[-1] == pytest.approx(1 - float(wrong.float().mean()))
 
 
-def test_groups_are_apart_and_found_again(digits):
+def test_the_images_of_a_group_are_apart(digits):
     images = torch.cat([digits.images[:4], digits.images[:2] * 0.99])
     groups = apart_by(0.1, images)
     assert sorted(torch.cat(groups).tolist()) == list(range(6))
     assert len(groups) == 2
     for group in groups:
-        moved = images[group] + 0.05 * torch.randn(images[group].shape).sign()
-        assert nearest(moved, images[group]).tolist() == list(range(len(group)))
-        assert nearest(moved.flip(0), images[group]).tolist() == list(reversed(range(len(group))))
+        distances = torch.pdist(images[group].flatten(1), p=torch.inf)
+        assert distances.min() > 0.1
 
 
 def test_too_few_classes_are_refused(digits_cnn, digits):

@@ -69,12 +69,11 @@ def test_what_wandb_would_do_is_told_and_the_key_never_shown(capsys, monkeypatch
 
 
 def test_a_missing_compiler_is_a_note(capsys, monkeypatch, tmp_path):
-    from dipguard.engines.native_build import _library, library
+    from dipguard.engines.native_build import _library
 
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    for cached in (library, _library):
-        cached.cache_clear()
+    _library.cache_clear()
     assert main(["doctor", "--no-self-test"]) == 0
     state, text = _findings(capsys)["native engine"]
     _library.cache_clear()

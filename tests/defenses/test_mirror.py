@@ -8,12 +8,12 @@ import pytest
 import torch
 from pytorch_lightning.loggers import CSVLogger
 
+from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
 from dipguard.decision.class_scores import mirrored, window_weights
 from dipguard.decision.quality import image_noise
 from dipguard.defenses import Defense, MirrorGuard
 from dipguard.defenses.mirror import PRESETS
-from dipguard.fit import Decider
 from tests.defenses.test_intermediates import NETWORKS
 
 TINY = {"networks": NETWORKS, "T": 12, "t0": 2, "every": 3, "early": 8, "late": 8, "dtype": "float64"}

@@ -21,7 +21,6 @@ from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import write_results
 from dipguard.evaluation.runner import _share_out, run
 from dipguard.store import Entry
-from dipguard.store.folder import read_entry, write_entry
 from dipguard.store.keys import numerics
 from tests.csv_files import read_csv
 from tests.store.parts import list_entries
@@ -221,45 +220,6 @@ def test_a_damaged_entry_is_made_again(
     assert figures(tmp_path) == results
 
 
-BAD_PARTS = [
-    *(("attacks", *bad) for bad in (("images", "lacks"), ("decisions", "cut"), ("seconds", "null"))),
-    *(("chunks", *bad) for bad in (("images", "cut"), ("used", "lacks"), ("reasons", "cut"), ("traces", "null"))),
-    *(("cells", *bad) for bad in (("ssim", "cut"), ("reasons", "null"), ("snapshots", "cut"))),
-]
-
-
-@pytest.mark.parametrize(
-    ("kind", "part", "how"),
-    [pytest.param(*bad, marks=pytest.mark.slow if number % 3 else ()) for number, bad in enumerate(BAD_PARTS)],
-)
-def test_an_entry_with_a_bad_part_is_made_again(
-    tmp_path: Path, finished: Matrix, kind: str, part: str, how: str
-) -> None:
-    settings = typed_matrix(*few("jpeg"))
-    run(prepare(settings, tmp_path))
-    results, changed = figures(tmp_path), 0
-    for info in list_entries(tmp_path / "store"):
-        entry = read_entry(info.path)
-        own = "cells" if "attack" in entry.header else "attacks" if "spent" in entry.header else "chunks"
-        if own == kind:
-            arrays, header = dict(entry.arrays), dict(entry.header)
-            held = arrays.pop(part) if part in arrays else header.pop(part)
-            if how == "null":
-                header[part] = None
-            elif how == "cut" and part in entry.arrays:
-                arrays[part] = held[..., :-1] if held.ndim < 3 else held[:-1]
-            elif how == "cut":
-                header[part] = held[:-1]
-            write_entry(info.path, arrays, header)
-            changed += 1
-        elif own == "cells":
-            info.path.unlink()  # what it was made from is only read where it is missing
-    again = completed(prepare(settings, tmp_path))
-    assert again.store.counts["damaged"] == changed > 0
-    assert torch.equal(again.reconstructions("pgd_8", "jpeg"), finished.reconstructions("pgd_8", "jpeg"))
-    assert figures(tmp_path) == results
-
-
 @pytest.fixture(scope="module")
 def kept_traces(tmp_path_factory: pytest.TempPathFactory) -> Matrix:
     return completed(prepare(typed_matrix(*few("paper"), "keep_traces=true"), tmp_path_factory.mktemp("traces")))
@@ -337,6 +297,7 @@ def test_batches_that_ended_early_keep_their_last_share() -> None:
     assert whole.header["spent"] == {"purifications": 80, "gradients": 40}
     assert whole.header["flat"] == pytest.approx(0.2)
     assert whole.header["seconds"] == {"attack": 1.0}
+    assert join_batches([batch(4, [0.5], 0, 0.0), batch(1, [0.0], 0, 0.0)]).header["flat"] == 0, "none were counted"
 
 
 def test_traces_of_other_settings_in_their_place_are_none(tmp_path: Path) -> None:

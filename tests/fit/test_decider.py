@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dipguard.classifier import ask_together, logits_of, steps_together
-from dipguard.fit import Decider
+from dipguard.classifier import Decider, ask_together, logits_of, steps_together
 
 
 class Viewer(nn.Module):

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dipguard.fit import DecideOptions, Decider, FitOptions, StitchOptions, fit_stack
+from dipguard.classifier import Decider
+from dipguard.fit import DecideOptions, FitOptions, StitchOptions, fit_stack
 from dipguard.fit.options import trace_settings
 from dipguard.fit.replay import decide_samples, fit_samples
 

@@ -21,9 +21,9 @@ from pytorch_lightning.plugins.environments import SLURMEnvironment
 from torch import Tensor, nn
 
 from dipguard.checks import check_images
+from dipguard.classifier import Decider
 from dipguard.fit import (
     DecideOptions,
-    Decider,
     FitOptions,
     StackResult,
     StitchOptions,

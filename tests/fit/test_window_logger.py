@@ -2,10 +2,11 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
 
+from dipguard.classifier import Decider
 from dipguard.decision import quality
 from dipguard.decision.class_scores import mirrored
 from dipguard.evaluation.matrix import Curves
-from dipguard.fit import Decider, FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
+from dipguard.fit import FitOptions, StackedDIP, WindowLogger, isolated_trainer, make_trainer
 from tests.fit.conftest import Watch
 
 OPTIONS = FitOptions(network="small", dtype="float64", jitter=0.0, optimise_z=True, engine="torch")

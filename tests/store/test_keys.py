@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
 
 from dipguard.fit import DecideOptions, FitOptions
@@ -18,10 +19,17 @@ from tests.store.parts import random_victim, smooth_images
 CPU = torch.device("cpu")
 
 
-def fit_key(images: Tensor | None = None, *, index: int = 0, T: int = 200, **options: Any) -> str:
+def fit_key(
+    images: Tensor | None = None,
+    *,
+    index: int = 0,
+    T: int = 200,
+    trainer: dict[str, Any] | None = None,
+    **options: Any,
+) -> str:
     images = smooth_images(1) if images is None else images
     fit = FitOptions(**{"network": "small", "engine": "torch", **options})
-    return StackKeys(images, indices=[index], fit=fit, T=T, device=CPU).fits[0]
+    return StackKeys(images, indices=[index], fit=fit, T=T, device=CPU, trainer=trainer).fits[0]
 
 
 OTHER = {
@@ -48,6 +56,12 @@ def test_what_a_fit_does_not_depend_on_is_not_in_its_key():
     # T (as long as the engine is the same), how a network is named, and how z_scale's default is written.
     spec = network_spec("small")
     assert fit_key(T=100) == fit_key(T=1500) == fit_key(network=spec) == fit_key(z_scale=spec.z_scale)
+
+
+def test_arguments_of_the_trainer_count_but_not_which_object_they_are():
+    first, second = (fit_key(trainer={"profiler": SimpleProfiler()}) for _ in range(2))
+    assert first == second != fit_key()
+    assert fit_key(trainer={"gradient_clip_val": 1.0}) != fit_key(trainer={"gradient_clip_val": 2.0})
 
 
 def test_auto_is_the_engine_that_it_becomes():

@@ -6,8 +6,8 @@ from torch import nn
 
 from dipguard import DIPGuard
 from dipguard.attacks import build_attack
-from dipguard.classifier import Decider
-from dipguard.victims import Normalised, build_victim, check_victim, frozen
+from dipguard.classifier import Decider, frozen
+from dipguard.victims import Normalised, build_victim, check_victim
 from dipguard.victims.base import first_line
 
 from .conftest import exported, linear
