@@ -88,6 +88,8 @@ def as_json(value: Any) -> Any:
         return [as_json(one) for one in value]
     if isinstance(value, timedelta):
         return str(value)
+    if getattr(value, "ndim", None) == 0:  # a number of NumPy or torch
+        return value.item()
     return value if isinstance(value, (str, int, float, type(None))) else type(value).__name__
 
 

@@ -60,9 +60,9 @@ class Cost:
 class Attack(ABC):
     """An untargeted attack on one target: ``attack(images, labels)`` returns adversarial images.
 
-    A subclass sets ``name`` and ``norm`` ("Linf", "L2" or "none"), implements `attack_batch`, and keeps each of its
-    keyword-only arguments in an attribute of the same name, where `settings` finds them. An attack in an L-inf ball has
-    the argument ``eps_255``; an attack of a ``library`` names it.
+    A subclass sets ``name``, implements `attack_batch`, and keeps each of its keyword-only arguments in an attribute of
+    the same name, where `settings` finds them. An attack in an L-inf ball has the argument ``eps_255``; an attack of a
+    ``library`` names it.
 
     Args:
         target: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C]; attacked in eval mode. Adaptive attacks take

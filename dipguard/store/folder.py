@@ -39,6 +39,7 @@ from dipguard.store.keys import numerics
 _log = logging.getLogger(__name__)
 
 FORMAT = "dipguard.store/2"
+"""To be raised with every change of what an entry holds: its arrays and header fields are read unchecked."""
 HEADER = "header"
 DIGEST_LENGTH = 64  # hex digits of a SHA-256
 LAYERS = ("attacks", "cells", "fits", "traces")

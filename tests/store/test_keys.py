@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from pytorch_lightning.profilers import SimpleProfiler
@@ -61,7 +62,8 @@ def test_what_a_fit_does_not_depend_on_is_not_in_its_key():
 def test_arguments_of_the_trainer_count_but_not_which_object_they_are():
     first, second = (fit_key(trainer={"profiler": SimpleProfiler()}) for _ in range(2))
     assert first == second != fit_key()
-    assert fit_key(trainer={"gradient_clip_val": 1.0}) != fit_key(trainer={"gradient_clip_val": 2.0})
+    for number in (float, np.float32):
+        assert fit_key(trainer={"gradient_clip_val": number(1)}) != fit_key(trainer={"gradient_clip_val": number(2)})
 
 
 def test_auto_is_the_engine_that_it_becomes():
