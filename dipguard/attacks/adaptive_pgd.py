@@ -135,8 +135,8 @@ class DefendedPGD(DefendedSearch):
 class AdaptivePGD(DefendedPGD):
     """PGD through a defence without a gradient: forward the defence, backward an approximation (Athalye et al. 2018).
 
-    Every iterate is classified behind the defence at no further purification; `BestFound` says which is returned. The
-    images of a batch influence each other by rounding alone, if they do so in the defence.
+    Every iterate is classified behind the defence without a further purification; `BestFound` says which is returned.
+    The images of a batch influence each other by rounding alone, if they do so in the defence.
 
     Args:
         backward: Approximation of the defence's backward pass, a key of :data:`~dipguard.attacks.backward.BACKWARD`.
@@ -155,7 +155,7 @@ class AdaptivePGD(DefendedPGD):
         self.views = target.views(intermediate)
 
     def estimate(self, count: int) -> Cost:
-        """Cost of one call, at most; exact if each image has the full number of views."""
+        """Cost of one call, at most; exact without ``final_looks`` if each image has all views."""
         evaluated = self.target.cost(purifications=count * self.eot_iter)
         return self._cost(count * self.eot_iter * self.steps, views=self.views) + evaluated + self.final_cost(count)
 
@@ -179,11 +179,11 @@ class AdaptivePGD(DefendedPGD):
 class Unrolled(DefendedPGD):
     """PGD on the victim behind a short DIP fit, differentiated through all steps of its optimiser.
 
-    A step's forward and backward pass are those of the defence's own fits (networks, rate, draws; each gives a view)
-    after ``T`` steps, at least 2; what was found is transferred to the defence, which takes many more. It classifies
-    the start, every ``evaluate_every``-th iterate and the last. A defence without a DIP is attacked through
-    :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch influence each other by rounding alone, which
-    many steps of Adam amplify. Memory grows with ``T`` and ``batch_size``.
+    Each step runs the defence's own fits for ``T`` steps, at least 2, forward and backward, with their networks,
+    learning rates and draws; each fit gives a view. The images found are then tried on the defence, whose fits are far
+    longer: the start, every ``evaluate_every``-th iterate (at least 1) and the last. A defence without a DIP is
+    attacked through :data:`~dipguard.attacks.backward.DEFAULT_FIT`. The images of a batch influence each other by
+    rounding alone, which many steps of Adam amplify. Memory grows with ``T`` and ``batch_size``.
     """
 
     name: ClassVar[str] = "unrolled"
@@ -196,7 +196,7 @@ class Unrolled(DefendedPGD):
         self.evaluate_every = check_int(evaluate_every, name="evaluate_every", low=1)
 
     def estimate(self, count: int) -> Cost:
-        """Cost of one call, exact; the unrolled steps count as DIP steps, though each takes longer."""
+        """Cost of one call, exact without ``final_looks``; unrolled steps, which take longer, count as DIP steps."""
         evaluations = sum(self._is_evaluated(step) for step in range(self.steps + 1))
         looks = count * self.eot_iter
         evaluated = self.target.cost(purifications=looks * evaluations)

@@ -27,7 +27,10 @@ TOLERANCE = 1e-6
 
 
 class Snapshot(NamedTuple):
-    """Limits of attacked images, or None: ``eps_255`` in levels of 0 to 255, iterations or queries of an image."""
+    """Limits that attacked images keep: largest change, in levels of 0 to 255, and steps or queries per image.
+
+    None stands for no limit.
+    """
 
     eps_255: float | None
     budget: int | None

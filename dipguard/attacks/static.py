@@ -78,7 +78,7 @@ class TorchAttack(Attack):
 
 
 class LinfAttack(TorchAttack):
-    """An attack inside the L-inf ball of radius ``eps_255``, in levels of 0 to 255, above 0."""
+    """An attack inside the L-inf ball of radius ``eps_255``, in levels of 0 to 255, above 0 and at most 255."""
 
     def __init__(self, target: nn.Module, *, eps_255: float = 8, **options: Any) -> None:
         super().__init__(target, **options)
@@ -144,8 +144,8 @@ class CW(TorchAttack):
 
     Images that it cannot fool the victim on come back unchanged; pixels at exactly 0 or 1 never move. It stops when the
     summed cost of a batch rises, so an image's result depends on its batch. It draws nothing. ``c``, above 0, weighs
-    misclassification against the squared L2 distance; ``kappa``, at least 0, is the logit margin aimed at; ``steps``
-    and ``lr`` are those of Adam.
+    misclassification against the squared L2 distance; ``kappa``, at least 0, is the logit margin aimed at; ``steps``,
+    at least 1, and ``lr``, above 0, are those of Adam.
     """
 
     name: ClassVar[str] = "cw"

@@ -86,9 +86,10 @@ class AdaptiveAttack(Attack):
     """An untargeted attack on a `DefendedVictim`.
 
     Args:
-        draws: What a random defence does while it is attacked. ``fresh``: each purification has draws of its own, other
-            ones than the evaluation: the paper's setting (Section 4.3). ``fixed``: an image gets the draws of its
-            evaluation each time, as for an attacker who knows the seed: the stronger attack.
+        draws: What a random defence does while it is attacked. ``fresh``: each purification has draws of its own,
+            different from those of the evaluation (Section 4.3 of the paper does not mention draws). ``fixed``: an
+            image gets the draws of its evaluation each time, as for an attacker who knows the seed: the stronger
+            attack.
     """
 
     adaptive: ClassVar[bool] = True

@@ -69,13 +69,13 @@ def localise(
         \alpha = \arg\min_\alpha |f_{y^{(t)}}(x_{db}^{(t)}) - f_{y^{(t+1)}}(x_{db}^{(t)})|
 
     alpha is in {0, 1/N, ..., 1}; of equal differences the smallest alpha is taken. The ends are not classified again.
-    Returns alpha [M] and the on-boundary images [M, 3, H, W]. ValueError if N or ``scores`` is out of range.
+    Returns alpha [M] and the on-boundary images [M, 3, H, W]. TypeError or ValueError for a bad N or ``scores``.
 
     Args:
         before, after: x(t) and x(t+1), [M, 3, H, W] each.
         scores_before, scores_after: The victim's logits on them, [M, C] each.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
-        N: Sections of the grid, at least 1; alpha is off by at most 1/(2N).
+        N: Sections of the grid, at least 1; where the scores change linearly, alpha is off by at most 1/(2N).
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
     """
     check_int(N, name="N", low=1)

@@ -32,16 +32,17 @@ def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
 def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits: Sequence[float]) -> Tensor:
     """Weights of the windows of one fit: of a noisy image the early ones count, of a clean one the late ones.
 
-    A deep image prior takes up the image first and the perturbation later. The mean of the windows that end by step
-    ``early`` and that of those which begin at step ``late`` are mixed; the share of the late ones falls from 1 to 0 as
-    the noise of the given image rises from ``limits[0]`` to ``limits[1]``. Returns [S], at least 0, with the sum 1.
+    A deep image prior takes up the image first and the perturbation later. The mean of the windows that end before step
+    ``early`` and the mean of those that begin at step ``late`` or after it are mixed; the share of the late ones falls
+    from 1 to 0 as the noise of the given image rises from ``limits[0]`` to ``limits[1]``. Returns [S], at least 0, with
+    the sum 1.
 
     Args:
         steps: Last step of each window, [S]; windows have equal lengths.
-        noise: Of the given image (:func:`~dipguard.decision.quality.image_noise`).
-        early: No window that ends after this step is early; the first window always is.
-        late: No window that begins before this step is late; the last window always is.
-        limits: Two levels of noise, the lower one first.
+        noise: Noise of the given image (:func:`~dipguard.decision.quality.image_noise`), in the unit of ``limits``.
+        early: A window is early if its last step is below this; the first window always is.
+        late: A window is late if its first step is at least this; the last window always is.
+        limits: Two different levels of noise, the lower one first.
     """
     low, high = limits
     share = min(max((high - noise) / (high - low), 0.0), 1.0)

@@ -40,10 +40,10 @@ def quality(reconstructions: Tensor, given: Tensor) -> Tensor:
 def image_noise(images: Tensor) -> Tensor:
     """Estimate the standard deviation of each image's noise, [n], by what Immerkaer's mask leaves of it.
 
-    It is the larger one of two estimates ("Fast noise variance estimation", 1996). In photographs, texture lies in the
-    brightness: the differences of red and green, and of blue and green, vary slowly, and noise that differs between the
-    channels remains in them. Noise that the channels share is seen in the brightness alone: a quarter of its estimate
-    from the smoothest quarter of the image, since texture and noise cannot be told apart there.
+    It is the larger of two estimates, both with the mask of Immerkaer 1996 ("Fast noise variance estimation"). One
+    reads the differences red - green and blue - green: texture in photographs lies mostly in the brightness, so noise
+    that differs between the channels stands out there. The other is for noise that the channels share: a quarter of
+    what the lower quartile of the filtered brightness implies, because texture and noise look alike there.
 
     ``images`` are [n, 3, H, W] in [0, 1], at least 3x3 pixels. The result is in the same units; clean CIFAR-10 images
     have a median of 0.8/255, attacked ones about 40 % of the attack's eps.

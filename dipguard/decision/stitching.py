@@ -17,13 +17,14 @@ DIVISORS = ("found", "K")
 
 @dataclass(frozen=True, eq=False)
 class Reconstruction:
-    """What one image was rebuilt from, by :func:`stitch` or :func:`dipguard.decision.class_scores.stitch_mirrored`.
+    """A rebuilt image, and what it was made from.
 
     Attributes:
         image: The stitched image of Eq. 7, [3, H, W], clamped to [0, 1].
         reason: ``crossings`` (Eq. 6-7) or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0);
             ``class_scores``, ``mirrored_copies`` or ``no_sample_of_class``.
-        used: Positions of the stitched images in ``trace.on_boundary`` or ``trace.samples``, [k].
+        used: Positions of the stitched images in ``trace.on_boundary`` or ``trace.samples``, [k] int64; empty for
+            ``no_crossing``.
     """
 
     image: Tensor

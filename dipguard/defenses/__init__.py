@@ -36,9 +36,9 @@ def build_defense(name: str, victim: nn.Module, *, seed: int | None = 0, **optio
     ``seed`` is that of `Defense`, ``options`` are the defence's own. A defence with trained weights takes their path or
     https address as ``weights``; without, it can be built, but is `unavailable`.
 
-    TypeError for an option that the defence does not have, ValueError for an unknown name, an option out of range, or
-    weights that are damaged or do not fit, FileNotFoundError or RuntimeError without a weights file or a download,
-    ImportError if a library of the defence is not installed.
+    TypeError for an option that the defence does not have or that has a wrong type; ValueError for an unknown name, an
+    option out of range, or weights that are damaged or do not fit; FileNotFoundError if a weights file is missing,
+    RuntimeError if a download fails; ImportError if a library of the defence is not installed.
     """
     make = lookup(table_of("defenses", DEFENSES), name, argument="defense")
     check_options(make, options, owner=f"the defence {name!r}", hidden=("seed",))

@@ -33,7 +33,8 @@ class Purified:
         reconstructions: [N, 3, H', W'] in [0, 1], of the given images' dtype and on their device.
         reasons: Why each image looks as it does: ``crossings`` or ``no_crossing`` (paper), ``class_scores`` or
             ``mirrored_copies`` or ``no_sample_of_class`` (mirror), ``purified`` (all others).
-        used: Number of images that each one was averaged from; 0 for defences that do not average.
+        used: Number of on-boundary images or windows that each one was averaged from; 0 for ``no_crossing`` and for
+            defences that do not average.
         traces: One decision trace per image, or none at all.
         seconds: Wall time by part: ``start`` (choice of the stack size and of the engine, compilation, the Trainer's
             start), ``fit`` and ``decide`` (victim, SSIM, localisation, stitching).
@@ -76,8 +77,8 @@ class Defense(nn.Module, ABC):
     """Turns images that may be adversarial into images that the victim classifies correctly.
 
     A subclass sets ``name`` and implements `purify_image` or, if it works on several images at once, `_purify`.
-    Everything that its result depends on belongs into `OPTIONS` or `settings`. TypeError or ValueError for bad
-    arguments, ImportError if a library of the defence is not installed.
+    Everything that its result depends on belongs in `OPTIONS` or `settings`. TypeError or ValueError for bad arguments,
+    ImportError if a library of the defence is not installed.
 
     Args:
         victim: Classifier of images [B, 3, H, W] in [0, 1], logits [B, C]. Normalisation belongs inside. It is never
@@ -92,8 +93,8 @@ class Defense(nn.Module, ABC):
     LIBRARIES: ClassVar[dict[str, str]] = {}
     """Libraries that the result depends on: distribution -> module. `settings` reports their versions."""
     votes: int = 1
-    """Purifications of each image, each with draws of its own; the result is the first one that the victim assigns to
-    the class that it assigns most of them to (of classes that tie, the one that came first)."""
+    """Purifications of each image, each with draws of its own. The victim's decisions on them are votes; the result is
+    the first purification of the class with most votes (in a tie, of the class that came first)."""
 
     def __init__(self, victim: nn.Module, *, seed: int | None = 0) -> None:
         super().__init__()
@@ -155,9 +156,9 @@ class Defense(nn.Module, ABC):
 
         Works under ``no_grad`` and ``inference_mode``. The caller's random state stays as it was. An image's result
         does not depend on the other images, but for the rounding of the victim's logits in batches of another size. All
-        traces are kept in memory: about a megabyte for a 32x32 image, 20 to 50 for one of 224x224. TypeError or
-        ValueError for bad images, indices or victim, or a size that the defence cannot take; RuntimeError if it is
-        unavailable, or broke its promise (shape, dtype, range).
+        traces are kept in memory: up to a megabyte for a 32x32 image, and for one of 224x224 about 6 (``mirror``) to 50
+        (``paper``). TypeError or ValueError for bad images, indices or victim, or a size that the defence cannot take;
+        RuntimeError if it is unavailable, or broke its promise (shape, dtype, range).
 
         Args:
             images: Float [N, 3, H, W] in [0, 1].

@@ -40,13 +40,14 @@ class DIPDefense(Defense):
     Args:
         network: A preset of appendix B (``cifar10``, ``imagenet``, ``small``, ``medium``, ``large``) or a
             :class:`~dipguard.networks.NetworkSpec`.
-        stack_size: Images fitted at once, fewer once memory has run out; None takes 32 on a CPU and 256 on a GPU,
-            bounded by free memory. With the native engine no fit depends on it; the others round differently in a
-            stack of another size, and Adam amplifies that.
-        votes: Purifications of each image, each with draws of its own. The victim's decision is that of most of them,
-            and the cost so many times higher.
+        stack_size: Images fitted at once, at least 1; fewer once memory has run out; None takes 32 on a CPU and 256 on
+            a GPU, bounded by free memory. With the native engine no fit depends on it; the others round differently in
+            a stack of another size, and Adam amplifies that.
+        votes: Purifications of each image, at least 1, each with draws of its own. The class that the victim assigns to
+            most of them wins; the cost grows in proportion.
         progress: Show a progress bar, unless a `FitProgress` is among the callbacks.
-        trainer: Further keyword arguments of ``pl.Trainer`` for each fit, such as a profiler.
+        trainer: Further keyword arguments of ``pl.Trainer`` for each fit, such as a profiler. ValueError for those that
+            a fit sets itself (:data:`dipguard.fit.runner.OWNED`).
         fit: Fields of :class:`~dipguard.fit.FitOptions`, such as ``jitter``, ``lr``, ``dtype`` or ``engine``.
     """
 

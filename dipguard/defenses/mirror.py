@@ -41,9 +41,10 @@ class MirrorGuard(DIPDefense):
     decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
     weights of its own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and
     moved by a few pixels, where the given image's own class counts half; where the victim reads no x(t) itself as this
-    class, the copies are averaged, so that 5 to 10 % of the images come back mirrored. And a perturbation is
-    kept out by the noise of the given image: errors of a pixel up to 2.5 times it cost nothing (``dead_zone`` of
-    :class:`~dipguard.fit.FitOptions`), and of a noisy small image the early steps count, of a clean one the late ones.
+    class, the copies are averaged, so that 5 to 10 % of the images come back mirrored. And the noise of the given image
+    decides how a perturbation is kept out: errors of a pixel up to 2.5 times that noise cost nothing (``dead_zone`` of
+    :class:`~dipguard.fit.FitOptions`); for small images, the early steps count if they are noisy, the late ones if they
+    are clean.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
     docs/limits.md says how far this one was tested.
@@ -56,13 +57,13 @@ class MirrorGuard(DIPDefense):
         preset: What the options that are None take: ``cifar10`` (small images) or ``imagenet`` (photographs). None
             goes by the victim's ``size``: photographs from 96 pixels on, ``cifar10`` if it is not known.
         networks: Networks that are fitted to each image, one after the other: names of presets of appendix B, or specs.
-        T: Optimiser steps of each.
-        t0: Warm-up: the first step that counts, below T.
-        every: Steps of a window; the last one ends at T or before.
-        early: Of a noisy image, windows that end by this step count (at least the first).
-        late: Of a clean image, windows from this step on count (at least the last).
-        noise: Between these two standard deviations of the noise, in units of 1/255, early and late windows are mixed
-            (:func:`~dipguard.decision.quality.image_noise`).
+        T: Optimiser steps of each network, at least 2.
+        t0: Warm-up: the first step that counts, from 0 to T - 1.
+        every: Steps of a window, from 1 to T - t0; the last one ends at T or before.
+        early: For a noisy image, windows that end before this step count (at least the first); at least 0.
+        late: For a clean image, windows from this step on count (at least the last); at least 0.
+        noise: Two standard deviations of the noise in units of 1/255, at least 0, the lower one first; between them
+            early and late windows are mixed (:func:`~dipguard.decision.quality.image_noise`).
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,

@@ -33,14 +33,15 @@ class DIPGuard(DIPDefense):
     have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022).
 
     Args:
-        T: Optimiser steps.
+        T: Optimiser steps, at least 1.
         tau: Quality threshold of Eq. 3, in [0, 1].
-        t0: Warm-up of Eq. 3.
-        K: Number of on-boundary images that are stitched.
+        t0: Warm-up of Eq. 3, at least 0, in the unit ``t0_unit``.
+        K: Largest number of on-boundary images that are stitched, at least 1.
         beta: Step size of Eq. 6, at least 0.
-        decisions: Number of reconstructions along the fit that the victim classifies; more than T means every step.
-        every: Distance between those in steps, instead of their number.
-        N: Sections of the grid of Eq. 5.
+        decisions: Number of reconstructions along the fit that the victim classifies, at least 2; more than T means
+            every step.
+        every: Distance between those in steps, from 1 to T // 2, instead of their number.
+        N: Sections of the grid of Eq. 5, at least 1.
         K_max: Largest K that the traces can be stitched with, at least K; None takes the larger of K and 25.
         scores: ``logits`` or ``probabilities`` (Eq. 5).
         rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).

@@ -20,7 +20,8 @@ from dipguard.networks.presets import hourglass
 class StoppedDIP(DIPDefense):
     """A fit of a deep image prior, and a rule that chooses one reconstruction of each image.
 
-    A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. ``T``, at least 1, is the number of steps.
+    A subclass sets ``name`` and ``OPTIONS`` and implements `make_rule`. ``T``, at least 1, is the largest number of
+    steps.
     """
 
     asks_victim: ClassVar[bool] = False
@@ -57,10 +58,11 @@ class StoppedDIP(DIPDefense):
 
 
 class FixedStepDIP(StoppedDIP):
-    """DIP stopped at ``step``, below T (Kattamis et al. 2019; Sutanto and Lee 2020), like for denoising.
+    """DIP stopped at ``step``, below T (Kattamis et al. 2019; Sutanto and Lee 2020), as for denoising.
 
-    By default the fit is that of the official DIP code for denoising, slow and smooth. DIPGuard's own fit, without
-    noise on z, has taken in the attack after some 100 steps (docs/readings.md).
+    By default noise is added to z at each step, as in the official DIP code for denoising but three times as strong
+    relative to z, and borders are reflected: the fit is slow and smooth. DIPGuard's own fit, without noise on z, has
+    taken in the attack after some 100 steps (docs/readings.md).
 
     500 is half of the T of Ding et al. 2021 on CIFAR-10 and was not tuned. Later steps favour clean images and cost
     more; no step is right for clean and attacked images alike. It falls to attacks that differentiate through the fit,

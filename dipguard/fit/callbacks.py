@@ -44,7 +44,7 @@ class DecisionLogger(pl.Callback):
     The first of the three callbacks: it opens ``module.trace``, to which the others add.
 
     Means over the stack go to the Trainer's loggers at each sampled step: ``fit/mse``, ``fit/quality`` (SSIM),
-    ``fit/decision_changed`` (share of the images that are decided differently from x0) and ``fit/crossings`` (changes
+    ``fit/decision_changed`` (share of the images whose decision differs from that on x0) and ``fit/crossings`` (changes
     of decision so far, per image). ``trainer.callback_metrics`` hold the latest of them; at the end of each epoch the
     first two are those of its last step. ``seconds`` is the time spent here.
 

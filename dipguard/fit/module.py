@@ -58,9 +58,11 @@ class StackedDIP(pl.LightningModule):
             otherwise end the fit before ``max_steps``.
 
     Attributes:
-        given: x0, in the dtype of the fit.
+        given: x0, [B, 3, H, W], in the dtype of the fit.
+        z: The networks' input, [B, input_depth, H, W], in the same dtype; a parameter with ``optimise_z``.
+        indices: The indices of the images, B of them.
         step: Number of steps done.
-        trace: What the callbacks have recorded; None without a DecisionLogger.
+        trace: The :class:`StackTrace` that the callbacks fill; None without a DecisionLogger.
     """
 
     given: Tensor
@@ -280,9 +282,10 @@ class Crossing(NamedTuple):
 class StackTrace:
     """The growing trace of a stack of B images; :meth:`close` makes one ``DecisionTrace`` per image of it.
 
-    Its memory does not grow with T: it keeps the scalars of the sampled steps, the last ``K_max`` reconstructions, and
-    those crossings that some replay can still select (:func:`dipguard.decision.needed_for_replay`). The others are
-    dropped when an image has more than twice ``K_max``, and at the end.
+    The number of images that it keeps does not grow with T: it keeps the logits and scalars of the sampled steps, the
+    last ``K_max`` reconstructions, and those crossings that some replay can still select
+    (:func:`dipguard.decision.needed_for_replay`). The others are dropped when an image has more than twice ``K_max``,
+    and at the end.
     """
 
     given: Tensor  # x0, [B, 3, H, W]

@@ -35,8 +35,8 @@ class FitOptions:
         engine: What computes a step, ``auto``, ``torch``, ``native`` or ``cuda_graph``
             (:func:`dipguard.engines.make_engine`).
         dead_zone: Errors of a pixel up to this many times the noise of its image
-            (:func:`~dipguard.decision.quality.image_noise`) cost nothing, and larger ones what exceeds it, squared. At
-            least 0, which gives the mean squared error of Eq. 2.
+            (:func:`~dipguard.decision.quality.image_noise`) cost nothing; of a larger error, the excess is squared. At
+            least 0; 0 gives the mean squared error of Eq. 2.
         optimise_z: Optimise z together with the weights, as Dai et al. 2020 (DIPDefend) do; Ding et al. keep z fixed.
         matmul_precision: ``float32``, or ``tf32`` or ``bfloat16`` for convolutions with the engines ``torch`` and
             ``cuda_graph`` (:func:`dipguard.engines.precision`). The last two change results.
@@ -99,12 +99,12 @@ class DecideOptions:
     """Which reconstructions the victim classifies, and what is kept of them; errors are those of `FitOptions`.
 
     Attributes:
-        T: Optimiser steps (section 4.1: 1000 on CIFAR-10, 3000 on ImageNet).
+        T: Optimiser steps, at least 1 (section 4.1: 1000 on CIFAR-10, 3000 on ImageNet).
         decisions: Number of sampled steps, at least 2; more than T samples every step.
-        every: Distance of two sampled steps, instead of their number.
-        N: Sections of the grid of Eq. 5.
+        every: Distance between sampled steps, from 1 to T // 2, instead of their number.
+        N: Sections of the grid of Eq. 5, at least 1.
         scores: f_c of Eq. 5, ``logits`` or ``probabilities``.
-        K_max: The largest K that a trace can be replayed with.
+        K_max: The largest K that a trace can be replayed with, at least 1.
     """
 
     T: int = 1000

@@ -20,7 +20,7 @@ class WindowLogger(pl.Callback):
 
     The victim is asked when enough windows for a good batch are full, and at the end of the fit about the rest. Then
     means over the stack go to the Trainer's loggers, at each window's last step: ``fit/mse``, ``fit/quality`` (SSIM)
-    and, with ``given_logits``, ``fit/decision_changed`` (share of the images that are decided differently from x0).
+    and, with ``given_logits``, ``fit/decision_changed`` (share of the images whose decision differs from that on x0).
     TypeError or ValueError if an argument is out of range, or the module is no StackedDIP; RuntimeError if the fit ends
     before the last window.
 

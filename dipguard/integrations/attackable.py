@@ -17,13 +17,13 @@ class BPDAClassifier(Unsaturated):
     The gradient with respect to the purified image is passed to the given one (Athalye et al. 2018); if the defence
     changes the resolution, through the adjoint of a bilinear resize. Where it has underflowed, `Unsaturated` replaces
     it. Use it in foolbox as ``PyTorchModel(model, bounds=(0, 1), device=...)``, and as the model of an attack of
-    torchattacks. The classifier runs in eval mode and keeps its own modes. Accuracy under this attack alone proves
-    little: adaptive attacks (`dipguard.attacks`) are stronger.
+    torchattacks. The classifier runs in eval mode; its modes are restored afterwards. Accuracy under this attack alone
+    proves little: adaptive attacks (`dipguard.attacks`) are stronger.
 
-    ``classifier`` takes images [N, 3, H, W] in [0, 1] and returns logits [N, C]; normalisation belongs inside. A random
-    defence ``draws`` by ``content``, where equal images get equal draws, so that each step of an attack draws anew, or
-    by ``position``, where an image keeps the draws of its position in the batch: the strongest attack, only for attacks
-    that never drop images from a batch.
+    ``classifier`` takes images [N, 3, H, W] in [0, 1] and returns logits [N, C]; normalisation belongs inside.
+    ``draws`` is how a random defence draws. With ``content``, equal images get equal draws, so that each step of an
+    attack draws anew. With ``position``, an image keeps the draws of its position in the batch: the stronger attack,
+    only for attacks that never drop images from a batch. TypeError or ValueError for other arguments.
     """
 
     def __init__(self, classifier: nn.Module, defense: Purifies, *, draws: str = "content") -> None:

@@ -38,7 +38,8 @@ class DefendedClassifier(nn.Module):
     attacks, use :class:`~dipguard.integrations.attackable.BPDAClassifier`.
 
     ``classifier`` takes images [N, 3, H, W], normalised with ``mean`` and ``std`` per channel; None for images in
-    [0, 1]. Without indices a random defence ``draws`` by one of :data:`~dipguard.integrations.inputs.DRAWS`.
+    [0, 1]. ``draws``, one of :data:`~dipguard.integrations.inputs.DRAWS`, is how a random defence draws without
+    indices. TypeError or ValueError for bad arguments, also for ``mean`` without ``std`` or the reverse.
     """
 
     def __init__(
@@ -62,9 +63,10 @@ class DefendedClassifier(nn.Module):
 class DefendedModule(_Module):
     """A LightningModule with the weights of ``module``, whose ``forward`` purifies its images first.
 
-    It is an instance of a subclass of the module's class: steps, hooks, loggers, hyper-parameters and state dict are
-    the module's, which is not changed. During ``trainer.fit``, validation included, it is not defended. A step that
-    does not call ``self(images)`` would not be defended, and raises an error.
+    It is an instance of a subclass of the module's class, with its steps, hooks, hyper-parameters and state dict; the
+    module itself is not changed. During ``trainer.fit``, validation included, it is not defended. A step that does not
+    call ``self(images)`` would not be defended, and raises RuntimeError. ValueError for a module that is defended or
+    whose ``forward`` is patched already; TypeError or ValueError for other bad arguments.
 
     Args:
         module: The LightningModule, or any other module.
@@ -179,6 +181,11 @@ class PurifyCallback(pl.Callback):
             no labels and no accuracy.
         indices: Place of the indices int [N], if the batch holds them.
         mean, std: What the DataModule normalises with, per channel; None for images in [0, 1].
+
+    Raises:
+        TypeError, ValueError: Bad arguments, ``mean`` without ``std`` or the reverse; during the loop, a place without
+            a tensor, images outside [0, 1], or bad labels.
+        RuntimeError: The module is a DefendedModule, or the Trainer has another PurifyCallback.
     """
 
     def __init__(

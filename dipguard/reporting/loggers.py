@@ -1,4 +1,4 @@
-"""The log of a run, which is written while it works, into one of Lightning's loggers. The run folder's files count."""
+"""The log of a run, written to a logger of Lightning as the run goes; the results are the run folder's own files."""
 
 from __future__ import annotations
 

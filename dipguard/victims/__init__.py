@@ -37,7 +37,8 @@ def build_victim(name: str | nn.Module, *, weights: str | Path | None = None, **
     """Return a victim in eval mode; it maps images [B, 3, H, W] in [0, 1] to logits [B, C].
 
     TypeError or ValueError for an unknown name or option, a bad value, or weights that are damaged or do not fit,
-    FileNotFoundError or RuntimeError without a weights file or a download, ImportError if a library is not installed.
+    FileNotFoundError if a weights file is missing, RuntimeError if a download fails, ImportError if a library is not
+    installed.
 
     Args:
         name: A key of `VICTIMS` or a name that another package registers; the victim is made on the CPU. Or a model of

@@ -19,7 +19,7 @@ class RandomResize(Defense):
     Broken by Athalye et al. 2018 (EOT).
 
     Args:
-        smallest: Smallest factor, in (0, 1].
+        smallest: Smallest factor, in [0.01, 1].
     """
 
     name: ClassVar[str] = "random_resize"
