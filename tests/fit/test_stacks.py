@@ -30,7 +30,7 @@ from dipguard.fit import (
     stack_size_for,
 )
 from dipguard.fit.memory import free_memory, memory_need
-from tests.fit.conftest import At, fit_rule, stop
+from tests.fit.conftest import NATIVE, At, fit_rule, stop
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).resolve().parents[2]
@@ -239,9 +239,6 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog:
     with caplog.at_level("INFO", logger="dipguard"):
         assert stack_size_for(31, size=size, fit=fit, T=200, kept=kept, device=CPU, asked=30) == 30  # and not reduced
     assert f"fits of 30 images of 256x256 pixels at once need {(shared + 30 * each) / 2**30:.2f} GiB" in caplog.text
-
-
-NATIVE = pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")
 
 
 @pytest.mark.parametrize(
