@@ -29,7 +29,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine ma
 
 from benchmarks.fit_speed import matmul_rate
 from benchmarks.profile_fit import copy_rate
-from dipguard.engines import PRECISIONS, precision
 from dipguard.engines.cuda_graph import CudaGraphEngine
 from dipguard.engines.kernel_choice import (
     CONVOLUTIONS,
@@ -40,6 +39,7 @@ from dipguard.engines.kernel_choice import (
     median_seconds,
 )
 from dipguard.networks import PRESETS, StackedSkipNet, build
+from dipguard.precision import PRECISIONS, precision
 
 NAN = float("nan")
 

@@ -34,11 +34,11 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a GPU machine may hold this folder without installing it
 
 from benchmarks.plain_loop import PlainSkipNet
-from dipguard.engines.base import precision
 from dipguard.engines.native_build import compiler, library
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.fit.runner import isolated_trainer, make_trainer
 from dipguard.networks import PRESETS, network_spec
+from dipguard.precision import precision
 
 JITTER = 1 / 30
 
@@ -118,7 +118,9 @@ def time_stack(network: str, side: int, device: torch.device, *, engine: str, st
     options = FitOptions(network=network, jitter=JITTER, padding="reflect", engine=engine)
     module = StackedDIP(torch.rand(stack, 3, side, side), options=options)
     with isolated_trainer(device):
-        make_trainer(steps + 2, device=device, callbacks=[clock], logger=None).fit(module)
+        trainer = make_trainer(steps + 2, device=device, callbacks=[clock], logger=None)
+        trainer.fit(module)
+    vars(trainer).clear()  # its reference cycles would keep the fit's memory
     return clock.seconds / stack
 
 

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from dipguard import DIPGuard
 from dipguard.attacks import build_attack
 from dipguard.data.arrays import load_arrays
-from dipguard.engines import PRECISIONS
 from dipguard.evaluation.metrics import psnr, wilson
+from dipguard.precision import PRECISIONS
 from dipguard.victims import build_victim
 
 Z_95 = statistics.NormalDist().inv_cdf(0.975)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_int, check_not_forked
+from dipguard.precision import exact_products
 
 GOOD_BATCH = 64
 """Above so many images, a larger batch is no faster per image (ResNet-56 on two cores: 12 ms alone, 3.5 ms in 64)."""
@@ -20,9 +21,11 @@ MOST_IMAGES, MOST_PIXELS = 512, 64 * 224 * 224
 """Of a batch that a victim is asked about: images, or pixels if that is less."""
 OUT_OF_MEMORY = (
     "DefaultCPUAllocator", "could not create a primitive", "not enough memory", "Cannot allocate memory",
-    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "_ALLOCATION_FAILED",
+    "unable to find an engine to execute", "Unable to find a valid cuDNN algorithm",
 )  # fmt: skip
-"""What errors of other types than torch.OutOfMemoryError say."""
+"""What errors of other types than torch.OutOfMemoryError say. The last two are torch's where no memory is left for the
+workspace of any of cuDNN's algorithms."""
 
 
 _CONTIGUOUS_ONLY: WeakSet[nn.Module] = WeakSet()
@@ -179,9 +182,9 @@ class Decider:
         TypeError or ValueError if the victim returns anything else, RuntimeError in a forked process that would hang.
         """
         check_not_forked()
-        # A decision does not depend on the caller's autocast; the fit's are made without.
-        exact = torch.autocast(device_of(self.victim, images.device).type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), exact, eval_mode(self.victim):
+        # A decision depends neither on the caller's autocast nor on TF32; the fit's are made without.
+        full = torch.autocast(device_of(self.victim, images.device).type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), exact_products(), full, eval_mode(self.victim):
             chunks = images.detach().split(self.batch(*images.shape[-2:]))
             return torch.cat([logits_of(self.victim, chunk) for chunk in chunks])
 

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import ast
 import difflib
+import hashlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
@@ -52,9 +54,27 @@ def _registered(group: str, _path: tuple[str, ...]) -> dict[str, str]:
 
 
 def foreign_class(entry: object) -> dict[str, str]:
-    """The class of what another package has written, for its settings: it may have inherited one of our names."""
-    kind = type(entry)
-    return {} if kind.__module__.split(".")[0] == "dipguard" else {"class": f"{kind.__module__}.{kind.__qualname__}"}
+    """The class of what another package has written, and a digest of its source, for its settings.
+
+    The class may have inherited one of our names, and its results are not those of an earlier source.
+    """
+    kind: Any = type(entry)
+    if kind.__module__.partition(".")[0] == "dipguard":
+        return {}
+    code = "".join(class_sources(kind, but=("dipguard", "torch", "builtins")))
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "code": hashlib.sha256(code.encode()).hexdigest()[:32]}
+
+
+@cache
+def class_sources(kind: type, *, but: tuple[str, ...]) -> list[str]:
+    """The source of a class and its bases, where it is known, except those of the packages ``but``."""
+    found = []
+    for one in kind.__mro__:
+        if one.__module__.partition(".")[0] not in but:
+            # A class that was made on the fly has no file, and one that is being edited may not parse.
+            with suppress(OSError, TypeError, SyntaxError):
+                found.append(inspect.getsource(one))
+    return found
 
 
 def import_extra(module: str, *, owner: str, extra: str) -> Any:
@@ -129,6 +149,18 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
         owner = next(kind for kind in function.__mro__ if "__init__" in vars(kind))
         names += [name for base in owner.__bases__ for name in _keywords(base) if name not in names]
     return names
+
+
+def file_of(path: str) -> Path | None:
+    """Return the file of the module that an import path leads into; None if it is not found. Nothing is imported.
+
+    ``path`` is "package.module:name" or "package.module.name".
+    """
+    names = path.replace(":", ".").split(".")
+    for length in range(len(names) - 1, 0, -1):
+        with suppress(ValueError):
+            return _source(".".join(names[:length]))
+    return None
 
 
 def _source(module: str) -> Path:

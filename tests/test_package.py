@@ -23,7 +23,7 @@ PACKAGE = ROOT / "dipguard"
 
 # The packages, lowest first; imports go down only. A new package is given its floor here.
 FLOORS = (
-    {"checks", "classifier", "seeding", "registry", "files", "cache", "version", "config"},
+    {"checks", "classifier", "seeding", "registry", "files", "cache", "version", "config", "precision"},
     {"decision", "networks"},
     {"engines"},
     {"fit"},

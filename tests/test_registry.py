@@ -1,12 +1,15 @@
+import importlib
 import inspect
 import sys
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
+import torch
 
 from dipguard import registry
 from dipguard.attacks import ATTACKS
+from dipguard.attacks.static import NoAttack
 from dipguard.data import DATASETS, load_data
 from dipguard.defenses import DEFENSES
 from dipguard.fit.options import FitOptions
@@ -185,3 +188,36 @@ def test_other_packages_add_names_but_replace_none(monkeypatch):
     monkeypatch.setattr(registry, "_registered", registry._registered.__wrapped__)
     monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
     assert table_of("defenses", {"jpeg": "own:JPEG"}) == {"jpeg": "own:JPEG", "theirs": "their.package:Defense"}
+
+
+THEIRS = """from dipguard.attacks.static import NoAttack
+class Theirs(NoAttack):
+    {}
+"""
+
+
+def test_the_settings_of_others_code_change_with_its_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    found = []
+    for number, body in enumerate(("x = 1", "x = 2", "x = 1")):
+        (tmp_path / f"theirs_{number}.py").write_text(THEIRS.format(body))
+        made = importlib.import_module(f"theirs_{number}").Theirs(torch.nn.Flatten())
+        assert registry.foreign_class(made)["class"] == f"theirs_{number}.Theirs"
+        found.append(made.settings["code"])
+    assert found[0] == found[2] != found[1]
+    assert registry.foreign_class(NoAttack(torch.nn.Flatten())) == {}
+
+
+@pytest.mark.parametrize(
+    ("path", "file"),
+    [
+        ("dipguard.attacks:NoAttack", "attacks/__init__.py"),
+        ("dipguard.attacks.static.PGD.name", "attacks/static.py"),
+        ("dipguard.checks.nothing", "checks.py"),
+        ("nowhere.at.all", None),
+        ("alone", None),
+    ],
+)
+def test_the_file_behind_an_import_path(path: str, file: str | None) -> None:
+    package = Path(registry.__file__).parent
+    assert registry.file_of(path) == (None if file is None else package / file)

@@ -110,7 +110,7 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sw
         program(cfg, folder, sweep=sweep)
         return
     try:
-        key = job_key(_config(cfg))
+        key = job_key(_config(cfg), sweep=folder.parent)
         if is_done(folder, key):
             log.info("%s is done already", folder.name)
             return

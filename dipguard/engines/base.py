@@ -1,11 +1,9 @@
-"""What an engine is, the engine on torch's own operations, the precision of products, and which engine a fit gets."""
+"""What an engine is, the engine on torch's own operations, and which engine a fit gets."""
 
 from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -14,11 +12,11 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_choice
 from dipguard.networks import StackedSkipNet
+from dipguard.precision import PRECISIONS
 
 _log = logging.getLogger(__name__)
 
 ENGINES = ("auto", "torch", "native", "cuda_graph")
-PRECISIONS = ("float32", "tf32", "bfloat16")
 SHORT = 100
 """Fits of fewer steps are torch's under ``auto``: compiling or choosing another engine takes seconds."""
 
@@ -140,7 +138,8 @@ def make_engine(
             engines differ by rounding, which Adam amplifies.
         tolerance: Half widths of the loss's dead zones, [B], at least 0 (:class:`~dipguard.fit.FitOptions`).
         z_gradient: The loss's ``backward()`` must give z a gradient.
-        matmul_precision: :func:`precision`; ``tf32`` and ``bfloat16`` need the engine ``torch`` or ``cuda_graph``.
+        matmul_precision: That of :func:`~dipguard.precision.precision`; ``tf32`` and ``bfloat16`` need the engine
+            ``torch`` or ``cuda_graph``.
         differentiable: Gradients must flow through the reconstructions; ``auto`` is then torch.
     """
     from dipguard.engines.native import NativeEngine
@@ -183,47 +182,3 @@ def make_engine(
 def say_once(text: str, *, level: int = logging.WARNING) -> None:
     """Log a text, unless this process has logged it before."""
     _log.log(level, text)
-
-
-@contextmanager
-def precision(name: str, device: torch.device) -> Iterator[None]:
-    """Multiply in the given precision inside the context; torch's switches are restored afterwards.
-
-    Forward and backward pass must both run inside, or be captured there. ``float32`` is exact, unlike torch's default
-    on a GPU, where convolutions use TF32. ``tf32`` rounds factors to 10 bits of mantissa and sums in float32; on a CPU
-    it is float32. ``bfloat16`` is torch's autocast; weights and optimiser stay in float32. The last two change results,
-    DIP reconstructions visibly; their effect on defended accuracy has not been checked. ValueError for other names.
-    """
-    check_choice(name, PRECISIONS, name="matmul_precision")
-    # Each weight is used once per step: a cache of cast weights would only have to be kept out of CUDA graphs.
-    cast = torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16", cache_enabled=False)
-    with torch_switches(name), cast:
-        yield
-
-
-@contextmanager
-def torch_switches(name: str) -> Iterator[None]:
-    """The part of :func:`precision` that is the whole process's: TF32 or not, and sums of cuDNN in a fixed order."""
-    kind = "tf32" if name == "tf32" else "ieee"
-    # Torch has an old and a new set of switches for one state, and reading an old one raises an error where the new
-    # ones hold a state that the old cannot express. So the old ones are set too, if they can be read at the start.
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    new: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined, unused-ignore]
-    before, order = [switch.fp32_precision for switch in new], (cudnn.deterministic, cudnn.benchmark)
-    try:
-        old = matmul.allow_tf32, cudnn.allow_tf32
-    except RuntimeError:
-        old = None
-    try:
-        if old is not None:
-            matmul.allow_tf32 = cudnn.allow_tf32 = kind == "tf32"
-        for switch in new:
-            switch.fp32_precision = kind
-        cudnn.deterministic, cudnn.benchmark = True, False
-        yield
-    finally:
-        cudnn.deterministic, cudnn.benchmark = order
-        if old is not None:
-            matmul.allow_tf32, cudnn.allow_tf32 = old
-        for switch, value in zip(new, before, strict=True):
-            switch.fp32_precision = value

@@ -21,10 +21,11 @@ from filelock import FileLock
 from torch import Tensor
 
 from dipguard.cache import cache_folder
-from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, fit_errors, precision, say_once
-from dipguard.engines.kernel_choice import BUDGET, choose_kernels, layer_shapes, use_kernels
+from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, fit_errors, say_once
+from dipguard.engines.kernel_choice import Choice, choose_kernels, layer_shapes, use_kernels
 from dipguard.files import file_digest, read_json, write_json
 from dipguard.networks import StackedSkipNet
+from dipguard.precision import precision
 
 _log = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ MEASURED = 5
 """Steps of each engine that are timed, after one that is not."""
 LONG = 0.1
 """A step that takes longer than these seconds is timed once."""
-_RECORDING = threading.Lock()
-"""Torch records one graph at a time in a process; fits may run in threads."""
+_ALONE = threading.RLock()
+"""Fits may run in threads, but torch records one graph at a time in a process, kernels are timed without others of ours
+beside them, and Triton's are tuned by one thread."""
 
 
 class CudaGraphEngine(Engine):
@@ -117,7 +119,7 @@ class CudaGraphEngine(Engine):
 
     def _capture(self) -> None:
         device = self.given.device
-        with torch.cuda.device(device):
+        with _ALONE, torch.cuda.device(device):
             side = torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
@@ -125,9 +127,13 @@ class CudaGraphEngine(Engine):
                     self._run()
             torch.cuda.current_stream(device).wait_stream(side)
             graph = torch.cuda.CUDAGraph()
+            # A workspace of cuBLAS that is made during the recording belongs to the graph. An earlier one would be
+            # freed by the next Trainer that starts or ends, while the graph still writes to it.
+            torch._C._cuda_clearCublasWorkspaces()
             # Other threads (a logger's, the jitter's) may allocate or wait meanwhile without breaking the recording.
-            with _RECORDING, torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._results = self._run()
+            torch._C._cuda_clearCublasWorkspaces()
         self._graph = graph
 
 
@@ -156,21 +162,19 @@ def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False
     names, kept = ("torch", "cuda_graph"), _kept(place).get(key, {})
     if _are(kept, float, names):
         return dict(kept)
-    with precision("float32", given.device):  # as in a fit
-        times = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in names}
-    if all(seconds < float("inf") for seconds in times.values()):  # a lack of memory may pass
+    with _ALONE, precision("float32", given.device):  # as in a fit
+        measured = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in names}
+    times = {name: seconds for name, (seconds, _) in measured.items()}
+    if all(lasting for _, lasting in measured.values()):
         _keep(place, key, times)
     return times
 
 
-_CHOSEN: dict[str, dict[str, str]] = {}
-_CHOOSING = threading.Lock()
+_CHOSEN: dict[str, Choice] = {}
 
 
-def _kept_choice(
-    net: StackedSkipNet, given: Tensor, *, z_gradient: bool, precision: str, **candidates: Any
-) -> dict[str, str]:
-    """`choose_kernels`, once for each size of stack: fits of one process never differ by the choice.
+def _kept_choice(net: StackedSkipNet, given: Tensor, *, z_gradient: bool, precision: str, **candidates: Any) -> Choice:
+    """`choose_kernels`, once for each size of stack (to a power of two): fits of a process never differ by the choice.
 
     A choice that was not cut short is kept in ``kernels.json`` of the cache folder, for those of later processes; under
     ``torch.use_deterministic_algorithms(True)``, any choice, so that later processes give the same bits.
@@ -178,20 +182,19 @@ def _kept_choice(
     options: Any = {"size": tuple(given.shape[2:]), "z_gradient": z_gradient}
     if not given.is_cuda and all(len(names or ()) < 2 for names in candidates.values()):  # nothing is measured
         return choose_kernels(net, given.device, **options, **candidates)
-    key, place = _situation(net, given, len(given), z_gradient, precision, candidates), cache_folder("kernels.json")
-    with _CHOOSING:
+    stack, place = 1 << (len(given) - 1).bit_length(), cache_folder("kernels.json")
+    key = _situation(net, given, stack, z_gradient, precision, candidates)
+    with _ALONE:
         if key not in _CHOSEN:
             found, shapes, cut = _kept(place), layer_shapes(net, **options), f"{key} cut short"
             strict = torch.are_deterministic_algorithms_enabled()
             kept = found.get(cut if strict and cut in found else key, {})
             if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
-                _CHOSEN[key] = kept
+                _CHOSEN[key] = Choice(kept)
             else:
-                start = time.perf_counter()
-                _CHOSEN[key] = choose_kernels(net, given.device, **options, **candidates)
-                late = time.perf_counter() - start > BUDGET
-                if strict or not late:
-                    _keep(place, cut if late else key, _CHOSEN[key])
+                _CHOSEN[key] = made = choose_kernels(net, given.device, **options, **candidates)
+                if strict or made.complete:
+                    _keep(place, key if made.complete else cut, made)
             taken = Counter(f"{shapes[layer].kind} {name}" for layer, name in _CHOSEN[key].items())
             about = ", ".join(f"{count} {name}" for name, count in sorted(taken.items()))
             _log.info("kernels for %d networks at once: %s", len(given), about)
@@ -242,15 +245,18 @@ def _engine(
     return CudaGraphEngine(net, given, tolerance=tolerance, z_gradient=z_gradient, capture=given.is_cuda)
 
 
-def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> float:
-    """Seconds of a step as the program sees it, with the host's share."""
+def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool) -> tuple[float, bool]:
+    """Seconds of a step as the program sees it, with the host's share, and whether a later process would see the same.
+
+    That is not so where memory was lacking, or the choice of kernels was cut short.
+    """
 
     def run(steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
             engine.step(z).loss.backward()
         if given.is_cuda:
-            torch.cuda.synchronize(given.device)
+            torch.cuda.current_stream(given.device).synchronize()
         return time.perf_counter() - start
 
     try:
@@ -258,7 +264,8 @@ def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool)
         z = given.new_zeros(len(given), net.spec.input_depth, *given.shape[2:]).requires_grad_(z_gradient)
         run(1)
         first = run(1)
-        return first if first > LONG else run(MEASURED) / MEASURED
+        choice = getattr(engine, "choice", None)  # of the graph's kernels
+        return first if first > LONG else run(MEASURED) / MEASURED, choice is None or choice.complete
     except RuntimeError as problem:  # no memory for both graphs, or no kernel works
         _log.warning("the engine %r cannot be used here: %s", name, problem)
-        return float("inf")
+        return float("inf"), False

@@ -34,7 +34,7 @@ class JitterFeed(Jitter):
         cuda = device.type == "cuda"
         with torch.inference_mode(False):
             self._drawn = [torch.empty_like(self._block, pin_memory=cuda) for _ in range(2)]
-        self._copied = [torch.cuda.Event() for _ in self._drawn] if cuda else []
+        self._copied = [torch.cuda.Event(blocking=True) for _ in self._drawn] if cuda else []
         self._slot = 0
         self._coming = self._draw()
 

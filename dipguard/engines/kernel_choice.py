@@ -7,8 +7,8 @@ normalisations with LeakyReLU, and the middle of a scale (upsampling, concatenat
 ``triton``. On a GPU every candidate is timed on each distinct layer shape and compared with the
 first of its list in float64; one that fails or is too far off is left out. On a CPU the first of each list is used.
 
-The choice depends on the stack size. Kernels differ only by rounding, but a DIP fit amplifies that: in float32 an image
-may be reconstructed visibly differently in a stack of another size, as with torch's own kernels.
+The choice depends on the stack size (to a power of two). Kernels differ only by rounding, but a DIP fit amplifies that:
+in float32 an image may be reconstructed visibly differently in a stack of another size, as with torch's own kernels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -84,11 +84,21 @@ JOINS: dict[str, Function] = {"torch": join_norm, "triton": triton_join_norm}
 TABLES = {StackedConv2d: CONVOLUTIONS, StackedNorm2d: NORMALISATIONS, StackedJoin2d: JOINS}
 
 
-def available(table: Mapping[str, Function], device: torch.device) -> tuple[str, ...]:
-    """The names of a table that can run on a device, and are of use in the current precision."""
+def available(
+    table: Mapping[str, Function], device: torch.device, dtype: torch.dtype = torch.float32
+) -> tuple[str, ...]:
+    """The names of a table that can run on a device, and are of use in a dtype and the current precision."""
     with_triton = device.type == "cuda" and find_spec("triton") is not None
     names = (name for name in table if with_triton or not name.startswith("triton"))
-    return tuple(name for name in names if name != SPLIT or _exact(device))
+    return tuple(name for name in names if name != SPLIT or (_exact(device) and dtype == torch.float32))
+
+
+class Choice(dict[str, str]):
+    """The name of the kernel of each layer; ``complete`` if every candidate was tried."""
+
+    def __init__(self, kernels: Mapping[str, str], *, complete: bool = True) -> None:
+        super().__init__(kernels)
+        self.complete = complete
 
 
 @dataclass(frozen=True)
@@ -144,34 +154,35 @@ def choose_kernels(
     z_gradient: bool = False,
     convolutions: Collection[str] | None = None,
     normalisations: Collection[str] | None = None,
-) -> dict[str, str]:
+) -> Choice:
     """The fastest kernel for each layer of a stack, by the layer's name (:func:`use_kernels`).
 
-    Call it inside the :func:`~dipguard.engines.precision` of the fit. ``size`` is the height and width of the images.
+    Call it inside the :func:`~dipguard.precision.precision` of the fit. ``size`` is the height and width of the images.
     The candidates are by default all that can run on a GPU, and torch's ``grouped`` and ``torch`` on a CPU; joins have
     those of normalisations. ValueError for an unknown name, RuntimeError if no candidate works for some layer.
 
     Most of the time goes into compiling; after 4 seconds only torch's own candidates are measured. So joins and
     normalisations, which gain most and compile fast, come first, and of each kind the largest layer.
     """
+    dtype, deadline = net.head.weight.dtype, time.perf_counter() + BUDGET
 
     def offer(table: Mapping[str, Function], asked: Collection[str] | None, argument: str) -> list[str]:
-        default = available(table, device) if device.type == "cuda" else tuple(table)[:1]
+        default = available(table, device, dtype) if device.type == "cuda" else tuple(table)[:1]
         return [check_choice(name, table, name=argument) for name in asked or default]
 
     offers = offer(CONVOLUTIONS, convolutions, "convolutions"), offer(NORMALISATIONS, normalisations, "normalisations")
-    dtype, deadline = net.head.weight.dtype, time.perf_counter() + BUDGET
     shapes = layer_shapes(net, size=size, z_gradient=z_gradient)
-    kinds, fastest = (JOINS, NORMALISATIONS, CONVOLUTIONS), dict[LayerShape, str]()
+    kinds, fastest, complete = (JOINS, NORMALISATIONS, CONVOLUTIONS), dict[LayerShape, str](), True
     for shape in sorted(set(shapes.values()), key=lambda one: (kinds.index(one.table), -math.prod(one.x), str(one))):
         offered = offers[shape.table is not CONVOLUTIONS]
         fastest[shape] = offered[0]
         if len(offered) > 1:
             seconds = measure(shape, device=device, dtype=dtype, names=offered, deadline=deadline)
-            fastest[shape] = min(offered, key=seconds.__getitem__)
+            fastest[shape] = min(seconds, key=seconds.__getitem__)
+            complete = complete and len(seconds) == len(set(offered))
             if seconds[fastest[shape]] == math.inf:
                 raise RuntimeError(f"none of {', '.join(offered)} computes {shape} in {dtype} on {device}")
-    return {layer: fastest[shape] for layer, shape in shapes.items()}
+    return Choice({layer: fastest[shape] for layer, shape in shapes.items()}, complete=complete)
 
 
 def use_kernels(net: nn.Module, chosen: Mapping[str, str]) -> None:
@@ -179,6 +190,13 @@ def use_kernels(net: nn.Module, chosen: Mapping[str, str]) -> None:
     for layer_name, name in chosen.items():
         layer: Any = net.get_submodule(layer_name)
         layer.compute = TABLES[type(layer)][name]
+
+
+def use_first_kernels(net: nn.Module) -> None:
+    """Let all layers be computed by torch's own operations, which run on every device."""
+    for layer in net.modules():
+        if type(layer) in TABLES:
+            layer.compute = next(iter(TABLES[type(layer)].values()))  # type: ignore[assignment]
 
 
 def layer_shapes(net: StackedSkipNet, *, size: tuple[int, int], z_gradient: bool = False) -> dict[str, LayerShape]:
@@ -208,7 +226,7 @@ def measure(
 ) -> dict[str, float]:
     """Seconds of a forward and backward pass of each candidate; infinite if it fails or its error is too large.
 
-    After the deadline, by ``time.perf_counter``, Triton's are not tried where another works; they are infinite then.
+    After the deadline, by ``time.perf_counter``, Triton's are not tried where another works, and have no seconds.
     """
     times = dict.fromkeys(names, math.inf)
     with torch.inference_mode(False), torch.enable_grad():
@@ -220,8 +238,7 @@ def measure(
         few = [_last(t, shape.stack) for t in (*tensors, dy)]
         truth = _both(shape.kernel(first), [t.double() for t in few])
 
-        def error(results: Sequence[Tensor]) -> float:
-            results = [_last(t, shape.stack) for t in results]
+        def error(results: Iterable[Tensor]) -> float:
             # Python's max would overlook a NaN.
             return float(torch.stack([(a - b).norm() / b.norm() for a, b in zip(results, truth, strict=True)]).max())
 
@@ -229,12 +246,14 @@ def measure(
         own = error(_both(shape.kernel(first), few))
         for name in names:
             best = min(times.values())
-            late = time.perf_counter() > deadline and best < math.inf and name.startswith("triton")
-            if late or (name == "matmul" and _unfolded(shape, dtype) > MATMUL_SHARE * _memory(device)):
+            if time.perf_counter() > deadline and best < math.inf and name.startswith("triton"):
+                times.pop(name, None)
+                continue
+            if name == "matmul" and _unfolded(shape, dtype) > MATMUL_SHARE * _memory(device):
                 continue
             try:
                 both = partial(_both, shape.kernel(name), [*tensors, dy])
-                off = error(both())
+                off = error(_last(t, shape.stack) for t in both())
                 if off <= (min(tolerance, own) if name == SPLIT else tolerance):
                     times[name] = median_seconds(both, device=device, best=best)
                     own = max(own, off)

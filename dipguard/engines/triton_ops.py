@@ -2,7 +2,8 @@
 
 For NVIDIA GPUs; on a CPU they run only in Triton's interpreter. float32, bfloat16 and float64 are supported; sums run
 in float32 (float64 for float64), and backward passes are deterministic. In float32 products are exact, unless TF32 is
-switched on (:func:`dipguard.engines.precision`) or ``tf32x3`` is asked for. ``benchmarks/conv_forms.py`` measures them.
+switched on (:func:`dipguard.precision.precision`) or ``tf32x3`` is asked for. ``benchmarks/conv_forms.py`` measures
+them.
 """
 
 from __future__ import annotations

@@ -267,7 +267,7 @@ class Matrix:
         return unknown if known is None else known
 
     def _attack(self, cell: Cell, tell: Callable[[int], object] | None) -> Entry:
-        """Attack a cell's images; batches of an adaptive attack, which may take hours, are stored one by one."""
+        """Attack a cell's images; its batches, which may take hours, are stored one by one."""
         assert cell.attack is not None
         self._refuse_in_a_rebuild(cell)
         on = f" x {cell.source.label}" if cell.adaptive else ""
@@ -290,8 +290,8 @@ class Matrix:
 
     @staticmethod
     def _batches(cell: Cell) -> dict[str, slice]:
-        """The batches of an adaptive attack by their keys, if it has several."""
-        size = cell.attack.batch_size if cell.attack is not None and cell.adaptive else len(cell.clean)
+        """The batches of a cell's attack by their keys, if it has several."""
+        size = len(cell.clean) if cell.attack is None else cell.attack.batch_size
         parts = list(parts_of(len(cell.clean), size))
         return {digest_of([cell.attack_key, p.start, p.stop]): p for p in parts} if len(parts) > 1 else {}
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import hydra.utils
 import torch
@@ -34,6 +34,7 @@ from dipguard.victims import build_victim, check_victim
 LABEL = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")  # it becomes the name of a folder
 PROGRAM_KEYS = ("accelerator", "enable_progress_bar")
 """Keys of ``trainer`` that concern the whole run; the others go to the Trainers of the fits."""
+Made = TypeVar("Made")
 NAMED = (FileNotFoundError, TypeError, ValueError, OSError, RuntimeError)
 """Errors whose messages may name an argument."""
 
@@ -52,14 +53,12 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     if config.baseline is not None and BASELINE in config.defenses:
         raise ValueError(f"`defenses` must not name one {BASELINE!r} if `baseline` is set")
     shared = open_store(config.store, keep_samples=config.store_samples)
-    for key in ("store_T", "store_samples"):
-        if shared is None and (value := getattr(config, key)):
-            raise ValueError(f"`{key}` needs a `store`, the folder of the fits that it is about, got {key}={value}")
     device = choose_device(str(config.trainer.get("accelerator", "auto")))
     _check_callbacks(config)
+    _trainer(config)
     data = {key: value for key, value in config.data.items() if key != "mirrors"}
     with keys_named("data", data):
-        clean: ImageSet = _build(data, load_data)
+        clean = _made(_build(data, load_data), ImageSet, name="data")
     similarity(clean.images[:1], clean.images[:1])  # an image that is too small for SSIM
     nodes = {key: getattr(config, key) for key in ("victim", "surrogate", BASELINE)}
     built = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
@@ -101,6 +100,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
             depends={**made_with, "victim": digests[key], "defense": bare.settings},
             decisions_clean=decisions[key],
         )
+    _check_store_options(config, targets)
     cells = _cells(config, attacks, targets, clean)
     own = Store(Path(folder) / "store") if shared is None else shared
     return Matrix(config, Path(folder), clean, device, own, targets, cells)
@@ -138,6 +138,17 @@ def _check_callbacks(config: RunConfig) -> None:
             raise TypeError(f"`callbacks.{label}._target_` must be a callback of Lightning, got {node['_target_']}")
 
 
+def _check_store_options(config: RunConfig, targets: Mapping[str, Target]) -> None:
+    """Refuse options of stored fits where no fit is stored."""
+    if not any(target.defense is not target.bare for target in targets.values()):
+        for key in ("store_T", "store_samples"):
+            if value := getattr(config, key):
+                raise ValueError(
+                    f"`{key}` is about stored fits: it needs a `store`, the folder of the fits, a defence that takes "
+                    f"them from there (paper), and no `callbacks`, got {key}={value}"
+                )
+
+
 def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
     """The attacks' nodes, checked; an attack suite begins with clean images."""
     _check_labels("attacks", config.attacks)
@@ -159,17 +170,28 @@ def _check_labels(group: str, labels: Mapping[str, Any]) -> None:
 
 
 def _build(node: Mapping[str, Any], by_name: Any, *args: Any, **more: Any) -> Any:
-    """What a node of the config describes: an entry of a table, or the class that ``_target_`` points to."""
-    options = {key: value for key, value in node.items() if key not in ("name", "_target_")}
+    """What a node of the config describes: an entry of a table, or what ``_target_`` points to makes.
+
+    Options that have a ``_target_`` themselves are made first.
+    """
+    given = {key: value for key, value in node.items() if key not in ("name", "_target_")}
+    options: dict[str, Any] = hydra.utils.instantiate(given, _convert_="all")
     if "_target_" in node:
         return hydra.utils.get_object(str(node["_target_"]))(*args, **options, **more)
     return by_name(node["name"], *args, **options, **more)
 
 
+def _made(what: Any, kind: type[Made], *, name: str) -> Made:
+    """Return what a node has made; TypeError if it is no ``kind``."""
+    if not isinstance(what, kind):
+        raise TypeError(f"`{name}` must make a {kind.__module__}.{kind.__qualname__}, got a {type(what).__name__}")
+    return what
+
+
 def _victim(key: str, node: Mapping[str, Any], clean: ImageSet, device: torch.device) -> tuple[nn.Module, int]:
     """The victim, and the number of its classes."""
     with keys_named(key, node):
-        victim: nn.Module = _build(node, build_victim).to(device)
+        victim = _made(_build(node, build_victim), nn.Module, name=key).to(device)
     (height, width), own = clean.images.shape[-2:], input_size(victim)
     if own not in (None, (height, width)):
         text = f"`{key}` was made for images of {own[0]}x{own[1]} pixels and gets {height}x{width} (`data.size`)"
@@ -181,7 +203,8 @@ def _defense(
     label: str, node: Mapping[str, Any], victim: nn.Module, config: RunConfig, clean: ImageSet, **own: Any
 ) -> Defense:
     with keys_named(f"defenses.{label}", node):
-        defense: Defense = _build(node, build_defense, victim, seed=config.seed, **own)
+        made = _build(node, build_defense, victim, seed=config.seed, **own)
+        defense: Defense = _made(made, Defense, name=f"defenses.{label}")
         if isinstance(defense, DIPDefense):
             defense.trainer = _trainer(config)
             defense.progress = False  # the run has a bar of its own
@@ -214,6 +237,8 @@ def _cells(
     for label, node in attacks.items():
         path = node.get("_target_") or names_of("attack")[node["name"]].replace(":", ".")
         kind: type[Attack] = hydra.utils.get_object(path)
+        if not (isinstance(kind, type) and issubclass(kind, Attack)):
+            raise TypeError(f"`attacks.{label}` must be a subclass of dipguard.attacks.Attack, got {path}")
         adaptive = kind.adaptive
         for key in ("made_on", "intermediate"):
             if node.get(key) and not adaptive:

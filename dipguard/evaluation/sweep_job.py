@@ -20,9 +20,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from dipguard.config import RunConfig
+from dipguard.config import RunConfig, names_of
 from dipguard.files import file_digest, read_json
-from dipguard.registry import constant_of
+from dipguard.registry import constant_of, file_of
 from dipguard.version import __version__
 
 DONE, FAILED = "DONE", "FAILED"
@@ -88,13 +88,18 @@ def may_be_path(key: str, value: str) -> bool:
     return key in PATHS or re.search(r"[./\\]", value) is not None
 
 
-def job_key(config: RunConfig) -> str:
-    """A digest of a job's settings, of the content of the files and folders that they name, and of the versions."""
+def job_key(config: RunConfig, *, sweep: Path | None = None) -> str:
+    """A digest of a job's settings, of the content of the files and folders that they name, and of the versions.
+
+    The modules of other people's classes are such files; what is in the folder of the ``sweep`` itself is not.
+    """
     values = settings_of(config)
     numerics = constant_of("dipguard.store.keys:NUMERICS")
     versions = [__version__, numerics, version("torch"), version("torchmetrics")]
-    state = {"settings": values, "files": sorted(_files(values)), "versions": versions}
-    return digest_of(state)
+    own = None if sweep is None else sweep.resolve()
+    files = {(str(file), _content(file, file.stat().st_ctime_ns)) for file in _files(values) if not _is_in(own, file)}
+    code = {(path, _content(file, file.stat().st_ctime_ns)) for path, file in _modules(values)}
+    return digest_of({"settings": values, "files": sorted(files | code), "versions": versions})
 
 
 def digest_of(values: Any) -> str:
@@ -102,8 +107,31 @@ def digest_of(values: Any) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _files(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """The files that settings name, or that are in a folder that they name, each with a digest of its content."""
+def _is_in(folder: Path | None, file: Path) -> bool:
+    return folder is not None and file.resolve().is_relative_to(folder)
+
+
+def _modules(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
+    """The import path and the file of each class or function that settings name, but for dipguard's own."""
+    kinds = {"data": "data", "victim": "victim", "surrogate": "victim", "baseline": "victim"}
+    named = [(kind, values[key]) for key, kind in kinds.items()]
+    named += [(kind, node) for kind in ("attack", "defense") for node in values[f"{kind}s"].values()]
+    paths = [names_of(kind).get(node["name"], "") for kind, node in named if node is not None and "name" in node]
+    for path in {*paths, *_targets(values)}:
+        if path.split(".")[0] != "dipguard" and (file := file_of(path)) is not None:
+            yield path, file
+
+
+def _targets(value: Any) -> Iterator[str]:
+    """The values of ``_target_`` anywhere in settings."""
+    if isinstance(value, dict):
+        yield from (str(one) for key, one in value.items() if key == "_target_")
+    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _targets(one)
+
+
+def _files(value: Any, key: str = "") -> Iterator[Path]:
+    """The files that settings name, or that are in a folder that they name."""
     if isinstance(value, dict):
         for name, one in value.items():
             yield from _files(one, name)
@@ -112,9 +140,8 @@ def _files(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _files(one, key)
     elif isinstance(value, str) and may_be_path(key, value):
         path = os.path.expanduser(value)
-        for file in [Path(path), *Path(path).rglob("*")] if os.path.exists(path) else ():
-            if file.is_file():
-                yield str(file), _content(file, file.stat().st_ctime_ns)
+        if os.path.exists(path):
+            yield from (file for file in [Path(path), *Path(path).rglob("*")] if file.is_file())
 
 
 @cache

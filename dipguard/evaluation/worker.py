@@ -27,7 +27,7 @@ def work(rank: int, count: int, config: RunConfig, folder: Path, places: Sequenc
     from dipguard.evaluation.plan import prepare
 
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    if torch.cuda.is_available():
+    if config.trainer.get("accelerator") != "cpu" and torch.cuda.is_available():
         torch.cuda.set_device(rank % torch.cuda.device_count())
     matrix = prepare(config, folder)  # made anew, since not every defence can be pickled
     turn = itertools.count()  # through all cells: small ones have fewer chunks than there are processes

@@ -18,6 +18,7 @@ from dipguard.decision import DecisionTrace, needed_for_replay
 from dipguard.decision.quality import image_noise, quality
 from dipguard.engines import Engine, make_engine
 from dipguard.engines.jitter_feed import JitterFeed
+from dipguard.engines.kernel_choice import use_first_kernels
 from dipguard.fit.options import FitOptions
 from dipguard.networks import StackedSkipNet, build
 from dipguard.seeding import Jitter, draw_z
@@ -138,7 +139,10 @@ class StackedDIP(pl.LightningModule):
         # The first moment at which the device is known; later, Adam's moments would have to follow the weights.
         self._engine = self._make_engine()
         changed: list[Any] = [*self._engine.parameters(), *([self.z] if self.options.optimise_z else [])]
-        return torch.optim.Adam(changed, lr=self.options.lr, fused=True)
+        # In mixed precision Lightning clips no gradients of a fused optimiser.
+        clips = self._trainer is not None and self.trainer.gradient_clip_val is not None
+        fused = not (clips and "mixed" in str(self.trainer.precision))
+        return torch.optim.Adam(changed, lr=self.options.lr, fused=fused)
 
     def train_dataloader(self) -> Sequence[int]:
         """One item per step; their values are not used, since the images are the module's own."""
@@ -164,9 +168,10 @@ class StackedDIP(pl.LightningModule):
         self._check_fresh()
 
     def on_fit_end(self) -> None:
-        """Stop the threads that draw jitter ahead."""
+        """Stop the threads that draw jitter ahead; the networks may have left the GPU, and with it its kernels."""
         if isinstance(self._jitter, JitterFeed):
             self._jitter.close()
+        use_first_kernels(self.net)
 
     @property
     def _adds_to_the_loss(self) -> bool:

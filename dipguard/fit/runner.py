@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from dipguard.checks import check_not_forked
 from dipguard.classifier import device_of
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.engines.base import torch_switches
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
+from dipguard.precision import exact_products
 
 OWNED = (
     "max_steps", "max_epochs", "accelerator", "devices", "num_nodes", "strategy", "plugins", "callbacks", "logger",
@@ -54,13 +54,17 @@ class StackResult:
     seconds: dict[str, float]  # of `run_fit`, and "decide" (victim, SSIM, localisation, stitching) out of "fit"
 
 
-class _FirstStep(pl.Callback):
-    """When the first step began."""
+class _Ends(pl.Callback):
+    """Notes when the first step began, and lets Adam's moments go at the end: Lightning would copy them from a GPU."""
 
-    at = 0.0
+    began = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.at = self.at or time.perf_counter()
+        self.began = self.began or time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if not trainer.checkpoint_callbacks:
+            trainer.optimizers[0].state.clear()
 
 
 def run_fit(
@@ -85,8 +89,8 @@ def run_fit(
     images or options, RuntimeError in a forked process that would hang, or if a callback or ``max_time`` ends the fit
     before its first step.
     """
-    start, first = time.perf_counter(), _FirstStep()
-    every = [first, *callbacks]
+    start, ends = time.perf_counter(), _Ends()
+    every = [ends, *callbacks]
     for callback in callbacks:
         _start_afresh(callback)
     with isolated_trainer(device):
@@ -103,7 +107,7 @@ def run_fit(
                 vars(callback).pop("log", None)
                 vars(callback).pop("log_dict", None)
             vars(made).clear()
-    return {"start": first.at - start, "fit": time.perf_counter() - first.at}
+    return {"start": ends.began - start, "fit": time.perf_counter() - ends.began}
 
 
 _before: WeakKeyDictionary[pl.Callback, dict[str, Any]] = WeakKeyDictionary()
@@ -237,7 +241,7 @@ def _process_wide(device: torch.device) -> Iterator[None]:
             # Also after an error, unlike Lightning's ``isolate_rng``.
             _state.callback(_set_rng_states, _collect_rng_states())
             # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
-            for context in (quiet(), kept_memory(device), torch_switches("float32"), _strictness()):
+            for context in (quiet(), kept_memory(device), exact_products(), _strictness()):
                 _state.enter_context(context)
         _running += 1
     try:

@@ -98,7 +98,9 @@ class DefendedModule(_Module):
         # nn.Module.__init__ is not called: parameters, submodules and hooks are shared with the module.
         if isinstance(images, bool) or not isinstance(images, (int, str)):
             raise TypeError(f"`images` must be a position or a keyword of forward, got {images!r}")
-        vars(self).update({name: value for name, value in vars(module).items() if name != "forward"})
+        # What module.compile() leaves would call the module's own forward.
+        aside = ("forward", "_compiled_call_impl")
+        vars(self).update({name: value for name, value in vars(module).items() if name not in aside})
         purifier = InputPurifier(defense, mean=mean, std=std, draws=draws, quiet=True)
         vars(self).update(_purifier=purifier, _images=images, _purified=0, _given=module)
 

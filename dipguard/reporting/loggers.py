@@ -10,6 +10,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -88,7 +89,7 @@ class RunLog:
     def finished(self, cell: Cell) -> None:
         """Enter a finished cell, with pictures of its first images if it has a DIP."""
         self._done.append(cell)
-        for chunk, curve in enumerate(self.matrix.curves(cell)):
+        for chunk, curve in enumerate(islice(self.matrix.curves(cell), None if self._single else 1)):
             if (row := self.curves(cell, chunk=chunk)) is not None:
                 for step, metrics in curve:
                     row(step, metrics)
@@ -116,7 +117,7 @@ class RunLog:
     def results(self, metrics: Mapping[str, Any], figures: Sequence[Path]) -> None:
         """Enter the run's own metrics and figures, the table of its images and, if they are wanted, its artifacts."""
         flat = {name: v for name, v in flatten(metrics, "result/", sep="/").items() if isinstance(v, int | float)}
-        key, images = digest_of([cell.key for cell in self._done]), pd.read_csv(self.matrix.folder / "images.csv")
+        key, images = digest_of(sorted(cell.key for cell in self._done)), pd.read_csv(self.matrix.folder / "images.csv")
         self.add(f"result {key}", flat, pictures={f"figures/{path.stem}": path for path in figures})
         if isinstance(self.inner, TensorBoardLogger):
             self.inner.experiment.add_text("images", images.to_markdown(index=False))
@@ -258,10 +259,14 @@ def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None)
     else:
         root = folder / "logs" / kind
         session = f"session_{len(list(root.glob('session_*')))}"
-        log = RunLog(matrix, (CSVLogger if kind == "csv" else TensorBoardLogger)(root, name="", version=session))
+        own: dict[str, Any] = {"name": "", "version": session}
+        tensorboard = partial(TensorBoardLogger, default_hp_metric=False)  # a metric that nothing would ever set
+        log = RunLog(matrix, (CSVLogger if kind == "csv" else tensorboard)(root, **own))
     status = "failed"
     try:
         log.inner.log_hyperparams(flat_settings(config))
+        if log.run is not None and not (log.run.offline or log.run.disabled):
+            _log.info("W&B run: %s", log.run.url)
         yield log
         status = "success"
     finally:

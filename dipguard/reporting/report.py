@@ -67,7 +67,8 @@ def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Pa
 
     Tables 1 and 2 hold the attacks that are not part of an attack suite, if there are any; suite.md and suite.png the
     suite; figure4_bpda.png and figure5_hopskipjump.png the adaptive attacks with several budgets; figure9_<attack>.png
-    the first images of an attack that is the same for all defences. report.md, the first file, holds all of it.
+    the first images of an attack that is the same for all defences; of a single cell with a DIP, panel and decision
+    traces are drawn too. report.md, the first file, holds all of it.
     ValueError if a stored file is damaged.
     """
     folder = matrix.folder
@@ -80,6 +81,9 @@ def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Pa
     made += write_curves(folder, results[~in_suite(results)])
     made += write_suite(folder, suite, checks) if len(suite) else []
     made += _comparisons(matrix)
+    if len(matrix.cells) == 1:
+        (result,) = [found[-1] for found in matrix.results.values()]
+        made += draw_cell(matrix, result, "") if result.done and result.cell.defense.steps_per_image else []
     pages = [path.read_text(encoding="utf-8") for path in made if path.suffix == ".md"]
     report = "\n".join(pages) + _links(folder, [path for path in made if path.suffix == ".png"])
     if log is not None:
@@ -163,7 +167,8 @@ def _pictures(matrix: Matrix, result: CellResult) -> list[list[Picture]]:
     columns = []
     for shown, found, ssim in zip(images, decisions, (None, result.ssim_given, result.ssim), strict=True):
         captions = [f"SSIM {x:.3f}" if x == x else "" for x in ([] if ssim is None else ssim[:count].tolist())]
-        rows = zip(shown[:count], found.tolist(), clean.labels.tolist(), captions or [""] * count, strict=False)
+        # A copy: a view would keep all images of the cell in memory.
+        rows = zip(shown[:count].clone(), found.tolist(), clean.labels.tolist(), captions or [""] * count, strict=False)
         columns.append([Picture(x, class_name(y, clean.classes), y == label, text) for x, y, label, text in rows])
     return [list(row) for row in zip(*columns, strict=False)]
 

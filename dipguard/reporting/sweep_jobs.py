@@ -21,6 +21,8 @@ from dipguard.reporting.escape import NONE
 from dipguard.reporting.results import flatten, read_results
 
 Value = str | int | float | bool | None
+CLOCK = 1.0
+"""Seconds by which a file may seem older than it is: file systems round, and have clocks of their own."""
 STATES = ("done", "failed", "unfinished", "missing")
 """States of a job: ``unfinished`` is running or was killed; ``missing`` has not begun."""
 
@@ -76,7 +78,10 @@ def read_sweep(folder: str | Path) -> Sweep:
     plan = _yaml(folder / "sweep.json")
     planned = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}
     found = {path.parents[1].name: path for path in sorted(folder.glob("*/.hydra/overrides.yaml"))}
-    overrides = planned or {name: _yaml(path, list) for name, path in found.items()}
+    # A search has no list of jobs: Hydra writes the overrides of each trial anew that this start has asked for.
+    began = plan.get("began", 0) - CLOCK
+    asked = {name: path for name, path in found.items() if path.stat().st_mtime >= began}
+    overrides = planned or {name: _yaml(path, list) for name, path in asked.items()}
     if not overrides:
         raise FileNotFoundError(f"`folder` must be that of a sweep, got {folder}, which holds no job of one")
     given = {name: {k: v for text in texts for k, v in _parsed(text).items()} for name, texts in overrides.items()}

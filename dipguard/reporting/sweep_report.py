@@ -29,6 +29,7 @@ from dipguard.reporting.tables import markdown
 
 MEAN = "mean"
 """Stands for the mean over the attacks, the paper's averaged accuracy; worst case and checks are no part of it."""
+SEED = "seed"
 ALL, BEST = 12, 5
 """Number of settings up to which the report lists all, and that it lists else."""
 TABLE_3_LABELS = {"T", "network"}
@@ -50,6 +51,8 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
     made = [write_text(folder / "sweep.csv", long_csv(sweep))]
     parts, figures = [f"# Sweep {escape_markdown(sweep.name)}", state_section(sweep)], []
     swept, fixed = _grids(sweep)
+    if seeds := sweep.parameters.get(SEED):
+        parts.append(f"Figures are means over the seeds {', '.join(map(text_of, seeds))}; sweep.csv has each.")
     for grid in swept:
         of = f": {escape_markdown(grid.defense)}" if len(sweep.defenses) > 1 else ""
         parts += [f"## Settings{of}", best_section(grid)]
@@ -59,7 +62,7 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
             made.append(save_figure(figure, folder / f"{name}{f'_{grid.defense}' if of else ''}.png"))
             figures += [f"## {title}{of}", f"![{made[-1].stem}]({made[-1].name})"]
     if fixed:
-        parts += ["## Defences that the parameters do not act on", fixed_section(fixed)]
+        parts += ["## Defences that the parameters do not act on" if swept else "## Results", fixed_section(fixed)]
     return [write_text(folder / "report.md", "\n\n".join(filter(None, parts + figures)) + "\n"), *made]
 
 
@@ -67,23 +70,26 @@ def summary(folder: str | Path) -> str:
     """The sweep in some lines, for a terminal: how many jobs are done, what failed, the best setting."""
     sweep = read_sweep(folder)
     lines = [f"sweep {sweep.name}: {state_section(sweep, escape=str)}"]
-    for grid in _grids(sweep)[0]:
+    swept, fixed = _grids(sweep)
+    for grid in swept or fixed:
         for _, best in grid.ranking().head(1).iterrows():
             setting = sweep.setting(best["job"], grid.parameters)
-            lines.append(f"best mean accuracy of defence {grid.defense}: {best['value']:.1%} at {setting}")
+            of = f"mean accuracy of defence {grid.defense}: {best['value']:.1%}"
+            lines.append(f"best {of} at {setting}" if setting else of)
     return "\n".join([*lines, f"report: {Path(folder) / 'report.md'}"])
 
 
 class Grid:
     """What the jobs of a sweep say about one defence.
 
-    ``parameters`` are those that act on it, ``attacks`` all of the sweep, and ``count`` the number of those that its
-    mean is over.
+    ``parameters`` are those that act on it, but for the seed: of jobs that differ in nothing else, the figures are
+    means. ``attacks`` are all of the sweep, and ``count`` the number of those that the mean over attacks is over.
     """
 
     def __init__(self, sweep: Sweep, defense: str) -> None:
         self.sweep, self.defense, self.attacks = sweep, defense, list(sweep.results["attack"].unique())
-        self.parameters = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
+        acting = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
+        self.parameters = {key: values for key, values in acting.items() if key != SEED}
         results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
         results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget
         names = {"accuracy": "value", "attack": "under"}  # a parameter may be called `attack`
@@ -100,13 +106,16 @@ class Grid:
         }
         scores = pd.concat([values, _means(values.loc[usual.index], self.count)])
         scores = scores.join(pd.DataFrame(places, index=list(sweep.jobs)), on="job")
-        self.scores = scores.drop_duplicates(["under", *self.parameters])
+        setting = ["_", *self.parameters]
+        scores["job"] = scores.assign(_=0).groupby(setting)["job"].transform("first")
+        of_seeds = {"job": "first", **dict.fromkeys(("value", "low", "high"), "mean"), "n": "first"}
+        self.scores = scores.groupby(["under", *self.parameters], sort=False, as_index=False).agg(of_seeds)
 
     def of(self, attack: str, *keys: str) -> pd.DataFrame:
-        """Accuracy of each job that has all ``keys`` under an attack, or in the mean (``MEAN``).
+        """Accuracy of each setting that has all ``keys`` under an attack, or in the mean (``MEAN``).
 
-        A row has ``job``, ``value``, ``low``, ``high``, ``n``, and under each parameter's key the position of its value
-        in ``parameters``; -1 if the job has no such key.
+        A row has ``job`` (its first), ``value``, ``low``, ``high``, ``n``, and under each parameter's key the position
+        of its value in ``parameters``; -1 if the job has no such key.
         """
         scores = self.scores[self.scores["under"] == attack]
         for key in keys:
@@ -114,7 +123,7 @@ class Grid:
         return scores
 
     def ranking(self) -> pd.DataFrame:
-        """The jobs by their mean accuracy, the best first."""
+        """The settings by their mean accuracy, the best first."""
         return self.of(MEAN).sort_values("value", ascending=False, kind="stable")
 
     def profile(self, key: str, attack: str = MEAN) -> pd.DataFrame:

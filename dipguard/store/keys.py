@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
@@ -22,10 +20,11 @@ from dipguard.files import as_json, tensor_digest
 from dipguard.fit import DecideOptions, FitOptions
 from dipguard.fit.runner import trainer_precision
 from dipguard.fit.stacks import engine_on_cpu
+from dipguard.registry import class_sources
 from dipguard.version import __version__
 
 _engine_on_cpu = cache(engine_on_cpu)
-NUMERICS = 4
+NUMERICS = 5
 """To be raised with every change that changes the numbers of a fit, of an attack, of SSIM or of a decision."""
 
 
@@ -62,20 +61,9 @@ def victim_digest(victim: nn.Module) -> str:
         # NumPy has no bfloat16.
         tensors += [v.view(torch.int16) if v.dtype == torch.bfloat16 else v for v in held.values()]
     kinds: set[Any] = {type(part) for part in victim.modules()}
-    code = sorted({text for kind in kinds for text in _code(kind)})
+    # Torch's version is in each key.
+    code = sorted({text for kind in kinds for text in class_sources(kind, but=("torch", "builtins"))})
     return digest_of([parts, code, tensor_digest(tensors)])
-
-
-@cache
-def _code(kind: type) -> list[str]:
-    """The source of a class and its bases, where it is known, but for torch's, whose version is in each key."""
-    found = []
-    for one in kind.__mro__:
-        if one.__module__.partition(".")[0] not in ("torch", "builtins"):
-            # A class that was made on the fly has no file, and one that is being edited may not parse.
-            with suppress(OSError, TypeError, SyntaxError):
-                found.append(inspect.getsource(one))
-    return found
 
 
 def _is_plain(value: Any) -> bool:

@@ -80,10 +80,10 @@ class DipguardSource(ConfigSource):
         if config_path == "":
             return [] if results_filter == ObjectType.CONFIG else [GROUP]
         folder, found = self._path(config_path), list[str]()
-        for entry in sorted(folder.iterdir()) if folder is not None and folder.is_dir() else ():
-            name = f"{config_path}/{entry.name}"
-            if self.is_group(name) or entry.suffix == ".yaml":
-                self._list_add_result(found, name, entry.name, results_filter)
+        if folder is not None and folder.is_dir():
+            for name in [*(entry.name for entry in folder.iterdir()), *_options_of(folder)]:
+                if self.is_group(f"{config_path}/{name}") or self.is_config(f"{config_path}/{name}"):
+                    self._list_add_result(found, f"{config_path}/{name}", name, results_filter)
         return sorted(set(found))
 
     @staticmethod
@@ -98,13 +98,13 @@ class DipguardSource(ConfigSource):
 
 
 def _options_of(folder: Path) -> dict[str, dict[str, Any]]:
-    """Name -> options in the folder ``options`` of a group, which holds no files."""
-    if folder.name != OPTIONS:
-        return {}
+    """Name -> config of what has no file: all in the folder ``options`` of a group, and in the group entry points."""
     from dipguard.config import GROUPS, names_of, node_of
 
-    group = folder.parent.name
-    return {name: node_of(group, name) for name in names_of(group)} if group in GROUPS else {}
+    inside = folder.name == OPTIONS
+    group = folder.parent.name if inside else folder.name
+    names = [name for name in (names_of(group) if group in GROUPS else ()) if not (folder / f"{name}.yaml").is_file()]
+    return {name: ({} if inside else {"name": name}) | node_of(group, name) for name in names}
 
 
 def _own_keys(path: Path) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import json
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -148,10 +149,31 @@ def test_a_damaged_file_is_measured_again(damage: str, kept: Path) -> None:
     assert all(0 < seconds < 60 for seconds in times.values())
 
 
+@pytest.mark.parametrize(("budget", "lasting"), [(-1, False), (1000, True)])
+def test_times_with_a_choice_that_was_cut_short_are_not_kept(
+    budget: float, lasting: bool, kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dipguard.engines.cuda_graph._CHOSEN", {})
+    monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", budget)
+    more = {"convolutions": ("grouped", "triton")}
+    monkeypatch.setattr("dipguard.engines.cuda_graph.CudaGraphEngine", partial(CudaGraphEngine, **more))
+    net, given, _ = problem()
+    assert all(0 < seconds < 60 for seconds in engine_times(net, given).values())
+    assert kept.exists() == lasting
+
+
+def test_stacks_of_nearly_the_same_size_have_one_choice(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = {}
+    monkeypatch.setattr("dipguard.engines.cuda_graph._CHOSEN", chosen)
+    options = {"capture": False, "convolutions": ("grouped", "matmul")}
+    for count in (3, 4, 5):
+        CudaGraphEngine(build("small", stack_size=count), torch.rand(count, 3, 16, 16), **options)
+    assert len(chosen) == 2
+
+
 def test_a_choice_of_kernels_is_made_once_and_kept(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, chosen = kept.with_name("kernels.json"), {}
     monkeypatch.setattr("dipguard.engines.cuda_graph._CHOSEN", chosen)
-    monkeypatch.setattr("dipguard.engines.cuda_graph.BUDGET", 1000)  # on a busy machine nothing else would be kept
     options = {"capture": False, "convolutions": ("grouped", "matmul")}
     first = CudaGraphEngine(*problem()[:2], **options).choice
     ((key, found),) = json.loads(file.read_text()).items()
@@ -175,11 +197,11 @@ def test_a_choice_that_was_cut_short_is_made_again_unless_bits_must_not_change(
 ) -> None:
     file, chosen = kept.with_name("kernels.json"), {}
     monkeypatch.setattr("dipguard.engines.cuda_graph._CHOSEN", chosen)
-    options = {"capture": False, "convolutions": ("grouped", "matmul")}
-    for strict, budget in ((False, 0), (True, 0), (False, 1000)):  # every choice is too late, or none is
+    options = {"capture": False, "convolutions": ("grouped", "triton", "matmul")}
+    for strict, budget in ((False, -1), (True, -1), (False, 1000)):  # it is too late for Triton's kernels, or not
         chosen.clear()
         torch.use_deterministic_algorithms(strict)  # put back after each test
-        monkeypatch.setattr("dipguard.engines.cuda_graph.BUDGET", budget)
+        monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", budget)
         first = CudaGraphEngine(*problem()[:2], **options).choice
         assert file.exists() == (strict or budget > 0)
     (cut, complete) = json.loads(file.read_text())

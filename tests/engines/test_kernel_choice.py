@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from dipguard.engines import precision
 from dipguard.engines.kernel_choice import (
+    CHECKED,
     CONVOLUTIONS,
     JOINS,
     NORMALISATIONS,
@@ -20,6 +20,7 @@ from dipguard.engines.kernel_choice import (
     choose_kernels,
     layer_shapes,
     measure,
+    use_first_kernels,
     use_kernels,
 )
 from dipguard.networks import build
@@ -31,6 +32,7 @@ from dipguard.networks.unet import (
     join_norm,
     norm_leaky_relu,
 )
+from dipguard.precision import precision
 
 CPU = torch.device("cpu")
 ON_CPU = available(CONVOLUTIONS, CPU)
@@ -197,6 +199,14 @@ def test_a_candidate_that_disagrees_is_never_the_fastest(name, noise, added, all
     assert math.isfinite(times[name]) == allowed
 
 
+def test_a_stack_of_more_networks_than_are_compared_is_measured() -> None:
+    stack = CHECKED + 3
+    shape = LayerShape((1, 3 * stack, 8, 8), (stack, 4, 3, 3, 3), (("stride", 1), ("padding", "zeros")))
+    with precision("float32", CPU):
+        times = measure(shape, device=CPU, dtype=torch.float32, names=["grouped", "matmul"])
+    assert all(math.isfinite(seconds) for seconds in times.values())
+
+
 def test_a_candidate_whose_gradient_is_nan_is_never_the_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(x: Tensor, weight: Tensor, bias: Tensor, **options: object) -> Tensor:
         return grouped_conv2d(x, weight + (0 * weight).sqrt(), bias, **options)  # the root's slope at 0 is infinite
@@ -276,6 +286,13 @@ def test_a_choice_is_applied_to_the_layers_it_names() -> None:
     assert changed == {**convolutions, "body.up.1.norm": NORMALISATIONS["triton"], "body.norm": JOINS["triton"]}
     use_kernels(net, usual)
     assert net(torch.rand(1, net.spec.input_depth, 16, 16)).shape == (1, 3, 16, 16)
+
+
+def test_a_networks_layers_return_to_torchs_operations() -> None:
+    net = build("small", stack_size=1)
+    use_kernels(net, {"head": "matmul", "body.norm": "triton", "body.up.1.norm": "triton"})
+    use_first_kernels(net)
+    assert {m.compute for m in net.modules() if hasattr(m, "compute")} == {grouped_conv2d, norm_leaky_relu, join_norm}
 
 
 @pytest.mark.parametrize(

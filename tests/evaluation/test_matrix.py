@@ -4,11 +4,12 @@ import logging
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dipguard.attacks import DefendedVictim, Snapshot, build_attack
 from dipguard.attacks.static import NoAttack
@@ -26,6 +27,7 @@ from tests.csv_files import read_csv
 from tests.store.parts import list_entries
 from tests.tiny_matrix import TINY, completed, tiny_matrix, typed_matrix, written
 
+NOTHING = {"_target_": f"{__name__}.nothing"}
 STATIC = ("clean", "fgsm_8", "pgd_8")
 
 
@@ -246,10 +248,11 @@ def test_a_damaged_trace_is_restored_from_the_store(tmp_path: Path, kept_traces:
     assert whats == {"pgd_8 x paper: 5 images"}, "nothing is purified again"
 
 
-def test_an_adaptive_attack_goes_on_with_the_batch_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["adaptive_pgd", "pgd"])
+def test_an_attack_goes_on_with_the_batch_where_it_stopped(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attack = "{name: adaptive_pgd, backward: identity, steps: 3, batch_size: 2}"
+    attack = f"{{name: {name}, steps: 3, batch_size: 2}}"
     settings = typed_matrix(*few("jpeg", attacks=()), f"+attacks.own={attack}")
     seen: list[list[int]] = []
 
@@ -275,7 +278,8 @@ def test_an_adaptive_attack_goes_on_with_the_batch_where_it_stopped(
     assert len(list_entries(matrix.store.path, layers=["attacks"])) == 1
 
     target = matrix.targets["jpeg"]
-    whole = build_attack("adaptive_pgd", DefendedVictim(target.victim, target.bare), steps=3, batch_size=2)
+    attacked = target.victim if name == "pgd" else DefendedVictim(target.victim, target.bare)
+    whole = build_attack(name, attacked, steps=3, batch_size=2)
     images = whole(matrix.clean.images, matrix.clean.labels, indices=matrix.clean.indices)
     assert torch.equal(matrix.attacked("own", "jpeg"), images)
     (result,) = matrix.results["own", "jpeg"]
@@ -491,8 +495,8 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
         ("+callbacks.x._target_=pytorch_lightning.callbacks.Nosuch", "`callbacks.x` cannot be made: .*Nosuch"),
         ("+callbacks.x={_target_:pytorch_lightning.callbacks.Timer,durations:3}", "(?s)`callbacks.x` .*durations"),
         ("+callbacks.x._target_=torch.nn.Identity", "`callbacks.x._target_` must be a callback of Lightning"),
-        ("store_T=[30]", r"`store_T` needs a `store`, the folder .* got store_T=\[30\]"),
-        ("store_samples=true", "`store_samples` needs a `store`"),
+        ("store_T=[30]", r"`store_T` is about stored fits: it needs a `store`, .* got store_T=\[30\]"),
+        ("store_samples=true", "`store_samples` is about stored fits"),
         ("+attacks.pgd_8.intermediate=last", "`attacks.pgd_8.intermediate` is for adaptive attacks, got it for 'pgd'"),
         ("victim.seed=a", "`victim.seed` must be an integer, got 'a'"),
         ("victim.seed=-1", "`victim.seed` must be at least 0, got -1"),
@@ -506,6 +510,51 @@ def test_bad_settings_are_named_before_anything_runs(tmp_path: Path, override: s
     with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
         tiny_matrix(tmp_path / "run", *extra, override)
     assert not (tmp_path / "run").exists()
+
+
+def nothing(*args: Any, **options: Any) -> None:
+    """What makes neither data nor victim, defence or attack."""
+
+
+def inner(width: int) -> nn.Module:
+    return nn.Linear(width, 10)
+
+
+def outer(net: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), net)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"data": NOTHING}, "`data` must make a dipguard.data.base.ImageSet, got a NoneType"),
+        ({"victim": NOTHING}, "`victim` must make a torch.nn.modules.module.Module, got a NoneType"),
+        ({"defenses": {"x": NOTHING}}, "`defenses.x` must make a dipguard.defenses.base.Defense, got a NoneType"),
+        ({"attacks": {"x": NOTHING}}, "`attacks.x` must be a subclass of dipguard.attacks.Attack, got .*nothing"),
+    ],
+)
+def test_what_makes_something_else_is_named(tmp_path: Path, override: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        prepare(replace(typed_matrix(*few("jpeg")), **override), tmp_path)
+
+
+def test_an_option_may_be_made_by_a_path_of_its_own(tmp_path: Path) -> None:
+    net = {"_target_": f"{__name__}.inner", "width": 48}
+    settings = replace(typed_matrix(*few("jpeg")), victim={"_target_": f"{__name__}.outer", "net": net})
+    assert prepare(settings, tmp_path).targets["jpeg"].victim[-1].in_features == 48
+
+
+@pytest.mark.parametrize("options", [(), ("+callbacks.timer._target_=pytorch_lightning.callbacks.Timer",)])
+def test_options_of_stored_fits_are_refused_where_none_is_stored(tmp_path: Path, options: tuple[str, ...]) -> None:
+    defense = "paper" if options else "mirror"
+    settings = typed_matrix(*few(defense), *options, f"store={tmp_path / 'store'}", "store_T=[30]")
+    with pytest.raises(ValueError, match=r"`store_T` is about stored fits: .* got store_T=\[30\]"):
+        prepare(settings, tmp_path / "run")
+
+
+def test_the_trainer_is_checked_where_nothing_is_fitted(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`trainer` holds what a fit cannot have"):
+        prepare(typed_matrix(*few("jpeg"), "+trainer.precision=99"), tmp_path)
 
 
 @pytest.mark.parametrize("label", ["", "a/b", "..", ".x", "a b", "-x"])

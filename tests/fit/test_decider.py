@@ -56,6 +56,25 @@ def test_decisions_do_not_depend_on_the_callers_autocast(images: Tensor) -> None
         assert torch.equal(decide(small), expected)
 
 
+class Switched(Reader):
+    """Notes how convolutions multiply on a GPU while it is asked."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.products = torch.backends.cudnn.conv.fp32_precision
+        return super().forward(x)
+
+
+def test_decisions_are_made_without_tf32(images: Tensor) -> None:
+    victim, convolutions = Switched(), torch.backends.cudnn.conv
+    before = convolutions.fp32_precision
+    try:
+        convolutions.fp32_precision = "tf32"
+        Decider(victim)(images[:1, :, :8, :8])
+        assert (victim.products, convolutions.fp32_precision) == ("ieee", "tf32")
+    finally:
+        convolutions.fp32_precision = before
+
+
 def test_an_error_of_the_victim_stays_its_own(images: Tensor) -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
         Decider(Reader())(images[:6, :, :8, :4])

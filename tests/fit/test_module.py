@@ -9,9 +9,11 @@ from torch import Tensor
 
 from benchmarks.plain_loop import PlainSkipNet, plain_fit
 from dipguard.decision.quality import image_noise
+from dipguard.engines.kernel_choice import use_kernels
 from dipguard.fit import FitOptions, StackedDIP
 from dipguard.networks import PRESETS
 from dipguard.networks.presets import hourglass
+from dipguard.networks.unet import grouped_conv2d
 from dipguard.seeding import image_generator
 from tests.fit.conftest import NATIVE, WORKING, Watch, trainer
 
@@ -158,3 +160,10 @@ def test_indices_must_match_the_images(images: Tensor) -> None:
     for bad in ([0, -1], [0, 1.0], [True, False], torch.tensor([[0, 1]])):
         with pytest.raises((TypeError, ValueError), match="`indices` must be"):
             StackedDIP(images[:2], indices=bad)
+
+
+def test_after_a_fit_the_networks_run_on_every_device(images: Tensor) -> None:
+    module = StackedDIP(images[:1], options=FitOptions(network="small", engine="torch"))
+    use_kernels(module.net, {"head": "matmul"})
+    trainer(2, Watch()).fit(module)
+    assert module.net.head.compute is grouped_conv2d

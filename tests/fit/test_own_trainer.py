@@ -165,6 +165,18 @@ def test_precision_is_the_trainers(images: Tensor, undecided: nn.Module, precisi
         torch.testing.assert_close(callbacks[-1].traces[0].loss, double[-1].traces[0].loss, rtol=1e-4, atol=0)
 
 
+def test_gradients_are_clipped_in_mixed_precision(images: Tensor, undecided: nn.Module) -> None:
+    clipped = {"gradient_clip_val": 1e-12, "gradient_clip_algorithm": "value", "precision": "bf16-mixed"}
+    fitted = []
+    for more in ({}, clipped):
+        module = StackedDIP(images[:1], options=SMALL)
+        trainer(3, *ours(undecided, decisions=2), **more).fit(module)
+        fitted.append(module.net.head.bias.detach().float())
+    start = StackedDIP(images[:1], options=SMALL).net.head.bias
+    moved = [float((bias - start).abs().max()) for bias in fitted]
+    assert moved[1] < 0.01 * moved[0], "Adam's epsilon is large beside such gradients"
+
+
 def test_an_epochs_metrics_are_not_rounded_by_mixed_precision(images: Tensor) -> None:
     watch, module = Watch(), StackedDIP(images[:2], options=FitOptions(network="small"))
     run = trainer(12, watch, precision="bf16-mixed")

@@ -99,6 +99,15 @@ def test_the_forward_of_a_defended_module(module: DigitsModule) -> None:
     torch.testing.assert_close(logits(scaled, normalised(images)), logits(module, normalised(median.purify(images))))
 
 
+def test_a_compiled_module_is_defended_too(module: DigitsModule) -> None:
+    images = digits(0, 4, noise=0.3)[0]
+    module.eval().compile(backend="eager")
+    median = build_defense("median", module)
+    expected = logits(module, median.purify(images))
+    assert torch.equal(logits(DefendedModule(module, median), images), expected)
+    assert not torch.allclose(logits(module, images), expected, atol=0.1)
+
+
 def test_the_module_knows_where_the_weights_are(module: DigitsModule) -> None:
     defended = DefendedModule(module, build_defense("median", module)).double()
     assert defended.dtype == module.dtype == torch.float64

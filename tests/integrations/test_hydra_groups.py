@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigLoadError
 from omegaconf import OmegaConf
 
+from dipguard import registry
 from dipguard.config import GROUPS, node_of
 from dipguard.data import load_data
 from hydra_plugins.dipguard_groups import DipguardSource
@@ -95,6 +97,17 @@ def test_all_groups_are_offered_but_those_of_dipguards_own_programs() -> None:
 def test_the_choices_are_listed_when_one_is_wrong(conf: Path) -> None:
     with pytest.raises(HydraException, match="median"):
         composed(conf, "+dipguard/defense=nothing")
+
+
+def test_what_another_package_registers_is_offered_too(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = EntryPoints([EntryPoint("theirs", "dipguard.defenses.transforms:JPEG", "dipguard.defenses")])
+    monkeypatch.setattr(registry, "_registered", registry._registered.__wrapped__)
+    monkeypatch.setattr(registry, "entry_points", lambda *, group: points.select(group=group))
+    found = composed(conf, "+dipguard/defense@d=theirs", "d.quality=20")["d"]
+    assert found == {"name": "theirs", "quality": 20}
+    source = DipguardSource("dipguard", "dipguard://")
+    assert "theirs" in source.list("dipguard/defense", ObjectType.CONFIG)
+    assert "theirs" not in source.list("dipguard/attack", ObjectType.CONFIG)
 
 
 def run(command: list[str], *, folder: Path, path: Path = ROOT) -> str:

@@ -12,7 +12,7 @@ from dipguard.reporting.loggers import code_state, flat_settings, open_log, run_
 from dipguard.reporting.report import write_train_report
 from tests.csv_files import read_csv
 from tests.sweeps.wandb_reader import Run, read_run
-from tests.tiny_matrix import tiny_evaluation, typed_matrix
+from tests.tiny_matrix import tiny_evaluation, tiny_matrix, typed_matrix
 from tests.tiny_run import tiny_run, typed_config
 
 SMALL = ("data.limit=2", "chunk=1")
@@ -126,6 +126,7 @@ def test_tensorboard_holds_scalars_table_and_pictures(tmp_path: Path) -> None:
     assert events.Scalars("cells/accuracy")[0].step == 1
     assert set(events.Tags()["images"]) == {"figures/panel", "figures/trace_000000"}
     assert any("images" in tag for tag in events.Tags()["tensors"])
+    assert "hp_metric" not in events.Tags()["scalars"]
 
 
 def test_no_log_is_no_log(matrix: Matrix) -> None:
@@ -205,6 +206,21 @@ def test_a_row_is_entered_once(matrix: Matrix) -> None:
         for value in (1.0, 2.0):
             log.add("one", {"x": value}, step=3)
     assert read_rows(matrix.folder) == [{"step": "3", "x": "1.0"}]
+
+
+def test_the_end_of_a_run_has_one_key_in_whatever_order_its_cells_were_finished(tmp_path: Path) -> None:
+    jpeg = ("defense=jpeg", "data.limit=1", "figures=0", "logger=csv")
+    tiny_evaluation(tmp_path, *jpeg)
+    matrix, ends = tiny_matrix(tmp_path, *jpeg), []
+    matrix.load()
+    for cells in (matrix.cells, matrix.cells[::-1]):
+        with open_log(matrix) as log:
+            for cell in cells:
+                log.finished(cell)
+            log.results({}, [])
+            ends.append({key for key in log.keys if key.startswith("result ")})
+    assert ends[0] == ends[1]
+    assert len(ends[0]) == 1
 
 
 def test_names_say_what_a_run_is() -> None:

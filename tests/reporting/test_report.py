@@ -74,6 +74,13 @@ def test_as_many_figures_as_wanted(matrix: Matrix, wanted: int, drawn: int) -> N
     assert all(matplotlib.image.imread(path).shape[2] == 4 for path in paths)
 
 
+def test_a_matrix_of_one_cell_has_its_pictures(matrix: Matrix) -> None:
+    write_results(matrix)
+    made = {path.relative_to(matrix.folder).as_posix() for path in write_matrix_report(matrix)}
+    assert {"figures/panel.png", "figures/trace_000000.png"} <= made
+    assert "![panel](figures/panel.png)" in (matrix.folder / "report.md").read_text()
+
+
 def test_rebuild_makes_the_tables_from_the_store(matrix: Matrix) -> None:
     before = (matrix.folder / "results.csv").read_text()
     for path in matrix.folder.glob("*.csv"):

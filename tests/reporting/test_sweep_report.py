@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from itertools import product
 from pathlib import Path
@@ -343,3 +344,46 @@ def test_labels_are_as_short_as_they_can_be() -> None:
         "a.x.tau": "a.x.tau", "b.x.tau": "b.x.tau", "attack@attacks.clean": "clean",
     }  # fmt: skip
     assert [text_of(value) for value in (None, True, 1.50, 20260101, "x")] == ["–", "True", "1.5", "20260101", "x"]
+
+
+@pytest.fixture
+def of_seeds(tmp_path: Path) -> Path:
+    """Two betas with three seeds each, of which the larger beta is better in the mean and not in each."""
+    jobs, right = {}, {0.5: (10, 12, 14), 0.9: (11, 18, 10)}
+    for beta, seed in product(right, range(3)):
+        name = f"{beta}-{seed}"
+        jobs[name] = [*job(tmp_path / name, beta=beta), f"seed={seed}"]
+        (tmp_path / name / "config.yaml").write_text(json.dumps({"seed": seed, "defenses": {"paper": {"beta": beta}}}))
+        write_results(tmp_path / name, [cell("clean", "paper", right[beta][seed], n=N)])
+    return write_plan(tmp_path, jobs)
+
+
+def test_figures_are_means_over_seeds(of_seeds: Path) -> None:
+    grid = Grid(read_sweep(of_seeds), "paper")
+    assert set(grid.parameters) == {BETA}
+    assert grid.ranking()["value"].tolist() == pytest.approx([13 / N, 12 / N])
+    assert grid.profile(BETA)["value"].tolist() == pytest.approx([12 / N, 13 / N])
+    sweep_report.write_sweep_report(of_seeds)
+    report = (of_seeds / "report.md").read_text()
+    assert "Figures are means over the seeds 0, 1, 2" in report
+    assert f"{1300 / N:.1f} % at beta = 0.9. 2 of 2 settings" in report
+    assert f"best mean accuracy of defence paper: {13 / N:.1%} at beta = 0.9" in summary(of_seeds)
+
+
+def test_a_sweep_of_seeds_alone_has_one_mean(of_seeds: Path) -> None:
+    plan = json.loads((of_seeds / "sweep.json").read_text())
+    write_plan(of_seeds, {entry["folder"]: entry["overrides"] for entry in plan["jobs"][:3]})
+    sweep_report.write_sweep_report(of_seeds)
+    report = (of_seeds / "report.md").read_text()
+    assert "## Results" in report
+    assert f"| {1200 / N:.1f} " in report
+    assert f"mean accuracy of defence paper: {12 / N:.1%}" in summary(of_seeds)
+
+
+def test_a_search_has_the_trials_of_its_last_start(tmp_path: Path) -> None:
+    for beta, when in ((0.1, 100), (0.2, 300), (0.3, 400)):
+        job(tmp_path / str(beta), beta=beta)
+        os.utime(tmp_path / str(beta) / ".hydra" / "overrides.yaml", (when, when))
+    (tmp_path / "sweep.json").write_text(json.dumps({"began": 300.5, "sweep": "optuna", "jobs": None}))
+    sweep = read_sweep(tmp_path)
+    assert (sorted(sweep.jobs), sweep.others) == (["0.2", "0.3"], 1)

@@ -93,3 +93,25 @@ def test_the_versions_are_a_part_of_the_key(monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(f"dipguard.evaluation.sweep_job.{name}", value)
             assert job_key(typed_matrix()) != key
+
+
+def test_the_code_of_others_is_a_part_of_the_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    path, keys = tmp_path / "their_victim.py", []
+    for body in ("x = 1", "x = 2", "x = 1"):
+        path.write_text(f"{body}\nclass Theirs:\n    def __init__(self, depth=2): ...\n")
+        keys.append(job_key(typed_matrix("~victim", "+victim._target_=their_victim.Theirs", "+victim.depth=3")))
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_what_a_sweep_writes_is_no_part_of_its_jobs_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "1.png").write_bytes(b"one")
+    config, sweep = typed_matrix("data=image_folder", "data.path=."), tmp_path / "outputs" / "sweep"
+    key = job_key(config, sweep=sweep)
+    (sweep / "job").mkdir(parents=True)
+    (sweep / "job" / "log").write_bytes(b"more")
+    assert job_key(config, sweep=sweep) == key
+    (tmp_path / "images" / "2.png").write_bytes(b"two")
+    assert job_key(config, sweep=sweep) != key

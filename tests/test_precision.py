@@ -1,9 +1,11 @@
-"""Torch's switches inside and after `precision`."""
+"""Torch's switches inside and after `precision` and `exact_products`."""
+
+from threading import Barrier, Thread
 
 import pytest
 import torch
 
-from dipguard.engines import precision
+from dipguard.precision import exact_products, precision
 
 CPU = torch.device("cpu")
 matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
@@ -55,6 +57,28 @@ def test_torch_s_old_switches_stay_readable(start: str, name: str) -> None:
     with precision(name, CPU):
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (name == "tf32",) * 2
     assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+
+
+def test_the_last_of_several_threads_puts_the_switches_back() -> None:
+    set_switches("all tf32")
+    before, meet, seen = switches(), Barrier(2, timeout=60), []
+
+    def first() -> None:
+        with exact_products():
+            meet.wait()  # both are inside
+        meet.wait()  # one has left
+        meet.wait()
+
+    thread = Thread(target=first)
+    thread.start()
+    with exact_products():
+        meet.wait()
+        meet.wait()
+        seen.append(switches())
+    seen.append(switches())
+    meet.wait()
+    thread.join()
+    assert seen == [("ieee",) * 3, before]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
