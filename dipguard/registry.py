@@ -152,14 +152,19 @@ def _keywords(function: Callable[..., Any]) -> list[str]:
 
 
 def file_of(path: str) -> Path | None:
-    """Return the file of the module that an import path leads into; None if it is not found. Nothing is imported.
+    """Return the file that defines what an import path names; None if it is not found. Nothing is imported.
 
-    ``path`` is "package.module:name" or "package.module.name".
+    ``path`` is "package.module:name" or "package.module.name". From-imports are followed to a class or function; for
+    anything else it is the file of the module.
     """
     names = path.replace(":", ".").split(".")
     for length in range(len(names) - 1, 0, -1):
+        module = ".".join(names[:length])
         with suppress(ValueError):
-            return _source(".".join(names[:length]))
+            file = _source(module)
+            with suppress(ValueError, SyntaxError, RecursionError):
+                file = _source(_definition(module, names[length])[0])
+            return file if file.is_file() else None  # a package may be in a zip file
     return None
 
 

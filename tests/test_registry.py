@@ -211,7 +211,8 @@ def test_the_settings_of_others_code_change_with_its_source(tmp_path: Path, monk
 @pytest.mark.parametrize(
     ("path", "file"),
     [
-        ("dipguard.attacks:NoAttack", "attacks/__init__.py"),
+        ("dipguard.attacks:Attack", "attacks/base.py"),
+        ("dipguard.attacks:ATTACKS", "attacks/__init__.py"),
         ("dipguard.attacks.static.PGD.name", "attacks/static.py"),
         ("dipguard.checks.nothing", "checks.py"),
         ("nowhere.at.all", None),

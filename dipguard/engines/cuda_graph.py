@@ -38,8 +38,7 @@ MEASURED = 5
 LONG = 0.1
 """A step that takes longer than these seconds is timed once."""
 _ALONE = threading.RLock()
-"""Fits may run in threads, but torch records one graph at a time in a process, kernels are timed without others of ours
-beside them, and Triton's are tuned by one thread."""
+"""Torch records one graph at a time in a process, and Triton tunes one kernel at a time; fits may run in threads."""
 
 
 class CudaGraphEngine(Engine):
@@ -159,17 +158,21 @@ def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False
     """
     stack = 1 << (len(given) - 1).bit_length()
     key, place = _situation(net, given, stack, z_gradient), cache_folder("engines.json")
-    names, kept = ("torch", "cuda_graph"), _kept(place).get(key, {})
-    if _are(kept, float, names):
-        return dict(kept)
+    names = ("torch", "cuda_graph")
     with _ALONE, precision("float32", given.device):  # as in a fit
+        kept = _TIMES.get(key) or _kept(place).get(key, {})
+        if _are(kept, float, names):
+            return dict(kept)
         measured = {name: _seconds(name, deepcopy(net), given, z_gradient=z_gradient) for name in names}
-    times = {name: seconds for name, (seconds, _) in measured.items()}
-    if all(lasting for _, lasting in measured.values()):
-        _keep(place, key, times)
+        times = {name: seconds for name, (seconds, _) in measured.items()}
+        if float("inf") not in times.values():  # a lack of memory may pass
+            _TIMES[key] = times
+        if all(lasting for _, lasting in measured.values()):
+            _keep(place, key, times)
     return times
 
 
+_TIMES: dict[str, dict[str, float]] = {}
 _CHOSEN: dict[str, Choice] = {}
 
 
@@ -190,7 +193,7 @@ def _kept_choice(net: StackedSkipNet, given: Tensor, *, z_gradient: bool, precis
             strict = torch.are_deterministic_algorithms_enabled()
             kept = found.get(cut if strict and cut in found else key, {})
             if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
-                _CHOSEN[key] = Choice(kept)
+                _CHOSEN[key] = Choice(kept, complete=not (strict and cut in found))
             else:
                 _CHOSEN[key] = made = choose_kernels(net, given.device, **options, **candidates)
                 if strict or made.complete:

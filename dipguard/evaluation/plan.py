@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -58,7 +59,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     _trainer(config)
     data = {key: value for key, value in config.data.items() if key != "mirrors"}
     with keys_named("data", data):
-        clean = _made(_build(data, load_data), ImageSet, name="data")
+        clean = _made(_build(_nested(data), load_data), ImageSet, name="data")
     similarity(clean.images[:1], clean.images[:1])  # an image that is too small for SSIM
     nodes = {key: getattr(config, key) for key in ("victim", "surrogate", BASELINE)}
     built = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
@@ -139,14 +140,18 @@ def _check_callbacks(config: RunConfig) -> None:
 
 
 def _check_store_options(config: RunConfig, targets: Mapping[str, Target]) -> None:
-    """Refuse options of stored fits where no fit is stored."""
-    if not any(target.defense is not target.bare for target in targets.values()):
-        for key in ("store_T", "store_samples"):
-            if value := getattr(config, key):
-                raise ValueError(
-                    f"`{key}` is about stored fits: it needs a `store`, the folder of the fits, a defence that takes "
-                    f"them from there (paper), and no `callbacks`, got {key}={value}"
-                )
+    """Refuse options of stored fits without a store; warn where no defence of this run stores its fits.
+
+    Other jobs of the same sweep may have one that does.
+    """
+    stored = any(target.defense is not target.bare for target in targets.values())
+    for key in ("store_T", "store_samples"):
+        value = getattr(config, key)
+        if value and config.store is None:
+            raise ValueError(f"`{key}` needs a `store`, the folder of the fits that it is about, got {key}={value}")
+        if value and not stored:
+            text = f"`{key}`={value} changes nothing: only fits of `paper` without `callbacks` are stored"
+            warnings.warn(text, UserWarning, stacklevel=3)
 
 
 def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
@@ -170,15 +175,20 @@ def _check_labels(group: str, labels: Mapping[str, Any]) -> None:
 
 
 def _build(node: Mapping[str, Any], by_name: Any, *args: Any, **more: Any) -> Any:
-    """What a node of the config describes: an entry of a table, or what ``_target_`` points to makes.
-
-    Options that have a ``_target_`` themselves are made first.
-    """
-    given = {key: value for key, value in node.items() if key not in ("name", "_target_")}
-    options: dict[str, Any] = hydra.utils.instantiate(given, _convert_="all")
+    """What a node of the config describes: an entry of a table, or what ``_target_`` points to makes."""
+    options = {key: value for key, value in node.items() if key not in ("name", "_target_")}
     if "_target_" in node:
         return hydra.utils.get_object(str(node["_target_"]))(*args, **options, **more)
     return by_name(node["name"], *args, **options, **more)
+
+
+def _nested(node: Mapping[str, Any]) -> dict[str, Any]:
+    """A node of data or a victim, whose options with a ``_target_`` of their own are made.
+
+    The keys of results hold the images and the classifier themselves; of defences and attacks they hold the options.
+    """
+    make = partial(hydra.utils.instantiate, _convert_="all")
+    return {key: make(value) if isinstance(value, dict) else value for key, value in node.items()}
 
 
 def _made(what: Any, kind: type[Made], *, name: str) -> Made:
@@ -191,7 +201,7 @@ def _made(what: Any, kind: type[Made], *, name: str) -> Made:
 def _victim(key: str, node: Mapping[str, Any], clean: ImageSet, device: torch.device) -> tuple[nn.Module, int]:
     """The victim, and the number of its classes."""
     with keys_named(key, node):
-        victim = _made(_build(node, build_victim), nn.Module, name=key).to(device)
+        victim = _made(_build(_nested(node), build_victim), nn.Module, name=key).to(device)
     (height, width), own = clean.images.shape[-2:], input_size(victim)
     if own not in (None, (height, width)):
         text = f"`{key}` was made for images of {own[0]}x{own[1]} pixels and gets {height}x{width} (`data.size`)"

@@ -156,7 +156,7 @@ def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:
         "seed": matrix.config.seed,
     }
     if matrix.config.judge > 1:
-        aside = ("name", "versions", "fit", *FitOptions.__dataclass_fields__)  # those of the fits are many
+        aside = ("name", "code", "versions", "fit", *FitOptions.__dataclass_fields__)  # those of the fits are many
         row["defense_options"] = _in_words(target.bare.settings, *aside)
     return row
 

@@ -91,24 +91,21 @@ def may_be_path(key: str, value: str) -> bool:
 def job_key(config: RunConfig, *, sweep: Path | None = None) -> str:
     """A digest of a job's settings, of the content of the files and folders that they name, and of the versions.
 
-    The modules of other people's classes are such files; what is in the folder of the ``sweep`` itself is not.
+    The modules of other people's classes are such files. What the job itself writes is not: of a folder that holds the
+    ``sweep``'s folder or the store, these are left out.
     """
     values = settings_of(config)
     numerics = constant_of("dipguard.store.keys:NUMERICS")
     versions = [__version__, numerics, version("torch"), version("torchmetrics")]
-    own = None if sweep is None else sweep.resolve()
-    files = {(str(file), _content(file, file.stat().st_ctime_ns)) for file in _files(values) if not _is_in(own, file)}
-    code = {(path, _content(file, file.stat().st_ctime_ns)) for path, file in _modules(values)}
-    return digest_of({"settings": values, "files": sorted(files | code), "versions": versions})
+    own = [Path(folder).expanduser().resolve() for folder in (sweep, config.store) if folder is not None]
+    named = [(str(file), file) for file in _files(values, but=own)]
+    files = {(name, _content(file, file.stat().st_ctime_ns)) for name, file in [*named, *_modules(values)]}
+    return digest_of({"settings": values, "files": sorted(files), "versions": versions})
 
 
 def digest_of(values: Any) -> str:
     """A digest of plain values, without importing torch."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def _is_in(folder: Path | None, file: Path) -> bool:
-    return folder is not None and file.resolve().is_relative_to(folder)
 
 
 def _modules(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
@@ -130,18 +127,22 @@ def _targets(value: Any) -> Iterator[str]:
         yield from _targets(one)
 
 
-def _files(value: Any, key: str = "") -> Iterator[Path]:
-    """The files that settings name, or that are in a folder that they name."""
+def _files(value: Any, key: str = "", *, but: Sequence[Path]) -> Iterator[Path]:
+    """The files that settings name, or that are in a folder that they name, without the folders ``but`` inside it."""
     if isinstance(value, dict):
         for name, one in value.items():
-            yield from _files(one, name)
+            yield from _files(one, name, but=but)
     elif isinstance(value, list):
         for one in value:
-            yield from _files(one, key)
+            yield from _files(one, key, but=but)
     elif isinstance(value, str) and may_be_path(key, value):
-        path = os.path.expanduser(value)
-        if os.path.exists(path):
-            yield from (file for file in [Path(path), *Path(path).rglob("*")] if file.is_file())
+        path = Path(os.path.expanduser(value))  # Path's own raises an error for a user that does not exist
+        if not os.path.exists(path):
+            return
+        inside = [folder for folder in but if path.resolve() in folder.parents]
+        for file in (path, *path.rglob("*")):
+            if file.is_file() and not any(file.resolve().is_relative_to(folder) for folder in inside):
+                yield file
 
 
 @cache

@@ -39,7 +39,7 @@ class FitOptions:
             least 0; 0 gives the mean squared error of Eq. 2.
         optimise_z: Optimise z together with the weights, as Dai et al. 2020 (DIPDefend) do; Ding et al. keep z fixed.
         matmul_precision: ``float32``, or ``tf32`` or ``bfloat16`` for convolutions with the engines ``torch`` and
-            ``cuda_graph`` (:func:`dipguard.engines.precision`). The last two change results.
+            ``cuda_graph`` (:func:`dipguard.precision.precision`). The last two change results.
     """
 
     network: str | NetworkSpec = "cifar10"

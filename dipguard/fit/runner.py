@@ -54,13 +54,17 @@ class StackResult:
     seconds: dict[str, float]  # of `run_fit`, and "decide" (victim, SSIM, localisation, stitching) out of "fit"
 
 
-class _Ends(pl.Callback):
-    """Notes when the first step began, and lets Adam's moments go at the end: Lightning would copy them from a GPU."""
+class _FirstStep(pl.Callback):
+    """When the first step began."""
 
-    began = 0.0
+    at = 0.0
 
     def on_train_batch_start(self, *_: Any) -> None:
-        self.began = self.began or time.perf_counter()
+        self.at = self.at or time.perf_counter()
+
+
+class _Forget(pl.Callback):
+    """Lets Adam's moments go when a fit ends, unless a checkpoint takes them: Lightning would copy them from a GPU."""
 
     def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
         if not trainer.checkpoint_callbacks:
@@ -89,8 +93,8 @@ def run_fit(
     images or options, RuntimeError in a forked process that would hang, or if a callback or ``max_time`` ends the fit
     before its first step.
     """
-    start, ends = time.perf_counter(), _Ends()
-    every = [ends, *callbacks]
+    start, first = time.perf_counter(), _FirstStep()
+    every = [first, *callbacks, _Forget()]
     for callback in callbacks:
         _start_afresh(callback)
     with isolated_trainer(device):
@@ -107,7 +111,7 @@ def run_fit(
                 vars(callback).pop("log", None)
                 vars(callback).pop("log_dict", None)
             vars(made).clear()
-    return {"start": ends.began - start, "fit": time.perf_counter() - ends.began}
+    return {"start": first.at - start, "fit": time.perf_counter() - first.at}
 
 
 _before: WeakKeyDictionary[pl.Callback, dict[str, Any]] = WeakKeyDictionary()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -121,6 +120,9 @@ class RunLog:
         self.add(f"result {key}", flat, pictures={f"figures/{path.stem}": path for path in figures})
         if isinstance(self.inner, TensorBoardLogger):
             self.inner.experiment.add_text("images", images.to_markdown(index=False))
+            means = [value for name, value in self._summary.items() if name.endswith("/mean_accuracy")]
+            if means:  # beside the settings in the tab HPARAMS
+                self.add(f"hp_metric {key}", {"hp_metric": sum(means) / len(means)}, step=1)
         elif self.run is not None:
             import wandb
 
@@ -259,9 +261,7 @@ def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None)
     else:
         root = folder / "logs" / kind
         session = f"session_{len(list(root.glob('session_*')))}"
-        own: dict[str, Any] = {"name": "", "version": session}
-        tensorboard = partial(TensorBoardLogger, default_hp_metric=False)  # a metric that nothing would ever set
-        log = RunLog(matrix, (CSVLogger if kind == "csv" else tensorboard)(root, **own))
+        log = RunLog(matrix, (CSVLogger if kind == "csv" else TensorBoardLogger)(root, name="", version=session))
     status = "failed"
     try:
         log.inner.log_hyperparams(flat_settings(config))

@@ -81,7 +81,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     # A search has no list of jobs: Hydra writes the overrides of each trial anew that this start has asked for.
     began = plan.get("began", 0) - CLOCK
     asked = {name: path for name, path in found.items() if path.stat().st_mtime >= began}
-    overrides = planned or {name: _yaml(path, list) for name, path in asked.items()}
+    overrides = planned or {name: _yaml(path, list) for name, path in (asked or found).items()}
     if not overrides:
         raise FileNotFoundError(f"`folder` must be that of a sweep, got {folder}, which holds no job of one")
     given = {name: {k: v for text in texts for k, v in _parsed(text).items()} for name, texts in overrides.items()}

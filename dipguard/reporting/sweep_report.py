@@ -52,7 +52,8 @@ def write_sweep_report(folder: str | Path) -> list[Path]:
     parts, figures = [f"# Sweep {escape_markdown(sweep.name)}", state_section(sweep)], []
     swept, fixed = _grids(sweep)
     if seeds := sweep.parameters.get(SEED):
-        parts.append(f"Figures are means over the seeds {', '.join(map(text_of, seeds))}; sweep.csv has each.")
+        names = ", ".join(map(text_of, seeds))
+        parts.append(f"Figures are means over the seeds {names}, as far as their jobs are done.")
     for grid in swept:
         of = f": {escape_markdown(grid.defense)}" if len(sweep.defenses) > 1 else ""
         parts += [f"## Settings{of}", best_section(grid)]

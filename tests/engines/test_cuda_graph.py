@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dipguard import MirrorGuard
-from dipguard.engines import TorchEngine, make_engine
+from dipguard.engines import TorchEngine, cuda_graph, make_engine
 from dipguard.engines.cuda_graph import CudaGraphEngine, _keep, engine_times, fastest_engine
 from dipguard.networks import StackedSkipNet, build
 
@@ -101,6 +101,7 @@ def test_a_graph_gives_what_eager_steps_give(convolution: str) -> None:
 def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of measured engines, in a cache of the test's own."""
     monkeypatch.setenv("DIPGUARD_CACHE", str(tmp_path))
+    monkeypatch.setattr("dipguard.engines.cuda_graph._TIMES", {})
     return tmp_path / "engines.json"
 
 
@@ -122,6 +123,7 @@ def test_the_faster_engine_is_taken(faster: str, kept: Path, caplog: pytest.LogC
     net, given, _ = problem()
     engine_times(net, given)
     (key,) = json.loads(kept.read_text())
+    cuda_graph._TIMES.clear()
     kept.write_text(json.dumps({key: {"torch": 0.25, "cuda_graph": 0.25, faster: 0.125}}))
     with caplog.at_level("INFO", logger="dipguard"):
         engine = fastest_engine(net, given)
@@ -143,6 +145,7 @@ def test_a_damaged_file_is_measured_again(damage: str, kept: Path) -> None:
     net, given, _ = problem()
     engine_times(net, given)
     (key,) = json.loads(kept.read_text())
+    cuda_graph._TIMES.clear()
     kept.write_text(damage.replace("a", key, 1))
     times = engine_times(net, given)
     assert times in json.loads(kept.read_text()).values()
@@ -158,8 +161,10 @@ def test_times_with_a_choice_that_was_cut_short_are_not_kept(
     more = {"convolutions": ("grouped", "triton")}
     monkeypatch.setattr("dipguard.engines.cuda_graph.CudaGraphEngine", partial(CudaGraphEngine, **more))
     net, given, _ = problem()
-    assert all(0 < seconds < 60 for seconds in engine_times(net, given).values())
+    times = engine_times(net, given)
+    assert all(0 < seconds < 60 for seconds in times.values())
     assert kept.exists() == lasting
+    assert engine_times(net, given) == times, "a process measures once"
 
 
 def test_stacks_of_nearly_the_same_size_have_one_choice(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:

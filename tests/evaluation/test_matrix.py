@@ -495,8 +495,8 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
         ("+callbacks.x._target_=pytorch_lightning.callbacks.Nosuch", "`callbacks.x` cannot be made: .*Nosuch"),
         ("+callbacks.x={_target_:pytorch_lightning.callbacks.Timer,durations:3}", "(?s)`callbacks.x` .*durations"),
         ("+callbacks.x._target_=torch.nn.Identity", "`callbacks.x._target_` must be a callback of Lightning"),
-        ("store_T=[30]", r"`store_T` is about stored fits: it needs a `store`, .* got store_T=\[30\]"),
-        ("store_samples=true", "`store_samples` is about stored fits"),
+        ("store_T=[30]", r"`store_T` needs a `store`, the folder .* got store_T=\[30\]"),
+        ("store_samples=true", "`store_samples` needs a `store`"),
         ("+attacks.pgd_8.intermediate=last", "`attacks.pgd_8.intermediate` is for adaptive attacks, got it for 'pgd'"),
         ("victim.seed=a", "`victim.seed` must be an integer, got 'a'"),
         ("victim.seed=-1", "`victim.seed` must be at least 0, got -1"),
@@ -545,10 +545,10 @@ def test_an_option_may_be_made_by_a_path_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("options", [(), ("+callbacks.timer._target_=pytorch_lightning.callbacks.Timer",)])
-def test_options_of_stored_fits_are_refused_where_none_is_stored(tmp_path: Path, options: tuple[str, ...]) -> None:
+def test_options_of_stored_fits_are_told_where_none_is_stored(tmp_path: Path, options: tuple[str, ...]) -> None:
     defense = "paper" if options else "mirror"
     settings = typed_matrix(*few(defense), *options, f"store={tmp_path / 'store'}", "store_T=[30]")
-    with pytest.raises(ValueError, match=r"`store_T` is about stored fits: .* got store_T=\[30\]"):
+    with pytest.warns(UserWarning, match=r"`store_T`=\[30\] changes nothing: only fits of `paper` without `callbacks`"):
         prepare(settings, tmp_path / "run")
 
 

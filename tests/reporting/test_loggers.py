@@ -126,7 +126,7 @@ def test_tensorboard_holds_scalars_table_and_pictures(tmp_path: Path) -> None:
     assert events.Scalars("cells/accuracy")[0].step == 1
     assert set(events.Tags()["images"]) == {"figures/panel", "figures/trace_000000"}
     assert any("images" in tag for tag in events.Tags()["tensors"])
-    assert "hp_metric" not in events.Tags()["scalars"]
+    assert events.Scalars("hp_metric")[-1].value == pytest.approx(metrics["accuracy"]["defended"])
 
 
 def test_no_log_is_no_log(matrix: Matrix) -> None:
