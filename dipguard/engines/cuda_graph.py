@@ -156,8 +156,7 @@ def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False
     Measured once for each network, size of image and (to a power of two) of stack, GPU and version of torch, and kept
     in ``engines.json`` of the cache folder. The network's parameters stay as they are.
     """
-    stack = 1 << (len(given) - 1).bit_length()
-    key, place = _situation(net, given, stack, z_gradient), cache_folder("engines.json")
+    key, place = _situation(net, given, z_gradient), cache_folder("engines.json")
     names = ("torch", "cuda_graph")
     with _ALONE, precision("float32", given.device):  # as in a fit
         kept = _TIMES.get(key) or _kept(place).get(key, {})
@@ -185,8 +184,7 @@ def _kept_choice(net: StackedSkipNet, given: Tensor, *, z_gradient: bool, precis
     options: Any = {"size": tuple(given.shape[2:]), "z_gradient": z_gradient}
     if not given.is_cuda and all(len(names or ()) < 2 for names in candidates.values()):  # nothing is measured
         return choose_kernels(net, given.device, **options, **candidates)
-    stack, place = 1 << (len(given) - 1).bit_length(), cache_folder("kernels.json")
-    key = _situation(net, given, stack, z_gradient, precision, candidates)
+    key, place = _situation(net, given, z_gradient, precision, candidates), cache_folder("kernels.json")
     with _ALONE:
         if key not in _CHOSEN:
             found, shapes, cut = _kept(place), layer_shapes(net, **options), f"{key} cut short"
@@ -205,10 +203,11 @@ def _kept_choice(net: StackedSkipNet, given: Tensor, *, z_gradient: bool, precis
 
 
 def _situation(net: StackedSkipNet, given: Tensor, *more: object) -> str:
-    """What measurements depend on."""
+    """What measurements depend on, of the stack its size to a power of two."""
+    stack = 1 << (len(given) - 1).bit_length()
     where = torch.cuda.get_device_name(given.device) if given.is_cuda else given.device.type
     about = [where, torch.__version__, _kernels_digest(), list(given.shape[2:]), given.dtype, net.padding, net.spec]
-    return " ".join(map(str, [*about, *more]))
+    return " ".join(map(str, [*about, stack, *more]))
 
 
 @cache

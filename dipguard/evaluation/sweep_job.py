@@ -122,8 +122,10 @@ def _modules(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
 def _targets(value: Any) -> Iterator[str]:
     """The values of ``_target_`` anywhere in settings."""
     if isinstance(value, dict):
-        yield from (str(one) for key, one in value.items() if key == "_target_")
-    for one in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        if "_target_" in value:
+            yield str(value["_target_"])
+        value = list(value.values())
+    for one in value if isinstance(value, list) else ():
         yield from _targets(one)
 
 

@@ -82,7 +82,7 @@ def write_matrix_report(matrix: Matrix, *, log: RunLog | None = None) -> list[Pa
     made += write_suite(folder, suite, checks) if len(suite) else []
     made += _comparisons(matrix)
     if len(matrix.cells) == 1:
-        (result,) = [found[-1] for found in matrix.results.values()]
+        result = matrix.results[matrix.cells[0].place][-1]
         made += draw_cell(matrix, result, "") if result.done and result.cell.defense.steps_per_image else []
     pages = [path.read_text(encoding="utf-8") for path in made if path.suffix == ".md"]
     report = "\n".join(pages) + _links(folder, [path for path in made if path.suffix == ".png"])
