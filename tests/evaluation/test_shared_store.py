@@ -55,7 +55,10 @@ def test_runs_share_fits_and_attacked_images(tmp_path: Path):
     assert_same(
         {k: v for k, v in second.items() if k[1] != "paper"}, {k: v for k, v in plain.items() if k[1] != "paper"}
     )
-    assert seconds(tmp_path / "second") > 0.5 * seconds(tmp_path / "first")  # a replay's cell says what the fit took
+    # A replay's cell says what its fits took. Which of the six they are does not matter: no three took less than these.
+    spent = sorted(entry.header["seconds"] for entry in list_entries(tmp_path / "store", layers=["traces"]))
+    assert len(spent) == 6
+    assert seconds(tmp_path / "second") > 0.99 * sum(spent[:3]) / 3
 
 
 def test_tables_are_remade_in_a_folder_without_traces(tmp_path: Path):
