@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dipguard.attacks.libraries import load_library
 from dipguard.checks import Indices, check_images, check_indices, check_int, check_labels, check_made
 from dipguard.classifier import check_is_module, device_of, frozen, logits_of
+from dipguard.precision import exact_products
 from dipguard.registry import foreign_class
 from dipguard.seeding import image_generator
 from dipguard.victims.base import check_victim
@@ -159,18 +160,17 @@ class Attack(ABC):
     def fooled(self, attacked: Tensor, labels: Tensor, *, indices: Indices | None = None) -> Tensor:
         """Return whether the target misclassifies each attacked image [N, 3, H, W], bool [N] on the CPU."""
         attacked = check_images(attacked, name="attacked")
-        with torch.inference_mode(False), torch.no_grad(), frozen(self.victim):
+        with self._exact(attacked), torch.no_grad():
             batches = self._batches(attacked, labels, indices)
             return torch.cat([self.decide(given, positions) != classes for given, classes, positions in batches]).cpu()
 
     def _run(
         self, images: Tensor, labels: Tensor, indices: Indices | None, attack: Callable[..., dict[Snapshot, Tensor]]
     ) -> dict[Snapshot, Tensor]:
-        """Run ``attack`` on batch after batch, with the victim frozen in eval mode; check and join."""
+        """Run ``attack`` on batch after batch; check and join."""
         images = check_images(images)
         self.batches = []
-        # Tensors made in inference mode cannot take part in autograd, even under enable_grad; copies made outside can.
-        with torch.inference_mode(False), torch.enable_grad(), frozen(self.victim):
+        with self._exact(images), torch.enable_grad():
             parts: list[dict[Snapshot, Tensor]] = []
             for given, classes, positions in self._batches(images, labels, indices):
                 with seeded(self.seed, int(positions[0]), given.device):
@@ -178,6 +178,14 @@ class Attack(ABC):
                 parts.append({limit: self._check_result(given, made.detach()) for limit, made in results.items()})
             self.finish(len(images))
             return {limit: torch.cat([part[limit] for part in parts]).to(images) for limit in parts[0]}
+
+    @contextmanager
+    def _exact(self, images: Tensor) -> Iterator[None]:
+        """The victim frozen in eval mode, without the caller's inference mode and autocast, and without TF32."""
+        # Tensors made in inference mode cannot take part in autograd, even under enable_grad; copies made outside can.
+        full = torch.autocast(device_of(self.victim, images.device).type, enabled=False)
+        with torch.inference_mode(False), exact_products(), full, frozen(self.victim):
+            yield
 
     def _batches(self, images: Tensor, labels: Tensor, indices: Indices | None) -> Iterator[tuple[Tensor, ...]]:
         """Copies of checked images and labels on the victim's device, and of indices on the CPU, batch by batch."""

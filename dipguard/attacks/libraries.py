@@ -72,7 +72,7 @@ class Unsaturated(VictimView):
         logits = super().forward(images)
         if logits.requires_grad:
             top = logits.detach().topk(2, dim=1).indices
-            # A gradient below the floor would vanish on the way down to the pixels; one at the floor does not.
+            # A gradient below the floor would vanish on the way down to the pixels; raised to the floor, it does not.
             floor = torch.finfo(self.device_marker.dtype).tiny ** 0.5
             logits.register_hook(lambda gradient: _limit_where_underflown(gradient, top, floor))
         return logits
@@ -90,8 +90,10 @@ class NeverFlat(Unsaturated):
 
 
 def _limit_where_underflown(gradient: Tensor, top: Tensor, floor: float) -> Tensor:
+    peak = gradient.abs().amax(dim=1, keepdim=True)
     limit = torch.zeros_like(gradient).scatter(1, top[:, 1:], floor).scatter(1, top[:, :1], -floor)
-    return torch.where(gradient.abs().amax(dim=1, keepdim=True) < floor, limit, gradient)
+    raised = torch.where(peak > 0, gradient * (floor / peak), limit)
+    return torch.where(peak < floor, raised, gradient)
 
 
 def _noise_where_flat(gradient: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from dipguard.classifier import device_of, eval_mode
 from dipguard.defenses.base import Defense
 from dipguard.files import tensor_digest
+from dipguard.precision import exact_products
 from dipguard.victims.weights import load_state_dict_strict
 
 
 class NetworkDefense(Defense):
-    """A defence with a trained network, which runs in float32 and without autocast.
+    """A defence with a trained network, which runs in float32, without autocast and without TF32.
 
     A subclass sets the class of the network, and ``weights_source``, a sentence that says where weights can be found.
     ``weights`` is the path or https address of a state dict (errors are those of
@@ -53,5 +54,6 @@ class NetworkDefense(Defense):
         """Return the network's float32 output on the victim's device; the first input is images [n, 3, H, W]."""
         assert self.network is not None, "purify() checks that weights are there"
         device = device_of(self.victim, inputs[0].device)
-        with torch.autocast(device.type, enabled=False), eval_mode(self.network.to(device)) as network:
+        full, network = torch.autocast(device.type, enabled=False), self.network.to(device, torch.float32)
+        with exact_products(), full, eval_mode(network):
             return network(*(tensor.to(device, torch.float32) for tensor in inputs))

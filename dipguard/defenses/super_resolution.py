@@ -106,8 +106,8 @@ class SuperResolution(NetworkDefense):
         sigma: See `wavelet_denoise`; 0 leaves that step out.
         quality: Quality of the JPEG file between the two steps, 1 to 100; its chroma is 4:2:0.
         output: What to do with the doubled image, rounded to 8 bits like the authors' file: scale it down to the given
-            size (``bicubic``, anti-aliased), or keep it (``doubled``), like the authors with a classifier for that
-            size. Scaling down takes back much of what super-resolution added.
+            size (``bicubic``, anti-aliased), or keep it (``doubled``), like the authors; the victim must
+            then read both sizes. Scaling down takes back much of what super-resolution added.
     """
 
     name: ClassVar[str] = "sr"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def build(*, weights: str | Path | None = None, seed: int = 0, progress: bool = 
         load_state_dict_strict(network, weights)
         return victim
     path = cache_folder("victims", _FILE if seed == 0 else _FILE.replace("-", f"-seed{seed}-"))
-    if path.exists():
+    if os.path.exists(path):  # False also in a folder that may not be searched, where Path's raises an error
         try:
             load_state_dict_strict(network, path)
             return victim

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,8 @@ def build(
         arch: Its name in the zoo, such as ``Wang2023Better_WRN-28-10``.
         dataset: ``cifar10``, ``cifar100`` (32x32) or ``imagenet`` (224x224).
         threat_model: What it was trained against: ``Linf``, ``L2`` or ``corruptions``.
-        weights: Path of its checkpoint; None downloads it, once. An ensemble needs several files, so it takes None.
+        weights: Path of its checkpoint; None downloads it, once. ValueError for a model that RobustBench does not read
+            from one file: an ensemble, or one that comes from torchvision or timm. RuntimeError if a download fails.
     """
     robustbench = library()
     enums = robustbench.model_zoo.enums
@@ -36,6 +38,10 @@ def build(
     zoo = robustbench.model_zoo.model_dicts[enums.BenchmarkDataset(dataset)].get(enums.ThreatModel(threat_model), {})
     if arch not in zoo:
         raise unknown_arch(arch, list(zoo), library=f"RobustBench's {dataset} {threat_model}")
+    if weights is not None and not _one_file(zoo[arch], arch, dataset, threat_model):
+        raise ValueError(
+            f"`victim.weights` must be None for {arch}, which RobustBench does not read from one file, got {weights}"
+        )
     with tempfile.TemporaryDirectory() as temporary:
         folder = cache_folder("robustbench")
         if weights is not None:  # a folder as the library lays it out: it knows how each checkpoint is read
@@ -47,10 +53,21 @@ def build(
         try:
             network = robustbench.utils.load_model(arch, model_dir=folder, dataset=dataset, threat_model=threat_model)
         except Exception as error:  # a download, a damaged file and other weights share no base class
-            source = weights or "its address"
-            raise ValueError(f"`victim.weights`: {arch} cannot be read from {source}: {first_line(error)}") from error
+            if weights is None:
+                text = f"could not be fetched: {first_line(error)}. Download the checkpoint and give its path"
+                raise RuntimeError(f"`victim.weights`: {arch} {text}") from error
+            raise ValueError(f"`victim.weights`: {arch} cannot be read from {weights}: {first_line(error)}") from error
     side, classes = (224 if dataset == "imagenet" else 32), (CIFAR10_CLASSES if dataset == "cifar10" else ())
     return Normalised(network, mean=(0, 0, 0), std=(1, 1, 1), classes=classes, size=(side, side))
+
+
+def _one_file(entry: Mapping[str, Any], arch: str, dataset: str, threat_model: str) -> bool:
+    """Whether RobustBench reads a model of its zoo from a checkpoint of one file; it ignores the file of any other."""
+    from timm import is_model
+
+    in_timm = is_model(f"{arch.lower().replace('-', '_')}_{dataset}_{threat_model}".lower())
+    in_torchvision = dataset == "imagenet" and "Standard" in arch
+    return not (in_timm or in_torchvision or isinstance(entry["gdrive_id"], list))
 
 
 def library() -> Any:

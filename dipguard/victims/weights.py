@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
@@ -17,8 +18,8 @@ from dipguard.cache import cache_folder
 from dipguard.files import file_digest, write_text
 from dipguard.victims.base import first_line
 
-HASHED = re.compile(r"-([0-9a-f]{8,})\.[^/]*$")
-"""Finds the start of the file's SHA-256 in names like torch.hub's, ``name-0123abcd.pt``."""
+HASHED = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,})\.[^/]*$")
+"""Finds the start of the file's SHA-256 in names like torch.hub's, ``name-0123abcd.pt``; digits alone may be a date."""
 _ENTRIES = ("state_dict", "model_state_dict", "model", "net")
 
 
@@ -63,7 +64,7 @@ def _download(url: str, *, argument: str) -> Path:
 
 
 def _read(path: Path, *, argument: str) -> Any:
-    if not path.is_file():
+    if not os.path.isfile(path):  # False also in a folder that may not be searched, where Path's raises an error
         raise FileNotFoundError(f"`{argument}` must name an existing weights file, got {path}")
     try:
         if path.suffix == ".safetensors":

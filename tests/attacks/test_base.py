@@ -5,6 +5,7 @@ from importlib.metadata import EntryPoint
 
 import pytest
 import torch
+from torch import nn
 
 from dipguard.attacks import ATTACKS, Attack, Cost, DefendedVictim, Snapshot, build_attack
 from dipguard.registry import _registered, lookup, options_of
@@ -41,17 +42,42 @@ def test_half_precision_is_attacked_in_float32(digits_cnn, digits, name, dtype):
         ("adaptive_pgd", {"draws": "fixed"}),
     ],
 )
-def test_gradient_modes_and_the_callers_random_state_change_nothing(digits_cnn, digits, name, options):
+def test_the_callers_gradient_mode_autocast_and_random_state_change_nothing(digits_cnn, digits, name, options):
     part = digits.select(0, 4)
     expected = quick(name, digits_cnn, Noise(), **options)(part.images, part.labels)
     torch.manual_seed(2)
     before = torch.get_rng_state()
-    with torch.no_grad(), torch.inference_mode():
+    with torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         attacked = quick(name, digits_cnn, Noise(), **options)(part.images.clone(), part.labels.clone())
         assert not torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(attacked, expected)
     attacked.add_(0)  # an inference tensor would refuse outside of inference mode
+
+
+class Watched(nn.Module):
+    """The brightness of an image as ten logits; notes how convolutions would multiply."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.seen.add(torch.backends.cudnn.conv.fp32_precision)
+        return images.mean(dim=(1, 2, 3))[:, None] * torch.linspace(-1, 1, 10).to(images)
+
+
+@EVERY
+def test_a_victim_is_never_attacked_in_tf32(digits, name):
+    before, victim = torch.backends.cudnn.conv.fp32_precision, Watched()
+    torch.backends.cudnn.conv.fp32_precision = "tf32"
+    try:
+        attack = quick(name, victim)
+        attack.fooled(attack(digits.images[:2], digits.labels[:2]), digits.labels[:2])
+        assert victim.seen <= {"ieee"}
+        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+    finally:
+        torch.backends.cudnn.conv.fp32_precision = before
 
 
 @EVERY

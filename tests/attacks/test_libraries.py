@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dipguard.attacks import build_attack
+from dipguard.attacks.libraries import _limit_where_underflown
 
 from .conftest import STATIC, right
 
@@ -52,3 +53,25 @@ def test_a_victim_without_parameters_is_attacked_in_silence(digits, capsys):
     attacked = build_attack("fgsm", Brightness(), eps_255=255)(digits.images, labels)
     assert right(Brightness(), attacked, labels) < 0.1
     assert capsys.readouterr().out == ""
+
+
+def test_a_victim_in_half_precision_is_fooled_as_often_in_large_batches():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        victim = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
+        images = torch.rand(256, 3, 8, 8)
+    labels = victim(images).argmax(1)
+    options = {"eps_255": 8, "steps": 20}
+    wanted = right(victim, build_attack("bim", victim, batch_size=64, **options)(images, labels), labels)
+    victim.half()
+    for size in (64, 256):
+        attacked = build_attack("bim", victim, batch_size=size, **options)(images, labels)
+        assert right(victim, attacked.half(), labels) == pytest.approx(wanted, abs=0.05)
+
+
+def test_an_underflown_gradient_keeps_its_direction():
+    gradient = torch.tensor([[2.0, -1.0, 0.5], [2e-5, -1e-5, 5e-6], [0.0, 0.0, 0.0]])
+    top = torch.tensor([[0, 1], [1, 0], [2, 1]])
+    got = _limit_where_underflown(gradient, top, 1e-2)
+    wanted = torch.tensor([[2.0, -1.0, 0.5], [1e-2, -5e-3, 2.5e-3], [0.0, 1e-2, -1e-2]])
+    torch.testing.assert_close(got, wanted)

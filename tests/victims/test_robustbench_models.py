@@ -57,6 +57,13 @@ def test_a_checkpoint_is_read_as_theirs(network, weights):
         ({"dataset": "svhn"}, ValueError, "`victim.dataset` must be one of cifar10, cifar100, imagenet, got 'svhn'"),
         ({"threat_model": "L1"}, ValueError, "`victim.threat_model` must be one of Linf, L2, corruptions, got 'L1'"),
         ({"weights": "nowhere.pt"}, FileNotFoundError, "`victim.weights` must name an existing weights file"),
+        ({"arch": "Chen2020Adversarial", "weights": "other"}, ValueError, "`victim.weights` must be None for Chen2020"),
+        ({"arch": "Standard_R50", "dataset": "imagenet", "weights": "other"}, ValueError, "must be None for Standard"),
+        (
+            {"arch": "Debenedetti2022Light_XCiT-S12", "dataset": "imagenet", "weights": "other"},
+            ValueError,
+            "must be None for Debenedetti2022Light_XCiT-S12, which RobustBench does not read from one file",
+        ),
         ({"arch": "Standard", "weights": "other"}, ValueError, "`victim.weights`: Standard cannot be read from"),
     ],
 )
