@@ -155,10 +155,13 @@ def main(name: str, arguments: Sequence[str] | None = None) -> None:
             report_open_sweeps()
 
 
-def groups_text() -> str:
-    """The config groups with their options, without the groups of options that they are based on."""
+def groups_text(*, _root_: DictConfig) -> str:
+    """The config groups of a program with their options, without the groups of options that they are based on."""
     loader = GlobalHydra.instance().config_loader()
-    groups = [group for group in loader.list_groups("") if group not in ("dipguard", "hydra")]
+    hidden = {"dipguard", "hydra"}
+    if _root_.hydra.job.config_name == "train":
+        hidden |= {"experiment", "ladder", "sweep"}  # of many attacks and defences
+    groups = [group for group in loader.list_groups("") if group not in hidden]
     return "".join(f"{group}: {', '.join(loader.get_group_options(group))}\n" for group in groups)
 
 

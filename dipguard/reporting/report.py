@@ -141,7 +141,7 @@ def _page(result: CellResult, metrics: dict[str, Any], *, traced: bool) -> str:
     steps = f" ({cell.defense.steps_per_image:,} DIP steps an image)" if cell.defense.steps_per_image else ""
     seconds = ", ".join(f"{name} {value:.1f} s" for name, value in metrics["seconds"].items())
     speed = f"; {metrics['images_per_second']:.3g} images a second" if metrics["images_per_second"] else ""
-    traces = ", `traces/` (decision traces, which can be replayed without a new fit)" if traced else ""
+    traces = ", `traces/` (decision traces, from which images are stitched again without a new fit)" if traced else ""
     return f"""# dipguard run
 
 {n} images of `{cell.clean.name}`, victim `{cell.target.victim_name}`, attack `{cell.name}`{eps}, defence \
