@@ -29,23 +29,29 @@ def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
     return padded[..., :width]
 
 
-def window_weights(steps: Tensor, *, noise: float, early: int, late: int, limits: Sequence[float]) -> Tensor:
+def cleanness(noise: float, *, limits: Sequence[float]) -> float:
+    """Return 1 for noise up to ``limits[0]``, 0 from ``limits[1]`` on, and in between what lies on the line.
+
+    ``noise`` is that of the given image (:func:`~dipguard.decision.quality.image_noise`), in the unit of the limits, of
+    which the lower one comes first.
+    """
+    low, high = limits
+    return min(max((high - noise) / (high - low), 0.0), 1.0)
+
+
+def window_weights(steps: Tensor, *, share: float, early: int, late: int) -> Tensor:
     """Weights of the windows of one fit: of a noisy image the early ones count, of a clean one the late ones.
 
     A deep image prior takes up the image first and the perturbation later. The mean of the windows that end before step
-    ``early`` and the mean of those that begin at step ``late`` or after it are mixed; the share of the late ones falls
-    from 1 to 0 as the noise of the given image rises from ``limits[0]`` to ``limits[1]``. Returns [S], at least 0, with
-    the sum 1.
+    ``early`` and the mean of those that begin at step ``late`` or after it are mixed. Returns [S], at least 0, with the
+    sum 1.
 
     Args:
         steps: Last step of each window, [S]; windows have equal lengths.
-        noise: Noise of the given image (:func:`~dipguard.decision.quality.image_noise`), in the unit of ``limits``.
+        share: Share of the late windows, from 0 to 1 (`cleanness`).
         early: A window is early if its last step is below this; the first window always is.
         late: A window is late if its first step is at least this; the last window always is.
-        limits: Two different levels of noise, the lower one first.
     """
-    low, high = limits
-    share = min(max((high - noise) / (high - low), 0.0), 1.0)
     length = int(steps[1] - steps[0]) if len(steps) > 1 else 1
     is_early, is_late = steps < early, steps - length + 1 >= late
     is_early[0] = is_late[-1] = True
@@ -76,12 +82,14 @@ def stitch_mirrored(
     *,
     weights: Sequence[Tensor],
     own_class_weight: float,
+    given_weights: Sequence[float],
     classify: Callable[[Tensor], Tensor],
     flip: bool = True,
 ) -> list[Reconstruction]:
     """Rebuild B images from their traces, each as the class that scores highest on the mirrored copies of its samples.
 
-    :func:`class_scores` chooses a class, and the image is the first of these that there is:
+    :func:`class_scores` of the samples' copies and of the given image's own copy choose a class, and the image is the
+    first of these that there is:
 
     1. the weighted mean of the samples that the victim reads as this class, which is Eq. 7 over another choice of
        images (reason ``class_scores``);
@@ -96,24 +104,42 @@ def stitch_mirrored(
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
         weights: Of each trace's samples, [S], at least 0, with the sum 1 (:func:`window_weights`).
         own_class_weight: Factor, in [0, 1], of the score of the victim's class of the given image.
+        given_weights: Weight of the given image's copy among the readings of each trace, from 0 to 1; those of the
+            samples have the rest.
         classify: The victim: images [n, 3, H, W] to logits [n, C].
         flip: Whether the copies were mirrored (:func:`mirrored`).
     """
-    each = zip(traces, weights, strict=True)
-    chosen = [_of_class(trace, share, own_class_weight=own_class_weight, flip=flip) for trace, share in each]
-    read = classify(torch.stack([mean.image for _, mean, _ in chosen])).argmax(dim=1).tolist()
-    return [mean if decision == target else best for (target, mean, best), decision in zip(chosen, read, strict=True)]
+    copies: Sequence[Tensor | None] = [None] * len(traces)
+    if any(given_weights):
+        copies = classify(mirrored(torch.stack([trace.given for trace in traces]), flip=flip))[:, None].unbind()
+    each = zip(traces, weights, copies, given_weights, strict=True)
+    targets = [_target(*one, own_class_weight=own_class_weight) for one in each]
+    chosen = [_of_class(*one, flip=flip) for one in zip(traces, weights, targets, strict=True)]
+    decisions = classify(torch.stack([mean.image for mean, _ in chosen])).argmax(dim=1).tolist()
+    made = zip(targets, decisions, chosen, strict=True)
+    return [mean if decision == target else best for target, decision, (mean, best) in made]
+
+
+def _target(
+    trace: DecisionTrace, weights: Tensor, copy: Tensor | None, share: float, *, own_class_weight: float
+) -> int:
+    """The class with the highest score; ``copy`` [1, C] is the reading of the given image's copy."""
+    if trace.samples is None or trace.mirrored_logits is None:
+        raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
+    logits = trace.mirrored_logits
+    if copy is not None:
+        logits = torch.cat([logits, copy.to(logits)])
+        weights = torch.cat([(1 - share) * weights, weights.new_tensor([share])])
+    own = trace.given_decision
+    return int(class_scores(logits, weights=weights, own=own, own_class_weight=own_class_weight).argmax())
 
 
 def _of_class(
-    trace: DecisionTrace, weights: Tensor, *, own_class_weight: float, flip: bool
-) -> tuple[int, Reconstruction, Reconstruction]:
-    """The class with the highest score, the mean of what is read as it, and the best of these images."""
-    if trace.samples is None or trace.mirrored_logits is None:
-        raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
-    own = trace.given_decision
-    scores = class_scores(trace.mirrored_logits, weights=weights, own=own, own_class_weight=own_class_weight)
-    target = int(scores.argmax())
+    trace: DecisionTrace, weights: Tensor, target: int, *, flip: bool
+) -> tuple[Reconstruction, Reconstruction]:
+    """The mean of what is read as a class, and the best of these images."""
+    assert trace.samples is not None  # as `_target` has checked
+    assert trace.mirrored_logits is not None
     readings = {"class_scores": trace.scores} | ({"mirrored_copies": trace.mirrored_logits} if flip else {})
     found = {reason: (logits.argmax(dim=1) == target) & (weights > 0) for reason, logits in readings.items()}
     reason = next((reason for reason, read in found.items() if read.any()), "no_sample_of_class")
@@ -122,6 +148,6 @@ def _of_class(
     share = (weights[used] / weights[used].sum()).to(images.dtype)
     mean = Reconstruction(torch.einsum("s,schw->chw", share, images).clamp(0, 1), reason, used)
     if reason not in readings:
-        return target, mean, mean
+        return mean, mean
     best = int(readings[reason][used].softmax(dim=1)[:, target].argmax())
-    return target, mean, Reconstruction(images[best].clamp(0, 1), reason, used[best : best + 1])
+    return mean, Reconstruction(images[best].clamp(0, 1), reason, used[best : best + 1])

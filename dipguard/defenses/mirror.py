@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.decision.class_scores import mirrored, stitch_mirrored, window_weights
+from dipguard.decision.class_scores import cleanness, mirrored, stitch_mirrored, window_weights
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
@@ -25,9 +25,10 @@ from dipguard.registry import check_options
 from dipguard.seeding import image_generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(networks=("medium",) * 3, T=350, t0=80, every=10, early=250, late=200, optimise_z=False),
-    "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=500, t0=300, every=25,
-                     early=500, late=300, optimise_z=True),
+    "cifar10": dict(networks=("medium",) * 3, T=350, t0=80, every=10, early=250, late=200, own_class_weight=0.5,
+                    given_weight=0.0, optimise_z=False),
+    "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=400, t0=200, every=25,
+                     early=400, late=200, own_class_weight=0.7, given_weight=0.33, optimise_z=True),
 }  # fmt: skip
 """Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
@@ -40,11 +41,12 @@ class MirrorGuard(DIPDefense):
     Like the defence of Ding et al. 2021, it fits untrained networks to the given image alone and lets the victim's
     decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
     weights of its own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and
-    moved by a few pixels, where the given image's own class counts half; where the victim reads no x(t) itself as this
-    class, the copies are averaged, so that 5 to 10 % of the images come back mirrored. And the noise of the given image
-    decides how a perturbation is kept out: errors of a pixel up to 2.5 times that noise cost nothing (``dead_zone`` of
-    :class:`~dipguard.fit.FitOptions`); for small images, the early steps count if they are noisy, the late ones if they
-    are clean.
+    moved by a few pixels, where the given image's own class counts less (``own_class_weight``); of a photograph with
+    little noise, a mirrored copy of the photograph itself counts too (``given_weight``). Where the victim reads no x(t)
+    itself as this class, the copies are averaged, so that 5 to 10 % of the images come back mirrored. And the noise of
+    the given image decides how a perturbation is kept out: errors of a pixel up to 2.5 times that noise cost nothing
+    (``dead_zone`` of :class:`~dipguard.fit.FitOptions`); for small images, the early steps count if they are noisy, the
+    late ones if they are clean.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
     docs/limits.md says how far this one was tested.
@@ -66,13 +68,16 @@ class MirrorGuard(DIPDefense):
             early and late windows are mixed (:func:`~dipguard.decision.quality.image_noise`).
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
+        given_weight: Weight, in [0, 1], of the given image's own mirrored copy among the readings of a clean image; as
+            ``noise`` says, it falls to 0 for a noisy one. Without ``mirror``, None takes 0.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
     """
 
     name: ClassVar[str] = "mirror"
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "mirror",
+        "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "given_weight",
+        "mirror",
     )  # fmt: skip
     FIT: ClassVar[dict[str, Any]] = {"dead_zone": 2.5, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
@@ -89,7 +94,8 @@ class MirrorGuard(DIPDefense):
         early: int | None = None,
         late: int | None = None,
         noise: Sequence[float] = (1.0, 2.0),
-        own_class_weight: float = 0.5,
+        own_class_weight: float | None = None,
+        given_weight: float | None = None,
         mirror: bool = True,
         seed: int | None = 0,
         votes: int = 1,
@@ -100,7 +106,10 @@ class MirrorGuard(DIPDefense):
     ) -> None:
         if "network" in fit:
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
-        given = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
+        given: dict[str, Any] = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
+        given["own_class_weight"] = own_class_weight
+        flips = check_bool(mirror, name="mirror")
+        given["given_weight"] = 0.0 if given_weight is None and not flips else given_weight
         given["optimise_z"] = fit.get("optimise_z")
         values = self.from_preset(preset, given, victim=victim)
         chosen = values["networks"]
@@ -119,8 +128,9 @@ class MirrorGuard(DIPDefense):
         self.early = check_int(values["early"], name="early", low=0)
         self.late = check_int(values["late"], name="late", low=0)
         self.noise = _check_limits(noise)
-        self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
-        self.mirror = check_bool(mirror, name="mirror")
+        self.own_class_weight = check_float(values["own_class_weight"], name="own_class_weight", low=0.0, high=1.0)
+        self.mirror = flips
+        self.given_weight = check_float(values["given_weight"], name="given_weight", low=0.0, high=1.0)
         self.windows = (self.T - self.t0) // self.every
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
 
@@ -141,27 +151,49 @@ class MirrorGuard(DIPDefense):
 
     @property
     def intermediate_views(self) -> dict[str, int]:
-        """Each network's last window, the mean of all, up to eight mirrored ones that count, and the stitched image."""
-        count = len(self.fits)
-        return {"last": count, "mean": 1, "mirrored": min(MOST_MIRRORED, self.images_kept), STITCHED: 1}
+        """Each network's last window, the mean of all, mirrored copies, and the stitched image.
+
+        The copies are those of up to eight windows that count and, if it may count too, of the given image.
+        """
+        copies = min(MOST_MIRRORED, self.images_kept) + (self.given_weight > 0)
+        return {"last": len(self.fits), "mean": 1, "mirrored": copies, STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
-        """Stitch an image again from its trace; the victim is asked once."""
+        """Stitch an image again from its trace; the victim is asked about the result, and about the given image.
+
+        ValueError for a trace of other steps: T, t0, every or networks were not those of this defence.
+        """
+        if trace.steps.tolist() != (steps := self._steps().tolist()):
+            got = f"{len(trace.steps)} windows, the last one to step {int(trace.steps[-1])}"
+            raise ValueError(
+                f"`trace` must have the windows of this defence, {len(steps)} to step {steps[-1]}, got {got}"
+            )
         return self._rebuild([trace])[0]
 
     def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
         """Stitch the images of a stack."""
-        options: Any = {"own_class_weight": self.own_class_weight, "flip": self.mirror}
-        weights = [self._weights(trace) for trace in traces]
-        return stitch_mirrored(traces, weights=weights, classify=self.decide, **options)
-
-    def _weights(self, trace: DecisionTrace) -> Tensor:
-        """Of the windows of all networks, [S]."""
-        noise = 255 * float(image_noise(trace.given[None]))
-        one = window_weights(
-            trace.steps[: self.windows], noise=noise, early=self.early, late=self.late, limits=self.noise
+        shares = [self._cleanness(trace) for trace in traces]
+        return stitch_mirrored(
+            traces,
+            weights=[self._weights(share) for share in shares],
+            own_class_weight=self.own_class_weight,
+            given_weights=[self.given_weight * share for share in shares],
+            classify=self.decide,
+            flip=self.mirror,
         )
+
+    def _cleanness(self, trace: DecisionTrace) -> float:
+        return cleanness(255 * float(image_noise(trace.given[None])), limits=self.noise)
+
+    def _weights(self, share: float) -> Tensor:
+        """Of the windows of all networks, [S]; ``share`` is that of the late ones."""
+        one = window_weights(self._steps()[: self.windows], share=share, early=self.early, late=self.late)
         return one.repeat(len(self.fits)) / len(self.fits)
+
+    def _steps(self) -> Tensor:
+        """Each window's last step, where its mean stands; a network's steps follow those of the one before, [S]."""
+        ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
+        return torch.cat([number * self.steps + ends for number in range(len(self.fits))])
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
@@ -190,9 +222,6 @@ class MirrorGuard(DIPDefense):
             samples="samples", scores="logits", mirrored_logits="mirrored_logits", loss="errors", quality="quality"
         )
         made = {name: torch.cat([getattr(log, part) for log in logs]).cpu() for name, part in parts.items()}
-        # A window's mean stands at its last step; the steps of the second network follow those of the first.
-        ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
-        steps = torch.cat([number * self.steps + ends for number in range(len(logs))])
         made["last"] = made["samples"][self.windows - 1 :: self.windows]
         none = torch.empty(0, dtype=made["samples"].dtype)
         given = images.to(made["samples"])
@@ -201,7 +230,7 @@ class MirrorGuard(DIPDefense):
                 index=index,
                 given=given[i],
                 given_scores=own[i].clone(),
-                steps=steps,
+                steps=self._steps(),
                 crossing_at=none.long(),
                 alpha=none,
                 on_boundary=none.new_empty(0, *images.shape[1:]),
@@ -213,20 +242,23 @@ class MirrorGuard(DIPDefense):
 
     def _mirrored_windows(self, trace: DecisionTrace) -> Tensor:
         """Which windows an attack sees mirrored: of those that count for the image, spread from first to last."""
-        counted = self._weights(trace).nonzero().flatten()
+        counted = self._weights(self._cleanness(trace)).nonzero().flatten()
         spread = torch.linspace(0, len(counted) - 1, min(MOST_MIRRORED, self.images_kept))
         return counted[spread.round().long()]
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
-        """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""
+        """Fit once; ``mirrored`` are windows, and the given image, that the victim sees mirrored and shifted."""
         made = self._purify(images, indices, callbacks=(), logger=None)
         samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
         shown = torch.stack([self._mirrored_windows(trace) for trace in made.traces], dim=1)  # [n, B]
         view = partial(mirrored, flip=self.mirror)
+        copied = samples[shown, torch.arange(len(images))].to(images)
+        if self.given_weight > 0:
+            copied = torch.cat([copied, images[None]])
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "mirrored": Intermediate(samples[shown, torch.arange(len(images))].to(images), view),
+            "mirrored": Intermediate(copied, view),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
 

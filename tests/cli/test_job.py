@@ -74,7 +74,7 @@ def test_the_size_is_the_victims_own_unless_another_is_asked_for():
         ("dipdefend", 224, {}, 2400),
         ("dip_fixed", 224, {}, 501),
         ("mirror", 32, {}, 1050),
-        ("mirror", 224, {}, 500),
+        ("mirror", 224, {}, 400),
     ],
 )
 def test_photographs_get_the_papers_settings_for_photographs(name, size, options, steps):

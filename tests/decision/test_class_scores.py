@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import class_scores, mirrored, stitch_mirrored, window_weights
+from dipguard.decision.class_scores import class_scores, cleanness, mirrored, stitch_mirrored, window_weights
 
 
 @pytest.mark.parametrize(("width", "shift"), [(8, 2), (32, 2), (224, 7), (512, 16)])
@@ -18,21 +18,26 @@ def test_a_mirrored_copy_is_the_same_picture_read_backwards(width, shift):
 
 
 @pytest.mark.parametrize(
-    ("noise", "early", "late", "expected"),
+    ("share", "early", "late", "expected"),
     [
-        (0.0, 110, 140, [0, 0, 0, 0.5, 0.5]),
         (1.0, 110, 140, [0, 0, 0, 0.5, 0.5]),
-        (1.25, 110, 140, [0.125, 0.125, 0, 0.375, 0.375]),
-        (2.0, 110, 140, [0.5, 0.5, 0, 0, 0]),
-        (9.0, 140, 150, [1 / 3, 1 / 3, 1 / 3, 0, 0]),
-        (0.5, 110, 110, [0, 0, 1 / 3, 1 / 3, 1 / 3]),
-        (1.5, 0, 999, [0.5, 0, 0, 0, 0.5]),  # the first and the last window always count
+        (0.75, 110, 140, [0.125, 0.125, 0, 0.375, 0.375]),
+        (0.0, 110, 140, [0.5, 0.5, 0, 0, 0]),
+        (0.0, 140, 150, [1 / 3, 1 / 3, 1 / 3, 0, 0]),
+        (1.0, 110, 110, [0, 0, 1 / 3, 1 / 3, 1 / 3]),
+        (0.5, 0, 999, [0.5, 0, 0, 0, 0.5]),  # the first and the last window always count
     ],
 )
-def test_windows_count_early_in_noise_and_late_without(noise, early, late, expected):
-    steps = torch.tensor([79, 109, 139, 169, 199])
-    got = window_weights(steps, noise=noise, early=early, late=late, limits=(1.0, 2.0))
+def test_windows_count_early_in_noise_and_late_without(share, early, late, expected):
+    got = window_weights(torch.tensor([79, 109, 139, 169, 199]), share=share, early=early, late=late)
     assert got.tolist() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("noise", "expected"), [(0.0, 1.0), (1.0, 1.0), (1.5, 0.75), (2.5, 0.25), (3.0, 0.0), (9.0, 0.0)]
+)
+def test_cleanness_falls_from_one_to_zero_between_the_limits(noise, expected):
+    assert cleanness(noise, limits=(1.0, 3.0)) == expected
 
 
 def test_class_scores_are_mean_probabilities():
@@ -78,7 +83,8 @@ def stitched(images, given, *, victim=None, weights=None, flip=True, **about):
     """Samples stitched as a class, which is the one that the mirrored copies are read as."""
     weights = torch.full((len(images),), 1 / len(images)) if weights is None else torch.tensor(weights)
     traces, classify = [traced(images, given, victim=victim, **about)], victim or Brightness()
-    return stitch_mirrored(traces, weights=[weights], own_class_weight=1.0, classify=classify, flip=flip)[0]
+    options = {"own_class_weight": 1.0, "given_weights": [0.0], "classify": classify}
+    return stitch_mirrored(traces, weights=[weights], flip=flip, **options)[0]
 
 
 @pytest.mark.parametrize(
@@ -88,6 +94,22 @@ def test_samples_of_the_target_are_averaged(levels, target, level, used):
     made = stitched(grey(*levels), grey(0.2)[0], target=target)
     assert (made.reason, made.used.tolist()) == ("class_scores", used)
     assert torch.allclose(made.image, grey(level)[0])
+
+
+@pytest.mark.parametrize(("share", "target"), [(0.0, 0), (0.1, 0), (0.3, 1), (1.0, 1)])
+def test_the_given_images_own_copy_takes_its_share_of_the_score(share, target):
+    # Samples speak for class 0 by 0.6 to 0.4; the copy of the given image speaks for class 1.
+    images, given = grey(0.2, 0.8), grey(0.9)[0]
+    trace = traced(images, given, target=0, mirrored_logits=torch.tensor([[0.6, 0.4]]).log().expand(2, 2))
+
+    def classify(asked):
+        return 5 * Brightness()(asked)
+
+    copy = float(classify(mirrored(given[None])).softmax(1)[0, 1])
+    assert (share * copy + (1 - share) * 0.4 > 0.5) == bool(target)
+    options = {"own_class_weight": 1.0, "classify": classify, "weights": [torch.full((2,), 0.5)] * 2}
+    made, plain = stitch_mirrored([trace, trace], given_weights=[share, 0.0], **options)
+    assert (made.used.tolist(), plain.used.tolist()) == ([target], [0])
 
 
 def test_samples_are_averaged_by_their_weights_and_those_of_weight_0_left_out():
@@ -159,9 +181,9 @@ def test_images_that_are_stitched_together_are_those_of_one_at_a_time():
         return Brightness()(images)
 
     options = {"own_class_weight": 1.0, "classify": classify}
-    together = stitch_mirrored(traces, weights=[even] * len(traces), **options)
+    together = stitch_mirrored(traces, weights=[even] * len(traces), given_weights=[0.0] * len(traces), **options)
     assert asked == [3]  # all means at once
     for trace, ours in zip(traces, together, strict=True):
-        (alone,) = stitch_mirrored([trace], weights=[even], **options)
+        (alone,) = stitch_mirrored([trace], weights=[even], given_weights=[0.0], **options)
         assert torch.equal(ours.image, alone.image)
         assert ours.used.tolist() == alone.used.tolist()

@@ -10,13 +10,16 @@ from pytorch_lightning.loggers import CSVLogger
 
 from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import mirrored, window_weights
+from dipguard.decision.class_scores import cleanness, mirrored, window_weights
 from dipguard.decision.quality import image_noise
 from dipguard.defenses import Defense, MirrorGuard
 from dipguard.defenses.mirror import PRESETS
 from tests.defenses.test_intermediates import NETWORKS
 
 TINY = {"networks": NETWORKS, "T": 12, "t0": 2, "every": 3, "early": 8, "late": 8, "dtype": "float64"}
+
+
+OWN = ("T", "t0", "every", "early", "late", "own_class_weight", "given_weight")
 
 
 def guard(victim, **options):
@@ -46,7 +49,7 @@ def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_ow
 def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
     defense, wanted = MirrorGuard(small_victim, preset=preset), PRESETS[preset]
     assert [fit.network for fit in defense.fits] == list(wanted["networks"])
-    assert {name: getattr(defense, name) for name in ("T", "t0", "every", "early", "late")}.items() <= wanted.items()
+    assert {name: getattr(defense, name) for name in OWN}.items() <= wanted.items()
     assert {(fit.optimise_z, fit.dead_zone) for fit in defense.fits} == {(wanted["optimise_z"], 2.5)}
     changed = MirrorGuard(small_victim, preset=preset, T=360, early=None, optimise_z=None)
     assert (changed.T, changed.early, changed.fits[0].optimise_z) == (360, defense.early, preset == "imagenet")
@@ -54,8 +57,24 @@ def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
     assert (fit.optimise_z, fit.dead_zone) == (False, 1.0)
 
 
-def test_the_image_is_what_its_trace_says(small_images, small_victim):
+def test_copies_that_are_only_moved_do_not_speak_for_the_given_image_unless_asked(small_victim):
+    options = {"preset": "imagenet", "mirror": False}
+    assert MirrorGuard(small_victim, preset="imagenet").given_weight == 0.33
+    assert MirrorGuard(small_victim, **options).given_weight == 0.0
+    assert MirrorGuard(small_victim, **options, given_weight=0.1).given_weight == 0.1
+
+
+def test_a_trace_of_other_windows_is_not_stitched(small_images, small_victim):
     defense = guard(small_victim)
+    result = defense.defend(small_images[:1])
+    assert torch.equal(defense.rebuild(result.traces[0]).image.float(), result.reconstructions[0])
+    with pytest.raises(ValueError, match=r"`trace` must have the windows of this defence, 4 to step 15, got 6 windows"):
+        guard(small_victim, T=8).rebuild(result.traces[0])
+
+
+@pytest.mark.parametrize("given_weight", [0.0, 0.6])
+def test_the_image_is_what_its_trace_says(small_images, small_victim, given_weight):
+    defense = guard(small_victim, given_weight=given_weight, noise=(1.0, 60.0))
     part, indices = small_images[:3], [5, 0, 9]
     result = defense.defend(part, indices=indices)
     assert torch.equal(defense.purify(part, indices=torch.tensor(indices)), result.reconstructions)
@@ -63,10 +82,12 @@ def test_the_image_is_what_its_trace_says(small_images, small_victim):
     own = decide(part).argmax(-1)
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
-        noise = 255 * float(image_noise(part[i : i + 1]))
-        one = window_weights(trace.steps[:3], noise=noise, early=8, late=8, limits=defense.noise)
+        share = cleanness(255 * float(image_noise(part[i : i + 1])), limits=defense.noise)
+        one = window_weights(trace.steps[:3], share=share, early=8, late=8)
         weights = torch.cat([one, one]) / 2
         mean = (weights[:, None] * trace.mirrored_logits.softmax(-1)).sum(0)
+        copy = decide(mirrored(part[i : i + 1]))[0].softmax(-1)
+        mean = (1 - share * given_weight) * mean + share * given_weight * copy
         mean[own[i]] *= 0.5
         target = int(mean.argmax())
         readings = {"class_scores": trace.scores, "mirrored_copies": trace.mirrored_logits}
@@ -121,6 +142,7 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
         ({"t0": 12}, "`t0` must be from 0 to 11"),
         ({"every": 11}, "`every` must be from 1 to 10"),
         ({"own_class_weight": 2.0}, "`own_class_weight`"),
+        ({"given_weight": -0.1}, "`given_weight` must be from 0"),
         ({"beta": 0.5}, "takes no option 'beta'"),
         ({"stack_size": 0}, "`stack_size`"),
         ({"network": "small"}, r"'mirror' takes no option 'network' \(did you mean 'networks'\?\)"),
