@@ -108,7 +108,9 @@ def asked(classifier: nn.Module, images: Tensor) -> Any:
         laid.register_hook(Tensor.contiguous)  # attacks .view() the gradient, which must lie as their images do
     try:
         return classifier(laid)
-    except RuntimeError:  # such as .view() of a feature map; any other error comes again
+    except RuntimeError as error:  # such as .view() of a feature map; any other error comes again
+        if is_out_of_memory(error):
+            raise
         output = classifier(images.contiguous())
     _CONTIGUOUS_ONLY.add(classifier)
     return output

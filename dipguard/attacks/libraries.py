@@ -92,7 +92,8 @@ class NeverFlat(Unsaturated):
 def _limit_where_underflown(gradient: Tensor, top: Tensor, floor: float) -> Tensor:
     peak = gradient.abs().amax(dim=1, keepdim=True)
     limit = torch.zeros_like(gradient).scatter(1, top[:, 1:], floor).scatter(1, top[:, :1], -floor)
-    raised = torch.where(peak > 0, gradient * (floor / peak), limit)
+    lost = gradient.gather(1, top[:, :1]) == 0  # the top class's share, p - 1, was rounded away, if not all of it
+    raised = torch.where(lost, limit, gradient * (floor / peak))
     return torch.where(peak < floor, raised, gradient)
 
 

@@ -228,6 +228,12 @@ def _run(
 
     config = matrix.config
     if config.rebuild:
+        matrix.load()
+        if not any(result.done for results in matrix.results.values() for result in results):
+            raise CompactHydraException(
+                f"ValueError: `rebuild` found no finished cell of these settings and versions in {folder}, "
+                "and has changed nothing"
+            )
         return report(matrix)
     write_text(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     kind = job_type if sweep is None else "sweep"

@@ -88,6 +88,8 @@ class DIPGuard(DIPDefense):
             # Allowed, since the paper's own fallback covers it, but hardly ever meant: a short trial with the default.
             _log.warning("`t0`=%d is past the end of the fit (%d %s): no crossing can count", t0, end, t0_unit)
         self.store = open_store(store)
+        if not isinstance(store_T, Sequence):
+            raise TypeError(f"`store_T` must be a list of integers, got {store_T!r}")
         if store_T and self.store is None:
             raise ValueError(f"`store_T` needs a `store`, the folder of the fits that it is about, got {store_T!r}")
         self.also = tuple(replace(self.decide_options, T=other) for other in store_T)

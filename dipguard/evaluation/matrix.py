@@ -183,7 +183,7 @@ class Matrix:
         if row is not None and not curves.rows:  # made earlier
             for step, metrics in entry.header["curves"]:
                 row(step, metrics)
-        for index in self._lost_traces(cell, entry):
+        for index in self._lost_traces(cell, entry, part):
             write_bytes(self.traces_path(*cell.place, int(index)), entry.arrays[f"trace {index}"].tobytes())
         return Entry({name: entry.arrays[name] for name in ("images", "used")}, entry.header)
 
@@ -256,7 +256,7 @@ class Matrix:
 
         def parse(summary: Entry) -> list[CellResult]:
             whole = slice(0, len(cell.clean))
-            lacks = self._lacks_traces(cell, summary, whole) or self._lost_traces(cell, summary)
+            lacks = self._lacks_traces(cell, summary, whole) or self._lost_traces(cell, summary, whole)
             # Only a run makes traces again; tables need none.
             if lacks and not self.config.rebuild:
                 return unknown
@@ -338,9 +338,10 @@ class Matrix:
         found, may_run = entry.header["traces"], entry.header["traced"] and not self.config.rebuild
         return may_run and any(str(index) not in found for index in self._kept(cell, part))
 
-    def _lost_traces(self, cell: Cell, entry: Entry) -> list[str]:
-        """The indices of an entry's traces whose files are not in the run folder as they were written."""
-        digests = entry.header["traces"].items()
+    def _lost_traces(self, cell: Cell, entry: Entry, part: slice) -> list[str]:
+        """The indices of an entry's traces that are to be kept, whose files are not in the run folder as written."""
+        kept = {str(index) for index in self._kept(cell, part)}
+        digests = [(i, digest) for i, digest in entry.header["traces"].items() if i in kept]
         return [i for i, digest in digests if not _is_as_written(self.traces_path(*cell.place, int(i)), digest)]
 
 

@@ -29,6 +29,7 @@ from dipguard.evaluation.metrics import decide, similarity
 from dipguard.files import tensor_digest
 from dipguard.fit import isolated_trainer, make_trainer
 from dipguard.fit.module import check_made
+from dipguard.registry import foreign_class
 from dipguard.store import Store, digest_of, numerics, open_store, victim_digest
 from dipguard.victims import build_victim, check_victim
 
@@ -55,7 +56,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
         raise ValueError(f"`defenses` must not name one {BASELINE!r} if `baseline` is set")
     shared = open_store(config.store, keep_samples=config.store_samples)
     device = choose_device(str(config.trainer.get("accelerator", "auto")))
-    _check_callbacks(config)
+    callbacks = _check_callbacks(config)
     _trainer(config)
     data = {key: value for key, value in config.data.items() if key != "mirrors"}
     with keys_named("data", data):
@@ -80,7 +81,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     made_with = {
         "versions": numerics(),
         "device": device.type,
-        "callbacks": config.callbacks,
+        "callbacks": callbacks,
         "surrogate": digests.get("surrogate"),
     }
     targets = {}
@@ -129,7 +130,9 @@ def keys_named(group: str, names: Iterable[str]) -> Iterator[None]:
         raise next(kind for kind in NAMED if isinstance(error, kind))(message) from error
 
 
-def _check_callbacks(config: RunConfig) -> None:
+def _check_callbacks(config: RunConfig) -> dict[str, Any]:
+    """The callbacks, checked, with what a result depends on besides their arguments: the source of a class."""
+    checked = {}
     for label, node in config.callbacks.items():
         try:
             made = hydra.utils.instantiate(node)
@@ -137,6 +140,8 @@ def _check_callbacks(config: RunConfig) -> None:
             raise ValueError(f"`callbacks.{label}` cannot be made: {error}") from error
         if not hasattr(made, "on_train_start"):
             raise TypeError(f"`callbacks.{label}._target_` must be a callback of Lightning, got {node['_target_']}")
+        checked[label] = {**node, **foreign_class(made)}
+    return checked
 
 
 def _check_store_options(config: RunConfig, targets: Mapping[str, Target]) -> None:
@@ -250,6 +255,8 @@ def _cells(
         if not (isinstance(kind, type) and issubclass(kind, Attack)):
             raise TypeError(f"`attacks.{label}` must be a subclass of dipguard.attacks.Attack, got {path}")
         adaptive = kind.adaptive
+        if adaptive and config.callbacks:  # a callback may change a fit, and an attack on the defence makes its own
+            raise ValueError(f"`callbacks` do not reach the fits that `attacks.{label}` attacks; remove one of them")
         for key in ("made_on", "intermediate"):
             if node.get(key) and not adaptive:
                 raise ValueError(f"`attacks.{label}.{key}` is for adaptive attacks, got it for {name_of(node)!r}")

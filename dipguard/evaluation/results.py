@@ -62,19 +62,20 @@ def suite_results(matrix: Matrix, target: Target) -> list[CellResult]:
 
 
 def worst_case(
-    results: Iterable[CellResult], count: int, clean: CellResult | None = None, *, by: str = "accuracy"
+    results: Iterable[CellResult], clean: CellResult | None = None, *, by: str = "accuracy"
 ) -> Tensor | None:
-    """How right each of ``count`` images is under the attack that is worst for it, [count]; None without an attack.
+    """How right each image is under the attack that is worst for it, [n]; None without an attack.
 
-    ``by`` is a figure of `JUDGED`. An attack on fewer images counts for those alone. Checks do not count. Not to attack
-    is within every budget: the result on ``clean`` images counts too, if it is done.
+    n is the number of images of the attack on most of them; one on fewer counts for those alone. ``by`` is a figure of
+    `JUDGED`. Checks do not count. Not to attack is within every budget: the result on ``clean`` images counts too, if
+    it is done.
     """
     attacks = [result for result in results if result.attacks]
     if not attacks:
         return None
-    right = torch.ones(count, dtype=torch.float64)
+    right = torch.ones(max(len(result.right) for result in attacks), dtype=torch.float64)
     for result in attacks if clean is None or not clean.done else [clean, *attacks]:
-        own = result.judged(by)
+        own = result.judged(by)[: len(right)]
         right[: len(own)] = torch.minimum(right[: len(own)], own)
     return right
 
@@ -137,7 +138,7 @@ def _spent(result: CellResult) -> dict[str, Any]:
 def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
     results = suite_results(matrix, target)
     (clean,) = matrix.results[CLEAN, target.label]
-    worst = ((by, worst_case(results, len(matrix.clean), clean, by=by)) for by in JUDGED)
+    worst = ((by, worst_case(results, clean, by=by)) for by in JUDGED)
     rights = {by: right for by, right in worst if right is not None}
     over = len({result.cell.key for result in results if result.attacks})
     row = {**_of_target(matrix, target), "attack": WORST, "eps_255": matrix.config.eps_255, "number": "9"}

@@ -23,6 +23,7 @@ import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.loggers import Logger
 from torch import Tensor, nn
 
@@ -127,6 +128,7 @@ def _start_afresh(callback: pl.Callback) -> None:
     if isinstance(callback, EarlyStopping):
         callback.wait_count, callback.stopped_epoch = 0, 0
         callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+        callback.stopping_reason, callback.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
     elif isinstance(callback, (ModelCheckpoint, Timer)):
         vars(callback).update(copied(_before.setdefault(callback, copied(vars(callback)))))
 
@@ -158,8 +160,10 @@ def fit_stack(
 def check_trainer(trainer: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return further keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; empty for None.
 
-    ValueError if one is among ``OWNED``, TypeError if ``pl.Trainer`` does not have it.
+    ValueError if one is among ``OWNED``, TypeError if ``pl.Trainer`` does not have it or ``trainer`` is no mapping.
     """
+    if trainer is not None and not isinstance(trainer, Mapping):
+        raise TypeError(f"`trainer` must be a mapping of arguments of pl.Trainer or None, got {trainer!r}")
     further = dict(trainer or {})
     for name, value in further.items():
         if name in OWNED:

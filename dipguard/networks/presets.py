@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dipguard.checks import check_choice, check_int, check_positive
@@ -37,6 +38,9 @@ class NetworkSpec:
 
     def __post_init__(self) -> None:
         check_choice(self.upsample, UPSAMPLINGS, name="upsample")
+        for name in ("n_d", "n_u", "n_s", "k_d", "k_u", "k_s"):
+            if isinstance(value := getattr(self, name), str) or not isinstance(value, Sequence):
+                raise TypeError(f"`{name}` must be a list of integers, one a scale, got {value!r}")
         lengths = {name: len(getattr(self, name)) for name in ("n_d", "n_u", "n_s", "k_d", "k_u", "k_s")}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"a network's lists must have one entry a scale, at least one, got lengths {lengths}")

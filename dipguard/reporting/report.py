@@ -105,7 +105,8 @@ def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.Da
     results = read_results(folder / "results.csv")
     run = results[results["status"] != NOT_RUN]
     suite = suite_rows(run)
-    main = run[~in_suite(run) & run["budget"].isna()]
+    curves = run.loc[run["budget"].notna(), "attack"]  # attacks with several budgets, also where a cell failed
+    main = run[~in_suite(run) & ~run["attack"].isin(curves)]
     if len(suite) and (main["attack"] == CLEAN).all():
         main = main[:0]  # the suite has the clean images too
     return run, main, suite, read_checks(folder / "checks.csv") if len(suite) else suite

@@ -68,7 +68,7 @@ def stored_stack(
     reconstructions = [stitch_trace(trace, **asdict(stitch)) for trace in traces]
     store.counts.update(one.made for one in found)
     seconds = {**work.seconds, "decide": work.seconds["decide"] + time.perf_counter() - begun}
-    seconds["start"] = time.perf_counter() - start - seconds["fit"] - seconds["decide"]
+    seconds["start"] = time.perf_counter() - start - work.waited - seconds["fit"] - seconds["decide"]
     seconds["fit"] += sum(one.spared for one in found)
     return StackResult(traces, reconstructions, seconds)
 
@@ -99,6 +99,7 @@ class _Stack:
         served = [self.decide, *(o for o in self.also if self.keys.engine_at(o.T) == self.keys.engine)]
         self.trace_keys = {options: self.keys.traces(self.victim.victim, options) for options in served}
         self.seconds = {"start": 0.0, "fit": 0.0, "decide": 0.0}
+        self.waited = 0.0  # seconds for other processes, whose fits are counted as their own
         self._same_victim: bool | None = None
 
     def find_or_fit(self, **run: Any) -> list[_Found]:
@@ -106,7 +107,9 @@ class _Stack:
         fits = self.keys.fits
         found = {b: self._find(b) for b in range(len(fits))}
         while missing := [b for b in found if found[b] is None]:
+            begun = time.perf_counter()
             with self.store.claim([fits[b] for b in missing]) as mine:
+                self.waited += time.perf_counter() - begun
                 first = {fits[b]: b for b in reversed(missing)}  # an image that comes twice is fitted once
                 rows = sorted(b for key, b in first.items() if key in mine)
                 found |= {b: self._find(b) for b in rows}  # another process may have made it in the meantime
@@ -131,7 +134,7 @@ class _Stack:
         """Fit these images in one stack, and store their fits and traces."""
         steps = {step for options in self.trace_keys for step in options.steps}
         for b in rows:  # the new fit replaces the old one and must serve what that served
-            old = self._read_samples(b)
+            old = self._read_samples(b) if self.store.keep_samples else None
             steps |= set() if old is None else set(old[0].steps.tolist())
         fits, seconds = fit_samples(
             self.images[rows],

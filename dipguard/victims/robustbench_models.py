@@ -38,7 +38,8 @@ def build(
     zoo = robustbench.model_zoo.model_dicts[enums.BenchmarkDataset(dataset)].get(enums.ThreatModel(threat_model), {})
     if arch not in zoo:
         raise unknown_arch(arch, list(zoo), library=f"RobustBench's {dataset} {threat_model}")
-    if weights is not None and not _one_file(zoo[arch], arch, dataset, threat_model):
+    one_file = _one_file(zoo[arch], arch, dataset, threat_model)
+    if weights is not None and not one_file:
         raise ValueError(
             f"`victim.weights` must be None for {arch}, which RobustBench does not read from one file, got {weights}"
         )
@@ -54,8 +55,9 @@ def build(
             network = robustbench.utils.load_model(arch, model_dir=folder, dataset=dataset, threat_model=threat_model)
         except Exception as error:  # a download, a damaged file and other weights share no base class
             if weights is None:
-                text = f"could not be fetched: {first_line(error)}. Download the checkpoint and give its path"
-                raise RuntimeError(f"`victim.weights`: {arch} {text}") from error
+                text = f"`victim.weights`: {arch} could not be fetched or read: {first_line(error)}"
+                advice = ". Download the checkpoint in another way and give its path" if one_file else ""
+                raise RuntimeError(text + advice) from error
             raise ValueError(f"`victim.weights`: {arch} cannot be read from {weights}: {first_line(error)}") from error
     side, classes = (224 if dataset == "imagenet" else 32), (CIFAR10_CLASSES if dataset == "cifar10" else ())
     return Normalised(network, mean=(0, 0, 0), std=(1, 1, 1), classes=classes, size=(side, side))

@@ -18,8 +18,8 @@ from dipguard.cache import cache_folder
 from dipguard.files import file_digest, write_text
 from dipguard.victims.base import first_line
 
-HASHED = re.compile(r"-(?=[0-9]*[a-f])([0-9a-f]{8,})\.[^/]*$")
-"""Finds the start of the file's SHA-256 in names like torch.hub's, ``name-0123abcd.pt``; digits alone may be a date."""
+HASHED = re.compile(r"-(?!20\d\d[01]\d[0-3]\d\.)([0-9a-f]{8,})\.[^/]*$")
+"""Finds the start of the file's SHA-256 in names like torch.hub's, ``name-0123abcd.pt``, but not a date."""
 _ENTRIES = ("state_dict", "model_state_dict", "model", "net")
 
 

@@ -70,8 +70,8 @@ def test_a_victim_in_half_precision_is_fooled_as_often_in_large_batches():
 
 
 def test_an_underflown_gradient_keeps_its_direction():
-    gradient = torch.tensor([[2.0, -1.0, 0.5], [2e-5, -1e-5, 5e-6], [0.0, 0.0, 0.0]])
-    top = torch.tensor([[0, 1], [1, 0], [2, 1]])
+    gradient = torch.tensor([[2.0, -1.0, 0.5], [2e-5, -1e-5, 5e-6], [0.0, 0.0, 0.0], [0.0, 2e-5, 0.0]])
+    top = torch.tensor([[0, 1], [1, 0], [2, 1], [0, 1]])
     got = _limit_where_underflown(gradient, top, 1e-2)
-    wanted = torch.tensor([[2.0, -1.0, 0.5], [1e-2, -5e-3, 2.5e-3], [0.0, 1e-2, -1e-2]])
+    wanted = torch.tensor([[2.0, -1.0, 0.5], [1e-2, -5e-3, 2.5e-3], [0.0, 1e-2, -1e-2], [-1e-2, 1e-2, 0.0]])
     torch.testing.assert_close(got, wanted)

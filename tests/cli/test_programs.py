@@ -56,6 +56,16 @@ def test_a_node_without_a_name_is_refused(tmp_path: Path) -> None:
         evaluate(compose_matrix("++attack.eps_255=4"), tmp_path)
 
 
+def test_a_rebuild_without_a_finished_cell_changes_nothing(tmp_path: Path) -> None:
+    fast = ("data.limit=2", "attack=fgsm", "defense=jpeg", "figures=0", "trainer.enable_progress_bar=false")
+    evaluate(compose_matrix(*fast), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert evaluate(compose_matrix(*fast, "rebuild=true"), tmp_path)
+    with pytest.raises(CompactHydraException, match="`rebuild` found no finished cell of these settings"):
+        evaluate(compose_matrix(*fast, "defense.quality=20", "rebuild=true"), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
 @pytest.mark.slow
 def test_a_sweep_with_the_command_and_an_error_of_it(tmp_path: Path) -> None:
     fast = ("data.limit=2", "attack=fgsm", "defense=jpeg", "figures=0", "trainer.enable_progress_bar=false")

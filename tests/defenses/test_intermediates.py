@@ -90,6 +90,13 @@ def test_mirrors_are_those_of_its_windows(small_images, small_victim):
     assert torch.equal(made["last"].viewed(samples[5]), samples[5])
 
 
+def test_a_copy_of_the_given_image_is_shown_where_it_may_count(small_images, small_victim):
+    plain, defense = (defended("mirror", small_victim, given_weight=weight) for weight in (0.0, 0.5))
+    views = [one.intermediates(small_images[:2])["mirrored"].views for one in (plain, defense)]
+    assert torch.equal(views[1], torch.cat([views[0], small_images[None, :2]]))
+    assert len(views[1]) == defense.intermediate_views["mirrored"] == plain.intermediate_views["mirrored"] + 1
+
+
 def test_few_windows_are_all_shown(small_images, small_victim):
     defense = defended("mirror", small_victim, T=3)
     assert defense.intermediate_views["mirrored"] == 4

@@ -101,6 +101,7 @@ def test_each_setting_of_the_trainer_is_one_of_the_defence(small_victim):
     [
         ({"max_steps": 3}, ValueError, "`trainer` must leave `max_steps` to the fit, got max_steps=3"),
         ({"strategy": "ddp"}, ValueError, "`trainer` must leave `strategy` to the fit, got strategy='ddp'"),
+        ("16-mixed", TypeError, "`trainer` must be a mapping of arguments of pl.Trainer or None, got '16-mixed'"),
         ({"presicion": 16}, TypeError, "`trainer` must hold arguments of pl.Trainer, got presicion=16"),
     ],
 )

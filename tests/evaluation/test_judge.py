@@ -139,7 +139,7 @@ def test_the_worst_case_is_taken_for_each_image_by_each_figure(judged: Matrix) -
     right, wrong = judged.clean.labels, (judged.clean.labels + 1) % 10
     some = [replace(r, decisions=right, draws=torch.stack([right, wrong, wrong])) for r in found if r.attacks]
     clean = replace(judged.results["clean", "noisy"][0], decisions=right, draws=torch.stack([right] * 3))
-    figures = {by: worst_case(some[:1], 3, clean, by=by) for by in JUDGED}
+    figures = {by: worst_case(some[:1], clean, by=by) for by in JUDGED}
     assert {by: one.tolist() for by, one in figures.items() if one is not None} == {
         "accuracy": [0.5] * 3, "worst": [0] * 3, "vote": [0] * 3, "known": [1] * 3,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -495,6 +496,10 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
         ("+callbacks.x._target_=pytorch_lightning.callbacks.Nosuch", "`callbacks.x` cannot be made: .*Nosuch"),
         ("+callbacks.x={_target_:pytorch_lightning.callbacks.Timer,durations:3}", "(?s)`callbacks.x` .*durations"),
         ("+callbacks.x._target_=torch.nn.Identity", "`callbacks.x._target_` must be a callback of Lightning"),
+        (
+            "+attack@attacks.bpda=bpda +callbacks.timer._target_=pytorch_lightning.callbacks.Timer",
+            "`callbacks` do not reach the fits that `attacks.bpda` attacks",
+        ),
         ("store_T=[30]", r"`store_T` needs a `store`, the folder .* got store_T=\[30\]"),
         ("store_samples=true", "`store_samples` needs a `store`"),
         ("+attacks.pgd_8.intermediate=last", "`attacks.pgd_8.intermediate` is for adaptive attacks, got it for 'pgd'"),
@@ -508,7 +513,7 @@ def test_bad_settings_are_named_before_anything_runs(tmp_path: Path, override: s
         pytest.skip("there is a GPU")
     extra = ["+defense@defenses.comdefend=comdefend"] if "comdefend" in override else []
     with pytest.raises((TypeError, ValueError, FileNotFoundError), match=message):
-        tiny_matrix(tmp_path / "run", *extra, override)
+        tiny_matrix(tmp_path / "run", *extra, *override.split(" "))
     assert not (tmp_path / "run").exists()
 
 
@@ -542,6 +547,19 @@ def test_an_option_may_be_made_by_a_path_of_its_own(tmp_path: Path) -> None:
     net = {"_target_": f"{__name__}.inner", "width": 48}
     settings = replace(typed_matrix(*few("jpeg")), victim={"_target_": f"{__name__}.outer", "net": net})
     assert prepare(settings, tmp_path).targets["jpeg"].victim[-1].in_features == 48
+
+
+def test_a_callback_that_was_edited_makes_other_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    keys = set()
+    for order in (1, 22):  # of other lengths: Python looks at a file's size and second
+        code = f"from pytorch_lightning import Callback\n\n\nclass Own(Callback):\n    order = {order}\n"
+        (tmp_path / "own_callback.py").write_text(code)
+        sys.modules.pop("own_callback", None)
+        matrix = tiny_matrix(tmp_path / "run", "+callbacks.own._target_=own_callback.Own")
+        keys |= {cell.key for cell in matrix.cells if cell.place == ("clean", "none")}
+    del sys.modules["own_callback"]
+    assert len(keys) == 2
 
 
 @pytest.mark.parametrize("options", [(), ("+callbacks.timer._target_=pytorch_lightning.callbacks.Timer",)])

@@ -97,11 +97,16 @@ def test_an_attack_on_fewer_images_counts_for_those_alone(tmp_path: Path) -> Non
     rights = {result.cell.label: result.right for result in results}
     assert (len(rights["transfer"]), len(rights["identity"])) == (4, 2)
     expected = [bool(rights["transfer"][i]) and (i >= 2 or bool(rights["identity"][i])) for i in range(4)]
-    assert worst_case(results, 4).tolist() == expected
-    assert worst_case([], 4) is None
+    assert worst_case(results).tolist() == expected
+    assert worst_case([]) is None
+    limited = [result for result in results if result.cell.label == "identity"]
+    whole = matrix.results["clean", "none"][0]
+    assert len(whole.right) == 4
+    for clean in (None, whole):  # images that no attack was made on have no worst case
+        assert len(worst_case(limited, clean)) == 2
     labels, misread = matrix.clean.labels, torch.tensor([0, 0, 1, 0])
     clean = replace(matrix.results["clean", "none"][0], decisions=(labels + misread) % 10)
-    assert worst_case(results, 4, clean).tolist() == [e and not m for e, m in zip(expected, misread, strict=True)]
+    assert worst_case(results, clean).tolist() == [e and not m for e, m in zip(expected, misread, strict=True)]
 
 
 def test_costs_are_told_before_and_counted_after(finished: Matrix, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import EarlyStopping
+from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.demos.boring_classes import BoringModel
 from torch import Tensor, nn
 
@@ -26,10 +27,12 @@ def rules() -> dict[str, StopRule]:
 
 def test_early_stopping_begins_anew_with_each_fit(images: Tensor) -> None:
     stop = EarlyStopping("fit/mse", patience=1)
+    stop.stopping_reason = EarlyStoppingReason.PATIENCE_EXHAUSTED  # of an earlier fit
     for image in range(2):  # it would end the second fit, which is not as good after 50 steps as the first after 200
         rule, given = FixedStep(199), images[image, None]
         found = fit_rule(given, rule=rule, indices=[image], fit=FIT, T=200, device=CPU, callbacks=[stop])
         assert stop.best_score == pytest.approx(float((found.images - given).square().mean()))
+        assert stop.stopping_reason == EarlyStoppingReason.NOT_STOPPED
 
 
 @pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=[NATIVE, pytest.mark.slow])])

@@ -142,6 +142,7 @@ def test_bad_options_are_named(arguments, message):
     ("change", "message"),
     [
         ({"n_u": (4,)}, "one entry a scale"),
+        ({"n_d": 32}, "`n_d` must be a list of integers, one a scale, got 32"),
         ({"n_d": (0, 4)}, "`n_d` must be at least 1, got 0"),
         ({"n_u": (16.5, 4)}, "`n_u` must be an integer, got 16.5"),
         ({"k_s": (0, 1)}, "`k_s` must be at least 1, got 0"),

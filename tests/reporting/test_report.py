@@ -16,6 +16,8 @@ from dipguard.evaluation.runner import run
 from dipguard.reporting.loggers import open_log
 from dipguard.reporting.report import results_text, write_matrix_report, write_train_report
 from tests.csv_files import read_csv
+from tests.reporting import stored_run
+from tests.reporting.stored_run import cell, point
 from tests.tiny_matrix import tiny_matrix
 
 
@@ -138,6 +140,15 @@ def test_text_for_the_terminal_has_both_tables(several: Matrix) -> None:
     assert "Table 1: digits, victim digits_cnn, seed 0" in text
     assert "Table 2" in text
     assert "suite" not in text
+
+
+def test_a_cell_without_budgets_does_not_make_a_column_of_an_attack_that_has_them(tmp_path: Path) -> None:
+    lines = [cell("clean", name, 30) for name in ("none", "jpeg")] + [cell("clean", "comdefend", None)]
+    lines += [point("bpda_8", "jpeg", 8, budget, 12) for budget in (5, 10)] + [cell("bpda_8", "comdefend", None)]
+    stored_run.write_results(tmp_path, lines)
+    text = results_text(tmp_path)
+    assert "Table 1" in text
+    assert "bpda_8" not in text
 
 
 def test_a_matrix_without_a_finished_cell_says_so(several: Matrix, tmp_path: Path) -> None:

@@ -254,6 +254,7 @@ def test_a_store_that_cannot_be_written_costs_only_the_store(tmp_path: Path, cap
         ({"store": ""}, TypeError, "`store` must be the path of a folder"),
         ({"store": __file__}, ValueError, "`store` must be a folder, got .* which is a file"),
         ({"store": None, "store_T": [30]}, ValueError, r"`store_T` needs a `store`, .* got \[30\]"),
+        ({"store": "x", "store_T": 30}, TypeError, "`store_T` must be a list of integers, got 30"),
         ({"store": "x", "store_T": [0]}, ValueError, "`T` must be at least 1, got 0"),
     ],
 )

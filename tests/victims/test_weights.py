@@ -1,7 +1,6 @@
 import hashlib
 import io
 import pickle
-import re
 from argparse import Namespace
 from pathlib import Path
 
@@ -166,8 +165,7 @@ def test_downloads_are_kept_by_address_and_checked_each_time(server, tmp_path):
 def test_a_hash_in_the_address_is_checked(server):
     files, _ = server
     digest = hashlib.sha256(_content(1)).hexdigest()
-    assert re.search("[a-f]", digest[:8])  # digits alone may be a date
-    good, bad, dated = (f"https://a.example/m-{part}.pt" for part in (digest[:8], "0123456a", "20240315"))
+    good, bad, dated = (f"https://a.example/m-{part}.pt" for part in (digest[:8], "01234567", "20240315"))
     files |= {good: _content(1), bad: _content(1), dated: _content(1)}
     for address in (good, dated):
         load_state_dict_strict(_net(9), address)
