@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_int, check_not_forked
-from dipguard.precision import exact_products
+from dipguard.precision import full_precision
 
 GOOD_BATCH = 64
 """Above so many images, a larger batch is no faster per image (ResNet-56 on two cores: 12 ms alone, 3.5 ms in 64)."""
@@ -185,8 +185,8 @@ class Decider:
         """
         check_not_forked()
         # A decision depends neither on the caller's autocast nor on TF32; the fit's are made without.
-        full = torch.autocast(device_of(self.victim, images.device).type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), exact_products(), full, eval_mode(self.victim):
+        full = full_precision(device_of(self.victim, images.device))
+        with torch.inference_mode(False), torch.no_grad(), full, eval_mode(self.victim):
             chunks = images.detach().split(self.batch(*images.shape[-2:]))
             return torch.cat([logits_of(self.victim, chunk) for chunk in chunks])
 

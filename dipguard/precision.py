@@ -56,6 +56,13 @@ def exact_products() -> Iterator[None]:
 
 
 @contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """`exact_products`, and on a device of this type no autocast of the caller's."""
+    with exact_products(), torch.autocast(device.type, enabled=False):
+        yield
+
+
+@contextmanager
 def _switches(kind: str) -> Iterator[None]:
     """Float32 products in ``tf32`` or exact (``ieee``), and sums of cuDNN in a fixed order."""
     # Torch has an old and a new set of switches for one state, and reading an old one raises an error where the new

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dipguard.attacks.libraries import load_library
 from dipguard.checks import Indices, check_images, check_indices, check_int, check_labels, check_made
 from dipguard.classifier import check_is_module, device_of, frozen, logits_of
-from dipguard.precision import exact_products
+from dipguard.precision import full_precision
 from dipguard.registry import foreign_class
 from dipguard.seeding import image_generator
 from dipguard.victims.base import check_victim
@@ -183,8 +183,8 @@ class Attack(ABC):
     def _exact(self, images: Tensor) -> Iterator[None]:
         """The victim frozen in eval mode, without the caller's inference mode and autocast, and without TF32."""
         # Tensors made in inference mode cannot take part in autograd, even under enable_grad; copies made outside can.
-        full = torch.autocast(device_of(self.victim, images.device).type, enabled=False)
-        with torch.inference_mode(False), exact_products(), full, frozen(self.victim):
+        full = full_precision(device_of(self.victim, images.device))
+        with torch.inference_mode(False), full, frozen(self.victim):
             yield
 
     def _batches(self, images: Tensor, labels: Tensor, indices: Indices | None) -> Iterator[tuple[Tensor, ...]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dipguard.classifier import device_of, eval_mode
 from dipguard.defenses.base import Defense
 from dipguard.files import tensor_digest
-from dipguard.precision import exact_products
+from dipguard.precision import full_precision
 from dipguard.victims.weights import load_state_dict_strict
 
 
@@ -54,6 +54,5 @@ class NetworkDefense(Defense):
         """Return the network's float32 output on the victim's device; the first input is images [n, 3, H, W]."""
         assert self.network is not None, "purify() checks that weights are there"
         device = device_of(self.victim, inputs[0].device)
-        full, network = torch.autocast(device.type, enabled=False), self.network.to(device, torch.float32)
-        with exact_products(), full, eval_mode(network):
+        with full_precision(device), eval_mode(self.network.to(device, torch.float32)) as network:
             return network(*(tensor.to(device, torch.float32) for tensor in inputs))

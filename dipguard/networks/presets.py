@@ -38,10 +38,11 @@ class NetworkSpec:
 
     def __post_init__(self) -> None:
         check_choice(self.upsample, UPSAMPLINGS, name="upsample")
-        for name in ("n_d", "n_u", "n_s", "k_d", "k_u", "k_s"):
+        lists = ("n_d", "n_u", "n_s", "k_d", "k_u", "k_s")
+        for name in lists:
             if isinstance(value := getattr(self, name), str) or not isinstance(value, Sequence):
                 raise TypeError(f"`{name}` must be a list of integers, one a scale, got {value!r}")
-        lengths = {name: len(getattr(self, name)) for name in ("n_d", "n_u", "n_s", "k_d", "k_u", "k_s")}
+        lengths = {name: len(getattr(self, name)) for name in lists}
         if len(set(lengths.values())) != 1 or 0 in lengths.values():
             raise ValueError(f"a network's lists must have one entry a scale, at least one, got lengths {lengths}")
         for name, low in (("n_d", 1), ("n_u", 1), ("n_s", 0), ("k_d", 1), ("k_u", 1), ("k_s", 1)):

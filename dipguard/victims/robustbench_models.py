@@ -67,7 +67,7 @@ def _one_file(entry: Mapping[str, Any], arch: str, dataset: str, threat_model: s
     """Whether RobustBench reads a model of its zoo from a checkpoint of one file; it ignores the file of any other."""
     from timm import is_model
 
-    in_timm = is_model(f"{arch.lower().replace('-', '_')}_{dataset}_{threat_model}".lower())
+    in_timm = is_model(f"{arch.replace('-', '_')}_{dataset}_{threat_model}".lower())
     in_torchvision = dataset == "imagenet" and "Standard" in arch
     return not (in_timm or in_torchvision or isinstance(entry["gdrive_id"], list))
 
