@@ -149,9 +149,13 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
         else:
             for label, one in _mapping(many, given.get(many)).items():
                 _check_node(single, f"{many}.{label}", one)
-            given[many] = {label: one for label, one in given[many].items() if one is not None}  # null leaves one out
+            # Null leaves one out.
+            given[many] = {str(label): one for label, one in given[many].items() if one is not None}
     for key in ("data", "victim", "surrogate", "baseline"):
         _check_node("data" if key == "data" else "victim", key, given.setdefault(key, None))
+    for node in _mapping("defenses", given.get("defenses")).values():
+        if node.get("name") == "mirror":  # by name, without conf/defense/mirror.yaml
+            node.setdefault("mirror", given["data"].get("mirrors", True))
     missing = [key for key in RunConfig.__dataclass_fields__ if key not in given]
     if missing:
         raise ValueError(f"the config lacks {', '.join(f'`{key}`' for key in missing)}")
@@ -240,7 +244,9 @@ def _checked(config: RunConfig) -> RunConfig:
     for key, value in [*whole.items(), *(("store_T", T) for T in config.store_T)]:
         check_int(value, name=key, low=1)
     if config.objective is not None:
-        check_choice(config.objective, [*config.attacks, *defenses, "worst_case"], name="objective")
+        suite = any(node.get("number") for node in config.attacks.values())
+        labels = [*config.attacks, *defenses, *(["worst_case"] if suite else [])]
+        check_choice(config.objective, labels, name="objective")
     if config.chunk is not None:
         check_int(config.chunk, name="chunk", low=1)
     return config

@@ -76,6 +76,11 @@ def test_digits_are_not_mirrored() -> None:
     assert typed_config("data.mirrors=true").defenses["mirror"]["mirror"] is True
     assert typed_config("data=arrays", "data.path=x").defenses["mirror"]["mirror"] is True
     assert typed_config("defense.mirror=true").defenses["mirror"]["mirror"] is True
+    assert typed_config("~defense", "+defenses.m={name: mirror}").defenses["m"]["mirror"] is False
+
+
+def test_a_label_may_be_a_number() -> None:
+    assert list(typed_config("~attack", "+attacks={8: {name: pgd}}").attacks) == ["8"]
 
 
 def test_one_attack_and_one_defence_take_the_place_of_all() -> None:
@@ -181,7 +186,8 @@ def test_other_errors_are_not_explained() -> None:
         ("store_T=[0]", "`store_T` must be at least 1"),
         ("eps_255=300", "`eps_255` must be from 0 to 255"),
         ("rebuild=perhaps", "`rebuild` must be true or false, got 'perhaps'"),
-        ("objective=pgd_16", "`objective` must be one of pgd, paper, worst_case, got 'pgd_16'"),
+        ("objective=pgd_16", "`objective` must be one of pgd, paper, got 'pgd_16'"),
+        ("objective=worst_case", "`objective` must be one of pgd, paper, got 'worst_case'"),
         ("keep_traces=1", "`keep_traces` must be true or false, got 1"),
         ("store_samples=1", "`store_samples` must be true or false, got 1"),
         ("trainer.enable_progress_bar=no", "`trainer.enable_progress_bar` must be true or false, got 'no'"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from importlib.resources import files
 from pathlib import Path
@@ -29,6 +30,9 @@ def run(args: argparse.Namespace) -> int:
     start, out = time.perf_counter(), Path(args.output).expanduser()
     if out.suffix.lower() != ".png" or out.exists():
         raise CommandError(f"OUT must be a new file whose name ends in .png, got {out}")
+    folder = next(folder for folder in out.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise CommandError(f"OUT: no file can be written in {out.parent}")
     with command_errors():
         for library in ("matplotlib", "skimage"):
             import_extra(library, owner="dipguard demo", extra="app")
@@ -37,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     size = choose_size(victim, None)
     guard = make_defense("mirror", victim, seed=0, options={"progress": True}, size=size)
     coffee = Path(str(files("skimage"))) / "data" / "coffee.png"
-    print(f"a fit of {guard.steps_per_image} steps: about a minute on two idle cores, less on a GPU", flush=True)
+    print(f"a fit of {guard.steps_per_image} steps: half a minute on two idle cores, less on a GPU", flush=True)
     attack_and_defend(read_picture(coffee, size=size, resize="crop", interpolation="bicubic"), guard, out)
     print(f"{out} shows it; {time.perf_counter() - start:.0f} s")
     return 0

@@ -30,7 +30,10 @@ MARK = "dipguard.json"
 """The file that marks a folder as ours: the settings of its last run."""
 _PAPER_ON_IMAGENET: dict[str, Any] = {"network": "imagenet", "T": 3000}
 """The paper's settings for photographs: appendix B and section 4.1."""
-_PIXELS_AT_ONCE = 64 * 32 * 32
+_OF_THE_VICTIM = {"name": "--victim", "weights": "--weights"}
+_OF_THE_DEFENSE = {"name": "--defense", "victim": "--victim", "seed": "--seed", "progress": "--no-progress"}
+"""Options that have an argument of their own."""
+_PIXELS_AT_ONCE, _PIXELS_ON_A_GPU = 64 * 32 * 32, 64 * 224 * 224
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +82,16 @@ def prepare(args: argparse.Namespace) -> Job:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: torch sees no GPU here; `dipguard doctor` says more")
     device = torch.device("cuda" if torch.cuda.is_available() and args.device != "cpu" else "cpu")
-    options = parse_options(args.victim_option, argument="--victim-option")
+    options = parse_options(args.victim_option, argument="--victim-option", own=_OF_THE_VICTIM)
     victim = make_victim(args.victim, weights=args.weights, options=options, device=device)
     size = choose_size(victim, args.size)
-    options = parse_options(args.option, argument="--option")
+    options = parse_options(args.option, argument="--option", own=_OF_THE_DEFENSE)
     defense = make_defense(args.defense, victim, seed=args.seed, options=options, size=size)
     with command_errors(f"--defense {args.defense}: the victim cannot read the pictures that it makes: "):
         check_victim(victim, torch.full((1, 3, *defense.output_size(*size)), 0.5))
     # On a CPU so few that an interrupted run loses minutes only.
-    batch = 256 if device.type == "cuda" else max(torch.get_num_threads(), _PIXELS_AT_ONCE // (size[0] * size[1]))
+    pixels, least = (_PIXELS_ON_A_GPU, 1) if device.type == "cuda" else (_PIXELS_AT_ONCE, torch.get_num_threads())
+    batch = max(least, pixels // (size[0] * size[1]))
     return Job(
         sources=sources,
         out=out,
@@ -108,11 +112,16 @@ def prepare(args: argparse.Namespace) -> Job:
     )
 
 
-def parse_options(pairs: Sequence[str], *, argument: str) -> dict[str, Any]:
-    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON, or YAML's bool or map."""
+def parse_options(pairs: Sequence[str], *, argument: str, own: Mapping[str, str]) -> dict[str, Any]:
+    """Return ``["T=500", "rule=above"]`` as ``{"T": 500, "rule": "above"}``; values are JSON, or YAML's bool or map.
+
+    ``own`` maps options that have an argument of their own to that argument; CommandError for one of them.
+    """
     options: dict[str, Any] = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
+        if key in own:
+            raise CommandError(f"{argument}: {pair!r} has an argument of its own, {own[key]}")
         if not equals or not key or key in options:
             problem = "given twice" if key in options else "not of the form KEY=VALUE"
             raise CommandError(f"{argument}: {pair!r} is {problem}")

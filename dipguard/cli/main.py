@@ -8,6 +8,7 @@ Hydra programs end with 1 after any error, as Hydra does.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ _SEE = "`dipguard list` names them and their options"
 def main(argv: Sequence[str] | None = None) -> int:
     """Carry out one command; return its exit code. ``argv`` are arguments without the program's name."""
     given = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a picture's name may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="backslashreplace")
     args = None if given[:1] and given[0] in (*PROGRAMS, "-sc") else make_parser().parse_args(given)
     with exit_codes("dipguard"):
         try:

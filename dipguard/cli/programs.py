@@ -87,7 +87,10 @@ def run_job(program: Callable[..., Any], cfg: DictConfig) -> float | None:
                 _sweep_job(program, cfg, folder, sweep=sweep.name)
     except (CommandError, OSError) as error:
         raise CompactHydraException(str(error)) from error
-    return objective(folder, cfg.objective)
+    value = objective(folder, cfg.objective)
+    if value is None and cfg.objective is not None:
+        raise CompactHydraException(f"ValueError: `objective` is {cfg.objective}, of which this run has no figures")
+    return value
 
 
 def _make_absolute(node: DictConfig, root: Path) -> None:
@@ -241,8 +244,6 @@ def _run(
         log.info("run folder: %s (hydra.run.dir=%s goes on with a run that was stopped)", folder, folder)
     with open_log(matrix, job_type=kind, group=sweep) as run_log:
         failed = run(matrix, log=run_log)
-        if config.store is not None:
-            write_json(folder / "store.json", dict(matrix.store.counts))
         made = report(matrix, log=run_log)
         if failed:  # after the report, which has all other cells, and before the log is closed as a success
             raise RuntimeError(f"{len(failed)} cells failed, all others are stored: {'; '.join(failed)}")

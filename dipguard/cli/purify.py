@@ -127,15 +127,16 @@ def _work_through(job: Job, window: Sequence[Source], rows: dict[str, _Row], dra
             "changed": after[0] != first[0],
             **about,
         }
+        # Before the figure, which may fail: a fit is worth more.
+        job.store.write(LAYER, given.key, {"pixels": pixels.numpy()}, {"row": row})
+        _write(job, source, pixels)
+        rows[source.name] = {"picture": source.name, "output": source.output, **row}
         if source.name in drawn:
             how: dict[str, Any] = {"trace": trace, "defense": job.defense, "classes": job.classes, "title": source.name}
             try:
                 draw_picture(drawn[source.name], given.pixels / 255, pixels / 255, (first[0], after[0]), **how)
             except OSError as error:
                 _say(f"no figure of {plain(source.name)}: {error}")
-        job.store.write(LAYER, given.key, {"pixels": pixels.numpy()}, {"row": row})
-        _write(job, source, pixels)
-        rows[source.name] = {"picture": source.name, "output": source.output, **row}
 
 
 def _read(job: Job, source: Source) -> _Given:

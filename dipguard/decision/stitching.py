@@ -84,8 +84,10 @@ def stitch(
 
     :func:`select` takes tau, t0, K and ``which`` (``rule``, ``t0_unit``), :func:`on_manifold` beta,
     :func:`stitch_images` ``divide_by``; TypeError or ValueError if one is out of range. Without crossings the image is
-    the mean of the last K samples.
+    the mean of the last K samples. ValueError for a trace of MirrorGuard, whose ``rebuild`` stitches it.
     """
+    if trace.mirrored_logits is not None:
+        raise ValueError("`trace` must be of a fit of DIPGuard, got one of MirrorGuard, whose `rebuild` stitches it")
     check_float(beta, name="beta", low=0.0)
     used = select(trace, tau=tau, t0=t0, K=K, **which)
     if len(used) == 0:

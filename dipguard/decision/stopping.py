@@ -84,7 +84,7 @@ def tile_psnr(images: Tensor, given: Tensor, *, tile: int = TILE) -> Tensor:
 class PeakOfSmoothedPSNR(StopRule):
     """DIPDefend's rule (Dai et al. 2020): the reconstruction at the peak of the smoothed PSNR to the given image.
 
-    Double exponential smoothing of p(t), the smallest PSNR over tiles (`tile_psnr`): s(0) = p(0), b(1) = p(1) - p(0),
+    Double exponential smoothing of p(t), the smallest PSNR over tiles (`tile_psnr`): s(0) = p(0), b(0) = p(1) - p(0),
     s(t) = l p(t) + (1 - l) (s(t-1) + b(t-1)), b(t) = l (s(t) - s(t-1)) + (1 - l) b(t-1). The peak is the highest s of
     the whole fit, the first among equals. Where s never rises above s(0), the newest reconstruction is the choice.
 

@@ -31,7 +31,7 @@ class Purified:
 
     Attributes:
         reconstructions: [N, 3, H', W'] in [0, 1], of the given images' dtype and on their device.
-        reasons: Why each image looks as it does: ``crossings`` or ``no_crossing`` (paper), ``class_scores`` or
+        reasons: Why each image looks as it does: ``crossings`` or ``no_crossing`` (paper), ``class_scores``,
             ``mirrored_copies`` or ``no_sample_of_class`` (mirror), ``purified`` (all others).
         used: Number of on-boundary images or windows that each one was averaged from; 0 for ``no_crossing`` and for
             defences that do not average.
@@ -156,7 +156,7 @@ class Defense(nn.Module, ABC):
 
         Works under ``no_grad`` and ``inference_mode``. The caller's random state stays as it was. An image's result
         does not depend on the other images, but for the rounding of the victim's logits in batches of another size. All
-        traces are kept in memory: up to a megabyte for a 32x32 image, and for one of 224x224 about 6 (``mirror``) to 50
+        traces are kept in memory: up to a megabyte for a 32x32 image, and for one of 224x224 about 5 (``mirror``) to 50
         (``paper``). TypeError or ValueError for bad images, indices or victim, or a size that the defence cannot take;
         RuntimeError if it is unavailable, or broke its promise (shape, dtype, range).
 

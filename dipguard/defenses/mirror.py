@@ -1,4 +1,4 @@
-"""Our own defence: deep image priors that are read mirrored, at steps that suit the noise of the given image."""
+"""Our own defence: early reconstructions of deep image priors, clipped to the given image and read mirrored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.decision.class_scores import cleanness, mirrored, stitch_mirrored, window_weights
+from dipguard.decision.class_scores import mirrored, stitch_mirrored
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
@@ -25,10 +25,9 @@ from dipguard.registry import check_options
 from dipguard.seeding import image_generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(networks=("medium",) * 3, T=350, t0=80, every=10, early=250, late=200, own_class_weight=0.5,
-                    given_weight=0.0, optimise_z=False),
-    "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=400, t0=200, every=25,
-                     early=400, late=200, own_class_weight=0.7, given_weight=0.33, optimise_z=True),
+    "cifar10": dict(networks=("medium",) * 3, T=170, t0=50, every=20, own_class_weight=0.5, optimise_z=False),
+    "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=250, t0=100, every=25,
+                     own_class_weight=0.85, optimise_z=True),
 }  # fmt: skip
 """Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
@@ -41,17 +40,17 @@ class MirrorGuard(DIPDefense):
     Like the defence of Ding et al. 2021, it fits untrained networks to the given image alone and lets the victim's
     decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
     weights of its own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and
-    moved by a few pixels, where the given image's own class counts less (``own_class_weight``); of a photograph with
-    little noise, a mirrored copy of the photograph itself counts too (``given_weight``). Where the victim reads no x(t)
-    itself as this class, the copies are averaged, so that 5 to 10 % of the images come back mirrored. And the noise of
-    the given image decides how a perturbation is kept out: errors of a pixel up to 2.5 times that noise cost nothing
-    (``dead_zone`` of :class:`~dipguard.fit.FitOptions`); for small images, the early steps count if they are noisy, the
-    late ones if they are clean.
+    moved by a few pixels, where the given image's own class counts less (``own_class_weight``). Where the victim reads
+    no x(t) itself as this class, the copies are averaged, and the image comes back mirrored. And the noise of the given
+    image says how large a perturbation may be: errors of a pixel up to 2.5 times the noise cost nothing (``dead_zone``
+    of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to within 6 times the noise of the given image
+    (``clip``). So early steps can be used, when x(t) has little of the perturbation yet: what they lack of the
+    picture's edges comes from the given image.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
     docs/limits.md says how far this one was tested.
 
-    A decision trace holds the means of x(t) over windows of all networks' fits, one network after the other, as
+    A decision trace holds the clipped means of x(t) over windows of all networks' fits, one network after the other, as
     ``samples``, the victim's logits on them and on their mirrored copies, each network's last window as ``last``, and
     no crossings.
 
@@ -62,22 +61,17 @@ class MirrorGuard(DIPDefense):
         T: Optimiser steps of each network, at least 2.
         t0: Warm-up: the first step that counts, from 0 to T - 1.
         every: Steps of a window, from 1 to T - t0; the last one ends at T or before.
-        early: For a noisy image, windows that end before this step count (at least the first); at least 0.
-        late: For a clean image, windows from this step on count (at least the last); at least 0.
-        noise: Two standard deviations of the noise in units of 1/255, at least 0, the lower one first; between them
-            early and late windows are mixed (:func:`~dipguard.decision.quality.image_noise`).
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
-        given_weight: Weight, in [0, 1], of the given image's own mirrored copy among the readings of a clean image; as
-            ``noise`` says, it falls to 0 for a noisy one. Without ``mirror``, None takes 0.
+        clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
+            (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
     """
 
     name: ClassVar[str] = "mirror"
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "preset", "T", "t0", "every", "early", "late", "noise", "own_class_weight", "given_weight",
-        "mirror",
+        "preset", "T", "t0", "every", "own_class_weight", "clip", "mirror",
     )  # fmt: skip
     FIT: ClassVar[dict[str, Any]] = {"dead_zone": 2.5, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
@@ -91,11 +85,8 @@ class MirrorGuard(DIPDefense):
         T: int | None = None,
         t0: int | None = None,
         every: int | None = None,
-        early: int | None = None,
-        late: int | None = None,
-        noise: Sequence[float] = (1.0, 2.0),
         own_class_weight: float | None = None,
-        given_weight: float | None = None,
+        clip: float = 6.0,
         mirror: bool = True,
         seed: int | None = 0,
         votes: int = 1,
@@ -106,11 +97,8 @@ class MirrorGuard(DIPDefense):
     ) -> None:
         if "network" in fit:
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
-        given: dict[str, Any] = {"networks": networks, "T": T, "t0": t0, "every": every, "early": early, "late": late}
-        given["own_class_weight"] = own_class_weight
-        flips = check_bool(mirror, name="mirror")
-        given["given_weight"] = 0.0 if given_weight is None and not flips else given_weight
-        given["optimise_z"] = fit.get("optimise_z")
+        given: dict[str, Any] = {"networks": networks, "T": T, "t0": t0, "every": every}
+        given |= {"own_class_weight": own_class_weight, "optimise_z": fit.get("optimise_z")}
         values = self.from_preset(preset, given, victim=victim)
         chosen = values["networks"]
         if isinstance(chosen, str) or not isinstance(chosen, Sequence) or not chosen:
@@ -125,12 +113,9 @@ class MirrorGuard(DIPDefense):
         self.T = check_int(values["T"], name="T", low=2)
         self.t0 = check_int(values["t0"], name="t0", low=0, high=self.T - 1)
         self.every = check_int(values["every"], name="every", low=1, high=self.T - self.t0)
-        self.early = check_int(values["early"], name="early", low=0)
-        self.late = check_int(values["late"], name="late", low=0)
-        self.noise = _check_limits(noise)
         self.own_class_weight = check_float(values["own_class_weight"], name="own_class_weight", low=0.0, high=1.0)
-        self.mirror = flips
-        self.given_weight = check_float(values["given_weight"], name="given_weight", low=0.0, high=1.0)
+        self.clip = check_float(clip, name="clip", low=0.0)
+        self.mirror = check_bool(mirror, name="mirror")
         self.windows = (self.T - self.t0) // self.every
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
 
@@ -153,42 +138,29 @@ class MirrorGuard(DIPDefense):
     def intermediate_views(self) -> dict[str, int]:
         """Each network's last window, the mean of all, mirrored copies, and the stitched image.
 
-        The copies are those of up to eight windows that count and, if it may count too, of the given image.
+        The copies are those of up to eight windows.
         """
-        copies = min(MOST_MIRRORED, self.images_kept) + (self.given_weight > 0)
-        return {"last": len(self.fits), "mean": 1, "mirrored": copies, STITCHED: 1}
+        return {"last": len(self.fits), "mean": 1, "mirrored": len(self._shown()), STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
-        """Stitch an image again from its trace; the victim is asked about the result, and about the given image.
+        """Stitch an image again from its trace; the victim is asked about the result.
 
-        ValueError for a trace of other steps: T, t0, every or networks were not those of this defence.
+        ValueError for a trace of other samples: T, t0, every, networks, clip or mirror were not those of this defence.
         """
         if trace.steps.tolist() != (steps := self._steps().tolist()):
             got = f"{len(trace.steps)} windows, the last one to step {int(trace.steps[-1])}"
             raise ValueError(
                 f"`trace` must have the windows of this defence, {len(steps)} to step {steps[-1]}, got {got}"
             )
+        for name in ("clip", "mirror"):
+            ours, others = getattr(self, name), trace.settings.get(name)
+            if others != ours:
+                raise ValueError(f"`trace` must be of a defence with {name}={ours}, got {name}={others}")
         return self._rebuild([trace])[0]
 
     def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
         """Stitch the images of a stack."""
-        shares = [self._cleanness(trace) for trace in traces]
-        return stitch_mirrored(
-            traces,
-            weights=[self._weights(share) for share in shares],
-            own_class_weight=self.own_class_weight,
-            given_weights=[self.given_weight * share for share in shares],
-            classify=self.decide,
-            flip=self.mirror,
-        )
-
-    def _cleanness(self, trace: DecisionTrace) -> float:
-        return cleanness(255 * float(image_noise(trace.given[None])), limits=self.noise)
-
-    def _weights(self, share: float) -> Tensor:
-        """Of the windows of all networks, [S]; ``share`` is that of the late ones."""
-        one = window_weights(self._steps()[: self.windows], share=share, early=self.early, late=self.late)
-        return one.repeat(len(self.fits)) / len(self.fits)
+        return stitch_mirrored(traces, own_class_weight=self.own_class_weight, classify=self.decide, flip=self.mirror)
 
     def _steps(self) -> Tensor:
         """Each window's last step, where its mean stands; a network's steps follow those of the one before, [S]."""
@@ -199,6 +171,7 @@ class MirrorGuard(DIPDefense):
         """Fit all networks to one stack, and stitch the windows of the winning class."""
         own = self.decide(images).to(run["device"])  # a bad victim is noticed before the fit
         windows: Any = {"warm_up": self.t0, "every": self.every, "windows": self.windows, "flip": self.mirror}
+        windows["distances"] = self.clip * image_noise(images).to(run["device"]) if self.clip > 0 else None
         seconds, logs = {"start": 0.0, "fit": 0.0}, []
         for number, fit in enumerate(self.fits):
             at = first_step + number * self.steps
@@ -228,7 +201,7 @@ class MirrorGuard(DIPDefense):
         return [
             DecisionTrace(
                 index=index,
-                given=given[i],
+                given=given[i].clone(),  # a view would keep the whole batch
                 given_scores=own[i].clone(),
                 steps=self._steps(),
                 crossing_at=none.long(),
@@ -240,25 +213,19 @@ class MirrorGuard(DIPDefense):
             for i, index in enumerate(indices)
         ]
 
-    def _mirrored_windows(self, trace: DecisionTrace) -> Tensor:
-        """Which windows an attack sees mirrored: of those that count for the image, spread from first to last."""
-        counted = self._weights(self._cleanness(trace)).nonzero().flatten()
-        spread = torch.linspace(0, len(counted) - 1, min(MOST_MIRRORED, self.images_kept))
-        return counted[spread.round().long()]
+    def _shown(self) -> Tensor:
+        """Which windows an attack sees mirrored, spread from first to last."""
+        return torch.linspace(0, self.images_kept - 1, min(MOST_MIRRORED, self.images_kept)).round().long()
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
-        """Fit once; ``mirrored`` are windows, and the given image, that the victim sees mirrored and shifted."""
+        """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""
         made = self._purify(images, indices, callbacks=(), logger=None)
         samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
-        shown = torch.stack([self._mirrored_windows(trace) for trace in made.traces], dim=1)  # [n, B]
         view = partial(mirrored, flip=self.mirror)
-        copied = samples[shown, torch.arange(len(images))].to(images)
-        if self.given_weight > 0:
-            copied = torch.cat([copied, images[None]])
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "mirrored": Intermediate(copied, view),
+            "mirrored": Intermediate(samples[self._shown()].to(images), view),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
 
@@ -269,11 +236,3 @@ def _seed_of(seed: int, number: int) -> int:
         return seed
     generator = image_generator(seed=seed, index=number, purpose="network")
     return int(torch.randint(2**31, (1,), generator=generator))
-
-
-def _check_limits(noise: Any) -> list[float]:
-    two = isinstance(noise, Sequence) and not isinstance(noise, str) and len(noise) == 2
-    levels = [check_float(level, name="noise", low=0.0) for level in noise] if two else []
-    if not levels or levels[0] >= levels[1]:
-        raise ValueError(f"`noise` must be two levels, the lower one first, got {noise!r}")
-    return levels

@@ -158,13 +158,15 @@ class Cell:
 
     @property
     def cut(self) -> str:
-        """What the node's ``full`` has more of than the options, in words; for clean images, the target's ``cut``."""
+        """What the node's ``full`` has more of than the attack, in words; for clean images, the target's ``cut``."""
         if self.name == "none":
             return self.target.cut
         full = dict(self.node.get("full") or {})
         if not self.target.defense.random:
-            full.pop("eot_iter", None)  # a deterministic system has one draw
-        given = {name: self.options[name] for name in full if name in self.options}
+            full.pop("eot_iter", None)  # a deterministic system has one draw, and each look at it is the same
+            full.pop("final_looks", None)
+        made = {} if self.attack is None else self.attack.settings
+        given = {name: made[name] for name in full if name in made}
         return ", ".join(f"{n} {text_of(v)} of {text_of(full[n])}" for n, v in given.items() if v != full[n])
 
 

@@ -165,6 +165,9 @@ def _checked_attacks(config: RunConfig) -> dict[str, dict[str, Any]]:
     if WORST in config.attacks:
         raise ValueError(f"`attacks` must not name one {WORST!r}: the tables have a row of that name")
     if not any(node.get("number") for node in config.attacks.values()):
+        for label, node in config.attacks.items():
+            if node.get("check"):
+                raise ValueError(f"`attacks.{label}.check` needs attacks with a `number`, got {node['check']!r} alone")
         return config.attacks
     if config.attacks.get(CLEAN, {"name": "none"}).get("name") != "none":
         raise ValueError(f"`attacks.{CLEAN}` must be the attack 'none' beside attacks with a `number`")

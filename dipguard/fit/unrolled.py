@@ -35,9 +35,9 @@ def unrolled_fit(
 
     Args:
         images: x0, [B, 3, H, W] in [0, 1]; where they require a gradient, the result has one.
-        T: Optimiser steps of the ordinary fit, at least 1; the result is x(T - 1). With 1 the gradient is zero, since
+        T: Optimiser steps of the ordinary fit, at least 1; the result is x(T - 1). With 1 there is no gradient, since
             x(0) does not depend on the image.
-        fit: How to fit; its ``engine`` is ignored.
+        fit: How to fit; its ``engine`` and ``matmul_precision`` are ignored.
         indices: The images' indices, which determine their random draws; 0 to B - 1 by default.
         floor: In the backward pass, weights whose gradient's running root mean square is at most this are taken to move
             independently of the image; 0 for the exact gradient, `FLOOR` for one that an attack can use.

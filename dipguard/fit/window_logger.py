@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_bool, check_int
 from dipguard.classifier import Decider, ask_together, steps_together
 from dipguard.decision import quality
-from dipguard.decision.class_scores import mirrored
+from dipguard.decision.class_scores import clipped, mirrored
 from dipguard.fit.callbacks import as_stacked_dip, counted, step_output
 
 
@@ -30,11 +30,14 @@ class WindowLogger(pl.Callback):
         every: Steps of a window, at least 1.
         windows: Number of windows S, at least 1.
         flip: Mirror the copies; False only moves them.
+        distances: No value of a window's mean is further than this from the given image's, [B], at least 0, in units of
+            the images, which are in [0, 1] (:func:`~dipguard.decision.class_scores.clipped`); None leaves them as they
+            are.
         given_logits: The victim's logits on the given images, [B, C].
         first_step: Added to the step numbers of log entries, for several fits in one log.
 
     Attributes:
-        samples: Means over the windows, [S, B, 3, H, W], after the fit.
+        samples: Means over the windows, clipped, [S, B, 3, H, W], after the fit.
         errors: The fit's error (mean square of what exceeds the dead zone), mean over each window, [S, B].
         quality: SSIM of each window to the given image, [S, B].
         logits, mirrored_logits: The victim's logits on the windows and on their mirrored copies, [S, B, C] each.
@@ -49,6 +52,7 @@ class WindowLogger(pl.Callback):
         every: int,
         windows: int,
         flip: bool = True,
+        distances: Tensor | None = None,
         given_logits: Tensor | None = None,
         first_step: int = 0,
     ) -> None:
@@ -57,7 +61,7 @@ class WindowLogger(pl.Callback):
         self.every = check_int(every, name="every", low=1)
         self.windows = check_int(windows, name="windows", low=1)
         self.flip = check_bool(flip, name="flip")
-        self.given_logits, self.first_step = given_logits, first_step
+        self.distances, self.given_logits, self.first_step = distances, given_logits, first_step
         self.seconds = 0.0
         self.samples = self.errors = self.quality = self.logits = self.mirrored_logits = torch.empty(0)
         self._logits: list[tuple[Tensor, Tensor]] = []  # of each window that was read, and of its mirrored copy
@@ -82,6 +86,9 @@ class WindowLogger(pl.Callback):
         if place == self.every - 1:
             self.samples[window] /= self.every
             self.errors[window] /= self.every
+            if self.distances is not None:
+                given = as_stacked_dip(pl_module).given
+                self.samples[window] = clipped(self.samples[window], given, distances=self.distances)
             self._full = window + 1
             if self._full - len(self._logits) >= steps_together(2 * self.samples.shape[1]):
                 self._ask(trainer, as_stacked_dip(pl_module).given)

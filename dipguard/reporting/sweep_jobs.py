@@ -28,7 +28,7 @@ STATES = ("done", "failed", "unfinished", "missing")
 
 
 class Job(NamedTuple):
-    """One job: its state, parameters' values by key, why it has no results, and the counts of its store.
+    """One job: its state, parameters' values by key, and why it has no results.
 
     A null is the text ``null``; None stands for a key that the job does not have. Of a job that has not begun, only
     those values are known that were overridden.
@@ -37,7 +37,6 @@ class Job(NamedTuple):
     state: str
     values: Mapping[str, Value]
     problem: str
-    store: Mapping[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +92,7 @@ def read_sweep(folder: str | Path) -> Sweep:
     for name in overrides:
         state, problem, table = _outcome(folder / name)
         known = {key: values[name][key] for key in parameters}
-        jobs[name] = Job(state, known, problem, _yaml(folder / name / "store.json"))
+        jobs[name] = Job(state, known, problem)
         if table is not None:
             tables.append(table.assign(job=name))
     results = pd.concat(tables[1:] or tables, ignore_index=True)

@@ -221,9 +221,6 @@ def state_section(sweep: Sweep, *, escape: Callable[[str], str] = escape_markdow
             alike.setdefault((job.state, job.problem), []).append(f"{sweep.setting(name)} ({name})")
     texts = [f"{state}: {problem}: {'; '.join(jobs)}" for (state, problem), jobs in alike.items()]
     lines += ["", *(f"- {escape(text)}" for text in texts)] if texts else []
-    counts = [sum(job.store.get(name, 0) for job in sweep.jobs.values()) for name in ("fitted", "replayed", "decided")]
-    if any(counts):
-        lines += ["", f"Fits, in images: {counts[0]} made, {sum(counts[1:])} taken from the store."]
     if sweep.others:
         lines += ["", f"{sweep.others} more of earlier starts, not in this grid, are left out."]
     return "\n".join(lines)

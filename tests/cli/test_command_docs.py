@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dipguard.cli.job import parse_options
+from dipguard.cli.job import _OF_THE_DEFENSE, parse_options
 from dipguard.cli.main import make_parser
 from dipguard.defenses import DEFENSES
 from dipguard.registry import check_options, lookup
@@ -22,7 +22,7 @@ def test_lines_of_the_command(line):
     if "purify" not in line:
         return
     assert args.victim.partition(":")[0] in VICTIMS
-    options = parse_options(args.option, argument="--option")
+    options = parse_options(args.option, argument="--option", own=_OF_THE_DEFENSE)
     check_options(lookup(DEFENSES, args.defense, argument="defense"), options, owner=args.defense)
 
 

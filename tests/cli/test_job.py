@@ -31,13 +31,13 @@ CPU = torch.device("cpu")
     ],
 )
 def test_values_are_json_or_what_hydra_would_read(text, value):
-    (found,) = parse_options([f"key={text}"], argument="--option").values()
+    (found,) = parse_options([f"key={text}"], argument="--option", own={}).values()
     assert (found, type(found)) == (value, type(value))
 
 
 def test_a_broken_map_is_named():
     with pytest.raises(CommandError, match=r"--victim-option: 'model=\{pad_type: same' is neither JSON nor YAML"):
-        parse_options(["model={pad_type: same"], argument="--victim-option")
+        parse_options(["model={pad_type: same"], argument="--victim-option", own={})
 
 
 def test_a_model_after_the_colon(tmp_path):
@@ -73,8 +73,8 @@ def test_the_size_is_the_victims_own_unless_another_is_asked_for():
         ("dipdefend", 32, {}, 4000),
         ("dipdefend", 224, {}, 2400),
         ("dip_fixed", 224, {}, 501),
-        ("mirror", 32, {}, 1050),
-        ("mirror", 224, {}, 400),
+        ("mirror", 32, {}, 510),
+        ("mirror", 224, {}, 250),
     ],
 )
 def test_photographs_get_the_papers_settings_for_photographs(name, size, options, steps):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import class_scores, cleanness, mirrored, stitch_mirrored, window_weights
+from dipguard.decision.class_scores import class_scores, clipped, mirrored, stitch_mirrored
 
 
 @pytest.mark.parametrize(("width", "shift"), [(8, 2), (32, 2), (224, 7), (512, 16)])
@@ -17,42 +17,29 @@ def test_a_mirrored_copy_is_the_same_picture_read_backwards(width, shift):
         assert torch.equal(turned[..., column], images[..., width - 1 - abs(column - shift)])
 
 
-@pytest.mark.parametrize(
-    ("share", "early", "late", "expected"),
-    [
-        (1.0, 110, 140, [0, 0, 0, 0.5, 0.5]),
-        (0.75, 110, 140, [0.125, 0.125, 0, 0.375, 0.375]),
-        (0.0, 110, 140, [0.5, 0.5, 0, 0, 0]),
-        (0.0, 140, 150, [1 / 3, 1 / 3, 1 / 3, 0, 0]),
-        (1.0, 110, 110, [0, 0, 1 / 3, 1 / 3, 1 / 3]),
-        (0.5, 0, 999, [0.5, 0, 0, 0, 0.5]),  # the first and the last window always count
-    ],
-)
-def test_windows_count_early_in_noise_and_late_without(share, early, late, expected):
-    got = window_weights(torch.tensor([79, 109, 139, 169, 199]), share=share, early=early, late=late)
-    assert got.tolist() == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("noise", "expected"), [(0.0, 1.0), (1.0, 1.0), (1.5, 0.75), (2.5, 0.25), (3.0, 0.0), (9.0, 0.0)]
-)
-def test_cleanness_falls_from_one_to_zero_between_the_limits(noise, expected):
-    assert cleanness(noise, limits=(1.0, 3.0)) == expected
+def test_clipped_values_are_as_near_to_the_given_ones_as_asked():
+    generator = torch.Generator().manual_seed(3)
+    given, samples = torch.rand(2, 2, 3, 4, 4, generator=generator)
+    got = clipped(samples, given, distances=torch.tensor([0.1, 0.0]))
+    for place in torch.nonzero(torch.ones(3, 4, 4)).tolist():
+        value, sample = float(given[0][tuple(place)]), float(samples[0][tuple(place)])
+        assert float(got[0][tuple(place)]) == pytest.approx(min(max(sample, value - 0.1), value + 0.1), abs=1e-6)
+    assert torch.equal(got[1], given[1])
+    assert torch.allclose(clipped(samples, given, distances=torch.ones(2)), samples)
 
 
 def test_class_scores_are_mean_probabilities():
     logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
-    weights = torch.tensor([0.1, 0.2, 0.0, 0.4, 0.3])
-    got = class_scores(logits, weights=weights, own=2, own_class_weight=1.0)
-    less = class_scores(logits, weights=weights, own=2, own_class_weight=0.25)
+    got = class_scores(logits, own=2, own_class_weight=1.0)
+    less = class_scores(logits, own=2, own_class_weight=0.25)
     for c in range(4):
-        slow = sum(float(weights[s]) * float(torch.exp(logits[s, c]) / torch.exp(logits[s]).sum()) for s in range(5))
+        slow = sum(float(torch.exp(logits[s, c]) / torch.exp(logits[s]).sum()) for s in range(5)) / 5
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
         assert float(less[c]) == pytest.approx(slow * (0.25 if c == 2 else 1), abs=1e-6)
     with pytest.raises(ValueError, match="`own_class_weight`"):
-        class_scores(logits, weights=weights, own=2, own_class_weight=1.5)
+        class_scores(logits, own=2, own_class_weight=1.5)
     with pytest.raises(ValueError, match="at least one reading"):
-        class_scores(logits[:0], weights=weights[:0], own=2, own_class_weight=1.0)
+        class_scores(logits[:0], own=2, own_class_weight=1.0)
 
 
 class Brightness(nn.Module):
@@ -79,12 +66,10 @@ def traced(images, given, *, target, victim=None, **changed):
     return replace(trace, **changed)
 
 
-def stitched(images, given, *, victim=None, weights=None, flip=True, **about):
+def stitched(images, given, *, victim=None, flip=True, **about):
     """Samples stitched as a class, which is the one that the mirrored copies are read as."""
-    weights = torch.full((len(images),), 1 / len(images)) if weights is None else torch.tensor(weights)
     traces, classify = [traced(images, given, victim=victim, **about)], victim or Brightness()
-    options = {"own_class_weight": 1.0, "given_weights": [0.0], "classify": classify}
-    return stitch_mirrored(traces, weights=[weights], flip=flip, **options)[0]
+    return stitch_mirrored(traces, own_class_weight=1.0, classify=classify, flip=flip)[0]
 
 
 @pytest.mark.parametrize(
@@ -94,28 +79,6 @@ def test_samples_of_the_target_are_averaged(levels, target, level, used):
     made = stitched(grey(*levels), grey(0.2)[0], target=target)
     assert (made.reason, made.used.tolist()) == ("class_scores", used)
     assert torch.allclose(made.image, grey(level)[0])
-
-
-@pytest.mark.parametrize(("share", "target"), [(0.0, 0), (0.1, 0), (0.3, 1), (1.0, 1)])
-def test_the_given_images_own_copy_takes_its_share_of_the_score(share, target):
-    # Samples speak for class 0 by 0.6 to 0.4; the copy of the given image speaks for class 1.
-    images, given = grey(0.2, 0.8), grey(0.9)[0]
-    trace = traced(images, given, target=0, mirrored_logits=torch.tensor([[0.6, 0.4]]).log().expand(2, 2))
-
-    def classify(asked):
-        return 5 * Brightness()(asked)
-
-    copy = float(classify(mirrored(given[None])).softmax(1)[0, 1])
-    assert (share * copy + (1 - share) * 0.4 > 0.5) == bool(target)
-    options = {"own_class_weight": 1.0, "classify": classify, "weights": [torch.full((2,), 0.5)] * 2}
-    made, plain = stitch_mirrored([trace, trace], given_weights=[share, 0.0], **options)
-    assert (made.used.tolist(), plain.used.tolist()) == ([target], [0])
-
-
-def test_samples_are_averaged_by_their_weights_and_those_of_weight_0_left_out():
-    made = stitched(grey(0.6, 0.8, 0.9), grey(0.2)[0], target=1, weights=[0.25, 0.75, 0.0])
-    assert made.used.tolist() == [0, 1]
-    assert torch.allclose(made.image, grey(0.25 * 0.6 + 0.75 * 0.8)[0])
 
 
 class LeftEdge(nn.Module):
@@ -134,13 +97,13 @@ def test_where_no_sample_is_read_as_the_class_mirrored_copies_that_are_become_th
     assert LeftEdge()(images).argmax(1).tolist() == [0, 0, 0]
     assert LeftEdge()(copies).argmax(1).tolist() == [1, 1, 0]
     about = {"victim": LeftEdge(), "mirrored_logits": 9 * LeftEdge()(copies), "target": 1, "flip": flip}
-    made = stitched(images, grey(0.2)[0], weights=[0.25, 0.65, 0.1], **about)
+    made = stitched(images, grey(0.2)[0], **about)
     if flip:
         assert (made.reason, made.used.tolist()) == ("mirrored_copies", [0, 1])
-        assert torch.allclose(made.image, (0.25 * copies[0] + 0.65 * copies[1]) / 0.9)
+        assert torch.allclose(made.image, copies[:2].mean(0))
     else:
         assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0, 1, 2])
-        assert torch.allclose(made.image, 0.25 * images[0] + 0.65 * images[1] + 0.1 * images[2])
+        assert torch.allclose(made.image, images.mean(0))
 
 
 def test_where_neither_samples_nor_copies_are_read_as_the_class_all_are_averaged():
@@ -148,9 +111,9 @@ def test_where_neither_samples_nor_copies_are_read_as_the_class_all_are_averaged
     images = grey(0.2, 0.3, 0.9)
     first = torch.tensor([1.0, 0, 0])
     about = {"given_scores": first, "scores": first.expand(3, 3), "mirrored_logits": logits[[0, 1, 1]], "target": 1}
-    made = stitched(images, grey(0.2)[0], weights=[0.5, 0.5, 0.0], **about)
-    assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0, 1])
-    assert torch.allclose(made.image, grey(0.25)[0])
+    made = stitched(images, grey(0.2)[0], **about)
+    assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0, 1, 2])
+    assert torch.allclose(made.image, grey(1.4 / 3)[0])
 
 
 def test_a_mean_that_is_read_otherwise_gives_way_to_the_sample_that_scores_highest():
@@ -161,7 +124,7 @@ def test_a_mean_that_is_read_otherwise_gives_way_to_the_sample_that_scores_highe
             far = (images.flatten(1).mean(dim=1) - 0.5).abs() - 0.3
             return torch.stack([-far, far], dim=1)
 
-    made = stitched(grey(0.1, 0.95, 0.88), grey(0.5)[0], target=1, victim=Far(), weights=[0.5, 0.2, 0.3])
+    made = stitched(grey(0.1, 0.95, 0.88), grey(0.5)[0], target=1, victim=Far())
     assert (made.reason, made.used.tolist()) == ("class_scores", [1])
     assert torch.equal(made.image, grey(0.95)[0])
 
@@ -172,7 +135,7 @@ def test_bad_arguments_of_the_stitch_are_refused():
 
 
 def test_images_that_are_stitched_together_are_those_of_one_at_a_time():
-    given, even, asked = grey(0.2)[0], torch.full((2,), 0.5), []
+    given, asked = grey(0.2)[0], []
     cases = [((0.6, 0.8), 1), ((0.4, 0.45), 1), ((0.6, 0.7), 0)]
     traces = [traced(grey(*levels), given, target=target) for levels, target in cases]
 
@@ -181,9 +144,9 @@ def test_images_that_are_stitched_together_are_those_of_one_at_a_time():
         return Brightness()(images)
 
     options = {"own_class_weight": 1.0, "classify": classify}
-    together = stitch_mirrored(traces, weights=[even] * len(traces), given_weights=[0.0] * len(traces), **options)
+    together = stitch_mirrored(traces, **options)
     assert asked == [3]  # all means at once
     for trace, ours in zip(traces, together, strict=True):
-        (alone,) = stitch_mirrored([trace], weights=[even], given_weights=[0.0], **options)
+        (alone,) = stitch_mirrored([trace], **options)
         assert torch.equal(ours.image, alone.image)
         assert ours.used.tolist() == alone.used.tolist()

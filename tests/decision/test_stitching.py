@@ -1,5 +1,7 @@
 """Eq. 6-7 on traces made by hand; real traces stand in tests/fit."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -67,6 +69,11 @@ def test_t0_cuts_the_early_crossings_off() -> None:
 def test_bad_settings_are_named(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         stitch(a_trace(), **{"tau": 0.0, "t0": 0, "K": 2, "beta": 0.5, **arguments})
+
+
+def test_a_trace_of_mirrorguard_is_refused() -> None:
+    with pytest.raises(ValueError, match="`trace` must be of a fit of DIPGuard, got one of MirrorGuard"):
+        stitch(replace(a_trace(), mirrored_logits=torch.zeros(12, 10)), tau=0.0, t0=0, K=2, beta=0.5)
 
 
 def test_stitch_images_refuses_none_and_too_many() -> None:

@@ -10,16 +10,16 @@ from pytorch_lightning.loggers import CSVLogger
 
 from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import cleanness, mirrored, window_weights
+from dipguard.decision.class_scores import mirrored
 from dipguard.decision.quality import image_noise
 from dipguard.defenses import Defense, MirrorGuard
 from dipguard.defenses.mirror import PRESETS
 from tests.defenses.test_intermediates import NETWORKS
 
-TINY = {"networks": NETWORKS, "T": 12, "t0": 2, "every": 3, "early": 8, "late": 8, "dtype": "float64"}
+TINY = {"networks": NETWORKS, "T": 12, "t0": 2, "every": 3, "dtype": "float64"}
 
 
-OWN = ("T", "t0", "every", "early", "late", "own_class_weight", "given_weight")
+OWN = ("T", "t0", "every", "own_class_weight")
 
 
 def guard(victim, **options):
@@ -42,7 +42,7 @@ def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_ow
     assert len({fit.seed for fit in defense.fits} | {fit.seed for fit in MirrorGuard(small_victim, seed=1).fits}) == 6
     assert defense.fits[0].seed == 0
     assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, False) for fit in defense.fits)
-    assert (defense.preset, defense.steps_per_image) == ("cifar10", 1050)
+    assert (defense.preset, defense.steps_per_image) == ("cifar10", 510)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -51,17 +51,10 @@ def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
     assert [fit.network for fit in defense.fits] == list(wanted["networks"])
     assert {name: getattr(defense, name) for name in OWN}.items() <= wanted.items()
     assert {(fit.optimise_z, fit.dead_zone) for fit in defense.fits} == {(wanted["optimise_z"], 2.5)}
-    changed = MirrorGuard(small_victim, preset=preset, T=360, early=None, optimise_z=None)
-    assert (changed.T, changed.early, changed.fits[0].optimise_z) == (360, defense.early, preset == "imagenet")
+    changed = MirrorGuard(small_victim, preset=preset, T=360, t0=None, optimise_z=None)
+    assert (changed.T, changed.t0, changed.fits[0].optimise_z) == (360, defense.t0, preset == "imagenet")
     fit = MirrorGuard(small_victim, preset=preset, optimise_z=False, dead_zone=1.0).fits[0]
     assert (fit.optimise_z, fit.dead_zone) == (False, 1.0)
-
-
-def test_copies_that_are_only_moved_do_not_speak_for_the_given_image_unless_asked(small_victim):
-    options = {"preset": "imagenet", "mirror": False}
-    assert MirrorGuard(small_victim, preset="imagenet").given_weight == 0.33
-    assert MirrorGuard(small_victim, **options).given_weight == 0.0
-    assert MirrorGuard(small_victim, **options, given_weight=0.1).given_weight == 0.1
 
 
 def test_a_trace_of_other_windows_is_not_stitched(small_images, small_victim):
@@ -72,9 +65,32 @@ def test_a_trace_of_other_windows_is_not_stitched(small_images, small_victim):
         guard(small_victim, T=8).rebuild(result.traces[0])
 
 
-@pytest.mark.parametrize("given_weight", [0.0, 0.6])
-def test_the_image_is_what_its_trace_says(small_images, small_victim, given_weight):
-    defense = guard(small_victim, given_weight=given_weight, noise=(1.0, 60.0))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"clip": 2.0}, "clip=2.0, got clip=6.0"), ({"mirror": False}, "mirror=False, got mirror=True")],
+)
+def test_a_trace_of_other_samples_is_not_stitched(small_images, small_victim, options, message):
+    (trace,) = guard(small_victim).defend(small_images[:1]).traces
+    with pytest.raises(ValueError, match=f"`trace` must be of a defence with {message}"):
+        guard(small_victim, **options).rebuild(trace)
+
+
+def test_samples_are_clipped_to_a_few_times_the_noise(small_images, small_victim):
+    plain, near = (guard(small_victim, clip=clip).defend(small_images[:3]) for clip in (0.0, 3.0))
+    for before, after in zip(plain.traces, near.traces, strict=True):
+        most = 3 * float(image_noise(before.given[None]))
+        further = (before.samples - before.given).abs() > most + 1e-6
+        assert further.any()
+        assert float((after.samples - after.given).abs().max()) <= most + 1e-6
+        assert torch.allclose(after.samples[~further], before.samples[~further])
+        decide = Decider(small_victim)
+        assert torch.allclose(after.scores, decide(after.samples), atol=1e-5)
+        assert torch.allclose(after.mirrored_logits, decide(mirrored(after.samples)), atol=1e-5)
+        assert not torch.allclose(after.scores, before.scores)
+
+
+def test_the_image_is_what_its_trace_says(small_images, small_victim):
+    defense = guard(small_victim)
     part, indices = small_images[:3], [5, 0, 9]
     result = defense.defend(part, indices=indices)
     assert torch.equal(defense.purify(part, indices=torch.tensor(indices)), result.reconstructions)
@@ -82,27 +98,22 @@ def test_the_image_is_what_its_trace_says(small_images, small_victim, given_weig
     own = decide(part).argmax(-1)
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
-        share = cleanness(255 * float(image_noise(part[i : i + 1])), limits=defense.noise)
-        one = window_weights(trace.steps[:3], share=share, early=8, late=8)
-        weights = torch.cat([one, one]) / 2
-        mean = (weights[:, None] * trace.mirrored_logits.softmax(-1)).sum(0)
-        copy = decide(mirrored(part[i : i + 1]))[0].softmax(-1)
-        mean = (1 - share * given_weight) * mean + share * given_weight * copy
+        mean = sum(torch.exp(logits) / torch.exp(logits).sum() for logits in trace.mirrored_logits) / 6
         mean[own[i]] *= 0.5
         target = int(mean.argmax())
         readings = {"class_scores": trace.scores, "mirrored_copies": trace.mirrored_logits}
-        right = {why: (logits.argmax(-1) == target) & (weights > 0) for why, logits in readings.items()}
+        right = {why: logits.argmax(-1) == target for why, logits in readings.items()}
         why = next((why for why, read in right.items() if read.any()), "no_sample_of_class")
         assert result.reasons[i] == why
-        share = weights * right[why] if why in right else weights
+        counted = right.get(why, torch.ones(6, dtype=torch.bool))
         samples = mirrored(trace.samples) if why == "mirrored_copies" else trace.samples
-        mean = (share[:, None, None, None] * samples).sum(0) / share.sum()
+        mean = samples[counted].mean(0)
         if why not in right or int(decide(mean[None]).argmax()) == target:
-            assert result.used[i] == (share > 0).sum()
+            assert result.used[i] == counted.sum()
             assert torch.allclose(result.reconstructions[i].double(), mean, atol=1e-6)
         else:
             assert result.used[i] == 1
-            likely = readings[why].softmax(-1)[:, target] * (share > 0)
+            likely = readings[why].softmax(-1)[:, target] * counted
             assert torch.allclose(result.reconstructions[i].double(), samples[likely.argmax()], atol=1e-6)
 
 
@@ -132,17 +143,12 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
         ({"networks": NETWORKS[0]}, "`networks` must list at least one"),
         ({"networks": ("huge",)}, "`network` must be one of"),
         ({"preset": "photo"}, "`preset` must be one of cifar10, imagenet, got 'photo'"),
-        ({"noise": (2.0, 1.0)}, "`noise` must be two levels, the lower one first"),
-        ({"noise": 1.0}, "`noise` must be two levels"),
-        ({"noise": (-1.0, 1.0)}, "`noise` must be"),
         ({"dead_zone": float("inf")}, "`dead_zone` must be"),
         ({"dead_zone": "wide"}, "`dead_zone` must be"),
-        ({"early": -1}, "`early` must be"),
-        ({"late": 1.5}, "`late` must be"),
         ({"t0": 12}, "`t0` must be from 0 to 11"),
         ({"every": 11}, "`every` must be from 1 to 10"),
         ({"own_class_weight": 2.0}, "`own_class_weight`"),
-        ({"given_weight": -0.1}, "`given_weight` must be from 0"),
+        ({"clip": -0.1}, "`clip` must be"),
         ({"beta": 0.5}, "takes no option 'beta'"),
         ({"stack_size": 0}, "`stack_size`"),
         ({"network": "small"}, r"'mirror' takes no option 'network' \(did you mean 'networks'\?\)"),

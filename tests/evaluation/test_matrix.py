@@ -3,6 +3,7 @@
 import logging
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -366,10 +367,10 @@ def test_a_new_folder_gets_its_traces_from_a_shared_store(tmp_path: Path) -> Non
 def test_only_a_fit_below_its_default_length_is_called_cut(tmp_path: Path, name: str) -> None:
     whole, given, short = (
         prepare(typed_matrix("data.limit=1", f"defense={name}", *options), tmp_path / str(number))
-        for number, options in enumerate([[], ["defense.T=5000"], ["defense.T=200"]])
+        for number, options in enumerate([[], ["defense.T=5000"], ["defense.T=100"]])
     )
     assert {cell.cut for cell in [*whole.cells, *given.cells]} == {""}
-    assert short.cell("clean", name).cut.startswith("T 200 of ")
+    assert short.cell("clean", name).cut.startswith("T 100 of ")
 
 
 @pytest.mark.slow
@@ -378,6 +379,19 @@ def test_keeping_traces_later_purifies_again(tmp_path: Path) -> None:
     run(prepare(typed_matrix(*few("paper"), *cut), tmp_path))
     completed(prepare(typed_matrix(*few("paper"), *cut, "keep_traces=true"), tmp_path))
     assert len(list((tmp_path / "traces/pgd_8/paper").iterdir())) == 3
+
+
+def test_what_is_made_again_stays_until_it_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def defend(images: torch.Tensor, **more: object) -> None:
+        raise RuntimeError("stopped")
+
+    cut = ("data.limit=3", "chunk=3", "figures=1")
+    run(prepare(typed_matrix(*few("paper"), *cut), tmp_path))
+    for more in ["keep_traces=true"], []:
+        matrix = prepare(typed_matrix(*few("paper"), *cut, *more), tmp_path)
+        monkeypatch.setattr(matrix.targets["paper"].defense, "defend", defend)
+        with pytest.raises(RuntimeError, match="stopped") if more else nullcontext():
+            assert run(matrix) == []  # what was there before is there still
 
 
 def test_a_failing_cell_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

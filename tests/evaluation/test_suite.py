@@ -238,7 +238,9 @@ def test_white_and_black_box(finished: Matrix) -> None:
 
 def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
     assert finished.cell("identity", "jpeg").cut == "steps 2 of 200"
-    assert suite.cell("clean", "mirror").cut == "T 20 of 350"
+    default = replace(finished.cell("identity", "jpeg"), node={"name": "adaptive_pgd", "full": {"coarse": 7}})
+    assert default.cut == f"coarse {default.attack.coarse} of 7", "options that the node leaves out are cut too"
+    assert suite.cell("clean", "mirror").cut == "T 20 of 170"
     assert finished.cell("clean", "jpeg").cut == ""
 
 
@@ -253,6 +255,10 @@ def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
         ("attacks.noise.name=cw", "eps_255"),
         ("+attack@attacks.cw=cw +attacks.cw.number=x", "`attacks.cw.eps_255` must be `eps_255`=24, got none"),
         ("attacks.clean.name=noise", "`attacks.clean` must be the attack 'none'"),
+        (
+            "~attacks.identity.number +attacks.identity.check=control",
+            "`attacks.identity.check` needs attacks with a `number`, got 'control' alone",
+        ),
     ],
 )
 def test_bad_settings_end_before_anything_runs(tmp_path: Path, override: str, message: str) -> None:
@@ -352,4 +358,4 @@ def test_the_short_ladder_takes_what_its_comment_says(tmp_path: Path) -> None:
     costs = [*made.values(), *(cell.judging for cell in judged.values())]
     assert sum(cost.purifications for cost in made.values()) == 5120
     assert sum(cell.judging.purifications for cell in judged.values()) == 4576
-    assert round(sum(cost.dip_steps for cost in costs) / 1e6, 1) == 7.7
+    assert round(sum(cost.dip_steps for cost in costs) / 1e6, 1) == 5.8

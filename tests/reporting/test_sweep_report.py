@@ -233,11 +233,6 @@ def test_no_field_of_the_table_is_a_formula(folder: Path) -> None:
     assert not any(value[:1] in ("=", "+", "-", "@") for line in lines for value in line.values())
 
 
-def test_what_the_store_saved_is_told(folder: Path) -> None:
-    (folder / "beta" / "store.json").write_text(json.dumps({"fitted": 3, "replayed": 5, "decided": 2, "attacked": 9}))
-    assert "Fits, in images: 3 made, 7 taken from the store." in state_section(read_sweep(folder))
-
-
 def test_jobs_of_an_earlier_grid_are_left_out(folder: Path) -> None:
     plan = json.loads((folder / "sweep.json").read_text())
     write_plan(folder, {entry["folder"]: entry["overrides"] for entry in plan["jobs"][:2]})

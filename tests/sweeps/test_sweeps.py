@@ -175,11 +175,8 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
     assert len(done_times(folder)) == 4
     sweep = read_sweep(folder)
     assert dict(sweep.parameters) == {"defense.tau": (0.2, 0.7), "defense.K": (5, 15)}
-    counts = [json.loads(path.read_text()) for path in folder.glob("*/store.json")]
     columns = {"train": 1, "evaluate": 3}[program]
-    assert sum(count.get("fitted", 0) for count in counts) == 2 * columns, "one set of fits serves all"
-    assert sum(count.get("replayed", 0) for count in counts) == 3 * 2 * columns
-    assert len(list((folder / "store" / "traces").rglob("*.npz"))) == 2 * columns
+    assert len(list((folder / "store" / "traces").rglob("*.npz"))) == 2 * columns, "one set of fits serves all"
     assert not list(folder.glob("*/store/*"))
     for text in (summary(folder), capsys.readouterr().out):
         assert "4 jobs: 4 done." in text
