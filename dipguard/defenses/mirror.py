@@ -64,7 +64,8 @@ class MirrorGuard(DIPDefense):
         own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
             all others.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
-            (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip.
+            (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
+            found, such as a drawing on a flat ground, comes back as it was given.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
     """
