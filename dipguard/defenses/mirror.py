@@ -65,7 +65,7 @@ class MirrorGuard(DIPDefense):
             all others.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
-            found, such as a drawing on a flat ground, comes back as it was given.
+            found, such as a drawing on a flat ground, comes back as it was given, or mirrored.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
     """
