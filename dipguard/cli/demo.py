@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     size = choose_size(victim, None)
     guard = make_defense("mirror", victim, seed=0, options={"progress": True}, size=size)
     coffee = Path(str(files("skimage"))) / "data" / "coffee.png"
-    print(f"a fit of {guard.steps_per_image} steps: half a minute on two idle cores, less on a GPU", flush=True)
+    print(f"a fit of {guard.steps_per_image} steps: a quarter of a minute on two idle cores, less on a GPU", flush=True)
     attack_and_defend(read_picture(coffee, size=size, resize="crop", interpolation="bicubic"), guard, out)
     print(f"{out} shows it; {time.perf_counter() - start:.0f} s")
     return 0
