@@ -213,10 +213,11 @@ def _checked(config: RunConfig) -> RunConfig:
     for key in ("store_samples", "rebuild", "keep_traces"):
         check_bool(getattr(config, key), name=key)
     logger, trainer, own = _mapping("logger", config.logger), _mapping("trainer", config.trainer), _trainer_own()
-    for name in ("trainer.enable_progress_bar", "logger.offline", "logger.artifacts", "data.mirrors"):
+    for name in ("trainer.enable_progress_bar", "logger.offline", "logger.artifacts"):
         group, _, key = name.partition(".")
         if (value := getattr(config, group).get(key)) is not None:
             check_bool(value, name=name)
+    check_bool(config.data.get("mirrors", True), name="data.mirrors")
     check_choice(logger.get("kind"), LOGGERS, name="logger.kind")
     _check_keys("logger", logger, ("kind", *LOGGERS[logger["kind"]]))
     if not isinstance(logger.get("tags") or [], list):

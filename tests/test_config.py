@@ -194,6 +194,7 @@ def test_other_errors_are_not_explained() -> None:
         ("logger=wandb logger.offline=no", "`logger.offline` must be true or false, got 'no'"),
         ("logger=wandb logger.artifacts=no", "`logger.artifacts` must be true or false, got 'no'"),
         ("data.mirrors=no", "`data.mirrors` must be true or false, got 'no'"),
+        ("data.mirrors=null", "`data.mirrors` must be true or false, got None"),
         ("logger.kind=mlflow", "`logger.kind` must be one of none, csv, tensorboard, wandb, got 'mlflow'"),
         ("data.name=mnist", "`data.name` must be one of digits"),
         ("defense.name=papr", "got 'papr' (did you mean 'paper'?)"),

@@ -1,7 +1,6 @@
 """train.py from end to end: real data, victim, attack and fit, only small."""
 
 import json
-import logging
 import shutil
 import signal
 import subprocess
@@ -19,8 +18,6 @@ from omegaconf import OmegaConf
 from dipguard.cli.programs import train
 from dipguard.data import load_data
 from dipguard.decision import DecisionTrace
-from dipguard.defenses import build_defense
-from dipguard.evaluation.metrics import decide
 from dipguard.evaluation.plan import prepare
 from dipguard.victims import build_victim
 from tests.csv_files import read_csv
@@ -103,9 +100,7 @@ def test_metrics_are_those_of_the_table(finished: tuple[Path, dict[str, Any]]) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str
-)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)], ids=str)
 def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, finished: tuple[Path, dict[str, Any]], number: int, code: int
 ) -> None:
@@ -119,7 +114,7 @@ def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(
     text = process.communicate()[0].decode()
     assert process.returncode == code, text
     assert "Traceback" not in text
-    assert ("finished work is kept" in text) == (code > 0)
+    assert "finished work is kept" in text
     (first,) = entries(folder, "cells")  # the first chunk of two, or else the kill came too late
     assert [path.stem for path in traces(folder)][:2] == ["000000", "000001"], text
     before, made = times(traces(folder)[:2]), first.stat().st_mtime_ns
@@ -143,14 +138,6 @@ def test_killed_run_goes_on_and_ends_as_if_it_had_not_been(
 def copied(finished: tuple[Path, dict[str, Any]], tmp_path: Path) -> Path:
     """The finished run in a folder of its own; files keep their times."""
     return Path(shutil.copytree(finished[0], tmp_path / "run"))
-
-
-def test_finished_run_does_nothing_again(finished: tuple[Path, dict[str, Any]], copied: Path) -> None:
-    made = {path: path.read_bytes() for path in copied.rglob("*.npz")}
-    before = times(traces(copied))
-    assert tiny_run(copied) == finished[1]
-    assert times(traces(copied)) == before
-    assert {path: path.read_bytes() for path in copied.rglob("*.npz")} == made
 
 
 ONE = ("data.limit=1", "figures=0", "defense.T=20", "defense.decisions=10")
@@ -197,22 +184,13 @@ def test_settings_that_no_result_depends_on_may_change(finished: tuple[Path, dic
     assert (copied / "figures" / "trace_000000.png").exists()
 
 
-@pytest.mark.parametrize("attack", ["none", pytest.param("cw", marks=pytest.mark.slow)])
-def test_other_attacks(tmp_path: Path, attack: str) -> None:
-    metrics = tiny_run(tmp_path / "run", f"attack={attack}", *ONE)
-    assert list(metrics["settings"]["attacks"]) == [attack]
-    assert (metrics["ssim"]["given"] == pytest.approx(1)) == (attack == "none")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("defense", ["jpeg", "dip_fixed"])
-def test_every_defence_can_be_had(tmp_path: Path, defense: str) -> None:
-    short = ("defense.T=20", "defense.step=7") if defense == "dip_fixed" else ()
+def test_no_attack_and_a_defence_without_a_fit(tmp_path: Path) -> None:
     kept = [override for override in TINY if not override.startswith("defense")]
-    metrics = train(compose_config(*kept, f"defense={defense}", *short, "data.limit=2"), tmp_path / "run")
-    assert metrics["settings"]["defense"]["name"] == defense
+    metrics = train(compose_config(*kept, "attack=none", "defense=jpeg", "data.limit=1"), tmp_path / "run")
+    assert list(metrics["settings"]["attacks"]) == ["none"]
+    assert metrics["settings"]["defense"]["name"] == "jpeg"
+    assert metrics["ssim"]["given"] == pytest.approx(1)
     assert (tmp_path / "run" / "figures" / "panel.png").is_file()
-    assert {row["defense"] for row in rows(tmp_path / "run")} == {defense}
 
 
 def test_an_adaptive_attack_is_an_attack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,12 +201,6 @@ def test_an_adaptive_attack_is_an_attack(tmp_path: Path, monkeypatch: pytest.Mon
     (row,) = read_csv(tmp_path / "run" / "results.csv")
     assert int(row["purifications"]) > 0
     assert int(row["dip_steps"]) == 10 * int(row["purifications"])
-
-
-def test_more_decisions_than_steps_means_every_step(tmp_path: Path) -> None:
-    tiny_run(tmp_path / "run", *ONE, "defense.decisions=200")
-    (trace,) = traces(tmp_path / "run")
-    assert DecisionTrace.load(trace).steps.tolist() == list(range(20))
 
 
 def test_train_has_one_attack_and_one_defence(tmp_path: Path) -> None:
@@ -283,35 +255,14 @@ def test_bad_data_file_is_refused_before_anything_runs(tmp_path: Path, changes: 
     ("overrides", "message"),
     [
         (["data=arrays"], "`data.path` must name a .npz file"),
-        (["data=arrays", "data.path=nowhere.npz"], "`data.path` must name an existing .npz file, got nowhere.npz"),
-        (["data=image_folder"], "`data.path` must name a folder"),
-        (["data=image_folder", "data.path=nowhere"], "`data.path` must name an existing folder"),
-        (["data.path=x"], "`data.path` must be empty for the data set 'digits'"),
         (["data.limit=0"], "`data.limit` must be at least 1, got 0"),
-        (["data.limit=1.5"], "`data.limit` must be an integer, got 1.5"),
-        (["data.offset=-1"], "`data.offset` must be at least 0"),
         (["data.offset=599"], "`data.offset` must be below the number of images, 599, got 599"),
-        (["data.size=0"], "`data.size` must be at least 1"),
-        (["data=image_folder", "data.path=.", "data.label_base=2"], "`data.label_base` must be from 0 to 1"),
         (["victim.weights=nowhere.pt"], "nowhere.pt"),
         (["victim=cifar10_resnet50"], "weights"),
         (["+attack.number=1"], "`attack.number` is for attack suites, which evaluate.py runs"),
-        (["attack.steps=0"], "`attack.steps` must be at least 1"),
         (["attack.eps_255=300"], "`attack.eps_255` must be"),
-        (["attack.batch_size=0"], "`attack.batch_size` must be at least 1"),
-        (["defense.T=0"], "`defense.T` must be at least 1, got 0"),
-        (["defense.T=many"], "`defense.T` must be an integer, got 'many'"),
-        (["defense.decisions=1"], "`defense.decisions` must be at least 2"),
-        (["defense.every=0"], "`defense.every` must be from 1 to 20"),
         (["defense.tau=-0.1"], "`defense.tau` must be from 0 to 1"),
-        (["defense.tau=nan"], "`defense.tau` must be from 0 to 1"),
-        (["defense.tau=high"], "`defense.tau` must be a number, got 'high'"),
-        (["defense.t0=-1"], "`defense.t0` must be at least 0"),
         (["defense.K_max=5"], "`defense.K_max` must be at least 15, got 5"),
-        (["defense.stack_size=0"], "`defense.stack_size` must be at least 1"),
-        (["defense.lr=inf"], "`defense.lr` must be finite"),
-        (["defense.rule=equal"], "`defense.rule` must be one of at_least, above"),
-        (["defense.t0_unit=epochs"], "`defense.t0_unit` must be one of steps, samples"),
         (["defense.network=imagenet"], "`images` must be at least"),
         (["trainer.accelerator=abacus"], "`trainer.accelerator` must be one of auto, cpu, gpu"),
     ],
@@ -321,32 +272,6 @@ def test_bad_setting_is_refused_before_anything_runs(tmp_path: Path, overrides: 
         tiny_run(tmp_path / "run", *overrides)
     assert message in str(caught.value)
     assert not (tmp_path / "run").exists()
-
-
-def test_bad_setting_of_the_default_defence_is_refused_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(CompactHydraException, match=r"`defense.T` must be at least 2, got 1"):
-        tiny_mirror(tmp_path / "run", "defense.T=1")
-    assert not (tmp_path / "run").exists()
-
-
-def test_warm_up_past_the_end_warns(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
-    with caplog.at_level(logging.WARNING, "dipguard"):
-        prepare(typed_config(*TINY, "defense.t0=50"), tmp_path)
-    assert "`t0`=50 is past the end of the fit (40 steps)" in caplog.text
-
-
-@pytest.mark.parametrize("name", ["mirror", "paper"])
-def test_defaults_of_the_config_are_those_of_the_class(name: str, tmp_path: Path) -> None:
-    config = typed_config("data.limit=2", f"defense={name}", "data.mirrors=true")
-    defense = prepare(config, tmp_path).targets[name].defense
-    assert defense.settings == build_defense(name, build_victim("digits_cnn")).settings
-
-
-def test_damaged_weights_are_refused(tmp_path: Path) -> None:
-    weights = tmp_path / "weights.pt"
-    weights.write_bytes(b"no weights")
-    with pytest.raises(CompactHydraException, match=r"weights\.pt"):
-        tiny_run(tmp_path / "run", f"victim.weights={weights}")
 
 
 @pytest.mark.slow
@@ -362,24 +287,6 @@ def test_real_images_and_weights(real_data: Path, tmp_path: Path) -> None:
 def finished_mirror(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("mirror") / "run"
     return folder, tiny_mirror(folder, "logger=csv")
-
-
-@pytest.mark.slow
-def test_the_default_defence_gives_what_the_class_gives(finished_mirror: tuple[Path, dict[str, Any]]) -> None:
-    folder, metrics = finished_mirror
-    victim = build_victim("digits_cnn", seed=0)
-    kept = [override for override in TINY if not override.startswith(("defense", "data.limit"))]
-    given = prepare(typed_config(*kept, *MIRROR), folder).attacked("pgd", "mirror")
-    options: dict[str, Any] = {"networks": ["small"] * 3, "T": 20, "t0": 5, "every": 5, "mirror": False}
-    defense = build_defense("mirror", victim, **options, stack_size=2, progress=False)
-    purified = defense.purify(given, indices=torch.arange(3))
-    with np.load(folder / "reconstructions.npz") as saved:
-        assert np.array_equal(saved["images"], purified.numpy())
-    labels = load_data("digits", limit=3).labels
-    assert metrics["accuracy"]["defended"] == float((decide(victim, purified) == labels).double().mean())
-    assert metrics["settings"]["defense"]["name"] == "mirror"
-    assert metrics["settings"]["defense"]["mirror"] is False  # the digits say so
-    assert {row["why"] for row in rows(folder)} <= {"class_scores", "mirrored_copies", "no_sample_of_class"}
 
 
 def test_figures_log_and_page_of_the_default_defence(finished_mirror: tuple[Path, dict[str, Any]]) -> None:

@@ -282,7 +282,8 @@ def fitting_options(
         if found is None:
             return options, "no such intermediate"
         options["intermediate"] = found
-    if (options.get("eot_iter") or 1) > 1 and not defense.random:
+    looks = options.get("eot_iter")
+    if isinstance(looks, int) and looks > 1 and not defense.random:  # the constructor refuses what is no number
         if kind.name != "defended_autoattack":
             return options, "deterministic"  # the attack without EOT is the same
         options["eot_iter"] = 1

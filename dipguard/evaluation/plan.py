@@ -277,8 +277,7 @@ def _cells(
                     named = {key: node[key] for key in ("name", "_target_") if key in node}
                     attack = _build(named | options, build_attack, victim, seed=config.seed)
             # The largest budget, if there are several.
-            own_eps = options.get("eps_255") if attack is None else attack.eps_255
-            eps_255 = max(options.get("radii_255") or [own_eps])
+            eps_255 = options.get("eps_255") if attack is None else max(options.get("radii_255") or [attack.eps_255])
             judge = config.judge if in_suite and target.defense.random and not node.get("check") else 1
             cell = Cell(label, node, target, parts[limit], options, attack, why, eps_255, in_suite, source, judge=judge)
             if attack is not None:

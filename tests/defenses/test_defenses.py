@@ -3,7 +3,6 @@
 import json
 import sys
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -395,11 +394,3 @@ def test_the_defaults_read_from_the_source_are_the_constructors(victim, name):
     assert spelled_out.settings == plain.settings
     known = set(plain.settings) - {"name", "seed", "versions", "fit", "keep_samples"}
     assert known - {"weights"} <= set(options)
-
-
-def test_each_defence_has_a_yaml_of_its_name():
-    yaml = pytest.importorskip("yaml", reason="YAML files belong to the extra app")
-    files = {path.stem: path for path in (Path(__file__).parents[2] / "conf" / "defense").glob("*.yaml")}
-    assert set(DEFENSES) <= set(files)
-    for name in DEFENSES:
-        assert yaml.safe_load(files[name].read_text(encoding="utf-8"))["name"] == name

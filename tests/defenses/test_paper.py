@@ -99,8 +99,6 @@ def test_each_setting_of_the_trainer_is_one_of_the_defence(small_victim):
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
-        ({"max_steps": 3}, ValueError, "`trainer` must leave `max_steps` to the fit, got max_steps=3"),
-        ({"strategy": "ddp"}, ValueError, "`trainer` must leave `strategy` to the fit, got strategy='ddp'"),
         ("16-mixed", TypeError, "`trainer` must be a mapping of arguments of pl.Trainer or None, got '16-mixed'"),
         ({"presicion": 16}, TypeError, "`trainer` must hold arguments of pl.Trainer, got presicion=16"),
     ],
@@ -218,22 +216,10 @@ def test_images_come_back_in_their_dtype(small_images, small_victim, dtype):
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"decisions": 1}, ValueError, "`decisions` must be at least 2, got 1"),
-        ({"T": 0}, ValueError, "`T` must be at least 1, got 0"),
-        ({"K": 0}, ValueError, "`K` must be at least 1, got 0"),
-        ({"K": 2.5}, TypeError, "`K` must be an integer, got 2.5"),
         ({"K_max": 2}, ValueError, "`K_max` must be at least 3, got 2"),
-        ({"beta": -0.5}, ValueError, "`beta` must be finite and at least 0, got -0.5"),
-        ({"tau": 1.5}, ValueError, "`tau` must be from 0 to 1, got 1.5"),
-        ({"tau": -0.1}, ValueError, "`tau` must be from 0 to 1, got -0.1"),
-        ({"t0": -1}, ValueError, "`t0` must be at least 0, got -1"),
-        ({"N": 0}, ValueError, "`N` must be at least 1, got 0"),
         ({"stack_size": 0}, ValueError, "`stack_size` must be at least 1, got 0"),
         ({"stack_size": "all"}, TypeError, "`stack_size` must be an integer, got 'all'"),
-        ({"network": "huge"}, ValueError, "`network` must be one of"),
         ({"scores": "odds"}, ValueError, "`scores` must be one of logits, probabilities, got 'odds'"),
-        ({"matmul_precision": "half"}, ValueError, "`matmul_precision` must be one of float32, tf32, bfloat16, got"),
-        ({"matmul_precision": "tf32", "engine": "native"}, ValueError, "`matmul_precision` 'tf32' needs .*'torch'"),
         ({"jiter": 0.1}, TypeError, r"the defence 'paper' takes no option 'jiter' \(did you mean 'jitter'\?\)"),
         ({"tauu": 0.1}, TypeError, r"the defence 'paper' takes no option 'tauu' \(did you mean 'tau'\?\)"),
         ({"lr": 0.0}, ValueError, "`lr` must be above 0"),
@@ -270,8 +256,3 @@ def test_settings_can_be_written_as_json(small_victim):
     assert json.loads(json.dumps(settings)) == settings
     assert settings["z_scale"] == pytest.approx(1 / 30)
     assert {"T", "tau", "t0", "K", "beta", "seed", "network", "decisions", "N", "K_max", "jitter"} <= settings.keys()
-
-
-def test_more_decisions_than_steps_mean_every_step(small_images, small_victim):
-    result = DIPGuard(small_victim, **{**QUICK, "decisions": 200}).defend(small_images[:1])
-    assert result.traces[0].steps.tolist() == list(range(12))

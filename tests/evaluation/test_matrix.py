@@ -168,23 +168,6 @@ def killed_after(matrix: Matrix, chunks: int, monkeypatch: pytest.MonkeyPatch) -
             run(matrix)
 
 
-@pytest.mark.slow
-def test_a_killed_run_goes_on_from_its_chunks(
-    tmp_path: Path, finished: Matrix, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    killed_after(prepare(typed_matrix(*few("paper")), tmp_path), 1, monkeypatch)
-    matrix = prepare(typed_matrix(*few("paper")), tmp_path)
-    before = written(matrix)
-    assert {info.header["what"] for info in list_entries(tmp_path / "store", layers=["cells"])} == {
-        "pgd_8 x paper, images 0 to 2"
-    }
-    killed_after(matrix, 1, monkeypatch)
-    assert written(matrix) == before
-    assert run(matrix) == []
-    assert before.items() <= written(matrix).items()
-    assert torch.equal(matrix.reconstructions("pgd_8", "paper"), finished.reconstructions("pgd_8", "paper"))
-
-
 def test_a_killed_run_goes_on_with_other_chunks(
     tmp_path: Path, finished: Matrix, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -499,13 +482,14 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
     [
         ("attacks.pgd_8.eps_255=300", "`attacks.pgd_8.eps_255` must be"),
         ("attacks.pgd_8.eps_255=null", "`attacks.pgd_8.eps_255` must be a number, got None"),
+        ("+attack@attacks.x=adaptive_pgd attacks.x.eot_iter=many", "`attacks.x.eot_iter` must be an integer"),
+        ("+attack@attacks.x=hopskipjump attacks.x.radii_255=5 +attacks.x.only=[jpeg]", "`attacks.x.radii_255` must be"),
         ("+attacks.pgd_8.limit=0", "`attacks.pgd_8.limit` must be at least 1"),
         ("+attacks.pgd_8.only=[nobody]", "`attacks.pgd_8.only` must be one of none, jpeg"),
         ("+attacks.pgd_8.check=weak", "`attacks.pgd_8.check` must be one of control, large_eps"),
         ("+attack@attacks.worst_case=pgd", "`attacks` must not name one 'worst_case'"),
         ("defenses.comdefend.weights=nowhere.pt", "`defenses.comdefend.weights` must name an existing weights file"),
         ("trainer.accelerator=gpu", "`trainer.accelerator` must be auto or cpu on a machine without a GPU"),
-        ("+trainer.precision=99", "`trainer` holds what a fit cannot have: .*99"),
         ("+trainer.profiler=nosuch", "`trainer` holds what a fit cannot have: .*`profiler`"),
         ("+callbacks.x._target_=pytorch_lightning.callbacks.Nosuch", "`callbacks.x` cannot be made: .*Nosuch"),
         ("+callbacks.x={_target_:pytorch_lightning.callbacks.Timer,durations:3}", "(?s)`callbacks.x` .*durations"),
@@ -585,7 +569,7 @@ def test_options_of_stored_fits_are_told_where_none_is_stored(tmp_path: Path, op
 
 
 def test_the_trainer_is_checked_where_nothing_is_fitted(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="`trainer` holds what a fit cannot have"):
+    with pytest.raises(ValueError, match=r"`trainer` holds what a fit cannot have: .*99"):
         prepare(typed_matrix(*few("jpeg"), "+trainer.precision=99"), tmp_path)
 
 

@@ -11,7 +11,6 @@ from dipguard.evaluation.runner import run
 from tests.csv_files import read_csv
 from tests.store.parts import list_entries
 from tests.tiny_matrix import tiny_matrix
-from tests.tiny_run import tiny_run
 
 LEAN = (
     "~defenses.jpeg", "~defenses.median", "~defenses.mirror", "~attacks.pgd_8", "data.limit=3", "figures=0",
@@ -87,18 +86,3 @@ def test_a_sweep_over_T_fits_once(tmp_path: Path):
     assert (counts["fitted"], counts["decided"]) == (0, 3)
     _, counts = cells(tmp_path / "20", *store, "defenses.paper.tau=0.4")
     assert (counts["fitted"], counts["decided"], counts["replayed"]) == (0, 0, 3)
-
-
-@pytest.mark.slow
-def test_train_runs_share_a_store(tmp_path: Path):
-    options = (
-        "data.limit=2", "defense.engine=native", "defense.network=small", "defense.T=20", "defense.decisions=10",
-        "figures=0",
-    )  # fmt: skip
-    store = (f"store={tmp_path / 'store'}", "store_samples=true")
-    plain = tiny_run(tmp_path / "plain", *options)
-    for name in ("first", "second"):
-        got = tiny_run(tmp_path / name, *options, *store)
-        assert got["accuracy"] == plain["accuracy"]
-        assert len(list((tmp_path / name / "traces/pgd/paper").iterdir())) == 2
-    assert len(list_entries(tmp_path / "store", layers=["fits"])) == 2

@@ -58,6 +58,7 @@ STITCH_ERRORS = [
     ({**STITCH, "t0": 2.0}, TypeError, "`t0` must be an integer"),
     ({**STITCH, "K": 0}, ValueError, "`K` must be at least 1"),
     ({**STITCH, "beta": -0.1}, ValueError, "`beta` must be finite and at least 0"),
+    ({**STITCH, "t0_unit": "epochs"}, ValueError, "`t0_unit` must be one of steps, samples"),
     ({**STITCH, "divide_by": "all"}, ValueError, "`divide_by` must be one of found, K"),
 ]
 BAD = {FitOptions: FIT_ERRORS, DecideOptions: DECIDE_ERRORS, StitchOptions: STITCH_ERRORS, Stitcher: STITCH_ERRORS}

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dipguard.store.folder import DamagedEntryError, read_entry, write_entry
+from dipguard.store.folder import FORMAT, DamagedEntryError, read_entry, write_entry
 
 ARRAYS = {
     "images": np.random.default_rng(0).random((4, 3, 8, 8), dtype=np.float32),
@@ -77,7 +77,7 @@ BAD_CONTENT = {
     "no JSON": archive(header=np.str_("no JSON")),
     "a list": archive(header=np.str_("[]")),
     "another format": archive(header=np.str_('{"format": "something/1"}')),
-    "pickled": archive(header=np.array([{}], dtype=object)),
+    "pickled": archive(header=np.array(f'{{"format": "{FORMAT}"}}', dtype=object)),
 }
 
 
