@@ -7,15 +7,22 @@ still recognised. Figures on tuning images: docs/trials.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import warnings
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dipguard.checks import check_float
+from dipguard.classifier import Decider, is_out_of_memory
 from dipguard.decision.stitching import Reconstruction
 from dipguard.decision.trace import DecisionTrace
+
+STEP = 0.5 / 255
+MOST_STEPS = 16
+"""Size of a step of `moved`, and how many there are at most: 8 levels of 255 in all."""
 
 
 def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
@@ -39,75 +46,103 @@ def clipped(samples: Tensor, given: Tensor, *, distances: Tensor) -> Tensor:
     return samples.clamp(given - most, given + most)
 
 
-def class_scores(logits: Tensor, *, own: int, own_class_weight: float) -> Tensor:
-    """Mean over S readings of the victim's class probabilities, [C]; the given image's own class counts less.
+def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class_weight: float) -> Tensor:
+    r"""Scores of the C classes, [C], from S readings of mirrored copies and one of the given image.
 
-    If the image was attacked, the attacker has chosen that class, and a part of the perturbation is left in every x(t).
+    Away from the given image, as Eq. 6 of Ding et al. 2021 moves images, but among the victim's log-probabilities. With
+    p_s those of the readings and p_0 that of the given image,
+
+    .. math:: \log \frac{1}{S} \sum_s p_s + \beta \Big( \frac{1}{S} \sum_s \log p_s - \log p_0 \Big)
+
+    To be misclassified, an attacked image needs less of its true class than its reconstructions have, and more of the
+    attacker's; a clean one differs little from them.
 
     Args:
-        logits: [S, C]; ValueError for S = 0.
-        own: The victim's decision on the given image.
-        own_class_weight: Factor of that class's probability, in [0, 1], else ValueError.
+        logits: Of the readings, [S, C]; ValueError for S = 0.
+        given_logits: Of the given image, [C].
+        beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
+        own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
+            else ValueError. It is what the step away from the given image has to overcome.
     """
-    check_float(own_class_weight, name="own_class_weight", low=0.0, high=1.0)
+    check_float(beta, name="beta", low=0.0)
+    check_float(own_class_weight, name="own_class_weight", low=0.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
-    mean = logits.softmax(dim=-1).mean(dim=0)
-    mean[own] *= own_class_weight
-    return mean
+    read, given = logits.double().log_softmax(dim=-1), given_logits.double().log_softmax(dim=-1)
+    scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (read.mean(dim=0) - given)
+    scores[given.argmax()] += math.log(own_class_weight) if own_class_weight else -math.inf
+    return scores
 
 
 def stitch_mirrored(
     traces: Sequence[DecisionTrace],
     *,
+    beta: float,
     own_class_weight: float,
-    classify: Callable[[Tensor], Tensor],
-    flip: bool = True,
+    decider: Decider,
 ) -> list[Reconstruction]:
-    """Rebuild B images from their traces, each as the class that scores highest on the mirrored copies of its samples.
+    """Rebuild B images from their traces, each as the class with the highest score.
 
-    :func:`class_scores` of the copies choose a class, and the image is the first of these that there is:
-
-    1. the mean of the samples that the victim reads as this class, which is Eq. 7 over another choice of images (reason
-       ``class_scores``);
-    2. with ``flip``, the mean of the mirrored copies that it reads as this class; the image comes back mirrored
-       (``mirrored_copies``). Copies that were only moved are weak evidence against all samples;
-    3. the mean of all samples (``no_sample_of_class``).
-
-    In 1 and 2, a mean that the victim reads as another class gives way to the one of its images that scores highest.
+    :func:`class_scores` of the mirrored copies choose a class. The image is the mean of the samples that the victim
+    reads as this class (reason ``class_scores``), which is Eq. 7 over another choice of images, or of all samples if
+    there is none. If the victim reads that mean as another class, :func:`moved` changes it (``moved``), as a rule by 1
+    to 2 levels of 255. If even so it is read as another class, the reason is ``not_reached``.
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
-        own_class_weight: Factor, in [0, 1], of the score of the victim's class of the given image.
-        classify: The victim: images [n, 3, H, W] to logits [n, C].
-        flip: Whether the copies were mirrored (:func:`mirrored`).
+        beta, own_class_weight: Those of :func:`class_scores`.
+        decider: The victim.
     """
-    targets = [_target(trace, own_class_weight=own_class_weight) for trace in traces]
-    chosen = [_of_class(trace, target, flip=flip) for trace, target in zip(traces, targets, strict=True)]
-    decisions = classify(torch.stack([mean.image for mean, _ in chosen])).argmax(dim=1).tolist()
-    made = zip(targets, decisions, chosen, strict=True)
-    return [mean if decision == target else best for target, decision, (mean, best) in made]
+    options = {"beta": beta, "own_class_weight": own_class_weight}
+    targets = torch.tensor([_target(trace, **options) for trace in traces])
+    chosen = [_mean(trace, int(target)) for trace, target in zip(traces, targets, strict=True)]
+    means = torch.stack([mean for mean, _ in chosen])
+    images = moved(means, targets, decider=decider)
+    reached = (decider(images).argmax(dim=1).cpu() == targets).tolist()
+    made = []
+    for image, mean, there, (_, used) in zip(images, means, reached, chosen, strict=True):
+        reason = "not_reached" if not there else "class_scores" if torch.equal(image, mean) else "moved"
+        made.append(Reconstruction(image, reason, used))
+    return made
 
 
-def _target(trace: DecisionTrace, *, own_class_weight: float) -> int:
+def moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
+    """Images [n, 3, H, W] in [0, 1], moved until the victim gives more than half of the probability to a class each.
+
+    Steps of half a level of 255 in every pixel, along the sign of the gradient of that class's log-probability, at most
+    16 of them. An image that the victim reads as its class stays as it is, and so do all others, with a warning, if the
+    victim is not differentiable. ``targets`` are int64 [n].
+    """
+    made = images.clone()
+    rows = torch.nonzero(decider(images).argmax(dim=1).to(targets) != targets).flatten()
+    for _ in range(MOST_STEPS):
+        if len(rows) == 0:
+            break
+        try:
+            likelihood, gradient = decider.gradient(made[rows], targets[rows])
+        except (RuntimeError, TypeError) as error:
+            if is_out_of_memory(error):
+                raise
+            problem = f"{len(rows)} image(s) stay as they are, read as another class, for the victim has no gradient"
+            warnings.warn(f"{problem}: {error}", stacklevel=2)
+            break
+        unsure = likelihood.to(rows.device) <= math.log(0.5)
+        rows, gradient = rows[unsure], gradient[unsure]
+        made[rows] = (made[rows] + STEP * gradient.sign()).clamp(0, 1)
+    return made
+
+
+def _target(trace: DecisionTrace, *, beta: float, own_class_weight: float) -> int:
     """The class with the highest score."""
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
-    scores = class_scores(trace.mirrored_logits, own=trace.given_decision, own_class_weight=own_class_weight)
+    scores = class_scores(trace.mirrored_logits, trace.given_scores, beta=beta, own_class_weight=own_class_weight)
     return int(scores.argmax())
 
 
-def _of_class(trace: DecisionTrace, target: int, *, flip: bool) -> tuple[Reconstruction, Reconstruction]:
-    """The mean of what is read as a class, and the best of these images."""
+def _mean(trace: DecisionTrace, target: int) -> tuple[Tensor, Tensor]:
+    """The mean of the samples that are read as a class, or of all if none is, and their positions."""
     assert trace.samples is not None  # as `_target` has checked
-    assert trace.mirrored_logits is not None
-    readings = {"class_scores": trace.scores} | ({"mirrored_copies": trace.mirrored_logits} if flip else {})
-    found = {reason: logits.argmax(dim=1) == target for reason, logits in readings.items()}
-    reason = next((reason for reason, read in found.items() if read.any()), "no_sample_of_class")
-    used = torch.nonzero(found[reason]).flatten() if reason in found else torch.arange(len(trace.samples))
-    images = mirrored(trace.samples[used], flip=flip) if reason == "mirrored_copies" else trace.samples[used]
-    mean = Reconstruction(images.mean(dim=0).clamp(0, 1), reason, used)
-    if reason not in readings:
-        return mean, mean
-    best = int(readings[reason][used].softmax(dim=1)[:, target].argmax())
-    return mean, Reconstruction(images[best].clamp(0, 1), reason, used[best : best + 1])
+    read = trace.scores.argmax(dim=1) == target
+    used = torch.nonzero(read).flatten() if read.any() else torch.arange(len(trace.samples))
+    return trace.samples[used].mean(dim=0).clamp(0, 1), used

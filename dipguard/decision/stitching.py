@@ -22,7 +22,7 @@ class Reconstruction:
     Attributes:
         image: The stitched image of Eq. 7, [3, H, W], clamped to [0, 1].
         reason: ``crossings`` (Eq. 6-7) or ``no_crossing`` (mean of the last K sampled reconstructions, beta = 0);
-            ``class_scores``, ``mirrored_copies`` or ``no_sample_of_class``.
+            ``class_scores``, ``moved`` or ``not_reached`` (:func:`~dipguard.decision.class_scores.stitch_mirrored`).
         used: Positions of the stitched images in ``trace.on_boundary`` or ``trace.samples``, [k] int64; empty for
             ``no_crossing``.
     """

@@ -32,7 +32,7 @@ class Purified:
     Attributes:
         reconstructions: [N, 3, H', W'] in [0, 1], of the given images' dtype and on their device.
         reasons: Why each image looks as it does: ``crossings`` or ``no_crossing`` (paper), ``class_scores``,
-            ``mirrored_copies`` or ``no_sample_of_class`` (mirror), ``purified`` (all others).
+            ``moved`` or ``not_reached`` (mirror), ``purified`` (all others).
         used: Number of on-boundary images or windows that each one was averaged from; 0 for ``no_crossing`` and for
             defences that do not average.
         traces: One decision trace per image, or none at all.

@@ -25,9 +25,9 @@ from dipguard.registry import check_options
 from dipguard.seeding import image_generator
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "cifar10": dict(networks=("medium",) * 3, T=170, t0=50, every=20, own_class_weight=0.5, optimise_z=False),
+    "cifar10": dict(networks=("medium",) * 3, T=170, t0=50, every=20, optimise_z=False),
     "imagenet": dict(networks=(hourglass((16, 32, 64, 64, 64), skips=4, input_depth=3),), T=250, t0=100, every=25,
-                     own_class_weight=0.85, optimise_z=True),
+                     optimise_z=True),
 }  # fmt: skip
 """Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
@@ -35,17 +35,21 @@ MOST_MIRRORED = 8
 
 
 class MirrorGuard(DIPDefense):
-    """The mean of the reconstructions that the victim assigns to the class with the highest scores on mirrored copies.
+    """The mean of the reconstructions that the victim assigns to the class with the highest score on mirrored copies.
 
     Like the defence of Ding et al. 2021, it fits untrained networks to the given image alone and lets the victim's
     decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
-    weights of its own. The class is the one with the highest mean probability on copies of x(t) that were mirrored and
-    moved by a few pixels, where the given image's own class counts less (``own_class_weight``). Where the victim reads
-    no x(t) itself as this class, the copies are averaged, and the image comes back mirrored. And the noise of the given
-    image says how large a perturbation may be: errors of a pixel up to 2.5 times the noise cost nothing (``dead_zone``
-    of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to within 6 times the noise of the given image
-    (``clip``). So early steps can be used, when x(t) has little of the perturbation yet: what they lack of the
-    picture's edges comes from the given image.
+    weights of its own. The noise of the given image says how large a perturbation may be: errors of a pixel up to 2.5
+    times the noise cost nothing (``dead_zone`` of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to
+    within 6 times the noise of the given image (``clip``). So early steps can be used, when x(t) has little of the
+    perturbation yet: what they lack of the picture's edges comes from the given image. And the class is chosen on
+    copies of x(t) that were mirrored and moved by a few pixels. It is one that is likely on them, and more so than on
+    the given image (``beta``): an attack has to make the true class unlikely there. The given image's own class is
+    preferred by a fixed factor (``own_class_weight``).
+
+    Where the victim assigns no x(t) itself to this class, or not their mean, the mean is moved along the victim's
+    gradient until it does, by 1 to 2 levels of 255 as a rule and 8 at most. A victim without a gradient may read the
+    image as another class.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
     docs/limits.md says how far this one was tested.
@@ -61,18 +65,19 @@ class MirrorGuard(DIPDefense):
         T: Optimiser steps of each network, at least 2.
         t0: Warm-up: the first step that counts, from 0 to T - 1.
         every: Steps of a window, from 1 to T - t0; the last one ends at T or before.
-        own_class_weight: Weight, in [0, 1], of the class that the victim assigns to the given image; 1 treats it like
-            all others.
+        beta: Step away from the given image among the victim's log-probabilities, at least 0; Eq. 6 moves images so.
+        own_class_weight: Factor, at least 0, of the probability of the class that the victim assigns to the given
+            image.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
-            found, such as a drawing on a flat ground, comes back as it was given, or mirrored.
+            found, such as a drawing on a flat ground, comes back nearly as it was given.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
     """
 
     name: ClassVar[str] = "mirror"
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "preset", "T", "t0", "every", "own_class_weight", "clip", "mirror",
+        "preset", "T", "t0", "every", "beta", "own_class_weight", "clip", "mirror",
     )  # fmt: skip
     FIT: ClassVar[dict[str, Any]] = {"dead_zone": 2.5, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
@@ -86,7 +91,8 @@ class MirrorGuard(DIPDefense):
         T: int | None = None,
         t0: int | None = None,
         every: int | None = None,
-        own_class_weight: float | None = None,
+        beta: float = 0.5,
+        own_class_weight: float = 20.0,
         clip: float = 6.0,
         mirror: bool = True,
         seed: int | None = 0,
@@ -99,7 +105,7 @@ class MirrorGuard(DIPDefense):
         if "network" in fit:
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
         given: dict[str, Any] = {"networks": networks, "T": T, "t0": t0, "every": every}
-        given |= {"own_class_weight": own_class_weight, "optimise_z": fit.get("optimise_z")}
+        given["optimise_z"] = fit.get("optimise_z")
         values = self.from_preset(preset, given, victim=victim)
         chosen = values["networks"]
         if isinstance(chosen, str) or not isinstance(chosen, Sequence) or not chosen:
@@ -114,7 +120,8 @@ class MirrorGuard(DIPDefense):
         self.T = check_int(values["T"], name="T", low=2)
         self.t0 = check_int(values["t0"], name="t0", low=0, high=self.T - 1)
         self.every = check_int(values["every"], name="every", low=1, high=self.T - self.t0)
-        self.own_class_weight = check_float(values["own_class_weight"], name="own_class_weight", low=0.0, high=1.0)
+        self.beta = check_float(beta, name="beta", low=0.0)
+        self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0)
         self.clip = check_float(clip, name="clip", low=0.0)
         self.mirror = check_bool(mirror, name="mirror")
         self.windows = (self.T - self.t0) // self.every
@@ -161,7 +168,8 @@ class MirrorGuard(DIPDefense):
 
     def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
         """Stitch the images of a stack."""
-        return stitch_mirrored(traces, own_class_weight=self.own_class_weight, classify=self.decide, flip=self.mirror)
+        options = {"beta": self.beta, "own_class_weight": self.own_class_weight}
+        return stitch_mirrored(traces, decider=self.decide, **options)
 
     def _steps(self) -> Tensor:
         """Each window's last step, where its mean stands; a network's steps follow those of the one before, [S]."""

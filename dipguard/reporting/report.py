@@ -30,8 +30,8 @@ AVERAGED = {
     "crossings": "crossings_stitched",
     "no_crossing": "crossings_stitched",
     "class_scores": "windows_averaged",
-    "mirrored_copies": "windows_averaged",
-    "no_sample_of_class": "windows_averaged",
+    "moved": "windows_averaged",
+    "not_reached": "windows_averaged",
 }
 """What a reconstruction was averaged from, by its reason."""
 

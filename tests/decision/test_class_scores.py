@@ -1,11 +1,13 @@
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
+from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import class_scores, clipped, mirrored, stitch_mirrored
+from dipguard.decision.class_scores import class_scores, clipped, mirrored, moved, stitch_mirrored
 
 
 @pytest.mark.parametrize(("width", "shift"), [(8, 2), (32, 2), (224, 7), (512, 16)])
@@ -28,18 +30,41 @@ def test_clipped_values_are_as_near_to_the_given_ones_as_asked():
     assert torch.allclose(clipped(samples, given, distances=torch.ones(2)), samples)
 
 
-def test_class_scores_are_mean_probabilities():
-    logits = torch.randn(5, 4, generator=torch.Generator().manual_seed(2))
-    got = class_scores(logits, own=2, own_class_weight=1.0)
-    less = class_scores(logits, own=2, own_class_weight=0.25)
+@pytest.mark.parametrize(("beta", "weight"), [(0.0, 1.0), (0.5, 1.0), (0.5, 20.0), (2.0, 0.25), (0.5, 0.0)])
+def test_class_scores_step_away_from_the_given_image(beta, weight):
+    readings, given = torch.randn(5, 4, generator=torch.Generator().manual_seed(2)), torch.tensor([0.1, 0.4, 3.0, -2.0])
+    got = class_scores(readings, given, beta=beta, own_class_weight=weight)
+
+    def probability(logits, c):
+        return math.exp(logits[c]) / sum(math.exp(z) for z in logits)
+
     for c in range(4):
-        slow = sum(float(torch.exp(logits[s, c]) / torch.exp(logits[s]).sum()) for s in range(5)) / 5
+        likely = [probability(logits, c) for logits in readings.tolist()]
+        step = sum(math.log(p) for p in likely) / 5 - math.log(probability(given.tolist(), c))
+        chance = sum(likely) / 5 * (weight if c == 2 else 1)  # 2 is the class of the given image
+        slow = (math.log(chance) if chance else -math.inf) + beta * step
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
-        assert float(less[c]) == pytest.approx(slow * (0.25 if c == 2 else 1), abs=1e-6)
-    with pytest.raises(ValueError, match="`own_class_weight`"):
-        class_scores(logits, own=2, own_class_weight=1.5)
+
+
+def test_a_class_that_an_attack_made_unlikely_scores_higher():
+    readings, clean, attacked = torch.tensor([[2.0, 1.9, 0.0]]), torch.tensor([3.0, 0, 0]), torch.tensor([9.0, -9, 0])
+    options = {"beta": 0.5, "own_class_weight": 20.0}
+    assert int(class_scores(readings, clean, **options).argmax()) == 0
+    assert int(class_scores(readings, attacked, **options).argmax()) == 1
+
+
+def test_logits_of_any_size_have_finite_scores():
+    huge = torch.tensor([[2000.0, 0.0, -2000.0]])
+    assert class_scores(huge, -huge[0], beta=0.5, own_class_weight=20.0).isfinite().all()
+
+
+def test_bad_arguments_of_class_scores_are_refused():
+    logits = torch.zeros(2, 3)
+    for name in ("beta", "own_class_weight"):
+        with pytest.raises(ValueError, match=f"`{name}` must be finite and at least 0"):
+            class_scores(logits, logits[0], **{"beta": 0.5, "own_class_weight": 1.0, name: -1.0})
     with pytest.raises(ValueError, match="at least one reading"):
-        class_scores(logits[:0], own=2, own_class_weight=1.0)
+        class_scores(logits[:0], logits[0], beta=0.5, own_class_weight=1.0)
 
 
 class Brightness(nn.Module):
@@ -48,6 +73,14 @@ class Brightness(nn.Module):
     def forward(self, images):
         mean = images.flatten(1).mean(dim=1)
         return torch.stack([0.5 - mean, mean - 0.5], dim=1)
+
+
+class Steep(nn.Module):
+    """Class 1 where the mean is above one half, else class 0; sure of it close by."""
+
+    def forward(self, images):
+        mean = 99 * (images.flatten(1).mean(dim=1) - 0.5)
+        return torch.stack([-mean, mean], dim=1)
 
 
 def grey(*levels):
@@ -66,10 +99,13 @@ def traced(images, given, *, target, victim=None, **changed):
     return replace(trace, **changed)
 
 
-def stitched(images, given, *, victim=None, flip=True, **about):
+OPTIONS = {"beta": 0.0, "own_class_weight": 1.0}
+
+
+def stitched(images, given, *, victim=None, **about):
     """Samples stitched as a class, which is the one that the mirrored copies are read as."""
-    traces, classify = [traced(images, given, victim=victim, **about)], victim or Brightness()
-    return stitch_mirrored(traces, own_class_weight=1.0, classify=classify, flip=flip)[0]
+    decider = Decider(victim or Brightness())
+    return stitch_mirrored([traced(images, given, victim=victim, **about)], decider=decider, **OPTIONS)[0]
 
 
 @pytest.mark.parametrize(
@@ -81,42 +117,13 @@ def test_samples_of_the_target_are_averaged(levels, target, level, used):
     assert torch.allclose(made.image, grey(level)[0])
 
 
-class LeftEdge(nn.Module):
-    """Class 1 where the left edge is bright, else class 0; the brighter, the surer."""
-
-    def forward(self, images):
-        edge = images[:, :, :, 0].flatten(1).mean(dim=1)
-        return torch.stack([0.5 - edge, edge - 0.5], dim=1)
+def test_where_no_sample_is_read_as_the_class_their_mean_is_moved_until_it_is():
+    made = stitched(grey(0.45, 0.49, 0.5), grey(0.2)[0], target=1, victim=Steep())
+    assert (made.reason, made.used.tolist()) == ("moved", [0, 1, 2])
+    assert torch.allclose(made.image, grey(1.44 / 3 + 11 * 0.5 / 255)[0])  # the eleventh step is the first past 0.5
 
 
-@pytest.mark.parametrize("flip", [True, False])
-def test_where_no_sample_is_read_as_the_class_mirrored_copies_that_are_become_the_image(flip):
-    images = grey(0.1, 0.2, 0.3)
-    images[:2, :, :, 1 if flip else 2] = torch.tensor([0.7, 0.9])[:, None, None]  # comes to the left edge
-    copies = mirrored(images, flip=flip)
-    assert LeftEdge()(images).argmax(1).tolist() == [0, 0, 0]
-    assert LeftEdge()(copies).argmax(1).tolist() == [1, 1, 0]
-    about = {"victim": LeftEdge(), "mirrored_logits": 9 * LeftEdge()(copies), "target": 1, "flip": flip}
-    made = stitched(images, grey(0.2)[0], **about)
-    if flip:
-        assert (made.reason, made.used.tolist()) == ("mirrored_copies", [0, 1])
-        assert torch.allclose(made.image, copies[:2].mean(0))
-    else:
-        assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0, 1, 2])
-        assert torch.allclose(made.image, images.mean(0))
-
-
-def test_where_neither_samples_nor_copies_are_read_as_the_class_all_are_averaged():
-    logits = torch.tensor([[4.0, 3.9, 0.0], [0.0, 3.9, 4.0]])  # the second class is ahead in the mean alone
-    images = grey(0.2, 0.3, 0.9)
-    first = torch.tensor([1.0, 0, 0])
-    about = {"given_scores": first, "scores": first.expand(3, 3), "mirrored_logits": logits[[0, 1, 1]], "target": 1}
-    made = stitched(images, grey(0.2)[0], **about)
-    assert (made.reason, made.used.tolist()) == ("no_sample_of_class", [0, 1, 2])
-    assert torch.allclose(made.image, grey(1.4 / 3)[0])
-
-
-def test_a_mean_that_is_read_otherwise_gives_way_to_the_sample_that_scores_highest():
+def test_a_mean_that_is_read_otherwise_is_moved():
     class Far(nn.Module):
         """Class 1 where the brightness is far from a half."""
 
@@ -124,9 +131,44 @@ def test_a_mean_that_is_read_otherwise_gives_way_to_the_sample_that_scores_highe
             far = (images.flatten(1).mean(dim=1) - 0.5).abs() - 0.3
             return torch.stack([-far, far], dim=1)
 
-    made = stitched(grey(0.1, 0.95, 0.88), grey(0.5)[0], target=1, victim=Far())
-    assert (made.reason, made.used.tolist()) == ("class_scores", [1])
-    assert torch.equal(made.image, grey(0.95)[0])
+    made = stitched(grey(0.19, 0.99, 0.99, 0.99, 0.4), grey(0.5)[0], target=1, victim=Far())
+    assert (made.reason, made.used.tolist()) == ("moved", [0, 1, 2, 3])
+    assert torch.allclose(made.image, grey(3.16 / 4 + 6 * 0.5 / 255)[0])
+
+
+def test_an_image_that_is_too_far_from_its_class_says_so():
+    made = stitched(grey(0.3), grey(0.2)[0], target=1, victim=Steep())
+    assert (made.reason, made.used.tolist()) == ("not_reached", [0])
+    assert torch.allclose(made.image, grey(0.3 + 8 / 255)[0])
+
+
+class InferenceMode(Steep):
+    def forward(self, images):
+        with torch.inference_mode():
+            return super().forward(images)
+
+
+class Numpy(Steep):
+    def forward(self, images):
+        return torch.from_numpy(super().forward(images.detach()).numpy())
+
+
+@pytest.mark.parametrize("victim", [InferenceMode, Numpy])
+def test_an_image_stays_as_it_is_where_the_victim_has_no_gradient(victim):
+    with pytest.warns(
+        UserWarning, match=r"1 image\(s\) stay as they are, read as another class, for the victim has no gradient"
+    ):
+        made = stitched(grey(0.49), grey(0.2)[0], target=1, victim=victim())
+    assert made.reason == "not_reached"
+    assert torch.equal(made.image, grey(0.49)[0])
+
+
+def test_images_move_alone_and_only_as_far_as_needed():
+    images, targets = grey(0.49, 0.7, 0.48, 0.51, 0.999), torch.tensor([1, 1, 1, 0, 1])
+    got = moved(images, targets, decider=Decider(Steep()))
+    for i, steps in enumerate((6, 0, 11, -6, 0)):
+        assert torch.allclose(got[i], images[i] + steps * 0.5 / 255, atol=1e-6)
+        assert torch.equal(got[i : i + 1], moved(images[i : i + 1], targets[i : i + 1], decider=Decider(Steep())))
 
 
 def test_bad_arguments_of_the_stitch_are_refused():
@@ -135,17 +177,12 @@ def test_bad_arguments_of_the_stitch_are_refused():
 
 
 def test_images_that_are_stitched_together_are_those_of_one_at_a_time():
-    given, asked = grey(0.2)[0], []
-    cases = [((0.6, 0.8), 1), ((0.4, 0.45), 1), ((0.6, 0.7), 0)]
-    traces = [traced(grey(*levels), given, target=target) for levels, target in cases]
-
-    def classify(images):
-        asked.append(len(images))
-        return Brightness()(images)
-
-    options = {"own_class_weight": 1.0, "classify": classify}
+    given = grey(0.2)[0]
+    cases = [((0.6, 0.8), 1), ((0.48, 0.49), 1), ((0.6, 0.7), 0)]
+    traces = [traced(grey(*levels), given, target=target, victim=Steep()) for levels, target in cases]
+    options = {**OPTIONS, "decider": Decider(Steep())}
     together = stitch_mirrored(traces, **options)
-    assert asked == [3]  # all means at once
+    assert [made.reason for made in together] == ["class_scores", "moved", "not_reached"]
     for trace, ours in zip(traces, together, strict=True):
         (alone,) = stitch_mirrored([trace], **options)
         assert torch.equal(ours.image, alone.image)

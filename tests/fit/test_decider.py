@@ -116,3 +116,20 @@ def test_photographs_come_in_several_batches() -> None:
     photos = torch.rand(70, 3, 224, 224)
     torch.testing.assert_close(Decider(victim)(photos), photos.mean(dim=(2, 3)))
     assert sizes == [64, 6]
+
+
+def test_the_gradient_is_that_of_a_classs_log_probability(images: Tensor) -> None:
+    victim, small = Reader().double().train(), images[:6, :, :8, :8].double()
+    classes = torch.tensor([0, 1, 2, 3, 4, 0])
+    with torch.inference_mode():
+        likelihood, gradient = Decider(victim, batch=16).gradient(small.clone(), classes)  # two images at a time
+    for i, c in enumerate(classes.tolist()):
+        for place in ((0, 0, 0), (1, 3, 5), (2, 7, 7)):
+            step = torch.zeros(3, 8, 8, dtype=torch.float64)
+            step[place] = 1e-5
+            with torch.no_grad():
+                up, down = (float(victim((small[i] + d)[None]).log_softmax(1)[0, c]) for d in (step, -step))
+            assert float(gradient[i][place]) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-8)
+            assert float(likelihood[i]) == pytest.approx((up + down) / 2, abs=1e-6)
+    assert victim.training
+    assert all(weight.requires_grad and weight.grad is None for weight in victim.parameters())
