@@ -190,24 +190,18 @@ class Decider:
             chunks = images.detach().split(self.batch(*images.shape[-2:]))
             return torch.cat([logits_of(self.victim, chunk) for chunk in chunks])
 
-    def gradient(self, images: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-probability of a class for each image, [n], and its gradient by the image, [n, 3, H, W].
+    def gradient(self, image: Tensor, wanted: int) -> tuple[float, Tensor]:
+        """Log-probability of the class ``wanted`` for an image [1, 3, H, W] in [0, 1], and its gradient.
 
-        ``images`` are [n, 3, H, W] in [0, 1], ``classes`` int64 [n]. RuntimeError or TypeError if the victim is not
-        differentiable.
+        The gradient is with respect to the image. RuntimeError or TypeError if the victim is not differentiable.
         """
         check_not_forked()
-        full = full_precision(device_of(self.victim, images.device))
-        size = max(1, self.batch(*images.shape[-2:]) // 8)  # what a network keeps for its gradient takes memory
-        parts: list[tuple[Tensor, Tensor]] = []
+        full = full_precision(device_of(self.victim, image.device))
         with torch.inference_mode(False), torch.enable_grad(), full, eval_mode(self.victim):
-            for given, wanted in zip(images.split(size), classes.split(size), strict=True):
-                x = given.detach().clone().requires_grad_()
-                read = logits_of(self.victim, x).log_softmax(dim=1)
-                likelihood = read.gather(1, wanted.to(read.device)[:, None])[:, 0]
-                parts.append((likelihood.detach(), *torch.autograd.grad(likelihood.sum(), x)))
-        likelihoods, gradients = zip(*parts, strict=True)
-        return torch.cat(likelihoods), torch.cat(gradients)
+            x = image.detach().clone().requires_grad_()
+            likelihood = logits_of(self.victim, x).log_softmax(dim=1)[0, wanted]
+            (gradient,) = torch.autograd.grad(likelihood, x)
+        return float(likelihood.detach()), gradient
 
 
 def steps_together(images: int) -> int:

@@ -2,7 +2,8 @@
 
 Ding et al. 2021 look at one decision a reconstruction. Here the victim also reads a mirrored, shifted copy of it: what
 is left of a perturbation was made for the pixels where it lay, and has little effect elsewhere, while the object is
-still recognised. Figures on tuning images: docs/trials.md.
+still recognised. And these readings are compared with that of the given image, where an attack must have made the true
+class unlikely. Figures on tuning images: docs/trials.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from dipguard.decision.trace import DecisionTrace
 
 STEP = 0.5 / 255
 MOST_STEPS = 16
-"""Size of a step of `moved`, and how many there are at most: 8 levels of 255 in all."""
+SURE = 0.9
+"""Size of a step of `moved`, how many there are at most, and the probability at which it ends.
+
+With less than that, rounding a picture to 8 bits could change the decision again.
+"""
 
 
 def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
@@ -54,15 +59,15 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
 
     .. math:: \log \frac{1}{S} \sum_s p_s + \beta \Big( \frac{1}{S} \sum_s \log p_s - \log p_0 \Big)
 
-    To be misclassified, an attacked image needs less of its true class than its reconstructions have, and more of the
-    attacker's; a clean one differs little from them.
+    To be misclassified, an attacked image must show less of its true class, and more of the attacker's, than its
+    reconstructions do; a clean image differs little from its own.
 
     Args:
         logits: Of the readings, [S, C]; ValueError for S = 0.
         given_logits: Of the given image, [C].
         beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
         own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
-            else ValueError. It is what the step away from the given image has to overcome.
+            else ValueError. The step must outweigh it before another class wins.
     """
     check_float(beta, name="beta", low=0.0)
     check_float(own_class_weight, name="own_class_weight", low=0.0)
@@ -70,7 +75,7 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
         raise ValueError("`logits` must hold at least one reading, got none")
     read, given = logits.double().log_softmax(dim=-1), given_logits.double().log_softmax(dim=-1)
     scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (read.mean(dim=0) - given)
-    scores[given.argmax()] += math.log(own_class_weight) if own_class_weight else -math.inf
+    scores[given_logits.argmax()] += math.log(own_class_weight) if own_class_weight else -math.inf
     return scores
 
 
@@ -85,8 +90,8 @@ def stitch_mirrored(
 
     :func:`class_scores` of the mirrored copies choose a class. The image is the mean of the samples that the victim
     reads as this class (reason ``class_scores``), which is Eq. 7 over another choice of images, or of all samples if
-    there is none. If the victim reads that mean as another class, :func:`moved` changes it (``moved``), as a rule by 1
-    to 2 levels of 255. If even so it is read as another class, the reason is ``not_reached``.
+    there is none. If the victim reads that mean as another class, :func:`moved` changes it (``moved``), mostly by at
+    most 2 levels of 255. If even so it is read as another class, the reason is ``not_reached``.
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
@@ -107,29 +112,35 @@ def stitch_mirrored(
 
 
 def moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
-    """Images [n, 3, H, W] in [0, 1], moved until the victim gives more than half of the probability to a class each.
+    """Move each image [n, 3, H, W] in [0, 1] until the victim is sure of its target class, ``targets`` int64 [n].
 
-    Steps of half a level of 255 in every pixel, along the sign of the gradient of that class's log-probability, at most
-    16 of them. An image that the victim reads as its class stays as it is, and so do all others, with a warning, if the
-    victim is not differentiable. ``targets`` are int64 [n].
+    Steps of half a level of 255 in every value, along the sign of the gradient of that class's log-probability, until
+    its probability is above 0.9; at most 16 of them. An image that the victim reads as its class stays as it is. So do
+    all others, with a warning, if the victim is not differentiable.
     """
     made = images.clone()
-    rows = torch.nonzero(decider(images).argmax(dim=1).to(targets) != targets).flatten()
-    for _ in range(MOST_STEPS):
-        if len(rows) == 0:
-            break
+    rows = torch.nonzero(decider(images).argmax(dim=1).to(targets) != targets).flatten().tolist()
+    for number, row in enumerate(rows):
         try:
-            likelihood, gradient = decider.gradient(made[rows], targets[rows])
+            # Alone: the sign of a small gradient would depend on the rounding, and so on the size of the batch.
+            made[row] = _moved_alone(images[row], int(targets[row]), decider=decider)
         except (RuntimeError, TypeError) as error:
-            if is_out_of_memory(error):
+            if number > 0 or is_out_of_memory(error):
                 raise
-            problem = f"{len(rows)} image(s) stay as they are, read as another class, for the victim has no gradient"
-            warnings.warn(f"{problem}: {error}", stacklevel=2)
+            problem = "the victim has no gradient, so images that it reads as another class are left as they are"
+            warnings.warn(f"{problem}: {error}", stacklevel=3)
             break
-        unsure = likelihood.to(rows.device) <= math.log(0.5)
-        rows, gradient = rows[unsure], gradient[unsure]
-        made[rows] = (made[rows] + STEP * gradient.sign()).clamp(0, 1)
     return made
+
+
+def _moved_alone(image: Tensor, target: int, *, decider: Decider) -> Tensor:
+    """One image [3, H, W], moved."""
+    for _ in range(MOST_STEPS):
+        likelihood, gradient = decider.gradient(image[None], target)
+        if likelihood > math.log(SURE):
+            break
+        image = (image + STEP * gradient[0].nan_to_num(nan=0.0).sign()).clamp(0, 1)
+    return image
 
 
 def _target(trace: DecisionTrace, *, beta: float, own_class_weight: float) -> int:

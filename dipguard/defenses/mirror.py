@@ -1,4 +1,4 @@
-"""Our own defence: early reconstructions of deep image priors, clipped to the given image and read mirrored."""
+"""Our own defence: deep image priors, clipped to the given image, read mirrored and compared with it."""
 
 from __future__ import annotations
 
@@ -35,24 +35,25 @@ MOST_MIRRORED = 8
 
 
 class MirrorGuard(DIPDefense):
-    """The mean of the reconstructions that the victim assigns to the class with the highest score on mirrored copies.
+    """The mean of the reconstructions that the victim assigns to the class with the highest score.
 
     Like the defence of Ding et al. 2021, it fits untrained networks to the given image alone and lets the victim's
-    decisions along the fit choose what is averaged (Eq. 7). Three things differ. Several networks are fitted, each from
+    decisions along the fit choose what is averaged (Eq. 7). Four things differ. Several networks are fitted, each from
     weights of its own. The noise of the given image says how large a perturbation may be: errors of a pixel up to 2.5
     times the noise cost nothing (``dead_zone`` of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to
     within 6 times the noise of the given image (``clip``). So early steps can be used, when x(t) has little of the
     perturbation yet: what they lack of the picture's edges comes from the given image. And the class is chosen on
-    copies of x(t) that were mirrored and moved by a few pixels. It is one that is likely on them, and more so than on
-    the given image (``beta``): an attack has to make the true class unlikely there. The given image's own class is
-    preferred by a fixed factor (``own_class_weight``).
+    copies of x(t) that were mirrored and moved by a few pixels. It is likely on these copies, and more likely there
+    than on the given image (``beta``), where an attack must have made the true class unlikely. The given image's own
+    class is preferred by a fixed factor (``own_class_weight``).
 
     Where the victim assigns no x(t) itself to this class, or not their mean, the mean is moved along the victim's
-    gradient until it does, by 1 to 2 levels of 255 as a rule and 8 at most. A victim without a gradient may read the
-    image as another class.
+    gradient until it does, mostly by at most 2 levels of 255, and never by more than 8. If the victim has no gradient,
+    the image stays as it is and may be read as another class.
 
-    Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022);
-    docs/limits.md says how far this one was tested.
+    Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022), and this one
+    is broken by attackers who know it, even by those who differentiate the bare victim alone: an image on which a wrong
+    class was made very unlikely is assigned to that class. docs/limits.md says how far it was tested.
 
     A decision trace holds the clipped means of x(t) over windows of all networks' fits, one network after the other, as
     ``samples``, the victim's logits on them and on their mirrored copies, each network's last window as ``last``, and
@@ -65,12 +66,13 @@ class MirrorGuard(DIPDefense):
         T: Optimiser steps of each network, at least 2.
         t0: Warm-up: the first step that counts, from 0 to T - 1.
         every: Steps of a window, from 1 to T - t0; the last one ends at T or before.
-        beta: Step away from the given image among the victim's log-probabilities, at least 0; Eq. 6 moves images so.
+        beta: Size of the step away from the given image, at least 0. Eq. 6 takes such a step in pixels; here it is
+            taken in the victim's log-probabilities.
         own_class_weight: Factor, at least 0, of the probability of the class that the victim assigns to the given
             image.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
-            found, such as a drawing on a flat ground, comes back nearly as it was given.
+            found, such as a drawing on a flat ground, is changed by the last step alone.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
     """

@@ -130,7 +130,7 @@ def _metrics(result: CellResult) -> dict[str, Any]:
         "images_per_second": n / spent if spent else None,
     }
     if kinds := [AVERAGED[reason] for reason in result.reasons if reason in AVERAGED]:
-        without = sum(reason.startswith("no_") for reason in result.reasons)
+        without = sum(reason in ("no_crossing", "not_reached") for reason in result.reasons)
         figures |= {kinds[0]: float(result.used.double().mean()), "images_without": without}
     return figures
 

@@ -79,7 +79,7 @@ class Steep(nn.Module):
     """Class 1 where the mean is above one half, else class 0; sure of it close by."""
 
     def forward(self, images):
-        mean = 99 * (images.flatten(1).mean(dim=1) - 0.5)
+        mean = 999 * (images.flatten(1).mean(dim=1) - 0.5)
         return torch.stack([-mean, mean], dim=1)
 
 
@@ -128,7 +128,7 @@ def test_a_mean_that_is_read_otherwise_is_moved():
         """Class 1 where the brightness is far from a half."""
 
         def forward(self, images):
-            far = (images.flatten(1).mean(dim=1) - 0.5).abs() - 0.3
+            far = 999 * ((images.flatten(1).mean(dim=1) - 0.5).abs() - 0.3)
             return torch.stack([-far, far], dim=1)
 
     made = stitched(grey(0.19, 0.99, 0.99, 0.99, 0.4), grey(0.5)[0], target=1, victim=Far())
@@ -155,9 +155,7 @@ class Numpy(Steep):
 
 @pytest.mark.parametrize("victim", [InferenceMode, Numpy])
 def test_an_image_stays_as_it_is_where_the_victim_has_no_gradient(victim):
-    with pytest.warns(
-        UserWarning, match=r"1 image\(s\) stay as they are, read as another class, for the victim has no gradient"
-    ):
+    with pytest.warns(UserWarning, match="the victim has no gradient, so images that it reads as another class"):
         made = stitched(grey(0.49), grey(0.2)[0], target=1, victim=victim())
     assert made.reason == "not_reached"
     assert torch.equal(made.image, grey(0.49)[0])
@@ -169,6 +167,20 @@ def test_images_move_alone_and_only_as_far_as_needed():
     for i, steps in enumerate((6, 0, 11, -6, 0)):
         assert torch.allclose(got[i], images[i] + steps * 0.5 / 255, atol=1e-6)
         assert torch.equal(got[i : i + 1], moved(images[i : i + 1], targets[i : i + 1], decider=Decider(Steep())))
+
+
+def test_a_gradient_that_is_not_a_number_moves_nothing():
+    class Root(Steep):
+        """Its gradient is 0/0 where the picture's first pixel is black."""
+
+        def forward(self, images):
+            return super().forward(images) + 0 * images[:, :1, 0, 0].sqrt()
+
+    image = grey(0.45)
+    image[0, 0, 0, 0] = 0
+    got = moved(image, torch.tensor([1]), decider=Decider(Root()))
+    assert float(got[0, 0, 0, 0]) == 0
+    assert torch.allclose(got[0, 1:], image[0, 1:] + 8 / 255)
 
 
 def test_bad_arguments_of_the_stitch_are_refused():

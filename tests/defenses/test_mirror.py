@@ -169,7 +169,10 @@ def test_traces_say_why_and_give_the_image_again(small_images, small_victim, tmp
         assert trace.steps.tolist() == [3, 5, 7, 11, 13, 15]
         loaded = DecisionTrace.load(trace.save(tmp_path / f"{i}.safetensors"))
         assert loaded.equals(trace)
-        assert torch.equal(defense.rebuild(loaded).image.to(small_images), result.reconstructions[i])
+        with torch.inference_mode():
+            rebuilt = defense.rebuild(loaded)
+        assert (rebuilt.reason, len(rebuilt.used)) == (result.reasons[i], result.used[i])
+        assert torch.equal(rebuilt.image.to(small_images), result.reconstructions[i])
         assert torch.allclose(trace.scores, decide(trace.samples).cpu(), atol=1e-5)
         copies = mirrored(trace.samples, flip=mirror)
         assert torch.allclose(trace.mirrored_logits, decide(copies).cpu(), atol=1e-5)

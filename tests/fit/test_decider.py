@@ -119,17 +119,15 @@ def test_photographs_come_in_several_batches() -> None:
 
 
 def test_the_gradient_is_that_of_a_classs_log_probability(images: Tensor) -> None:
-    victim, small = Reader().double().train(), images[:6, :, :8, :8].double()
-    classes = torch.tensor([0, 1, 2, 3, 4, 0])
+    victim, image = Reader().double().train(), images[:1, :, :8, :8].double()
     with torch.inference_mode():
-        likelihood, gradient = Decider(victim, batch=16).gradient(small.clone(), classes)  # two images at a time
-    for i, c in enumerate(classes.tolist()):
-        for place in ((0, 0, 0), (1, 3, 5), (2, 7, 7)):
-            step = torch.zeros(3, 8, 8, dtype=torch.float64)
-            step[place] = 1e-5
-            with torch.no_grad():
-                up, down = (float(victim((small[i] + d)[None]).log_softmax(1)[0, c]) for d in (step, -step))
-            assert float(gradient[i][place]) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-8)
-            assert float(likelihood[i]) == pytest.approx((up + down) / 2, abs=1e-6)
+        likelihood, gradient = Decider(victim).gradient(image.clone(), 3)
+    for place in ((0, 0, 0, 0), (0, 1, 3, 5), (0, 2, 7, 7)):
+        step = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+        step[place] = 1e-5
+        with torch.no_grad():
+            up, down = (float(victim(image + change).log_softmax(1)[0, 3]) for change in (step, -step))
+        assert float(gradient[place]) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-8)
+        assert likelihood == pytest.approx((up + down) / 2, abs=1e-6)
     assert victim.training
     assert all(weight.requires_grad and weight.grad is None for weight in victim.parameters())
