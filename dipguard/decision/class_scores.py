@@ -67,7 +67,8 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
         given_logits: Of the given image, [C].
         beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
         own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
-            else ValueError. The step must outweigh it before another class wins.
+            else ValueError. The step must outweigh it before another class wins. It is lowered to the ratio of that
+            class's probability on the given image to the second one's: a close decision deserves no such trust.
     """
     check_float(beta, name="beta", low=0.0)
     check_float(own_class_weight, name="own_class_weight", low=0.0)
@@ -75,7 +76,9 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
         raise ValueError("`logits` must hold at least one reading, got none")
     read, given = logits.double().log_softmax(dim=-1), given_logits.double().log_softmax(dim=-1)
     scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (read.mean(dim=0) - given)
-    scores[given_logits.argmax()] += math.log(own_class_weight) if own_class_weight else -math.inf
+    likeliest = given.sort(descending=True).values[:2]
+    lead = float(likeliest[0] - likeliest[-1])
+    scores[given_logits.argmax()] += min(math.log(own_class_weight), lead) if own_class_weight else -math.inf
     return scores
 
 

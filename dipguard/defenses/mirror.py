@@ -69,7 +69,7 @@ class MirrorGuard(DIPDefense):
         beta: Size of the step away from the given image, at least 0. Eq. 6 takes such a step in pixels; here it is
             taken in the victim's log-probabilities.
         own_class_weight: Factor, at least 0, of the probability of the class that the victim assigns to the given
-            image.
+            image; lowered where that decision is close (:func:`~dipguard.decision.class_scores.class_scores`).
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
             found, such as a drawing on a flat ground, is changed by the last step alone.

@@ -30,8 +30,18 @@ def test_clipped_values_are_as_near_to_the_given_ones_as_asked():
     assert torch.allclose(clipped(samples, given, distances=torch.ones(2)), samples)
 
 
-@pytest.mark.parametrize(("beta", "weight"), [(0.0, 1.0), (0.5, 1.0), (0.5, 20.0), (2.0, 0.25), (0.5, 0.0)])
-def test_class_scores_step_away_from_the_given_image(beta, weight):
+@pytest.mark.parametrize(
+    ("beta", "weight", "factor"),
+    [
+        (0.0, 1.0, 1.0),
+        (0.5, 1.0, 1.0),
+        (0.5, 12.0, 12.0),
+        (0.5, 20.0, math.exp(2.6)),
+        (2.0, 0.25, 0.25),
+        (0.5, 0.0, 0.0),
+    ],
+)
+def test_class_scores_step_away_from_the_given_image(beta, weight, factor):
     readings, given = torch.randn(5, 4, generator=torch.Generator().manual_seed(2)), torch.tensor([0.1, 0.4, 3.0, -2.0])
     got = class_scores(readings, given, beta=beta, own_class_weight=weight)
 
@@ -41,13 +51,15 @@ def test_class_scores_step_away_from_the_given_image(beta, weight):
     for c in range(4):
         likely = [probability(logits, c) for logits in readings.tolist()]
         step = sum(math.log(p) for p in likely) / 5 - math.log(probability(given.tolist(), c))
-        chance = sum(likely) / 5 * (weight if c == 2 else 1)  # 2 is the class of the given image
+        chance = (
+            sum(likely) / 5 * (factor if c == 2 else 1)
+        )  # 2 is the given image's class, exp(2.6) times as likely there as the second
         slow = (math.log(chance) if chance else -math.inf) + beta * step
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
 
 
 def test_a_class_that_an_attack_made_unlikely_scores_higher():
-    readings, clean, attacked = torch.tensor([[2.0, 1.9, 0.0]]), torch.tensor([3.0, 0, 0]), torch.tensor([9.0, -9, 0])
+    readings, clean, attacked = torch.tensor([[2.0, 1.9, 0.0]]), torch.tensor([3.0, 2, 0]), torch.tensor([9.0, -9, 0])
     options = {"beta": 0.5, "own_class_weight": 20.0}
     assert int(class_scores(readings, clean, **options).argmax()) == 0
     assert int(class_scores(readings, attacked, **options).argmax()) == 1
