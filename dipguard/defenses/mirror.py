@@ -45,7 +45,7 @@ class MirrorGuard(DIPDefense):
     perturbation yet: what they lack of the picture's edges comes from the given image. And the class is chosen on
     copies of x(t) that were mirrored and moved by a few pixels. It is likely on these copies, and more likely there
     than on the given image (``beta``), where an attack must have made the true class unlikely. The given image's own
-    class is preferred by a fixed factor (``own_class_weight``).
+    class is preferred by a factor (``own_class_weight``).
 
     Where the victim assigns no x(t) itself to this class, or not their mean, the mean is moved along the victim's
     gradient until it does, mostly by at most 2 levels of 255, and never by more than 8. If the victim has no gradient,
@@ -170,8 +170,7 @@ class MirrorGuard(DIPDefense):
 
     def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
         """Stitch the images of a stack."""
-        options = {"beta": self.beta, "own_class_weight": self.own_class_weight}
-        return stitch_mirrored(traces, decider=self.decide, **options)
+        return stitch_mirrored(traces, beta=self.beta, own_class_weight=self.own_class_weight, decider=self.decide)
 
     def _steps(self) -> Tensor:
         """Each window's last step, where its mean stands; a network's steps follow those of the one before, [S]."""

@@ -51,9 +51,8 @@ def test_class_scores_step_away_from_the_given_image(beta, weight, factor):
     for c in range(4):
         likely = [probability(logits, c) for logits in readings.tolist()]
         step = sum(math.log(p) for p in likely) / 5 - math.log(probability(given.tolist(), c))
-        chance = (
-            sum(likely) / 5 * (factor if c == 2 else 1)
-        )  # 2 is the given image's class, exp(2.6) times as likely there as the second
+        # The given image's class is 2, exp(2.6) times as likely there as the second one.
+        chance = sum(likely) / 5 * (factor if c == 2 else 1)
         slow = (math.log(chance) if chance else -math.inf) + beta * step
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
 
