@@ -164,8 +164,11 @@ class AdaptivePGD(DefendedPGD):
         answer, made = self.target.intermediate(x, indices, name=self.intermediate, seed=self.seed)
         replacement = BACKWARD[self.backward](x, indices, self.fits[0])
         views = torch.cat([straight_through(replacement, view) for view in made.views])
-        logits = Unsaturated(self.victim)(made.viewed(views)).unflatten(0, (len(made.views), len(x)))
-        self.spent += self._cost(len(x), views=len(made.views))
+        victim, count = Unsaturated(self.victim), len(made.views)
+        logits = victim(made.viewed(views)).unflatten(0, (count, len(x)))
+        if made.scores is not None:
+            logits, count = made.scores(logits, victim(x))[None], count + 1
+        self.spent += self._cost(len(x), views=count)
         with torch.no_grad():
             return logits, logits[0].detach() if self.intermediate == STITCHED else logits_of(self.victim, answer)
 

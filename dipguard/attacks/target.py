@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -24,8 +25,8 @@ class Purifies(Protocol):
     """What an attack needs of a defence; each `dipguard.defenses.Defense` has it.
 
     Also used, if there: ``intermediates(images, *, indices)``, a dict of
-    :class:`~dipguard.decision.intermediates.Intermediate`; ``intermediate_views``, its names with the number of views;
-    ``steps_per_image``, the DIP steps of one image; ``dip_fits``, the options of its DIP fits.
+    :class:`~dipguard.decision.intermediates.Intermediate`; ``intermediate_views``, its names with how often the victim
+    reads an image in each; ``steps_per_image``, the DIP steps of one image; ``dip_fits``, the options of its DIP fits.
     """
 
     def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
@@ -47,7 +48,7 @@ class DefendedVictim:
         self.steps_per_image = int(getattr(defense, "steps_per_image", 0))
 
     def views(self, intermediate: str) -> int:
-        """Return the largest number of views of an image in an intermediate; ValueError for an unknown one."""
+        """Return how often the victim reads an image in an intermediate, at most; ValueError for an unknown one."""
         counts: dict[str, int] = getattr(self.defense, "intermediate_views", {STITCHED: 1})
         return counts[check_choice(intermediate, counts, name="intermediate")]
 
@@ -72,7 +73,7 @@ class DefendedVictim:
             return answer, Intermediate(answer[None])
         made: dict[str, Intermediate] = self._made(self.defense.intermediates, images, indices, seed)
         views = torch.stack([_check_purified(view, images) for view in made[name].views])
-        return _check_purified(made[STITCHED].views[0], images), Intermediate(views, made[name].view)
+        return _check_purified(made[STITCHED].views[0], images), replace(made[name], views=views)
 
     def _made(self, make: Callable[..., Any], images: Tensor, indices: Tensor, seed: int) -> Any:
         with torch.no_grad(), seeded(seed, int(indices[0]), images.device, purpose="defense"):

@@ -52,7 +52,7 @@ def clipped(samples: Tensor, given: Tensor, *, distances: Tensor) -> Tensor:
 
 
 def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class_weight: float) -> Tensor:
-    r"""Scores of the C classes, [C], from S readings of mirrored copies and one of the given image.
+    r"""Scores of the C classes, [..., C], from S readings of mirrored copies and one of the given image.
 
     Away from the given image, as Eq. 6 of Ding et al. 2021 moves images, but among the victim's log-probabilities. With
     p_s those of the readings and p_0 that of the given image,
@@ -60,11 +60,11 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
     .. math:: \log \frac{1}{S} \sum_s p_s + \beta \Big( \frac{1}{S} \sum_s \log p_s - \log p_0 \Big)
 
     To be misclassified, an attacked image must show less of its true class, and more of the attacker's, than its
-    reconstructions do; a clean image differs little from its own.
+    reconstructions do; a clean image differs little from its own. The scores are differentiable.
 
     Args:
-        logits: Of the readings, [S, C]; ValueError for S = 0.
-        given_logits: Of the given image, [C].
+        logits: Of the readings, [S, ..., C]; ValueError for S = 0.
+        given_logits: Of the given image, [..., C].
         beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
         own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
             else ValueError. The step must outweigh it before another class wins. It is lowered to the ratio of that
@@ -76,10 +76,10 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
         raise ValueError("`logits` must hold at least one reading, got none")
     read, given = logits.double().log_softmax(dim=-1), given_logits.double().log_softmax(dim=-1)
     scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (read.mean(dim=0) - given)
-    likeliest = given.sort(descending=True).values[:2]
-    lead = float(likeliest[0] - likeliest[-1])
-    scores[given_logits.argmax()] += min(math.log(own_class_weight), lead) if own_class_weight else -math.inf
-    return scores
+    likeliest = given.sort(dim=-1, descending=True).values
+    lead = likeliest[..., :1] - likeliest[..., 1:2]
+    bonus = lead.clamp(max=math.log(own_class_weight)) if own_class_weight else torch.full_like(lead, -math.inf)
+    return scores.scatter_add(-1, given.argmax(dim=-1, keepdim=True), bonus)
 
 
 def stitch_mirrored(

@@ -137,7 +137,7 @@ class Defense(nn.Module, ABC):
 
     @property
     def intermediate_views(self) -> dict[str, int]:
-        """The names that `intermediates` returns, and the largest number of views of an image in each."""
+        """The names that `intermediates` returns, with how often the victim reads an image in each, at most."""
         return {STITCHED: 1}
 
     @property

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.decision.class_scores import mirrored, stitch_mirrored
+from dipguard.decision.class_scores import class_scores, mirrored, stitch_mirrored
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
@@ -31,7 +31,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
-"""Most mirrored windows of `MirrorGuard.intermediates`: each costs an attack a call of the victim and a gradient."""
+"""Most windows of the intermediate `class_scores`: each costs an attack a call of the victim and a gradient."""
 
 
 class MirrorGuard(DIPDefense):
@@ -146,11 +146,11 @@ class MirrorGuard(DIPDefense):
 
     @property
     def intermediate_views(self) -> dict[str, int]:
-        """Each network's last window, the mean of all, mirrored copies, and the stitched image.
+        """Each network's last window, the mean of all, what the class scores are made of, and the stitched image.
 
-        The copies are those of up to eight windows.
+        The scores that an attack sees are those of up to eight windows and of the given image.
         """
-        return {"last": len(self.fits), "mean": 1, "mirrored": len(self._shown()), STITCHED: 1}
+        return {"last": len(self.fits), "mean": 1, "class_scores": len(self._shown()) + 1, STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; the victim is asked about the result.
@@ -224,18 +224,19 @@ class MirrorGuard(DIPDefense):
         ]
 
     def _shown(self) -> Tensor:
-        """Which windows an attack sees mirrored, spread from first to last."""
+        """Which windows the scores that an attack sees are made of, spread from first to last."""
         return torch.linspace(0, self.images_kept - 1, min(MOST_MIRRORED, self.images_kept)).round().long()
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
-        """Fit once; ``mirrored`` are windows that the victim sees mirrored and shifted."""
+        """Fit once; ``class_scores`` are windows, mirrored and shifted, with the scores that choose the class."""
         made = self._purify(images, indices, callbacks=(), logger=None)
         samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
         view = partial(mirrored, flip=self.mirror)
+        scores = partial(class_scores, beta=self.beta, own_class_weight=self.own_class_weight)
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "mirrored": Intermediate(samples[self._shown()].to(images), view),
+            "class_scores": Intermediate(samples[self._shown()].to(images), view, scores),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
 

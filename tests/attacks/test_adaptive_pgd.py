@@ -106,7 +106,7 @@ def test_the_unrolled_attack_is_evaluated_now_and_then(digits_cnn, digits, evalu
         pytest.param("mirror", "stitched", 0, marks=pytest.mark.slow),
         pytest.param("mirror", "last", 1, marks=pytest.mark.slow),
         pytest.param("mirror", "mean", 1, marks=pytest.mark.slow),
-        ("mirror", "mirrored", 3),
+        ("mirror", "class_scores", 4),
         pytest.param("paper", "last", 1, marks=pytest.mark.slow),
         ("paper", "on_boundary", 1),
     ],
@@ -119,12 +119,15 @@ def test_intermediates_are_attacked_at_the_price_of_one_purification(digits_cnn,
     assert attack.spent == attack.estimate(2) == Cost(4, 4 * steps, 4 + 2 * views, 2 * max(views, 1))
     assert attack.history[-1] == pytest.approx(accuracy(attack, attacked, part))
     made = guard.intermediates(part.images)[intermediate]
-    at = made.views.clone().requires_grad_()
+    at, given = made.views.clone().requires_grad_(), part.images.clone().requires_grad_()
     logits = digits_cnn(made.viewed(at.flatten(0, 1))).unflatten(0, (len(at), 2))
+    if made.scores is not None:
+        logits = made.scores(logits, digits_cnn(given))[None]
     true = logits.softmax(-1)[:, [0, 1], part.labels]
-    (by_view,) = torch.autograd.grad(-true.mean(0).log().sum(), at)
+    loss = -true.mean(0).log().sum()
+    by_view, *by_given = torch.autograd.grad(loss, [at, given] if made.scores else [at])
     mine, _ = attack.gradient(part.images, part.labels, torch.arange(2), look=0)
-    expected = by_view.sum(0)
+    expected = by_view.sum(0) + sum(by_given)
     assert torch.allclose(mine, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
     assert expected.flatten(1).any(dim=1).all()
 

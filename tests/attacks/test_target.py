@@ -189,22 +189,22 @@ def test_the_target_says_what_the_defence_has(digits_cnn, digits):
     class Mirrored(Median):
         @property
         def intermediate_views(self):
-            return {"stitched": 1, "mirrored": 2}
+            return {"stitched": 1, "turned": 3}
 
         def intermediates(self, images, *, indices=None):
             made = self.purify(images, indices=indices)
             views = torch.stack([made, made.flip(-1)])
-            return {"stitched": Intermediate(made[None]), "mirrored": Intermediate(views, torch.neg)}
+            return {"stitched": Intermediate(made[None]), "turned": Intermediate(views, torch.neg, torch.add)}
 
     part, target = digits.select(0, 2), DefendedVictim(digits_cnn, Mirrored())
-    assert (target.views("stitched"), target.views("mirrored"), target.steps_per_image) == (1, 2, 7)
+    assert (target.views("stitched"), target.views("turned"), target.steps_per_image) == (1, 3, 7)
     assert DefendedVictim(digits_cnn, NoDefense()).views("stitched") == 1
-    with pytest.raises(ValueError, match="`intermediate` must be one of stitched, mirrored, got 'last'"):
+    with pytest.raises(ValueError, match="`intermediate` must be one of stitched, turned, got 'last'"):
         target.views("last")
     assert target.cost(purifications=2, gradients=1) == Cost(2, 14, 2, 1)
-    answer, made = target.intermediate(part.images, torch.arange(2), name="mirrored", seed=0)
+    answer, made = target.intermediate(part.images, torch.arange(2), name="turned", seed=0)
     assert torch.equal(answer, Median().purify(part.images))
     assert torch.equal(made.views, torch.stack([answer, answer.flip(-1)]))
-    assert made.view is torch.neg
+    assert (made.view, made.scores) == (torch.neg, torch.add)
     answer, made = target.intermediate(part.images, torch.arange(2), name="stitched", seed=0)
     assert torch.equal(made.views[0], answer)

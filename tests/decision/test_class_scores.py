@@ -55,6 +55,9 @@ def test_class_scores_step_away_from_the_given_image(beta, weight, factor):
         chance = sum(likely) / 5 * (factor if c == 2 else 1)
         slow = (math.log(chance) if chance else -math.inf) + beta * step
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
+    others = torch.stack([readings.flip(-1), readings], dim=1), torch.stack([given.flip(-1), given])
+    both = class_scores(*others, beta=beta, own_class_weight=weight)
+    assert torch.allclose(both, torch.stack([got.flip(-1), got]))
 
 
 def test_a_class_that_an_attack_made_unlikely_scores_higher():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dipguard.decision import stitch
-from dipguard.decision.class_scores import mirrored
+from dipguard.decision.class_scores import class_scores, mirrored
 from dipguard.defenses import build_defense
 from dipguard.networks.presets import hourglass
 
@@ -18,7 +18,7 @@ TINY = {
 }
 NAMES = {
     "paper": {"last", "on_boundary", "stitched"},
-    "mirror": {"last", "mean", "mirrored", "stitched"},
+    "mirror": {"last", "mean", "class_scores", "stitched"},
     "dip_fixed": {"stitched"},
     "jpeg": {"stitched"},
 }
@@ -44,7 +44,8 @@ def test_the_answer_is_among_them_and_is_what_purify_returns(small_images, small
     assert set(made) == set(defense.intermediate_views) == NAMES[name]
     assert len(defense.dip_fits) == FITS[name]
     for key, intermediate in made.items():
-        assert intermediate.views.shape == (defense.intermediate_views[key], 3, 3, 16, 16)
+        of_the_given = intermediate.scores is not None
+        assert intermediate.views.shape == (defense.intermediate_views[key] - of_the_given, 3, 3, 16, 16)
         assert (intermediate.views.dtype, intermediate.views.requires_grad) == (torch.float32, False)
         assert 0 <= intermediate.views.min() <= intermediate.views.max() <= 1
         intermediate.views.clone().requires_grad_().sum().backward()  # an inference tensor would refuse
@@ -72,26 +73,30 @@ def test_the_papers_are_those_of_its_traces(small_images, small_victim):
         expected = trace.on_boundary[used].mean(0) if len(used) else result.reconstructions[i]
         assert torch.allclose(made["on_boundary"].views[0, i], expected.float(), atol=1e-6)
     assert crossed > 0
-    assert made["last"].view is made["on_boundary"].view is None
+    assert made["last"].view is made["on_boundary"].view is made["last"].scores is None
 
 
-def test_mirrors_are_those_of_its_windows(small_images, small_victim):
+def test_class_scores_are_those_of_its_windows(small_images, small_victim):
     defense = defended("mirror", small_victim)
     made = defense.intermediates(small_images[:2])
     samples = torch.stack([trace.samples for trace in defense.defend(small_images[:2]).traces], dim=1).float()
     assert len(samples) == 12
     assert torch.equal(made["last"].views, samples[[5, 11]])
     assert torch.allclose(made["mean"].views[0], samples.mean(0), atol=1e-6)
-    mirror = made["mirrored"]
-    assert torch.equal(mirror.views, samples[[0, 2, 3, 5, 6, 8, 9, 11]])
-    seen = mirror.viewed(mirror.views[0].clone().requires_grad_())
-    assert torch.equal(seen, mirrored(mirror.views[0]))
+    scored = made["class_scores"]
+    assert torch.equal(scored.views, samples[[0, 2, 3, 5, 6, 8, 9, 11]])
+    seen = scored.viewed(scored.views[0].clone().requires_grad_())
+    assert torch.equal(seen, mirrored(scored.views[0]))
     assert seen.requires_grad
     assert torch.equal(made["last"].viewed(samples[5]), samples[5])
 
 
 def test_few_windows_are_all_shown(small_images, small_victim):
     defense = defended("mirror", small_victim, T=3)
-    assert defense.intermediate_views["mirrored"] == 4
+    assert defense.intermediate_views["class_scores"] == 5
     (trace,) = defense.defend(small_images[:1]).traces
-    assert torch.equal(defense.intermediates(small_images[:1])["mirrored"].views[:, 0], trace.samples.float())
+    made = defense.intermediates(small_images[:1])["class_scores"]
+    assert torch.equal(made.views[:, 0], trace.samples.float())
+    scores = made.scores(trace.mirrored_logits[:, None], trace.given_scores[None])
+    expected = class_scores(trace.mirrored_logits, trace.given_scores, beta=0.5, own_class_weight=20.0)
+    assert torch.equal(scores, expected[None])
