@@ -190,18 +190,18 @@ class Decider:
             chunks = images.detach().split(self.batch(*images.shape[-2:]))
             return torch.cat([logits_of(self.victim, chunk) for chunk in chunks])
 
-    def gradient(self, image: Tensor, wanted: int) -> tuple[float, Tensor]:
-        """Log-probability of the class ``wanted`` for an image [1, 3, H, W] in [0, 1], and its gradient.
+    def gradient(self, images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities [n] of the classes ``wanted``, int64 [n], for images [n, 3, H, W] in [0, 1], all at once.
 
-        The gradient is with respect to the image. RuntimeError or TypeError if the victim is not differentiable.
+        Also their gradients with respect to the images. RuntimeError or TypeError if the victim is not differentiable.
         """
         check_not_forked()
-        full = full_precision(device_of(self.victim, image.device))
+        full = full_precision(device_of(self.victim, images.device))
         with torch.inference_mode(False), torch.enable_grad(), full, eval_mode(self.victim):
-            x = image.detach().clone().requires_grad_()
-            likelihood = logits_of(self.victim, x).log_softmax(dim=1)[0, wanted]
-            (gradient,) = torch.autograd.grad(likelihood, x)
-        return float(likelihood.detach()), gradient
+            x, at = images.detach().clone().requires_grad_(), wanted.to(images.device).clone()
+            likely = logits_of(self.victim, x).log_softmax(dim=1).gather(1, at[:, None]).squeeze(1)
+            (gradients,) = torch.autograd.grad(likely.sum(), x)
+        return likely.detach(), gradients
 
 
 def steps_together(images: int) -> int:

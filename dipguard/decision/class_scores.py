@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dipguard.checks import check_float
-from dipguard.classifier import Decider, is_out_of_memory
+from dipguard.classifier import Decider, device_of, is_out_of_memory
 from dipguard.decision.stitching import Reconstruction
 from dipguard.decision.trace import DecisionTrace
 
@@ -122,11 +122,13 @@ def moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
     all others, with a warning, if the victim is not differentiable.
     """
     made = images.clone()
-    rows = torch.nonzero(decider(images).argmax(dim=1).to(targets) != targets).flatten().tolist()
-    for number, row in enumerate(rows):
+    rows = torch.nonzero(decider(images).argmax(dim=1).to(targets) != targets).flatten()
+    # The sign of a small gradient depends on the rounding, and so on the size of the batch. So it is one image on a
+    # CPU, where fits do not depend on their stack either. On a GPU they do.
+    together = 1 if device_of(decider.victim).type == "cpu" else decider.batch(*images.shape[-2:])
+    for number, part in enumerate(rows.split(together) if len(rows) else ()):
         try:
-            # Alone: the sign of a small gradient would depend on the rounding, and so on the size of the batch.
-            made[row] = _moved_alone(images[row], int(targets[row]), decider=decider)
+            made[part] = _moved(images[part], targets[part], decider=decider)
         except (RuntimeError, TypeError) as error:
             if number > 0 or is_out_of_memory(error):
                 raise
@@ -136,14 +138,16 @@ def moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
     return made
 
 
-def _moved_alone(image: Tensor, target: int, *, decider: Decider) -> Tensor:
-    """One image [3, H, W], moved."""
+def _moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
+    """Images [n, 3, H, W], moved in one batch."""
     for _ in range(MOST_STEPS):
-        likelihood, gradient = decider.gradient(image[None], target)
-        if likelihood > math.log(SURE):
+        likelihoods, gradients = decider.gradient(images, targets)
+        unsure = likelihoods <= math.log(SURE)  # an image that stays as it is stays sure
+        if not unsure.any():
             break
-        image = (image + STEP * gradient[0].nan_to_num(nan=0.0).sign()).clamp(0, 1)
-    return image
+        steps = STEP * gradients.nan_to_num(nan=0.0).sign()
+        images = (images + steps * unsure[:, None, None, None]).clamp(0, 1)
+    return images
 
 
 def _target(trace: DecisionTrace, *, beta: float, own_class_weight: float) -> int:

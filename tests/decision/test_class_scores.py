@@ -7,7 +7,7 @@ from torch import nn
 
 from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import class_scores, clipped, mirrored, moved, stitch_mirrored
+from dipguard.decision.class_scores import _moved, class_scores, clipped, mirrored, moved, stitch_mirrored
 
 
 @pytest.mark.parametrize(("width", "shift"), [(8, 2), (32, 2), (224, 7), (512, 16)])
@@ -181,6 +181,13 @@ def test_images_move_alone_and_only_as_far_as_needed():
     for i, steps in enumerate((6, 0, 11, -6, 0)):
         assert torch.allclose(got[i], images[i] + steps * 0.5 / 255, atol=1e-6)
         assert torch.equal(got[i : i + 1], moved(images[i : i + 1], targets[i : i + 1], decider=Decider(Steep())))
+
+
+def test_a_batch_moves_as_its_images_do_alone():
+    images, targets = grey(0.49, 0.48, 0.3, 0.51), torch.tensor([1, 1, 1, 0])
+    together = _moved(images, targets, decider=Decider(Steep()))
+    for i, steps in enumerate((6, 11, 16, -6)):
+        assert torch.allclose(together[i], images[i] + steps * 0.5 / 255, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_a_number_moves_nothing():

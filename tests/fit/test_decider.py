@@ -119,15 +119,16 @@ def test_photographs_come_in_several_batches() -> None:
 
 
 def test_the_gradient_is_that_of_a_classs_log_probability(images: Tensor) -> None:
-    victim, image = Reader().double().train(), images[:1, :, :8, :8].double()
+    victim, parts = Reader().double().train(), images[:2, :, :8, :8].double()
     with torch.inference_mode():
-        likelihood, gradient = Decider(victim).gradient(image.clone(), 3)
-    for place in ((0, 0, 0, 0), (0, 1, 3, 5), (0, 2, 7, 7)):
-        step = torch.zeros(1, 3, 8, 8, dtype=torch.float64)
+        likelihoods, gradients = Decider(victim).gradient(parts.clone(), torch.tensor([3, 1]))
+    for place in ((0, 0, 0, 0), (0, 1, 3, 5), (1, 2, 7, 7)):
+        step = torch.zeros_like(parts)
         step[place] = 1e-5
+        row, wanted = place[0], (3, 1)[place[0]]
         with torch.no_grad():
-            up, down = (float(victim(image + change).log_softmax(1)[0, 3]) for change in (step, -step))
-        assert float(gradient[place]) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-8)
-        assert likelihood == pytest.approx((up + down) / 2, abs=1e-6)
+            up, down = (float(victim(parts + change).log_softmax(1)[row, wanted]) for change in (step, -step))
+        assert float(gradients[place]) == pytest.approx((up - down) / 2e-5, rel=1e-4, abs=1e-8)
+        assert float(likelihoods[row]) == pytest.approx((up + down) / 2, abs=1e-6)
     assert victim.training
     assert all(weight.requires_grad and weight.grad is None for weight in victim.parameters())
