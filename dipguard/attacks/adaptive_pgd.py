@@ -12,10 +12,10 @@ from torch import Tensor
 from dipguard.attacks.backward import BACKWARD, SHORT_T, fits_of, resized, straight_through
 from dipguard.attacks.base import Cost
 from dipguard.attacks.best_found import LOSSES, BestFound, DefendedSearch
-from dipguard.attacks.libraries import Unsaturated
+from dipguard.attacks.libraries import Unsaturated, unsaturated
 from dipguard.attacks.target import DefendedVictim
 from dipguard.checks import check_bool, check_choice, check_int, check_positive
-from dipguard.classifier import logits_of
+from dipguard.classifier import logits_of, reference_of
 from dipguard.decision.intermediates import STITCHED
 from dipguard.fit.runner import isolated_trainer
 from dipguard.fit.unrolled import FLOOR, unrolled_fit
@@ -65,7 +65,8 @@ class DefendedPGD(DefendedSearch):
     def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor | None]:
         """Logits [V, B, C] of the views of ``x`` [B, 3, H, W] under one draw, differentiable by ``x``; cost is counted.
 
-        Also the victim's logits [B, C] on the purified images, or None if the defence was not asked.
+        Or the scores [1, B, C] that the defence decides by. Also the victim's logits [B, C] on the purified images, or
+        None if the defence was not asked.
         """
 
     def gradient(self, images: Tensor, labels: Tensor, indices: Tensor, *, look: int) -> tuple[Tensor, Tensor | None]:
@@ -160,15 +161,15 @@ class AdaptivePGD(DefendedPGD):
         return self._cost(count * self.eot_iter * self.steps, views=self.views) + evaluated + self.final_cost(count)
 
     def logits_of(self, x: Tensor, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits of the intermediate's views, and those of the same purification."""
+        """Logits of the intermediate's views, or its scores [1, B, C], and the logits of the same purification."""
         answer, made = self.target.intermediate(x, indices, name=self.intermediate, seed=self.seed)
         replacement = BACKWARD[self.backward](x, indices, self.fits[0])
-        views = torch.cat([straight_through(replacement, view) for view in made.views])
-        victim, count = Unsaturated(self.victim), len(made.views)
-        logits = victim(made.viewed(views)).unflatten(0, (count, len(x)))
-        if made.scores is not None:
-            logits, count = made.scores(logits, victim(x))[None], count + 1
-        self.spent += self._cost(len(x), views=count)
+        views = torch.stack([straight_through(replacement, view) for view in made.views])
+        if made.scores is None:
+            logits = Unsaturated(self.victim)(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        else:
+            logits = unsaturated(made.scores(views, x), dtype=reference_of(self.victim, x).dtype)[None]
+        self.spent += self._cost(len(x), views=made.readings)
         with torch.no_grad():
             return logits, logits[0].detach() if self.intermediate == STITCHED else logits_of(self.victim, answer)
 

@@ -44,7 +44,7 @@ class Cost:
     Attributes:
         purifications: Images that the defence purified.
         dip_steps: Optimiser steps of deep image priors in them.
-        victim_queries: Purified images that the victim classified for the attack, not for the defence itself.
+        victim_queries: Images that the victim classified for the attack, not for the defence itself.
         gradients: Images for which the victim was differentiated.
     """
 

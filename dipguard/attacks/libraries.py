@@ -60,22 +60,26 @@ class LogitsAboveZero(VictimView):
         return logits - logits.detach().amin(dim=1, keepdim=True)
 
 
-class Unsaturated(VictimView):
-    """The victim with a gradient where that of cross-entropy has underflowed.
+def unsaturated(logits: Tensor, *, dtype: torch.dtype) -> Tensor:
+    """Logits [B, C] with a gradient where that of cross-entropy has underflowed in the victim's ``dtype``.
 
     At a margin of about 40 the loss is 0 in float32, and so is its gradient. There the gradient by the logits becomes
     the direction that it tends to as the margin grows: up for the second class, down for the top class.
     """
+    if logits.requires_grad:
+        top = logits.detach().topk(2, dim=1).indices
+        # A gradient below the floor would vanish on the way down to the pixels; raised to the floor, it does not.
+        floor = torch.finfo(dtype).tiny ** 0.5
+        logits.register_hook(lambda gradient: _limit_where_underflown(gradient, top, floor))
+    return logits
+
+
+class Unsaturated(VictimView):
+    """The victim with `unsaturated` logits."""
 
     def forward(self, images: Tensor) -> Tensor:
         """Return the victim's logits [B, C]."""
-        logits = super().forward(images)
-        if logits.requires_grad:
-            top = logits.detach().topk(2, dim=1).indices
-            # A gradient below the floor would vanish on the way down to the pixels; raised to the floor, it does not.
-            floor = torch.finfo(self.device_marker.dtype).tiny ** 0.5
-            logits.register_hook(lambda gradient: _limit_where_underflown(gradient, top, floor))
-        return logits
+        return unsaturated(super().forward(images), dtype=self.device_marker.dtype)
 
 
 class NeverFlat(Unsaturated):

@@ -1,9 +1,9 @@
 """Class scores of a trace, and an image that the victim reads as the class with the highest one.
 
-Ding et al. 2021 look at one decision a reconstruction. Here the victim also reads a mirrored, shifted copy of it: what
-is left of a perturbation was made for the pixels where it lay, and has little effect elsewhere, while the object is
-still recognised. And these readings are compared with that of the given image, where an attack must have made the true
-class unlikely. Figures on tuning images: docs/trials.md.
+Ding et al. 2021 look at one decision per reconstruction. Here the victim also reads a mirrored, shifted copy of it:
+what is left of a perturbation was made for the pixels where it lay, and has little effect elsewhere, while the object
+is still recognised. And these readings are compared with that of the given image, where an attack must have made the
+true class unlikely. Figures on tuning images: docs/trials.md.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from dipguard.classifier import Decider, device_of, is_out_of_memory
 from dipguard.decision.stitching import Reconstruction
 from dipguard.decision.trace import DecisionTrace
 
+NEVER = 1e-300
+"""The factor that takes the place of a weight of 0: the scores and their gradients stay finite."""
 STEP = 0.5 / 255
 MOST_STEPS = 16
+"""Size of a step of `moved`, and how many there are at most."""
 SURE = 0.9
-"""Size of a step of `moved`, how many there are at most, and the probability at which it ends.
-
-With less than that, rounding a picture to 8 bits could change the decision again.
-"""
+"""The probability at which `moved` ends. At a lower one, rounding to 8 bits could change the decision again."""
 
 
 def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
@@ -67,8 +67,9 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
         given_logits: Of the given image, [..., C].
         beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
         own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
-            else ValueError. The step must outweigh it before another class wins. It is lowered to the ratio of that
-            class's probability on the given image to the second one's: a close decision deserves no such trust.
+            else ValueError. The step must outweigh it before another class wins. Where that class's probability on
+            the given image is fewer times the second one's, the factor is that ratio: a close decision deserves no such
+            trust. 0 rules the class out.
     """
     check_float(beta, name="beta", low=0.0)
     check_float(own_class_weight, name="own_class_weight", low=0.0)
@@ -76,10 +77,9 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
         raise ValueError("`logits` must hold at least one reading, got none")
     read, given = logits.double().log_softmax(dim=-1), given_logits.double().log_softmax(dim=-1)
     scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (read.mean(dim=0) - given)
-    likeliest = given.sort(dim=-1, descending=True).values
-    lead = likeliest[..., :1] - likeliest[..., 1:2]
-    bonus = lead.clamp(max=math.log(own_class_weight)) if own_class_weight else torch.full_like(lead, -math.inf)
-    return scores.scatter_add(-1, given.argmax(dim=-1, keepdim=True), bonus)
+    lead = -given.topk(2, dim=-1).values.diff(dim=-1)
+    most = math.log(max(own_class_weight, NEVER))
+    return scores.scatter_add(-1, given_logits.argmax(dim=-1, keepdim=True), lead.clamp(max=most))
 
 
 def stitch_mirrored(
@@ -119,13 +119,15 @@ def moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
 
     Steps of half a level of 255 in every value, along the sign of the gradient of that class's log-probability, until
     its probability is above 0.9; at most 16 of them. An image that the victim reads as its class stays as it is. So do
-    all others, with a warning, if the victim is not differentiable.
+    all others, with a warning, if the victim is not differentiable. On a GPU images are moved in batches, whose size
+    may change the sign of a gradient near 0, and so a value by a step.
     """
     made = images.clone()
     rows = torch.nonzero(decider(images).argmax(dim=1).to(targets) != targets).flatten()
-    # The sign of a small gradient depends on the rounding, and so on the size of the batch. So it is one image on a
-    # CPU, where fits do not depend on their stack either. On a GPU they do.
-    together = 1 if device_of(decider.victim).type == "cpu" else decider.batch(*images.shape[-2:])
+    # One by one on a CPU, as the native engine's fits do not depend on their stack either; on a GPU all fits do. An
+    # eighth of what is read at once, since activations are kept for the gradient.
+    alone = device_of(decider.victim).type == "cpu"
+    together = 1 if alone else max(1, decider.batch(*images.shape[-2:]) // 8)
     for number, part in enumerate(rows.split(together) if len(rows) else ()):
         try:
             made[part] = _moved(images[part], targets[part], decider=decider)

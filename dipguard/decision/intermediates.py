@@ -1,4 +1,4 @@
-"""Intermediate images of a defence, as an adaptive attack sees them."""
+"""What a defence looks at while it works, as an adaptive attack sees it."""
 
 from __future__ import annotations
 
@@ -13,20 +13,18 @@ STITCHED = "stitched"
 
 @dataclass(frozen=True, eq=False)
 class Intermediate:
-    """V images of a defence for each of B given images, and how the victim views them.
+    """V images of a defence for each of B given images, and the scores that it makes of them.
 
     Attributes:
         views: [V, B, 3, H, W] in [0, 1], detached.
-        view: Differentiable map of images [n, 3, H, W] to images of the same shape, applied before the victim reads
-            them (such as a mirror); None if the victim reads them as they are.
-        scores: Differentiable map of the victim's logits on the viewed images, [V, B, C], and on the given ones,
-            [B, C], to the scores [B, C] that the defence decides by; None if it looks at the views alone.
+        scores: Differentiable map of the views and the given images [B, 3, H, W] to the scores [B, C] that the defence
+            decides by; None if it goes by the victim's logits on the views.
     """
 
     views: Tensor
-    view: Callable[[Tensor], Tensor] | None = None
     scores: Callable[[Tensor, Tensor], Tensor] | None = None
 
-    def viewed(self, images: Tensor) -> Tensor:
-        """Images [n, 3, H, W] as the victim gets to see them."""
-        return images if self.view is None else self.view(images)
+    @property
+    def readings(self) -> int:
+        """How often the victim reads an image: each view once and, for scores, the given image."""
+        return len(self.views) + (self.scores is not None)

@@ -1,17 +1,17 @@
-"""Our own defence: deep image priors, clipped to the given image, read mirrored and compared with it."""
+"""Our own defence: deep image priors near the given image, classified in the mirror and compared with it."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_float, check_int
+from dipguard.classifier import eval_mode, logits_of
 from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.decision.class_scores import class_scores, mirrored, stitch_mirrored
 from dipguard.decision.intermediates import STITCHED, Intermediate
@@ -47,9 +47,9 @@ class MirrorGuard(DIPDefense):
     than on the given image (``beta``), where an attack must have made the true class unlikely. The given image's own
     class is preferred by a factor (``own_class_weight``).
 
-    Where the victim assigns no x(t) itself to this class, or not their mean, the mean is moved along the victim's
-    gradient until it does, mostly by at most 2 levels of 255, and never by more than 8. If the victim has no gradient,
-    the image stays as it is and may be read as another class.
+    If the victim assigns no x(t) itself to this class, the mean is that of all of them. If it assigns the mean to
+    another class, the mean is moved along the victim's gradient until the class has a probability above 0.9, mostly by
+    at most 2 levels of 255, and never by more than 8. If the victim has no gradient, the mean stays as it is.
 
     Purifiers have fallen to adaptive attacks (Athalye et al. 2018; Tramer et al. 2020; Croce et al. 2022), and this one
     is broken by attackers who know it, even by those who differentiate the bare victim alone: an image on which a wrong
@@ -69,7 +69,7 @@ class MirrorGuard(DIPDefense):
         beta: Size of the step away from the given image, at least 0. Eq. 6 takes such a step in pixels; here it is
             taken in the victim's log-probabilities.
         own_class_weight: Factor, at least 0, of the probability of the class that the victim assigns to the given
-            image; lowered where that decision is close (:func:`~dipguard.decision.class_scores.class_scores`).
+            image. Where that class's probability is fewer times the second one's, so many times. 0 rules the class out.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
             found, such as a drawing on a flat ground, is changed by the last step alone.
@@ -155,7 +155,7 @@ class MirrorGuard(DIPDefense):
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; the victim is asked about the result.
 
-        ValueError for a trace of other samples: T, t0, every, networks, clip or mirror were not those of this defence.
+        ValueError for a trace with other windows (T, t0, every, number of networks) or another ``clip`` or ``mirror``.
         """
         if trace.steps.tolist() != (steps := self._steps().tolist()):
             got = f"{len(trace.steps)} windows, the last one to step {int(trace.steps[-1])}"
@@ -228,17 +228,23 @@ class MirrorGuard(DIPDefense):
         return torch.linspace(0, self.images_kept - 1, min(MOST_MIRRORED, self.images_kept)).round().long()
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
-        """Fit once; ``class_scores`` are windows, mirrored and shifted, with the scores that choose the class."""
+        """Fit once; ``class_scores`` are windows, with the scores that choose the class."""
         made = self._purify(images, indices, callbacks=(), logger=None)
         samples = torch.stack([trace.samples for trace in made.traces if trace.samples is not None], dim=1)
-        view = partial(mirrored, flip=self.mirror)
-        scores = partial(class_scores, beta=self.beta, own_class_weight=self.own_class_weight)
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "class_scores": Intermediate(samples[self._shown()].to(images), view, scores),
+            "class_scores": Intermediate(samples[self._shown()].to(images), self._scores),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
+
+    def _scores(self, windows: Tensor, images: Tensor) -> Tensor:
+        """The class scores [B, C] of images [B, 3, H, W] with windows [V, B, 3, H, W]; differentiable."""
+        with eval_mode(self.victim):
+            copies = logits_of(self.victim, mirrored(windows.flatten(0, 1), flip=self.mirror))
+            own = logits_of(self.victim, images)
+        options = {"beta": self.beta, "own_class_weight": self.own_class_weight}
+        return class_scores(copies.unflatten(0, windows.shape[:2]), own, **options)
 
 
 def _seed_of(seed: int, number: int) -> int:

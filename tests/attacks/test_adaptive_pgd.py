@@ -120,9 +120,10 @@ def test_intermediates_are_attacked_at_the_price_of_one_purification(digits_cnn,
     assert attack.history[-1] == pytest.approx(accuracy(attack, attacked, part))
     made = guard.intermediates(part.images)[intermediate]
     at, given = made.views.clone().requires_grad_(), part.images.clone().requires_grad_()
-    logits = digits_cnn(made.viewed(at.flatten(0, 1))).unflatten(0, (len(at), 2))
-    if made.scores is not None:
-        logits = made.scores(logits, digits_cnn(given))[None]
+    if made.scores is None:
+        logits = digits_cnn(at.flatten(0, 1)).unflatten(0, (len(at), 2))
+    else:
+        logits = made.scores(at, given)[None]
     true = logits.softmax(-1)[:, [0, 1], part.labels]
     loss = -true.mean(0).log().sum()
     by_view, *by_given = torch.autograd.grad(loss, [at, given] if made.scores else [at])
@@ -139,6 +140,16 @@ def test_eot_looks_as_often_as_it_says(digits_cnn, digits, name):
     attack(part.images, part.labels)
     assert len(set(defense.indices)) == len(defense.indices) == 2 * 3 * 2
     assert attack.spent == attack.estimate(2)
+
+
+@pytest.mark.parametrize("loss", ["ce", "margin"])
+@pytest.mark.parametrize("weight", [20.0, 0.0])
+def test_scores_of_a_victim_that_is_too_sure_have_a_gradient(digits_cnn, digits, loss, weight):
+    part, guard = digits.select(0, 4), tiny(scaled(digits_cnn), own_class_weight=weight)
+    attack = quick("adaptive_pgd", scaled(digits_cnn), guard, loss=loss, intermediate="class_scores", steps=1)
+    gradient, _ = attack.gradient(part.images, part.labels, torch.arange(4), look=0)
+    assert gradient.isfinite().all()
+    assert gradient.flatten(1).any(dim=1).all()
 
 
 @CLIMBERS

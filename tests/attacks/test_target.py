@@ -186,7 +186,7 @@ def test_a_bare_victim_is_no_target(digits_cnn, name):
 
 
 def test_the_target_says_what_the_defence_has(digits_cnn, digits):
-    class Mirrored(Median):
+    class Turned(Median):
         @property
         def intermediate_views(self):
             return {"stitched": 1, "turned": 3}
@@ -194,9 +194,9 @@ def test_the_target_says_what_the_defence_has(digits_cnn, digits):
         def intermediates(self, images, *, indices=None):
             made = self.purify(images, indices=indices)
             views = torch.stack([made, made.flip(-1)])
-            return {"stitched": Intermediate(made[None]), "turned": Intermediate(views, torch.neg, torch.add)}
+            return {"stitched": Intermediate(made[None]), "turned": Intermediate(views, torch.add)}
 
-    part, target = digits.select(0, 2), DefendedVictim(digits_cnn, Mirrored())
+    part, target = digits.select(0, 2), DefendedVictim(digits_cnn, Turned())
     assert (target.views("stitched"), target.views("turned"), target.steps_per_image) == (1, 3, 7)
     assert DefendedVictim(digits_cnn, NoDefense()).views("stitched") == 1
     with pytest.raises(ValueError, match="`intermediate` must be one of stitched, turned, got 'last'"):
@@ -205,6 +205,6 @@ def test_the_target_says_what_the_defence_has(digits_cnn, digits):
     answer, made = target.intermediate(part.images, torch.arange(2), name="turned", seed=0)
     assert torch.equal(answer, Median().purify(part.images))
     assert torch.equal(made.views, torch.stack([answer, answer.flip(-1)]))
-    assert (made.view, made.scores) == (torch.neg, torch.add)
+    assert (made.scores, made.readings) == (torch.add, 3)
     answer, made = target.intermediate(part.images, torch.arange(2), name="stitched", seed=0)
     assert torch.equal(made.views[0], answer)

@@ -7,7 +7,7 @@ from torch import nn
 
 from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import _moved, class_scores, clipped, mirrored, moved, stitch_mirrored
+from dipguard.decision.class_scores import class_scores, clipped, mirrored, moved, stitch_mirrored
 
 
 @pytest.mark.parametrize(("width", "shift"), [(8, 2), (32, 2), (224, 7), (512, 16)])
@@ -38,7 +38,7 @@ def test_clipped_values_are_as_near_to_the_given_ones_as_asked():
         (0.5, 12.0, 12.0),
         (0.5, 20.0, math.exp(2.6)),
         (2.0, 0.25, 0.25),
-        (0.5, 0.0, 0.0),
+        (0.5, 0.0, 1e-300),
     ],
 )
 def test_class_scores_step_away_from_the_given_image(beta, weight, factor):
@@ -53,7 +53,7 @@ def test_class_scores_step_away_from_the_given_image(beta, weight, factor):
         step = sum(math.log(p) for p in likely) / 5 - math.log(probability(given.tolist(), c))
         # The given image's class is 2, exp(2.6) times as likely there as the second one.
         chance = sum(likely) / 5 * (factor if c == 2 else 1)
-        slow = (math.log(chance) if chance else -math.inf) + beta * step
+        slow = math.log(chance) + beta * step
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
     others = torch.stack([readings.flip(-1), readings], dim=1), torch.stack([given.flip(-1), given])
     both = class_scores(*others, beta=beta, own_class_weight=weight)
@@ -183,11 +183,17 @@ def test_images_move_alone_and_only_as_far_as_needed():
         assert torch.equal(got[i : i + 1], moved(images[i : i + 1], targets[i : i + 1], decider=Decider(Steep())))
 
 
-def test_a_batch_moves_as_its_images_do_alone():
-    images, targets = grey(0.49, 0.48, 0.3, 0.51), torch.tensor([1, 1, 1, 0])
-    together = _moved(images, targets, decider=Decider(Steep()))
-    for i, steps in enumerate((6, 11, 16, -6)):
-        assert torch.allclose(together[i], images[i] + steps * 0.5 / 255, atol=1e-6)
+def test_on_a_gpu_images_move_in_batches(monkeypatch):
+    """A device that says that it is one: the images stay where they are."""
+    monkeypatch.setattr("dipguard.decision.class_scores.device_of", lambda victim: torch.device("cuda"))
+    images, targets = grey(0.49, 0.48, 0.3, 0.7, 0.51), torch.tensor([1, 1, 1, 1, 0])
+    asked = []
+    victim = Steep()
+    victim.register_forward_hook(lambda module, given, logits: asked.append(len(logits)))
+    got = moved(images, targets, decider=Decider(victim, batch=24))
+    assert asked == [5, *[3] * 16, *[1] * 7]
+    for i, steps in enumerate((6, 11, 16, 0, -6)):
+        assert torch.allclose(got[i], images[i] + steps * 0.5 / 255, atol=1e-6)
 
 
 def test_a_gradient_that_is_not_a_number_moves_nothing():
