@@ -1,4 +1,4 @@
-"""The paper's equations as pure functions, and the decision trace that they act on."""
+"""The paper's equations and our class scores as pure functions, and the decision trace that they act on."""
 
 from dipguard.decision.boundary import crosses, localise, needed_for_replay, passes
 from dipguard.decision.quality import quality

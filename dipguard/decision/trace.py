@@ -56,7 +56,7 @@ class DecisionTrace:
         crossing_at: Sample number i of each kept crossing, which lies between samples i and i + 1, [M] int64.
         alpha: Weight of the earlier sample in the on-boundary image (Eq. 4), [M].
         on_boundary: On-boundary images, [M, 3, H, W].
-        last: The last L sampled reconstructions, oldest first, [L, 3, H, W].
+        last: The last L sampled reconstructions, oldest first (the defence mirror: each network's last), [L, 3, H, W].
         samples: All sampled reconstructions [S, 3, H, W], or None if they were not kept.
         mirrored_logits: The victim's logits on mirrored copies of the samples
             (:mod:`dipguard.decision.class_scores`), [S, C], or None.
