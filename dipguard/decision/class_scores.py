@@ -3,7 +3,8 @@
 Ding et al. 2021 look at one decision per reconstruction. Here the victim also reads a mirrored, shifted copy of it:
 what is left of a perturbation was made for the pixels where it lay, and has little effect elsewhere, while the object
 is still recognised. And these readings are compared with that of the given image, where an attack must have made the
-true class unlikely. Figures on tuning images: docs/trials.md.
+true class unlikely: less likely than on any reconstruction, and than where the image is moved by a few pixels. Figures
+on tuning images: docs/trials.md.
 """
 
 from __future__ import annotations
@@ -41,6 +42,18 @@ def mirrored(images: Tensor, *, flip: bool = True) -> Tensor:
     return padded[..., :width]
 
 
+def shifted(images: Tensor) -> Tensor:
+    """Images [n, 3, H, W] moved right, left, down and up, [4, n, 3, H, W].
+
+    By a 32nd of their width, at least 3 pixels; the border is filled by reflection.
+    """
+    height, width = images.shape[-2:]
+    s = max(3, width // 32)
+    padded = F.pad(images, (s, s, s, s), mode="reflect")
+    places = ((s, 0), (s, 2 * s), (0, s), (2 * s, s))
+    return torch.stack([padded[..., top : top + height, left : left + width] for top, left in places])
+
+
 def clipped(samples: Tensor, given: Tensor, *, distances: Tensor) -> Tensor:
     """Samples [B, 3, H, W], moved to where no value is further than ``distances`` [B] from the given images' values.
 
@@ -51,20 +64,25 @@ def clipped(samples: Tensor, given: Tensor, *, distances: Tensor) -> Tensor:
     return samples.clamp(given - most, given + most)
 
 
-def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class_weight: float) -> Tensor:
-    r"""Scores of the C classes, [..., C], from S readings of mirrored copies and one of the given image.
+def class_scores(
+    logits: Tensor, given_logits: Tensor, shifted_logits: Tensor, *, beta: float, own_class_weight: float
+) -> Tensor:
+    r"""Scores of the C classes, [..., C], from S readings of mirrored copies, and those of the given image.
 
     Away from the given image, as Eq. 6 of Ding et al. 2021 moves images, but among the victim's log-probabilities. With
-    p_s those of the readings and p_0 that of the given image,
+    p_s those of the readings, p_0 that of the given image and p_v those of its :func:`shifted` copies,
 
-    .. math:: \log \frac{1}{S} \sum_s p_s + \beta \Big( \frac{1}{S} \sum_s \log p_s - \log p_0 \Big)
+    .. math:: \log \frac{1}{S} \sum_s p_s + \beta \Big(
+        \min \big( \frac{1}{S} \sum_s \log p_s, \min_v \log p_v \big) - \log p_0 \Big)
 
-    To be misclassified, an attacked image must show less of its true class, and more of the attacker's, than its
-    reconstructions do; a clean image differs little from its own. The scores are differentiable.
+    To be misclassified, an attacked image must show less of its true class than its reconstructions do, and less than
+    where it is moved, since a perturbation is made for the pixels where it lies. Noise hides classes too, but moving
+    does not bring them back. The scores are differentiable.
 
     Args:
         logits: Of the readings, [S, ..., C]; ValueError for S = 0.
         given_logits: Of the given image, [..., C].
+        shifted_logits: Of its shifted copies, [V, ..., C].
         beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
         own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
             else ValueError. The step must outweigh it before another class wins. Where that class's probability on
@@ -75,8 +93,9 @@ def class_scores(logits: Tensor, given_logits: Tensor, *, beta: float, own_class
     check_float(own_class_weight, name="own_class_weight", low=0.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
-    read, given = logits.double().log_softmax(dim=-1), given_logits.double().log_softmax(dim=-1)
-    scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (read.mean(dim=0) - given)
+    read, given, moved = (part.double().log_softmax(dim=-1) for part in (logits, given_logits, shifted_logits))
+    least = torch.cat([read.mean(dim=0, keepdim=True), moved]).amin(dim=0)
+    scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (least - given)
     lead = -given.topk(2, dim=-1).values.diff(dim=-1)
     most = math.log(max(own_class_weight, NEVER))
     return scores.scatter_add(-1, given_logits.argmax(dim=-1, keepdim=True), lead.clamp(max=most))
@@ -102,7 +121,9 @@ def stitch_mirrored(
         decider: The victim.
     """
     options = {"beta": beta, "own_class_weight": own_class_weight}
-    targets = torch.tensor([_target(trace, **options) for trace in traces])
+    copies = shifted(torch.stack([trace.given for trace in traces]))
+    readings = decider(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]).cpu()
+    targets = torch.tensor([_target(trace, readings[:, i], **options) for i, trace in enumerate(traces)])
     chosen = [_mean(trace, int(target)) for trace, target in zip(traces, targets, strict=True)]
     means = torch.stack([mean for mean, _ in chosen])
     images = moved(means, targets, decider=decider)
@@ -152,12 +173,12 @@ def _moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
     return images
 
 
-def _target(trace: DecisionTrace, *, beta: float, own_class_weight: float) -> int:
+def _target(trace: DecisionTrace, shifted_logits: Tensor, *, beta: float, own_class_weight: float) -> int:
     """The class with the highest score."""
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
-    scores = class_scores(trace.mirrored_logits, trace.given_scores, beta=beta, own_class_weight=own_class_weight)
-    return int(scores.argmax())
+    options = {"beta": beta, "own_class_weight": own_class_weight}
+    return int(class_scores(trace.mirrored_logits, trace.given_scores, shifted_logits, **options).argmax())
 
 
 def _mean(trace: DecisionTrace, target: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dipguard.checks import check_bool, check_float, check_int
 from dipguard.classifier import eval_mode, logits_of
 from dipguard.decision import DecisionTrace, Reconstruction
-from dipguard.decision.class_scores import class_scores, mirrored, stitch_mirrored
+from dipguard.decision.class_scores import class_scores, mirrored, shifted, stitch_mirrored
 from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
@@ -43,9 +43,9 @@ class MirrorGuard(DIPDefense):
     times the noise cost nothing (``dead_zone`` of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to
     within 6 times the noise of the given image (``clip``). So early steps can be used, when x(t) has little of the
     perturbation yet: what they lack of the picture's edges comes from the given image. And the class is chosen on
-    copies of x(t) that were mirrored and moved by a few pixels. It is likely on these copies, and more likely there
-    than on the given image (``beta``), where an attack must have made the true class unlikely. The given image's own
-    class is preferred by a factor (``own_class_weight``).
+    copies of x(t) that were mirrored and moved by a few pixels. It is likely on these copies and, on them and on the
+    given image moved by a few pixels, more likely than on the given image itself (``beta``), where an attack must have
+    made the true class unlikely. The given image's own class is preferred by a factor (``own_class_weight``).
 
     If the victim assigns no x(t) itself to this class, the mean is that of all of them. If it assigns the mean to
     another class, the mean is moved along the victim's gradient until the class has a probability above 0.9, mostly by
@@ -93,8 +93,8 @@ class MirrorGuard(DIPDefense):
         T: int | None = None,
         t0: int | None = None,
         every: int | None = None,
-        beta: float = 0.5,
-        own_class_weight: float = 20.0,
+        beta: float = 2.0,
+        own_class_weight: float = 10.0,
         clip: float = 6.0,
         mirror: bool = True,
         seed: int | None = 0,
@@ -148,9 +148,9 @@ class MirrorGuard(DIPDefense):
     def intermediate_views(self) -> dict[str, int]:
         """Each network's last window, the mean of all, what the class scores are made of, and the stitched image.
 
-        The scores that an attack sees are those of up to eight windows and of the given image.
+        The scores that an attack sees are those of up to eight windows and of the given image with its four copies.
         """
-        return {"last": len(self.fits), "mean": 1, "class_scores": len(self._shown()) + 1, STITCHED: 1}
+        return {"last": len(self.fits), "mean": 1, "class_scores": len(self._shown()) + 5, STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; the victim is asked about the result.
@@ -234,7 +234,7 @@ class MirrorGuard(DIPDefense):
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "class_scores": Intermediate(samples[self._shown()].to(images), self._scores),
+            "class_scores": Intermediate(samples[self._shown()].to(images), self._scores, 5),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
 
@@ -243,8 +243,9 @@ class MirrorGuard(DIPDefense):
         with eval_mode(self.victim):
             copies = logits_of(self.victim, mirrored(windows.flatten(0, 1), flip=self.mirror))
             own = logits_of(self.victim, images)
+            moved = logits_of(self.victim, shifted(images).flatten(0, 1)).unflatten(0, (4, len(images)))
         options = {"beta": self.beta, "own_class_weight": self.own_class_weight}
-        return class_scores(copies.unflatten(0, windows.shape[:2]), own, **options)
+        return class_scores(copies.unflatten(0, windows.shape[:2]), own, moved, **options)
 
 
 def _seed_of(seed: int, number: int) -> int:

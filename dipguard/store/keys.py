@@ -24,7 +24,7 @@ from dipguard.registry import class_sources
 from dipguard.version import __version__
 
 _engine_on_cpu = cache(engine_on_cpu)
-NUMERICS = 8
+NUMERICS = 9
 """To be raised with every change that changes the numbers of a fit, of an attack, of SSIM or of a decision."""
 
 

@@ -106,7 +106,7 @@ def test_the_unrolled_attack_is_evaluated_now_and_then(digits_cnn, digits, evalu
         pytest.param("mirror", "stitched", 0, marks=pytest.mark.slow),
         pytest.param("mirror", "last", 1, marks=pytest.mark.slow),
         pytest.param("mirror", "mean", 1, marks=pytest.mark.slow),
-        ("mirror", "class_scores", 4),
+        ("mirror", "class_scores", 8),
         pytest.param("paper", "last", 1, marks=pytest.mark.slow),
         ("paper", "on_boundary", 1),
     ],

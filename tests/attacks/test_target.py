@@ -194,7 +194,7 @@ def test_the_target_says_what_the_defence_has(digits_cnn, digits):
         def intermediates(self, images, *, indices=None):
             made = self.purify(images, indices=indices)
             views = torch.stack([made, made.flip(-1)])
-            return {"stitched": Intermediate(made[None]), "turned": Intermediate(views, torch.add)}
+            return {"stitched": Intermediate(made[None]), "turned": Intermediate(views, torch.add, 1)}
 
     part, target = digits.select(0, 2), DefendedVictim(digits_cnn, Turned())
     assert (target.views("stitched"), target.views("turned"), target.steps_per_image) == (1, 3, 7)

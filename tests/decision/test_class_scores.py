@@ -7,7 +7,7 @@ from torch import nn
 
 from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import class_scores, clipped, mirrored, moved, stitch_mirrored
+from dipguard.decision.class_scores import class_scores, clipped, mirrored, moved, shifted, stitch_mirrored
 
 
 @pytest.mark.parametrize(("width", "shift"), [(8, 2), (32, 2), (224, 7), (512, 16)])
@@ -17,6 +17,19 @@ def test_a_mirrored_copy_is_the_same_picture_read_backwards(width, shift):
     for column in range(width):  # a reflecting border shows the pixel as far inside
         assert torch.equal(moved[..., column], images[..., abs(column - shift)])
         assert torch.equal(turned[..., column], images[..., width - 1 - abs(column - shift)])
+
+
+@pytest.mark.parametrize(("height", "width", "shift"), [(8, 8, 3), (6, 32, 3), (224, 224, 7)])
+def test_shifted_copies_are_the_same_picture_elsewhere(height, width, shift):
+    images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1))
+    copies = shifted(images)
+    assert copies.shape == (4, 2, 3, height, width)
+    assert torch.equal(copies[0, ..., shift:], images[..., :-shift])
+    assert torch.equal(copies[1, ..., :-shift], images[..., shift:])
+    assert torch.equal(copies[2, :, :, shift:], images[:, :, :-shift])
+    assert torch.equal(copies[3, :, :, :-shift], images[:, :, shift:])
+    for i in range(shift):  # a reflecting border shows the pixel as far inside
+        assert torch.equal(copies[0, ..., i], images[..., shift - i])
 
 
 def test_clipped_values_are_as_near_to_the_given_ones_as_asked():
@@ -43,19 +56,22 @@ def test_clipped_values_are_as_near_to_the_given_ones_as_asked():
 )
 def test_class_scores_step_away_from_the_given_image(beta, weight, factor):
     readings, given = torch.randn(5, 4, generator=torch.Generator().manual_seed(2)), torch.tensor([0.1, 0.4, 3.0, -2.0])
-    got = class_scores(readings, given, beta=beta, own_class_weight=weight)
+    moved = given + torch.randn(3, 4, generator=torch.Generator().manual_seed(4))
+    got = class_scores(readings, given, moved, beta=beta, own_class_weight=weight)
 
     def probability(logits, c):
         return math.exp(logits[c]) / sum(math.exp(z) for z in logits)
 
     for c in range(4):
         likely = [probability(logits, c) for logits in readings.tolist()]
-        step = sum(math.log(p) for p in likely) / 5 - math.log(probability(given.tolist(), c))
+        elsewhere = min(math.log(probability(logits, c)) for logits in moved.tolist())
+        least = min(sum(math.log(p) for p in likely) / 5, elsewhere)
+        step = least - math.log(probability(given.tolist(), c))
         # The given image's class is 2, exp(2.6) times as likely there as the second one.
         chance = sum(likely) / 5 * (factor if c == 2 else 1)
         slow = math.log(chance) + beta * step
         assert float(got[c]) == pytest.approx(slow, abs=1e-6)
-    others = torch.stack([readings.flip(-1), readings], dim=1), torch.stack([given.flip(-1), given])
+    others = [torch.stack([part.flip(-1), part], dim=-2) for part in (readings, given, moved)]
     both = class_scores(*others, beta=beta, own_class_weight=weight)
     assert torch.allclose(both, torch.stack([got.flip(-1), got]))
 
@@ -63,22 +79,23 @@ def test_class_scores_step_away_from_the_given_image(beta, weight, factor):
 def test_a_class_that_an_attack_made_unlikely_scores_higher():
     readings, clean, attacked = torch.tensor([[2.0, 1.9, 0.0]]), torch.tensor([3.0, 2, 0]), torch.tensor([9.0, -9, 0])
     options = {"beta": 0.5, "own_class_weight": 20.0}
-    assert int(class_scores(readings, clean, **options).argmax()) == 0
-    assert int(class_scores(readings, attacked, **options).argmax()) == 1
+    assert int(class_scores(readings, clean, clean[None], **options).argmax()) == 0
+    assert int(class_scores(readings, attacked, readings, **options).argmax()) == 1
+    assert int(class_scores(readings, attacked, attacked[None], **options).argmax()) == 0  # as noise is, moved or not
 
 
 def test_logits_of_any_size_have_finite_scores():
     huge = torch.tensor([[2000.0, 0.0, -2000.0]])
-    assert class_scores(huge, -huge[0], beta=0.5, own_class_weight=20.0).isfinite().all()
+    assert class_scores(huge, -huge[0], huge, beta=0.5, own_class_weight=20.0).isfinite().all()
 
 
 def test_bad_arguments_of_class_scores_are_refused():
     logits = torch.zeros(2, 3)
     for name in ("beta", "own_class_weight"):
         with pytest.raises(ValueError, match=f"`{name}` must be finite and at least 0"):
-            class_scores(logits, logits[0], **{"beta": 0.5, "own_class_weight": 1.0, name: -1.0})
+            class_scores(logits, logits[0], logits, **{"beta": 0.5, "own_class_weight": 1.0, name: -1.0})
     with pytest.raises(ValueError, match="at least one reading"):
-        class_scores(logits[:0], logits[0], beta=0.5, own_class_weight=1.0)
+        class_scores(logits[:0], logits[0], logits, beta=0.5, own_class_weight=1.0)
 
 
 class Brightness(nn.Module):

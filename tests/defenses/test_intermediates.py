@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dipguard.decision import stitch
-from dipguard.decision.class_scores import class_scores, mirrored
+from dipguard.decision.class_scores import class_scores, mirrored, shifted
 from dipguard.defenses import build_defense
 from dipguard.networks.presets import hourglass
 
@@ -89,13 +89,14 @@ def test_class_scores_are_those_of_its_windows(small_images, small_victim):
     at, given = scored.views.clone().requires_grad_(), small_images[:2].clone().requires_grad_()
     got = scored.scores(at, given)
     for i in range(2):
-        expected = class_scores(readings[:, i], defense.decide(given)[i], beta=0.5, own_class_weight=20.0)
+        elsewhere = torch.stack([defense.decide(copy)[i] for copy in shifted(given)])
+        expected = class_scores(readings[:, i], defense.decide(given)[i], elsewhere, beta=2.0, own_class_weight=10.0)
         assert torch.allclose(got[i], expected, atol=1e-5)
     assert all(gradient.any() for gradient in torch.autograd.grad(got[:, 0].sum(), [at, given]))
 
 
 def test_few_windows_are_all_shown(small_images, small_victim):
     defense = defended("mirror", small_victim, T=3)
-    assert defense.intermediate_views["class_scores"] == 5
+    assert defense.intermediate_views["class_scores"] == 4 + 5
     (trace,) = defense.defend(small_images[:1]).traces
     assert torch.equal(defense.intermediates(small_images[:1])["class_scores"].views[:, 0], trace.samples.float())

@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from dipguard.classifier import Decider
 from dipguard.decision import DecisionTrace
-from dipguard.decision.class_scores import class_scores, mirrored
+from dipguard.decision.class_scores import class_scores, mirrored, shifted
 from dipguard.decision.quality import image_noise
 from dipguard.defenses import Defense, MirrorGuard
 from dipguard.defenses.mirror import PRESETS
@@ -95,10 +95,11 @@ def test_the_image_is_what_its_trace_says(small_images, small_victim):
     result = defense.defend(part, indices=indices)
     assert torch.equal(defense.purify(part, indices=torch.tensor(indices)), result.reconstructions)
     decide = Decider(small_victim)
-    own = decide(part)
+    own, elsewhere = decide(part), torch.stack([decide(copy) for copy in shifted(part)])
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
-        target = int(class_scores(trace.mirrored_logits, own[i], beta=0.5, own_class_weight=20.0).argmax())
+        scores = class_scores(trace.mirrored_logits, own[i], elsewhere[:, i], beta=2.0, own_class_weight=10.0)
+        target = int(scores.argmax())
         read = trace.scores.argmax(-1) == target
         assert result.used[i] == (int(read.sum()) or len(read))
         mean = trace.samples[read if read.any() else slice(None)].mean(0)
