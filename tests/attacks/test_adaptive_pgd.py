@@ -191,7 +191,7 @@ def test_it_breaks_jpeg_where_noise_does_not(digits_cnn, digits, name, options):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("adaptive_pgd", {"backward": "blur"}),
+        ("adaptive_pgd", {"backward": "blur", "intermediate": "class_scores"}),
         ("adaptive_pgd", {"backward": "short_dip"}),
         ("unrolled", {"T": 20, "evaluate_every": 1}),
     ],

@@ -171,7 +171,8 @@ def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
         "paper": (True, True),
         "dipdefend": (True, True),
     }
-    assert found["mirror"].backward == matrix.targets["mirror"].defense.steps_per_image
+    more = found["mirror"].backward - matrix.targets["mirror"].defense.steps_per_image
+    assert 0 <= more <= 16  # the last step, along the victim's gradient, takes as many at most
 
 
 def test_backward_passes_are_counted_and_the_profiler_is_put_back() -> None:
