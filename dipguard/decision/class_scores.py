@@ -93,8 +93,8 @@ def class_scores(
     check_float(own_class_weight, name="own_class_weight", low=0.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
-    read, given, moved = (part.double().log_softmax(dim=-1) for part in (logits, given_logits, shifted_logits))
-    least = torch.cat([read.mean(dim=0, keepdim=True), moved]).amin(dim=0)
+    read, given, elsewhere = (part.double().log_softmax(dim=-1) for part in (logits, given_logits, shifted_logits))
+    least = torch.cat([read.mean(dim=0, keepdim=True), elsewhere]).amin(dim=0)
     scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (least - given)
     lead = -given.topk(2, dim=-1).values.diff(dim=-1)
     most = math.log(max(own_class_weight, NEVER))
