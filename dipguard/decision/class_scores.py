@@ -85,9 +85,9 @@ def class_scores(
         shifted_logits: Of its shifted copies, [V, ..., C].
         beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
         own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
-            else ValueError. The step must outweigh it before another class wins. Where that class's probability on
-            the given image is fewer times the second one's, the factor is that ratio: a close decision deserves no such
-            trust. 0 rules the class out.
+            else ValueError. The step must outweigh it before another class wins. It is at most that class's
+            probability divided by the second one's, both on the given image: a close decision deserves no such trust. 0
+            rules the class out.
     """
     check_float(beta, name="beta", low=0.0)
     check_float(own_class_weight, name="own_class_weight", low=0.0)

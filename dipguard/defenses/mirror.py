@@ -32,6 +32,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 """Networks and steps for images of 32x32 and of 224x224 pixels, chosen on tuning images (docs/trials.md)."""
 MOST_MIRRORED = 8
 """Most windows of the intermediate `class_scores`: each costs an attack a call of the victim and a gradient."""
+GIVEN_READINGS = 1 + 4
+"""Of the given image and of its shifted copies."""
 
 
 class MirrorGuard(DIPDefense):
@@ -69,7 +71,7 @@ class MirrorGuard(DIPDefense):
         beta: Size of the step away from the given image, at least 0. Eq. 6 takes such a step in pixels; here it is
             taken in the victim's log-probabilities.
         own_class_weight: Factor, at least 0, of the probability of the class that the victim assigns to the given
-            image. Where that class's probability is fewer times the second one's, so many times. 0 rules the class out.
+            image; at most that class's probability divided by the second one's. 0 rules the class out.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
             found, such as a drawing on a flat ground, is changed by the last step alone.
@@ -150,7 +152,7 @@ class MirrorGuard(DIPDefense):
 
         The scores that an attack sees are those of up to eight windows and of the given image with its four copies.
         """
-        return {"last": len(self.fits), "mean": 1, "class_scores": len(self._shown()) + 5, STITCHED: 1}
+        return {"last": len(self.fits), "mean": 1, "class_scores": len(self._shown()) + GIVEN_READINGS, STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
         """Stitch an image again from its trace; the victim is asked about the result.
@@ -234,7 +236,7 @@ class MirrorGuard(DIPDefense):
         return {
             "last": Intermediate(samples[self.windows - 1 :: self.windows].to(images, copy=True)),
             "mean": Intermediate(samples.mean(dim=0, keepdim=True).to(images)),
-            "class_scores": Intermediate(samples[self._shown()].to(images), self._scores, 5),
+            "class_scores": Intermediate(samples[self._shown()].to(images), self._scores, GIVEN_READINGS),
             STITCHED: Intermediate(made.reconstructions[None]),
         }
 
@@ -242,10 +244,10 @@ class MirrorGuard(DIPDefense):
         """The class scores [B, C] of images [B, 3, H, W] with windows [V, B, 3, H, W]; differentiable."""
         with eval_mode(self.victim):
             copies = logits_of(self.victim, mirrored(windows.flatten(0, 1), flip=self.mirror))
-            own = logits_of(self.victim, images)
-            moved = logits_of(self.victim, shifted(images).flatten(0, 1)).unflatten(0, (4, len(images)))
+            given = logits_of(self.victim, torch.cat([images[None], shifted(images)]).flatten(0, 1))
         options = {"beta": self.beta, "own_class_weight": self.own_class_weight}
-        return class_scores(copies.unflatten(0, windows.shape[:2]), own, moved, **options)
+        own, *elsewhere = given.unflatten(0, (GIVEN_READINGS, len(images)))
+        return class_scores(copies.unflatten(0, windows.shape[:2]), own, torch.stack(elsewhere), **options)
 
 
 def _seed_of(seed: int, number: int) -> int:
