@@ -107,9 +107,9 @@ def _add_purify(commands: Any) -> None:
     which.add_argument("--victim", default=VICTIM, metavar="NAME[:MODEL]", help=f"default: {VICTIM}; {_SEE}")
     which.add_argument("--weights", metavar="PATH", help="the victim's weights; by default its own")
     which.add_argument("--defense", default="mirror", metavar="NAME", help=f"default: mirror; {_SEE}")
-    for option, what in (("--option", "defence"), ("--victim-option", "victim")):
+    for option, what in (("--option", "defence, such as T=500"), ("--victim-option", "victim, such as num_classes=10")):
         pairs = {"nargs": "+", "action": "extend", "default": [], "metavar": "KEY=VALUE"}
-        which.add_argument(option, help=f"options of the {what}, such as T=500", **pairs)
+        which.add_argument(option, help=f"options of the {what}", **pairs)
     pictures = purify.add_argument_group("pictures")
     pictures.add_argument("--size", type=int, metavar="N", help="side of the square, pixels; default: the victim's")
     resize = "keep the shape and cut out the middle (crop), or keep all of it and change the shape (stretch)"

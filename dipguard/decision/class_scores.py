@@ -1,10 +1,10 @@
 """Class scores of a trace, and an image that the victim reads as the class with the highest one.
 
-Ding et al. 2021 look at one decision per reconstruction. Here the victim also reads a mirrored, shifted copy of it:
-what is left of a perturbation was made for the pixels where it lay, and has little effect elsewhere, while the object
-is still recognised. And these readings are compared with that of the given image, where an attack must have made the
-true class unlikely: less likely than on any reconstruction, and than where the image is moved by a few pixels. Figures
-on tuning images: docs/trials.md.
+Ding et al. 2021 look at one decision per reconstruction. Here the victim also classifies a mirrored, shifted copy of
+it: what is left of a perturbation was made for the pixels where it lay, and has little effect elsewhere, while the
+object is still recognised. And the probabilities are compared with those of the given image. An attack must have made
+the true class unlikely there: less likely than on the reconstructions on average, and than on shifted copies of the
+given image. Figures on tuning images: docs/trials.md.
 """
 
 from __future__ import annotations

@@ -40,14 +40,17 @@ class MirrorGuard(DIPDefense):
     """The mean of the reconstructions that the victim assigns to the class with the highest score.
 
     Like the defence of Ding et al. 2021, it fits untrained networks to the given image alone and lets the victim's
-    decisions along the fit choose what is averaged (Eq. 7). Four things differ. Several networks are fitted, each from
-    weights of its own. The noise of the given image says how large a perturbation may be: errors of a pixel up to 2.5
-    times the noise cost nothing (``dead_zone`` of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to
-    within 6 times the noise of the given image (``clip``). So early steps can be used, when x(t) has little of the
-    perturbation yet: what they lack of the picture's edges comes from the given image. And the class is chosen on
-    copies of x(t) that were mirrored and moved by a few pixels. It is likely on these copies and, on them and on the
-    given image moved by a few pixels, more likely than on the given image itself (``beta``), where an attack must have
-    made the true class unlikely. The given image's own class is preferred by a factor (``own_class_weight``).
+    decisions along the fit choose what is averaged (Eq. 7). It differs in three ways:
+
+    1. Small images are fitted by several networks, each from weights of its own (``networks``).
+    2. The noise of the given image says how large a perturbation may be. Errors of a pixel up to 2.5 times the noise
+       cost nothing (``dead_zone`` of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to within 6
+       times the noise of the given image (``clip``). So early steps can be used, when x(t) has little of the
+       perturbation yet: what they lack of the picture's edges comes from the given image.
+    3. The class is chosen on mirrored, shifted copies of x(t) by :func:`~dipguard.decision.class_scores.class_scores`.
+       It is likely on these copies, and more likely there and on shifted copies of the given image than on the given
+       image itself (``beta``), where an attack must have made the true class unlikely. The given image's own class is
+       preferred by a factor (``own_class_weight``).
 
     If the victim assigns no x(t) itself to this class, the mean is that of all of them. If it assigns the mean to
     another class, the mean is moved along the victim's gradient until the class has a probability above 0.9, mostly by
