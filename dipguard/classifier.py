@@ -97,21 +97,24 @@ def device_of(classifier: nn.Module, default: torch.device | None = None) -> tor
 
 
 def asked(classifier: nn.Module, images: Tensor) -> Any:
-    """Return a classifier's output for images, which it gets on its own device, in its own dtype; differentiable."""
+    """Return a classifier's output for images, which it gets on its own device, in its own dtype; differentiable.
+
+    It gets a copy, which it may change in place.
+    """
     reference = reference_of(classifier, images)
     images = images.to(device=reference.device, dtype=reference.dtype)
     if reference.device.type != "cpu" or classifier in _CONTIGUOUS_ONLY:
-        return classifier(images.contiguous())
+        return classifier(images.clone(memory_format=torch.contiguous_format))
     # On a CPU convolutions are a sixth to a half faster on channels-last images; some victims cannot take them.
-    laid = images.contiguous(memory_format=torch.channels_last)
-    if laid.requires_grad and laid is not images:
+    laid = images.clone(memory_format=torch.channels_last)
+    if laid.requires_grad:
         laid.register_hook(Tensor.contiguous)  # attacks .view() the gradient, which must lie as their images do
     try:
         return classifier(laid)
     except RuntimeError as error:  # such as .view() of a feature map; any other error comes again
         if is_out_of_memory(error):
             raise
-        output = classifier(images.contiguous())
+        output = classifier(images.clone(memory_format=torch.contiguous_format))
     _CONTIGUOUS_ONLY.add(classifier)
     return output
 
@@ -167,7 +170,8 @@ def probability_warning(logits: Tensor, *, name: str = "victim") -> str | None:
 class Decider:
     """Images to logits, at most ``batch`` at a time. The victim stays on its device and is not changed.
 
-    Without ``batch`` they are 512, or as many as 64 of 224x224 pixels have pixels if that is less.
+    Without ``batch`` they are 512, or as many as 64 of 224x224 pixels have pixels if that is less; fewer, down to one,
+    if memory runs out.
     """
 
     def __init__(self, victim: nn.Module, *, batch: int | None = None) -> None:
@@ -188,7 +192,15 @@ class Decider:
         full = full_precision(device_of(self.victim, images.device))
         with torch.inference_mode(False), torch.no_grad(), full, eval_mode(self.victim):
             chunks = images.detach().split(self.batch(*images.shape[-2:]))
-            return torch.cat([logits_of(self.victim, chunk) for chunk in chunks])
+            return torch.cat([self._logits_of(chunk) for chunk in chunks])
+
+    def _logits_of(self, images: Tensor) -> Tensor:
+        try:
+            return logits_of(self.victim, images).clone()  # some victims write each output to the same place
+        except RuntimeError as error:
+            if len(images) == 1 or not is_out_of_memory(error):
+                raise
+        return torch.cat([self._logits_of(part) for part in images.tensor_split(2)])
 
     def gradient(self, images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities [n] of the classes ``wanted``, int64 [n], for images [n, 3, H, W] in [0, 1], all at once.
@@ -210,13 +222,8 @@ def steps_together(images: int) -> int:
 
 
 def ask_together(decide: Callable[[Tensor], Tensor], parts: Sequence[Tensor]) -> list[Tensor]:
-    """Logits of several steps' images, [n_i, 3, H, W] each: in one batch or, if memory runs out, one by one."""
-    try:
-        return list(decide(torch.cat(list(parts))).split([len(part) for part in parts]))
-    except RuntimeError as error:
-        if len(parts) == 1 or not is_out_of_memory(error):
-            raise
-    return [decide(part) for part in parts]
+    """Logits of several steps' images, [n_i, 3, H, W] each, in one batch."""
+    return list(decide(torch.cat(list(parts))).split([len(part) for part in parts]))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -186,7 +186,7 @@ class MirrorGuard(DIPDefense):
         """Fit all networks to one stack, and stitch the windows of the winning class."""
         own = self.decide(images).to(run["device"])  # a bad victim is noticed before the fit
         windows: Any = {"warm_up": self.t0, "every": self.every, "windows": self.windows, "flip": self.mirror}
-        windows["distances"] = self.clip * image_noise(images).to(run["device"]) if self.clip > 0 else None
+        windows["distances"] = self.clip * image_noise(images.to(run["device"])) if self.clip > 0 else None
         seconds, logs = {"start": 0.0, "fit": 0.0}, []
         for number, fit in enumerate(self.fits):
             at = first_step + number * self.steps

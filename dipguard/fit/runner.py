@@ -160,7 +160,8 @@ def fit_stack(
 def check_trainer(trainer: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return further keyword arguments of ``pl.Trainer``, such as ``precision`` or ``profiler``; empty for None.
 
-    ValueError if one is among ``OWNED``, TypeError if ``pl.Trainer`` does not have it or ``trainer`` is no mapping.
+    ValueError if one is among ``OWNED`` or clips gradients by their norm, which is that of all images of a stack.
+    TypeError if ``pl.Trainer`` does not have it or ``trainer`` is no mapping.
     """
     if trainer is not None and not isinstance(trainer, Mapping):
         raise TypeError(f"`trainer` must be a mapping of arguments of pl.Trainer or None, got {trainer!r}")
@@ -170,6 +171,12 @@ def check_trainer(trainer: Mapping[str, Any] | None) -> dict[str, Any]:
             raise ValueError(f"`trainer` must leave `{name}` to the fit, got {name}={value!r}")
         if name not in inspect.signature(pl.Trainer).parameters:
             raise TypeError(f"`trainer` must hold arguments of pl.Trainer, got {name}={value!r}")
+    algorithm = further.get("gradient_clip_algorithm")
+    if further.get("gradient_clip_val") and str(getattr(algorithm, "value", algorithm)) != "value":
+        raise ValueError(
+            "`trainer` must clip gradients by value, since a norm is that of all images of a stack, got "
+            f"gradient_clip_algorithm={algorithm!r}: give gradient_clip_algorithm='value'"
+        )
     return further
 
 

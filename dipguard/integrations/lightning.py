@@ -101,6 +101,8 @@ class DefendedModule(_Module):
         # What module.compile() leaves would call the module's own forward.
         aside = ("forward", "_compiled_call_impl")
         vars(self).update({name: value for name, value in vars(module).items() if name not in aside})
+        if "_trainer" in vars(self):  # the module may be in a fit, which is not this one's
+            vars(self)["_trainer"] = None
         purifier = InputPurifier(defense, mean=mean, std=std, draws=draws, quiet=True)
         vars(self).update(_purifier=purifier, _images=images, _purified=0, _given=module)
 
@@ -224,7 +226,7 @@ class PurifyCallback(pl.Callback):
         def purified(batch: Any, *rest: Any) -> Any:
             loader = rest[1] if len(rest) > 1 else 0
             if loader not in loaders:
-                loaders[loader] = LoaderPositions(_loader(trainer, loader)), MeanMetric(), MeanMetric()
+                loaders[loader] = LoaderPositions(_loader(trainer, loader)), _mean(), _mean()
             return step(self._purified(stage, pl_module, batch, *loaders[loader]), *rest)
 
         self._restore = partial(own.update, {name: step}) if name in own else partial(own.pop, name)
@@ -263,6 +265,13 @@ class PurifyCallback(pl.Callback):
                 # Lightning needs the name of the metric's attribute; there is none.
                 pl_module.log(f"{stage}_accuracy_{name}", metric, metric_attribute="dipguard", **options)
         return with_part(batch, place, purified)
+
+
+def _mean() -> MeanMetric:
+    """A mean that counts in float32 in a bfloat16 step too, where it would stop at 256 images."""
+    made = MeanMetric()
+    made.set_dtype(torch.float32)
+    return made
 
 
 def _loader(trainer: Any, position: int) -> Any:

@@ -10,6 +10,8 @@ from functools import cache
 from importlib.metadata import version
 from typing import Any
 
+import numpy as np
+import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
@@ -43,14 +45,16 @@ def numerics() -> dict[str, str]:
 def victim_digest(victim: nn.Module) -> str:
     """A digest of a classifier: class, code, plain attributes, parameters and all buffers of each of its modules.
 
-    Plain are numbers, texts, None, and lists and tuples of them. Functions that the classes call are not part of the
-    digest, nor are attributes of other types. Before a stored trace is used, the victim is therefore asked once more.
+    Plain are numbers, texts, None, tensors and arrays, and lists, tuples and dicts of them. Functions that the classes
+    call are not part of the digest, nor are attributes of other types, such as the weights of quantised modules. Before
+    a stored trace is used, the victim is therefore asked once more.
     """
-    aside = vars(nn.Module())
-    parts, tensors = [], []
+    aside = vars(pl.LightningModule())  # what Lightning notes there differs from call to call
+    parts: list[Any] = []
+    tensors: list[Tensor] = []
     for name, part in victim.named_modules():
         kind, values = type(part), vars(part)
-        own = {k: repr(v) for k, v in values.items() if k not in aside and _is_plain(v)}
+        own = {k: text for k, v in values.items() if k not in aside and (text := _described(v)) is not None}
         held = {k: v for k, v in (*part._parameters.items(), *part._buffers.items()) if v is not None}
         if isinstance(part, torch.jit.ScriptModule) and not hasattr(part, "training"):  # frozen: weights are constants
             graph: Any = part.inlined_graph
@@ -58,18 +62,29 @@ def victim_digest(victim: nn.Module) -> str:
             constants = [n.t("value") for n in nodes if n.hasAttribute("value") and n.kindOf("value") == "t"]
             held |= {f"constant {i}": tensor.to_dense() for i, tensor in enumerate(constants)}
         parts.append([name, f"{kind.__module__}.{kind.__qualname__}", own, list(held)])
-        # NumPy has no bfloat16.
-        tensors += [v.view(torch.int16) if v.dtype == torch.bfloat16 else v for v in held.values()]
+        tensors += map(_readable, held.values())
     kinds: set[Any] = {type(part) for part in victim.modules()}
     # Torch's version is in each key.
     code = sorted({text for kind in kinds for text in class_sources(kind, but=("torch", "builtins"))})
     return digest_of([parts, code, tensor_digest(tensors)])
 
 
-def _is_plain(value: Any) -> bool:
+def _described(value: Any) -> str | None:
+    """A plain value as text, and its tensors as their digests; None for any other value."""
     if isinstance(value, (tuple, list)):
-        return all(map(_is_plain, value))
-    return isinstance(value, (bool, int, float, str, type(None)))
+        return f"{type(value).__name__} {[_described(part) for part in value]}"
+    if isinstance(value, dict):
+        return f"dict { {str(key): _described(part) for key, part in value.items()} }"
+    if isinstance(value, np.ndarray) and value.dtype != object:
+        return f"array {value.dtype} {value.tolist()}"
+    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
+        return f"tensor {tensor_digest([_readable(value)])}"
+    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else None
+
+
+def _readable(tensor: Tensor) -> Tensor:
+    """The same bits in a type that NumPy has."""
+    return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
 
 
 class StackKeys:

@@ -213,6 +213,28 @@ def test_on_a_gpu_images_move_in_batches(monkeypatch):
         assert torch.allclose(got[i], images[i] + steps * 0.5 / 255, atol=1e-6)
 
 
+class Hungry(Steep):
+    """Memory runs out for a gradient of more than ``most`` images."""
+
+    most = 1
+
+    def forward(self, images):
+        if images.requires_grad and len(images) > self.most:
+            torch.empty(2**60)
+        return super().forward(images)
+
+
+def test_where_memory_runs_out_images_move_in_smaller_batches(monkeypatch):
+    monkeypatch.setattr("dipguard.decision.class_scores.device_of", lambda victim: torch.device("cuda"))
+    images, targets, victim = grey(0.49, 0.48, 0.51), torch.tensor([1, 1, 0]), Hungry()
+    got = moved(images, targets, decider=Decider(victim))
+    for i, steps in enumerate((6, 11, -6)):
+        assert torch.allclose(got[i], images[i] + steps * 0.5 / 255, atol=1e-6)
+    victim.most = 0
+    with pytest.warns(UserWarning, match="no memory is left for the victim's gradient, so images that it reads as"):
+        assert torch.equal(moved(images, targets, decider=Decider(victim)), images)
+
+
 def test_a_gradient_that_is_not_a_number_moves_nothing():
     class Root(Steep):
         """Its gradient is 0/0 where the picture's first pixel is black."""

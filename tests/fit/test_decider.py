@@ -85,22 +85,54 @@ def test_steps_of_a_small_stack_make_a_batch(images: int, steps: int) -> None:
     assert steps_together(images) == steps
 
 
-def test_parts_are_asked_about_one_by_one_where_a_batch_is_too_large() -> None:
-    sizes: list[int] = []
+class Hungry(nn.Module):
+    """Memory runs out for more than ``most`` images."""
 
-    def decide(images: Tensor) -> Tensor:
-        sizes.append(len(images))
-        if len(images) > 3:
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self.most, self.sizes = most, list[int]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.sizes.append(len(x))
+        if len(x) > self.most:
             torch.empty(2**60)
-        return images.flatten(1).sum(dim=1, keepdim=True)
+        return x.flatten(2).sum(dim=2)
 
+
+def test_where_memory_runs_out_a_batch_is_halved() -> None:
     parts = [torch.rand(count, 3, 4, 4) for count in (2, 3)]
-    found = ask_together(decide, parts)
-    assert sizes == [5, 2, 3]
+    victim = Hungry(2)
+    found = ask_together(Decider(victim), parts)
+    assert victim.sizes == [5, 3, 2, 1, 2]
     for part, logits in zip(parts, found, strict=True):
-        assert torch.equal(logits, part.flatten(1).sum(dim=1, keepdim=True))
+        torch.testing.assert_close(logits, part.flatten(2).sum(dim=2))
     with pytest.raises(RuntimeError, match="allocate"):
-        ask_together(decide, [torch.rand(4, 3, 4, 4)])
+        Decider(Hungry(0))(parts[0])
+
+
+class InPlace(Viewer):
+    """It normalises the images that it is given, and writes its logits to the same place each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffer = torch.empty(2, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.buffer.copy_(super().forward(x.sub_(0.5).div_(0.2)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_victim_may_change_what_it_is_given_and_what_it_returned(images: Tensor, layout: torch.memory_format) -> None:
+    victim, given = InPlace(), images[:6, :, :8, :8].contiguous(memory_format=layout)
+    kept, scaled = given.clone(), ((given - 0.5) / 0.2).contiguous()
+    decide = Decider(victim, batch=2)
+    with torch.no_grad():
+        expected = torch.cat([Viewer.forward(victim, part).clone() for part in scaled.split(2)])
+    for _ in range(2):
+        torch.testing.assert_close(decide(given), expected, rtol=1e-4, atol=1e-5)
+        assert torch.equal(given, kept)
+    decide.gradient(given[:2], torch.tensor([0, 1]))
+    assert torch.equal(given, kept)
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 512), (64, 512), (224, 64), (512, 12), (3000, 1)])

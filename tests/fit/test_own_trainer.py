@@ -312,6 +312,10 @@ def test_further_arguments_of_our_own_trainer(images: Tensor, tmp_path: Path) ->
             make_trainer(7, device=CPU, trainer={name: value})
     with pytest.raises(TypeError, match="bogus"):
         make_trainer(7, device=CPU, trainer={"bogus": 1})
+    for algorithm in ({}, {"gradient_clip_algorithm": "norm"}):
+        with pytest.raises(ValueError, match="must clip gradients by value, since a norm is that of all images"):
+            make_trainer(7, device=CPU, trainer={"gradient_clip_val": 0.1, **algorithm})
+    assert make_trainer(7, device=CPU, trainer={"gradient_clip_val": 0}).gradient_clip_val == 0
 
 
 @pytest.mark.slow

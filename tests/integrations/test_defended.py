@@ -138,6 +138,24 @@ def test_fitting_a_defended_module_is_fitting_the_module(module: DigitsModule) -
     assert all(torch.equal(value, twin.state_dict()[key]) for key, value in module.state_dict().items())
 
 
+class Watch(pl.Callback):
+    """Asks a defended module during the fit of the module itself."""
+
+    def __init__(self, defense: Any, images: Tensor) -> None:
+        self.defense, self.images = defense, images
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.eval()
+        self.given = logits(pl_module, self.defense.purify(self.images))
+        self.seen = logits(DefendedModule(pl_module, self.defense), self.images)
+
+
+def test_a_defended_module_defends_during_a_fit_of_the_module(module: DigitsModule) -> None:
+    watch = Watch(build_defense("median", module), digits(0, 4, noise=0.3)[0])
+    trainer(watch, max_epochs=1).fit(module, DigitsData(count=4))
+    assert torch.equal(watch.seen, watch.given)
+
+
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing))])
 def test_a_defended_module_travels(module: DigitsModule, how: Any) -> None:
     images = digits(0, 2, noise=0.3)[0]

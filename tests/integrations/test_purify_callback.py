@@ -95,6 +95,17 @@ def test_the_trainers_precision_does_not_reach_the_fit(module: DigitsModule, pre
     assert torch.get_default_dtype() == torch.float32
 
 
+def test_accuracy_is_counted_in_float32(module: DigitsModule) -> None:
+    data = DigitsData(count=300, batch_size=1)
+    (results,) = trainer(PurifyCallback(build_defense("median", module)), precision="bf16-true").test(
+        module, data, verbose=False
+    )
+    module.bfloat16()
+    assert results["test_accuracy_undefended"] == pytest.approx(
+        accuracy(module, data.pictures.x.bfloat16(), data.pictures.y)
+    )
+
+
 def test_normalised_batches_are_brought_to_pixels_and_back(module: DigitsModule) -> None:
     data, median = DigitsData(normalised=True), build_defense("median", module)
     trainer(PurifyCallback(median, mean=MEAN, std=STD)).test(module, data, verbose=False)

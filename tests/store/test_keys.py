@@ -151,7 +151,10 @@ def test_digest_of_a_victim():
         changed[-1].inner[0].bias[0] += 1e-3
         changed.append(Scaled())
         changed[-1].inner[1].running_mean += 1e-3
-    for name, value in {"_inner_temperature": 2.0, "order": [2, 1, 0], "sides": (1, [2])}.items():
+    own: dict[str, list[Any]] = {"_inner_temperature": [2.0], "order": [[2, 1, 0]], "sides": [(1, [2])]}
+    own |= {"at": [torch.zeros(2), torch.ones(2), torch.ones(2).bfloat16()], "table": [np.zeros(2), np.ones(2)]}
+    own |= {"options": [{"scale": 1}, {"scale": 2}, {"scale": torch.ones(1)}]}
+    for name, value in [(name, value) for name, values in own.items() for value in values]:
         changed.append(Scaled())
         setattr(changed[-1], name, value)
     digests = [victim_digest(victim) for victim in [*same, *changed]]
