@@ -25,7 +25,6 @@ ATTACKS: dict[str, str] = {
     "ddn": "dipguard.attacks.static:DDN",
     "autoattack": "dipguard.attacks.static:AutoAttack",
     "square": "dipguard.attacks.static:Square",
-    "eotpgd": "dipguard.attacks.static:EOTPGD",
     "noise": "dipguard.attacks.static:Noise",
     "bpda": "dipguard.attacks.defended_torchattacks:BPDA",
     "hopskipjump": "dipguard.attacks.hopskipjump:HopSkipJump",

@@ -116,19 +116,6 @@ class PGD(BIM):
         self.random_start = check_bool(random_start, name="random_start")
 
 
-class EOTPGD(PGD):
-    """PGD on a gradient averaged over ``eot_iter`` looks (Athalye et al. 2018; Zimmermann 2019), at least 1.
-
-    On a victim that draws nothing it is PGD at ``eot_iter`` times the cost.
-    """
-
-    name: ClassVar[str] = "eotpgd"
-
-    def __init__(self, target: nn.Module, *, eot_iter: int = 2, **options: Any) -> None:
-        super().__init__(target, **options)
-        self.eot_iter = check_int(eot_iter, name="eot_iter", low=1)
-
-
 class MIFGSM(BIM):
     """Momentum iterative FGSM (Dong et al. 2018), from the image itself. It draws noise only where the victim is flat.
 

@@ -12,7 +12,7 @@ from dipguard.attacks import ATTACKS, Attack, DefendedVictim, build_attack
 from dipguard.data import ImageSet, load_data
 from dipguard.victims import build_victim
 
-STATIC = ("none", "fgsm", "pgd", "bim", "mifgsm", "cw", "ddn", "autoattack", "square", "eotpgd", "noise")
+STATIC = ("none", "fgsm", "pgd", "bim", "mifgsm", "cw", "ddn", "autoattack", "square", "noise")
 ADAPTIVE = ("bpda", "hopskipjump", "adaptive_pgd", "unrolled", "defended_autoattack", "defended_square")
 QUICK: dict[str, dict[str, Any]] = {
     "square": {"n_queries": 25},
