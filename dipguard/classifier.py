@@ -121,7 +121,7 @@ def asked(classifier: nn.Module, images: Tensor) -> Any:
 
 def logits_of(classifier: nn.Module, images: Tensor) -> Tensor:
     """Return checked logits [n, C], float32 at least, on the device of ``images`` [n, 3, H, W]; differentiable."""
-    return check_logits(asked(classifier, images), images)
+    return check_logits(asked(classifier, images), images).clone()  # some write each output to the same place
 
 
 def check_is_module(classifier: Any, *, name: str = "victim") -> nn.Module:
@@ -196,11 +196,13 @@ class Decider:
 
     def _logits_of(self, images: Tensor) -> Tensor:
         try:
-            return logits_of(self.victim, images).clone()  # some victims write each output to the same place
+            return logits_of(self.victim, images)
         except RuntimeError as error:
             if len(images) == 1 or not is_out_of_memory(error):
                 raise
-        return torch.cat([self._logits_of(part) for part in images.tensor_split(2)])
+        halves = images.tensor_split(2)
+        self._batch = len(halves[0])  # from now on
+        return torch.cat([self._logits_of(half) for half in halves])
 
     def gradient(self, images: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities [n] of the classes ``wanted``, int64 [n], for images [n, 3, H, W] in [0, 1], all at once.

@@ -140,8 +140,8 @@ def moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
 
     Steps of half a level of 255 in every value, along the sign of the gradient of that class's log-probability, until
     its probability is above 0.9; at most 16 of them. An image that the victim reads as its class stays as it is. So do
-    all others, with a warning, if the victim is not differentiable or memory runs out for a single image. On a GPU
-    images are moved in batches, whose size may change the sign of a gradient near 0, and so a value by a step.
+    all others, with a warning, if the victim is not differentiable. On a GPU images are moved in batches, smaller ones
+    where memory runs out, whose size may change the sign of a gradient near 0, and so a value by a step.
     """
     made = images.clone()
     rows = torch.nonzero(decider(images).argmax(dim=1).to(targets) != targets).flatten()
@@ -149,21 +149,21 @@ def moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
     # eighth of what is read at once, since activations are kept for the gradient.
     alone = device_of(decider.victim).type == "cpu"
     together = 1 if alone else max(1, decider.batch(*images.shape[-2:]) // 8)
-    parts = [*rows.split(together)] if len(rows) else []
+    parts, differentiable = [*rows.split(together)] if len(rows) else [], False
     while parts:
         part = parts.pop(0)
         try:
             made[part] = _moved(images[part], targets[part], decider=decider)
-            continue
+            differentiable = True
         except (RuntimeError, TypeError) as error:
-            lacks_memory = is_out_of_memory(error)
-            if lacks_memory and len(part) > 1:
+            if is_out_of_memory(error) and len(part) > 1:
                 parts[:0] = part.tensor_split(2)
                 continue
-            problem = "no memory is left for the victim's gradient" if lacks_memory else "the victim has no gradient"
-            text = f"{problem}, so images that it reads as another class are left as they are: {error}"
-        warnings.warn(text, stacklevel=3)
-        break
+            if is_out_of_memory(error) or differentiable:
+                raise
+            problem = "the victim has no gradient, so images that it reads as another class are left as they are"
+            warnings.warn(f"{problem}: {error}", stacklevel=3)
+            break
     return made
 
 

@@ -47,7 +47,8 @@ def victim_digest(victim: nn.Module) -> str:
 
     Plain are numbers, texts, None, tensors and arrays, and lists, tuples and dicts of them. Functions that the classes
     call are not part of the digest, nor are attributes of other types, such as the weights of quantised modules. Before
-    a stored trace is used, the victim is therefore asked once more.
+    a stored trace is used, the victim is therefore asked once more. A victim that keeps its activations as an attribute
+    has another digest after each call.
     """
     aside = vars(pl.LightningModule())  # what Lightning notes there differs from call to call
     parts: list[Any] = []
@@ -69,17 +70,24 @@ def victim_digest(victim: nn.Module) -> str:
     return digest_of([parts, code, tensor_digest(tensors)])
 
 
-def _described(value: Any) -> str | None:
-    """A plain value as text, and its tensors as their digests; None for any other value."""
-    if isinstance(value, (tuple, list)):
-        return f"{type(value).__name__} {[_described(part) for part in value]}"
-    if isinstance(value, dict):
-        return f"dict { {str(key): _described(part) for key, part in value.items()} }"
+def _described(value: Any, *, depth: int = 8) -> str | None:
+    """A plain value as text, with the digests of its tensors; None for any other value, which lists and dicts omit."""
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return repr(value)
     if isinstance(value, np.ndarray) and value.dtype != object:
-        return f"array {value.dtype} {value.tolist()}"
-    if isinstance(value, Tensor) and value.layout == torch.strided and not value.is_quantized:
-        return f"tensor {tensor_digest([_readable(value)])}"
-    return repr(value) if isinstance(value, (bool, int, float, str, type(None))) else None
+        return f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
+    if isinstance(value, Tensor):
+        try:
+            return f"tensor {tensor_digest([_readable(value)])}"
+        except (RuntimeError, TypeError):  # sparse, quantised, without values, of a type that NumPy lacks
+            return None
+    if not isinstance(value, (tuple, list, dict)) or depth == 0:
+        return None
+    items: Any = enumerate(value)
+    if isinstance(value, dict):
+        items = sorted((key, part) for key, part in value.items() if isinstance(key, str))
+    parts = [f"{key}: {text}" for key, part in items if (text := _described(part, depth=depth - 1)) is not None]
+    return f"{type(value).__name__} {parts}" if parts or not value else None
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -231,8 +231,25 @@ def test_where_memory_runs_out_images_move_in_smaller_batches(monkeypatch):
     for i, steps in enumerate((6, 11, -6)):
         assert torch.allclose(got[i], images[i] + steps * 0.5 / 255, atol=1e-6)
     victim.most = 0
-    with pytest.warns(UserWarning, match="no memory is left for the victim's gradient, so images that it reads as"):
-        assert torch.equal(moved(images, targets, decider=Decider(victim)), images)
+    with pytest.raises(RuntimeError, match="allocate"):
+        moved(images, targets, decider=Decider(victim))
+
+
+class Late(Steep):
+    """The second gradient fails."""
+
+    asked = 0
+
+    def forward(self, images):
+        self.asked += images.requires_grad
+        if self.asked > 13:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return super().forward(images)
+
+
+def test_a_later_error_is_not_taken_for_a_missing_gradient():
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        moved(grey(0.49, 0.48), torch.tensor([1, 1]), decider=Decider(Late()))
 
 
 def test_a_gradient_that_is_not_a_number_moves_nothing():

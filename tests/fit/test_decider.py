@@ -102,8 +102,11 @@ class Hungry(nn.Module):
 def test_where_memory_runs_out_a_batch_is_halved() -> None:
     parts = [torch.rand(count, 3, 4, 4) for count in (2, 3)]
     victim = Hungry(2)
-    found = ask_together(Decider(victim), parts)
+    decide = Decider(victim)
+    found = ask_together(decide, parts)
     assert victim.sizes == [5, 3, 2, 1, 2]
+    decide(parts[1])
+    assert victim.sizes[5:] == [2, 1]
     for part, logits in zip(parts, found, strict=True):
         torch.testing.assert_close(logits, part.flatten(2).sum(dim=2))
     with pytest.raises(RuntimeError, match="allocate"):
