@@ -203,6 +203,8 @@ def explain(error: BaseException | None) -> str | None:
         return f"no `{name}` is chosen: give {name}=NAME (where a sweep chooses, options need ++{name}.KEY=VALUE)"
     if group == "trainer" and name in _trainer_own():
         return f"`{key}` is set by dipguard itself"
+    if group.startswith("callbacks"):
+        return None  # a label of the user's, which only wants the + that Hydra speaks of
     if name in (options_of(TRAINER) if group == "trainer" else ATTACK_KEYS if group.startswith("attack") else ()):
         return None  # it is known, and only wants the + that Hydra speaks of
     return _unknown(group, name, [str(known) for known in parent if known != "hydra"])
@@ -300,6 +302,8 @@ def _unknown(group: str, name: str, known: Iterable[str]) -> str:
     hint = did_you_mean(name, known, prefix=prefix)
     kind = group.split(".")[0].removesuffix("s")
     owners = [other for other in names_of(kind) if name in node_of(kind, other)] if kind in GROUPS else []
+    if group == "logger" and name in LOGGERS["wandb"]:
+        owners = ["logger=wandb"]
     if owners and not hint:
         hint = f" (it is an option of {', '.join(owners)})"
     what = f"`{group}` takes" if group else "the settings are"

@@ -122,7 +122,7 @@ def test_settings_are_plain_values() -> None:
         ("trainer.max_steps=2", "`trainer.max_steps` is set by dipguard itself"),
         ("trainer.fast_dev_run=true", "`trainer.fast_dev_run` is set by dipguard itself"),
         ("trainer.precison=16", "`trainer.precison` is unknown (did you mean 'trainer.precision'?)"),
-        ("logger.project=x", "`logger.project` is unknown; `logger` takes: kind"),
+        ("logger.project=x", "`logger.project` is unknown (it is an option of logger=wandb); `logger` takes: kind"),
         ("callbacks.stop.monitor=x", "`callbacks.stop._target_` must name the class"),
     ],
 )

@@ -115,7 +115,12 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sw
     try:
         key = job_key(_config(cfg), sweep=folder.parent)
         if is_done(folder, key):
-            log.info("%s is done already", folder.name)
+            kind = cfg.logger.kind
+            lacks = kind != "none" and not (folder / "logs" / kind).exists()
+            hint = (
+                f", without a log of the kind {kind}: remove its file DONE to make one from the store" if lacks else ""
+            )
+            log.info("%s is done already%s", folder.name, hint)
             return
         for name in (DONE, FAILED):
             (folder / name).unlink(missing_ok=True)

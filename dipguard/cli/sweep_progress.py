@@ -23,12 +23,11 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dipguard.config import check_overrides, from_hydra
-from dipguard.evaluation.sweep_job import DONE, FAILED, digest_of, job_folder, without_aside
+from dipguard.evaluation.sweep_job import DONE, FAILED, PLAN, digest_of, job_folder, without_aside
 from dipguard.files import read_json, write_json
 
 _log = logging.getLogger("dipguard")
 
-PLAN = "sweep.json"
 RESOLVER = "sweep_job"
 """``${sweep_job:${hydra.overrides.task}}`` is a job's folder."""
 
@@ -57,6 +56,9 @@ class SweepProgress(Callback):
         try:
             if (given := config.hydra.output_subdir) != ".hydra":  # the report is made from it
                 raise ValueError(f"`hydra.output_subdir` must be .hydra in a sweep, got {given}")
+            direction = config.hydra.sweeper.get("direction")  # of Optuna, an enum
+            if (asked := getattr(direction, "name", direction)) not in (None, "maximize"):
+                raise ValueError(f"`hydra.sweeper.direction` must be maximize, as for accuracies, got {asked}")
             jobs = planned_jobs(config)
             check_jobs(config, jobs or [])
         except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning

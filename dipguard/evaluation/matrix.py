@@ -43,13 +43,17 @@ Row: TypeAlias = Callable[[int, Mapping[str, float]], None]
 
 
 class Curves(Logger):
-    """The curves of a chunk's fits: a Lightning logger that keeps all ``rows``, and passes each one on."""
+    """The curves of a chunk's fits: a Lightning logger that keeps all ``rows``, and passes each one on.
 
-    name = version = property(lambda self: None)
+    Lightning's checkpoints go to ``checkpoints/`` in its ``folder``.
+    """
 
-    def __init__(self, row: Row | None = None) -> None:
+    name = version = property(lambda self: "")
+    save_dir = property(lambda self: self.folder)
+
+    def __init__(self, row: Row | None = None, *, folder: Path | None = None) -> None:
         super().__init__()
-        self.row = row
+        self.row, self.folder = row, None if folder is None else str(folder)
         self.rows: list[tuple[int, dict[str, float]]] = []
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -156,7 +160,7 @@ class Matrix:
         ``snapshot`` is the number of the budget. The callback ``progress`` comes before those of the config. ``row`` is
         given the curves of the fits, also if they were made earlier.
         """
-        key, curves = cell.sub_key("chunk", snapshot, part.start, part.stop), Curves(row)
+        key, curves = cell.sub_key("chunk", snapshot, part.start, part.stop), Curves(row, folder=self.folder)
 
         def make() -> Entry:
             self._refuse_in_a_rebuild(cell)

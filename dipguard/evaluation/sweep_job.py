@@ -26,6 +26,8 @@ from dipguard.registry import constant_of, file_of
 from dipguard.version import __version__
 
 DONE, FAILED = "DONE", "FAILED"
+PLAN = "sweep.json"
+"""The list of a sweep's jobs, in its folder."""
 ASIDE = (
     "logger", "trainer.accelerator", "trainer.enable_progress_bar", "store", "store_T", "store_samples", "processes",
     "rebuild", "objective",
@@ -46,6 +48,18 @@ def job_folder(overrides: Sequence[str]) -> str:
     digest = hashlib.sha256("\n".join(sorted(kept)).encode()).hexdigest()[:8]
     name = ",".join(_readable(text) for text in kept) or "job"
     return f"{name[-NAME_LENGTH:].lstrip(',.')}-{digest}"  # what is swept mostly stands last
+
+
+def swept(folder: Path) -> str:
+    """The overrides in which the job of a folder differs from the others of its sweep; empty where they are unknown."""
+    try:
+        jobs = {job["folder"]: list(job["overrides"]) for job in read_json(folder.parent / PLAN)["jobs"] or []}
+    except (OSError, ValueError, TypeError, KeyError):
+        return ""
+    own = jobs.get(folder.name, [])
+    return ",".join(
+        _readable(text) for text in own if not is_aside(text) and any(text not in job for job in jobs.values())
+    )
 
 
 def is_aside(override: str) -> bool:

@@ -92,6 +92,7 @@ class StackedDIP(pl.LightningModule):
         self.register_buffer("given", images.detach().to(z.dtype).clone(), persistent=False)
         self.register_buffer("tolerance", tolerance_of(self.given, options=options), persistent=False)
         self.step = 0
+        self._own_data = False
         self.trace: StackTrace | None = None
         self._engine: Engine | None = None
         self._jitter: Jitter | JitterFeed | None = None
@@ -146,6 +147,7 @@ class StackedDIP(pl.LightningModule):
 
     def train_dataloader(self) -> Sequence[int]:
         """One item per step; their values are not used, since the images are the module's own."""
+        self._own_data = True
         return range(self._epoch_length())
 
     def setup(self, stage: str) -> None:
@@ -155,7 +157,9 @@ class StackedDIP(pl.LightningModule):
             self._check_fresh()
 
     def on_fit_start(self) -> None:
-        """Start the jitter's random streams."""
+        """Tell the Trainer's loggers the settings, and start the jitter's random streams."""
+        for logger in self.loggers:
+            logger.log_hyperparams({**self.options.as_settings(), "steps_per_epoch": self.steps_per_epoch})
         if self.options.jitter > 0:
             draw: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
             # A CUDA graph's step is over before one thread has drawn its noise; other engines gain nothing by threads.
@@ -164,8 +168,12 @@ class StackedDIP(pl.LightningModule):
             self._jitter = JitterFeed(shape, **draw, device=self.device) if graph else Jitter(shape, **draw)
 
     def on_train_start(self) -> None:
-        """Refuse a resumed checkpoint, which Lightning restores after ``on_fit_start``."""
+        """Refuse other data, and a resumed checkpoint, which Lightning restores after ``on_fit_start``."""
         self._check_fresh()
+        if not self._own_data and type(self).train_dataloader is StackedDIP.train_dataloader:
+            raise ValueError(
+                "fit() of the Trainer must get no data: a StackedDIP fits the images that it was made with"
+            )
 
     def on_fit_end(self) -> None:
         """Stop the threads that draw jitter ahead; the networks may have left the GPU, and with it its kernels."""

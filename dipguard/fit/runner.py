@@ -37,9 +37,12 @@ from dipguard.precision import exact_products
 
 OWNED = (
     "max_steps", "max_epochs", "accelerator", "devices", "num_nodes", "strategy", "plugins", "callbacks", "logger",
-    "num_sanity_val_steps", "inference_mode", "fast_dev_run",
+    "num_sanity_val_steps", "inference_mode", "fast_dev_run", "barebones", "sync_batchnorm", "overfit_batches",
+    "limit_train_batches", "limit_val_batches", "limit_test_batches", "limit_predict_batches", "val_check_interval",
+    "check_val_every_n_epoch",
 )  # fmt: skip
-"""Arguments of ``pl.Trainer`` that :func:`make_trainer` sets itself; ``fast_dev_run`` would end a fit after a step."""
+"""Arguments of ``pl.Trainer`` that :func:`make_trainer` sets itself, or that would end fits early or change nothing."""
+_log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt's numbers for them
 KEEP = 2**31 - 1
 # What the C library's own adaptation arrives at, at most, in a program that handles large blocks.
@@ -106,6 +109,8 @@ def run_fit(
             made.fit(module)
             if not module.step:
                 raise RuntimeError("the fit ended before its first step, by a callback or by `max_time` of the Trainer")
+            if module.step < T and any(isinstance(callback, (EarlyStopping, Timer)) for callback in made.callbacks):  # type: ignore[attr-defined]
+                _log.info("a fit of %d images ended after %d of %d steps", len(images), module.step, T)
         finally:
             # Lightning's reference cycles, and the methods of the module that it sets on callbacks, would keep the fit.
             for callback in every:
@@ -338,11 +343,18 @@ def interrupts() -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence a Trainer's start-up messages: one set of them for each stack would bury the progress bar."""
+    """Silence a Trainer's start-up messages: one set of them for each stack would bury the progress bar.
+
+    What profilers and callbacks say was asked for.
+    """
     with warnings.catch_warnings(), ExitStack() as put_back:
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning")
         for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
             logger = logging.getLogger(name)
             put_back.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
+            for part in ("profilers", "callbacks"):
+                asked = logging.getLogger(f"{name}.{part}")
+                put_back.callback(asked.setLevel, asked.level)
+                asked.setLevel(logging.INFO)
         yield

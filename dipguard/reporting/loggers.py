@@ -25,7 +25,7 @@ from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.matrix import Matrix, Row
 from dipguard.evaluation.results import result_row
-from dipguard.evaluation.sweep_job import settings_of
+from dipguard.evaluation.sweep_job import settings_of, swept
 from dipguard.files import write_text
 from dipguard.reporting.report import draw_cell
 from dipguard.reporting.results import flatten
@@ -276,7 +276,8 @@ def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None)
             with log._as_copy():
                 log.run.finish(exit_code=int(status == "failed"))
             if (kept := Path(log.run.dir).parent).name.startswith("offline-run"):
-                _log.info("W&B run kept offline; to upload it: wandb sync %s", kept)
+                # All records of the run: one that was resumed has several.
+                _log.info("W&B run kept offline; to upload it: wandb sync %s", kept.parent / "offline-run-*")
 
 
 def flat_settings(config: RunConfig) -> dict[str, Any]:
@@ -305,9 +306,9 @@ def code_state() -> str | None:
 
 
 def run_name(config: RunConfig, folder: Path, *, group: str | None) -> str:
-    """A readable name: a sweep's job by its overrides, other runs by data, victim, attacks and defences."""
+    """A readable name: a sweep's job by what it differs in, other runs by data, victim, attacks and defences."""
     if group is not None:
-        return re.sub(r"-[0-9a-f]{8}$", "", folder.name)
+        return swept(folder) or re.sub(r"-[0-9a-f]{8}$", "", folder.name)
     many = [("attacks", list(config.attacks)), ("defences", list(config.defenses))]
     what = [labels[0] if len(labels) == 1 else f"{len(labels)} {kind}" for kind, labels in many]
     between = "-" if all(len(labels) == 1 for _, labels in many) else " x "
@@ -352,7 +353,10 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     before, _, settings_before = first.partition(" ")
     now = digest_of([settings_of(config), numerics()])  # other settings or versions are another run
     run_id = own.run_id or (before if settings_before == now else "") or secrets.token_hex(4)
-    logger = WandbLogger(version=run_id, mode=wandb_mode(asked["offline"]), **options)
+    mode = wandb_mode(asked["offline"])
+    if mode == "offline" and not asked["offline"] and own.mode == "online":
+        _log.info("no key for W&B was found (wandb login), so this run is kept offline")
+    logger = WandbLogger(version=run_id, mode=mode, **options)
     try:
         _ = logger.experiment  # starts the run
     except Exception as error:  # W&B's errors have no common base

@@ -27,6 +27,7 @@ from dipguard.reporting.results import images_text, interval_text
 from dipguard.reporting.sweep_jobs import STATES, Sweep, is_numeric, read_sweep, text_of
 from dipguard.reporting.tables import markdown
 
+OFFLINE = "*/logs/wandb/offline-run-*"
 MEAN = "mean"
 """Stands for the mean over the attacks, the paper's averaged accuracy; worst case and checks are no part of it."""
 SEED = "seed"
@@ -77,6 +78,8 @@ def summary(folder: str | Path) -> str:
             setting = sweep.setting(best["job"], grid.parameters)
             of = f"mean accuracy of defence {grid.defense}: {best['value']:.1%}"
             lines.append(f"best {of} at {setting}" if setting else of)
+    if any(Path(folder).glob(OFFLINE)):
+        lines.append(f"W&B runs kept offline; to upload them: wandb sync {Path(folder) / OFFLINE}")
     return "\n".join([*lines, f"report: {Path(folder) / 'report.md'}"])
 
 

@@ -87,7 +87,7 @@ def test_arguments_of_the_trainer_reach_it(small_images, small_victim):
 
 
 def test_each_setting_of_the_trainer_is_one_of_the_defence(small_victim):
-    several = {"max_time": timedelta(seconds=60), "barebones": False, "profiler": None, "min_epochs": 1}
+    several = {"max_time": timedelta(seconds=60), "detect_anomaly": False, "profiler": None, "min_epochs": 1}
     for name, changed in [("max_time", timedelta(seconds=1)), ("max_time", {"seconds": 60}), ("min_epochs", 2)]:
         made = [DIPGuard(small_victim, trainer=given, **QUICK) for given in (several, {**several, name: changed})]
         assert json.dumps(made[0].settings) != json.dumps(made[1].settings)

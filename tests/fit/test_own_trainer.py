@@ -1,12 +1,14 @@
 """The module and its callbacks in anybody's own Trainer: what Lightning offers works, what cannot work is refused."""
 
 import csv
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.profilers import SimpleProfiler
@@ -24,6 +26,7 @@ from dipguard.fit import (
     StitchOptions,
     fit_stack,
     make_trainer,
+    run_fit,
 )
 from tests.docs_blocks import run_python
 from tests.fit.conftest import At, Watch, stop, trainer
@@ -303,11 +306,45 @@ def test_a_fit_that_ends_before_the_first_sample_is_an_error(images: Tensor, vic
     assert callbacks[-1].traces[0].steps.tolist() == [0]
 
 
+def test_other_data_than_its_own_images_is_refused(images: Tensor) -> None:
+    module = StackedDIP(images[:1], options=SMALL)
+    with pytest.raises(ValueError, match="must get no data: a StackedDIP fits the images that it was made with"):
+        trainer(3).fit(module, [images[1:2]])
+    trainer(3).fit(StackedDIP(images[:1], options=SMALL))
+
+
+def test_what_was_fitted_is_in_the_loggers_settings(images: Tensor, tmp_path: Path) -> None:
+    module = StackedDIP(images[:1], options=SMALL, steps_per_epoch=2)
+    trainer(3, logger=CSVLogger(tmp_path, name="", version="")).fit(module)
+    saved = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
+    assert saved == {**SMALL.as_settings(), "steps_per_epoch": 2}
+
+
+def test_what_was_asked_for_is_said(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
+    heard: list[str] = []
+    handler = logging.StreamHandler()
+    handler.emit = lambda record: heard.append(record.getMessage())
+    logging.getLogger("pytorch_lightning").addHandler(handler)
+    stop = EarlyStopping("fit/mse", patience=1, min_delta=1.0, check_on_train_epoch_end=True, verbose=True)
+    try:
+        with caplog.at_level(logging.INFO, logger="dipguard"):
+            run_fit(
+                images[:1], T=300, indices=[0], fit=SMALL, device=CPU, callbacks=[stop], trainer={"profiler": "simple"}
+            )
+    finally:
+        logging.getLogger("pytorch_lightning").removeHandler(handler)
+    assert any("Profiler Report" in text for text in heard)
+    assert any("Metric fit/mse improved" in text for text in heard)
+    assert not any("GPU available" in text for text in heard)
+    assert "a fit of 1 images ended after 100 of 300 steps" in caplog.text
+
+
 def test_further_arguments_of_our_own_trainer(images: Tensor, tmp_path: Path) -> None:
     made = make_trainer(7, device=CPU, trainer={"precision": "64-true", "profiler": "simple"})
     assert (made.max_steps, made.precision, type(made.profiler)) == (7, "64-true", SimpleProfiler)
     assert make_trainer(7, device=CPU, callbacks=[ModelCheckpoint(tmp_path)]).checkpoint_callbacks
-    for name, value in {"max_steps": 3, "devices": 2, "accelerator": "gpu", "logger": True, "strategy": "ddp"}.items():
+    owned = {"max_steps": 3, "devices": 2, "accelerator": "gpu", "logger": True, "strategy": "ddp", "barebones": True}
+    for name, value in {**owned, "limit_train_batches": 5, "val_check_interval": 2}.items():
         with pytest.raises(ValueError, match=f"`trainer` must leave `{name}` to the fit, got {name}={value!r}"):
             make_trainer(7, device=CPU, trainer={name: value})
     with pytest.raises(TypeError, match="bogus"):

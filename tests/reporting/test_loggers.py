@@ -7,6 +7,7 @@ import yaml
 
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.runner import run
+from dipguard.files import write_json
 from dipguard.reporting import loggers
 from dipguard.reporting.loggers import code_state, flat_settings, open_log, run_name, wandb_mode
 from dipguard.reporting.report import write_train_report
@@ -229,6 +230,15 @@ def test_names_say_what_a_run_is() -> None:
     assert run_name(typed_matrix(), folder, group=None) == "digits-digits_cnn-3 attacks x 6 defences"
     assert run_name(typed_matrix("defense=paper"), folder, group=None) == "digits-digits_cnn-3 attacks x paper"
     assert run_name(typed_config(), folder, group="sweep") == "tau=0.5,K=15"
+
+
+def test_a_job_of_a_sweep_is_named_by_what_it_differs_in(tmp_path: Path) -> None:
+    same = ["data.limit=2", "defense=paper", "logger=wandb"]
+    overrides = {"a-0123abcd": [*same, "defense.tau=0.5"], "b-0123abcd": [*same, "defense.tau=0.7", "seed=1"]}
+    jobs = [{"folder": name, "overrides": given} for name, given in overrides.items()]
+    write_json(tmp_path / "sweep.json", {"jobs": jobs})
+    names = [run_name(typed_config(), tmp_path / folder, group="sweep") for folder in (*overrides, "c-0123abcd")]
+    assert names == ["tau=0.5", "tau=0.7,seed=1", "c"]
 
 
 def test_settings_are_flat_and_have_no_dots() -> None:
