@@ -306,6 +306,9 @@ def _unknown(group: str, name: str, known: Iterable[str]) -> str:
         owners = ["logger=wandb"]
     if owners and not hint:
         hint = f" (it is an option of {', '.join(owners)})"
+    if not group and not hint:
+        places = [f"`{of}.{name}`" for of in GROUPS if any(name in node_of(of, one) for one in names_of(of))]
+        hint = f" (did you mean {' or '.join(places)}?)" if places else ""
     what = f"`{group}` takes" if group else "the settings are"
     return f"`{prefix}{name}` is unknown{hint}; {what}: {', '.join(known)}"
 

@@ -110,6 +110,7 @@ def test_settings_are_plain_values() -> None:
     ("override", "message"),
     [
         ("bogus=1", "`bogus` is unknown; the settings are: seed, data"),
+        ("tau=0.3", "`tau` is unknown (did you mean `defense.tau`?); the settings are: seed, data"),
         ("figurs=1", "`figurs` is unknown (did you mean 'figures'?)"),
         ("defense.tauu=0.3", "`defense.tauu` is unknown (did you mean 'defense.tau'?)"),
         ("defense.own_class_weight=1", "`defense.own_class_weight` is unknown (it is an option of mirror)"),
