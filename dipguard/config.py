@@ -202,7 +202,7 @@ def explain(error: BaseException | None) -> str | None:
     if name in ("attack", "defense") and not group:
         return f"no `{name}` is chosen: give {name}=NAME (where a sweep chooses, options need ++{name}.KEY=VALUE)"
     if group == "trainer" and name in _trainer_own():
-        return f"`{key}` is set by dipguard itself"
+        return f"`{key}` is left to dipguard"
     if group.startswith("callbacks"):
         return None  # a label of the user's, which only wants the + that Hydra speaks of
     if name in (options_of(TRAINER) if group == "trainer" else ATTACK_KEYS if group.startswith("attack") else ()):
@@ -226,7 +226,7 @@ def _checked(config: RunConfig) -> RunConfig:
         raise TypeError(f"`logger.tags` must be a list, got {logger['tags']!r}")
     for name in trainer:
         if name in own:
-            raise TypeError(f"`trainer.{name}` is set by dipguard itself, got {trainer[name]!r}")
+            raise TypeError(f"`trainer.{name}` is left to dipguard, got {trainer[name]!r}")
     _check_keys("trainer", trainer, [name for name in options_of(TRAINER) if name not in own])
     if not isinstance(config.store_T, list):
         raise TypeError(f"`store_T` must be a list of numbers, got {config.store_T!r}")

@@ -116,10 +116,8 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sw
         key = job_key(_config(cfg), sweep=folder.parent)
         if is_done(folder, key):
             kind = cfg.logger.kind
-            lacks = kind != "none" and not (folder / "logs" / kind).exists()
-            hint = (
-                f", without a log of the kind {kind}: remove its file DONE to make one from the store" if lacks else ""
-            )
+            lacks = kind != "none" and not any((folder / "logs").glob(f"{kind}*"))
+            hint = f", but has no {kind} log; delete its DONE file to write one from the store" if lacks else ""
             log.info("%s is done already%s", folder.name, hint)
             return
         for name in (DONE, FAILED):

@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,10 @@ class SweepProgress(Callback):
         try:
             if (given := config.hydra.output_subdir) != ".hydra":  # the report is made from it
                 raise ValueError(f"`hydra.output_subdir` must be .hydra in a sweep, got {given}")
-            direction = config.hydra.sweeper.get("direction")  # of Optuna, an enum
-            if (asked := getattr(direction, "name", direction)) not in (None, "maximize"):
-                raise ValueError(f"`hydra.sweeper.direction` must be maximize, as for accuracies, got {asked}")
+            if isinstance(config.hydra.sweeper.get("direction"), Enum):  # Optuna's own default, minimize
+                raise ValueError(
+                    "`hydra.sweeper.direction` must be given, mostly as maximize: `objective` is an accuracy"
+                )
             jobs = planned_jobs(config)
             check_jobs(config, jobs or [])
         except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning

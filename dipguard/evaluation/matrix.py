@@ -23,6 +23,7 @@ import hydra.utils
 import numpy as np
 import torch
 from pytorch_lightning import Callback
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 
@@ -43,17 +44,13 @@ Row: TypeAlias = Callable[[int, Mapping[str, float]], None]
 
 
 class Curves(Logger):
-    """The curves of a chunk's fits: a Lightning logger that keeps all ``rows``, and passes each one on.
+    """The curves of a chunk's fits: a Lightning logger that keeps all ``rows``, and passes each one on."""
 
-    Lightning's checkpoints go to ``checkpoints/`` in its ``folder``.
-    """
+    name = version = property(lambda self: None)
 
-    name = version = property(lambda self: "")
-    save_dir = property(lambda self: self.folder)
-
-    def __init__(self, row: Row | None = None, *, folder: Path | None = None) -> None:
+    def __init__(self, row: Row | None = None) -> None:
         super().__init__()
-        self.row, self.folder = row, None if folder is None else str(folder)
+        self.row = row
         self.rows: list[tuple[int, dict[str, float]]] = []
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
@@ -160,7 +157,7 @@ class Matrix:
         ``snapshot`` is the number of the budget. The callback ``progress`` comes before those of the config. ``row`` is
         given the curves of the fits, also if they were made earlier.
         """
-        key, curves = cell.sub_key("chunk", snapshot, part.start, part.stop), Curves(row, folder=self.folder)
+        key, curves = cell.sub_key("chunk", snapshot, part.start, part.stop), Curves(row)
 
         def make() -> Entry:
             self._refuse_in_a_rebuild(cell)
@@ -250,6 +247,10 @@ class Matrix:
         """Purify some images of a cell under a draw of the defence; 0 is the evaluation's own."""
         callbacks = [] if progress is None else [progress]
         callbacks += [hydra.utils.instantiate(node) for node in self.config.callbacks.values()]
+        for callback in callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.dirpath is None:
+                number = f"{draw}-{snapshot}-{part.start}"
+                callback.dirpath = str(self.folder.joinpath("checkpoints", *cell.place, number))
         images = torch.from_numpy(self.attack_entry(cell).arrays["images"][snapshot][part]).to(self.device)
         defense, indices = cell.defense, cell.clean.indices[part]
         if draw > 0:  # without a store: these fits are used once

@@ -56,10 +56,9 @@ def swept(folder: Path) -> str:
         jobs = {job["folder"]: list(job["overrides"]) for job in read_json(folder.parent / PLAN)["jobs"] or []}
     except (OSError, ValueError, TypeError, KeyError):
         return ""
-    own = jobs.get(folder.name, [])
-    return ",".join(
-        _readable(text) for text in own if not is_aside(text) and any(text not in job for job in jobs.values())
-    )
+    own = [text for text in jobs.get(folder.name, []) if not is_aside(text)]
+    differing = [text for text in own if any(text not in job for job in jobs.values())]
+    return ",".join(map(_readable, differing))[-NAME_LENGTH:].lstrip(",.")
 
 
 def is_aside(override: str) -> bool:

@@ -64,6 +64,8 @@ class StackedDIP(pl.LightningModule):
         indices: The indices of the images, B of them.
         step: Number of steps done.
         trace: The :class:`StackTrace` that the callbacks fill; None without a DecisionLogger.
+        tells_settings: Whether the Trainer's loggers are told the options of the fit, as ``fit/lr`` and so on. A
+            defence makes many fits for one log, and does not.
     """
 
     given: Tensor
@@ -92,7 +94,7 @@ class StackedDIP(pl.LightningModule):
         self.register_buffer("given", images.detach().to(z.dtype).clone(), persistent=False)
         self.register_buffer("tolerance", tolerance_of(self.given, options=options), persistent=False)
         self.step = 0
-        self._own_data = False
+        self.tells_settings, self._own_data = True, False
         self.trace: StackTrace | None = None
         self._engine: Engine | None = None
         self._jitter: Jitter | JitterFeed | None = None
@@ -158,8 +160,9 @@ class StackedDIP(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Tell the Trainer's loggers the settings, and start the jitter's random streams."""
-        for logger in self.loggers:
-            logger.log_hyperparams({**self.options.as_settings(), "steps_per_epoch": self.steps_per_epoch})
+        settings = {**self.options.as_settings(), "steps_per_epoch": self.steps_per_epoch}
+        for logger in self.loggers if self.tells_settings else ():
+            logger.log_hyperparams({f"fit/{name}": value for name, value in settings.items()})
         if self.options.jitter > 0:
             draw: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
             # A CUDA graph's step is over before one thread has drawn its noise; other engines gain nothing by threads.
@@ -171,9 +174,7 @@ class StackedDIP(pl.LightningModule):
         """Refuse other data, and a resumed checkpoint, which Lightning restores after ``on_fit_start``."""
         self._check_fresh()
         if not self._own_data and type(self).train_dataloader is StackedDIP.train_dataloader:
-            raise ValueError(
-                "fit() of the Trainer must get no data: a StackedDIP fits the images that it was made with"
-            )
+            raise ValueError("Trainer.fit() must be given no data: a StackedDIP fits the images that it was made with")
 
     def on_fit_end(self) -> None:
         """Stop the threads that draw jitter ahead; the networks may have left the GPU, and with it its kernels."""

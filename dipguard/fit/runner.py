@@ -104,13 +104,14 @@ def run_fit(
     with isolated_trainer(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
+        module.tells_settings = False
         made = make_trainer(T, device=device, callbacks=every, logger=logger, trainer=trainer)
         try:
             made.fit(module)
             if not module.step:
                 raise RuntimeError("the fit ended before its first step, by a callback or by `max_time` of the Trainer")
             if module.step < T and any(isinstance(callback, (EarlyStopping, Timer)) for callback in made.callbacks):  # type: ignore[attr-defined]
-                _log.info("a fit of %d images ended after %d of %d steps", len(images), module.step, T)
+                _log.info("a fit of %d image(s) ended after %d of %d steps", len(images), module.step, T)
         finally:
             # Lightning's reference cycles, and the methods of the module that it sets on callbacks, would keep the fit.
             for callback in every:
@@ -345,16 +346,16 @@ def interrupts() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silence a Trainer's start-up messages: one set of them for each stack would bury the progress bar.
 
-    What profilers and callbacks say was asked for.
+    What profilers say was asked for, and what most callbacks say.
     """
     with warnings.catch_warnings(), ExitStack() as put_back:
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning")
         for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric"):
             logger = logging.getLogger(name)
-            put_back.callback(logger.setLevel, logger.level)
-            logger.setLevel(logging.ERROR)
             for part in ("profilers", "callbacks"):
                 asked = logging.getLogger(f"{name}.{part}")
                 put_back.callback(asked.setLevel, asked.level)
-                asked.setLevel(logging.INFO)
+                asked.setLevel(asked.getEffectiveLevel())
+            put_back.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         yield

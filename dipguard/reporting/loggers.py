@@ -275,7 +275,8 @@ def open_log(matrix: Matrix, *, job_type: str = "fit", group: str | None = None)
         if log.run is not None:
             with log._as_copy():
                 log.run.finish(exit_code=int(status == "failed"))
-            if (kept := Path(log.run.dir).parent).name.startswith("offline-run"):
+            kept = Path(log.run.dir).parent
+            if group is None and kept.name.startswith("offline-run"):  # a sweep's summary has one line for all
                 # All records of the run: one that was resumed has several.
                 _log.info("W&B run kept offline; to upload it: wandb sync %s", kept.parent / "offline-run-*")
 
@@ -354,8 +355,8 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     now = digest_of([settings_of(config), numerics()])  # other settings or versions are another run
     run_id = own.run_id or (before if settings_before == now else "") or secrets.token_hex(4)
     mode = wandb_mode(asked["offline"])
-    if mode == "offline" and not asked["offline"] and own.mode == "online":
-        _log.info("no key for W&B was found (wandb login), so this run is kept offline")
+    if group is None and mode == "offline" and not asked["offline"] and own.mode == "online":
+        _log.info("no W&B API key was found (run `wandb login`), so this run is kept offline")
     logger = WandbLogger(version=run_id, mode=mode, **options)
     try:
         _ = logger.experiment  # starts the run

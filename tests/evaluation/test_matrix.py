@@ -456,11 +456,12 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
     more = (
         "+callbacks.timer._target_=pytorch_lightning.callbacks.Timer",
         "+trainer.profiler=simple",
+        "+callbacks.kept._target_=pytorch_lightning.callbacks.ModelCheckpoint",
         f"store={tmp_path / 'shared'}",
         "data.limit=2",
     )
     matrix = prepare(typed_matrix(*few("paper", "jpeg"), *more), tmp_path / "run")
-    plain = prepare(typed_matrix(*few("paper", "jpeg"), *more[2:]), tmp_path / "run")
+    plain = prepare(typed_matrix(*few("paper", "jpeg"), *more[3:]), tmp_path / "run")
     assert matrix.targets["paper"].defense.trainer == {"profiler": "simple"}
     # Callbacks may change a fit: it is neither taken from a shared store nor stored there.
     assert (matrix.targets["paper"].defense.store, plain.targets["paper"].defense.store) == (None, plain.store)
@@ -474,7 +475,8 @@ def test_callbacks_and_trainer_options_reach_the_fits(tmp_path: Path) -> None:
     defense = matrix.targets["paper"].defense
     object.__setattr__(defense, "defend", defend)
     assert run(matrix) == []
-    assert seen == [["FitProgress", "Timer"]]
+    assert seen == [["FitProgress", "Timer", "ModelCheckpoint"]]
+    assert len(list((tmp_path / "run" / "checkpoints" / "pgd_8" / "paper" / "0-0-0").glob("*.ckpt"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -308,7 +308,7 @@ def test_a_fit_that_ends_before_the_first_sample_is_an_error(images: Tensor, vic
 
 def test_other_data_than_its_own_images_is_refused(images: Tensor) -> None:
     module = StackedDIP(images[:1], options=SMALL)
-    with pytest.raises(ValueError, match="must get no data: a StackedDIP fits the images that it was made with"):
+    with pytest.raises(ValueError, match="must be given no data: a StackedDIP fits the images that it was made with"):
         trainer(3).fit(module, [images[1:2]])
     trainer(3).fit(StackedDIP(images[:1], options=SMALL))
 
@@ -317,7 +317,7 @@ def test_what_was_fitted_is_in_the_loggers_settings(images: Tensor, tmp_path: Pa
     module = StackedDIP(images[:1], options=SMALL, steps_per_epoch=2)
     trainer(3, logger=CSVLogger(tmp_path, name="", version="")).fit(module)
     saved = yaml.safe_load((tmp_path / "hparams.yaml").read_text())
-    assert saved == {**SMALL.as_settings(), "steps_per_epoch": 2}
+    assert saved == {"fit/steps_per_epoch": 2, **{f"fit/{name}": value for name, value in SMALL.as_settings().items()}}
 
 
 def test_what_was_asked_for_is_said(images: Tensor, caplog: pytest.LogCaptureFixture) -> None:
@@ -336,7 +336,7 @@ def test_what_was_asked_for_is_said(images: Tensor, caplog: pytest.LogCaptureFix
     assert any("Profiler Report" in text for text in heard)
     assert any("Metric fit/mse improved" in text for text in heard)
     assert not any("GPU available" in text for text in heard)
-    assert "a fit of 1 images ended after 100 of 300 steps" in caplog.text
+    assert "a fit of 1 image(s) ended after 100 of 300 steps" in caplog.text
 
 
 def test_further_arguments_of_our_own_trainer(images: Tensor, tmp_path: Path) -> None:
