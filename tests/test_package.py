@@ -225,7 +225,7 @@ def test_readme_commands_compose(program: str):
 
     config.register()
     shown = [block for name in ("README.md", "docs/programs.md") for block in blocks(ROOT / name)]
-    lines = [line for block in shown if block.language == "sh" for line in block.code.splitlines()]
+    lines = [line for block in shown if block.language == "sh" for line in block.code.replace("\\\n", " ").splitlines()]
     commands = [shlex.split(line.split(f"{program}.py")[1], comments=True) for line in lines if f"{program}.py" in line]
     assert len(commands) >= 4
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
