@@ -24,8 +24,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from dipguard.config import check_overrides, from_hydra
-from dipguard.evaluation.sweep_job import DONE, FAILED, PLAN, digest_of, job_folder, without_aside
-from dipguard.files import read_json, write_json
+from dipguard.evaluation.sweep_job import DONE, FAILED, PLAN, digest_of, job_folder, plan_of, without_aside
+from dipguard.files import write_json
 
 _log = logging.getLogger("dipguard")
 
@@ -65,7 +65,7 @@ class SweepProgress(Callback):
             check_jobs(config, jobs or [])
         except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
             raise SystemExit(f"{error}\nNo job was started.") from None
-        before = _plan(folder).get("base")
+        before = plan_of(folder).get("base")
         base = before if config.get("rebuild") else _base(config)  # a rebuild runs no job
         if before not in (None, base):
             for job in jobs or []:  # what is done may have been done with other settings
@@ -152,14 +152,6 @@ def _folder(config: DictConfig) -> Path:
     return Path(config.hydra.runtime.cwd) / config.hydra.sweep.dir
 
 
-def _plan(folder: Path) -> dict[str, Any]:
-    """What sweep.json holds; empty if there is none, or it is damaged."""
-    try:
-        return dict(read_json(folder / PLAN))
-    except (FileNotFoundError, ValueError, TypeError):
-        return {}
-
-
 def _base(config: DictConfig) -> str:
     """A digest of the sweep's YAML: of the settings without other overrides, which the jobs' folders are named by."""
     given: Any = OmegaConf.to_container(config.hydra.overrides.task)  # with ${...} as it was given
@@ -171,7 +163,7 @@ def _base(config: DictConfig) -> str:
 
 def progress_line(folder: Path) -> str:
     """How many jobs are done and failed, and the time left."""
-    plan = _plan(folder)
+    plan = plan_of(folder)
     names = [job["folder"] for job in plan.get("jobs") or []]
     if not names:
         return f"{len(list(folder.glob(f'*/{DONE}')))} jobs done"

@@ -50,12 +50,17 @@ def job_folder(overrides: Sequence[str]) -> str:
     return f"{name[-NAME_LENGTH:].lstrip(',.')}-{digest}"  # what is swept mostly stands last
 
 
+def plan_of(folder: Path) -> dict[str, Any]:
+    """What a sweep's sweep.json holds; empty if there is none, or it is damaged."""
+    try:
+        return dict(read_json(folder / PLAN))
+    except (FileNotFoundError, ValueError, TypeError):
+        return {}
+
+
 def swept(folder: Path) -> str:
     """The overrides in which the job of a folder differs from the others of its sweep; empty where they are unknown."""
-    try:
-        jobs = {job["folder"]: list(job["overrides"]) for job in read_json(folder.parent / PLAN)["jobs"] or []}
-    except (OSError, ValueError, TypeError, KeyError):
-        return ""
+    jobs = {job["folder"]: list(job["overrides"]) for job in plan_of(folder.parent).get("jobs") or []}
     own = [text for text in jobs.get(folder.name, []) if not is_aside(text)]
     differing = [text for text in own if any(text not in job for job in jobs.values())]
     return ",".join(map(_readable, differing))[-NAME_LENGTH:].lstrip(",.")
