@@ -165,10 +165,14 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
 def check_overrides(cfg: DictConfig, overrides: Iterable[str]) -> None:
     """ValueError for overrides of ``attacks`` or ``defenses`` where ``attack`` or ``defense`` takes their place.
 
-    And for one of ``eps_255`` or ``judge`` where no attack is part of a suite.
+    And for one of ``eps_255`` or ``judge`` where no attack is part of a suite, and for several choices of one group.
     """
     from omegaconf import OmegaConf
 
+    overrides = list(overrides)
+    for text in overrides:  # of several choices Hydra lays the last over the others
+        if re.match(r"\+*(data|victim|surrogate|baseline|attack|defense|logger)(@[\w.]+)?=\[", text):
+            raise ValueError(f"'{text}' must name one choice; evaluate.py takes more as +defense@defenses.LABEL=NAME")
     keys = [re.sub(r"^[+~]*([^=]+).*", r"\1", text, flags=re.DOTALL) for text in overrides]
     of_suite = [key for key in keys if key in ("eps_255", "judge")]
     if of_suite and not re.search(r"\$\{eps_255\}|^ +number: ", OmegaConf.to_yaml(cfg), re.MULTILINE):
@@ -187,6 +191,9 @@ def name_of(node: Mapping[str, Any]) -> str:
 
 def explain(error: BaseException | None) -> str | None:
     """What was probably meant, for an error of Hydra about a key or an option that does not exist; None if unknown."""
+    if twice := re.match(r"Multiple values for (\S+?)\.(?: |$)", str(error)):
+        group, several, _ = twice[1].partition("/options")  # that each choice is based on
+        return f"`{group}` takes one choice" if several else f"`{group}` has one already: give {group}=NAME, without +"
     options, config = getattr(error, "options", None), str(getattr(error, "missing_cfg_file", ""))
     if options:
         group, _, name = config.rpartition("/")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,29 +31,35 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
-_lock = threading.Lock()
-_inside = 0
-_state = ExitStack()
+class ProcessWide:
+    """Contexts that change the whole process: of several threads inside, the first enters them, the last leaves."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._state = threading.Lock(), 0, ExitStack()
+
+    @contextmanager
+    def inside(self, *make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+        """Be inside; the contexts are made by ``make``, and entered in its order."""
+        with self._lock:
+            if self._inside == 0:
+                for one in make:
+                    self._state.enter_context(one())
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if self._inside == 0:
+                    self._state.close()
 
 
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Multiply float32 exactly in the whole process, and let cuDNN add in a fixed order.
+_exact = ProcessWide()
 
-    Of several threads that are inside, the first one sets torch's switches and the last one restores them.
-    """
-    global _inside
-    with _lock:
-        if _inside == 0:
-            _state.enter_context(_switches("ieee"))
-        _inside += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _inside -= 1
-            if _inside == 0:
-                _state.close()
+
+def exact_products() -> AbstractContextManager[None]:
+    """Multiply float32 exactly in the whole process, and let cuDNN add in a fixed order."""
+    return _exact.inside(partial(_switches, "ieee"))
 
 
 @contextmanager
@@ -64,26 +71,30 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _switches(kind: str) -> Iterator[None]:
-    """Float32 products in ``tf32`` or exact (``ieee``), and sums of cuDNN in a fixed order."""
-    # Torch has an old and a new set of switches for one state, and reading an old one raises an error where the new
-    # ones hold a state that the old cannot express. So the old ones are set too, if they can be read at the start.
-    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    new: list[Any] = [matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined, unused-ignore]
+    """Float32 products in ``tf32`` or exact (``ieee``), on a CPU exact, and sums of cuDNN in a fixed order."""
+    # Torch has an old and a new set of switches for one state, and reading an old one, as Lightning does, raises an
+    # error where the new ones hold a state that the old cannot express. So the old ones are set too, if they can be
+    # read at the start.
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
+    on_gpu: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined, unused-ignore]
+    new: list[Any] = [*on_gpu, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]  # type: ignore[attr-defined, unused-ignore]
     before, order = [switch.fp32_precision for switch in new], (cudnn.deterministic, cudnn.benchmark)
     try:
-        old = matmul.allow_tf32, cudnn.allow_tf32
+        old = torch.get_float32_matmul_precision(), cudnn.allow_tf32
     except RuntimeError:
         old = None
     try:
         if old is not None:
-            matmul.allow_tf32 = cudnn.allow_tf32 = kind == "tf32"
+            torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+            cudnn.allow_tf32 = kind == "tf32"
         for switch in new:
-            switch.fp32_precision = kind
+            switch.fp32_precision = kind if switch in on_gpu else "ieee"
         cudnn.deterministic, cudnn.benchmark = True, False
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = order
         if old is not None:
-            matmul.allow_tf32, cudnn.allow_tf32 = old
+            torch.set_float32_matmul_precision(old[0])
+            cudnn.allow_tf32 = old[1]
         for switch, value in zip(new, before, strict=True):
             switch.fp32_precision = value

@@ -151,12 +151,14 @@ def test_unknown_key_of_a_matrix_is_named_as_on_the_command_line(label: str) -> 
         ("attack.epss=3", "`attack.epss` is unknown (did you mean 'attack.eps_255'?)"),
         ("data.folder=x", "`data.folder` is unknown"),
         ("zzz=3", "`zzz` is unknown; the settings are: data, victim, seed"),
+        ("+experiment=figure4", "`experiment` has one already: give experiment=NAME, without +"),
+        ("defense=[paper,mirror]", "`defense` takes one choice"),
         ("hydra/sweeper=ax", "`hydra/sweeper=ax` may come with an extra: pip install 'dipguard[sweep]'"),
     ],
 )
 def test_hydras_own_refusal_is_explained(override: str, hint: str) -> None:
     with pytest.raises(HydraException) as caught:
-        compose_config("defense=paper", override)
+        (compose_matrix if "experiment" in override else compose_config)("defense=paper", override)
     assert str(explain(caught.value)).startswith(hint)
 
 
@@ -229,6 +231,12 @@ def test_an_override_without_effect_is_refused(override: str, key: str) -> None:
     check_overrides(one, ["~defenses", "attacks.pgd_8.steps=3", "defense.quality=20", "+experiment=mine_defenses.yaml"])
     with pytest.raises(ValueError, match=f"'{key}' changes nothing beside defense=NAME"):
         check_overrides(one, ["defense=jpeg", override])
+
+
+@pytest.mark.parametrize("override", ["logger=[csv,wandb]", "attack=[pgd]"])
+def test_several_choices_of_a_group_are_refused(override: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"'{override}' must name one choice")):
+        check_overrides(compose_matrix(override), [override])
 
 
 def test_the_eps_of_a_suite_is_refused_without_one() -> None:

@@ -8,16 +8,19 @@ import torch
 from dipguard.precision import exact_products, precision
 
 CPU = torch.device("cpu")
-matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+matmul, cudnn, mkldnn = torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.mkldnn
+SWITCHES = (matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn)
 
 
 def switches() -> tuple[str, ...]:
-    return matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision
+    return tuple(switch.fp32_precision for switch in SWITCHES)
 
 
 def set_switches(how: str) -> None:
     if how == "new":
         matmul.fp32_precision, cudnn.conv.fp32_precision = "tf32", "ieee"
+    elif how in ("high", "medium"):  # what Lightning recommends for GPUs
+        torch.set_float32_matmul_precision(how)
     elif how != "as installed":
         matmul.allow_tf32 = cudnn.allow_tf32 = how == "all tf32"
 
@@ -26,19 +29,20 @@ def set_switches(how: str) -> None:
 def restored() -> None:
     before, old = switches(), (matmul.allow_tf32, cudnn.allow_tf32)
     yield
+    torch.set_float32_matmul_precision("highest")
     matmul.allow_tf32, cudnn.allow_tf32, cudnn.benchmark = *old, False
-    for switch, value in zip((matmul, cudnn.conv, cudnn.rnn), before, strict=True):
+    for switch, value in zip(SWITCHES, before, strict=True):
         switch.fp32_precision = value
 
 
-@pytest.mark.parametrize("start", ["as installed", "all tf32", "all exact", "new"])
+@pytest.mark.parametrize("start", ["as installed", "all tf32", "all exact", "high", "medium", "new"])
 @pytest.mark.parametrize(("name", "products"), [("float32", "ieee"), ("tf32", "tf32"), ("bfloat16", "ieee")])
 def test_switches_are_set_and_put_back(start: str, name: str, products: str) -> None:
     set_switches(start)
     cudnn.benchmark = True
     before = switches()
     with precision(name, CPU):
-        assert switches() == (products,) * 3
+        assert switches() == (products,) * 3 + ("ieee",) * 3
         assert (cudnn.deterministic, cudnn.benchmark) == (True, False)
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == (torch.bfloat16 if name == "bfloat16" else torch.float32)
     assert switches() == before
@@ -49,14 +53,15 @@ def test_switches_are_set_and_put_back(start: str, name: str, products: str) -> 
     assert not torch.is_autocast_enabled("cpu")
 
 
-@pytest.mark.parametrize("start", ["as installed", "all tf32", "all exact"])
+@pytest.mark.parametrize("start", ["as installed", "all tf32", "all exact", "high", "medium"])
 @pytest.mark.parametrize("name", ["float32", "tf32"])
 def test_torch_s_old_switches_stay_readable(start: str, name: str) -> None:
     set_switches(start)
-    before = matmul.allow_tf32, cudnn.allow_tf32
+    before = matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()
     with precision(name, CPU):
         assert (matmul.allow_tf32, cudnn.allow_tf32) == (name == "tf32",) * 2
-    assert (matmul.allow_tf32, cudnn.allow_tf32) == before
+        assert torch.get_float32_matmul_precision() == ("high" if name == "tf32" else "highest")
+    assert (matmul.allow_tf32, cudnn.allow_tf32, torch.get_float32_matmul_precision()) == before
 
 
 def test_the_last_of_several_threads_puts_the_switches_back() -> None:
@@ -78,7 +83,7 @@ def test_the_last_of_several_threads_puts_the_switches_back() -> None:
     seen.append(switches())
     meet.wait()
     thread.join()
-    assert seen == [("ieee",) * 3, before]
+    assert seen == [("ieee",) * len(SWITCHES), before]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -198,7 +198,9 @@ class AutoAttack(LinfAttack):
         """Run torchattacks' AutoAttack on one batch."""
         least = AUTOATTACK_VERSIONS[self.version]
         num_classes = check_classes(self.victim, images, least=least, needed_by=self.version)
-        return self.make(self.view(self.victim), num_classes=num_classes)(images, labels)
+        attack = self.make(self.view(self.victim), num_classes=num_classes)
+        made: Tensor = attack(images.float(), labels)  # its FAB computes in float32 whatever it is given
+        return made.to(images)
 
 
 class DDN(Attack):

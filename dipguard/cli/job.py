@@ -100,7 +100,8 @@ def prepare(args: argparse.Namespace) -> Job:
         defense=defense,
         settings={
             "versions": numerics(),
-            "victim": {"name": args.victim, "digest": victim_digest(victim)},
+            "victim": {"name": args.victim, "digest": victim_digest(victim), "options": args.victim_option},
+            "device": device.type,
             "defense": defense.settings,
             "size": list(size),
             "resize": args.resize,

@@ -63,8 +63,8 @@ def _run_program(command: str, *arguments: str) -> int:
             print(*PROGRAMS)
             return 0
         os.environ["COMP_LINE"] = f"dipguard {rest}"
-    # Hydra refuses --multirun beside the flags that only show the config.
-    shows = any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i") for argument in arguments)
+    # Hydra refuses --multirun beside the flags that only show the config, or complete a command line.
+    shows = any(argument.split("=")[0] in ("--cfg", "-c", "--info", "-i", "-sc") for argument in arguments)
     flags = ["--multirun"] * (command == "sweep" and not shows)
     sys.path.insert(0, os.getcwd())  # a `_target_` may be in the current folder
     run("train" if command == "train" else "evaluate", [*flags, *arguments])
@@ -85,6 +85,9 @@ def make_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="check the installation, with a short self-test")
     doctor.add_argument("--no-self-test", action="store_true", help="leave out the fit")
     doctor.set_defaults(module="doctor")
+    collect = commands.add_parser("collect", help="write the report of a sweep, finished or not")
+    collect.add_argument("folder", metavar="FOLDER", nargs="+", help="a sweep's folder, such as outputs/sweeps/smoke")
+    collect.set_defaults(module="collect")
     listing = commands.add_parser("list", help="name the victims and the defences, with their options")
     listing.set_defaults(module="listing")
     for name, what in PROGRAMS.items():

@@ -114,11 +114,9 @@ def _sweep_job(program: Callable[..., Any], cfg: DictConfig, folder: Path, *, sw
         return
     try:
         key = job_key(_config(cfg), sweep=folder.parent)
-        if is_done(folder, key):
-            kind = cfg.logger.kind
-            lacks = kind != "none" and not any((folder / "logs").glob(f"{kind}*"))
-            hint = f", but has no {kind} log; delete its DONE file to write one from the store" if lacks else ""
-            log.info("%s is done already%s", folder.name, hint)
+        logged = cfg.logger.kind == "none" or any((folder / "logs").glob(f"{cfg.logger.kind}*"))
+        if is_done(folder, key) and logged:  # a log that was not asked for before is written from the store
+            log.info("%s is done already", folder.name)
             return
         for name in (DONE, FAILED):
             (folder / name).unlink(missing_ok=True)

@@ -27,7 +27,6 @@ from dipguard.reporting.canvas import Picture, class_name, draw_grid, save_figur
 from dipguard.reporting.escape import escape_csv
 from dipguard.reporting.trace_figure import draw_trace
 from dipguard.store.keys import digest_of
-from dipguard.victims import check_victim
 
 WINDOW = 256  # pictures in memory at once
 MOST_PRINTED = 40
@@ -181,9 +180,7 @@ def _purified(job: Job, givens: Sequence[_Given]) -> Iterator[tuple[Tensor, _Row
 
 def read_by_victim(victim: nn.Module, pixels: Tensor) -> list[tuple[int, float]]:
     """Return the victim's decisions on uint8 pictures [N, 3, H, W], each with its softmax confidence."""
-    parts = pixels.split(Decider(victim).batch(*pixels.shape[-2:]))
-    logits = torch.cat([check_victim(victim, part.float() / 255) for part in parts])
-    confidence, decision = logits.double().softmax(dim=1).max(dim=1)
+    confidence, decision = Decider(victim)(pixels.float() / 255).double().softmax(dim=1).max(dim=1)
     return list(zip(decision.tolist(), confidence.tolist(), strict=True))
 
 

@@ -10,6 +10,7 @@ import logging
 import re
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import timedelta
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from dipguard.cli import CommandError, locked
 from dipguard.config import check_overrides, from_hydra
 from dipguard.evaluation.sweep_job import DONE, FAILED, PLAN, digest_of, job_folder, plan_of, without_aside
 from dipguard.files import write_json
@@ -32,8 +34,8 @@ _log = logging.getLogger("dipguard")
 RESOLVER = "sweep_job"
 """``${sweep_job:${hydra.overrides.task}}`` is a job's folder."""
 
-_open: list[Path] = []
-"""Sweeps of this process that have no report yet."""
+_open: list[tuple[Path, ExitStack]] = []
+"""Sweeps of this process that have no report yet, with the locks of their folders."""
 
 
 def register_resolver() -> None:
@@ -53,7 +55,7 @@ class SweepProgress(Callback):
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Check the jobs and write their list."""
-        folder = _folder(config)
+        folder, lock = _folder(config), ExitStack()
         try:
             if (given := config.hydra.output_subdir) != ".hydra":  # the report is made from it
                 raise ValueError(f"`hydra.output_subdir` must be .hydra in a sweep, got {given}")
@@ -63,16 +65,24 @@ class SweepProgress(Callback):
                 )
             jobs = planned_jobs(config)
             check_jobs(config, jobs or [])
-        except (TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
+            lock.enter_context(locked(folder))
+        except (CommandError, TypeError, ValueError, HydraException) as error:  # of which Hydra would make a warning
             raise SystemExit(f"{error}\nNo job was started.") from None
-        before = plan_of(folder).get("base")
+        earlier = plan_of(folder)
+        before = earlier.get("base")
         base = before if config.get("rebuild") else _base(config)  # a rebuild runs no job
         if before not in (None, base):
             for job in jobs or []:  # what is done may have been done with other settings
                 (folder / job["folder"] / DONE).unlink(missing_ok=True)
+        left_out = {job["folder"] for job in earlier.get("jobs") or []} - {job["folder"] for job in jobs or []}
+        if jobs and left_out:
+            _log.info(
+                "sweep %s: %d jobs of the sweep that had this folder before are not in this one, whose report replaces "
+                "theirs; hydra.sweep.dir=FOLDER keeps sweeps apart", folder, len(left_out)
+            )  # fmt: skip
         name = config.hydra.runtime.choices.get("sweep")
         write_json(folder / PLAN, {"began": time.time(), "sweep": name, "base": base, "jobs": jobs})
-        _open.append(folder)
+        _open.append((folder, lock))
         if jobs:
             done = sum((folder / job["folder"] / DONE).is_file() for job in jobs)
             _log.info("sweep %s: %d jobs, %d of them done before", folder, len(jobs), done)
@@ -90,16 +100,17 @@ class SweepProgress(Callback):
 def report_open_sweeps() -> None:
     """Write the reports of this process's sweeps; Hydra does not call its callbacks after a failed job or Ctrl-C."""
     while _open:
-        folder = _open.pop()
-        if not any(folder.glob("*/.hydra")):  # Hydra refused it
-            continue
-        from dipguard.reporting.sweep_report import summary, write_sweep_report
+        folder, lock = _open.pop()
+        with lock:
+            if not any(folder.glob("*/.hydra")):  # Hydra refused it
+                continue
+            from dipguard.reporting.sweep_report import summary, write_sweep_report
 
-        try:
-            write_sweep_report(folder)
-            _log.info("%s", summary(folder))
-        except (OSError, ValueError) as error:  # it must not hide the error that ended the sweep
-            _log.warning("sweep %s could not be reported: %s", folder, error)
+            try:
+                write_sweep_report(folder)
+                _log.info("%s", summary(folder))
+            except (OSError, ValueError) as error:  # it must not hide the error that ended the sweep
+                _log.warning("sweep %s could not be reported: %s", folder, error)
 
 
 def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:

@@ -161,7 +161,8 @@ def _read_all(files: Sequence[Path], size: int | None) -> Tensor:
 def open_rgb(file: Path) -> Image.Image:
     """Read an image file with Pillow as 8-bit RGB, turned upright by its EXIF orientation.
 
-    Transparent parts become `BACKGROUND`, with a warning; ValueError if it cannot be read or has over 8 bits a channel.
+    Transparent parts become `BACKGROUND`, and of several frames the first is taken, both with a warning; ValueError if
+    the file cannot be read or has over 8 bits a channel.
     """
     image = import_extra("PIL.Image", owner="a picture", extra="vision")
     ops = import_extra("PIL.ImageOps", owner="a picture", extra="vision")
@@ -169,8 +170,11 @@ def open_rgb(file: Path) -> Image.Image:
         with image.open(file) as given:
             if given.mode not in _PIL_8_BIT:
                 raise ValueError(f"its mode is {given.mode}, only 8-bit pictures are read")
-            if re.search(r"(?<!BGR);16", str(given.tile)):  # of which Pillow would drop half; BGR;16 is 5, 6 and 5 bits
+            # Of 16 bits Pillow would drop half; BGR;16 is 5, 6 and 5 bits. A PPM's tile has the largest value.
+            if re.search(r"(?<!BGR);16|\('RGB', \d{4,}\)", str(given.tile)):
                 raise ValueError("it has 16 bits a channel, only 8-bit pictures are read")
+            if getattr(given, "n_frames", 1) > 1 and given.format != "MPO":  # a photograph with a preview
+                warnings.warn(f"the picture {file} has several frames; the first is taken", UserWarning, stacklevel=2)
             picture = ops.exif_transpose(given)
             if picture.has_transparency_data:
                 picture = picture.convert("RGBA")

@@ -48,7 +48,7 @@ def shifted(images: Tensor) -> Tensor:
     By a 32nd of their width, at least 3 pixels; the border is filled by reflection.
     """
     height, width = images.shape[-2:]
-    s = max(3, width // 32)
+    s = min(max(3, width // 32), height - 1, width - 1)
     padded = F.pad(images, (s, s, s, s), mode="reflect")
     places = ((s, 0), (s, 2 * s), (0, s), (2 * s, s))
     return torch.stack([padded[..., top : top + height, left : left + width] for top, left in places])
@@ -120,16 +120,15 @@ def stitch_mirrored(
         beta, own_class_weight: Those of :func:`class_scores`.
         decider: The victim.
     """
-    options = {"beta": beta, "own_class_weight": own_class_weight}
     copies = shifted(torch.stack([trace.given for trace in traces]))
     readings = decider(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]).cpu()
-    targets = torch.tensor([_target(trace, readings[:, i], **options) for i, trace in enumerate(traces)])
-    chosen = [_mean(trace, int(target)) for trace, target in zip(traces, targets, strict=True)]
-    means = torch.stack([mean for mean, _ in chosen])
+    options = {"beta": beta, "own_class_weight": own_class_weight}
+    chosen = [_chosen(trace, readings[:, i], **options) for i, trace in enumerate(traces)]
+    targets, means = torch.tensor([target for target, _, _ in chosen]), torch.stack([mean for _, mean, _ in chosen])
     images = moved(means, targets, decider=decider)
     reached = (decider(images).argmax(dim=1).cpu() == targets).tolist()
     made = []
-    for image, mean, there, (_, used) in zip(images, means, reached, chosen, strict=True):
+    for image, there, (_, mean, used) in zip(images, reached, chosen, strict=True):
         reason = "not_reached" if not there else "class_scores" if torch.equal(image, mean) else "moved"
         made.append(Reconstruction(image, reason, used))
     return made
@@ -179,17 +178,14 @@ def _moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
     return images
 
 
-def _target(trace: DecisionTrace, shifted_logits: Tensor, *, beta: float, own_class_weight: float) -> int:
-    """The class with the highest score."""
+def _chosen(
+    trace: DecisionTrace, shifted_logits: Tensor, *, beta: float, own_class_weight: float
+) -> tuple[int, Tensor, Tensor]:
+    """The class with the highest score, the mean of the samples read as it, or of all if none is, and their places."""
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
     options = {"beta": beta, "own_class_weight": own_class_weight}
-    return int(class_scores(trace.mirrored_logits, trace.given_scores, shifted_logits, **options).argmax())
-
-
-def _mean(trace: DecisionTrace, target: int) -> tuple[Tensor, Tensor]:
-    """The mean of the samples that are read as a class, or of all if none is, and their positions."""
-    assert trace.samples is not None  # as `_target` has checked
+    target = int(class_scores(trace.mirrored_logits, trace.given_scores, shifted_logits, **options).argmax())
     read = trace.scores.argmax(dim=1) == target
     used = torch.nonzero(read).flatten() if read.any() else torch.arange(len(trace.samples))
-    return trace.samples[used].mean(dim=0).clamp(0, 1), used
+    return target, trace.samples[used].mean(dim=0).clamp(0, 1), used

@@ -187,15 +187,15 @@ def _kept_choice(net: StackedSkipNet, given: Tensor, *, z_gradient: bool, precis
     key, place = _situation(net, given, z_gradient, precision, candidates), cache_folder("kernels.json")
     with _ALONE:
         if key not in _CHOSEN:
-            found, shapes, cut = _kept(place), layer_shapes(net, **options), f"{key} cut short"
-            strict = torch.are_deterministic_algorithms_enabled()
-            kept = found.get(cut if strict and cut in found else key, {})
+            kept, shapes = _kept(place).get(key, {}), layer_shapes(net, **options)
             if _are(kept, str, shapes) and all(kept[layer] in shape.table for layer, shape in shapes.items()):
-                _CHOSEN[key] = Choice(kept, complete=not (strict and cut in found))
+                _CHOSEN[key] = Choice(kept)
             else:
-                _CHOSEN[key] = made = choose_kernels(net, given.device, **options, **candidates)
-                if strict or made.complete:
-                    _keep(place, key if made.complete else cut, made)
+                made = choose_kernels(net, given.device, **options, **candidates)
+                lasting = made.complete or torch.are_deterministic_algorithms_enabled()
+                _CHOSEN[key] = Choice(made, complete=lasting)
+                if lasting:
+                    _keep(place, key, made)
             taken = Counter(f"{shapes[layer].kind} {name}" for layer, name in _CHOSEN[key].items())
             about = ", ".join(f"{count} {name}" for name, count in sorted(taken.items()))
             _log.info("kernels for %d networks at once: %s", len(given), about)
@@ -207,6 +207,8 @@ def _situation(net: StackedSkipNet, given: Tensor, *more: object) -> str:
     stack = 1 << (len(given) - 1).bit_length()
     where = torch.cuda.get_device_name(given.device) if given.is_cuda else given.device.type
     about = [where, torch.__version__, _kernels_digest(), list(given.shape[2:]), given.dtype, net.padding, net.spec]
+    if torch.are_deterministic_algorithms_enabled():  # where some products of cuBLAS may raise an error
+        about.append("deterministic")
     return " ".join(map(str, [*about, stack, *more]))
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dipguard.checks import check_choice
+from dipguard.classifier import is_out_of_memory
 from dipguard.engines.triton_ops import triton_conv2d, triton_join_norm, triton_norm_leaky_relu
 from dipguard.networks import StackedSkipNet
 from dipguard.networks.unet import (
@@ -259,7 +260,9 @@ def measure(
                     own = max(own, off)
                 else:
                     _log.info("%s is not used for %s: its error is %.1e", name, shape, off)
-            except Exception as problem:  # a compiler's own error types, or memory: it then cannot be used here
+            except Exception as problem:  # a compiler's own error types
+                if is_out_of_memory(problem) and name != "matmul":  # which alone takes far more than the fit
+                    raise
                 _log.info("%s cannot be used for %s: %s", name, shape, problem)
     return times
 

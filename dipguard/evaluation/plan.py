@@ -26,7 +26,7 @@ from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, victim_name
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
-from dipguard.files import tensor_digest
+from dipguard.files import as_json, tensor_digest
 from dipguard.fit import isolated_trainer, make_trainer
 from dipguard.fit.module import check_made
 from dipguard.registry import foreign_class
@@ -73,7 +73,7 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
         check_labels(images.labels, count=len(clean), num_classes=built[key][1])
         if not torch.equal(images.labels, clean.labels):
             raise ValueError(f"`{key}` must have the classes of `victim` in the same order, but its labels differ")
-    digests = {key: victim_digest(one) for key, one in victims.items()}
+    digests = {key: _digest(one, nodes[key]) for key, one in victims.items()}
     decisions = {key: decide(one, clean.images) for key, (one, _) in judges.items()}
     shifted = shift_warning(clean.labels, decisions["victim"], outputs=built["victim"][1])
     if shifted is not None:
@@ -215,6 +215,12 @@ def _victim(key: str, node: Mapping[str, Any], clean: ImageSet, device: torch.de
         text = f"`{key}` was made for images of {own[0]}x{own[1]} pixels and gets {height}x{width} (`data.size`)"
         warnings.warn(text, UserWarning, stacklevel=3)
     return victim, check_victim(victim, clean.images[:2], name=key).shape[1]
+
+
+def _digest(victim: nn.Module, node: Mapping[str, Any]) -> str:
+    """The victim's digest; of a class that is not ours with its settings, which the digest may not find in it."""
+    path, found = node.get("_target_") or names_of("victim")[node["name"]], victim_digest(victim)
+    return found if path.startswith("dipguard.") else digest_of([found, as_json(node)])
 
 
 def _defense(

@@ -119,6 +119,8 @@ def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
     spent = sum(value for name, value in result.seconds.items() if name not in ("attack", "judge"))
     cost = {"dip_steps": cell.judging.dip_steps, "queries": cell.judging.victim_queries}
     judging = {**cost, "seconds": _short(spent + result.seconds.get("judge", 0))}
+    # With several budgets, one run of the largest one serves all of them.
+    attacking = {"attack_seconds": _short(result.seconds["attack"]), **asdict(result.spent)}
     return {
         **row,
         **_shares(matrix, cell.judge, {by: result.judged(by) for by in JUDGED}),
@@ -126,13 +128,8 @@ def result_row(matrix: Matrix, result: CellResult) -> dict[str, Any]:
         "ssim": _short(float(result.ssim.double().mean())),
         "psnr": _short(float(finite.mean())),
         "seconds_per_image": _short(spent / len(result.right)),
-        **(_spent(result) if result is matrix.results[cell.place][-1] else {}),
+        **(attacking if result is matrix.results[cell.place][-1] else {}),
     }
-
-
-def _spent(result: CellResult) -> dict[str, Any]:
-    """What the attack cost: with several budgets, one run of the largest one serves all of them."""
-    return {"attack_seconds": _short(result.seconds["attack"]), **asdict(result.spent)}
 
 
 def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
+import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import product
-from multiprocessing import connection, get_context
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
 from typing import Protocol
 
+import torch
 from tqdm import tqdm
 
 from dipguard.attacks import Cost
+from dipguard.config import RunConfig
 from dipguard.evaluation.cell import CLEAN, Cell, CellResult
 from dipguard.evaluation.masking import randomness_of
 from dipguard.evaluation.matrix import Matrix, Row, parts_of
+from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import write_results
-from dipguard.evaluation.worker import work
 from dipguard.fit import FitProgress
 from dipguard.store import Entry
 
@@ -161,7 +167,7 @@ def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:
         return
     count, given = matrix.config.processes, (matrix.config, matrix.folder, [cell.place for cell in shared])
     make = get_context("spawn").Process  # in a forked process a fit would hang
-    workers = [make(target=work, args=(rank, count, *given), daemon=True) for rank in range(count)]
+    workers = [make(target=_work, args=(rank, count, *given), daemon=True) for rank in range(count)]
     for worker in workers:
         worker.start()
     total, show = sum(_left(matrix, cell) for cell in shared), matrix.config.trainer.get("enable_progress_bar", True)
@@ -169,3 +175,31 @@ def _share_out(matrix: Matrix, todo: Sequence[Cell]) -> None:
         while running := [worker.sentinel for worker in workers if worker.is_alive()]:
             connection.wait(running, timeout=2)
             bar.update(total - sum(_left(matrix, cell) for cell in shared) - bar.n)
+
+
+def _work(rank: int, count: int, config: RunConfig, folder: Path, places: Sequence[tuple[str, str]]) -> None:
+    """Purify every ``count``-th chunk of the cells at ``places``, from ``rank`` on, for each draw that judges it.
+
+    What fails is left to the parent, which meets it too. With the torch engine, another number of threads may change a
+    fit's numbers by rounding.
+    """
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(max(1, torch.get_num_threads() // count))
+    if config.trainer.get("accelerator") != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(rank % torch.cuda.device_count())
+    matrix = prepare(config, folder)  # made anew, since not every defence can be pickled
+    turn = itertools.count()  # through all cells: small ones have fewer chunks than there are processes
+    for cell in (matrix.cell(*place) for place in places):
+        snapshots = range(len(matrix.attack_entry(cell).header["snapshots"]))
+        for snapshot, draw, part in product(snapshots, range(cell.judge), parts_of(len(cell.clean), matrix.chunk_size)):
+            if next(turn) % count != rank:
+                continue
+            with suppress(Exception):
+                matrix.draw(cell, snapshot, part, draw) if draw else matrix.chunk(cell, snapshot, part)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends, even if that is killed."""
+    parent = parent_process()
+    connection.wait([] if parent is None else [parent.sentinel])
+    os._exit(1)

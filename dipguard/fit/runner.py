@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -33,7 +34,7 @@ from dipguard.decision import DecisionTrace, Reconstruction
 from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
-from dipguard.precision import exact_products
+from dipguard.precision import ProcessWide, exact_products
 
 OWNED = (
     "max_steps", "max_epochs", "accelerator", "devices", "num_nodes", "strategy", "plugins", "callbacks", "logger",
@@ -244,47 +245,27 @@ def isolated_trainer(device: torch.device) -> Iterator[None]:
     check_not_forked()
     exact = torch.autocast(device.type, enabled=False)
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # a Trainer leaves its own current
-    with torch.inference_mode(False), torch.enable_grad(), exact, current, interrupts(), _process_wide(device):
+    # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
+    shared = _fits.inside(_unchanged, quiet, partial(kept_memory, device), exact_products)
+    with torch.inference_mode(False), torch.enable_grad(), exact, current, interrupts(), shared:
         yield
 
 
-_lock = threading.Lock()
-_running = 0
-_state = ExitStack()
+_fits = ProcessWide()
 
 
 @contextmanager
-def _process_wide(device: torch.device) -> Iterator[None]:
-    """What threads share is set by the first of several that fit at a time, and put back by the last."""
-    global _running
-    with _lock:
-        if _running == 0:
-            # Also after an error, unlike Lightning's ``isolate_rng``.
-            _state.callback(_set_rng_states, _collect_rng_states())
-            # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
-            for context in (quiet(), kept_memory(device), exact_products(), _strictness()):
-                _state.enter_context(context)
-        _running += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            _running -= 1
-            if _running == 0:
-                _state.close()
-
-
-@contextmanager
-def _strictness() -> Iterator[None]:
-    """Put back what a Trainer's ``deterministic`` changes."""
+def _unchanged() -> Iterator[None]:
+    """Put back torch's random states, and what a Trainer's ``deterministic`` changes."""
 
     def flags() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
-    strict, warn_only = flags()
+    (strict, warn_only), states = flags(), _collect_rng_states(include_cuda=torch.cuda.is_initialized())
     try:
         yield
-    finally:
+    finally:  # also after an error, unlike Lightning's ``isolate_rng``
+        _set_rng_states(states)
         if flags() != (strict, warn_only):  # it may overwrite more than these
             torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from functools import cache, partial, wraps
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as pl
 import torch
@@ -16,8 +16,8 @@ from torchmetrics import MeanMetric
 from dipguard.attacks.target import Purifies
 from dipguard.checks import Indices, check_labels
 from dipguard.classifier import check_is_module, check_logits
-from dipguard.integrations.inputs import InputPurifier, LoaderPositions
-from dipguard.victims.base import Channels
+from dipguard.integrations.inputs import InputPurifier, LoaderPositions, Pixels
+from dipguard.victims.base import Channels, Normalised
 
 if TYPE_CHECKING:  # DefendedModule extends the class of the given module, which may come from the package lightning
     _Module = pl.LightningModule
@@ -178,7 +178,9 @@ class PurifyCallback(pl.Callback):
     (:class:`~dipguard.integrations.inputs.LoaderPositions`). If a loader shuffles, put the indices into the batch.
 
     Args:
-        defense: The defence. Its progress bar is hidden.
+        defense: The defence, or a callable that makes one and takes ``victim``, so that a config can name it:
+            ``functools.partial(build_defense, "paper", T=500)``. It is called at the start of each loop with the
+            Trainer's module, behind the normalisation. The progress bar is hidden.
         images: Place of the images in the batch: a position, a key, an attribute, or a tuple of those for nested
             batches. None: the batch itself if it is a tensor, the first item of a tuple or list.
         labels: Place of the labels int [N]. None: the second item of a tuple or list if ``images`` is None too, else
@@ -194,7 +196,7 @@ class PurifyCallback(pl.Callback):
 
     def __init__(
         self,
-        defense: Purifies,
+        defense: Purifies | Callable[..., Purifies],
         *,
         images: Place | None = None,
         labels: Place | None = None,
@@ -202,7 +204,12 @@ class PurifyCallback(pl.Callback):
         mean: Channels = None,
         std: Channels = None,
     ) -> None:
-        self.purifier = InputPurifier(defense, mean=mean, std=std, quiet=True)
+        self._normalised: dict[str, Any] = {"mean": mean, "std": std}
+        Pixels(**self._normalised)  # refuses what is no normalisation
+        made = isinstance(defense, nn.Module) or hasattr(defense, "purify") or not callable(defense)
+        self._make = None if made and not isinstance(defense, type) else cast("Callable[..., Purifies]", defense)
+        if self._make is None:
+            self.purifier = InputPurifier(cast("Purifies", defense), **self._normalised, quiet=True)
         self._images, self._labels, self._indices = (
             None if place is None else check_place(place, name=name)
             for name, place in (("images", images), ("labels", labels), ("indices", indices))
@@ -216,6 +223,9 @@ class PurifyCallback(pl.Callback):
             return
         if isinstance(pl_module, DefendedModule):
             raise RuntimeError("the module purifies its images already: a DefendedModule needs no PurifyCallback")
+        if self._make is not None:
+            victim = pl_module if self._normalised["mean"] is None else Normalised(pl_module, **self._normalised)
+            self.purifier = InputPurifier(self._make(victim=victim), **self._normalised, quiet=True)
         name = STEPS[stage]
         step, own = getattr(pl_module, name), vars(pl_module)
         if hasattr(step, "purified_by"):

@@ -25,7 +25,7 @@ from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.matrix import Matrix, Row
 from dipguard.evaluation.results import result_row
-from dipguard.evaluation.sweep_job import settings_of, swept
+from dipguard.evaluation.sweep_job import objective, settings_of, swept
 from dipguard.files import write_text
 from dipguard.reporting.report import draw_cell
 from dipguard.reporting.results import flatten
@@ -40,6 +40,8 @@ CELLS = "cells/done"
 """Number of finished cells: the axis of what is logged when a cell is finished."""
 FIGURES = ("accuracy", "low", "high", "ssim", "psnr", "n", "seconds_per_image", "attack_seconds")
 """What is logged of a finished cell."""
+FILES = ("results.csv", "*.log")
+"""The run's own files that W&B gets. Not config.yaml, since W&B writes one of its own."""
 MOST_TRACES, MOST_PIXELS = 64, 2**20
 """Most traces of a cell that its curve of accuracy is a mean over; pixels of a column of W&B's table, about."""
 WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 120.0, "console": "off", "silent": True}
@@ -114,15 +116,19 @@ class RunLog:
         self.inner.save()
 
     def results(self, metrics: Mapping[str, Any], figures: Sequence[Path]) -> None:
-        """Enter the run's own metrics and figures, the table of its images and, if they are wanted, its artifacts."""
+        """Enter the run's own metrics and figures, the table of its images and, if they are wanted, its artifacts.
+
+        The ``objective`` is what the programs return to a sweeper, so that all jobs of a sweep have it.
+        """
         flat = {name: v for name, v in flatten(metrics, "result/", sep="/").items() if isinstance(v, int | float)}
+        found = objective(self.matrix.folder, self.matrix.config.objective)
+        flat |= {} if found is None else {"objective": found}
         key, images = digest_of(sorted(cell.key for cell in self._done)), pd.read_csv(self.matrix.folder / "images.csv")
         self.add(f"result {key}", flat, pictures={f"figures/{path.stem}": path for path in figures})
         if isinstance(self.inner, TensorBoardLogger):
             self.inner.experiment.add_text("images", images.to_markdown(index=False))
-            means = [value for name, value in self._summary.items() if name.endswith("/mean_accuracy")]
-            if means:  # beside the settings in the tab HPARAMS
-                self.add(f"hp_metric {key}", {"hp_metric": sum(means) / len(means)}, step=1)
+            if found is not None:  # beside the settings in the tab HPARAMS
+                self.add(f"hp_metric {key}", {"hp_metric": found}, step=1)
         elif self.run is not None:
             import wandb
 
@@ -130,6 +136,8 @@ class RunLog:
                 table = images.astype(object).assign(**self._pictures())
                 self.add(f"images {key}", {"images": wandb.Table(dataframe=table)})
                 self.run.summary.update({**self._summary, **flat})  # a resumed offline run begins a new one
+                for pattern in FILES:
+                    self.run.save(str(self.matrix.folder / pattern), base_path=str(self.matrix.folder), policy="now")
                 if self.matrix.config.logger.get("artifacts") and self._claim(f"artifact {key}"):
                     self._upload(wandb.Artifact(f"reconstructions-{self.run.id}", type="reconstructions"))
 
@@ -342,7 +350,8 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     options: dict[str, Any] = {
         **{name: asked[name] for name in ("entity", "tags", "notes")},
         "save_dir": folder / "logs",
-        "name": asked["name"] or own.run_name or run_name(config, folder, group=group),
+        # Under an agent of W&B, which chooses the settings, W&B's own numbered name.
+        "name": asked["name"] or own.run_name or (None if own.sweep_id else run_name(config, folder, group=group)),
         "project": asked["project"] or own.project or "dipguard",
         "group": asked["group"] or own.run_group or group,
         "job_type": own.run_job_type or job_type,
@@ -352,7 +361,8 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     journal = folder / "logs" / "wandb_run.txt"
     first, _, rows = (journal.read_text(encoding="utf-8") if journal.is_file() else "").partition("\n")
     before, _, settings_before = first.partition(" ")
-    now = digest_of([settings_of(config), numerics()])  # other settings or versions are another run
+    # With other settings, versions or another project it is another run.
+    now = digest_of([settings_of(config), numerics(), options["project"], options["entity"] or own.entity])
     run_id = own.run_id or (before if settings_before == now else "") or secrets.token_hex(4)
     mode = wandb_mode(asked["offline"])
     if group is None and mode == "offline" and not asked["offline"] and own.mode == "online":

@@ -26,13 +26,8 @@ from dipguard.reporting.trace_figure import draw_trace
 if TYPE_CHECKING:
     from dipguard.reporting.loggers import RunLog
 
-AVERAGED = {
-    "crossings": "crossings_stitched",
-    "no_crossing": "crossings_stitched",
-    "class_scores": "windows_averaged",
-    "moved": "windows_averaged",
-    "not_reached": "windows_averaged",
-}
+AVERAGED = dict.fromkeys(("crossings", "no_crossing"), "crossings_stitched")
+AVERAGED |= dict.fromkeys(("class_scores", "moved", "not_reached"), "windows_averaged")
 """What a reconstruction was averaged from, by its reason."""
 
 

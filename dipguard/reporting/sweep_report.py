@@ -92,16 +92,18 @@ class Grid:
 
     def __init__(self, sweep: Sweep, defense: str) -> None:
         self.sweep, self.defense, self.attacks = sweep, defense, list(sweep.results["attack"].unique())
-        acting = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
-        self.parameters = {key: values for key, values in acting.items() if key != SEED}
         results = sweep.results[(sweep.results["defense"] == defense) & sweep.results["accuracy"].notna()]
+        own = {sweep.jobs[name].values.get("defense") for name in results["job"]}
+        apart = {SEED} if len(own) > 1 else {SEED, "defense"}  # `defense=paper,mirror` says only which defence it is
+        acting = {key: values for key, values in sweep.parameters.items() if _acts_on(key, defense)}
+        self.parameters = {key: values for key, values in acting.items() if key not in apart}
         results = results.drop_duplicates(["job", "attack"], keep="last")  # the largest budget
         names = {"accuracy": "value", "attack": "under"}  # a parameter may be called `attack`
         values = results.rename(columns=names)[["job", "under", "value", "low", "high", "n"]]
         usual = results[(results["check"] == "") & (results["attack"] != WORST)]
         # Not every attack applies to every defence. Where the attack itself is swept, a mean is over a job's own.
-        own = "attack" in self.parameters
-        self.count = max(usual.groupby("job")["attack"].nunique(), default=0) if own else usual["attack"].nunique()
+        each = usual.groupby("job")["attack"].nunique()
+        self.count = max(each, default=0) if "attack" in self.parameters else usual["attack"].nunique()
         jobs = list(sweep.jobs.items())
         # A parameter's value is known by its position, which sorts as the values do.
         places = {

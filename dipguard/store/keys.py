@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import version
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -45,10 +46,10 @@ def numerics() -> dict[str, str]:
 def victim_digest(victim: nn.Module) -> str:
     """A digest of a classifier: class, code, plain attributes, parameters and all buffers of each of its modules.
 
-    Plain are numbers, texts, None, tensors and arrays, and lists, tuples and dicts of them. Functions that the classes
-    call are not part of the digest, nor are attributes of other types, such as the weights of quantised modules. Before
-    a stored trace is used, the victim is therefore asked once more. A victim that keeps its activations as an attribute
-    has another digest after each call.
+    Plain are numbers, texts, None, tensors and arrays, functions and classes by their names, and lists, tuples and
+    dicts of them. What the classes' functions call is not part of the digest, nor are attributes of other types, such
+    as the weights of quantised modules. Before a stored trace is used, the victim is therefore asked once more. A
+    victim that keeps its activations as an attribute has another digest after each call.
     """
     aside = vars(pl.LightningModule())  # what Lightning notes there differs from call to call
     parts: list[Any] = []
@@ -74,6 +75,8 @@ def _described(value: Any, *, depth: int = 8) -> str | None:
     """A plain value as text, with the digests of its tensors; None for any other value, which lists and dicts omit."""
     if isinstance(value, (bool, int, float, str, type(None))):
         return repr(value)
+    if isinstance(value, (FunctionType, BuiltinFunctionType, type)):
+        return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, np.ndarray) and value.dtype != object:
         return f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"
     if isinstance(value, Tensor):

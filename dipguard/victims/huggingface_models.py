@@ -88,8 +88,15 @@ def of_model(
         std=own_std if std is None else std,
         classes=classes,
         size=side or (pictures.shape[2], pictures.shape[3]),
-        interpolation=_INTERPOLATIONS[int(getattr(processor, "resample", 2) or 0)],
+        interpolation=_interpolation(processor),
     )
+
+
+def _interpolation(processor: Any) -> str:
+    """How a processor resizes: by the name that timm's have, or PIL's number."""
+    named = (getattr(processor, "data_config", None) or {}).get("interpolation")
+    number = getattr(processor, "resample", None)
+    return str(named or _INTERPOLATIONS[2 if number is None else int(number)])
 
 
 def _measured(processor: Any, source: str) -> tuple[Tensor, tuple[list[int], list[float], list[float]]]:

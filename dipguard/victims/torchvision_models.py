@@ -46,8 +46,10 @@ def build(
         if "." not in chosen and "/" not in chosen and not Path(chosen).is_file():
             known_names = f"one of {', '.join(names)}, or the path of a state dict"
             raise ValueError(f"`victim.weights` for {arch} must be {known_names}, got {chosen!r}")
-        # Inception and GoogLeNet otherwise warn about their slow initialisation, which is overwritten at once.
-        extra: dict[str, Any] = {"init_weights": False} if arch in ("inception_v3", "googlenet") else {}
+        # Inception and GoogLeNet otherwise warn about their slow initialisation, which is overwritten at once. Their
+        # weights are for inputs that they normalise once more, which torchvision asks for with its own weights alone.
+        own = {"init_weights": False, "transform_input": True}
+        extra: dict[str, Any] = own if arch in ("inception_v3", "googlenet") else {}
         network = models.get_model(arch, weights=None, num_classes=num_classes, **extra)
         load_state_dict_strict(network, chosen)
         return _with_transforms(network, known, classes=num_classes, mean=mean, std=std)

@@ -207,6 +207,14 @@ class Dark(Attack):
         return images * self.share
 
 
+def test_autoattack_takes_images_in_float64(digits_cnn, digits):
+    part = digits.select(0, 2)
+    attack = quick("autoattack", digits_cnn, eps_255=0.01)  # no image is fooled, so that all its attacks run
+    made = attack(part.images.double(), part.labels)
+    assert made.dtype == torch.float64
+    torch.testing.assert_close(made, attack(part.images, part.labels).double(), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", [name for name in STATIC if name not in ("none", "cw", "ddn")])
 @pytest.mark.parametrize("eps_255", [0.5, 8])
 def test_the_budget_is_in_levels_of_255_and_is_kept(digits_cnn, digits, quick_result, name, eps_255):

@@ -39,8 +39,9 @@ def test_the_help_of_the_command_names_them() -> None:
 def test_a_shell_completes_groups_options_and_keys(tmp_path: Path, typed: str, offered: set[str]) -> None:
     script = call(str(ROOT / "evaluate.py"), "-sc", "query=bash", folder=tmp_path, line=f"python evaluate.py {typed}")
     assert set(script.stdout.split()) == offered
-    command = call("-m", "dipguard", "-sc", "query=bash", folder=tmp_path, line=f"dipguard train {typed}")
-    assert set(command.stdout.split()) == offered
+    for program in ("train", "sweep"):
+        command = call("-m", "dipguard", "-sc", "query=bash", folder=tmp_path, line=f"dipguard {program} {typed}")
+        assert set(command.stdout.split()) == offered
 
 
 @pytest.mark.slow

@@ -173,6 +173,24 @@ def test_photographs_are_turned_upright(tmp_path, mode):
     assert np.array_equal((loaded.images[0] * 255).round().byte().permute(1, 2, 0).numpy(), upright)
 
 
+def test_a_ppm_of_16_bits_is_refused(tmp_path):
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "1.ppm").write_bytes(b"P6 2 2 255\n" + bytes(12))
+    assert len(load_data("image_folder", path=tmp_path).images) == 1
+    (tmp_path / "x" / "1.ppm").write_bytes(b"P6 2 2 65535\n" + bytes(24))
+    with pytest.raises(ValueError, match=r"1\.ppm cannot be read: it has 16 bits a channel"):
+        load_data("image_folder", path=tmp_path)
+
+
+def test_of_several_frames_the_first_is_taken_with_a_warning(tmp_path):
+    (tmp_path / "x").mkdir()
+    frames = [Image.new("RGB", (2, 2), colour) for colour in ((255, 0, 0), (0, 255, 0))]
+    frames[0].save(tmp_path / "x" / "1.tiff", save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match=r"1\.tiff has several frames; the first is taken"):
+        loaded = load_data("image_folder", path=tmp_path)
+    assert loaded.images[0, :, 0, 0].tolist() == [1, 0, 0]
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparent_parts_become_white_with_a_warning(tmp_path, mode):
     (tmp_path / "x").mkdir()

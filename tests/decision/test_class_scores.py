@@ -19,7 +19,7 @@ def test_a_mirrored_copy_is_the_same_picture_read_backwards(width, shift):
         assert torch.equal(turned[..., column], images[..., width - 1 - abs(column - shift)])
 
 
-@pytest.mark.parametrize(("height", "width", "shift"), [(8, 8, 3), (6, 32, 3), (224, 224, 7)])
+@pytest.mark.parametrize(("height", "width", "shift"), [(8, 8, 3), (6, 32, 3), (224, 224, 7), (3, 100, 2)])
 def test_shifted_copies_are_the_same_picture_elsewhere(height, width, shift):
     images = torch.rand(2, 3, height, width, generator=torch.Generator().manual_seed(1))
     copies = shifted(images)

@@ -210,10 +210,7 @@ def test_a_choice_that_was_cut_short_is_made_again_unless_bits_must_not_change(
         first = CudaGraphEngine(*problem()[:2], **options).choice
         assert file.exists() == (strict or budget > 0)
     (cut, complete) = json.loads(file.read_text())
-    assert cut == f"{complete} cut short"
-    file.write_text(json.dumps({cut: dict.fromkeys(first, "unknown"), complete: first}))
-    chosen.clear()
-    assert CudaGraphEngine(*problem()[:2], **options).choice == first
+    assert cut.replace(" deterministic", "") == complete != cut
     other = {layer: {"grouped": "matmul", "matmul": "grouped"}.get(name, name) for layer, name in first.items()}
     file.write_text(json.dumps({cut: other, complete: first}))
     for strict, expected in ((False, first), (True, other)):
@@ -237,7 +234,9 @@ def test_an_engine_that_cannot_run_is_never_the_fastest(kept: Path, caplog: pyte
 
 
 @needs_cuda
-def test_auto_is_measured_on_a_gpu(kept: Path) -> None:
+def test_auto_is_measured_on_a_gpu(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dipguard.engines.cuda_graph._CHOSEN", {})
+    monkeypatch.setattr("dipguard.engines.kernel_choice.BUDGET", 1e9)  # however long Triton compiles
     net, given, _ = problem(dtype=torch.float32, device="cuda")
     engine = make_engine("auto", net, given, steps=100)
     (times,) = json.loads(kept.read_text()).values()

@@ -215,6 +215,22 @@ def test_a_candidate_whose_gradient_is_nan_is_never_the_fastest(monkeypatch: pyt
     assert math.isinf(measure(SHAPE, device=CPU, dtype=torch.float32, names=["grouped", "matmul"])["matmul"])
 
 
+@pytest.mark.parametrize("name", ["matmul", "triton"])
+def test_a_lack_of_memory_is_the_stacks_except_where_neighbourhoods_are_kept(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*args: object, **options: object) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(CONVOLUTIONS, name, lacking)
+    names = {"device": CPU, "dtype": torch.float32, "names": ["grouped", name]}
+    if name == "matmul":
+        assert math.isinf(measure(SHAPE, **names)[name])
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            measure(SHAPE, **names)
+
+
 def test_what_gains_most_is_measured_first(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[LayerShape] = []
 
@@ -315,4 +331,4 @@ def test_on_a_gpu_the_fastest_kernel_is_chosen(monkeypatch: pytest.MonkeyPatch) 
     shapes = layer_shapes(net, size=(32, 32))
     for name, kernel in choose_kernels(net, device, size=(32, 32)).items():
         times = measure(shapes[name], device=device, dtype=torch.float32, names=available(shapes[name].table, device))
-        assert times[kernel] == min(times.values())
+        assert times[kernel] <= 1.5 * min(times.values())  # a second measurement

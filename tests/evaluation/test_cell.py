@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from dipguard.config import node_of
 from dipguard.evaluation.cell import victim_name
@@ -33,6 +33,32 @@ def test_a_victim_of_a_library_is_named_with_its_network(name: str, given: dict[
 
 def digits_victim(arch: str) -> nn.Module:
     return build_victim("digits_cnn")
+
+
+class Darkening:
+    """What no digest looks into."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images - self.by
+
+
+class Dark(nn.Module):
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.change, self.victim = Darkening(by), build_victim("digits_cnn")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.victim(self.change(images))
+
+
+def test_settings_of_a_users_class_are_in_the_keys(tmp_path: Path) -> None:
+    own = ("~victim", f"+victim._target_={__name__}.Dark")
+    keys = [{c.key for c in prepare(typed_matrix(*TINY, *own, f"+victim.by={x}"), tmp_path).cells} for x in (0, 0, 0.1)]
+    assert keys[0] == keys[1]
+    assert not keys[0] & keys[2]
 
 
 def test_targets_have_the_victims_full_name(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import copy
 import csv
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from dipguard import DIPGuard
 from dipguard.defenses import build_defense
+from dipguard.defenses.transforms import Median
 from dipguard.integrations.lightning import DefendedModule, PurifyCallback
 
 from .conftest import TINY, trainer
@@ -111,6 +113,24 @@ def test_normalised_batches_are_brought_to_pixels_and_back(module: DigitsModule)
     trainer(PurifyCallback(median, mean=MEAN, std=STD)).test(module, data, verbose=False)
     pixels = torch.cat(module.seen) * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     torch.testing.assert_close(pixels, median.purify(data.pictures.x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("make", [partial(build_defense, "median"), Median])
+def test_a_defence_may_be_made_for_the_trainers_module(module: DigitsModule, make: Any, normalised: bool) -> None:
+    data, how = DigitsData(normalised=normalised), {"mean": MEAN, "std": STD} if normalised else {}
+    callback = PurifyCallback(make, **how)
+    trainer(callback).test(module, data, verbose=False)
+    module.eval()
+    victim, pixels = callback.purifier.defense.victim, data.pictures.x
+    if normalised:
+        wanted = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+        torch.testing.assert_close(victim(pixels), module(wanted))
+    else:
+        assert victim is module
+    seen, module.seen = torch.cat(module.seen), []
+    trainer(PurifyCallback(build_defense("median", module), **how)).test(module, data, verbose=False)
+    assert torch.equal(seen, torch.cat(module.seen))
 
 
 @pytest.mark.slow

@@ -184,10 +184,12 @@ def test_rows_of_a_resumed_wandb_run_go_on_where_they_ended(matrix: Matrix, monk
     lines = [line for one in runs for line in one.history]
     assert [(line["_step"], line["trainer/global_step"]) for line in lines] == [(n, 10 * n) for n in range(5)]
     changed = replace(matrix, config=replace(matrix.config, seed=1))
-    with open_log(logged(changed, "logger=wandb")) as log:
-        log.add("row 0", {"fit/mse": 0.5}, step=0)
-    (other,) = (one for one in wandb_runs(matrix.folder) if one.id != runs[0].id)  # other settings are another run
-    assert [line["_step"] for line in other.history] == [0]
+    for other in (logged(changed, "logger=wandb"), logged(changed, "logger=wandb", "logger.project=thesis")):
+        with open_log(other) as log:
+            log.add("row 0", {"fit/mse": 0.5}, step=0)
+    others = [one for one in wandb_runs(matrix.folder) if one.id != runs[0].id]
+    assert len({one.id for one in others}) == 2, "other settings, or another project, are another run"
+    assert [[line["_step"] for line in one.history] for one in others] == [[0], [0]]
 
 
 @pytest.mark.slow

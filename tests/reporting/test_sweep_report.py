@@ -264,6 +264,22 @@ def test_a_defence_that_no_parameter_acts_on_is_one_line_below_the_swept_ones(tm
     assert "defence none" not in summary(tmp_path)
 
 
+@pytest.mark.parametrize("label", ["mirror", "paper"])
+def test_defences_that_the_sweep_chose_are_compared_in_one_table(tmp_path: Path, label: str) -> None:
+    jobs = {}
+    for name, found, right in (("paper", "paper", 16), ("own", label, 24)):  # a config of one's own may be of `paper`
+        jobs[name] = [*job(tmp_path / name), f"defense={name}"]
+        write_results(tmp_path / name, [cell("clean", found, right, n=N)])
+    sweep_report.write_sweep_report(write_plan(tmp_path, jobs))
+    report = (tmp_path / "report.md").read_text()
+    if label == "paper":
+        assert "75.0 % at defense = own." in report
+    else:
+        assert [line for line in report.splitlines() if line.startswith("##")] == ["## Results"]
+        assert re.findall(r"\| (paper|mirror) *\| *([\d.]+) \|", report) == [("paper", "50.0"), ("mirror", "75.0")]
+        assert "best mean accuracy of defence" not in report
+
+
 def test_a_mean_is_over_the_attacks_that_the_defence_has_without_worst_case_and_checks(tmp_path: Path) -> None:
     jobs = {}
     for steps, right in ((100, 10), (200, 20)):

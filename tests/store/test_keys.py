@@ -10,6 +10,7 @@ import pytest
 import torch
 from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dipguard.fit import DecideOptions, FitOptions
 from dipguard.networks import network_spec
@@ -153,6 +154,7 @@ def test_digest_of_a_victim():
         changed[-1].inner[1].running_mean += 1e-3
     own: dict[str, list[Any]] = {"_inner_temperature": [2.0], "order": [[2, 1, 0]], "sides": [(1, [2])]}
     own |= {"at": [torch.zeros(2), torch.ones(2), torch.ones(2).bfloat16()], "table": [np.zeros(2), np.ones(2)]}
+    own |= {"function": [functional.relu, functional.gelu, nn.ReLU, max]}
     own |= {"options": [{"scale": 1}, {"scale": 2}, {"scale": torch.ones(1)}]}
     for name, value in [(name, value) for name, values in own.items() for value in values]:
         changed.append(Scaled())

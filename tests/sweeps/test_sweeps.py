@@ -14,13 +14,13 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from dipguard.cli.sweep_progress import SweepProgress, progress_line
+from dipguard.cli.main import main
+from dipguard.cli.sweep_progress import SweepProgress, progress_line, report_open_sweeps
 from dipguard.config import from_hydra, register
 from dipguard.data import load_data
 from dipguard.evaluation.sweep_job import objective
 from dipguard.reporting.sweep_jobs import read_sweep
 from dipguard.reporting.sweep_report import summary
-from sweeps.collect import main as collect
 from tests.csv_files import read_csv
 from tests.reporting import stored_run
 from tests.sweeps.tiny_sweep import FAST, GRID, done_times, run_sweep
@@ -71,9 +71,13 @@ def test_started_again_only_what_is_missing_or_of_other_settings_runs(finished: 
     cells = {path: path.stat().st_mtime_ns for path in (folder / "store" / "cells").rglob("*.npz")}
     (folder / changed / "DONE").write_text(json.dumps({"key": "of other settings", "seconds": 1}))
     (folder / "report.md").unlink()
-    run_sweep(folder, *FAST, GRID[0], "attacks.pgd_8.steps=1", "logger=csv")
+    run_sweep(folder, *FAST, GRID[0], "attacks.pgd_8.steps=1")
     after = done_times(folder)
     assert {name for name in after if after[name] != before[name]} == {changed}
+    for _ in range(2):  # a log that was not asked for before is written from the store, once
+        run_sweep(folder, *FAST, GRID[0], "attacks.pgd_8.steps=1", "logger=csv")
+        logs = [path.parents[3].name for path in folder.glob("*/logs/csv/session_*/metrics.csv")]
+        assert sorted(logs) == sorted(read_sweep(folder).jobs)
     assert cells
     assert {path: path.stat().st_mtime_ns for path in cells} == cells
     # The jobs of the earlier, larger grid are left out.
@@ -118,6 +122,7 @@ def test_jobs_that_were_done_before_the_sweeps_file_changed_are_not_counted(fini
             SweepProgress().on_multirun_start(
                 GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
             )
+        report_open_sweeps()
         return progress_line(folder).split(" jobs")[0]
 
     plan = json.loads((folder / "sweep.json").read_text())
@@ -127,6 +132,28 @@ def test_jobs_that_were_done_before_the_sweeps_file_changed_are_not_counted(fini
     assert done_after(2, "rebuild=true") == "4 of 4"
     assert done_after(1) == "4 of 4"
     assert done_after(2) == "0 of 4"
+
+
+def test_a_sweep_that_takes_the_folder_of_another_says_so(
+    finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = copied(finished, tmp_path)
+    said = []
+    for quality in ("quality=30,90", "quality=30,80,90", "quality=70"):
+        caplog.clear()
+        with initialize_config_dir(str(CONF), version_base="1.3"), caplog.at_level("INFO", logger="dipguard"):
+            given = ["hydra.mode=MULTIRUN", f"hydra.sweep.dir={folder}", *FAST, f"defense.{quality}", GRID[1]]
+            SweepProgress().on_multirun_start(
+                GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
+            )
+            with pytest.raises(SystemExit, match="another process works in"):  # a sweep does, until its report
+                SweepProgress().on_multirun_start(
+                    GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
+                )
+            report_open_sweeps()
+        said.append("6 jobs of the sweep that had this folder before" in caplog.text)
+        assert said[-1] or "had this folder before" not in caplog.text
+    assert said == [False, False, True]
 
 
 @pytest.mark.slow
@@ -248,7 +275,7 @@ def test_the_objective_is_the_mean_accuracy_of_what_was_asked_for(finished: Path
 
 
 def test_the_collector_refuses_what_is_no_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert collect([str(tmp_path / "nowhere")]) == 1
+    assert main(["collect", str(tmp_path / "nowhere")]) == 2
     assert "holds no job" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -258,7 +285,7 @@ def test_the_collector_by_command(finished: Path, tmp_path: Path, capsys: pytest
     folder = copied(finished, tmp_path)
     for name in MADE:
         (folder / name).unlink()
-    assert collect([str(folder)]) == 0
+    assert main(["collect", str(folder)]) == 0
     assert {path.name for path in folder.iterdir()} >= MADE
     assert "best mean accuracy" in capsys.readouterr().out
 

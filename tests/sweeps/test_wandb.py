@@ -66,6 +66,9 @@ def test_two_jobs_of_one_process_are_two_runs_with_all_that_is_promised(
             assert f"result/paper/pgd_8/{name}" in run.summary
         means = [run.summary[f"result/paper/{column}/accuracy"] for column in ("clean", "pgd_8")]
         assert run.summary["result/paper/mean_accuracy"] == pytest.approx(sum(means) / 2)
+        assert run.summary["objective"] == pytest.approx(sum(means) / 2)
+        assert sum("objective" in line for line in run.history) == 1, "no running mean for a search to take the best of"
+        assert {"results.csv", "evaluate.log"} <= run.files
 
 
 @pytest.mark.slow
@@ -167,6 +170,6 @@ def test_the_agent_of_wandb_drives_evaluate(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "outputs" / "wandb" / "run7" / "results.csv").is_file()
     (run,) = runs_in(tmp_path)
-    assert (run.id, run.exit_code) == ("run7", 0)
+    assert (run.id, run.exit_code, run.name) == ("run7", 0, "")
     assert {name: run.config[name.replace(".", "/")] for name in parameters} == parameters
     assert 0 <= run.summary[sweep["metric"]["name"]] <= 1

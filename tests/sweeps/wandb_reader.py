@@ -32,6 +32,7 @@ class Run:
     summary: dict[str, Any] = field(default_factory=dict)
     axes: list[tuple[str, str]] = field(default_factory=list)
     artifacts: list[tuple[str, dict[str, str]]] = field(default_factory=list)
+    files: set[str] = field(default_factory=set)
     exit_code: int | None = None
 
 
@@ -57,6 +58,8 @@ def read_run(folder: Path) -> Run:
             run.summary |= _items(record.summary.update)
         elif kind == "metric":
             run.axes.append((record.metric.step_metric, record.metric.glob_name or record.metric.name))
+        elif kind == "files":
+            run.files |= {item.path for item in record.files.files}
         elif kind == "artifact":
             files = record.artifact.manifest.contents
             run.artifacts.append((record.artifact.name, {file.path: file.local_path for file in files}))

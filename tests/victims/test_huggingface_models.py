@@ -1,6 +1,7 @@
 import contextlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 
 from dipguard.victims import build_victim
+from dipguard.victims.huggingface_models import _interpolation
 
 transformers = pytest.importorskip("transformers", reason="the victim huggingface needs the extra huggingface")
 
@@ -43,6 +45,20 @@ def folder(request, tmp_path):
     _model(request.param).save_pretrained(tmp_path / request.param)
     transformers.ViTImageProcessor(size=SIDE, resample=3).save_pretrained(tmp_path / request.param)
     return tmp_path / request.param
+
+
+@pytest.mark.parametrize(
+    ("own", "expected"),
+    [
+        ({}, "bilinear"),
+        ({"resample": None}, "bilinear"),
+        ({"resample": 0}, "nearest"),
+        ({"resample": Image.Resampling.BICUBIC}, "bicubic"),
+        ({"data_config": {"interpolation": "bicubic", "mean": (0, 0, 0)}}, "bicubic"),  # timm's
+    ],
+)
+def test_it_resizes_as_its_processor_does(own, expected):
+    assert _interpolation(SimpleNamespace(**own)) == expected
 
 
 @pytest.mark.slow
