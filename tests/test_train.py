@@ -298,16 +298,3 @@ def test_figures_log_and_page_of_the_default_defence(finished_mirror: tuple[Path
     ends = [20 * fit + end for fit in range(6) for end in (9, 14, 19)]
     assert [int(line["step"]) for line in lines] == ends
     assert DecisionTrace.load(traces(folder)[0]).steps.tolist() == ends[:9]
-
-
-def test_a_continued_run_fits_only_what_is_missing(
-    finished_mirror: tuple[Path, dict[str, Any]], tmp_path: Path
-) -> None:
-    folder, whole = Path(shutil.copytree(finished_mirror[0], tmp_path / "run")), finished_mirror[1]
-    paths = traces(folder)
-    before = times(paths)
-    paths[2].unlink()  # the only one of the second chunk
-    again = tiny_mirror(folder)
-    after = times(paths)
-    assert [name for name in before if before[name] != after[name]] == ["000002.safetensors"]
-    assert (again["accuracy"], again["ssim"]) == (whole["accuracy"], whole["ssim"])

@@ -76,38 +76,29 @@ def in_stacks(
     look: dict[str, Any] = {"desc": "fit", "unit": "step", "unit_scale": True, "dynamic_ncols": True}
     with tqdm(total=count * T, disable=not progress, **look) as bar:
         while first < count:
-            part = slice(first, min(first + size, count))
-            results, problem = _attempt(work, part, calls * T, bar)
-            calls += 1
-            if problem is None:
-                yield results.pop()
+            part, watch, calls = slice(first, min(first + size, count)), FitProgress(bar), calls + 1
+            images = part.stop - part.start
+            try:
+                yield work(part, (calls - 1) * T, watch)
                 first = part.stop
                 continue
-            images = part.stop - part.start
-            size = (images + 1) // 2
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                watch.roll_back()
+                if images == 1:
+                    kind = next(k for k in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, k))
+                    raise kind(
+                        "a single image at a time is too much for the memory: free some, or take smaller images, a "
+                        f"smaller `network` or a smaller `K_max` ({error})"
+                    ) from error
+                size, problem = (images + 1) // 2, (str(error).splitlines() or ["no memory"])[0]
+            # Only now: the error would hold the memory of the failed fit.
             if not warned:
                 text = f"out of memory with {images} images at once; going on with {size} (`stack_size`): {problem}"
                 warnings.warn(text, UserWarning, stacklevel=3)
             warned = True
             free(device)
-
-
-def _attempt(work: Work[Result], part: slice, first_step: int, bar: tqdm[Any]) -> tuple[list[Result], str | None]:
-    """The result, or the error's message: the error itself would hold the memory of the failed fit."""
-    progress = FitProgress(bar)
-    try:
-        return [work(part, first_step, progress)], None
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        progress.roll_back()
-        if part.stop - part.start > 1:
-            return [], (str(error).splitlines() or ["no memory"])[0]
-        kind = next(k for k in (torch.OutOfMemoryError, MemoryError, RuntimeError) if isinstance(error, k))
-        raise kind(
-            "a single image at a time is too much for the memory: free some, or take smaller images, a smaller "
-            f"`network` or a smaller `K_max` ({error})"
-        ) from error
 
 
 def stack_size_for(

@@ -61,19 +61,6 @@ def test_steps_follow_weights_and_z() -> None:
         optimiser.step()
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"matmul_precision": "float16"}, "`matmul_precision` must be one of float32, tf32, bfloat16, got 'float16'"),
-        ({"convolutions": ["fft"]}, "`convolutions` must be one of grouped, matmul, triton, triton tf32x3, got 'fft'"),
-    ],
-)
-def test_bad_arguments_are_named(change: dict, message: str) -> None:
-    net, given, _ = problem()
-    with pytest.raises(ValueError, match=message):
-        CudaGraphEngine(net, given, capture=False, **change)
-
-
 @needs_cuda
 @pytest.mark.parametrize("convolution", ["grouped", "matmul", "triton", "triton tf32x3"])
 def test_a_graph_gives_what_eager_steps_give(convolution: str) -> None:

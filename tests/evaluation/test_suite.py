@@ -140,28 +140,6 @@ def test_what_is_finished_is_not_run_again_and_what_is_lost_is(finished: Matrix)
     assert new == old
 
 
-@pytest.mark.slow
-def test_a_failing_attack_loses_no_finished_work(tmp_path: Path) -> None:
-    matrix = tiny_suite(tmp_path, attacks=("transfer", "identity", "noise"), dip=False)
-    parts = {label: node for label, node in matrix.config.attacks.items() if label in ("clean", "transfer")}
-    run(prepare(replace(matrix.config, attacks=parts), tmp_path))
-    kept = written(matrix)
-
-    def broken(*args: object) -> None:
-        raise RuntimeError("the card fell off the bus")
-
-    hook = matrix.targets["none"].victim.register_forward_pre_hook(broken)
-    failed = run(matrix)
-    hook.remove()
-    assert [text.split(":")[0] for text in failed] == [
-        f"{attack} x {defense}" for attack in ("identity", "noise") for defense in ("none", "jpeg")
-    ]
-    assert kept.items() <= written(matrix).items()
-    assert lines(matrix)["transfer", "jpeg"]["status"] == "done"
-    assert run(matrix) == []
-    assert {line["status"] for line in lines(matrix).values()} == {"done"}
-
-
 def test_a_failing_randomness_check_is_told_and_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> None:
         raise RuntimeError("the card fell off the bus")
