@@ -6,6 +6,7 @@ import contextlib
 import logging
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import threading
@@ -40,8 +41,6 @@ CELLS = "cells/done"
 """Number of finished cells: the axis of what is logged when a cell is finished."""
 FIGURES = ("accuracy", "low", "high", "ssim", "psnr", "n", "seconds_per_image", "attack_seconds")
 """What is logged of a finished cell."""
-FILES = ("results.csv", "*.log")
-"""The run's own files that W&B gets. Not config.yaml, since W&B writes one of its own."""
 MOST_TRACES, MOST_PIXELS = 64, 2**20
 """Most traces of a cell that its curve of accuracy is a mean over; pixels of a column of W&B's table, about."""
 WANDB_SETTINGS: dict[str, Any] = {"init_timeout": 30.0, "finish_timeout": 120.0, "console": "off", "silent": True}
@@ -136,8 +135,10 @@ class RunLog:
                 table = images.astype(object).assign(**self._pictures())
                 self.add(f"images {key}", {"images": wandb.Table(dataframe=table)})
                 self.run.summary.update({**self._summary, **flat})  # a resumed offline run begins a new one
-                for pattern in FILES:
-                    self.run.save(str(self.matrix.folder / pattern), base_path=str(self.matrix.folder), policy="now")
+                # Not config.yaml, since W&B writes one of its own.
+                for file in (self.matrix.folder / "results.csv", *self.matrix.folder.glob("*.log")):
+                    copy = shutil.copy(file, self.run.dir)  # of a link W&B would warn
+                    self.run.save(copy, base_path=self.run.dir, policy="now")
                 if self.matrix.config.logger.get("artifacts") and self._claim(f"artifact {key}"):
                     self._upload(wandb.Artifact(f"reconstructions-{self.run.id}", type="reconstructions"))
 
