@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ import pytest
 from tests.tiny_run import ROOT
 
 
-def command(venv: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
-    return [sys.executable, str(ROOT / "bootstrap.py"), *arguments], {**os.environ, "DIPGUARD_VENV": str(venv)}
+def command(place: Path, *arguments: str) -> tuple[list[str], dict[str, str]]:
+    return [sys.executable, str(ROOT / "bootstrap.py"), *arguments], {**os.environ, "DIPGUARD_VENV": str(place)}
 
 
 @pytest.mark.parametrize("name", ["", "thesis.tex"])
@@ -22,6 +23,17 @@ def test_a_folder_of_other_files_and_a_file_are_left_alone(tmp_path: Path, name:
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, [path.name for path in tmp_path.iterdir()]) == (2, ["thesis.tex"])
     assert f"{tmp_path / name} must be an environment or an empty folder" in done.stderr
+
+
+def test_a_python_without_pip_is_told_what_is_missing(tmp_path: Path) -> None:
+    venv.create(tmp_path / "bare", with_pip=False)
+    (_, *rest), environment = command(tmp_path / "new", "-V")
+    python = tmp_path / "bare" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    done = subprocess.run([str(python), *rest], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{python} needs pip 22.3 or newer" in done.stderr
+    assert "found none" in done.stderr
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals are those of POSIX")

@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from packaging.requirements import Requirement
+
 from dipguard.version import __version__
 
 IMAGES, STEPS = 4, 200  # of the self-test
@@ -41,16 +43,20 @@ def libraries() -> Iterator[Finding]:
     """Versions of dipguard, Python, the required libraries and those of the extras."""
     yield "ok", "dipguard", f"{__version__}, {Path(__file__).parents[1]}"
     yield "ok", "python", f"{platform.python_version()}, {platform.platform()}"
-    required: dict[str, list[str]] = {}
-    for requirement in requires("dipguard") or ():
-        extra = re.search(r"extra == ['\"]([\w-]+)", requirement)
-        required.setdefault(extra[1] if extra else "", []).append(re.split(r"[^\w.-]", requirement)[0])
-    for name, distributions in required.items():
-        found = {distribution: _version(distribution) for distribution in distributions}
-        text = ", ".join(f"{distribution} {number or 'missing'}" for distribution, number in found.items())
+    required: dict[str, list[Requirement]] = {}
+    for text in requires("dipguard") or ():
+        extra = re.search(r"extra == ['\"]([\w-]+)", text)
+        required.setdefault(extra[1] if extra else "", []).append(Requirement(text))
+    for name, requirements in required.items():
+        found = {one: _version(one.name) for one in requirements}
+        wrong = {one: not (v and one.specifier.contains(v, prereleases=True)) for one, v in found.items()}
+        text = ", ".join(
+            f"{one.name} {number or 'missing'}" + (f" (needs {one.specifier})" if number and wrong[one] else "")
+            for one, number in found.items()
+        )
         if name != "dev":
             missing = "note" if name else "BROKEN"
-            yield "ok" if all(found.values()) else missing, f"[{name}]" if name else "libraries", text
+            yield missing if any(wrong.values()) else "ok", f"[{name}]" if name else "libraries", text
 
 
 def pair_of_builds() -> Iterator[Finding]:
@@ -68,8 +74,9 @@ def device() -> Iterator[Finding]:
         gpu = torch.cuda.get_device_properties(number)
         yield "ok", f"cuda:{number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     if not torch.cuda.is_available():
-        why = "this torch is built without CUDA" if torch.version.cuda is None else "no GPU, or no driver"
-        yield "note", "gpu", f"none ({why})"
+        built = torch.version.cuda
+        why = "this torch is built without CUDA" if built is None else f"no GPU, or no driver for CUDA {built}"
+        yield "note", "gpu", f"none ({why}; docs/installing.md)"
     yield "ok", "cpu", f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()} at once"
 
 

@@ -58,6 +58,8 @@ def _library(dtype: str) -> ctypes.CDLL | str:
 
 
 def _built(dtype: str) -> Path:
+    if os.name == "nt":
+        raise BuildError("the native engine is not for Windows")
     found = compiler()
     if found is None:
         raise BuildError("no C++ compiler was found (g++ or $CXX)")
@@ -68,7 +70,8 @@ def _built(dtype: str) -> Path:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not _is_own(folder):
         raise BuildError(f"the folder of compiled code, {folder}, belongs to another user")
-    folder.chmod(0o700)
+    if os.stat(folder).st_mode & 0o777 != 0o700:  # a read-only cache cannot be changed
+        folder.chmod(0o700)
     for path in folder.glob(f"{name}-*.so"):
         if _is_own(path) and not path.lstat().st_mode & 0o022 and path.stem.endswith(file_digest(path)[:16]):
             return path
@@ -78,7 +81,8 @@ def _built(dtype: str) -> Path:
         done = subprocess.run([*command, "-o", str(made), str(SOURCES / "step.cpp")], capture_output=True, check=False)
         if done.returncode != 0 or not made.is_file():
             lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-            raise BuildError(f"{found} could not compile the native engine: {lines[0]}")
+            line = next((line for line in lines if "error" in line), lines[0])  # above it stands which file it is in
+            raise BuildError(f"{found} could not compile the native engine: {line}")
         return write_bytes(folder / f"{name}-{file_digest(made)[:16]}.so", made.read_bytes(), mode=0o600)
 
 

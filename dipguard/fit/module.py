@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple, TypedDict
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.callbacks import GradientAccumulationScheduler
 from pytorch_lightning.strategies import SingleDeviceStrategy
 from torch import Tensor
 
@@ -64,8 +66,9 @@ class StackedDIP(pl.LightningModule):
         indices: The indices of the images, B of them.
         step: Number of steps done.
         trace: The :class:`StackTrace` that the callbacks fill; None without a DecisionLogger.
-        tells_settings: Whether the Trainer's loggers are told the options of the fit, as ``fit/lr`` and so on. A
-            defence makes many fits for one log, and does not.
+        in_run_fit: Whether this is one of a defence's many fits for one log. If not, the Trainer's loggers are told the
+            options of the fit, as ``fit/lr`` and so on.
+        began: When the first step began, by ``time.perf_counter``.
     """
 
     given: Tensor
@@ -94,7 +97,7 @@ class StackedDIP(pl.LightningModule):
         self.register_buffer("given", images.detach().to(z.dtype).clone(), persistent=False)
         self.register_buffer("tolerance", tolerance_of(self.given, options=options), persistent=False)
         self.step = 0
-        self.tells_settings, self._own_data = True, False
+        self.in_run_fit, self._own_data, self.began = False, False, 0.0
         self.trace: StackTrace | None = None
         self._engine: Engine | None = None
         self._jitter: Jitter | JitterFeed | None = None
@@ -161,7 +164,7 @@ class StackedDIP(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Tell the Trainer's loggers the settings, and start the jitter's random streams."""
         settings = {**self.options.as_settings(), "steps_per_epoch": self.steps_per_epoch}
-        for logger in self.loggers if self.tells_settings else ():
+        for logger in () if self.in_run_fit else self.loggers:
             logger.log_hyperparams({f"fit/{name}": value for name, value in settings.items()})
         if self.options.jitter > 0:
             draw: dict[str, Any] = {"indices": self.indices, "seed": self.options.seed, "std": self.options.jitter}
@@ -175,12 +178,22 @@ class StackedDIP(pl.LightningModule):
         self._check_fresh()
         if not self._own_data and type(self).train_dataloader is StackedDIP.train_dataloader:
             raise ValueError("Trainer.fit() must be given no data: a StackedDIP fits the images that it was made with")
+        self.began = time.perf_counter()
+
+    def on_train_end(self) -> None:
+        """In `run_fit`, let Adam's moments go unless a checkpoint takes them: Lightning would copy them from a GPU."""
+        if self.in_run_fit and not self.trainer.checkpoint_callbacks:
+            self.trainer.optimizers[0].state.clear()
 
     def on_fit_end(self) -> None:
         """Stop the threads that draw jitter ahead; the networks may have left the GPU, and with it its kernels."""
+        self.close()
+        use_first_kernels(self.net)
+
+    def close(self) -> None:
+        """Stop the threads that draw jitter ahead, also after an error, when Lightning calls no hook."""
         if isinstance(self._jitter, JitterFeed):
             self._jitter.close()
-        use_first_kernels(self.net)
 
     @property
     def _adds_to_the_loss(self) -> bool:
@@ -241,7 +254,11 @@ def check_made(trainer: pl.Trainer) -> None:
     if not isinstance(trainer.strategy, SingleDeviceStrategy):  # DDP's buckets would reorder the gradients
         name = type(trainer.strategy).__name__
         raise ValueError(f"`strategy` of the Trainer must be that of a single device, 'auto', got {name}")
-    if (batches := trainer.accumulate_grad_batches) != 1:
+    batches = trainer.accumulate_grad_batches
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            batches = max(batches, *callback.scheduling.values())
+    if batches != 1:
         raise ValueError(f"`accumulate_grad_batches` of the Trainer must be 1, got {batches}: a step sees all data")
     if str(trainer.precision) in ("16-true", "bf16-true"):
         raise ValueError(

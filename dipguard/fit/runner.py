@@ -59,23 +59,6 @@ class StackResult:
     seconds: dict[str, float]  # of `run_fit`, and "decide" (victim, SSIM, localisation, stitching) out of "fit"
 
 
-class _FirstStep(pl.Callback):
-    """When the first step began."""
-
-    at = 0.0
-
-    def on_train_batch_start(self, *_: Any) -> None:
-        self.at = self.at or time.perf_counter()
-
-
-class _Forget(pl.Callback):
-    """Lets Adam's moments go when a fit ends, unless a checkpoint takes them: Lightning would copy them from a GPU."""
-
-    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if not trainer.checkpoint_callbacks:
-            trainer.optimizers[0].state.clear()
-
-
 def run_fit(
     images: Tensor,
     *,
@@ -98,15 +81,14 @@ def run_fit(
     images or options, RuntimeError in a forked process that would hang, or if a callback or ``max_time`` ends the fit
     before its first step.
     """
-    start, first = time.perf_counter(), _FirstStep()
-    every = [first, *callbacks, _Forget()]
+    start = time.perf_counter()
     for callback in callbacks:
         _start_afresh(callback)
     with isolated_trainer(device):
         # A tensor made under inference_mode cannot be saved for backward: the module clones it, outside of that mode.
         module = StackedDIP(images, indices=indices, options=fit)
-        module.tells_settings = False
-        made = make_trainer(T, device=device, callbacks=every, logger=logger, trainer=trainer)
+        module.in_run_fit = True
+        made = make_trainer(T, device=device, callbacks=callbacks, logger=logger, trainer=trainer)
         try:
             made.fit(module)
             if not module.step:
@@ -114,12 +96,13 @@ def run_fit(
             if module.step < T and any(isinstance(callback, (EarlyStopping, Timer)) for callback in made.callbacks):  # type: ignore[attr-defined]
                 _log.info("a fit of %d image(s) ended after %d of %d steps", len(images), module.step, T)
         finally:
+            module.close()
             # Lightning's reference cycles, and the methods of the module that it sets on callbacks, would keep the fit.
-            for callback in every:
+            for callback in callbacks:
                 vars(callback).pop("log", None)
                 vars(callback).pop("log_dict", None)
             vars(made).clear()
-    return {"start": first.at - start, "fit": time.perf_counter() - first.at}
+    return {"start": module.began - start, "fit": time.perf_counter() - module.began}
 
 
 _before: WeakKeyDictionary[pl.Callback, dict[str, Any]] = WeakKeyDictionary()
@@ -282,7 +265,8 @@ def kept_memory(device: torch.device) -> Iterator[bool]:
     if libc is None:
         yield False
         return
-    libc.mallopt(M_MMAP_THRESHOLD, KEEP)
+    if not libc.mallopt(M_MMAP_THRESHOLD, KEEP):  # more than an older glibc allows
+        libc.mallopt(M_MMAP_THRESHOLD, ADAPTED_MMAP)
     libc.mallopt(M_TRIM_THRESHOLD, KEEP)
     try:
         yield True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -50,7 +51,11 @@ def build(
             if not path.is_file():
                 raise FileNotFoundError(f"`victim.weights` must name an existing weights file, got {path}")
             (folder / dataset / threat_model).mkdir(parents=True)
-            (folder / dataset / threat_model / f"{arch}.pt").symlink_to(path.absolute())
+            link = folder / dataset / threat_model / f"{arch}.pt"
+            try:
+                link.symlink_to(path.absolute())
+            except OSError:  # Windows lets few users do that
+                shutil.copyfile(path, link)
         try:
             network = robustbench.utils.load_model(arch, model_dir=folder, dataset=dataset, threat_model=threat_model)
         except Exception as error:  # a download, a damaged file and other weights share no base class

@@ -1,6 +1,7 @@
 """The native engine against torch's operations: same numbers, whatever the network, the image's size and the stack."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,6 +81,15 @@ def test_reconstruction_loss_and_gradients_are_those_of_torch(row: str, padding:
 
 def test_with_a_dead_zone_for_each_image_too() -> None:
     compare(*NETWORKS["small"], padding="zeros", tolerance=torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("tolerance", [None, torch.tensor([0.0, 0.1, 0.3], dtype=torch.float64)])
+def test_a_fit_that_diverged_has_no_error_of_0(tolerance: Tensor | None) -> None:
+    engine, net, z = engine_on("small", "native", (16, 16), tolerance=tolerance)
+    with torch.no_grad():
+        next(net.parameters())[1] = math.nan  # of the second of three images
+    step = engine.step(z)
+    assert step.errors.isnan().tolist() == [False, True, False]
 
 
 def compare(network: str | NetworkSpec, size: tuple[int, int], *, padding: str, tolerance: Tensor | None) -> None:

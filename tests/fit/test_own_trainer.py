@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
@@ -258,6 +258,12 @@ def test_an_output_of_another_kind_is_named(images: Tensor, victim: nn.Module) -
 def test_a_trainer_that_cannot_fit_is_told_why(images, victim, T, options, message) -> None:
     with pytest.raises(ValueError, match=message):
         trainer(T, *ours(victim), **options).fit(StackedDIP(images[:1], options=SMALL))
+
+
+def test_accumulation_by_a_callback_is_refused_too(images: Tensor, victim: nn.Module) -> None:
+    later = GradientAccumulationScheduler({0: 1, 1: 4})
+    with pytest.raises(ValueError, match="`accumulate_grad_batches` of the Trainer must be 1, got 4"):
+        trainer(40, *ours(victim), later).fit(StackedDIP(images[:1], options=SMALL))
 
 
 def test_a_strategy_of_several_processes_is_refused_even_with_one(images: Tensor, victim: nn.Module) -> None:

@@ -60,7 +60,7 @@ INLINE void visit_rows(const Frame& f, Part rows, REAL* workspace, Visit visit) 
 }
 
 INLINE REAL beyond(REAL difference, REAL tolerance) {
-    return difference > tolerance ? difference - tolerance : difference < -tolerance ? difference + tolerance : REAL(0);
+    return difference - std::min(tolerance, std::max(-tolerance, difference));  // NaN stays NaN
 }
 
 // Sigmoid; replaces the frame by the mean squared error's gradient with respect to it.
