@@ -167,7 +167,9 @@ class Cell:
             full.pop("final_looks", None)
         made = {} if self.attack is None else self.attack.settings
         given = {name: made[name] for name in full if name in made}
-        return ", ".join(f"{n} {text_of(v)} of {text_of(full[n])}" for n, v in given.items() if v != full[n])
+        less = {n: v for n, v in given.items() if v != full[n] and not (isinstance(v, int | float) and v > full[n])}
+        parts = [f"{n} {text_of(v)} of {text_of(full[n])}" for n, v in less.items()]
+        return ", ".join([*parts, *([f"the first {len(self.clean)} images"] if self.node.get("limit") else [])])
 
 
 _NONE, _NO_DECISION = torch.zeros(0), torch.zeros(0, dtype=torch.int64)

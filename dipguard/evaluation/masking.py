@@ -68,17 +68,18 @@ def large_eps(done: Sequence[CellResult]) -> Check:
     name, found = "a large eps reaches 0 %", [r for r in done if r.cell.check == LARGE_EPS]
     if not found:
         return Check(name, NOT_CHECKED, "no attack with check: large_eps was run")
-    figures = ", ".join(f"{_right(r):g} of {len(r.right)} right at {r.eps_255:g}/255" for r in found)
+    at = ["" if r.eps_255 is None else f" at {r.eps_255:g}/255" for r in found]
+    figures = ", ".join(f"{_right(r):g} of {len(r.right)} right{eps}" for r, eps in zip(found, at, strict=True))
     return Check(name, WARNING if all(_right(r) for r in found) else OK, figures)
 
 
 def black_box(done: Sequence[CellResult]) -> Check:
     """An attacker who knows less must not achieve more."""
     name, attacks = "black box does not beat white box", [result for result in done if result.attacks]
-    white, black = ([r for r in attacks if r.cell.white_box == side] for side in (True, False))
+    white, black = (_longest([r for r in attacks if r.cell.white_box == side]) for side in (True, False))
     if not white or not black:
         return Check(name, NOT_CHECKED, f"no {'black' if white else 'white'}-box attack was run")
-    n = min(len(result.right) for result in attacks)  # attacks on fewer images are compared on those
+    n = min(len(white[0].right), len(black[0].right))
     aimed = [{r.cell.label: _aimed(r)[:n] for r in side} for side in (white, black)]
     sums = [[(round(float(right.sum()), 6), label) for label, right in side.items()] for side in aimed]
     (best_white, by_white), (best_black, by_black) = map(min, sums)
@@ -134,7 +135,8 @@ def control(done: Sequence[CellResult]) -> Check:
     attacks = [result for result in done if result.attacks]
     if not noise or not attacks:
         return Check(name, NOT_CHECKED, f"no {'attack' if noise else 'attack with check: control'} was run")
-    n = min(len(result.right) for result in (*noise, *attacks))
+    noise, attacks = _longest(noise), _longest(attacks)
+    n = min(len(noise[0].right), len(attacks[0].right))
     least = min(_right(result, n) for result in noise)
     best = min(attacks, key=lambda result: _right(result, n))
     weak = [result.cell.label for result in attacks if _right(result, n) >= least > 0]
@@ -152,6 +154,12 @@ def _aimed(result: CellResult) -> Tensor:
     fixed = getattr(attack, "draws", "") == "fixed" and not getattr(attack, "final_looks", 0)
     known = fixed and result.cell.source is result.cell.target
     return result.judged("known" if known else "accuracy")
+
+
+def _longest(results: Sequence[CellResult]) -> list[CellResult]:
+    """Those on most images: an attack on fewer would narrow a comparison to its own."""
+    most = max((len(result.right) for result in results), default=0)
+    return [result for result in results if len(result.right) == most]
 
 
 def _right(result: CellResult, n: int | None = None) -> float:
@@ -179,15 +187,19 @@ def randomness_of(matrix: Matrix, target: Target, *, find: bool = False) -> Rand
     def parse(entry: Entry) -> Randomness:
         return Randomness(entry.header["drawn"], entry.header["backward"])
 
-    key = matrix.cell(CLEAN, target.label).sub_key("randomness")
+    key = matrix.cell(CLEAN, target.label).sub_key("randomness of a noisy image")
     if find:
         return parse(matrix.store.arrays("cells", key, make))
     return matrix.store.read_as("cells", key, parse)
 
 
 def check_randomness(target: Target, one: ImageSet, device: torch.device) -> Randomness:
-    """Purify the image of a set on a device twice: with its own draws and with others."""
-    images = one.images.to(device)
+    """Purify the image of a set on a device twice: with its own draws and with others.
+
+    With noise of 8/255, as an attacked image has: what a defence draws may show only there.
+    """
+    noise = torch.rand(one.images.shape, generator=torch.Generator().manual_seed(0)) - 0.5
+    images = (one.images + 16 / 255 * noise.to(one.images)).clamp(0, 1).to(device)
 
     def logits(indices: Tensor) -> Tensor:
         return Decider(target.victim)(target.bare.purify(images, indices=indices)).cpu()

@@ -10,12 +10,14 @@ The run folder has a copy of each trace that is kept, ``traces/<attack>/<defense
 
 from __future__ import annotations
 
+import csv
 import logging
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -258,7 +260,9 @@ class Matrix:
         return defense.defend(images, indices=indices, callbacks=callbacks, **options)
 
     def _known(self, cell: Cell) -> list[CellResult]:
-        unknown = [CellResult(cell, cell.why or NOT_RUN, cell.eps_255)]
+        # A rebuild runs nothing, so what failed stays so.
+        status = self._failures.get(cell.key, NOT_RUN) if self.config.rebuild else NOT_RUN
+        unknown = [CellResult(cell, cell.why or status, cell.eps_255)]
 
         def parse(summary: Entry) -> list[CellResult]:
             whole = slice(0, len(cell.clean))
@@ -271,6 +275,13 @@ class Matrix:
 
         known = None if cell.why is not None else self.store.read_as("cells", cell.summary_key, parse)
         return unknown if known is None else known
+
+    @cached_property
+    def _failures(self) -> dict[str, str]:
+        """Why cells failed, by their keys, from the results.csv in the folder."""
+        with suppress(FileNotFoundError), (self.folder / "results.csv").open(newline="", encoding="utf-8") as file:
+            return {row["key"]: row["status"] for row in csv.DictReader(file) if row["status"].startswith("failed")}
+        return {}
 
     def _attack(self, cell: Cell, tell: Callable[[int], object] | None) -> Entry:
         """Attack a cell's images; its batches, which may take hours, are stored one by one."""

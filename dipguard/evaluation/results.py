@@ -141,7 +141,9 @@ def _worst_row(matrix: Matrix, target: Target) -> dict[str, Any]:
     row = {**_of_target(matrix, target), "attack": WORST, "eps_255": matrix.config.eps_255, "number": "9"}
     if not rights:
         return row | {"status": NOT_RUN}
-    return row | _shares(matrix, clean.cell.judge, rights) | {"note": f"over {over} attacks"}
+    lacking = [r.cell.label for r in results if not r.done and r.cell.why is None and not r.cell.check]
+    note = f"over {over} attacks" + (f", without {', '.join(lacking)}" if lacking else "")
+    return row | _shares(matrix, clean.cell.judge, rights) | {"note": note}
 
 
 def _of_target(matrix: Matrix, target: Target) -> dict[str, Any]:

@@ -29,13 +29,18 @@ GROUPS = ("attack_name", "data", "victim", "seed")
 """What the points of a figure have in common."""
 
 
+def is_drawn(results: pd.DataFrame) -> pd.Series:
+    """Which rows have a place in the figures: those of their attacks, with a budget and an eps."""
+    return results["budget"].notna() & results["eps_255"].notna() & results["attack_name"].isin(KINDS)
+
+
 def write_curves(folder: str | Path, results: pd.DataFrame) -> list[Path]:
     """Draw figure4_bpda.png and figure5_hopskipjump.png from the rows of `read_results` that have a budget.
 
     Each data set, victim and seed has a figure of its own, and so has a second attack with the points of another one;
     from the second figure on its name ends in a number.
     """
-    points = results[results["budget"].notna() & results["accuracy"].notna() & results["attack_name"].isin(KINDS)]
+    points = results[is_drawn(results) & results["accuracy"].notna()]
     repeat = points.groupby([*GROUPS, "defense", "eps_255", "budget"], dropna=False).cumcount()
     points = points.assign(copy=repeat.groupby(points["attack"]).transform("max"))  # an attack is not torn apart
     styles = {defense: line_style(i) for i, defense in enumerate(points["defense"].unique())}

@@ -20,7 +20,7 @@ def escape_csv(text: str) -> str:
 
 def escape_markdown(text: str) -> str:
     """Text that Markdown prints as it is, on one line: no HTML, link, emphasis or end of a table's cell."""
-    return " ".join(text.split()).translate(_MARKDOWN)
+    return " ".join(text.split()).translate(_MARKDOWN).replace("__", r"\_\_")
 
 
 def escape_latex(text: str) -> str:

@@ -16,7 +16,7 @@ from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.results import write_results
 from dipguard.files import write_json, write_npz, write_text
 from dipguard.reporting.canvas import Picture, class_name, draw_grid, draw_panel, save_figure
-from dipguard.reporting.curves_figure import write_curves
+from dipguard.reporting.curves_figure import is_drawn, write_curves
 from dipguard.reporting.paper_figures import head_of
 from dipguard.reporting.results import in_suite, read_checks, read_results
 from dipguard.reporting.suite import suite_rows, suite_text, write_suite
@@ -100,8 +100,9 @@ def _read(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame, pd.Da
     results = read_results(folder / "results.csv")
     run = results[results["status"] != NOT_RUN]
     suite = suite_rows(run)
-    curves = run.loc[run["budget"].notna(), "attack"]  # attacks with several budgets, also where a cell failed
+    curves = run.loc[is_drawn(run), "attack"]  # also where a cell failed
     main = run[~in_suite(run) & ~run["attack"].isin(curves)]
+    main = main.drop_duplicates(["attack", "defense"], keep="last")  # the largest budget
     if len(suite) and (main["attack"] == CLEAN).all():
         main = main[:0]  # the suite has the clean images too
     return run, main, suite, read_checks(folder / "checks.csv") if len(suite) else suite

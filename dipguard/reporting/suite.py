@@ -40,7 +40,7 @@ def suite_rows(results: pd.DataFrame) -> pd.DataFrame:
     """
     worst = results[results["attack"] == WORST]
     rows = results[in_suite(results) | (results["attack"] == CLEAN)] if len(worst) else worst
-    at_eps = rows["eps_255"].isin(worst["eps_255"])
+    at_eps = rows["eps_255"].isin(worst["eps_255"]) & (rows["check"] == "")
     rows = rows.assign(at=at_eps, last=rows["attack"] == WORST).sort_values(["at", "budget"], na_position="first")
     rows = rows.drop_duplicates(["attack", "defense"], keep="last").sort_index()
     kind = rows["check"].map({"": "", "control": " (control)"}).fillna(" (check)")
@@ -76,8 +76,8 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
     """For each defence the figures in the form of RobustBench's model_info files: text, accuracies in %.
 
     ``autoattack_acc`` is that under AutoAttack's version for random defences, ``external`` and ``reported`` are the
-    worst case, and a warning of the checks makes it ``unreliable``. An accuracy that is missing is None. The footnote
-    says what was cut of each attack.
+    worst case, and a warning of the checks makes it ``unreliable``, as does an attack that failed or was not run. An
+    accuracy that is missing is None. The footnote says what was cut of each attack.
     """
     (eps,) = set(rows[rows["attack"] == WORST]["eps_255"])
     figures = {"clean_acc": ("attack", CLEAN), "autoattack_acc": ("attack_name", "defended_autoattack")}
@@ -87,6 +87,9 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
         done, first = cells[cells["status"] == DONE], cells.iloc[0]
         draws = cells["judge"].max() if "judge" in cells else 1  # NaN or 1 for a defence without any
         cuts = [f"{attack}: {cut}" for attack, cut in zip(done["attack"], done["cut"], strict=True) if cut]
+        lacking = [note for note in cells[cells["attack"] == WORST]["note"] if "without" in note]
+        more, warned = [*(f"worst case {note}" for note in lacking), *cuts], checks["verdict"] == "WARNING"
+        warned = warned[checks["defense"] == defense]
         found = {name: [f"{100 * share:.2f}" for share in done[done[key] == value]["accuracy"]]
                  for name, (key, value) in figures.items()}  # fmt: skip
         made[str(defense)] = {
@@ -95,8 +98,8 @@ def robustbench_records(rows: pd.DataFrame, checks: pd.DataFrame) -> dict[str, d
             "eps": f"{eps:g}/255",
             "architecture": f"{first['victim']}, defence {first['defense_name']}",
             **{name: shares[0] if shares else None for name, shares in found.items()},
-            "unreliable": bool((checks[checks["defense"] == defense]["verdict"] == "WARNING").any()),
-            "footnote": "; ".join([_measured_on(cells), *([f"mean over {draws:g} draws"] if draws > 1 else []), *cuts]),
+            "unreliable": bool(warned.any() or lacking),
+            "footnote": "; ".join([_measured_on(cells), *([f"mean over {draws:g} draws"] if draws > 1 else []), *more]),
         }
     return made
 
@@ -179,6 +182,8 @@ def _reasons(rows: pd.DataFrame) -> Iterator[str]:
     long = rows[rows["status"] != rows["status"].map(_brief)]
     for (defense, status), cells in long.groupby(["defense", "status"], sort=False):
         yield f"{defense}: {status}" if len(cells) > 1 else f"{cells.iloc[0]['title']}, {defense}: {status}"
+    for line in rows[(rows["attack"] == WORST) & rows["note"].str.contains("without")].itertuples():
+        yield f"{line.title}, {line.defense}: {line.note}, which failed or were not run"
 
 
 def _verdicts(checks: pd.DataFrame) -> str:

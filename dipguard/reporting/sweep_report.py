@@ -242,7 +242,6 @@ def best_section(grid: Grid) -> str:
     head = (
         f"Best mean over {_count(grid)}: {100 * best['value']:.1f} % at {setting}. "
         f"{near} of {len(ranked)} settings have this figure within their own 95 % interval."
-        + (" These images cannot tell them apart." if near > 1 else "")
     )
     rows = [
         [*(text_of(sweep.jobs[line["job"]].values[key]) for key in grid.parameters), *_by_attack(grid, line)]

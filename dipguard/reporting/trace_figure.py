@@ -82,7 +82,8 @@ def draw_trace(
     elif len(used):
         style = {"color": USED, "markersize": 4, "label": f"averaged windows ({len(used)})"}
         bottom.plot(trace.steps[used], trace.quality[used], "o", **style)
-    inside = trace.steps[attack_inside(trace, decision if label is None else label)].tolist()
+    entered = attack_inside(trace, decision if label is None else label) if attacked or clean is None else []
+    inside = trace.steps[entered].tolist()
     text = f"attack inside from\nt = {', '.join(map(str, inside))} on" if inside else ""
     for ax in (*plots, bottom):
         dotted = {"colors": GIVEN, "linewidth": 1, "linestyles": ":", "label": text if ax is bottom else ""}

@@ -102,6 +102,7 @@ def test_more_steps(honest: Matrix, history: list[float], last: list[float], ver
 def test_large_eps(honest: Matrix, right: list[int] | None, verdict: str) -> None:
     results = [result(honest, "identity")] if right is None else [result(honest, "large_eps", right)]
     assert masking.large_eps(results).verdict == verdict
+    assert masking.large_eps([replace(one, eps_255=None) for one in results]).verdict == verdict  # as of DDN
 
 
 @pytest.mark.parametrize(
@@ -117,6 +118,18 @@ def test_black_box(honest: Matrix, white: list[int], black: list[int], verdict: 
     assert check.verdict == verdict
     assert f"{alone} broken by black box alone" in check.figures
     assert black_box([result(honest, "identity", white)]).verdict == NOT_CHECKED
+
+
+def test_an_attack_on_fewer_images_narrows_no_comparison(honest: Matrix) -> None:
+    def first(result: CellResult, n: int) -> CellResult:
+        return replace(result, decisions=result.decisions[:n])
+
+    white, black = result(honest, "identity", [0, 0, 1, 1, 1, 1]), result(honest, "hopskipjump", [1, 1, 0, 0, 0, 0])
+    short = first(result(honest, "transfer", [0, 0, 1, 1, 1, 1]), 2)
+    assert black_box([white, short, black]).verdict == WARNING
+    assert black_box([first(white, 2), black]).verdict == OK
+    noise = result(honest, "noise", [1, 1, 0, 0, 0, 0])
+    assert masking.control([noise, white, short]).verdict == WARNING
 
 
 def test_black_box_counts_the_draw_that_an_attack_with_fixed_draws_knows(honest: Matrix) -> None:

@@ -13,7 +13,7 @@ from dipguard.evaluation.cell import fitting_options
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import wilson
 from dipguard.evaluation.plan import prepare
-from dipguard.evaluation.results import suite_results, worst_case
+from dipguard.evaluation.results import suite_results, worst_case, write_results
 from dipguard.evaluation.runner import run
 from dipguard.registry import lookup
 from dipguard.victims import build_victim
@@ -93,6 +93,7 @@ def test_worst_case_is_each_images_worst(finished: Matrix) -> None:
 def test_an_attack_on_fewer_images_counts_for_those_alone(tmp_path: Path) -> None:
     matrix = tiny_suite(tmp_path, "+attacks.identity.limit=2", attacks=("transfer", "identity"), dip=False)
     run(matrix)
+    assert lines(matrix)["identity", "none"]["cut"] == "steps 2 of 200, the first 2 images"
     results = suite_results(matrix, matrix.targets["none"])
     rights = {result.cell.label: result.right for result in results}
     assert (len(rights["transfer"]), len(rights["identity"])) == (4, 2)
@@ -138,6 +139,21 @@ def test_what_is_finished_is_not_run_again_and_what_is_lost_is(finished: Matrix)
     assert torch.equal(again.attacked("identity", "jpeg"), attacked)
     old, new = ({k: (v["correct"], v["options"]) for k, v in made.items()} for made in (then, lines(again)))
     assert new == old
+
+
+def test_a_worst_case_names_what_it_lacks_also_in_a_rebuild(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = tiny_suite(tmp_path, attacks=("transfer", "identity", "noise"), dip=False)
+    for cell in matrix.cells:
+        if cell.label == "identity":
+            monkeypatch.setattr(cell.attack, "attack_batch", lambda *batch: 1 / 0)
+    assert len(run(matrix)) == 2
+    for rebuild in (False, True):
+        again = prepare(replace(matrix.config, rebuild=rebuild), tmp_path)
+        if rebuild:
+            write_results(again)
+        told = lines(again)
+        assert told["worst_case", "jpeg"]["note"] == "over 1 attacks, without identity"
+        assert told["identity", "jpeg"]["status"] == "failed: ZeroDivisionError: division by zero"
 
 
 def test_a_failing_randomness_check_is_told_and_made_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +234,8 @@ def test_what_was_cut_is_said(suite: Matrix, finished: Matrix) -> None:
     assert finished.cell("identity", "jpeg").cut == "steps 2 of 200"
     default = replace(finished.cell("identity", "jpeg"), node={"name": "adaptive_pgd", "full": {"coarse": 7}})
     assert default.cut == f"coarse {default.attack.coarse} of 7", "options that the node leaves out are cut too"
+    longer = replace(finished.cell("identity", "jpeg"), node={"name": "adaptive_pgd", "full": {"steps": 1}})
+    assert longer.cut == ""
     assert suite.cell("clean", "mirror").cut == "T 20 of 170"
     assert finished.cell("clean", "jpeg").cut == ""
 

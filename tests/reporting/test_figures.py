@@ -50,6 +50,8 @@ def test_trace_figure_marks_every_crossing(trace: DecisionTrace) -> None:
     assert "crossing, not stitched (3)" in names
     assert "τ = 0" in names
     assert "attack inside from\nt = 17 on" in names
+    unattacked = legend_of(draw_trace(trace, rebuilt, decision=1, label=1, clean=trace.given))
+    assert not any("attack" in name for name in unattacked), "a clean image that the victim misreads"
     captions = [ax.get_xlabel() for ax in figure.subfigs[0].axes]
     assert captions == ["given", "on the boundary, t = 15", "reconstruction"]
 

@@ -1,6 +1,7 @@
 """The reports of whole runs."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,11 +145,21 @@ def test_text_for_the_terminal_has_both_tables(several: Matrix) -> None:
 
 def test_a_cell_without_budgets_does_not_make_a_column_of_an_attack_that_has_them(tmp_path: Path) -> None:
     lines = [cell("clean", name, 30) for name in ("none", "jpeg")] + [cell("clean", "comdefend", None)]
-    lines += [point("bpda_8", "jpeg", 8, budget, 12) for budget in (5, 10)] + [cell("bpda_8", "comdefend", None)]
+    bpda = {"attack_name": "bpda"}
+    lines += [point("bpda_8", "jpeg", 8, budget, 12, **bpda) for budget in (5, 10)]
+    lines += [cell("bpda_8", "comdefend", None, **bpda)]
     stored_run.write_results(tmp_path, lines)
     text = results_text(tmp_path)
     assert "Table 1" in text
     assert "bpda_8" not in text
+
+
+def test_an_attack_with_budgets_that_no_figure_has_is_in_the_tables(tmp_path: Path) -> None:
+    lines = [cell("clean", "jpeg", 30), *(point("own", "jpeg", 8, budget, 16 - budget) for budget in (5, 8))]
+    lines += [point("hopskipjump", "jpeg", "", budget, 16 - budget) for budget in (5, 12)]  # without an eps
+    stored_run.write_results(tmp_path, lines)
+    row = next(line for line in results_text(tmp_path).splitlines() if line.startswith("| jpeg"))
+    assert [float(part) for part in re.findall(r"[\d.]+", row)][:3] == [93.8, 50.0, 25.0]
 
 
 def test_a_matrix_without_a_finished_cell_says_so(several: Matrix, tmp_path: Path) -> None:

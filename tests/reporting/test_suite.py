@@ -211,6 +211,17 @@ def test_a_record_has_robustbenchs_form(tmp_path: Path) -> None:
     assert (records["none"]["autoattack_acc"], records["none"]["unreliable"]) == (None, False)
 
 
+def test_a_worst_case_over_a_part_of_the_attacks_is_told(folder: Path) -> None:
+    lacking = {"note": "over 1 attacks, without blur"}
+    told = [line | (lacking if (line["attack"], line["defense"]) == ("worst_case", "none") else {}) for line in LINES]
+    write_results(folder, told)
+    suite.write_suite(folder, *read(folder))
+    assert "- 9 worst case, none: over 1 attacks, without blur, which failed or were not run" in page_of(folder)
+    record = json.loads((folder / "robustbench.json").read_text(encoding="utf-8"))["none"]
+    assert record["unreliable"]
+    assert "worst case over 1 attacks, without blur" in record["footnote"]
+
+
 def test_a_records_footnote_is_about_its_own_victim_and_images(tmp_path: Path) -> None:
     write_results(tmp_path, [line | ({"n": 8} if line["defense"] == "baseline" else {}) for line in LINES])
     write_lines(tmp_path / "checks.csv", CHECK_FIELDS, CHECKS)
