@@ -170,8 +170,8 @@ def probability_warning(logits: Tensor, *, name: str = "victim") -> str | None:
 class Decider:
     """Images to logits, at most ``batch`` at a time. The victim stays on its device and is not changed.
 
-    Without ``batch`` they are 512, or as many as 64 of 224x224 pixels have pixels if that is less; fewer, down to one,
-    if memory runs out.
+    Without ``batch``, at most 512 images, and at most the pixels of 64 images of 224x224. If memory runs out, batches
+    are halved, down to one image.
     """
 
     def __init__(self, victim: nn.Module, *, batch: int | None = None) -> None:

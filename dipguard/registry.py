@@ -119,8 +119,8 @@ def options_of(path: str, *, ordinary: int | None = None) -> dict[str, Any]:
     The source is read, nothing is imported. With ``**fit`` the fields of ``FitOptions`` are options too, with the
     defaults that the class attribute ``FIT`` changes; with other ``**keywords``, the options of the base class. The
     options of a dataclass are its fields. ValueError if there is no such class or function, or a default is no literal.
-    With ``ordinary``, arguments that are not keyword-only are options too, but for so many at the front, and ValueError
-    if any keyword is taken.
+    With ``ordinary``, arguments that are not keyword-only are options too, except the first ``ordinary``; ValueError if
+    any keyword is taken.
     """
     module, _, name = path.partition(":")
     return dict(_options(module, name, ordinary))

@@ -33,8 +33,9 @@ class DefendedPGD(DefendedSearch):
         random_start: Start at a uniformly drawn point of the ball, not at the image; drawn from the seed and the index.
         loss: Loss that is maximised: ``ce``, the negative logarithm of the true class's mean probability over the
             views; or ``margin``, the largest other logit minus that of the true class, mean over the views.
-        coarse: Above 1, the perturbation lives on a grid so many times coarser and is enlarged bilinearly, and a step
-            takes the sign of the gradient by that grid: purifiers let low frequencies pass (DiffBreak, NeurIPS 2025).
+        coarse: How many times coarser than the image the perturbation's grid is, at least 1. Above 1, a step takes the
+            sign of the gradient at the grid, which is enlarged bilinearly: purifiers let low frequencies pass
+            (DiffBreak, NeurIPS 2025).
     """
 
     evaluate_every: int = 1

@@ -144,7 +144,7 @@ class Attack(ABC):
 
         Raises:
             TypeError, ValueError: Bad images, labels or indices, or a victim without logits [B, C].
-            RuntimeError: Attack or defence broke its promise (values outside [0, 1], not finite, changes beyond eps).
+            RuntimeError: Attack or defence returned values outside [0, 1] or not finite, or changes beyond eps.
         """
         whole = Snapshot(None, None)
         return self._run(images, labels, indices, lambda *batch: {whole: self.attack_batch(*batch)})[whole]

@@ -98,7 +98,7 @@ def joined(counts: Sequence[Sequence[int]], *, total: int) -> list[float]:
 class DefendedSearch(AdaptiveAttack):
     """Looks at attacked images within ``eps_255`` levels of 0 to 255 (L-inf), and returns the best that it saw.
 
-    With ``final_looks`` above 0, the `CANDIDATES` best are looked at again under so many fresh draws, the same ones for
+    With ``final_looks`` above 0, the `CANDIDATES` best are judged again under that many fresh draws, the same ones for
     each, and the one that is misclassified under most of them is returned; of equals, the one that was better before.
     """
 

@@ -166,7 +166,7 @@ class Square(LinfAttack):
 
 
 class AutoAttack(LinfAttack):
-    """AutoAttack (Croce and Hein 2020) in L-inf; an image goes on to the next part if one fails.
+    """AutoAttack (Croce and Hein 2020) in L-inf; an image that withstands one part goes on to the next.
 
     ``standard`` is APGD-CE, targeted APGD, targeted FAB and Square; ``rand``, for random victims, APGD-CE and APGD-DLR
     on gradients averaged over 20 looks. torchattacks runs 10 steps where the authors run 100: set ``steps`` to 100 for

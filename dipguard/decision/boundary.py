@@ -22,7 +22,7 @@ def crosses(before: Tensor, after: Tensor) -> Tensor:
 
     .. math:: I = \lbrace t \mid y^{(t)} \neq y^{(t+1)} \wedge v^{(t)} > \tau \wedge t > t_0 \rbrace
 
-    ``before`` and ``after`` are the decisions of neighbouring samples, of any shape.
+    ``before`` and ``after`` are the decisions of neighbouring samples, of one shape; returns booleans of this shape.
     """
     return before != after
 

@@ -71,7 +71,8 @@ def tile_psnr(images: Tensor, given: Tensor, *, tile: int = TILE) -> Tensor:
     """Smallest PSNR over the tiles of an image, against the given one (Dai et al. 2020).
 
     Tiles of ``tile`` pixels a side start at the upper left; what is left over counts for nothing, as in the ports of
-    the authors' script, and a side shorter than ``tile`` is one tile. Returns [B] float64, in dB, at most 200.
+    the authors' script, and a side shorter than ``tile`` is one tile. ``images`` and ``given`` are [B, 3, H, W] in [0,
+    1]; returns [B] float64, in dB, at most 200.
     """
     height, width = (min(tile, side) for side in images.shape[-2:])
     rows, columns = images.shape[-2] // height, images.shape[-1] // width

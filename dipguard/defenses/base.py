@@ -158,7 +158,7 @@ class Defense(nn.Module, ABC):
         does not depend on the other images, but for the rounding of the victim's logits in batches of another size. All
         traces are kept in memory: up to a megabyte for a 32x32 image, and for one of 224x224 about 5 (``mirror``) to 50
         (``paper``). TypeError or ValueError for bad images, indices or victim, or a size that the defence cannot take;
-        RuntimeError if it is unavailable, or broke its promise (shape, dtype, range).
+        RuntimeError if it is unavailable, or its result has a wrong shape, dtype or range.
 
         Args:
             images: Float [N, 3, H, W] in [0, 1].
@@ -198,7 +198,7 @@ class Defense(nn.Module, ABC):
         return purified
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the victim's logits [N, C] on the purified images."""
+        """Return the victim's logits [N, C] on `purify` of images [N, 3, H, W]; errors are those of `purify`."""
         return self.decide(self.purify(images))
 
     def intermediates(self, images: Tensor, *, indices: Indices | None = None) -> dict[str, Intermediate]:

@@ -45,11 +45,11 @@ class MirrorGuard(DIPDefense):
     1. Small images are fitted by several networks, each from weights of its own (``networks``).
     2. The noise of the given image says how large a perturbation may be. Errors of a pixel up to 2.5 times the noise
        cost nothing (``dead_zone`` of :class:`~dipguard.fit.FitOptions`), and means of x(t) are clipped to within 6
-       times the noise of the given image (``clip``). So early steps can be used, when x(t) has little of the
-       perturbation yet: what they lack of the picture's edges comes from the given image.
+       times the noise of the given image (``clip``). So early steps, when x(t) has little of the perturbation, can be
+       used: the edges that they lack come from the given image.
     3. The class is chosen on mirrored, shifted copies of x(t) by :func:`~dipguard.decision.class_scores.class_scores`.
-       It is likely on these copies, and more likely there and on shifted copies of the given image than on the given
-       image itself (``beta``), where an attack must have made the true class unlikely. The given image's own class is
+       It is likely on these copies, and more likely there and on shifted copies of the given image than on the image
+       itself (``beta``): an attack must have made the true class unlikely on it. The given image's own class is
        preferred by a factor (``own_class_weight``).
 
     If the victim assigns no x(t) itself to this class, the mean is that of all of them. If it assigns the mean to
@@ -74,7 +74,7 @@ class MirrorGuard(DIPDefense):
         beta: Size of the step away from the given image, at least 0. Eq. 6 takes such a step in pixels; here it is
             taken in the victim's log-probabilities.
         own_class_weight: Factor, at least 0, of the probability of the class that the victim assigns to the given
-            image; at most that class's probability divided by the second one's. 0 rules the class out.
+            image, capped at that class's probability divided by the second one's. 0 rules the class out.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
             found, such as a drawing on a flat ground, is changed by the last step alone.

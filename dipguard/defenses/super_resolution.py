@@ -139,6 +139,6 @@ class SuperResolution(NetworkDefense):
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         """Denoise and compress [H, W, 3] in [0, 1]: what the upscaler gets. Needs no weights."""
         if self.sigma > 0:
-            # Cut down, not rounded, to 8 bits: only so is the file that the authors give met to 42.7 dB (else 40.6).
+            # Truncated, not rounded, to 8 bits: this matches the authors' published file to 42.7 dB (rounding: 40.6).
             pixels = np.floor(wavelet_denoise(pixels, sigma=self.sigma) * 255) / 255
         return jpeg_round_trip(pixels, quality=self.quality)

@@ -1,7 +1,7 @@
 """The engine for NVIDIA GPUs: the fastest kernel for each layer, and the step recorded once as a CUDA graph.
 
-The some 300 kernels of a step then follow each other without the host: on an H200 1.8 to 4.5 times as fast as torch's.
-Whether it is here, `fastest_engine` measures once.
+The roughly 300 kernels of a step then run without the host: on an H200 1.8 to 4.5 times as fast as torch's engine.
+`fastest_engine` measures once whether that holds here.
 """
 
 from __future__ import annotations

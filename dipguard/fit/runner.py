@@ -311,7 +311,7 @@ def interrupts() -> Iterator[None]:
 def quiet() -> Iterator[None]:
     """Silence a Trainer's start-up messages: one set of them for each stack would bury the progress bar.
 
-    What profilers say was asked for, and what most callbacks say.
+    Messages of profilers and of most callbacks stay: the caller asked for them.
     """
     with warnings.catch_warnings(), ExitStack() as put_back:
         warnings.filterwarnings("ignore", module=r"pytorch_lightning|lightning_fabric|lightning")
