@@ -63,6 +63,25 @@ def test_a_folder_is_purified_as_the_library_does_it(pictures, purify, victim, t
     assert given == {path: file_digest(path) for path in pictures.rglob("*") if path.is_file()}
 
 
+def test_draws_depend_on_the_picture_alone(pictures, purify, tmp_path):
+    purify(pictures)
+    (pictures / "b.png").rename(pictures / "0.png")
+    (pictures / "a.png").unlink()
+    purify(pictures, out=tmp_path / "other")
+    first, other = _rows(tmp_path / "out"), _rows(tmp_path / "other")
+    assert other["0.png"]["index"] == first["b.png"]["index"]
+    assert len({row["index"] for row in first.values()}) == 3
+
+
+def test_another_victim_is_asked_again(pictures, purify, victim, tmp_path):
+    purify(pictures)
+    assert "done earlier" in purify(pictures)[1]
+    state = dict(victim.network.state_dict())
+    last = list(state)[-1]
+    torch.save(state | {last: state[last] + 0.01}, tmp_path / "other.pt")
+    assert "done earlier" not in purify(pictures, "--weights", str(tmp_path / "other.pt"))[1]
+
+
 @pytest.mark.parametrize("defense", ["none", "jpeg"])
 def test_any_defence_draws_before_and_after(pictures, purify, tmp_path, defense):
     purify(pictures / "a.png", "--figures", "1", defense=defense)

@@ -40,6 +40,14 @@ def test_localise_is_the_grid_search_of_eq_5(N: int, scores: str) -> None:
         torch.testing.assert_close(found[m], (best / N) * a + (1 - best / N) * b, rtol=0, atol=1e-12)
 
 
+def test_of_equal_differences_the_smallest_alpha_is_taken() -> None:
+    victim, x = linear_victim(classes=2)
+    f = torch.eye(2, dtype=torch.float64)
+    alpha, found = localise(x[:1], x[1:2], f[:1], f[1:], victim, N=1)
+    assert alpha.tolist() == [0.0]
+    assert torch.equal(found, x[1:2])
+
+
 def test_no_pairs_give_no_images() -> None:
     victim, images = linear_victim()
     none = images[:0]
@@ -54,6 +62,8 @@ def test_thresholds_hold_or_not_at_equality(rule: str, expected: list[int]) -> N
     steps = torch.tensor([49, 50, 51, 60, 70])
     kept = passes(quality, steps, tau=0.7, t0=50, rule=rule)
     assert torch.nonzero(kept).flatten().tolist() == expected
+    rounded = torch.tensor([0.7])  # in float32 below 0.7
+    assert passes(rounded, steps[:1], tau=0.7, t0=0, rule=rule).tolist() == [False]
 
 
 @pytest.mark.parametrize("seed", range(5))

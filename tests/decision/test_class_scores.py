@@ -114,6 +114,13 @@ class Steep(nn.Module):
         return torch.stack([-mean, mean], dim=1)
 
 
+class Gentle(Steep):
+    """The same, less sure."""
+
+    def forward(self, images):
+        return super().forward(images) / 9.99
+
+
 def grey(*levels):
     return torch.stack([torch.full((3, 4, 4), level) for level in levels])
 
@@ -124,8 +131,8 @@ def traced(images, given, *, target, victim=None, **changed):
     trace = DecisionTrace(
         index=0, given=given, given_scores=victim(given[None])[0], steps=torch.arange(S), scores=victim(images),
         quality=torch.ones(S), loss=torch.ones(S), crossing_at=torch.zeros(0, dtype=torch.int64), alpha=torch.zeros(0),
-        on_boundary=torch.zeros(0, 3, 4, 4), last=images[-1:], samples=images,
-        mirrored_logits=torch.eye(2)[target].expand(S, 2),
+        on_boundary=images[:0], last=images[-1:], samples=images,
+        mirrored_logits=torch.eye(victim(images).shape[1])[target].expand(S, -1),
     )  # fmt: skip
     return replace(trace, **changed)
 
@@ -152,6 +159,41 @@ def test_where_no_sample_is_read_as_the_class_their_mean_is_moved_until_it_is():
     made = stitched(grey(0.45, 0.49, 0.5), grey(0.2)[0], target=1, victim=Steep())
     assert (made.reason, made.used.tolist()) == ("moved", [0, 1, 2])
     assert torch.allclose(made.image, grey(1.44 / 3 + 11 * 0.5 / 255)[0])  # the eleventh step is the first past 0.5
+
+
+def test_it_is_moved_until_the_victim_is_sure_and_only_where_it_is_read_wrongly():
+    images = grey(0.49, 0.502)  # the second is read rightly, with a probability of 0.6
+    made = moved(images, torch.tensor([1, 1]), decider=Decider(Gentle()))
+    assert torch.allclose(made[0], images[0] + 11 * 0.5 / 255, atol=1e-6)  # six steps would only pass one half
+    assert torch.equal(made[1], images[1])
+    bright = grey(0.45)
+    bright[0, :, 0, 0] = 1.0
+    assert float(moved(bright, torch.tensor([1]), decider=Decider(Steep())).max()) == 1.0
+
+
+def test_each_image_is_stitched_by_its_own_readings():
+    draw = torch.Generator().manual_seed(7)
+    victim = nn.Sequential(nn.Flatten(), nn.Linear(192, 4)).requires_grad_(False)
+    victim[1].weight.copy_(torch.randn(4, 192, generator=draw))
+    given, x = torch.rand(16, 3, 8, 8, generator=draw), torch.rand(16, 6, 3, 8, 8, generator=draw)
+    traces = [
+        traced(x[b], given[b], target=0, victim=victim, mirrored_logits=victim(mirrored(x[b]))) for b in range(16)
+    ]
+    near = torch.stack([victim(copy) for copy in shifted(given)])
+
+    def targets(readings, beta):
+        return [
+            int(class_scores(t.mirrored_logits, t.given_scores, near[:, b], beta=beta, own_class_weight=3.0).argmax())
+            for t, b in zip(traces, readings, strict=True)
+        ]
+
+    wanted = targets(range(16), 2.0)
+    assert wanted != targets([0] * 16, 2.0)
+    assert wanted != targets(range(16), 0.0)
+    made = stitch_mirrored(traces, beta=2.0, own_class_weight=3.0, decider=Decider(victim))
+    for trace, one, target in zip(traces, made, wanted, strict=True):
+        used = (trace.scores.argmax(1) == target).nonzero().flatten().tolist()
+        assert one.used.tolist() == (used or list(range(6)))
 
 
 def test_a_mean_that_is_read_otherwise_is_moved():

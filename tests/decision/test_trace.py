@@ -93,6 +93,7 @@ def test_200_samples_at_equal_intervals_for_every_T_of_table_3(T: int) -> None:
 def test_whole_intervals_and_every_agree() -> None:
     assert sampled_steps(1000) == sampled_steps(1000, decisions=None, every=5)
     assert sampled_steps(20, decisions=4) == (4, 9, 14, 19)
+    assert sampled_steps(10, decisions=4) == (2, 4, 7, 9)
 
 
 @pytest.mark.parametrize("T", [1, 2, 80, 199])

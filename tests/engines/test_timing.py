@@ -10,7 +10,7 @@ from dipguard.engines.kernel_choice import median_seconds
 
 @pytest.mark.parametrize("runs", [1, 5])
 def test_the_median_of_the_runs_after_a_warm_one(runs: int) -> None:
-    waits = iter([0.1, 0.01, 0.01, 0.01, 0.05, 0.0])
+    waits = iter([1.0, 0.01, 0.01, 0.01, 0.8, 0.0])  # far apart: a busy machine may sleep too long
     seen = []
 
     def work() -> None:
@@ -19,7 +19,7 @@ def test_the_median_of_the_runs_after_a_warm_one(runs: int) -> None:
 
     seconds = median_seconds(work, device=torch.device("cpu"), runs=runs)
     assert len(seen) == runs + 1
-    assert 0.01 <= seconds < 0.05
+    assert 0.01 <= seconds < 0.5
 
 
 @pytest.mark.parametrize(("wait", "best", "runs"), [(0.0, None, 5), (0.02, None, 5), (0.02, 1.0, 1), (0.002, 1e-4, 1)])

@@ -35,6 +35,13 @@ def digits_victim(arch: str) -> nn.Module:
     return build_victim("digits_cnn")
 
 
+def test_the_runs_seed_is_that_of_attacks_and_defences(tmp_path: Path) -> None:
+    matrix = prepare(typed_matrix(*TINY, "seed=5"), tmp_path)
+    for cell in matrix.cells:
+        assert cell.attack is not None
+        assert (cell.attack.seed, cell.target.defense.seed, cell.target.bare.seed) == (5, 5, 5)
+
+
 class Darkening:
     """What no digest looks into."""
 

@@ -1,5 +1,6 @@
 """The masking checks: on a system that really hides its gradient, on one that does not, and on each rule's own case."""
 
+import copy
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -141,6 +142,10 @@ def test_black_box_counts_the_draw_that_an_attack_with_fixed_draws_knows(honest:
     assert figures.startswith("black box at best 1 of 6 right (hopskipjump), white box 0 ")
     assert figures.endswith("; 0 broken by black box alone")
     assert black_box([white, black]).verdict == OK
+    attack = copy.copy(white.cell.attack)
+    attack.final_looks = 3  # it looked at other draws too, before it chose
+    looked = replace(white, cell=replace(white.cell, attack=attack))
+    assert "white box 4.5 " in black_box([looked, black]).figures
 
 
 @pytest.mark.parametrize(
@@ -161,20 +166,29 @@ def test_gradients(honest: Matrix, flat: float | None, verdict: str) -> None:
     assert masking.gradients([result(honest, "identity", flat=flat)]).verdict == verdict
 
 
+def with_options(result: CellResult, **options: object) -> CellResult:
+    return replace(result, cell=replace(result.cell, options=options))
+
+
 def test_flags_ask_for_attacks_that_know_of_them(honest: Matrix) -> None:
     still, moving = Randomness(0.0, 0), Randomness(2.0, 40)
     transfer, adaptive = result(honest, "transfer"), result(honest, "identity")
-    eot = replace(adaptive, cell=replace(adaptive.cell, options={"eot_iter": 4, "draws": "fresh"}))
+    eot = with_options(adaptive, eot_iter=4, draws="fresh")
     assert [randomised([adaptive], p).verdict for p in (still, moving, None)] == [OK, WARNING, NOT_CHECKED]
     assert randomised([eot], moving).verdict == OK
     assert [dynamic([transfer], p).verdict for p in (still, moving, None)] == [OK, WARNING, NOT_CHECKED]
     assert dynamic([adaptive], moving).verdict == OK
+    for options in ({"eot_iter": 4, "draws": "fixed"}, {"eot_iter": 1, "draws": "fresh"}):
+        assert randomised([with_options(adaptive, **options)], moving).verdict == WARNING
+    for name in ("hopskipjump", "large_eps"):  # a search by questions alone, and a check
+        other = result(honest, name)
+        assert dynamic([other], moving).verdict == WARNING
+        assert randomised([with_options(other, eot_iter=4, draws="fresh")], moving).verdict == WARNING
 
 
 @pytest.mark.slow
 def test_flags_are_found_not_assumed(tmp_path: Path) -> None:
-    # A digit has no noise, so that clipping to it would leave no room for a draw.
-    matrix = tiny_suite(tmp_path, "defenses.mirror.clip=0", attacks=("noise",))
+    matrix = tiny_suite(tmp_path, attacks=("noise",))
     one = matrix.clean.select(limit=1)
     found = {label: masking.check_randomness(t, one, matrix.device) for label, t in matrix.targets.items()}
     assert {label: (p.drawn > SAME, p.backward > 0) for label, p in found.items()} == {

@@ -82,6 +82,8 @@ def test_results_are_those_of_the_images(finished: Matrix) -> None:
         assert float(row["ssim"]) == pytest.approx(np.mean([float(r["ssim"]) for r in mine]), abs=1e-5)
         assert row["status"] == "done"
         (result,) = finished.results[row["attack"], row["defense"]]
+        spent = sum(result.seconds.get(part, 0) for part in ("start", "fit", "decide", "purify"))
+        assert float(row["seconds_per_image"]) == pytest.approx(spent / 5, abs=1e-6)
         assert result.decisions.tolist() == [int(r["decision_defended"]) for r in mine]
         assert result.decisions_given.tolist() == [int(r["decision_given"]) for r in mine]
         assert row["eps_255"] == ("" if row["attack"] == "clean" else "8.0")

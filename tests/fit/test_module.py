@@ -45,6 +45,17 @@ def plainly(images: Tensor, indices: list[int], steps: int, **options: Any) -> T
     return torch.cat(traces, dim=1)
 
 
+def test_options_reach_the_networks_and_their_input(images: Tensor) -> None:
+    def made(**options: Any) -> StackedDIP:
+        return StackedDIP(images[:1], options=FitOptions(network="small", **options))
+
+    assert 0.03 < float(made().z.max()) <= 1 / 30
+    assert 0.4 < float(made(z_scale=0.5).z.max()) <= 0.5
+    assert float(made(z="gaussian").z.min()) < 0
+    assert made().net.head.bias.any()
+    assert not made(init="xavier").net.head.bias.any()
+
+
 @pytest.mark.parametrize("engine", WORKING)
 @pytest.mark.parametrize(
     ("network", "padding", "jitter", "steps"),

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,24 @@ def fit_key(
 
 OTHER = {
     "index": 1, "seed": 1, "network": "medium", "z": "gaussian", "z_scale": 0.2, "jitter": 0.2, "init": "xavier",
-    "padding": "reflect", "lr": 0.02, "dtype": "float64", "engine": "native", "optimise_z": True,
+    "padding": "reflect", "lr": 0.02, "dtype": "float64", "engine": "native", "optimise_z": True, "dead_zone": 2.0,
+    "matmul_precision": "tf32",
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("option", OTHER)
 def test_what_changes_a_fit_changes_its_key(option: str):
     assert fit_key(**{option: OTHER[option]}) != fit_key()
+
+
+def test_every_option_of_a_fit_was_tried():
+    assert {field.name for field in fields(FitOptions)} <= OTHER.keys()
+
+
+def test_the_kind_of_device_counts():
+    how = {"indices": [0], "fit": FitOptions(network="small", engine="torch"), "T": 9}
+    made = [StackKeys(smooth_images(1), **how, device=torch.device(kind)).fits for kind in ("cpu", "cuda")]
+    assert made[0] != made[1]
 
 
 def test_the_image_counts_by_what_it_holds():

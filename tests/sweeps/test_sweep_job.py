@@ -47,8 +47,12 @@ def test_names_tell_keys_of_the_same_ending_apart_and_are_the_same_however_they_
 
 
 @pytest.mark.parametrize(
-    "override", ["trainer.enable_progress_bar=false", "logger=csv", "store=elsewhere", "processes=2"]
-)
+    "override",
+    [
+        "trainer.enable_progress_bar=false", "trainer.accelerator=cpu", "logger=csv", "store=elsewhere", "processes=2",
+        "store_T=[30]", "store_samples=true", "rebuild=true", "objective=clean",
+    ],
+)  # fmt: skip
 def test_settings_that_no_result_depends_on_leave_a_job_done(override: str) -> None:
     assert job_key(typed_matrix(override)) == job_key(typed_matrix())
     assert job_folder(["seed=1", override]) == job_folder(["seed=1"])
