@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -42,8 +42,10 @@ class ProcessWide:
         """Be inside; the contexts are made by ``make``, and entered in its order."""
         with self._lock:
             if self._inside == 0:
-                for one in make:
-                    self._state.enter_context(one())
+                with ExitStack() as entered:  # left again if one cannot be entered
+                    for one in make:
+                        entered.enter_context(one())
+                    self._state = entered.pop_all()
             self._inside += 1
         try:
             yield
@@ -79,13 +81,15 @@ def _switches(kind: str) -> Iterator[None]:
     on_gpu: list[Any] = [torch.backends.cuda.matmul, cudnn.conv, cudnn.rnn]  # type: ignore[attr-defined, unused-ignore]
     new: list[Any] = [*on_gpu, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]  # type: ignore[attr-defined, unused-ignore]
     before, order = [switch.fp32_precision for switch in new], (cudnn.deterministic, cudnn.benchmark)
+    products = convolutions = None
+    with suppress(RuntimeError):
+        products = torch.get_float32_matmul_precision()
+    with suppress(RuntimeError):
+        convolutions = cudnn.allow_tf32
     try:
-        old = torch.get_float32_matmul_precision(), cudnn.allow_tf32
-    except RuntimeError:
-        old = None
-    try:
-        if old is not None:
+        if products is not None:
             torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+        if convolutions is not None:
             cudnn.allow_tf32 = kind == "tf32"
         for switch in new:
             switch.fp32_precision = kind if switch in on_gpu else "ieee"
@@ -93,8 +97,9 @@ def _switches(kind: str) -> Iterator[None]:
         yield
     finally:
         cudnn.deterministic, cudnn.benchmark = order
-        if old is not None:
-            torch.set_float32_matmul_precision(old[0])
-            cudnn.allow_tf32 = old[1]
+        if products is not None:
+            torch.set_float32_matmul_precision(products)
+        if convolutions is not None:
+            cudnn.allow_tf32 = convolutions
         for switch, value in zip(new, before, strict=True):
             switch.fp32_precision = value

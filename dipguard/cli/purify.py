@@ -180,7 +180,10 @@ def _purified(job: Job, givens: Sequence[_Given]) -> Iterator[tuple[Tensor, _Row
 
 def read_by_victim(victim: nn.Module, pixels: Tensor) -> list[tuple[int, float]]:
     """Return the victim's decisions on uint8 pictures [N, 3, H, W], each with its softmax confidence."""
-    confidence, decision = Decider(victim)(pixels.float() / 255).double().softmax(dim=1).max(dim=1)
+    decider = Decider(victim)
+    parts = pixels.split(decider.batch(*pixels.shape[-2:]))  # one at a time: floats take four times the memory
+    logits = torch.cat([decider(part.float() / 255) for part in parts])
+    confidence, decision = logits.double().softmax(dim=1).max(dim=1)
     return list(zip(decision.tolist(), confidence.tolist(), strict=True))
 
 

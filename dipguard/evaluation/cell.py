@@ -169,7 +169,8 @@ class Cell:
         given = {name: made[name] for name in full if name in made}
         less = {n: v for n, v in given.items() if v != full[n] and not (isinstance(v, int | float) and v > full[n])}
         parts = [f"{n} {text_of(v)} of {text_of(full[n])}" for n, v in less.items()]
-        return ", ".join([*parts, *([f"the first {len(self.clean)} images"] if self.node.get("limit") else [])])
+        fewer = len(self.clean) < len(self.target.decisions_clean)
+        return ", ".join([*parts, *([f"the first {len(self.clean)} images"] if fewer else [])])
 
 
 _NONE, _NO_DECISION = torch.zeros(0), torch.zeros(0, dtype=torch.int64)

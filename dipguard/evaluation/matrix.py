@@ -280,7 +280,8 @@ class Matrix:
     def _failures(self) -> dict[str, str]:
         """Why cells failed, by their keys, from the results.csv in the folder."""
         with suppress(FileNotFoundError), (self.folder / "results.csv").open(newline="", encoding="utf-8") as file:
-            return {row["key"]: row["status"] for row in csv.DictReader(file) if row["status"].startswith("failed")}
+            rows = [(row.get("key") or "", row.get("status") or "") for row in csv.DictReader(file)]
+            return {key: status for key, status in rows if status.startswith("failed")}
         return {}
 
     def _attack(self, cell: Cell, tell: Callable[[int], object] | None) -> Entry:

@@ -26,6 +26,7 @@ from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, victim_name
 from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.metrics import decide, similarity
+from dipguard.evaluation.sweep_job import targets_in
 from dipguard.files import as_json, tensor_digest
 from dipguard.fit import isolated_trainer, make_trainer
 from dipguard.fit.module import check_made
@@ -219,8 +220,9 @@ def _victim(key: str, node: Mapping[str, Any], clean: ImageSet, device: torch.de
 
 def _digest(victim: nn.Module, node: Mapping[str, Any]) -> str:
     """The victim's digest; of a class that is not ours with its settings, which the digest may not find in it."""
-    path, found = node.get("_target_") or names_of("victim")[node["name"]], victim_digest(victim)
-    return found if path.startswith("dipguard.") else digest_of([found, as_json(node)])
+    named = [] if "_target_" in node else [names_of("victim")[node["name"]]]
+    ours, found = all(path.startswith("dipguard.") for path in [*named, *targets_in(node)]), victim_digest(victim)
+    return found if ours else digest_of([found, as_json(node)])
 
 
 def _defense(

@@ -132,19 +132,19 @@ def _modules(values: dict[str, Any]) -> Iterator[tuple[str, Path]]:
     named = [(kind, values[key]) for key, kind in kinds.items()]
     named += [(kind, node) for kind in ("attack", "defense") for node in values[f"{kind}s"].values()]
     paths = [names_of(kind).get(node["name"], "") for kind, node in named if node is not None and "name" in node]
-    for path in {*paths, *_targets(values)}:
+    for path in {*paths, *targets_in(values)}:
         if path.split(".")[0] != "dipguard" and (file := file_of(path)) is not None:
             yield path, file
 
 
-def _targets(value: Any) -> Iterator[str]:
+def targets_in(value: Any) -> Iterator[str]:
     """The values of ``_target_`` anywhere in settings."""
     if isinstance(value, dict):
         if "_target_" in value:
             yield str(value["_target_"])
         value = list(value.values())
     for one in value if isinstance(value, list) else ():
-        yield from _targets(one)
+        yield from targets_in(one)
 
 
 def _files(value: Any, key: str = "", *, but: Sequence[Path]) -> Iterator[Path]:

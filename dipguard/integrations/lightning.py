@@ -180,7 +180,7 @@ class PurifyCallback(pl.Callback):
     Args:
         defense: The defence, or a callable that makes one and takes ``victim``, so that a config can name it:
             ``functools.partial(build_defense, "paper", T=500)``. It is called at the start of each loop with the
-            Trainer's module, behind the normalisation. The progress bar is hidden.
+            Trainer's module, with ``mean`` and ``std`` in front. The progress bar is hidden.
         images: Place of the images in the batch: a position, a key, an attribute, or a tuple of those for nested
             batches. None: the batch itself if it is a tensor, the first item of a tuple or list.
         labels: Place of the labels int [N]. None: the second item of a tuple or list if ``images`` is None too, else
@@ -224,8 +224,10 @@ class PurifyCallback(pl.Callback):
         if isinstance(pl_module, DefendedModule):
             raise RuntimeError("the module purifies its images already: a DefendedModule needs no PurifyCallback")
         if self._make is not None:
-            victim = pl_module if self._normalised["mean"] is None else Normalised(pl_module, **self._normalised)
-            self.purifier = InputPurifier(self._make(victim=victim), **self._normalised, quiet=True)
+            # Buffers that are made in inference mode cannot be used where a gradient is needed.
+            with torch.inference_mode(False), isolate_rng():
+                victim = pl_module if self._normalised["mean"] is None else Normalised(pl_module, **self._normalised)
+                self.purifier = InputPurifier(self._make(victim=victim), **self._normalised, quiet=True)
         name = STEPS[stage]
         step, own = getattr(pl_module, name), vars(pl_module)
         if hasattr(step, "purified_by"):

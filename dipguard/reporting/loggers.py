@@ -135,12 +135,13 @@ class RunLog:
                 table = images.astype(object).assign(**self._pictures())
                 self.add(f"images {key}", {"images": wandb.Table(dataframe=table)})
                 self.run.summary.update({**self._summary, **flat})  # a resumed offline run begins a new one
-                # Not config.yaml, since W&B writes one of its own.
-                for file in (self.matrix.folder / "results.csv", *self.matrix.folder.glob("*.log")):
-                    copy = shutil.copy(file, self.run.dir)  # of a link W&B would warn
-                    self.run.save(copy, base_path=self.run.dir, policy="now")
                 if self.matrix.config.logger.get("artifacts") and self._claim(f"artifact {key}"):
                     self._upload(wandb.Artifact(f"reconstructions-{self.run.id}", type="reconstructions"))
+                # Not config.yaml, since W&B writes one of its own.
+                files = [self.matrix.folder / "results.csv", *self.matrix.folder.glob("*.log")]
+                for file in [] if self.run.disabled else files:
+                    copy = shutil.copy(file, self.run.dir)  # of a link W&B would warn
+                    self.run.save(copy, base_path=self.run.dir, policy="now")
 
     def add(
         self, key: str, metrics: Mapping[str, Any], *, step: int | None = None, pictures: Mapping[str, Path] = NONE

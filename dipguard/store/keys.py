@@ -75,7 +75,8 @@ def _described(value: Any, *, depth: int = 8) -> str | None:
     """A plain value as text, with the digests of its tensors; None for any other value, which lists and dicts omit."""
     if isinstance(value, (bool, int, float, str, type(None))):
         return repr(value)
-    if isinstance(value, (FunctionType, BuiltinFunctionType, type)):
+    if isinstance(value, (FunctionType, BuiltinFunctionType, type)) and not hasattr(value, "purified_by"):
+        # Not the step that PurifyCallback puts into a module for a while.
         return f"{value.__module__}.{value.__qualname__}"
     if isinstance(value, np.ndarray) and value.dtype != object:
         return f"array {value.dtype} {value.shape} {hashlib.sha256(value.tobytes()).hexdigest()}"

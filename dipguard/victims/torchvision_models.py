@@ -29,7 +29,8 @@ def build(
     Args:
         arch: Name of the architecture in torchvision.
         weights: Name of torchvision's weights for ``arch`` (``DEFAULT``, ``IMAGENET1K_V1``, ...), downloaded once, or
-            path or https address of a state dict, which gets transforms and class names of ``DEFAULT``. None means
+            path or https address of a state dict, which gets transforms and class names of ``DEFAULT`` (Inception-v3
+            and GoogLeNet then normalise their input once more, as torchvision's own weights need). None means
             ``DEFAULT``.
         num_classes: Number of classes of your own state dict; torchvision's weights have 1000.
         mean, std: The normalisation, per channel; None takes that of the weights' transforms.

@@ -28,7 +28,7 @@ from dipguard.fit import (
     in_stacks,
     stack_size_for,
 )
-from dipguard.fit.memory import free_memory, memory_need
+from dipguard.fit.memory import memory_need
 from tests.fit.conftest import NATIVE, At, fit_rule, stop
 
 CPU = torch.device("cpu")
@@ -224,10 +224,12 @@ def test_a_fixed_number_at_once_where_memory_allows(count: int, expected: int) -
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the free memory is not known")
-def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(caplog: pytest.LogCaptureFixture) -> None:
+def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     size, fit = (256, 256), FitOptions(network="small", engine="torch")
-    kept = free_memory(CPU) // (11 * 3 * 256 * 256 * 4)  # an image needs an eleventh of what is free
+    kept, free = 1000, 11 * 1000 * 3 * 256 * 256 * 4  # an image needs a little more than an eleventh of what is free
+    monkeypatch.setattr("dipguard.fit.stacks.free_memory", lambda device: free)
     shared, each = memory_need(size, fit=fit, kept=kept, engine="torch")
     with caplog.at_level("INFO", logger="dipguard"):
         chosen = stack_size_for(32, size=size, fit=fit, T=200, kept=kept, device=CPU)

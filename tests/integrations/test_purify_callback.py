@@ -122,6 +122,7 @@ def test_a_defence_may_be_made_for_the_trainers_module(module: DigitsModule, mak
     callback = PurifyCallback(make, **how)
     trainer(callback).test(module, data, verbose=False)
     module.eval()
+    assert not any(tensor.is_inference() for tensor in callback.purifier.defense.buffers())
     victim, pixels = callback.purifier.defense.victim, data.pictures.x
     if normalised:
         wanted = (pixels - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
