@@ -38,6 +38,19 @@ def seconds(folder: Path) -> float:
     return float(rows["fgsm_8", "paper"]["seconds_per_image"])
 
 
+def test_rows_of_one_run_that_differ_in_the_stitch_share_their_fits(tmp_path: Path):
+    own = ("~defenses.dip_fixed", "~defenses.none")
+    plain, counts = cells(tmp_path / "plain", *own)
+    assert counts["fitted"] == 0
+    both, counts = cells(
+        tmp_path / "both", *own, "+defense@defenses.later=paper", "defenses.later={K:3,tau:0.2,t0:2,T:20,"
+        "decisions:10,network:small,engine:native}",
+    )  # fmt: skip
+    assert (counts["fitted"], counts["replayed"]) == (6, 6)
+    assert_same({place: images for place, images in both.items() if place in plain}, plain)
+    assert not torch.equal(both["fgsm_8", "paper"], both["fgsm_8", "later"])
+
+
 @pytest.mark.slow
 def test_runs_share_fits_and_attacked_images(tmp_path: Path):
     store = f"store={tmp_path / 'store'}"
