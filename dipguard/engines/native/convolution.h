@@ -54,8 +54,11 @@ static void tiles(index_t pixels, const REAL* in, index_t in_step, index_t input
         tile<V, NV, PX>(in, in_step, inputs, taps, count, weights, outputs, out, out_step, bias);          \
         break;
             CASE(1) CASE(2) CASE(3) CASE(4)
+#if MOST_PIXELS >= 6
+            CASE(5) CASE(6)
+#endif
 #if MOST_PIXELS >= 12
-            CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+            CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 #undef CASE
         }
@@ -183,8 +186,11 @@ static void outer_of(index_t inputs, const REAL* in, index_t in_step, index_t in
     case IN:                                                                                                        \
         return outer<V, NV, IN>(in, in_step, in_row, out, out_step, out_row, rows, pixels, gradient, outputs, fresh);
         CASE(1) CASE(2) CASE(3) CASE(4)
+#if MOST_PIXELS >= 6
+        CASE(5) CASE(6)
+#endif
 #if MOST_PIXELS >= 12
-        CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
 #endif
 #undef CASE
     }

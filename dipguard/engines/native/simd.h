@@ -15,7 +15,7 @@
 #define MOST_PIXELS 12  // 12 x 2 sums, 2 weights and 1 broadcast fit 32 registers
 #elif defined(__AVX__)
 #define VECTOR_BYTES 32
-#define MOST_PIXELS 4  // 4 x 2 sums, 2 weights and 1 broadcast fit 16 registers
+#define MOST_PIXELS 6  // 6 x 2 sums, 2 weights and 1 broadcast fit 16 registers
 #else
 #define VECTOR_BYTES 16
 #define MOST_PIXELS 4
