@@ -102,15 +102,18 @@ def report_open_sweeps() -> None:
     while _open:
         folder, lock = _open.pop()
         with lock:
-            if not any(folder.glob("*/.hydra")):  # Hydra refused it
-                continue
-            from dipguard.reporting.sweep_report import summary, write_sweep_report
+            if any(folder.glob("*/.hydra")):  # else Hydra refused it
+                _report(folder)
 
-            try:
-                write_sweep_report(folder)
-                _log.info("%s", summary(folder))
-            except (OSError, ValueError) as error:  # it must not hide the error that ended the sweep
-                _log.warning("sweep %s could not be reported: %s", folder, error)
+
+def _report(folder: Path) -> None:
+    from dipguard.reporting.sweep_report import summary, write_sweep_report
+
+    try:
+        write_sweep_report(folder)
+        _log.info("%s", summary(folder))
+    except (OSError, ValueError) as error:  # it must not hide the error that ended the sweep
+        _log.warning("sweep %s could not be reported: %s", folder, error)
 
 
 def planned_jobs(config: DictConfig) -> list[dict[str, Any]] | None:

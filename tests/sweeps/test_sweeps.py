@@ -105,6 +105,15 @@ def test_progress_counts_the_jobs_that_are_done(finished: Path, tmp_path: Path) 
     assert progress_line(folder).startswith("2 of 4 jobs done")
 
 
+def begin(*overrides: str) -> None:
+    """What a sweep does before its first job."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        config = GlobalHydra.instance().hydra.compose_config(
+            "evaluate", ["hydra.mode=MULTIRUN", *overrides], RunMode.MULTIRUN
+        )
+        SweepProgress().on_multirun_start(config)
+
+
 def test_jobs_that_were_done_before_the_sweeps_file_changed_are_not_counted(finished: Path, tmp_path: Path) -> None:
     folder, own = copied(finished, tmp_path), tmp_path / "conf" / "sweep" / "own.yaml"
     own.parent.mkdir(parents=True)
@@ -117,11 +126,7 @@ def test_jobs_that_were_done_before_the_sweeps_file_changed_are_not_counted(fini
 
     def done_after(steps: int, *overrides: str) -> str:
         own.write_text(f"# @package _global_\nattacks: {{pgd_8: {{alpha_255: {steps}}}}}\n")
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            given = ["hydra.mode=MULTIRUN", *where, *FAST, *GRID, *overrides]
-            SweepProgress().on_multirun_start(
-                GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
-            )
+        begin(*where, *FAST, *GRID, *overrides)
         report_open_sweeps()
         return progress_line(folder).split(" jobs")[0]
 
@@ -141,15 +146,11 @@ def test_a_sweep_that_takes_the_folder_of_another_says_so(
     said = []
     for quality in ("quality=30,90", "quality=30,80,90", "quality=70"):
         caplog.clear()
-        with initialize_config_dir(str(CONF), version_base="1.3"), caplog.at_level("INFO", logger="dipguard"):
-            given = ["hydra.mode=MULTIRUN", f"hydra.sweep.dir={folder}", *FAST, f"defense.{quality}", GRID[1]]
-            SweepProgress().on_multirun_start(
-                GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
-            )
+        given = (f"hydra.sweep.dir={folder}", *FAST, f"defense.{quality}", GRID[1])
+        with caplog.at_level("INFO", logger="dipguard"):
+            begin(*given)
             with pytest.raises(SystemExit, match="another process works in"):  # a sweep does, until its report
-                SweepProgress().on_multirun_start(
-                    GlobalHydra.instance().hydra.compose_config("evaluate", given, RunMode.MULTIRUN)
-                )
+                begin(*given)
             report_open_sweeps()
         said.append("6 jobs of the sweep that had this folder before" in caplog.text)
         assert said[-1] or "had this folder before" not in caplog.text
