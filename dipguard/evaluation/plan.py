@@ -55,9 +55,10 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     _check_labels("defenses", config.defenses)
     if config.baseline is not None and BASELINE in config.defenses:
         raise ValueError(f"`defenses` must not name one {BASELINE!r} if `baseline` is set")
-    shared = open_store(config.store, keep_samples=config.store_samples)
-    if shared is None and sum(node.get("name") == "paper" for node in config.defenses.values()) > 1:
-        shared = Store(Path(folder) / "store")  # mostly they differ in the stitch alone, and one fit serves all
+    # Several rows of `paper` mostly differ in the stitch alone: one fit serves all.
+    several = sum(node.get("name") == "paper" for node in config.defenses.values()) > 1
+    place = str(Path(folder) / "store") if config.store is None and several else config.store
+    shared = open_store(place, keep_samples=config.store_samples)
     device = choose_device(str(config.trainer.get("accelerator", "auto")))
     callbacks = _check_callbacks(config)
     _trainer(config)

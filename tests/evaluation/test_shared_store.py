@@ -47,6 +47,7 @@ def test_rows_of_one_run_that_differ_in_the_stitch_share_their_fits(tmp_path: Pa
         "decisions:10,network:small,engine:native}",
     )  # fmt: skip
     assert (counts["fitted"], counts["replayed"]) == (6, 6)
+    assert not list_entries(tmp_path / "both" / "store", layers=["fits"]), "samples, which are large, are not kept"
     assert_same({place: images for place, images in both.items() if place in plain}, plain)
     assert not torch.equal(both["fgsm_8", "paper"], both["fgsm_8", "later"])
 
