@@ -154,7 +154,7 @@ def from_hydra(cfg: DictConfig) -> RunConfig:
     for key in ("data", "victim", "surrogate", "baseline"):
         _check_node("data" if key == "data" else "victim", key, given.setdefault(key, None))
     for node in _mapping("defenses", given.get("defenses")).values():
-        if node.get("name") == "mirror":  # by name, without conf/defense/mirror.yaml
+        if node.get("name") == "mirror" and "_target_" not in node:  # by name, without conf/defense/mirror.yaml
             node.setdefault("mirror", given["data"].get("mirrors", True))
     missing = [key for key in RunConfig.__dataclass_fields__ if key not in given]
     if missing:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import timedelta
 from enum import Enum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -144,11 +145,17 @@ def check_jobs(config: DictConfig, jobs: Sequence[Mapping[str, Any]]) -> None:
             both = " and ".join(" ".join(one["overrides"]) for one in (other, job))
             raise ValueError(f"a sweep's jobs must differ in what a result depends on, got {both}")
     seen: set[str] = set()
+    loader = GlobalHydra.instance().config_loader()
+    is_group = cache(lambda key: bool(loader.get_group_options(key)))
     for job in jobs:
-        # Of a key with a plain value, the value is left out.
-        shapes = {re.sub(r"^(\S+\.\w+)=[^{].*", r"\1", text) for text in job["overrides"]}
+        pairs = [(text, *text.partition("=")[::2]) for text in job["overrides"]]
+        # Of a plain value, the key stands for all.
+        shapes = {
+            text if value.startswith("{") or is_group(key.lstrip("+~").split("@")[0]) else key
+            for text, key, value in pairs
+        }
         if not shapes <= seen:
-            composed = GlobalHydra.instance().config_loader().load_sweep_config(config, list(job["overrides"]))
+            composed = loader.load_sweep_config(config, list(job["overrides"]))
             with open_dict(composed):  # what Hydra would set, for ${hydra:...}
                 composed.hydra.job.num, composed.hydra.job.id = 0, "0"
                 composed.hydra.runtime.output_dir = job["folder"]

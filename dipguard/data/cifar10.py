@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from dipguard.cache import cache_folder
 from dipguard.checks import check_bool, check_choice
@@ -30,8 +32,16 @@ def load_cifar10(
     check_choice(split, ("test", "train"), name="split")
     check_bool(download, name="download")
     folder = cache_folder("cifar10") if path is None else Path(path).expanduser()
+    read = partial(datasets.CIFAR10, str(folder), train=split == "train")
     try:
-        data = datasets.CIFAR10(str(folder), train=split == "train", download=download)
+        try:
+            data = read()
+        except RuntimeError:
+            if not download:
+                raise
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):  # jobs side by side would write into one archive
+                data = read(download=True)
     except (OSError, RuntimeError) as error:
         how = "could not be downloaded" if download else "is missing or damaged, and `download` is off"
         advice = f"Unpack {datasets.CIFAR10.url} in `path`, or take images of your own (`data=arrays`)"

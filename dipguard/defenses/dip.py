@@ -6,7 +6,7 @@ import time
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from operator import attrgetter
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from dipguard.checks import check_bool, check_choice, check_int
 from dipguard.classifier import input_size, probability_warning
+from dipguard.decision.quality import SMALLEST_SIDE
 from dipguard.defenses.base import Callbacks, Defense, Purified
 from dipguard.files import as_json
 from dipguard.fit import FitOptions, FitProgress, check_trainer, fit_device, in_stacks, stack_size_for
@@ -130,6 +131,8 @@ class DIPDefense(Defense):
             )
         for fit in self.dip_fits:
             fit.spec.check_size(height, width)
+        if min(height, width) < SMALLEST_SIDE:
+            raise ValueError(f"`images` must be at least {SMALLEST_SIDE} pixels a side for SSIM, got {height}x{width}")
         return height, width
 
     @abstractmethod
@@ -160,7 +163,7 @@ class DIPDefense(Defense):
         device, fits = fit_device(self.victim, images), self.dip_fits
         how: Any = {"kept": self.images_kept, "device": device, "trainer": self.trainer, "asked": self.stack_size}
         how |= {"size": (height, width), "T": self.longest_fit // len(fits)}
-        size = min(stack_size_for(count, fit=fit, **how) for fit in fits)
+        size = min(stack_size_for(count, fit=fit, **how) for fit in {replace(fit, seed=0) for fit in fits})
         choosing = time.perf_counter() - start
 
         def work(part: slice, first_step: int, progress: FitProgress) -> Purified:

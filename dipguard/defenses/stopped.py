@@ -77,6 +77,11 @@ class FixedStepDIP(StoppedDIP):
         super().__init__(victim, **options)
         self.step = check_int(step, name="step", low=0, high=self.T - 1)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options without ``T``, which changes nothing: the fit ends at ``step``."""
+        return {name: value for name, value in super().settings.items() if name != "T"}
+
     def make_rule(self) -> FixedStep:
         """See `dipguard.decision.stopping.FixedStep`."""
         return FixedStep(self.step)

@@ -101,6 +101,8 @@ class HandOver(torch.autograd.Function):
         factor = 1.0 if upstream[0].is_cuda else float(upstream[0])
         # Set, not returned: autograd would copy tensors that are referenced elsewhere.
         for parameter, gradient in zip(ctx.parameters, ctx.gradients, strict=True):
+            if parameter.grad is gradient:  # it was set to zero in place, and this step's gradient with it
+                raise RuntimeError("`optimizer_zero_grad` must set gradients to None, which is PyTorch's default")
             scaled = gradient if factor == 1 else gradient * factor
             parameter.grad = scaled if parameter.grad is None else parameter.grad + scaled
         return None, None if ctx.z_gradient is None else ctx.z_gradient * factor, None, None, None, None

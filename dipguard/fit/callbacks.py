@@ -80,7 +80,7 @@ class DecisionLogger(pl.Callback):
         """Open the trace with the victim's decisions on the given images."""
         module = as_stacked_dip(pl_module)
         self._steps = sampled_steps(module.T, decisions=self.decisions, every=self.every)
-        self._waiting = []
+        self._waiting, self.seconds = [], 0.0
         self._crossings = module.given.new_zeros(())
         monitored = {getattr(callback, "monitor", None) for callback in getattr(trainer, "callbacks", ())}
         self._together = 1 if monitored & DECIDED else steps_together(len(module.given))
@@ -165,7 +165,7 @@ class BoundaryDetector(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the options in the trace."""
-        self._seen = 0
+        self._seen, self.seconds = 0, 0.0
         opened(pl_module).settings |= {"N": self.N, "scores": self.scores}
 
     @counted
@@ -216,7 +216,7 @@ class Stitcher(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the options in the trace."""
-        self.traces, self.reconstructions = [], []
+        self.traces, self.reconstructions, self.seconds = [], [], 0.0
         trace = opened(pl_module, detected=True)
         check_int(self.options.K, name="K", low=1, high=trace.K_max)
         trace.settings |= asdict(self.options)

@@ -126,8 +126,12 @@ def stack_size_for(
         engine = engine_on_cpu(fit, size, min(T, SHORT), precision) if device.type == "cpu" else fit.engine
         wide = replace(fit, dtype="float64") if precision == "64-true" else fit
         shared, each = memory_need(size, fit=wide, kept=kept, engine=engine)
-    bound = max(1, int(OURS * free_bytes - shared) // each)
-    taken = wanted if asked or bound >= wanted else 2 ** int(math.log2(bound))
+    bound = int(OURS * free_bytes - shared) // each
+    host = free_memory(torch.device("cpu")) if device.type == "cuda" else None
+    if host is not None:  # what is kept comes to lie there
+        image_bytes = 3 * size[0] * size[1] * getattr(torch, wide.dtype).itemsize
+        bound = min(bound, int(OURS * host) // (max(1, kept) * image_bytes))
+    taken = wanted if asked or bound >= wanted else 2 ** int(math.log2(max(1, bound)))
     gib = (shared + taken * each) / 2**30
     images = f"{taken} image{'s' * (taken > 1)} of {size[0]}x{size[1]} pixels"
     say_once(f"fits of {images} at once need {gib:.2f} GiB", level=logging.INFO)

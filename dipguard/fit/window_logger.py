@@ -72,7 +72,7 @@ class WindowLogger(pl.Callback):
         given = as_stacked_dip(pl_module).given
         self.samples = given.new_zeros(self.windows, *given.shape)
         self.errors, self.quality = given.new_zeros(2, self.windows, len(given))
-        self._logits, self._full = [], 0
+        self._logits, self._full, self.seconds = [], 0, 0.0
 
     @counted
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:

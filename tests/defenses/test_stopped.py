@@ -96,9 +96,11 @@ def test_settings_are_json_and_hold_each_option(small_victim, name):
         "dip_fixed": [{"step": T - 2}],
         "dipdefend": [{"smoothing": 0.1}, {"tile": 16}, {"preset": "imagenet"}],
     }
-    for change in [{"seed": 1}, {"T": T + 1}, {"lr": 0.02}, *changes[name]]:
+    for change in [{"seed": 1}, {"lr": 0.02}, *changes[name]]:
         assert build_stopped(name, small_victim, **change).settings != defense.settings
     assert build_stopped(name, small_victim, stack_size=7).settings == defense.settings
+    # A fixed step ends the fit, whatever T is.
+    assert (build_stopped(name, small_victim, T=T + 1).settings == defense.settings) == (name == "dip_fixed")
 
 
 @pytest.mark.parametrize(("name", "around"), [("dipdefend", torch.inference_mode), ("dip_fixed", torch.no_grad)])
@@ -181,6 +183,8 @@ def test_bad_options_are_named(small_victim, name, change, error, message):
 def test_what_cannot_be_fitted_is_refused_before_the_fit(small_images, small_victim):
     with pytest.raises(ValueError, match="`images` must be at least 5x5 pixels"):
         build_stopped("dip_fixed", small_victim).purify(small_images[:1, :, :4])
+    with pytest.raises(ValueError, match="`images` must be at least 6 pixels a side for SSIM, got 5x16"):
+        build_stopped("dip_fixed", small_victim).purify(small_images[:1, :, :5])
     native = DIPDefend(small_victim, preset="imagenet", T=3, engine="native", progress=False)
     with pytest.raises(ValueError, match=r"`engine` 'native' cannot be used here: upsampling is bilinear"):
         native.purify(torch.rand(1, 3, 33, 33))

@@ -134,6 +134,16 @@ def test_a_fit_stays_with_torch(row: str, padding: str) -> None:
     assert float((seen[0] - seen[0].mean()).abs().max()) > 0.01
 
 
+def test_gradients_set_to_zero_in_place_are_refused() -> None:
+    network, size = NETWORKS["small"]
+    engine, _, z = engine_on(network, "native", size, stack=2, padding="zeros")
+    engine.step(z).loss.backward()
+    loss = engine.step(z).loss  # its gradients are there before it is asked for them
+    torch.optim.Adam(engine.parameters()).zero_grad(set_to_none=False)
+    with pytest.raises(RuntimeError, match="`optimizer_zero_grad` must set gradients to None"):
+        loss.backward()
+
+
 @pytest.mark.parametrize(("row", "padding"), CASES)
 def test_the_gradient_of_z_is_that_of_torch_and_disturbs_nothing(row: str, padding: str) -> None:
     network, size = NETWORKS[row]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -240,6 +241,16 @@ def test_memory_bounds_the_number_at_once_and_is_told_before_it_is_taken(
     with caplog.at_level("INFO", logger="dipguard"):
         assert stack_size_for(31, size=size, fit=fit, T=200, kept=kept, device=CPU, asked=30) == 30  # and not reduced
     assert f"fits of 30 images of 256x256 pixels at once need {(shared + 30 * each) / 2**30:.2f} GiB" in caplog.text
+
+
+def test_what_a_gpu_s_fit_keeps_must_fit_into_the_host_s_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept, image_bytes = 200, 3 * 64 * 64 * 4
+    memory = {"cuda": 2**40, "cpu": 40 * kept * image_bytes}
+    monkeypatch.setattr("dipguard.fit.stacks.free_memory", lambda device: memory[device.type])
+    monkeypatch.setattr("dipguard.fit.stacks.isolated_trainer", lambda device: nullcontext())
+    how = {"size": (64, 64), "fit": FitOptions(network="small"), "T": 200, "device": torch.device("cuda")}
+    assert stack_size_for(100, kept=kept, **how) == 16, "half of the memory takes twenty"
+    assert stack_size_for(100, kept=0, **how) == 100
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
@@ -107,6 +108,7 @@ def test_progress_counts_the_jobs_that_are_done(finished: Path, tmp_path: Path) 
 
 def begin(*overrides: str) -> None:
     """What a sweep does before its first job."""
+    register()
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = GlobalHydra.instance().hydra.compose_config(
             "evaluate", ["hydra.mode=MULTIRUN", *overrides], RunMode.MULTIRUN
@@ -228,6 +230,7 @@ def test_a_grid_as_one_would_type_it_makes_one_set_of_fits_and_ends_with_a_summa
             marks=pytest.mark.skipif(find_spec("optuna") is None, reason="needs the extra sweep"),
         ),
         (("defense=jpeg,median", "+attack@attacks.x=fgsm", "+attacks.x.steps=1"), r"attacks.x.steps"),
+        (("+attack@attacks.x=fgsm,cw", "attacks.x.eps_255=4"), r"attacks.x.eps_255"),
         (("defense=jpeg", "logger=none,csv"), r"jobs must differ .*, got .*logger=none and .*logger=csv"),
     ],
 )
@@ -242,6 +245,14 @@ def test_a_key_that_the_defence_lacks_is_refused_before_the_first_job(
     with pytest.raises((SystemExit, HydraException), match=message):
         run_sweep(tmp_path / "new", *FAST, *grid)
     assert not (tmp_path / "new").exists()
+
+
+def test_of_many_plain_values_one_job_is_composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    composed, made = [], ConfigLoaderImpl.load_sweep_config
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", lambda *args: composed.append(args[-1]) or made(*args))
+    begin(f"hydra.sweep.dir={tmp_path}", *FAST, "seed=range(0,50)", "defense.quality=range(30,50)")
+    report_open_sweeps()
+    assert [job[-2:] for job in composed if job] == [["seed=0", "defense.quality=30"]]
 
 
 @pytest.mark.slow
