@@ -60,3 +60,14 @@ def test_sweeps_and_configs_are_there(bin_folder: Path, tmp_path: Path) -> None:
     shown = run([program, "evaluate", "experiment=table1_cifar10", "--cfg", "job", "-p", "victim"], tmp_path)
     assert "cifar10_resnet" in shown
     assert "# Quality threshold" in run([program, "train", "defense=paper", "--help"], tmp_path)
+
+
+@pytest.mark.slow
+def test_its_groups_are_there_in_other_applications(bin_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("own: 1\n")
+    code = (
+        "from hydra import compose, initialize_config_dir\n"
+        f"with initialize_config_dir({str(tmp_path)!r}, version_base='1.3'):\n"
+        "    print(compose('config', ['+dipguard/defense@d=paper', '+dipguard/victim@victim=digits_cnn']).d.name)\n"
+    )
+    assert run([bin_folder / "python", "-c", code], tmp_path).strip() == "paper"

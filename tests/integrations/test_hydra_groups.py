@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import zipfile
 from importlib.metadata import EntryPoint, EntryPoints
 from pathlib import Path
 
@@ -156,21 +155,3 @@ def test_little_is_imported(conf: Path, config: str, absent: str) -> None:
         f"assert {absent!r} not in sys.modules\n"
     )
     assert run([sys.executable, "-c", code], folder=conf).strip() == "0.1"
-
-
-@pytest.mark.slow
-def test_an_installed_wheel_offers_them_too(conf: Path, tmp_path: Path) -> None:
-    """Without the source tree."""
-    built, target = tmp_path / "built", tmp_path / "site"
-    run([sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built)], folder=ROOT, path=tmp_path)
-    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
-        wheel.extractall(target)
-    code = (
-        "from hydra import compose, initialize_config_dir\n"
-        f"with initialize_config_dir({str(conf)!r}, version_base='1.3'):\n"
-        "    print(compose('config', ['+dipguard/defense@d=paper', '+dipguard/victim@victim=digits_cnn']).d.name)\n"
-        "import importlib.util; print(importlib.util.find_spec('dipguard').origin)\n"
-    )
-    name, origin = run([sys.executable, "-c", code], folder=conf, path=target).splitlines()
-    assert name == "paper"
-    assert Path(origin).is_relative_to(target)
