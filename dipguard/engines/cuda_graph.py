@@ -21,8 +21,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from dipguard.cache import cache_folder
+from dipguard.classifier import is_out_of_memory
 from dipguard.engines.base import Engine, HandOver, Step, TorchEngine, fit_errors, say_once
-from dipguard.engines.kernel_choice import Choice, choose_kernels, layer_shapes, use_kernels
+from dipguard.engines.kernel_choice import Choice, choose_kernels, layer_shapes, use_first_kernels, use_kernels
 from dipguard.files import file_digest, read_json, write_json
 from dipguard.networks import StackedSkipNet
 from dipguard.precision import precision
@@ -147,7 +148,14 @@ def fastest_engine(
     name = min(times, key=times.__getitem__)
     found = ", ".join(f"{engine} {1000 * seconds:.2f} ms" for engine, seconds in times.items())
     say_once(f"fits of {len(given)} images at once: engine {name} (a step with {found})", level=logging.INFO)
-    return _engine(name, net, given, tolerance=tolerance, z_gradient=z_gradient)
+    try:
+        return _engine(name, net, given, tolerance=tolerance, z_gradient=z_gradient)
+    except Exception as problem:  # what an earlier process measured may not work in this one
+        if name == "torch" or is_out_of_memory(problem):
+            raise
+        say_once(f"the engine 'cuda_graph' cannot be used, torch's takes its place: {problem}")
+    use_first_kernels(net)
+    return TorchEngine(net, given, tolerance=tolerance)
 
 
 def engine_times(net: StackedSkipNet, given: Tensor, *, z_gradient: bool = False) -> dict[str, float]:
@@ -270,6 +278,6 @@ def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool)
         first = run(1)
         choice = getattr(engine, "choice", None)  # of the graph's kernels
         return first if first > LONG else run(MEASURED) / MEASURED, choice is None or choice.complete
-    except RuntimeError as problem:  # no memory for both graphs, or no kernel works
+    except Exception as problem:  # no memory for both graphs, no kernel works, or a compiler's own error types
         _log.warning("the engine %r cannot be used here: %s", name, problem)
         return float("inf"), False

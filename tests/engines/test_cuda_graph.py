@@ -13,6 +13,7 @@ from torch import Tensor
 from dipguard import MirrorGuard
 from dipguard.engines import TorchEngine, cuda_graph, make_engine
 from dipguard.engines.cuda_graph import CudaGraphEngine, _keep, engine_times, fastest_engine
+from dipguard.engines.kernel_choice import use_kernels
 from dipguard.networks import StackedSkipNet, build
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -218,6 +219,29 @@ def test_an_engine_that_cannot_run_is_never_the_fastest(kept: Path, caplog: pyte
     assert engine_times(net, wrong)["cuda_graph"] == float("inf")
     assert "the engine 'cuda_graph' cannot be used here" in caplog.text
     assert not kept.exists()
+
+
+@pytest.mark.parametrize("problem_met", [FileNotFoundError("no compiler"), torch.OutOfMemoryError("out of memory")])
+def test_torch_s_engine_takes_over_where_the_graph_cannot_be_made_unless_memory_is_lacking(
+    problem_met: Exception, kept: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net, given, z = problem()
+    expected = TorchEngine(net, given).step(z).reconstructions
+
+    def fails(net: torch.nn.Module, choice: Any) -> None:
+        use_kernels(net, {layer: "matmul" for layer, name in choice.items() if name == "grouped"})
+        raise problem_met
+
+    monkeypatch.setattr("dipguard.engines.cuda_graph.engine_times", lambda *a, **k: {"torch": 2.0, "cuda_graph": 1.0})
+    monkeypatch.setattr("dipguard.engines.cuda_graph.use_kernels", fails)
+    if isinstance(problem_met, torch.OutOfMemoryError):
+        with pytest.raises(torch.OutOfMemoryError):
+            fastest_engine(net, given)
+        return
+    engine = fastest_engine(net, given)
+    assert "the engine 'cuda_graph' cannot be used, torch's takes its place: no compiler" in caplog.text
+    assert engine.name == "torch"
+    assert torch.equal(engine.step(z).reconstructions, expected), "with kernels that run everywhere"
 
 
 @needs_cuda
