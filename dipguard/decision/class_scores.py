@@ -2,9 +2,8 @@
 
 Ding et al. 2021 look at one decision per reconstruction. Here the victim also classifies a mirrored, shifted copy of
 it: what is left of a perturbation was made for the pixels where it lay, and has little effect elsewhere, while the
-object is still recognised. And the probabilities are compared with those of the given image. An attack must have made
-the true class unlikely there: less likely than on the reconstructions on average, and than on shifted copies of the
-given image. Figures on tuning images: docs/trials.md.
+object is still recognised. And the probabilities on shifted copies of the given image are compared with those on the
+image itself, where an attack must have made the true class unlikely. Figures on tuning images: docs/trials.md.
 """
 
 from __future__ import annotations
@@ -22,8 +21,6 @@ from dipguard.classifier import Decider, device_of, is_out_of_memory
 from dipguard.decision.stitching import Reconstruction
 from dipguard.decision.trace import DecisionTrace
 
-NEVER = 1e-300
-"""The factor that takes the place of a weight of 0: the scores and their gradients stay finite."""
 STEP = 0.5 / 255
 MOST_STEPS = 16
 """Size of a step of `moved`, and how many there are at most."""
@@ -64,48 +61,35 @@ def clipped(samples: Tensor, given: Tensor, *, distances: Tensor) -> Tensor:
     return samples.clamp(given - most, given + most)
 
 
-def class_scores(
-    logits: Tensor, given_logits: Tensor, shifted_logits: Tensor, *, beta: float, own_class_weight: float
-) -> Tensor:
+def class_scores(logits: Tensor, given_logits: Tensor, shifted_logits: Tensor, *, beta: float) -> Tensor:
     r"""Scores of the C classes, [..., C], from S readings of mirrored copies, and those of the given image.
 
     Away from the given image, as Eq. 6 of Ding et al. 2021 moves images, but among the victim's log-probabilities. With
-    p_s those of the readings, p_0 that of the given image and p_v those of its :func:`shifted` copies,
+    p_s those of the readings, p_0 that of the given image, and p_v those of its :func:`shifted` copies,
 
-    .. math:: \log \frac{1}{S} \sum_s p_s + \beta \Big(
-        \min \big( \frac{1}{S} \sum_s \log p_s, \min_v \log p_v \big) - \log p_0 \Big)
+    .. math:: \log \frac{1}{S} \sum_s p_s + \beta \min_v \log \frac{p_v}{p_0}
 
-    To be misclassified, an attacked image must show less of its true class than its reconstructions do, and less than
-    where it is moved, since a perturbation is made for the pixels where it lies. Noise hides classes too, but moving
-    does not bring them back. The scores are differentiable.
+    To be misclassified, an attacked image must show less of its true class than where it is moved, since a perturbation
+    is made for the pixels where it lies. Noise hides classes too, but moving does not bring them back. The scores are
+    differentiable.
 
     Args:
         logits: Of the readings, [S, ..., C]; ValueError for S = 0.
         given_logits: Of the given image, [..., C].
         shifted_logits: Of its shifted copies, [V, ..., C].
         beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
-        own_class_weight: Factor of the probability of the class that the victim assigns to the given image, at least 0,
-            else ValueError. The step must outweigh it before another class wins. It is at most that class's
-            probability divided by the second one's, both on the given image: a close decision deserves no such trust. 0
-            rules the class out.
     """
     check_float(beta, name="beta", low=0.0)
-    check_float(own_class_weight, name="own_class_weight", low=0.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
     read, given, elsewhere = (part.double().log_softmax(dim=-1) for part in (logits, given_logits, shifted_logits))
-    least = torch.cat([read.mean(dim=0, keepdim=True), elsewhere]).amin(dim=0)
-    scores = read.logsumexp(dim=0) - math.log(len(read)) + beta * (least - given)
-    lead = -given.topk(2, dim=-1).values.diff(dim=-1)
-    most = math.log(max(own_class_weight, NEVER))
-    return scores.scatter_add(-1, given_logits.argmax(dim=-1, keepdim=True), lead.clamp(max=most))
+    return read.logsumexp(dim=0) - math.log(len(read)) + beta * (elsewhere.amin(dim=0) - given)
 
 
 def stitch_mirrored(
     traces: Sequence[DecisionTrace],
     *,
     beta: float,
-    own_class_weight: float,
     decider: Decider,
 ) -> list[Reconstruction]:
     """Rebuild B images from their traces, each as the class with the highest score.
@@ -117,13 +101,12 @@ def stitch_mirrored(
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.
-        beta, own_class_weight: Those of :func:`class_scores`.
+        beta: That of :func:`class_scores`.
         decider: The victim.
     """
     copies = shifted(torch.stack([trace.given for trace in traces]))
     readings = decider(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]).cpu()
-    options = {"beta": beta, "own_class_weight": own_class_weight}
-    chosen = [_chosen(trace, readings[:, i], **options) for i, trace in enumerate(traces)]
+    chosen = [_chosen(trace, readings[:, i], beta=beta) for i, trace in enumerate(traces)]
     targets, means = torch.tensor([target for target, _, _ in chosen]), torch.stack([mean for _, mean, _ in chosen])
     images = moved(means, targets, decider=decider)
     reached = (decider(images).argmax(dim=1).cpu() == targets).tolist()
@@ -178,14 +161,11 @@ def _moved(images: Tensor, targets: Tensor, *, decider: Decider) -> Tensor:
     return images
 
 
-def _chosen(
-    trace: DecisionTrace, shifted_logits: Tensor, *, beta: float, own_class_weight: float
-) -> tuple[int, Tensor, Tensor]:
+def _chosen(trace: DecisionTrace, shifted_logits: Tensor, *, beta: float) -> tuple[int, Tensor, Tensor]:
     """The class with the highest score, the mean of the samples read as it, or of all if none is, and their places."""
     if trace.samples is None or trace.mirrored_logits is None:
         raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
-    options = {"beta": beta, "own_class_weight": own_class_weight}
-    target = int(class_scores(trace.mirrored_logits, trace.given_scores, shifted_logits, **options).argmax())
+    target = int(class_scores(trace.mirrored_logits, trace.given_scores, shifted_logits, beta=beta).argmax())
     read = trace.scores.argmax(dim=1) == target
     used = torch.nonzero(read).flatten() if read.any() else torch.arange(len(trace.samples))
     return target, trace.samples[used].mean(dim=0).clamp(0, 1), used

@@ -48,9 +48,8 @@ class MirrorGuard(DIPDefense):
        times the noise of the given image (``clip``). So early steps, when x(t) has little of the perturbation, can be
        used: the edges that they lack come from the given image.
     3. The class is chosen on mirrored, shifted copies of x(t) by :func:`~dipguard.decision.class_scores.class_scores`.
-       It is likely on these copies, and more likely there and on shifted copies of the given image than on the image
-       itself (``beta``): an attack must have made the true class unlikely on it. The given image's own class is
-       preferred by a factor (``own_class_weight``).
+       It is likely on these copies, and more likely on shifted copies of the given image than on the image itself
+       (``beta``), where an attack must have made the true class unlikely.
 
     If the victim assigns no x(t) itself to this class, the mean is that of all of them. If it assigns the mean to
     another class, the mean is moved along the victim's gradient until the class has a probability above 0.9, mostly by
@@ -73,8 +72,6 @@ class MirrorGuard(DIPDefense):
         every: Steps of a window, from 1 to T - t0; the last one ends at T or before.
         beta: Size of the step away from the given image, at least 0. Eq. 6 takes such a step in pixels; here it is
             taken in the victim's log-probabilities.
-        own_class_weight: Factor, at least 0, of the probability of the class that the victim assigns to the given
-            image, capped at that class's probability divided by the second one's. 0 rules the class out.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
             found, such as a drawing on a flat ground, is changed by the last step alone.
@@ -84,7 +81,7 @@ class MirrorGuard(DIPDefense):
 
     name: ClassVar[str] = "mirror"
     OPTIONS: ClassVar[tuple[str, ...]] = (
-        "preset", "T", "t0", "every", "beta", "own_class_weight", "clip", "mirror",
+        "preset", "T", "t0", "every", "beta", "clip", "mirror",
     )  # fmt: skip
     FIT: ClassVar[dict[str, Any]] = {"dead_zone": 2.5, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
@@ -98,8 +95,7 @@ class MirrorGuard(DIPDefense):
         T: int | None = None,
         t0: int | None = None,
         every: int | None = None,
-        beta: float = 2.0,
-        own_class_weight: float = 10.0,
+        beta: float = 1.5,
         clip: float = 6.0,
         mirror: bool = True,
         seed: int | None = 0,
@@ -128,7 +124,6 @@ class MirrorGuard(DIPDefense):
         self.t0 = check_int(values["t0"], name="t0", low=0, high=self.T - 1)
         self.every = check_int(values["every"], name="every", low=1, high=self.T - self.t0)
         self.beta = check_float(beta, name="beta", low=0.0)
-        self.own_class_weight = check_float(own_class_weight, name="own_class_weight", low=0.0)
         self.clip = check_float(clip, name="clip", low=0.0)
         self.mirror = check_bool(mirror, name="mirror")
         self.windows = (self.T - self.t0) // self.every
@@ -175,7 +170,7 @@ class MirrorGuard(DIPDefense):
 
     def _rebuild(self, traces: Sequence[DecisionTrace]) -> list[Reconstruction]:
         """Stitch the images of a stack."""
-        return stitch_mirrored(traces, beta=self.beta, own_class_weight=self.own_class_weight, decider=self.decide)
+        return stitch_mirrored(traces, beta=self.beta, decider=self.decide)
 
     def _steps(self) -> Tensor:
         """Each window's last step, where its mean stands; a network's steps follow those of the one before, [S]."""
@@ -248,9 +243,8 @@ class MirrorGuard(DIPDefense):
         with eval_mode(self.victim):
             copies = logits_of(self.victim, mirrored(windows.flatten(0, 1), flip=self.mirror))
             given = logits_of(self.victim, torch.cat([images[None], shifted(images)]).flatten(0, 1))
-        options = {"beta": self.beta, "own_class_weight": self.own_class_weight}
         own, *elsewhere = given.unflatten(0, (GIVEN_READINGS, len(images)))
-        return class_scores(copies.unflatten(0, windows.shape[:2]), own, torch.stack(elsewhere), **options)
+        return class_scores(copies.unflatten(0, windows.shape[:2]), own, torch.stack(elsewhere), beta=self.beta)
 
 
 def _seed_of(seed: int, number: int) -> int:

@@ -98,7 +98,7 @@ def test_the_image_is_what_its_trace_says(small_images, small_victim):
     own, elsewhere = decide(part), torch.stack([decide(copy) for copy in shifted(part)])
     for i, trace in enumerate(result.traces):
         assert trace.samples.shape == (6, 3, 16, 16)
-        scores = class_scores(trace.mirrored_logits, own[i], elsewhere[:, i], beta=2.0, own_class_weight=10.0)
+        scores = class_scores(trace.mirrored_logits, own[i], elsewhere[:, i], beta=1.5)
         target = int(scores.argmax())
         read = trace.scores.argmax(-1) == target
         assert result.used[i] == (int(read.sum()) or len(read))
@@ -139,7 +139,6 @@ def test_progress_counts_the_steps_of_all_networks(small_images, small_victim, c
         ({"T": 1}, "`T` must be at least 2, got 1"),
         ({"t0": 12}, "`t0` must be from 0 to 11"),
         ({"every": 11}, "`every` must be from 1 to 10"),
-        ({"own_class_weight": -1.0}, "`own_class_weight` must be finite and at least 0"),
         ({"beta": -0.5}, "`beta` must be finite and at least 0"),
         ({"clip": -0.1}, "`clip` must be"),
         ({"tau": 0.5}, "takes no option 'tau'"),
