@@ -117,7 +117,10 @@ def stack_size_for(
     ``asked``, or else 32 on a CPU and 256 on a GPU, or fewer if half of the free memory is less: a power of two then.
     ``size`` is the images' height and width in pixels, ``kept`` the images that are kept in memory for each of them
     (``DecideOptions.images_kept``), ``trainer`` the further arguments of the Trainer. At least 1, at most ``count``.
+    ValueError for the native engine on a GPU.
     """
+    if fit.engine == "native" and device.type != "cpu":
+        raise ValueError(f"`engine` 'native' cannot be used here: it runs on a CPU, got a fit on {device.type}")
     wanted = min(count, asked or SIZES["cuda" if device.type == "cuda" else "cpu"])
     if (free_bytes := free_memory(device)) is None:
         return wanted

@@ -251,6 +251,8 @@ def test_what_a_gpu_s_fit_keeps_must_fit_into_the_host_s_memory(monkeypatch: pyt
     how = {"size": (64, 64), "fit": FitOptions(network="small"), "T": 200, "device": torch.device("cuda")}
     assert stack_size_for(100, kept=kept, **how) == 16, "half of the memory takes twenty"
     assert stack_size_for(100, kept=0, **how) == 100
+    with pytest.raises(ValueError, match="`engine` 'native' cannot be used here: it runs on a CPU, got a fit on cuda"):
+        stack_size_for(100, kept=0, **{**how, "fit": FitOptions(engine="native")})
 
 
 @pytest.mark.parametrize(
