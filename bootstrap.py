@@ -29,7 +29,7 @@ def fingerprint() -> str:
 
 
 def install() -> None:
-    """Fill the environment with exactly what the lock names, hashes checked, and this package in editable form."""
+    """Fill the environment with what the lock names, hashes checked, and this package in editable form."""
     if not PYTHON.exists():
         # The outer pip fills it, so machines that lack ensurepip work too.
         venv.create(VENV, clear=VENV.exists(), with_pip=False, symlinks=os.name != "nt")
