@@ -267,6 +267,8 @@ def _seconds(name: str, net: StackedSkipNet, given: Tensor, *, z_gradient: bool)
         start = time.perf_counter()
         for _ in range(steps):
             engine.step(z).loss.backward()
+            for parameter in engine.parameters():
+                parameter.grad = None  # as an optimiser does
         if given.is_cuda:
             torch.cuda.current_stream(given.device).synchronize()
         return time.perf_counter() - start

@@ -106,6 +106,18 @@ def test_engines_are_measured_once_and_the_network_stays_as_it_was(z_gradient: b
     assert all(p.grad is None for p in net.parameters())
 
 
+def test_an_engine_whose_gradients_always_lie_in_the_same_memory_is_measured(
+    kept: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held, compute = {}, CudaGraphEngine.compute
+
+    def replayed(self: CudaGraphEngine, z: Tensor) -> Any:
+        return held.setdefault(self, compute(self, z))
+
+    monkeypatch.setattr(CudaGraphEngine, "compute", replayed)
+    assert engine_times(*problem()[:2])["cuda_graph"] < 60
+
+
 @pytest.mark.parametrize("faster", ["torch", "cuda_graph"])
 def test_the_faster_engine_is_taken(faster: str, kept: Path, caplog: pytest.LogCaptureFixture) -> None:
     net, given, _ = problem()
