@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -32,16 +34,8 @@ def load_cifar10(
     check_choice(split, ("test", "train"), name="split")
     check_bool(download, name="download")
     folder = cache_folder("cifar10") if path is None else Path(path).expanduser()
-    read = partial(datasets.CIFAR10, str(folder), train=split == "train")
     try:
-        try:
-            data = read()
-        except RuntimeError:
-            if not download:
-                raise
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / ".lock"):  # jobs side by side would write into one archive
-                data = read(download=True)
+        data = _read(partial(datasets.CIFAR10, str(folder), train=split == "train"), folder, download=download)
     except (OSError, RuntimeError) as error:
         how = "could not be downloaded" if download else "is missing or damaged, and `download` is off"
         advice = f"Unpack {datasets.CIFAR10.url} in `path`, or take images of your own (`data=arrays`)"
@@ -50,3 +44,15 @@ def load_cifar10(
     images = resize(from_bytes(torch.from_numpy(data.data[part])), size)
     labels, indices = torch.tensor(data.targets), torch.arange(len(data.targets))
     return ImageSet(images, labels[part], indices[part], tuple(data.classes), "cifar10")
+
+
+def _read(cifar10: Callable[..., Any], folder: Path, *, download: bool) -> Any:
+    """The data set in a folder, fetched there first if it is missing or damaged."""
+    try:
+        return cifar10()
+    except RuntimeError:
+        if not download:
+            raise
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):  # jobs side by side would write into one archive
+        return cifar10(download=True)
