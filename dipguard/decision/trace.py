@@ -1,4 +1,4 @@
-"""The decision trace: what one image's DIP fit leaves behind, and all that stitching needs."""
+"""The decision trace: what one image's DIP fit leaves behind, and what stitching needs of it."""
 
 from __future__ import annotations
 

@@ -14,6 +14,8 @@ UPSAMPLINGS = ("bilinear", "nearest")
 class NetworkSpec:
     """Figure 8's hyper-parameters, one entry per scale, finest scale first.
 
+    TypeError or ValueError if the lists differ in length or are empty, or a value is of another type or out of range.
+
     Attributes:
         n_d: Filters of the downsampling convolutions.
         n_u: Filters of the upsampling convolutions.

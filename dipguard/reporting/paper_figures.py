@@ -49,7 +49,10 @@ DEFENSES: dict[str, str] = {
     "paper": "Proposed",
     "mirror": "Proposed",
 }
-"""A defence's name in dipguard -> its name in the paper. Others have no figures in the paper."""
+"""A defence's name in dipguard -> its name in the paper. Others have no figures in the paper.
+
+`mirror`, which is not in the paper, is shown beside the proposed method.
+"""
 
 
 def _rows(**figures: tuple[float, ...]) -> dict[str, dict[str, float]]:
