@@ -62,10 +62,10 @@ def clipped(samples: Tensor, given: Tensor, *, distances: Tensor) -> Tensor:
 
 
 def class_scores(logits: Tensor, given_logits: Tensor, shifted_logits: Tensor, *, beta: float) -> Tensor:
-    r"""Scores of the C classes, [..., C], from S readings of mirrored copies, and those of the given image.
+    r"""Scores of the C classes, [..., C]: log-probabilities on mirrored copies, moved away from the given image.
 
-    Away from the given image, as Eq. 6 of Ding et al. 2021 moves images, but among the victim's log-probabilities. With
-    p_s those of the readings, p_0 that of the given image, and p_v those of its :func:`shifted` copies,
+    Eq. 6 of Ding et al. 2021 moves images away from it; this moves the victim's log-probabilities. With p_s the
+    probabilities on S mirrored copies, p_0 those on the given image, and p_v those on its :func:`shifted` copies,
 
     .. math:: \log \frac{1}{S} \sum_s p_s + \beta \min_v \log \frac{p_v}{p_0}
 
@@ -77,7 +77,7 @@ def class_scores(logits: Tensor, given_logits: Tensor, shifted_logits: Tensor, *
         logits: Of the readings, [S, ..., C]; ValueError for S = 0.
         given_logits: Of the given image, [..., C].
         shifted_logits: Of its shifted copies, [V, ..., C].
-        beta: At least 0, else ValueError. 0 ignores the given image's probabilities.
+        beta: At least 0, else TypeError or ValueError. 0 leaves the second term out.
     """
     check_float(beta, name="beta", low=0.0)
     if len(logits) == 0:
@@ -86,18 +86,14 @@ def class_scores(logits: Tensor, given_logits: Tensor, shifted_logits: Tensor, *
     return read.logsumexp(dim=0) - math.log(len(read)) + beta * (elsewhere.amin(dim=0) - given)
 
 
-def stitch_mirrored(
-    traces: Sequence[DecisionTrace],
-    *,
-    beta: float,
-    decider: Decider,
-) -> list[Reconstruction]:
+def stitch_mirrored(traces: Sequence[DecisionTrace], *, beta: float, decider: Decider) -> list[Reconstruction]:
     """Rebuild B images from their traces, each as the class with the highest score.
 
-    :func:`class_scores` of the mirrored copies choose a class. The image is the mean of the samples that the victim
-    reads as this class (reason ``class_scores``), which is Eq. 7 over another choice of images, or of all samples if
-    there is none. If the victim reads that mean as another class, :func:`moved` changes it (``moved``), mostly by at
-    most 2 levels of 255. If even so it is read as another class, the reason is ``not_reached``.
+    The victim reads four :func:`shifted` copies of each given image, and :func:`class_scores` choose a class. The image
+    is the mean of the samples that the victim reads as this class (reason ``class_scores``), which is Eq. 7 over
+    another choice of images, or of all samples if there is none. If the victim reads that mean as another class,
+    :func:`moved` changes it (``moved``), mostly by at most 2 levels of 255. If even so it is read as another class, the
+    reason is ``not_reached``.
 
     Args:
         traces: Of images of one size, with ``samples`` and ``mirrored_logits``, S of them, else ValueError.

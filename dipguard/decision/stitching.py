@@ -92,6 +92,6 @@ def stitch(
     used = select(trace, tau=tau, t0=t0, K=K, **which)
     if len(used) == 0:
         last = trace.last[-K:]
-        return Reconstruction(stitch_images(last, K=len(last)), "no_crossing", used)
+        return Reconstruction(stitch_images(last, K=len(last), divide_by=divide_by), "no_crossing", used)
     moved = on_manifold(trace.on_boundary[used], trace.given, beta=beta)
     return Reconstruction(stitch_images(moved, K=K, divide_by=divide_by), "crossings", used)

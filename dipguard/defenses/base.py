@@ -92,6 +92,10 @@ class Defense(nn.Module, ABC):
     """Attributes that `settings` reports: the constructor's options, ready for JSON."""
     LIBRARIES: ClassVar[dict[str, str]] = {}
     """Libraries that the result depends on: distribution -> module. `settings` reports their versions."""
+    random: bool = False
+    """Whether random numbers are drawn. They depend on seed and index alone: other draws need another index."""
+    dip_fits: tuple[FitOptions, ...] = ()
+    """The deep image priors that are fitted to each image; empty for defences without any."""
     votes: int = 1
     """Purifications of each image, each with draws of its own. The victim's decisions on them are votes; the result is
     the first purification of the class with most votes (in a tie, of the class that came first)."""
@@ -105,11 +109,6 @@ class Defense(nn.Module, ABC):
             key: str(import_extra(module, owner=f"the defence {self.name!r}", extra="defenses").__version__)
             for key, module in self.LIBRARIES.items()
         }
-
-    @property
-    def random(self) -> bool:
-        """Whether random numbers are drawn. They depend on seed and index alone: other draws need another index."""
-        return False
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -129,11 +128,6 @@ class Defense(nn.Module, ABC):
     def steps_per_image(self) -> int:
         """Optimiser steps of a deep image prior per image, over all votes."""
         return self.votes * self.steps_per_purification
-
-    @property
-    def dip_fits(self) -> tuple[FitOptions, ...]:
-        """The deep image priors that are fitted to each image; empty for defences without any."""
-        return ()
 
     @property
     def intermediate_views(self) -> dict[str, int]:

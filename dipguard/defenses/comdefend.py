@@ -77,14 +77,10 @@ class ComDefend(NetworkDefense):
         super().__init__(victim, **options)
         self.patches = None if patches is None else check_bool(patches, name="patches")
         self.noise = check_float(noise, name="noise", low=0)
+        self.random = self.noise > 0
         self.votes = check_int(votes, name="votes", low=1)
         if votes > 1 and not self.random:
             raise ValueError(f"`votes` must be 1 without `noise`, since all would be the same, got {votes}")
-
-    @property
-    def random(self) -> bool:
-        """Whether noise is added to the code."""
-        return self.noise > 0
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the given size; raises ValueError if patches of 32x32 do not fill the image."""

@@ -56,6 +56,7 @@ class DIPDefense(Defense):
     """Where the fit differs from FitOptions' defaults; None stands for a value that the constructor chooses."""
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
     """Values, by preset, of the options that may be None."""
+    random = True  # weights, z and jitter are drawn
     asks_victim: ClassVar[bool] = True
     """Whether the victim's logits choose the result."""
     chosen_by_size: bool = False
@@ -78,6 +79,7 @@ class DIPDefense(Defense):
             check_options(type(self), fit, owner=f"the defence {self.name!r}")
         own = {name: value for name, value in self.FIT.items() if value is not None}
         self.fit_options = FitOptions(network=network, seed=self.seed, **{**own, **fit})
+        self.dip_fits = (self.fit_options,)
         self.stack_size = None if stack_size is None else check_int(stack_size, name="stack_size", low=1)
         self.progress = check_bool(progress, name="progress")
         self.trainer = check_trainer(trainer)
@@ -104,11 +106,6 @@ class DIPDefense(Defense):
         return self.steps_per_purification
 
     @property
-    def random(self) -> bool:
-        """Weights, z and jitter are drawn."""
-        return True
-
-    @property
     def settings(self) -> dict[str, Any]:
         """The options, those of the fit (a list ``fit`` if there are several) and further ones of its Trainer."""
         made = [{name: v for name, v in fit.as_settings().items() if name != "seed"} for fit in self.dip_fits]
@@ -116,11 +113,6 @@ class DIPDefense(Defense):
         if self.trainer:
             fits["trainer"] = as_json(self.trainer)
         return {**super().settings, **fits}
-
-    @property
-    def dip_fits(self) -> tuple[FitOptions, ...]:
-        """The one fit of each image."""
-        return (self.fit_options,)
 
     def output_size(self, height: int, width: int) -> tuple[int, int]:
         """Return the given size; ValueError if it is too small for a network, or not the preset's."""

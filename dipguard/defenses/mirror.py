@@ -1,4 +1,7 @@
-"""Our own defence: deep image priors near the given image, classified in the mirror and compared with it."""
+"""Our own defence: deep image priors near the given image, whose mirrored copies say which classes are likely.
+
+Shifted copies of the given image say which classes a perturbation hides.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from dipguard.decision.intermediates import STITCHED, Intermediate
 from dipguard.decision.quality import image_noise
 from dipguard.defenses.base import Purified
 from dipguard.defenses.dip import DIPDefense
-from dipguard.fit import FitOptions, WindowLogger, run_fit
+from dipguard.fit import WindowLogger, run_fit
 from dipguard.networks import NetworkSpec
 from dipguard.networks.presets import hourglass
 from dipguard.registry import check_options
@@ -70,19 +73,19 @@ class MirrorGuard(DIPDefense):
         T: Optimiser steps of each network, at least 2.
         t0: Warm-up: the first step that counts, from 0 to T - 1.
         every: Steps of a window, from 1 to T - t0; the last one ends at T or before.
-        beta: Size of the step away from the given image, at least 0. Eq. 6 takes such a step in pixels; here it is
-            taken in the victim's log-probabilities.
+        beta: Weight, at least 0, of how much more likely a class is on shifted copies of the given image than on the
+            image itself, in log-probabilities. 0 leaves this comparison out.
         clip: Largest difference of a window's mean from the given image, in standard deviations of the image's noise
             (:func:`~dipguard.decision.quality.image_noise`), at least 0. 0 does not clip. An image in which no noise is
             found, such as a drawing on a flat ground, is changed by the last step alone.
         mirror: Mirror the copies. False only moves them, for images that mean something else in a mirror (digits, text,
             traffic signs).
+        seed, votes, stack_size, progress, trainer, fit: Those of :class:`~dipguard.defenses.dip.DIPDefense`. There is
+            no ``network``.
     """
 
     name: ClassVar[str] = "mirror"
-    OPTIONS: ClassVar[tuple[str, ...]] = (
-        "preset", "T", "t0", "every", "beta", "clip", "mirror",
-    )  # fmt: skip
+    OPTIONS: ClassVar[tuple[str, ...]] = ("preset", "T", "t0", "every", "beta", "clip", "mirror")
     FIT: ClassVar[dict[str, Any]] = {"dead_zone": 2.5, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
@@ -116,7 +119,7 @@ class MirrorGuard(DIPDefense):
         own: dict[str, Any] = {"votes": votes, "stack_size": stack_size, "progress": progress, "trainer": trainer}
         fit["optimise_z"] = values["optimise_z"]
         super().__init__(victim, network=chosen[0], seed=seed, **own, **fit)
-        self.fits = tuple(
+        self.dip_fits = tuple(
             replace(self.fit_options, network=network, seed=_seed_of(self.seed, number))
             for number, network in enumerate(chosen)
         )
@@ -130,19 +133,14 @@ class MirrorGuard(DIPDefense):
         self.steps = self.t0 + self.windows * self.every  # of one fit: T, or the end of the last whole window
 
     @property
-    def dip_fits(self) -> tuple[FitOptions, ...]:
-        """One fit per network."""
-        return self.fits
-
-    @property
     def steps_per_purification(self) -> int:
         """The steps of all networks."""
-        return self.steps * len(self.fits)
+        return self.steps * len(self.dip_fits)
 
     @property
     def images_kept(self) -> int:
         """The windows of all networks."""
-        return self.windows * len(self.fits)
+        return self.windows * len(self.dip_fits)
 
     @property
     def intermediate_views(self) -> dict[str, int]:
@@ -150,10 +148,10 @@ class MirrorGuard(DIPDefense):
 
         The scores that an attack sees are those of up to eight windows and of the given image with its four copies.
         """
-        return {"last": len(self.fits), "mean": 1, "class_scores": len(self._shown()) + GIVEN_READINGS, STITCHED: 1}
+        return {"last": len(self.dip_fits), "mean": 1, "class_scores": len(self._shown()) + GIVEN_READINGS, STITCHED: 1}
 
     def rebuild(self, trace: DecisionTrace) -> Reconstruction:
-        """Stitch an image again from its trace; the victim is asked about the result.
+        """Stitch an image again from its trace, with the same victim: it reads shifted copies of the given image, too.
 
         ValueError for a trace with other windows (T, t0, every, number of networks) or another ``clip`` or ``mirror``.
         """
@@ -175,7 +173,7 @@ class MirrorGuard(DIPDefense):
     def _steps(self) -> Tensor:
         """Each window's last step, where its mean stands; a network's steps follow those of the one before, [S]."""
         ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
-        return torch.cat([number * self.steps + ends for number in range(len(self.fits))])
+        return torch.cat([number * self.steps + ends for number in range(len(self.dip_fits))])
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
         """Fit all networks to one stack, and stitch the windows of the winning class."""
@@ -183,7 +181,7 @@ class MirrorGuard(DIPDefense):
         windows: Any = {"warm_up": self.t0, "every": self.every, "windows": self.windows, "flip": self.mirror}
         windows["distances"] = self.clip * image_noise(images.to(run["device"])) if self.clip > 0 else None
         seconds, logs = {"start": 0.0, "fit": 0.0}, []
-        for number, fit in enumerate(self.fits):
+        for number, fit in enumerate(self.dip_fits):
             at = first_step + number * self.steps
             log = WindowLogger(self.victim, **windows, given_logits=own, first_step=at)
             own_run = run | {"callbacks": [log, *run["callbacks"]]}

@@ -24,6 +24,7 @@ class StoppedDIP(DIPDefense):
     steps.
     """
 
+    OPTIONS: ClassVar[tuple[str, ...]] = ("T",)
     asks_victim: ClassVar[bool] = False
 
     def __init__(self, victim: nn.Module, *, T: int = 1000, **options: Any) -> None:
@@ -38,11 +39,6 @@ class StoppedDIP(DIPDefense):
     def images_kept(self) -> int:
         """The rule's choice."""
         return 1
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The options of fit and rule."""
-        return {**super().settings, "T": self.T}
 
     @property
     def steps_per_purification(self) -> int:
@@ -70,17 +66,12 @@ class FixedStepDIP(StoppedDIP):
     """
 
     name: ClassVar[str] = "dip_fixed"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("step",)
+    OPTIONS: ClassVar[tuple[str, ...]] = ("step",)  # without T, which changes nothing
     FIT: ClassVar[dict[str, Any]] = {"jitter": 0.03333333333333333, "padding": "reflect"}
 
     def __init__(self, victim: nn.Module, *, step: int = 500, **options: Any) -> None:
         super().__init__(victim, **options)
         self.step = check_int(step, name="step", low=0, high=self.T - 1)
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The options without ``T``, which changes nothing: the fit ends at ``step``."""
-        return {name: value for name, value in super().settings.items() if name != "T"}
 
     def make_rule(self) -> FixedStep:
         """See `dipguard.decision.stopping.FixedStep`."""
@@ -115,7 +106,7 @@ class DIPDefend(StoppedDIP):
     """
 
     name: ClassVar[str] = "dipdefend"
-    OPTIONS: ClassVar[tuple[str, ...]] = ("preset", "smoothing", "tile")
+    OPTIONS: ClassVar[tuple[str, ...]] = ("preset", "T", "smoothing", "tile")
     FIT: ClassVar[dict[str, Any]] = {"jitter": None, "padding": None, "optimise_z": None}
     PRESETS: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 

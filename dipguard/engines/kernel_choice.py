@@ -289,13 +289,9 @@ def _last(t: Tensor, stack: int) -> Tensor:
 
 
 def _exact(device: torch.device) -> bool:
-    return not any(word in ("tf32", torch.bfloat16) for word in _precision(device))
-
-
-def _precision(device: torch.device) -> tuple[object, ...]:
     cast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     convolution = torch.backends.cudnn.conv.fp32_precision  # type: ignore[attr-defined, unused-ignore]
-    return torch.backends.cuda.matmul.fp32_precision, convolution, cast
+    return not {"tf32", torch.bfloat16} & {torch.backends.cuda.matmul.fp32_precision, convolution, cast}
 
 
 def median_seconds(

@@ -29,7 +29,7 @@ from dipguard.evaluation.metrics import decide, similarity
 from dipguard.evaluation.sweep_job import targets_in
 from dipguard.files import as_json, tensor_digest
 from dipguard.fit import isolated_trainer, make_trainer
-from dipguard.fit.module import check_made
+from dipguard.fit.module import check_trainer_made
 from dipguard.registry import foreign_class
 from dipguard.store import Store, digest_of, numerics, open_store, victim_digest
 from dipguard.victims import build_victim, check_victim
@@ -248,7 +248,7 @@ def _trainer(config: RunConfig) -> dict[str, Any]:
     try:
         with isolated_trainer(cpu):
             made: dict[str, Any] = hydra.utils.instantiate(given, _convert_="all")
-            check_made(make_trainer(1, device=cpu, trainer=made))
+            check_trainer_made(make_trainer(1, device=cpu, trainer=made))
     except Exception as error:  # Lightning's have no common base
         raise ValueError(f"`trainer` holds what a fit cannot have: {error}") from error
     return made

@@ -222,7 +222,7 @@ class StackedDIP(pl.LightningModule):
         return min(T, max(STEPS_PER_EPOCH, needed))
 
     def _check_trainer(self) -> None:
-        check_made(self.trainer)
+        check_trainer_made(self.trainer)
         length, epochs, share = self._epoch_length(), self.trainer.max_epochs, self.trainer.limit_train_batches
         length = min(length, share) if isinstance(share, int) else int(share * length)
         if length < 1:
@@ -247,7 +247,7 @@ class StackedDIP(pl.LightningModule):
             )
 
 
-def check_made(trainer: pl.Trainer) -> None:
+def check_trainer_made(trainer: pl.Trainer) -> None:
     """ValueError if a Trainer, of whatever number of steps, cannot fit a :class:`StackedDIP`."""
     if trainer.world_size != 1:
         raise ValueError(f"`devices` of the Trainer must be a single one, got {trainer.world_size} processes")

@@ -235,7 +235,7 @@ class StackedSkipNet(nn.Module):
     ``padding`` at the image's border is ``zeros`` or ``reflect``.
     """
 
-    def __init__(self, spec: NetworkSpec, *, stack_size: int, padding: str = "reflect") -> None:
+    def __init__(self, spec: NetworkSpec, *, stack_size: int, padding: str) -> None:
         super().__init__()
         check_int(stack_size, name="stack_size", low=1)
         self.spec, self.stack_size, self.padding = spec, stack_size, padding
@@ -279,7 +279,7 @@ def build(
     seed: int = 0,
     indices: Sequence[int] | None = None,
     init: str = "default",
-    padding: str = "reflect",
+    padding: str = "zeros",
     dtype: torch.dtype = torch.float32,
 ) -> StackedSkipNet:
     """A stack of B initialised networks; the weights of network b depend only on (seed, indices[b]).

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml  # type: ignore[import-untyped]
 
 from dipguard.evaluation import cell
-from dipguard.evaluation.sweep_job import DONE, FAILED, PLAN, is_aside
+from dipguard.evaluation.sweep_job import DONE, FAILED, is_aside, plan_of
 from dipguard.reporting.escape import NONE
 from dipguard.reporting.results import flatten, read_results
 
@@ -74,7 +74,7 @@ class Sweep:
 def read_sweep(folder: str | Path) -> Sweep:
     """Read a sweep's folder, also while its jobs run; FileNotFoundError if it holds no job, and no plan of any."""
     folder = Path(folder)
-    plan = _yaml(folder / PLAN)
+    plan = plan_of(folder)
     planned = {job["folder"]: list(job["overrides"]) for job in plan.get("jobs") or []}
     found = {path.parents[1].name: path for path in sorted(folder.glob("*/.hydra/overrides.yaml"))}
     # A search has no list of jobs: Hydra writes the overrides of each trial anew that this start has asked for.

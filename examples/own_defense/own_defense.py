@@ -24,15 +24,11 @@ class RandomResize(Defense):
 
     name: ClassVar[str] = "random_resize"
     OPTIONS: ClassVar[tuple[str, ...]] = ("smallest",)
+    random = True  # factor and position are drawn
 
     def __init__(self, victim: nn.Module, *, smallest: float = 0.85, seed: int = 0) -> None:
         super().__init__(victim, seed=seed)
         self.smallest = check_float(smallest, name="smallest", low=0.01, high=1.0)
-
-    @property
-    def random(self) -> bool:
-        """Factor and position are drawn."""
-        return True
 
     def purify_image(self, image: Tensor, index: int) -> Tensor:
         """Draw factor and position, resize and pad."""

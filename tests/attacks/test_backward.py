@@ -29,8 +29,8 @@ def test_the_short_fit_has_the_defences_draws(digits):
 
 def test_the_fits_are_the_defences_own(digits_cnn):
     mirror = build_defense("mirror", digits_cnn, networks=("small", "medium"), seed=3)
-    assert fits_of(mirror) == mirror.fits
-    assert [fit.network for fit in mirror.fits] == ["small", "medium"]
+    assert fits_of(mirror) == mirror.dip_fits
+    assert [fit.network for fit in mirror.dip_fits] == ["small", "medium"]
     paper = build_defense("paper", digits_cnn, network="small", lr=0.05)
     assert [(fit.network, fit.lr) for fit in fits_of(paper)] == [("small", 0.05)]
     assert fits_of(Median()) == fits_of(build_defense("jpeg", digits_cnn)) == (DEFAULT_FIT,)

@@ -66,9 +66,10 @@ def test_t0_cuts_the_early_crossings_off() -> None:
         ({"divide_by": "N"}, "`divide_by` must be one of found, K, got 'N'"),
     ],
 )
-def test_bad_settings_are_named(arguments: dict, message: str) -> None:
+@pytest.mark.parametrize("t0", [0, 10_000], ids=["crossings", "none"])
+def test_bad_settings_are_named(arguments: dict, message: str, t0: int) -> None:
     with pytest.raises(ValueError, match=message):
-        stitch(a_trace(), **{"tau": 0.0, "t0": 0, "K": 2, "beta": 0.5, **arguments})
+        stitch(a_trace(), **{"tau": 0.0, "t0": t0, "K": 2, "beta": 0.5, **arguments})
 
 
 def test_a_trace_of_mirrorguard_is_refused() -> None:

@@ -38,22 +38,25 @@ def test_it_is_a_defence_with_settings_for_json(small_victim):
 
 def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_own(small_victim):
     defense = MirrorGuard(small_victim)
-    assert [fit.network for fit in defense.fits] == ["medium"] * 3
-    assert len({fit.seed for fit in defense.fits} | {fit.seed for fit in MirrorGuard(small_victim, seed=1).fits}) == 6
-    assert defense.fits[0].seed == 0
-    assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, False) for fit in defense.fits)
+    assert [fit.network for fit in defense.dip_fits] == ["medium"] * 3
+    assert (
+        len({fit.seed for fit in defense.dip_fits} | {fit.seed for fit in MirrorGuard(small_victim, seed=1).dip_fits})
+        == 6
+    )
+    assert defense.dip_fits[0].seed == 0
+    assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, False) for fit in defense.dip_fits)
     assert (defense.preset, defense.steps_per_image) == ("cifar10", 510)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_presets_values_stand_where_nothing_is_given(small_victim, preset):
     defense, wanted = MirrorGuard(small_victim, preset=preset), PRESETS[preset]
-    assert [fit.network for fit in defense.fits] == list(wanted["networks"])
+    assert [fit.network for fit in defense.dip_fits] == list(wanted["networks"])
     assert {name: getattr(defense, name) for name in OWN}.items() <= wanted.items()
-    assert {(fit.optimise_z, fit.dead_zone) for fit in defense.fits} == {(wanted["optimise_z"], 2.5)}
+    assert {(fit.optimise_z, fit.dead_zone) for fit in defense.dip_fits} == {(wanted["optimise_z"], 2.5)}
     changed = MirrorGuard(small_victim, preset=preset, T=360, t0=None, optimise_z=None)
-    assert (changed.T, changed.t0, changed.fits[0].optimise_z) == (360, defense.t0, preset == "imagenet")
-    fit = MirrorGuard(small_victim, preset=preset, optimise_z=False, dead_zone=1.0).fits[0]
+    assert (changed.T, changed.t0, changed.dip_fits[0].optimise_z) == (360, defense.t0, preset == "imagenet")
+    fit = MirrorGuard(small_victim, preset=preset, optimise_z=False, dead_zone=1.0).dip_fits[0]
     assert (fit.optimise_z, fit.dead_zone) == (False, 1.0)
 
 
