@@ -37,7 +37,7 @@ def draw_z(
     ``uniform`` draws from U(0, scale) (appendix B), ``gaussian`` from scale * N(0, 1) (section 3.1 calls z a Gaussian
     noise). ``shape`` is (channels, H, W).
     """
-    z = torch.empty(len(indices), *shape, dtype=torch.float32)
+    z = torch.empty(len(indices), *shape, dtype=torch.float32, device="cpu")
     for b, index in enumerate(indices):
         generator = image_generator(seed=seed, index=index, purpose="z")
         if kind == "uniform":
@@ -58,7 +58,7 @@ class Jitter:
         self.std = std
         self._generators = [image_generator(seed=seed, index=index, purpose="jitter") for index in indices]
         with torch.inference_mode(False):
-            self._block = self._ready = torch.empty(len(indices), BLOCK, *shape, dtype=torch.float32)
+            self._block = self._ready = torch.empty(len(indices), BLOCK, *shape, dtype=torch.float32, device="cpu")
         self._position = BLOCK
 
     def next(self, z: Tensor) -> Tensor:

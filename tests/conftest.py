@@ -84,7 +84,7 @@ def ctrl_c_is_heard() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def known_state() -> Iterator[None]:
-    """Each test starts from seed 0 and leaves threads, grad mode, dtype and RNGs behind as it found them."""
+    """Each test starts from seed 0 and leaves threads, grad mode, dtype, device and RNGs behind as it found them."""
     threads, grad, dtype = torch.get_num_threads(), torch.is_grad_enabled(), torch.get_default_dtype()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -99,4 +99,5 @@ def known_state() -> Iterator[None]:
     torch.set_num_threads(threads)
     torch.set_grad_enabled(grad)
     torch.set_default_dtype(dtype)
+    torch.set_default_device(None)
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)

@@ -117,7 +117,7 @@ class DefendedPGD(DefendedSearch):
     def _start(self, given: Tensor, indices: Tensor) -> Tensor:
         """The first point of the search: an image, or a perturbation on the coarse grid."""
         height, width = (ceil(side / self.coarse) for side in given.shape[-2:])
-        start = torch.zeros(*given.shape[:2], height, width, dtype=torch.float32)
+        start = torch.zeros(*given.shape[:2], height, width, dtype=torch.float32, device="cpu")
         for image, index in zip(start, indices.tolist(), strict=True) if self.random_start else ():
             generator = image_generator(seed=self.seed, index=index, purpose="start")
             image.uniform_(-self.eps, self.eps, generator=generator)

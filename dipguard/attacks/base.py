@@ -189,7 +189,7 @@ class Attack(ABC):
 
     def _batches(self, images: Tensor, labels: Tensor, indices: Indices | None) -> Iterator[tuple[Tensor, ...]]:
         """Copies of checked images and labels on the victim's device, and of indices on the CPU, batch by batch."""
-        order = torch.tensor(check_indices(indices, count=len(images)))
+        order = torch.tensor(check_indices(indices, count=len(images)), device="cpu")
         dtype = torch.promote_types(images.dtype, torch.float32)
         x = images.detach().to(device_of(self.victim, images.device), dtype, copy=True)
         size = self.batch_size

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import count
+from itertools import chain, count
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -113,8 +113,9 @@ class HopSkipJump(AdaptiveAttack):
         questions = [search.asked for search in searches if search.asked is not None]
         sizes = [len(question) for question in questions]
         images = [image for question in questions for image in question]  # views: together they may take gigabytes
-        looks = torch.cat([search.queries + torch.arange(n) for search, n in zip(searches, sizes, strict=True)])
-        order = self.ask_indices(indices.repeat_interleave(torch.tensor(sizes)), looks)
+        counted = [range(search.queries, search.queries + n) for search, n in zip(searches, sizes, strict=True)]
+        looks = torch.tensor(list(chain(*counted)), device="cpu")
+        order = self.ask_indices(indices.repeat_interleave(torch.tensor(sizes, device="cpu")), looks)
         parts = zip(range(0, len(images), TOGETHER), order.split(TOGETHER), strict=True)
         with torch.no_grad():
             made = [self.decide(torch.stack(images[i : i + TOGETHER]).to(device), part).cpu() for i, part in parts]
@@ -203,7 +204,7 @@ def _nearer(image: Tensor, current: Tensor, radius: float) -> Tensor:
 def _start(image: Tensor, generator: torch.Generator, init_size: int) -> Walk[Tensor | None]:
     """Uniform noise that is adversarial, drawn near to the image on a straight line; None if none was found."""
     for _ in range(init_size):
-        noise = torch.rand(image.shape, generator=generator, dtype=image.dtype)
+        noise = torch.rand(image.shape, generator=generator, dtype=image.dtype, device="cpu")
         if (yield noise[None]).item():
             return (yield from _bisect(partial(torch.lerp, image, noise), high=1.0, threshold=0.001))
     return None
@@ -223,7 +224,7 @@ def _bisect(make: Callable[[float], Tensor], *, high: float, threshold: float) -
 
 def _gradient(current: Tensor, radius: float, probes: int, generator: torch.Generator) -> Walk[Tensor]:
     """Signs [3, H, W] of the direction into the adversarial side, from answers about random probes (Eq. 9, 14, 16)."""
-    noise = torch.rand((probes, *current.shape), generator=generator, dtype=current.dtype) * 2 - 1
+    noise = torch.rand((probes, *current.shape), generator=generator, dtype=current.dtype, device="cpu") * 2 - 1
     noise /= torch.linalg.vector_norm(noise.flatten(1), dim=1).view(-1, 1, 1, 1)
     asked = noise.mul_(radius).add_(current).clamp_(0, 1)  # in place: they are hundreds of images
     signs = (yield asked).to(current.dtype) * 2 - 1

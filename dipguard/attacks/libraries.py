@@ -33,7 +33,8 @@ class VictimView(nn.Module):
     def __init__(self, victim: nn.Module) -> None:
         super().__init__()
         # torchattacks takes the first parameter's device, and prints a complaint where there is none.
-        self.device_marker = nn.Parameter(reference_of(victim, torch.empty(0)).new_empty(0), requires_grad=False)
+        reference = reference_of(victim, torch.empty(0, device="cpu"))
+        self.device_marker = nn.Parameter(reference.new_empty(0), requires_grad=False)
         self.victim = victim
         self.eval()
 

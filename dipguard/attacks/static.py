@@ -47,7 +47,7 @@ class Noise(Attack):
 
     def attack_batch(self, images: Tensor, labels: Tensor, indices: Tensor) -> Tensor:
         """Add the noise; it is drawn on the CPU, so that it is the same on every device."""
-        signs = torch.randint(2, images.shape).to(images) * 2 - 1
+        signs = torch.randint(2, images.shape, device="cpu").to(images) * 2 - 1
         return (images + self.eps * signs).clamp(0, 1)
 
 

@@ -103,7 +103,8 @@ def stitch_mirrored(traces: Sequence[DecisionTrace], *, beta: float, decider: De
     copies = shifted(torch.stack([trace.given for trace in traces]))
     readings = decider(copies.flatten(0, 1)).unflatten(0, copies.shape[:2]).cpu()
     chosen = [_chosen(trace, readings[:, i], beta=beta) for i, trace in enumerate(traces)]
-    targets, means = torch.tensor([target for target, _, _ in chosen]), torch.stack([mean for _, mean, _ in chosen])
+    targets = torch.tensor([target for target, _, _ in chosen], device="cpu")
+    means = torch.stack([mean for _, mean, _ in chosen])
     images = moved(means, targets, decider=decider)
     reached = (decider(images).argmax(dim=1).cpu() == targets).tolist()
     made = []
@@ -163,5 +164,5 @@ def _chosen(trace: DecisionTrace, shifted_logits: Tensor, *, beta: float) -> tup
         raise ValueError("each trace must hold its `samples` and `mirrored_logits`, got one without")
     target = int(class_scores(trace.mirrored_logits, trace.given_scores, shifted_logits, beta=beta).argmax())
     read = trace.scores.argmax(dim=1) == target
-    used = torch.nonzero(read).flatten() if read.any() else torch.arange(len(trace.samples))
+    used = torch.nonzero(read).flatten() if read.any() else torch.arange(len(trace.samples), device="cpu")
     return target, trace.samples[used].mean(dim=0).clamp(0, 1), used

@@ -171,7 +171,7 @@ class Defense(nn.Module, ABC):
                 made = self._elected(made, positions)
             self._check_result(images, made.reconstructions)
             if made.traces:
-                before = torch.tensor([trace.given_decision for trace in made.traces])
+                before = torch.tensor([trace.given_decision for trace in made.traces], device="cpu")
             else:
                 before = self.decide(images).argmax(dim=1).cpu()
             after = self.decide(made.reconstructions).argmax(dim=1).cpu()
@@ -255,7 +255,7 @@ class Defense(nn.Module, ABC):
         decisions = self.decide(purified).argmax(dim=1).cpu().view(self.votes, -1)
         agreeing = (decisions[:, None] == decisions).sum(dim=1)  # [votes, N]
         count = decisions.shape[1]
-        return (agreeing.argmax(dim=0) * count + torch.arange(count)).tolist()
+        return (agreeing.argmax(dim=0) * count + torch.arange(count, device="cpu")).tolist()
 
     def _check_given(self, images: Tensor, indices: Indices | None) -> tuple[Tensor, list[int]]:
         if self.unavailable is not None:

@@ -103,7 +103,7 @@ class ComDefend(NetworkDefense):
         return ((rebuilt * 255).floor() / 255).to(image)
 
     def _rebuild(self, images: Tensor, index: int) -> Tensor:
-        noise = torch.zeros(len(images), CODE, *images.shape[-2:], dtype=torch.float32)
+        noise = torch.zeros(len(images), CODE, *images.shape[-2:], dtype=torch.float32, device="cpu")
         if self.random:
             generator = image_generator(seed=self.seed, index=index, purpose="comdefend")
             noise.normal_(0, self.noise, generator=generator)

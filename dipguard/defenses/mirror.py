@@ -172,7 +172,7 @@ class MirrorGuard(DIPDefense):
 
     def _steps(self) -> Tensor:
         """Each window's last step, where its mean stands; a network's steps follow those of the one before, [S]."""
-        ends = self.t0 + self.every * torch.arange(1, self.windows + 1) - 1
+        ends = self.t0 + self.every * torch.arange(1, self.windows + 1, device="cpu") - 1
         return torch.cat([number * self.steps + ends for number in range(len(self.dip_fits))])
 
     def _purify_stack(self, images: Tensor, indices: list[int], run: dict[str, Any], *, first_step: int) -> Purified:
@@ -204,7 +204,7 @@ class MirrorGuard(DIPDefense):
         )
         made = {name: torch.cat([getattr(log, part) for log in logs]).cpu() for name, part in parts.items()}
         made["last"] = made["samples"][self.windows - 1 :: self.windows]
-        none = torch.empty(0, dtype=made["samples"].dtype)
+        none = torch.empty(0, dtype=made["samples"].dtype, device="cpu")
         given = images.to(made["samples"])
         return [
             DecisionTrace(
@@ -223,7 +223,8 @@ class MirrorGuard(DIPDefense):
 
     def _shown(self) -> Tensor:
         """Which windows the scores that an attack sees are made of, spread from first to last."""
-        return torch.linspace(0, self.images_kept - 1, min(MOST_MIRRORED, self.images_kept)).round().long()
+        last, count = self.images_kept - 1, min(MOST_MIRRORED, self.images_kept)
+        return torch.linspace(0, last, count, device="cpu").round().long()
 
     def _intermediates(self, images: Tensor, indices: list[int]) -> dict[str, Intermediate]:
         """Fit once; ``class_scores`` are windows, with the scores that choose the class."""
@@ -250,4 +251,4 @@ def _seed_of(seed: int, number: int) -> int:
     if number == 0:
         return seed
     generator = image_generator(seed=seed, index=number, purpose="network")
-    return int(torch.randint(2**31, (1,), generator=generator))
+    return int(torch.randint(2**31, (1,), generator=generator, device="cpu"))

@@ -60,13 +60,13 @@ class NativeEngine(Engine):
         self.threads = torch.get_num_threads()
         self.workspaces = given.new_zeros(min(len(given), self.threads), self.plan.room)
         self.team_choice = TeamChoice()
-        self._frames = torch.tensor(self.plan.frames, dtype=torch.int64)
+        self._frames = torch.tensor(self.plan.frames, dtype=torch.int64, device="cpu")
         self.set_program(self.plan.program)
-        self._handle = torch.zeros((), dtype=given.dtype, requires_grad=True)
+        self._handle = torch.zeros((), dtype=given.dtype, requires_grad=True, device="cpu")
 
     def set_program(self, program: Sequence[Instruction]) -> None:
         """Run this instead of the network's whole step (for profiling)."""
-        self._program = torch.tensor(program, dtype=torch.int64)
+        self._program = torch.tensor(program, dtype=torch.int64, device="cpu")
         self._length = len(program)
 
     def parameters(self) -> list[nn.Parameter]:

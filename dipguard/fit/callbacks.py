@@ -74,7 +74,7 @@ class DecisionLogger(pl.Callback):
         self._steps: tuple[int, ...] = ()
         self._together = 1
         self._waiting: list[Sample] = []
-        self._crossings = torch.zeros((), dtype=torch.float32)
+        self._crossings = torch.zeros((), dtype=torch.float32, device="cpu")
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the trace with the victim's decisions on the given images."""

@@ -22,7 +22,7 @@ def memory_need(size: tuple[int, int], *, fit: FitOptions, kept: int, engine: st
     An image needs its weights with their gradient and Adam's moments, its activations with the torch engine (with the
     native engine, each thread needs a workspace instead), and the images that are kept: ``kept`` for each.
     """
-    image = torch.full((1, 3, *size), 0.5, dtype=torch.float32)
+    image = torch.full((1, 3, *size), 0.5, dtype=torch.float32, device="cpu")
     module = StackedDIP(image, options=fit)
     bytes_of = module.given.element_size()
     if engine == "native":

@@ -360,7 +360,7 @@ class StackTrace:
         return [crossing for found in self.crossings for crossing in found]
 
     def _drop_crossings(self, b: int) -> None:
-        quality = torch.tensor([c.quality for c in self.crossings[b]], dtype=torch.float64)
+        quality = torch.tensor([c.quality for c in self.crossings[b]], dtype=torch.float64, device="cpu")
         kept = needed_for_replay(quality, K_max=self.K_max).tolist()
         self.crossings[b] = [c for c, keep in zip(self.crossings[b], kept, strict=True) if keep]
 
@@ -370,7 +370,7 @@ class StackTrace:
         stacked = {"given": self.given.cpu(), "given_scores": self.given_scores.cpu(), "scores": scores}
         stacked |= {"quality": quality, "loss": loss, "last": _gather(list(self._last))}
         alpha, on_boundary = (part.cpu() for part in self.boundary)
-        steps = torch.tensor(self.steps, dtype=torch.int64)
+        steps = torch.tensor(self.steps, dtype=torch.int64, device="cpu")
         traces, end = [], 0
         for b, found in enumerate(self.crossings):
             own = slice(end, end := end + len(found))
@@ -378,7 +378,7 @@ class StackTrace:
                 DecisionTrace(
                     index=self.indices[b],
                     steps=steps,
-                    crossing_at=torch.tensor([c.at for c in found], dtype=torch.int64),
+                    crossing_at=torch.tensor([c.at for c in found], dtype=torch.int64, device="cpu"),
                     alpha=alpha[own].clone(),
                     on_boundary=on_boundary[own].clone(),
                     settings=dict(self.settings),

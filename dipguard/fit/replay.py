@@ -36,7 +36,7 @@ class FitSamples:
         x(t) depends neither on T nor on what else was sampled, so these are bit for bit the samples of a fit that was
         sampled at these steps only.
         """
-        wanted = torch.tensor(list(steps), dtype=torch.int64)
+        wanted = torch.tensor(list(steps), dtype=torch.int64, device="cpu")
         if len(wanted) == len(self.steps) and torch.equal(wanted, self.steps):
             return self
         if not self.covers(steps):
@@ -52,13 +52,13 @@ class _SampleKeeper(pl.Callback):
     def __init__(self, steps: Iterable[int]) -> None:
         self.steps = sorted(set(steps))
         self._place = {step: i for i, step in enumerate(self.steps)}
-        self._images = torch.empty(0, dtype=torch.float32)
+        self._images = torch.empty(0, dtype=torch.float32, device="cpu")
         self._scalars: list[tuple[Tensor, Tensor]] = []
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         # One block for all samples, since there may be gigabytes of them.
         given = as_stacked_dip(pl_module).given
-        self._images = torch.empty(len(given), len(self.steps), *given.shape[1:], dtype=given.dtype)
+        self._images = torch.empty(len(given), len(self.steps), *given.shape[1:], dtype=given.dtype, device="cpu")
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, *_: Any) -> None:
         step, x, errors = step_output(outputs)
@@ -73,7 +73,7 @@ class _SampleKeeper(pl.Callback):
                 f"the fit ended before the last step to keep, {self.steps[-1]}: {len(self._scalars)} of "
                 f"{len(self.steps)} were sampled"
             )
-        steps = torch.tensor(self.steps, dtype=torch.int64)
+        steps = torch.tensor(self.steps, dtype=torch.int64, device="cpu")
         values, losses = (torch.stack([pair[i] for pair in self._scalars], dim=1).cpu() for i in range(2))
         rows = zip(self._images, values, losses, strict=True)
         return [FitSamples(steps, images, value.clone(), loss.clone()) for images, value, loss in rows]

@@ -117,7 +117,7 @@ def _start_afresh(callback: pl.Callback) -> None:
 
     if isinstance(callback, EarlyStopping):
         callback.wait_count, callback.stopped_epoch = 0, 0
-        callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf)
+        callback.best_score = torch.tensor(math.inf if callback.mode == "min" else -math.inf, device="cpu")
         callback.stopping_reason, callback.stopping_reason_message = EarlyStoppingReason.NOT_STOPPED, None
     elif isinstance(callback, (ModelCheckpoint, Timer)):
         vars(callback).update(copied(_before.setdefault(callback, copied(vars(callback)))))

@@ -149,6 +149,6 @@ def engine_on_cpu(fit: FitOptions, size: tuple[int, int], T: int, precision: str
     if "mixed" in precision and fit.engine == "auto":
         return "torch"
     with isolated_trainer(torch.device("cpu")):
-        module = StackedDIP(torch.full((1, 3, *size), 0.5, dtype=torch.float32), options=fit)
+        module = StackedDIP(torch.full((1, 3, *size), 0.5, dtype=torch.float32, device="cpu"), options=fit)
         how: dict[str, Any] = {"z_gradient": fit.optimise_z, "matmul_precision": fit.matmul_precision}
         return make_engine(fit.engine, module.net, module.given, steps=T, **how).name

@@ -63,7 +63,7 @@ class WindowLogger(pl.Callback):
         self.flip = check_bool(flip, name="flip")
         self.distances, self.given_logits, self.first_step = distances, given_logits, first_step
         self.seconds = 0.0
-        self.samples = self.errors = self.quality = self.logits = self.mirrored_logits = torch.empty(0)
+        self.samples = self.errors = self.quality = self.logits = self.mirrored_logits = torch.empty(0, device="cpu")
         self._logits: list[tuple[Tensor, Tensor]] = []  # of each window that was read, and of its mirrored copy
         self._full = 0
 

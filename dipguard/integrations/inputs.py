@@ -55,7 +55,7 @@ def content_indices(images: Tensor) -> Tensor:
     """Hash each image of [N, 3, H, W] to an index int64 [N] of 63 bits (SHA-256 of its float32 values)."""
     values = images.detach().float().cpu().contiguous().numpy()
     digests = (hashlib.sha256(image.tobytes()).digest() for image in values)
-    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests], dtype=torch.int64)
+    return torch.tensor([int.from_bytes(digest[:8], "big") >> 1 for digest in digests], dtype=torch.int64, device="cpu")
 
 
 class LoaderPositions:
@@ -73,10 +73,10 @@ class LoaderPositions:
 
     def next(self, count: int) -> tuple[Tensor, Tensor]:
         """Return positions int64 [count], and whether `DistributedSampler` repeats them to fill up, bool [count]."""
-        order = torch.arange(self._seen, self._seen + count)
+        order = torch.arange(self._seen, self._seen + count, device="cpu")
         self._seen += count
         if self._sampler is None:
-            return order, torch.zeros(count, dtype=torch.bool)
+            return order, torch.zeros(count, dtype=torch.bool, device="cpu")
         order = order * self._sampler.num_replicas + self._sampler.rank
         size = len(self._sampler.dataset)  # type: ignore[arg-type]
         return order % size, order >= size
@@ -124,7 +124,8 @@ class InputPurifier:
         ):
             pixels = self.pixels.restore(images)
             if indices is None:
-                indices = content_indices(pixels) if self.draws == "content" else torch.arange(len(pixels))
+                order = torch.arange(len(pixels), device="cpu")
+                indices = content_indices(pixels) if self.draws == "content" else order
             try:
                 if hidden:
                     self.defense.progress = False

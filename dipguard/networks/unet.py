@@ -288,7 +288,8 @@ def build(
     ``init`` and ``padding`` are those of :class:`dipguard.fit.FitOptions`; ``dtype`` is float32 or float64, which start
     from the same float32 draws. ValueError if an option is out of range, or the number of indices is not B.
     """
-    stack = StackedSkipNet(network_spec(network), stack_size=stack_size, padding=padding).to(dtype)
+    with torch.device("cpu"):  # whatever the caller's default device is
+        stack = StackedSkipNet(network_spec(network), stack_size=stack_size, padding=padding).to(dtype)
     order = list(range(stack_size)) if indices is None else list(indices)
     if len(order) != stack_size:
         raise ValueError(f"`indices` must hold stack_size={stack_size} numbers, got {len(order)}")
@@ -325,7 +326,7 @@ def _draw(stack: StackedSkipNet, indices: Sequence[int], *, seed: int, init: str
     """Draw in float32 on the CPU for every dtype and device, so that all of them start from the same weights."""
     sizes = [parameter[0].numel() for c in stack.convolutions() for parameter in (c.weight, c.bias)]
     with torch.inference_mode(False):  # else the threads, which do not inherit the mode, could not write
-        draws = torch.empty(len(indices), sum(sizes), dtype=torch.float32)
+        draws = torch.empty(len(indices), sum(sizes), dtype=torch.float32, device="cpu")
 
     def fill(row: Tensor, index: int) -> None:
         row.uniform_(generator=image_generator(seed=seed, index=index, purpose="weights"))

@@ -69,9 +69,9 @@ class Normalised(nn.Module):
 def check_channels(values: Sequence[float], *, name: str) -> Tensor:
     """Return three numbers, one per channel, as float64 [3, 1, 1]; ValueError otherwise. A ``std`` must be above 0."""
     try:
-        numbers = torch.tensor([float(value) for value in values], dtype=torch.float64)
+        numbers = torch.tensor([float(value) for value in values], dtype=torch.float64, device="cpu")
     except (TypeError, ValueError):
-        numbers = torch.empty(0)
+        numbers = torch.empty(0, device="cpu")
     if len(numbers) != 3 or not bool(numbers.isfinite().all()):
         raise ValueError(f"`{name}` must hold three numbers, one per channel, got {values!r}")
     if name == "std" and bool((numbers <= 0).any()):

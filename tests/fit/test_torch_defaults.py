@@ -1,4 +1,4 @@
-"""Under another default dtype the same seed gives the same numbers: every draw and every buffer names its own."""
+"""Under another default dtype or device the same seed gives the same numbers: each draw and buffer names its own."""
 
 from collections.abc import Callable
 
@@ -27,10 +27,12 @@ CPU = torch.device("cpu")
 
 def in_both(work: Callable[[], list[Tensor]]) -> None:
     usual = work()
-    torch.set_default_dtype(torch.float64)  # put back after each test
-    for mine, other in zip(usual, work(), strict=True):
-        assert mine.dtype == other.dtype
-        assert torch.equal(mine, other)
+    for dtype, device in ((torch.float64, "cpu"), (torch.float32, "meta")):  # put back after each test
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(device)
+        for mine, other in zip(usual, work(), strict=True):
+            assert (mine.dtype, mine.device) == (other.dtype, other.device)
+            assert torch.equal(mine, other)
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def test_a_differentiable_fit(images: Tensor) -> None:
 def test_the_jitter_of_a_gpu() -> None:
     def work() -> list[Tensor]:
         feed = JitterFeed((2, 4, 4), indices=[1, 2], seed=0, std=0.5, device=CPU)
-        seen = [feed.next(torch.zeros(2, 2, 4, 4, dtype=torch.float32)) for _ in range(10)]
+        seen = [feed.next(torch.zeros(2, 2, 4, 4, dtype=torch.float32, device=CPU)) for _ in range(10)]
         feed.close()
         return seen
 
