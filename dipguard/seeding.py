@@ -1,11 +1,16 @@
-"""Random streams per image: they depend on (seed, index, purpose), and on no other image, stack, T or device."""
+"""Random streams per image: they depend on (seed, index, purpose), and on no other image, stack, T or device.
+
+The random states of the whole process stay as they are.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from torch import Tensor
 
 BLOCK = 8
@@ -74,3 +79,13 @@ class Jitter:
         for b, generator in enumerate(self._generators):
             self._block[b].normal_(generator=generator)
         return self._block.to(device=z.device, dtype=z.dtype)
+
+
+@contextmanager
+def kept_rng() -> Iterator[None]:
+    """Put back the random states of Python, NumPy and torch: after an error too, unlike Lightning's ``isolate_rng``."""
+    states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+    try:
+        yield
+    finally:
+        _set_rng_states(states)

@@ -1,9 +1,12 @@
 """The random streams of an image: apart from each other, and what is drawn from them."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 
-from dipguard.seeding import draw_z, further_index, image_generator
+from dipguard.seeding import draw_z, further_index, image_generator, kept_rng
 
 
 def test_z_is_drawn_as_asked() -> None:
@@ -27,3 +30,12 @@ def test_further_indices_are_all_different() -> None:
     found = {further_index(index, number) for index in range(100) for number in range(1, 11)}
     assert len(found) == 1000
     assert found.isdisjoint(range(100))
+
+
+def test_random_states_are_put_back_after_an_error_too() -> None:
+    before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    with pytest.raises(ZeroDivisionError), kept_rng():
+        _ = torch.rand(3), np.random.rand(3), random.random(), 1 / 0
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert np.array_equal(np.random.get_state()[1], before[1])
+    assert random.getstate() == before[2]

@@ -86,16 +86,16 @@ def exit_codes(program: str) -> Iterator[None]:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Work in a run folder as its only process; half-written files that a killed one left there are removed.
 
-    Only those older than an hour are: a store in this folder may be in use by another run. CommandError if another
-    process works in the folder.
+    Only those older than an hour are: a store in this folder may be in use by another run. If another process works in
+    the folder, CommandError, or wait until it has ended.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=-1 if wait else 0)
     except Timeout:
         raise CommandError(f"another process works in {folder}; wait for its end, or take another folder") from None
     try:

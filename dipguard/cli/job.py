@@ -26,6 +26,8 @@ from dipguard.store import Store
 from dipguard.store.keys import numerics, victim_digest
 from dipguard.victims import build_victim, check_victim
 
+NO_FILES = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""What file managers leave in a folder that is empty to its user."""
 MARK = "dipguard.json"
 """The file that marks a folder as ours: the settings of its last run."""
 _PAPER_ON_IMAGENET: dict[str, Any] = {"network": "imagenet", "T": 3000}
@@ -76,7 +78,7 @@ def prepare(args: argparse.Namespace) -> Job:
         out, beside = out.with_suffix(""), f"../{out.name}"
     if out.suffix.lower() in EXTENSIONS or (out.exists() and not out.is_dir()):
         raise CommandError(f"OUT must be a folder or, for one picture, a name that ends in .png, got {out}")
-    if out.is_dir() and {path.name for path in out.iterdir()} - {LOCK} and not (out / MARK).is_file():
+    if out.is_dir() and {path.name for path in out.iterdir()} - {LOCK, *NO_FILES} and not (out / MARK).is_file():
         raise CommandError(f"OUT: {out} holds files that this command did not write; take a new or an empty folder")
     sources = find_pictures(given, out, output=beside)
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import CompactHydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dipguard.cli import CommandError, exit_codes, locked
 from dipguard.cli.sweep_progress import register_resolver, report_open_sweeps
@@ -80,7 +81,8 @@ def run_job(program: Callable[..., Any], cfg: DictConfig) -> float | None:
     if sweep is not None and cfg.get("store") is None:
         cfg.store = str(sweep / "store")  # one set of fits for all jobs
     try:
-        with locked(folder):
+        # A search may ask for the same job twice at once: the second then finds it done.
+        with locked(folder, wait=sweep is not None):
             if sweep is None:
                 program(cfg, folder)
             else:
@@ -98,9 +100,13 @@ def _make_absolute(node: DictConfig, root: Path) -> None:
 
     Our own data may be downloaded to a ``path`` that does not exist yet; other values are paths if something is there.
     """
-    for key, value in dict(OmegaConf.to_container(node)).items():  # type: ignore[arg-type]
-        if isinstance(value, dict):
-            _make_absolute(node[key], root)
+    for key in map(str, node):
+        try:
+            value = node[key]
+        except OmegaConfBaseException:  # nothing to interpolate from, or a missing value: refused later
+            continue
+        if isinstance(value, DictConfig):
+            _make_absolute(value, root)
         elif isinstance(value, str):
             ours = key == "store" or (key == "path" and node.get("name") in names_of("data"))
             if ours or (may_be_path(key, value) and os.path.exists(root / value)):

@@ -57,7 +57,9 @@ class Target:
 
     @property
     def cut(self) -> str:
-        """How far the fit is shorter than by default, in words; empty if it is not."""
+        """How far the fit is shorter than by default, in words; empty if it is not, or T changes nothing."""
+        if "T" not in self.bare.settings:
+            return ""
         node, bare = self.node or {}, self.bare
         default = node_of("defense", node["name"]).get("T") if "_target_" not in node and "name" in node else None
         if isinstance(bare, DIPDefense) and bare.PRESETS:

@@ -21,11 +21,12 @@ from dipguard.classifier import class_names, input_size
 from dipguard.config import RunConfig, name_of, names_of
 from dipguard.data import ImageSet, load_data
 from dipguard.data.base import shift_warning
+from dipguard.decision.quality import SMALLEST_SIDE
 from dipguard.defenses import Defense, DIPGuard, build_defense
 from dipguard.defenses.dip import DIPDefense
 from dipguard.evaluation.cell import BASELINE, CLEAN, WORST, Cell, Target, fitting_options, victim_name
 from dipguard.evaluation.matrix import Matrix
-from dipguard.evaluation.metrics import decide, similarity
+from dipguard.evaluation.metrics import decide
 from dipguard.evaluation.sweep_job import targets_in
 from dipguard.files import as_json, tensor_digest
 from dipguard.fit import isolated_trainer, make_trainer
@@ -65,7 +66,10 @@ def prepare(config: RunConfig, folder: str | Path) -> Matrix:
     data = {key: value for key, value in config.data.items() if key != "mirrors"}
     with keys_named("data", data):
         clean = _made(_build(_nested(data), load_data), ImageSet, name="data")
-    similarity(clean.images[:1], clean.images[:1])  # an image that is too small for SSIM
+    if min(clean.images.shape[-2:]) < SMALLEST_SIDE:
+        height, width = clean.images.shape[-2:]
+        least = f"at least {SMALLEST_SIDE} pixels a side for SSIM"
+        raise ValueError(f"`data` must have images of {least} (`data.size`), got {height}x{width}")
     nodes = {key: getattr(config, key) for key in ("victim", "surrogate", BASELINE)}
     built = {key: _victim(key, node, clean, device) for key, node in nodes.items() if node is not None}
     victims = {key: victim for key, (victim, _) in built.items()}

@@ -7,8 +7,9 @@ import logging
 import os
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import product
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
@@ -56,8 +57,7 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     todo.sort(key=lambda cell: (order.index(cell.label), cell.source is not cell.target))
     _announce(matrix, todo)
     for cell in matrix.cells:
-        if log is not None and matrix.results[cell.place][0].done:
-            log.finished(cell)
+        _tell(log, matrix, cell)
     if matrix.config.processes > 1 and any(not cell.adaptive for cell in todo):
         _share_out(matrix, todo)
     single, before = len(matrix.cells) == 1, Counter(matrix.store.counts)
@@ -78,9 +78,8 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
                 error = " ".join(f"{type(problem).__name__}: {problem}".split())
                 matrix.results[cell.place] = [CellResult(cell, f"failed: {error}", cell.eps_255)]
                 failed.append(f"{name}: {error}")
-            write_results(matrix, images=False)
-            if log is not None and matrix.results[cell.place][0].done:
-                log.finished(cell)
+            _copy(partial(write_results, matrix, images=False), "results.csv was not brought up to date")
+            _tell(log, matrix, cell)
             reached += units[cell.place]
             bar.total = total  # fits take off what they were spared
             bar.update(reached - bar.n)
@@ -89,6 +88,20 @@ def run(matrix: Matrix, *, log: Log | None = None) -> list[str]:
     counts = matrix.store.counts - before
     _log.info("store: %s", ", ".join(f"{name} {count}" for name, count in counts.items()) or "nothing was needed")
     return failed
+
+
+def _tell(log: Log | None, matrix: Matrix, cell: Cell) -> None:
+    """Tell the log of a cell, if it is finished."""
+    if log is not None and matrix.results[cell.place][0].done:
+        _copy(partial(log.finished, cell), f"{cell.label} x {cell.target.label} was not logged")
+
+
+def _copy(write: Callable[[], object], problem: str) -> None:
+    """Write what is only a copy of finished work: the other cells must not be lost if that fails."""
+    try:
+        write()
+    except Exception:
+        _log.exception(problem)
 
 
 def _run_cell(matrix: Matrix, cell: Cell, progress: FitProgress, log: Log | None) -> None:

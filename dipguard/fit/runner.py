@@ -22,7 +22,6 @@ from weakref import WeakKeyDictionary
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.plugins.environments.lightning import LightningEnvironment
-from lightning_fabric.utilities.seed import _collect_rng_states, _set_rng_states
 from pytorch_lightning.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint, ProgressBar, Timer
 from pytorch_lightning.callbacks.early_stopping import EarlyStoppingReason
 from pytorch_lightning.loggers import Logger
@@ -35,6 +34,7 @@ from dipguard.fit.callbacks import BoundaryDetector, DecisionLogger, Stitcher
 from dipguard.fit.module import StackedDIP
 from dipguard.fit.options import DecideOptions, FitOptions, StitchOptions
 from dipguard.precision import ProcessWide, exact_products
+from dipguard.seeding import kept_rng
 
 OWNED = (
     "max_steps", "max_epochs", "accelerator", "devices", "num_nodes", "strategy", "plugins", "callbacks", "logger",
@@ -244,11 +244,11 @@ def _unchanged() -> Iterator[None]:
     def flags() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
-    (strict, warn_only), states = flags(), _collect_rng_states(include_cuda=torch.cuda.is_initialized())
+    strict, warn_only = flags()
     try:
-        yield
-    finally:  # also after an error, unlike Lightning's ``isolate_rng``
-        _set_rng_states(states)
+        with kept_rng():
+            yield
+    finally:
         if flags() != (strict, warn_only):  # it may overwrite more than these
             torch.use_deterministic_algorithms(strict, warn_only=warn_only)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from lightning_fabric.plugins.precision.utils import _DtypeContextManager
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data.distributed import DistributedSampler
 
 from dipguard.attacks.target import Purifies, check_defense
 from dipguard.checks import ROUNDING, Indices, check_choice, check_images
+from dipguard.seeding import kept_rng
 from dipguard.victims.base import Channels, check_channels
 
 _ROUNDING = 1e-2  # how far outside [0, 1] a denormalised pixel may be (bfloat16 has 8 bits); it is clamped
@@ -119,7 +119,7 @@ class InputPurifier:
             torch.no_grad(),
             torch.autocast("cpu", enabled=False),
             torch.autocast(device, enabled=False),
-            isolate_rng(),
+            kept_rng(),
             _DtypeContextManager(torch.float32),
         ):
             pixels = self.pixels.restore(images)

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
@@ -17,6 +16,7 @@ from dipguard.attacks.target import Purifies
 from dipguard.checks import Indices, check_labels
 from dipguard.classifier import check_is_module, check_logits
 from dipguard.integrations.inputs import InputPurifier, LoaderPositions, Pixels
+from dipguard.seeding import kept_rng
 from dipguard.victims.base import Channels, Normalised
 
 if TYPE_CHECKING:  # DefendedModule extends the class of the given module, which may come from the package lightning
@@ -225,7 +225,7 @@ class PurifyCallback(pl.Callback):
             raise RuntimeError("the module purifies its images already: a DefendedModule needs no PurifyCallback")
         if self._make is not None:
             # Buffers that are made in inference mode cannot be used where a gradient is needed.
-            with torch.inference_mode(False), isolate_rng():
+            with torch.inference_mode(False), kept_rng():
                 victim = pl_module if self._normalised["mean"] is None else Normalised(pl_module, **self._normalised)
                 self.purifier = InputPurifier(self._make(victim=victim), **self._normalised, quiet=True)
         name = STEPS[stage]
@@ -269,7 +269,7 @@ class PurifyCallback(pl.Callback):
             labels = check_labels(part_of(batch, labels_at, name="labels"), count=len(images))
             weights = (~repeated).float().to(labels.device)
             for name, given, metric in zip(("undefended", "defended"), (images, purified), metrics, strict=True):
-                with torch.no_grad(), isolate_rng():
+                with torch.no_grad(), kept_rng():
                     output = pl_module(given)
                 logits = check_logits(getattr(output, "logits", output), given, name="module")
                 metric.to(labels.device).update((logits.argmax(dim=1) == labels).float(), weights)

@@ -365,7 +365,9 @@ def _open_wandb(config: RunConfig, folder: Path, *, job_type: str, group: str | 
     before, _, settings_before = first.partition(" ")
     # With other settings, versions or another project it is another run.
     now = digest_of([settings_of(config), numerics(), options["project"], options["entity"] or own.entity])
-    run_id = own.run_id or (before if settings_before == now else "") or secrets.token_hex(4)
+    # Jobs of a multirun cannot share the one id of the environment; W&B's agent starts one job for each of its ids.
+    given = own.run_id if group is None or own.sweep_id else ""
+    run_id = given or (before if settings_before == now else "") or secrets.token_hex(4)
     mode = wandb_mode(asked["offline"])
     if group is None and mode == "offline" and not asked["offline"] and own.mode == "online":
         _log.info("no W&B API key was found (run `wandb login`), so this run is kept offline")

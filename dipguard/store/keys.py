@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from argparse import Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
-from functools import cache
+from dataclasses import asdict, fields, is_dataclass, replace
+from enum import Enum
+from functools import cache, partial
 from importlib.metadata import version
-from types import BuiltinFunctionType, FunctionType
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,9 @@ from dipguard.fit.stacks import engine_on_cpu
 from dipguard.registry import class_sources
 from dipguard.version import __version__
 
+PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, Enum, np.generic, torch.dtype)
+"""Types of which ``repr`` tells all."""
+HOOKS = ("_forward_pre_hooks", "_forward_hooks")
 _engine_on_cpu = cache(engine_on_cpu)
 NUMERICS = 9
 """To be raised with every change that changes the numbers of a fit, of an attack, of SSIM or of a decision."""
@@ -46,10 +51,11 @@ def numerics() -> dict[str, str]:
 def victim_digest(victim: nn.Module) -> str:
     """A digest of a classifier: class, code, plain attributes, parameters and all buffers of each of its modules.
 
-    Plain are numbers, texts, None, tensors and arrays, functions and classes by their names, and lists, tuples and
-    dicts of them. What the classes' functions call is not part of the digest, nor are attributes of other types, such
-    as the weights of quantised modules. Before a stored trace is used, the victim is therefore asked once more. A
-    victim that keeps its activations as an attribute has another digest after each call.
+    Plain are numbers, texts, None, enums, dtypes, tensors and arrays, functions and classes by their names, and lists,
+    tuples, sets, dicts, dataclasses, namespaces, partial functions and OmegaConf's containers of them. Forward hooks
+    are included by their names. What the classes' functions call is not part of the digest, nor are attributes of other
+    types, such as the weights of quantised modules. Before a stored trace is used, the victim is therefore asked once
+    more. A victim that keeps its activations as an attribute has another digest after each call.
     """
     aside = vars(pl.LightningModule())  # what Lightning notes there differs from call to call
     parts: list[Any] = []
@@ -57,6 +63,8 @@ def victim_digest(victim: nn.Module) -> str:
     for name, part in victim.named_modules():
         kind, values = type(part), vars(part)
         own = {k: text for k, v in values.items() if k not in aside and (text := _described(v)) is not None}
+        if hooks := [hook for kind in HOOKS for hook in getattr(part, kind, {}).values()]:
+            own["hooks"] = str([getattr(hook, "__qualname__", type(hook).__qualname__) for hook in hooks])
         held = {k: v for k, v in (*part._parameters.items(), *part._buffers.items()) if v is not None}
         if isinstance(part, torch.jit.ScriptModule) and not hasattr(part, "training"):  # frozen: weights are constants
             graph: Any = part.inlined_graph
@@ -73,7 +81,7 @@ def victim_digest(victim: nn.Module) -> str:
 
 def _described(value: Any, *, depth: int = 8) -> str | None:
     """A plain value as text, with the digests of its tensors; None for any other value, which lists and dicts omit."""
-    if isinstance(value, (bool, int, float, str, type(None))):
+    if isinstance(value, PLAIN) or type(value).__module__.startswith("omegaconf."):
         return repr(value)
     if isinstance(value, (FunctionType, BuiltinFunctionType, type)) and not hasattr(value, "purified_by"):
         # Not the step that PurifyCallback puts into a module for a while.
@@ -85,13 +93,26 @@ def _described(value: Any, *, depth: int = 8) -> str | None:
             return f"tensor {tensor_digest([_readable(value)])}"
         except (RuntimeError, TypeError):  # sparse, quantised, without values, of a type that NumPy lacks
             return None
-    if not isinstance(value, (tuple, list, dict)) or depth == 0:
+    content = _content(value)
+    if content is None or depth == 0:
         return None
-    items: Any = enumerate(value)
-    if isinstance(value, dict):
-        items = sorted((key, part) for key, part in value.items() if isinstance(key, str))
-    parts = [f"{key}: {text}" for key, part in items if (text := _described(part, depth=depth - 1)) is not None]
-    return f"{type(value).__name__} {parts}" if parts or not value else None
+    parts = [f"{key}: {text}" for key, part in content if (text := _described(part, depth=depth - 1)) is not None]
+    return f"{type(value).__name__} {parts}" if parts or not content else None
+
+
+def _content(value: Any) -> list[tuple[Any, Any]] | None:
+    """The parts of a container with their places or names, in a fixed order; None for what is no container."""
+    if isinstance(value, (tuple, list)):
+        return list(enumerate(value))
+    if isinstance(value, (set, frozenset)):
+        return list(enumerate(sorted(value, key=repr)))
+    if isinstance(value, partial):
+        return [("func", value.func), ("args", value.args), ("keywords", value.keywords)]
+    if is_dataclass(value) and not isinstance(value, type):
+        return [(field.name, getattr(value, field.name, None)) for field in fields(value)]
+    if isinstance(value, (SimpleNamespace, Namespace)):
+        value = vars(value)
+    return sorted((k, part) for k, part in value.items() if isinstance(k, str)) if isinstance(value, dict) else None
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -123,3 +124,19 @@ def test_a_folder_is_worked_in_by_one_and_cleaned(tmp_path):
             pass
     with locked(tmp_path / "run"):
         pass
+
+
+def test_a_folder_can_be_waited_for(tmp_path):
+    order = []
+
+    def second():
+        with locked(tmp_path, wait=True):
+            order.append("second")
+
+    waiting = threading.Thread(target=second)
+    with locked(tmp_path):
+        waiting.start()
+        waiting.join(0.2)
+        order.append("first")
+    waiting.join()
+    assert order == ["first", "second"]

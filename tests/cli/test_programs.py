@@ -97,3 +97,19 @@ def test_paths_are_made_absolute_by_what_they_are(tmp_path: Path, monkeypatch: p
     expected["data"] = {**given["data"], "path": str(tmp_path / "cifar")}
     expected["victim"] = {**given["victim"], "checkpoint": str(tmp_path / "own.pt")}
     assert OmegaConf.to_container(config) == expected
+
+
+def test_interpolated_paths_are_made_absolute_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.pt").touch()
+    for name, value in {"ELSEWHERE": str(tmp_path / "scratch"), "NEAR": "fits", "OWN": "own.pt"}.items():
+        monkeypatch.setenv(name, value)
+    given = {
+        "store": "${oc.env:ELSEWHERE}/store",
+        "data": {"name": "cifar10", "path": "${oc.env:NEAR}/cifar"},
+        "victim": {"weights": "${oc.env:OWN}", "arch": "${oc.env:MISSING}", "size": "???"},
+    }
+    config = OmegaConf.create(given)
+    _make_absolute(config, tmp_path)
+    assert config.store == str(tmp_path / "scratch" / "store")
+    assert config.data.path == str(tmp_path / "fits" / "cifar")
+    assert OmegaConf.to_container(config.victim) == {**given["victim"], "weights": str(tmp_path / "own.pt")}

@@ -282,6 +282,13 @@ def test_it_refuses_before_anything_is_written(pictures, purify, tmp_path, words
     assert not (tmp_path / "out").exists()
 
 
+def test_what_a_file_manager_leaves_is_no_file_of_the_user(pictures, purify, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / ".DS_Store").touch()
+    purify(pictures)
+    assert (tmp_path / "out" / "a.png").is_file()
+
+
 def test_it_refuses_folders_that_are_none(pictures, purify, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.txt").write_text("mine")

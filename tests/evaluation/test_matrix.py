@@ -358,6 +358,17 @@ def test_only_a_fit_below_its_default_length_is_called_cut(tmp_path: Path, name:
     assert short.cell("clean", name).cut.startswith("T 100 of ")
 
 
+def test_a_length_that_changes_nothing_cuts_nothing(tmp_path: Path) -> None:
+    given = typed_matrix("data.limit=1", "defense=dip_fixed", "defense.T=600")
+    assert {cell.cut for cell in prepare(given, tmp_path).cells} == {""}
+
+
+def test_images_that_are_too_small_for_ssim_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "tiny.npz", images=np.zeros((1, 5, 5, 3), np.uint8), labels=np.zeros(1, np.int64))
+    with pytest.raises(ValueError, match=r"`data` must have images of at least 6 pixels a side .* got 5x5"):
+        prepare(typed_matrix("data=arrays", f"data.path={tmp_path / 'tiny.npz'}"), tmp_path)
+
+
 @pytest.mark.slow
 def test_keeping_traces_later_purifies_again(tmp_path: Path) -> None:
     cut = ("data.limit=3", "chunk=3", "figures=1")

@@ -11,9 +11,11 @@ from dipguard.evaluation import runner
 from dipguard.evaluation.cell import Cell
 from dipguard.evaluation.matrix import Row
 from dipguard.evaluation.plan import prepare
+from dipguard.evaluation.results import write_results
 from dipguard.evaluation.runner import run
 from tests import tiny_run
-from tests.tiny_matrix import completed
+from tests.csv_files import read_csv
+from tests.tiny_matrix import completed, typed_matrix
 from tests.tiny_run import typed_config
 
 TINY = (*tiny_run.TINY, "defense.network=small")
@@ -70,6 +72,28 @@ def test_a_log_is_told_of_fits_and_finished_cells_once_and_again_by_the_next_run
     assert second.steps == {}
     stored = [[step for step, _ in rows] for rows in matrix.curves(matrix.cells[0])]
     assert stored == [stacks, stacks]
+
+
+class Broken(Log):
+    """Cannot log what is finished."""
+
+    def finished(self, cell: Cell) -> None:
+        super().finished(cell)
+        raise OSError("no space left on device")
+
+
+def test_a_copy_that_cannot_be_written_loses_no_cell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(matrix: Any, *, images: bool = True) -> None:
+        if not images:  # the table that is brought up to date after each cell
+            raise PermissionError("results.csv is open elsewhere")
+        write_results(matrix)
+
+    matrix = prepare(typed_matrix("data.limit=1", "defense=jpeg", "~attacks.pgd_8"), tmp_path)
+    monkeypatch.setattr(runner, "write_results", refused)
+    log = Broken()
+    assert run(matrix, log=log) == []
+    assert log.cells == [cell.label for cell in matrix.cells]
+    assert {row["status"] for row in read_csv(tmp_path / "results.csv")} == {"done"}
 
 
 @pytest.fixture

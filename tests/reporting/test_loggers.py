@@ -193,6 +193,24 @@ def test_rows_of_a_resumed_wandb_run_go_on_where_they_ended(matrix: Matrix, monk
 
 
 @pytest.mark.slow
+def test_one_id_in_the_environment_is_that_of_a_single_run_alone(
+    matrix: Matrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_RUN_ID", "ofmyjob")
+    fresh_settings()
+    try:
+        for group in ("sweep", None):  # else the job would go on with the run of the folder
+            with open_log(logged(matrix, "logger=wandb"), group=group) as log:
+                log.add("row", {"fit/mse": 0.5}, step=0)
+    finally:
+        monkeypatch.undo()
+        fresh_settings()
+    alone, job = sorted(wandb_runs(matrix.folder), key=lambda one: one.id != "ofmyjob")
+    assert alone.id == "ofmyjob" != job.id
+    assert (alone.group, job.group) == ("", "sweep")
+
+
+@pytest.mark.slow
 def test_a_disabled_wandb_run_leaves_nothing_to_go_on_with(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
     for mode in ("disabled", "dryrun"):
         monkeypatch.setenv("WANDB_MODE", mode)

@@ -2,16 +2,21 @@
 
 import importlib
 import sys
-from dataclasses import fields
+from argparse import Namespace
+from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from pytorch_lightning.profilers import SimpleProfiler
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms import InterpolationMode
 
 from dipguard.fit import DecideOptions, FitOptions
 from dipguard.networks import network_spec
@@ -156,6 +161,19 @@ def test_code_is_a_part_of_a_victims_digest(tmp_path: Path, monkeypatch: pytest.
     assert digests[0] == digests[2] != digests[1]
 
 
+@dataclass
+class Settings:
+    scale: float
+
+
+def halved(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output / 2
+
+
+def doubled(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    return output * 2
+
+
 def test_digest_of_a_victim():
     same = [Scaled(), Scaled().eval()]
     changed = [Scaled(mean=0.4), Scaled(temperature=2.0), Other(), Scaled().double(), Scaled().bfloat16()]
@@ -168,9 +186,17 @@ def test_digest_of_a_victim():
     own |= {"at": [torch.zeros(2), torch.ones(2), torch.ones(2).bfloat16()], "table": [np.zeros(2), np.ones(2)]}
     own |= {"function": [functional.relu, functional.gelu, nn.ReLU, max]}
     own |= {"options": [{"scale": 1}, {"scale": 2}, {"scale": torch.ones(1)}]}
+    own |= {"mode": [InterpolationMode.BILINEAR, InterpolationMode.NEAREST], "k": [np.float32(1), np.float32(2)]}
+    own |= {"dtype": [torch.float16, torch.bfloat16], "pool": [partial(max, 1), partial(max, 2), partial(min, 1)]}
+    own |= {"kept": [{"a", "b"}, {"a", "c"}], "range": [range(3), range(4)]}
+    own |= {kind.__name__: [kind(scale=1.0), kind(scale=2.0)] for kind in (Settings, SimpleNamespace, Namespace)}
+    own |= {"cfg": [OmegaConf.create({"scale": scale}) for scale in (1.0, 2.0, "???")]}
     for name, value in [(name, value) for name, values in own.items() for value in values]:
         changed.append(Scaled())
         setattr(changed[-1], name, value)
+    for hook in (halved, doubled):
+        changed.append(Scaled())
+        changed[-1].register_forward_hook(hook)
     cycle: dict[str, Any] = {}
     cycle["cycle"] = cycle
     for odd in (torch.eye(2).to_sparse(), torch.empty(2, device="meta"), cycle, [object()]):  # left out
