@@ -1,1 +1,0 @@
-"""dipguard's Hydra config groups. A package, so that a wheel holds it as ``dipguard.conf``."""
