@@ -99,10 +99,11 @@ def test_a_terminated_sweep_says_so(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "evaluate.py"), "-m", f"hydra.sweep.dir={tmp_path}", *TINY]
     command += ["defenses.paper.T=20000"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    while not list(tmp_path.glob("*/results.csv")) and process.poll() is None:
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("*/results.csv")) and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
     process.terminate()
-    said = process.communicate()[1].decode()
+    said = process.communicate(timeout=120)[1].decode()
     assert process.returncode == 143, said
     assert "evaluate: terminated by SIGTERM; finished work is kept" in said
     assert "Traceback" not in said

@@ -208,3 +208,10 @@ def test_the_target_says_what_the_defence_has(digits_cnn, digits):
     assert (made.scores, made.readings) == (torch.add, 3)
     answer, made = target.intermediate(part.images, torch.arange(2), name="stitched", seed=0)
     assert torch.equal(made.views[0], answer)
+
+
+@pytest.mark.parametrize("name", ["bpda", "adaptive_pgd"])
+def test_a_defence_may_write_into_what_it_is_given(digits_cnn, digits, name):
+    part = digits.select(0, 2)
+    defenses = Purifier(lambda x: x * 0.5), Purifier(lambda x: x.mul_(0.5))
+    assert torch.equal(*(quick(name, digits_cnn, d)(part.images, part.labels) for d in defenses))

@@ -368,10 +368,11 @@ def test_after_a_signal_it_goes_on_where_it_was(pictures, tmp_path, number, expe
     words = ("purify", str(pictures), str(out), "--victim", "digits_cnn", "--defense", "paper")
     words += ("--option", "T=500", "--batch", "1", "--figures", "0", "--no-progress")
     with _run(*words) as process:
-        while process.poll() is None and not (out / "a.png").exists():
+        until = time.monotonic() + 120
+        while process.poll() is None and not (out / "a.png").exists() and time.monotonic() < until:
             time.sleep(0.05)
         process.send_signal(number)
-        _, said = process.communicate()
+        _, said = process.communicate(timeout=120)
     assert process.returncode == expected, said
     assert "finished work is kept" in said
     assert "Traceback" not in said

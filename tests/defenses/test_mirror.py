@@ -39,13 +39,18 @@ def test_it_is_a_defence_with_settings_for_json(small_victim):
 def test_a_small_image_gets_three_networks_of_the_paper_with_weights_of_their_own(small_victim):
     defense = MirrorGuard(small_victim)
     assert [fit.network for fit in defense.dip_fits] == ["medium"] * 3
-    assert (
-        len({fit.seed for fit in defense.dip_fits} | {fit.seed for fit in MirrorGuard(small_victim, seed=1).dip_fits})
-        == 6
-    )
+    other = MirrorGuard(small_victim, seed=1)
+    assert len({fit.seed for fit in (*defense.dip_fits, *other.dip_fits)}) == 6
     assert defense.dip_fits[0].seed == 0
     assert all((fit.padding, fit.jitter, fit.optimise_z) == ("zeros", 0.0, False) for fit in defense.dip_fits)
     assert (defense.preset, defense.steps_per_image) == ("cifar10", 510)
+
+
+def test_the_presets_numbers(small_victim):
+    small, photograph = (MirrorGuard(small_victim, preset=name) for name in ("cifar10", "imagenet"))
+    assert [(d.T, d.t0, d.every) for d in (small, photograph)] == [(170, 50, 20), (250, 100, 25)]
+    (spec,) = (fit.network for fit in photograph.dip_fits)
+    assert (spec.n_d, spec.n_u, spec.n_s, spec.input_depth) == ((16, 32, 64, 64, 64),) * 2 + ((4,) * 5, 3)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -230,3 +235,16 @@ def test_traces_are_held_only_where_they_are_asked_for(small_images, small_victi
     watched.held, watched.seen = [], []
     getattr(watched, call)(small_images[:5])
     assert watched.held == held
+
+
+def test_the_network_that_needs_most_memory_bounds_the_stack(small_images, small_victim, monkeypatch):
+    sizes, seen = dict(zip(NETWORKS, (3, 2), strict=True)), []
+
+    class Seen(MirrorGuard):
+        def _purify_stack(self, images, *args, **options):
+            seen.append(len(images))
+            return super()._purify_stack(images, *args, **options)
+
+    monkeypatch.setattr("dipguard.defenses.dip.stack_size_for", lambda count, *, fit, **how: sizes[fit.network])
+    Seen(small_victim, **TINY, progress=False).purify(small_images[:3])
+    assert seen == [2, 1]

@@ -4,6 +4,7 @@ import csv
 import json
 import warnings
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -181,8 +182,11 @@ def test_an_images_index_settles_its_draws(small_images, small_victim):
     assert not torch.equal(guard.purify(small_images[:2], indices=[8, 3])[0], made[0])
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode])
-def test_works_under_any_gradient_mode_and_leaves_the_callers_state(small_images, small_victim, around):
+BF16 = partial(torch.autocast, "cpu", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.inference_mode, BF16])
+def test_works_under_any_mode_of_torch_and_leaves_the_callers_state(small_images, small_victim, around):
     expected = DIPGuard(small_victim, **QUICK).purify(small_images[:2])
     small_victim.train()
     with around(), all_stays(small_victim):

@@ -152,6 +152,7 @@ def test_dipdefend_is_its_authors_configuration(small_victim):
         assert (fit.padding, fit.jitter, fit.lr, fit.optimise_z, fit.z) == (padding, jitter, 0.01, True, "uniform")
         assert (net.input_depth, net.z_scale, net.upsample) == (depth, 0.1, upsample)
         assert defense.settings["z_scale"] == 0.1
+    assert imagenet.fit_options.network.n_d == (16, 32, 64, 128, 128)
     assert cifar.settings["smoothing"] == 0.002
     assert cifar.settings["tile"] == 32
 

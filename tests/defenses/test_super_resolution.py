@@ -75,6 +75,7 @@ def test_the_doubled_image_is_scaled_down_again(victim, images, tmp_path):
         for kind in ("doubled", "bicubic")
     )
     assert (doubled.shape[-2:], small.shape[-2:]) == ((32, 36), (16, 18))
+    assert torch.allclose(doubled * 255, (doubled * 255).round(), atol=1e-4)
     levels = (doubled[0] * 255).round().byte().permute(1, 2, 0).numpy()
     pillow = np.asarray(Image.fromarray(levels).resize((18, 16), Image.Resampling.BICUBIC))
     assert np.abs(small[0].permute(1, 2, 0).numpy() * 255 - pillow).max() < 2

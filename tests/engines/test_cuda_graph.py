@@ -140,6 +140,14 @@ def test_each_network_size_and_stack_is_measured_on_its_own(kept: Path) -> None:
     assert len(json.loads(kept.read_text())) == 4  # stacks of 3 and 4 count as one size
 
 
+def test_with_other_kernels_both_are_measured_again(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    net, given, _ = problem()
+    engine_times(net, given)
+    monkeypatch.setattr(cuda_graph, "_kernels_digest", lambda: "another")
+    engine_times(net, given)
+    assert len(json.loads(kept.read_text())) == 2
+
+
 @pytest.mark.parametrize("damage", ["", "[]", "{", '{"a": 1}', '{"a": {"torch": "x", "cuda_graph": 1}}'])
 def test_a_damaged_file_is_measured_again(damage: str, kept: Path) -> None:
     net, given, _ = problem()

@@ -221,3 +221,15 @@ def test_backward_passes_are_counted_and_the_profiler_is_put_back() -> None:
         sys.setprofile(before)
     assert calls == [2]
     assert seen
+
+
+def test_randomness_is_looked_for_on_a_noisy_image(tmp_path: Path) -> None:
+    class Seen:
+        def purify(self, images: Tensor, *, indices: Tensor) -> Tensor:
+            self.images = images
+            return images
+
+    matrix = tiny_suite(tmp_path, attacks=("transfer",), dip=False)
+    seen, one = Seen(), matrix.clean.select(limit=1)
+    masking.check_randomness(replace(matrix.targets["none"], bare=seen), one, matrix.device)
+    assert float((seen.images - one.images).abs().max()) == pytest.approx(8 / 255, abs=1e-3)

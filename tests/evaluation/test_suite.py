@@ -355,3 +355,9 @@ def test_the_short_ladder_takes_what_its_comment_says(tmp_path: Path) -> None:
     assert sum(cost.purifications for cost in made.values()) == 5296
     assert sum(cell.judging.purifications for cell in judged.values()) == 4736
     assert round(sum(cost.dip_steps for cost in costs) / 1e6, 1) == 6.0
+
+
+def test_square_is_a_black_box(tmp_path: Path) -> None:
+    plain = "+attacks.plain={name: square, eps_255: 24}"
+    matrix = tiny_suite(tmp_path, plain, attacks=("square",), dip=False)
+    assert not any(matrix.cell(attack, "none").white_box for attack in ("square", "plain"))

@@ -51,9 +51,11 @@ def test_channels_last_is_tried_and_given_up_once_where_it_cannot_be_read(kind, 
 
 def test_decisions_do_not_depend_on_the_callers_autocast(images: Tensor) -> None:
     decide, small = Decider(Reader()), images[:6, :, :8, :8]
-    expected = decide(small)
+    wanted = torch.zeros(6, dtype=torch.int64)
+    expected, gradient = decide(small), decide.gradient(small, wanted)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(decide(small), expected)
+        assert all(map(torch.equal, decide.gradient(small, wanted), gradient))
 
 
 class Switched(Reader):

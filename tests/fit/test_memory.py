@@ -39,9 +39,10 @@ def test_freed_blocks_are_used_again_and_given_back_afterwards() -> None:
     # In a process of its own: blocks that other tests have freed in this one would be used first.
     ended = subprocess.run([sys.executable, "-c", COUNT], cwd=ROOT, capture_output=True, text=True, check=True)
     kept, inside, outside = json.loads(ended.stdout)
-    if kept:  # another C library than glibc lacks the switch
-        assert outside > 200  # ten times 48 MiB are 240 huge pages, and far more small ones
-        assert inside < outside / 5
+    if not kept:
+        pytest.skip("another C library than glibc lacks the switch")
+    assert outside > 200  # ten times 48 MiB are 240 huge pages, and far more small ones
+    assert inside < outside / 5
 
 
 def test_nothing_is_done_for_a_gpu_and_errors_pass() -> None:
@@ -102,9 +103,9 @@ def test_the_estimate_is_near_what_a_fit_takes(engine: str) -> None:
 def test_free_memory_is_that_of_this_machine() -> None:
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
     total = int(lines[0].split()[1]) * 1024
-    free = free_memory(CPU)
+    before, free, after = available_memory(), free_memory(CPU), available_memory()
     assert 0 < free <= total
-    assert free <= available_memory() * 1.05
+    assert free <= max(before, after) * 1.05
 
 
 GIB = 2**30

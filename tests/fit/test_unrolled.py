@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 
@@ -81,7 +83,9 @@ def test_a_flat_image_gives_finite_gradients(value):
     assert torch.autograd.grad(made.square().sum(), x)[0].isfinite().all()
 
 
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, torch.inference_mode, partial(torch.autocast, "cpu", dtype=torch.bfloat16)]
+)
 def test_modes_and_the_random_state(images, mode):
     fit = FitOptions(network="small")
     expected = unrolled_fit(images[:1].clone().requires_grad_(), T=4, fit=fit)

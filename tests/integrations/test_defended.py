@@ -42,6 +42,18 @@ def test_a_defended_classifier_reads_purified_images(module: DigitsModule) -> No
     assert set(map(id, guarded.parameters())) == set(map(id, module.parameters()))
 
 
+def test_a_defence_from_elsewhere_is_isolated(module: DigitsModule) -> None:
+    class Sloppy:
+        def purify(self, images: Tensor, *, indices: Tensor | None = None) -> Tensor:
+            assert not torch.is_autocast_enabled("cpu")
+            return (images + 0.01 * torch.rand_like(images)).clamp(0, 1)
+
+    defended, images, state = DefendedClassifier(module.eval(), Sloppy()), digits(0, 2)[0], torch.get_rng_state()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits(defended, images)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_guards_draws_come_from_the_image_or_from_indices(module: DigitsModule) -> None:
     images = digits(0, 3, noise=0.3)[0]
     guard = DIPGuard(module.eval(), **TINY)

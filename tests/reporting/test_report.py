@@ -14,12 +14,26 @@ from dipguard.evaluation.matrix import Matrix
 from dipguard.evaluation.plan import prepare
 from dipguard.evaluation.results import write_results
 from dipguard.evaluation.runner import run
+from dipguard.reporting.canvas import draw_panel
 from dipguard.reporting.loggers import open_log
 from dipguard.reporting.report import results_text, write_matrix_report, write_train_report
 from tests.csv_files import read_csv
 from tests.reporting import stored_run
 from tests.reporting.stored_run import cell, point
 from tests.tiny_matrix import tiny_matrix
+
+
+def test_panels_show_each_image_under_its_own_decision(matrix: Matrix, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((place, (result,)),) = matrix.results.items()
+    result = replace(result, decisions_given=torch.tensor([1, 2, 3]), decisions=torch.tensor([4, 5, 6]))
+    seen: dict = {}
+    monkeypatch.setattr("dipguard.reporting.report.draw_panel", lambda rows: seen.update(rows) or draw_panel(rows))
+    write_train_report(replace(matrix, config=replace(matrix.config, figures=2), results={place: [result]}))
+    shown = (matrix.clean.images, matrix.attacked(*place), matrix.reconstructions(*place))
+    assert len(seen) == 2
+    for i, pictures in enumerate(seen.values()):
+        assert all(torch.equal(p.image, images[i]) for p, images in zip(pictures, shown, strict=True))
+        assert [p.decision for p in pictures[1:]] == [str(1 + i), str(4 + i)]
 
 
 def test_train_report_holds_the_result(matrix: Matrix) -> None:

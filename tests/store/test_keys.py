@@ -62,6 +62,13 @@ def test_the_kind_of_device_counts():
     assert made[0] != made[1]
 
 
+def test_the_native_engines_sources_count(monkeypatch: pytest.MonkeyPatch):
+    native, other = fit_key(engine="native"), fit_key()
+    monkeypatch.setattr("dipguard.store.keys.sources_digest", lambda *words: "another")
+    assert fit_key(engine="native") != native
+    assert fit_key() == other
+
+
 def test_the_image_counts_by_what_it_holds():
     image = smooth_images(1)
     other = image.clone()
