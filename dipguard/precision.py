@@ -31,6 +31,11 @@ def precision(name: str, device: torch.device) -> Iterator[None]:
         yield
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64; float32 on a device of Apple's, which lacks it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class ProcessWide:
     """Contexts that change the whole process: of several threads inside, the first enters them, the last leaves."""
 

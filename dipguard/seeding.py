@@ -6,6 +6,7 @@ The random states of the whole process stay as they are.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -83,7 +84,13 @@ class Jitter:
 
 @contextmanager
 def kept_rng() -> Iterator[None]:
-    """Put back the random states of Python, NumPy and torch: after an error too, unlike Lightning's ``isolate_rng``."""
+    """Put back the random states of Python, NumPy and torch: after an error too, unlike Lightning's ``isolate_rng``.
+
+    Only in the main thread: they are the whole process's, so another thread would make the main one's draws come twice.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     states = _collect_rng_states(include_cuda=torch.cuda.is_initialized())
     try:
         yield

@@ -165,7 +165,7 @@ def _within(images: Tensor, searches: Sequence[QuerySearch], limit: Snapshot) ->
     """The images [B, 3, H, W] found within the budget, if they lie within eps; else the clean ``images``."""
     found, distances = zip(*(search.at(limit.budget) for search in searches), strict=True)
     far = math.inf if limit.eps_255 is None else limit.eps_255 / 255 + TOLERANCE
-    near = torch.tensor(distances, dtype=torch.float64, device=images.device) <= far
+    near = (torch.tensor(distances, dtype=torch.float64, device="cpu") <= far).to(images.device)
     return torch.where(near.view(-1, 1, 1, 1), torch.stack(found).to(images), images)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -73,9 +74,21 @@ def load_image_folder(
 
 
 def pictures_in(folder: Path) -> list[Path]:
-    """Return the picture files of a folder and its sub-folders, in alphabetical order, without hidden ones."""
-    found = (file for file in folder.rglob("*") if file.suffix.lower() in EXTENSIONS and file.is_file())
-    return sorted(file for file in found if not any(p.startswith(".") for p in file.relative_to(folder).parts))
+    """Return the picture files of a folder and its sub-folders, linked ones too, in alphabetical order, but no hidden.
+
+    A folder that is linked to from within itself is entered once.
+    """
+    found: list[Path] = []
+    entered: set[str] = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if (real := os.path.realpath(root)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        files = (Path(root, name) for name in names if not name.startswith("."))
+        found += [file for file in files if file.suffix.lower() in EXTENSIONS and file.is_file()]
+    return sorted(found)
 
 
 def _from_subfolders(folder: Path) -> tuple[list[Path], list[int], tuple[str, ...]]:

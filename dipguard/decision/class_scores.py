@@ -20,6 +20,7 @@ from dipguard.checks import check_float
 from dipguard.classifier import Decider, device_of, is_out_of_memory
 from dipguard.decision.stitching import Reconstruction
 from dipguard.decision.trace import DecisionTrace
+from dipguard.precision import widest
 
 STEP = 0.5 / 255
 MOST_STEPS = 16
@@ -82,7 +83,8 @@ def class_scores(logits: Tensor, given_logits: Tensor, shifted_logits: Tensor, *
     check_float(beta, name="beta", low=0.0)
     if len(logits) == 0:
         raise ValueError("`logits` must hold at least one reading, got none")
-    read, given, elsewhere = (part.double().log_softmax(dim=-1) for part in (logits, given_logits, shifted_logits))
+    wide, parts = widest(logits.device), (logits, given_logits, shifted_logits)
+    read, given, elsewhere = (part.to(wide).log_softmax(dim=-1) for part in parts)
     return read.logsumexp(dim=0) - math.log(len(read)) + beta * (elsewhere.amin(dim=0) - given)
 
 

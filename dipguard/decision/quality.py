@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from dipguard.precision import widest
+
 WINDOW = 11  # side of the Gaussian window of SSIM, pixels (Wang et al. 2004)
 SMALLEST_SIDE = WINDOW // 2 + 1  # that can be reflected by half a window
 MASK = ((1.0, -2.0, 1.0), (-2.0, 4.0, -2.0), (1.0, -2.0, 1.0))
@@ -48,7 +50,7 @@ def image_noise(images: Tensor) -> Tensor:
     ``images`` are [n, 3, H, W] in [0, 1], at least 3x3 pixels. The result is in the same units; clean CIFAR-10 images
     have a median of 0.8/255, attacked ones about 40 % of the attack's eps.
     """
-    pixels = images.double()
+    pixels = images.to(widest(images.device))
     differences = pixels[:, [0, 2]] - pixels[:, [1]]
     colour = math.sqrt(math.pi / 2) * _filtered(differences).mean(dim=(1, 2, 3)) / math.sqrt(2)
     smooth = _filtered(pixels.mean(dim=1, keepdim=True)).flatten(1).quantile(0.25, dim=1)

@@ -6,7 +6,7 @@ import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import pytorch_lightning as pl
@@ -82,8 +82,9 @@ class DecisionLogger(pl.Callback):
         self._steps = sampled_steps(module.T, decisions=self.decisions, every=self.every)
         self._waiting, self.seconds = [], 0.0
         self._crossings = module.given.new_zeros(())
-        monitored = {getattr(callback, "monitor", None) for callback in getattr(trainer, "callbacks", ())}
-        self._together = 1 if monitored & DECIDED else steps_together(len(module.given))
+        monitored = (getattr(callback, "monitor", None) for callback in getattr(trainer, "callbacks", ()))
+        names = chain.from_iterable((one,) if isinstance(one, str) else one or () for one in monitored)
+        self._together = 1 if DECIDED.intersection(names) else steps_together(len(module.given))
         # The Trainer's precision may have changed the dtype.
         about = {**module.options.as_settings(), "dtype": str(module.given.dtype).removeprefix("torch."), "T": module.T}
         own = {name: getattr(self, name) for name in ("decisions", "every", "K_max")}

@@ -125,7 +125,11 @@ class StackedDIP(pl.LightningModule):
         return self.net(z)
 
     def training_step(self, batch: Any, batch_idx: int) -> StepOutput:
-        """Lines 3 and 7 of Algorithm 1."""
+        """Lines 3 and 7 of Algorithm 1; RuntimeError if the optimiser asks for it twice in a step, as LBFGS does."""
+        if self._trainer is not None and self.step > self.trainer.global_step:
+            raise RuntimeError(
+                "the optimiser must call its closure once a step, got another call: t would not count steps"
+            )
         step, self.step = self.step, self.step + 1
         z = self.z if self._jitter is None else self._jitter.next(self.z)
         loss, reconstructions, errors = self.engine.step(z)
@@ -178,6 +182,12 @@ class StackedDIP(pl.LightningModule):
         self._check_fresh()
         if not self._own_data and type(self).train_dataloader is StackedDIP.train_dataloader:
             raise ValueError("Trainer.fit() must be given no data: a StackedDIP fits the images that it was made with")
+        held = {id(p) for one in self.trainer.optimizers for group in one.param_groups for p in group["params"]}
+        if held & ({*map(id, self.net.parameters())} - {*map(id, self.engine.parameters())}):
+            raise RuntimeError(
+                "`configure_optimizers` must optimise `self.engine.parameters()`, got the network's own, which have no "
+                f"gradients with the engine {self.engine.name!r}"
+            )
         self.began = time.perf_counter()
 
     def on_train_end(self) -> None:
@@ -194,6 +204,10 @@ class StackedDIP(pl.LightningModule):
         """Stop the threads that draw jitter ahead, also after an error, when Lightning calls no hook."""
         if isinstance(self._jitter, JitterFeed):
             self._jitter.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the engine, which is made anew when it is needed, and the threads that draw jitter."""
+        return {**super().__getstate__(), "_engine": None, "_jitter": None}
 
     @property
     def _adds_to_the_loss(self) -> bool:

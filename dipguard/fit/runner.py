@@ -230,7 +230,7 @@ def isolated_trainer(device: torch.device) -> Iterator[None]:
     current = torch.cuda.device(device) if device.type == "cuda" else nullcontext()  # a Trainer leaves its own current
     # On a GPU torch computes float32 convolutions in TF32 unless told otherwise.
     shared = _fits.inside(_unchanged, quiet, partial(kept_memory, device), exact_products)
-    with torch.inference_mode(False), torch.enable_grad(), exact, current, interrupts(), shared:
+    with torch.inference_mode(False), torch.enable_grad(), exact, current, interrupts(), kept_rng(), shared:
         yield
 
 
@@ -239,15 +239,14 @@ _fits = ProcessWide()
 
 @contextmanager
 def _unchanged() -> Iterator[None]:
-    """Put back torch's random states, and what a Trainer's ``deterministic`` changes."""
+    """Put back what a Trainer's ``deterministic`` changes."""
 
     def flags() -> tuple[bool, bool]:
         return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
 
     strict, warn_only = flags()
     try:
-        with kept_rng():
-            yield
+        yield
     finally:
         if flags() != (strict, warn_only):  # it may overwrite more than these
             torch.use_deterministic_algorithms(strict, warn_only=warn_only)

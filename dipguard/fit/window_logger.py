@@ -116,6 +116,6 @@ class WindowLogger(pl.Callback):
                 row = {"fit/mse": self.errors[window].mean(), "fit/quality": self.quality[window].mean()}
                 if self.given_logits is not None:
                     given_class = self.given_logits.argmax(1).to(logits.device)
-                    row["fit/decision_changed"] = (logits.argmax(1) != given_class).double().mean()
+                    row["fit/decision_changed"] = (logits.argmax(1) != given_class).float().mean()
                 step = self.first_step + self.warm_up + self.every * (window + 1) - 1
                 logger.log_metrics({name: float(value) for name, value in row.items()}, step=step)

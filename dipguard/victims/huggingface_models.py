@@ -27,7 +27,7 @@ class Unwrapped(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the logits [B, C] of normalised images [B, 3, H, W]."""
         ordered = images if self.order == [0, 1, 2] else images[:, self.order]
-        return self.model(**{str(self.model.main_input_name): ordered}).logits
+        return self.model(**{str(self.model.main_input_name): ordered}, return_dict=True).logits
 
 
 def build(

@@ -88,7 +88,10 @@ def _unwrap(state: Any, expected: Mapping[str, Tensor], *, source: str, argument
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         wanted = f"a state dict (names -> tensors), or a dict with one of the entries {', '.join(_ENTRIES)}"
         raise ValueError(f"`{argument}`: {source} must hold {wanted}")
-    weights = {str(key): value.float() if value.is_floating_point() else value for key, value in state.items()}
+    weights = {
+        str(key): value.to(torch.promote_types(value.dtype, torch.float32)) if value.is_floating_point() else value
+        for key, value in state.items()
+    }
     # Lightning, DataParallel and torch.compile put the name of their attribute before every name.
     first = next(iter(weights))
     for prefix in ("", *(first[: dot.end()] for dot in re.finditer(r"\.", first))):

@@ -44,6 +44,14 @@ def test_subfolders_are_classes_in_alphabetical_order(tmp_path):
     assert np.array_equal(found, np.stack([cat, deeper, dog]))
 
 
+def test_linked_folders_are_entered_once(tmp_path):
+    _picture(tmp_path / "data" / "cat" / "1.png")
+    _picture(tmp_path / "elsewhere" / "2.png")
+    (tmp_path / "data" / "cat" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "cat" / "up").symlink_to(tmp_path / "data" / "cat")
+    assert len(load_data("image_folder", path=tmp_path / "data")) == 2
+
+
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "1", "LA"])
 def test_other_8_bit_modes_are_read_as_rgb(tmp_path, mode):
     pixels = _picture(tmp_path / "x" / "1.png", mode=mode)

@@ -1,5 +1,6 @@
 """The module and its callbacks in anybody's own Trainer: what Lightning offers works, what cannot work is refused."""
 
+import copy
 import csv
 import logging
 from dataclasses import replace
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 import yaml
 from pytorch_lightning.callbacks import EarlyStopping, GradientAccumulationScheduler, ModelCheckpoint
@@ -29,7 +31,7 @@ from dipguard.fit import (
     run_fit,
 )
 from tests.docs_blocks import run_python
-from tests.fit.conftest import At, Watch, stop, trainer
+from tests.fit.conftest import NATIVE, At, Watch, stop, trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -365,3 +367,38 @@ def test_further_arguments_of_our_own_trainer(images: Tensor, tmp_path: Path) ->
 def test_the_documents_blocks_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert run_python(ROOT / "docs" / "own_trainer.md", instead={}) == 4
+
+
+@NATIVE
+def test_optimisers_that_would_fit_nothing_or_lose_count_are_refused(images: Tensor) -> None:
+    class Own(StackedDIP):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters())
+
+    class Again(StackedDIP):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.engine.parameters(), max_iter=3)
+
+    native = FitOptions(network="small", engine="native")
+    with pytest.raises(RuntimeError, match=r"must optimise `self.engine.parameters\(\)`.* engine 'native'"):
+        trainer(3).fit(Own(images[:1], options=native))
+    trainer(3).fit(Own(images[:1], options=SMALL))
+    with pytest.raises(RuntimeError, match="the optimiser must call its closure once a step"):
+        trainer(3).fit(Again(images[:1], options=native))
+
+
+@pytest.mark.parametrize("engine", ["torch", pytest.param("native", marks=NATIVE)])
+def test_a_fitted_module_can_be_copied(images: Tensor, engine: str) -> None:
+    module = StackedDIP(images[:1], options=FitOptions(network="small", engine=engine, jitter=0.1))
+    trainer(3).fit(module)
+    assert torch.equal(copy.deepcopy(module)(module.z), module(module.z))
+
+
+def test_a_callback_may_monitor_several_metrics(images: Tensor, undecided: nn.Module) -> None:
+    class Watching(pl.Callback):
+        def __init__(self) -> None:
+            self.monitor = ["fit/mse", "fit/crossings"]
+
+    mine = ours(undecided)
+    trainer(6, *mine, Watching()).fit(StackedDIP(images[:1], options=SMALL))
+    assert len(mine[2].reconstructions) == 1

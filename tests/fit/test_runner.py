@@ -203,3 +203,20 @@ def test_seconds_are_counted_by_part(images: Tensor, victim: nn.Module) -> None:
 def test_nothing_is_printed(images: Tensor, victim: nn.Module, capfd: pytest.CaptureFixture[str]) -> None:
     run(images, victim)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_fit_in_another_thread_does_not_repeat_the_main_threads_draws() -> None:
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with isolated_trainer(CPU):
+            inside.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert inside.wait(10)
+    first = torch.rand(3)
+    leave.set()
+    thread.join()
+    assert not torch.equal(torch.rand(3), first)

@@ -89,6 +89,14 @@ def test_names_and_interpolation_are_its_own(folder):
 
 
 @pytest.mark.parametrize("folder", ["resnet"], indirect=True)
+def test_a_model_that_returns_tuples_is_read(folder):
+    images = torch.rand(1, 3, 32, 32)
+    expected = build_victim("huggingface", weights=str(folder))(images)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "return_dict": False}))
+    assert torch.equal(build_victim("huggingface", weights=str(folder))(images), expected)
+
+
 def test_gradients_reach_the_images(folder):
     images = torch.rand(2, 3, 32, 32, requires_grad=True)
     build_victim("huggingface", weights=folder)(images).sum().backward()

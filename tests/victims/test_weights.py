@@ -52,6 +52,13 @@ def test_half_precision_becomes_float32(tmp_path):
     assert torch.equal(target[0].weight, source[0].weight.half().float())
 
 
+def test_double_precision_stays(tmp_path):
+    source, target = _net(1).double(), _net(2).double()
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    load_state_dict_strict(target, tmp_path / "weights.pt")
+    assert torch.equal(target[0].weight, source[0].weight)
+
+
 def test_safetensors_load(tmp_path):
     source, target = _net(1), _net(2)
     save_file(source.state_dict(), tmp_path / "weights.safetensors")
