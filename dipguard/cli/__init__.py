@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import signal
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+_log = logging.getLogger(__name__)
 LOCK = ".lock"
 """The file in a run folder that is locked while a process works there."""
 STALE_AFTER = 3600
@@ -95,9 +97,12 @@ def locked(folder: Path, *, wait: bool = False) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=-1 if wait else 0)
+        lock.acquire(timeout=0)
     except Timeout:
-        raise CommandError(f"another process works in {folder}; wait for its end, or take another folder") from None
+        if not wait:
+            raise CommandError(f"another process works in {folder}; wait for its end, or take another folder") from None
+        _log.info("waiting for the end of another process that works in %s", folder)
+        lock.acquire()
     try:
         for path in folder.rglob(".*.part"):
             with suppress(FileNotFoundError):

@@ -43,7 +43,6 @@ class DIPGuard(DIPDefense):
         every: Distance between those in steps, from 1 to T // 2, instead of their number.
         N: Sections of the grid of Eq. 5, at least 1.
         K_max: Largest K that the traces can be stitched with, at least K; None takes the larger of K and 25.
-        options: Those of :class:`~dipguard.defenses.dip.DIPDefense`.
         scores: ``logits`` or ``probabilities`` (Eq. 5).
         rule: ``at_least`` (>=, Algorithm 1) or ``above`` (>, Eq. 3).
         t0_unit: ``steps`` or ``samples``.
@@ -52,6 +51,7 @@ class DIPGuard(DIPDefense):
             other victims, use again. Traces in the result are then shared and must not be changed. Not used for calls
             with ``callbacks``, which may change a fit.
         store_T: Other values of T that a fit made for the store is to serve.
+        options: Those of :class:`~dipguard.defenses.dip.DIPDefense`.
     """
 
     name: ClassVar[str] = "paper"
