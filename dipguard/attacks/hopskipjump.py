@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain, count
+from itertools import count
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -113,9 +113,10 @@ class HopSkipJump(AdaptiveAttack):
         questions = [search.asked for search in searches if search.asked is not None]
         sizes = [len(question) for question in questions]
         images = [image for question in questions for image in question]  # views: together they may take gigabytes
-        counted = [range(search.queries, search.queries + n) for search, n in zip(searches, sizes, strict=True)]
-        looks = torch.tensor(list(chain(*counted)), device="cpu")
-        order = self.ask_indices(indices.repeat_interleave(torch.tensor(sizes, device="cpu")), looks)
+        looks = [search.queries + number for search, n in zip(searches, sizes, strict=True) for number in range(n)]
+        order = self.ask_indices(
+            indices.repeat_interleave(torch.tensor(sizes, device="cpu")), torch.tensor(looks, device="cpu")
+        )
         parts = zip(range(0, len(images), TOGETHER), order.split(TOGETHER), strict=True)
         with torch.no_grad():
             made = [self.decide(torch.stack(images[i : i + TOGETHER]).to(device), part).cpu() for i, part in parts]
@@ -165,7 +166,7 @@ def _within(images: Tensor, searches: Sequence[QuerySearch], limit: Snapshot) ->
     """The images [B, 3, H, W] found within the budget, if they lie within eps; else the clean ``images``."""
     found, distances = zip(*(search.at(limit.budget) for search in searches), strict=True)
     far = math.inf if limit.eps_255 is None else limit.eps_255 / 255 + TOLERANCE
-    near = (torch.tensor(distances, dtype=torch.float64, device="cpu") <= far).to(images.device)
+    near = torch.tensor([distance <= far for distance in distances], device=images.device)
     return torch.where(near.view(-1, 1, 1, 1), torch.stack(found).to(images), images)
 
 
